@@ -1,0 +1,1 @@
+"""Graft's light package: the API, the contracts and the operator. Nothing here imports torch."""

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Re-resolves the pinned, hashed requirements. dev is the superset; the images' sets are constrained to it, so one
+# version of a package is tested and shipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+compile() { # output, extras...
+  local out=$1; shift
+  uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate \
+    --no-emit-package graft "$@" pyproject.toml -o "requirements/$out.txt"
+}
+compile dev --extra dev
+compile operator --extra operator --extra server -c requirements/dev.txt
+compile agent --extra server -c requirements/dev.txt
+compile ml --extra ml -c requirements/dev.txt

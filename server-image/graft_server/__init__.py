@@ -1,0 +1,1 @@
+"""The serving pod and the front door: engine, agent, gateway."""

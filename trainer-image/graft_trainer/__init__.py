@@ -1,0 +1,1 @@
+"""The training pod: prepare, train, evaluate, publish."""

@@ -1,0 +1,19 @@
+"""The custom resources as pydantic models, one file per kind: the only schema."""
+
+from graft.api.adapter import Adapter
+from graft.api.adapterdeployment import AdapterDeployment
+from graft.api.basemodel import BaseModel
+from graft.api.finetunejob import FineTuneJob
+from graft.api.meta import API_VERSION, GROUP, VERSION, Condition, Resource
+
+__all__ = [
+    "API_VERSION",
+    "GROUP",
+    "VERSION",
+    "Adapter",
+    "AdapterDeployment",
+    "BaseModel",
+    "Condition",
+    "FineTuneJob",
+    "Resource",
+]

@@ -1,0 +1,102 @@
+"""Adapter: one immutable version of one adapter, in object storage, with its digest."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from graft.api.meta import DNS_LABEL, SEMVER, SHA256, Conditions, Resource, Schema, Status, rules
+
+DeletionPolicy = Literal["Retain", "Delete"]
+
+
+class AdapterArtifact(Schema):
+    """Where the files are and what they must be."""
+
+    uri: str = Field(
+        pattern=r"^s3://[^\s]+/$", max_length=1024, description="s3://bucket/prefix/ that holds manifest.json."
+    )
+    digest: str = Field(pattern=SHA256, description="sha256:… of manifest.json, which holds the digests of the files.")
+
+
+class JobReference(Schema):
+    """The FineTuneJob that made the version."""
+
+    name: str = Field(description="Its name, in this namespace.")
+    uid: str = Field(description="Its UID; the name may have been used again since.")
+
+
+class AdapterSpec(Schema):
+    """Which version of which adapter this is; immutable but for deletionPolicy."""
+
+    adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="The adapter that this is a version of.")
+    version: str = Field(pattern=SEMVER, max_length=32, description="Semantic version, for example 1.4.2.")
+    base_model: str = Field(max_length=63, description="The BaseModel that it was tuned on.")
+    method: Literal["lora", "qlora"] = Field(description="How it was tuned.")
+    artifact: AdapterArtifact = Field(description="Where the files are and what they must be.")
+    job: JobReference | None = Field(default=None, description="The FineTuneJob that made it.")
+    deletion_policy: DeletionPolicy = Field(
+        default="Retain",
+        description="What deleting this resource does to the files in object storage: Retain keeps them, Delete removes them.",
+    )
+
+
+class AdapterStatus(Status):
+    """What the operator verified."""
+
+    observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
+    stage: str | None = Field(
+        default=None, description="A summary of the conditions: Ready, Invalid, Verifying, Deleting."
+    )
+    base_model_digest: str | None = Field(
+        default=None, description="Digest or revision of the base that it was tuned on."
+    )
+    rank: int | None = Field(default=None, description="LoRA rank.")
+    target_modules: list[str] | None = Field(default=None, description="Modules that carry the low-rank update.")
+    size_bytes: int | None = Field(default=None, description="Size of the files.")
+    metrics: dict[str, float] | None = Field(
+        default=None, description="Scores on the held-out set; base/… are the base model's own."
+    )
+    score: str | None = Field(default=None, description="The main score as base -> adapter, for kubectl get.")
+    verified_at: str | None = Field(default=None, description="When every digest was last verified.")
+    used_by: list[str] | None = Field(default=None, description="AdapterDeployments that serve this version now.")
+    conditions: Conditions
+
+
+class Adapter(Resource):
+    """One immutable version of one adapter."""
+
+    spec: AdapterSpec
+    status: AdapterStatus = Field(default_factory=lambda: AdapterStatus(conditions=[]))
+
+
+CRD: dict[str, Any] = {
+    "kind": "Adapter",
+    "plural": "adapters",
+    "shortNames": ["ad"],
+    "scope": "Namespaced",
+    "columns": [
+        ("Stage", "string", ".status.stage", 0),
+        ("Adapter", "string", ".spec.adapter", 0),
+        ("Version", "string", ".spec.version", 0),
+        ("Method", "string", ".spec.method", 0),
+        ("Model", "string", ".spec.baseModel", 0),
+        ("Score", "string", ".status.score", 0),
+        ("Age", "date", ".metadata.creationTimestamp", 0),
+        ("Job", "string", ".spec.job.name", 1),
+        ("Used-By", "string", ".status.usedBy", 1),
+        ("Digest", "string", ".spec.artifact.digest", 1),
+    ],
+    "rules": rules(
+        (
+            "self.metadata.name == self.spec.adapter + '-' + self.spec.version",
+            "metadata.name must be <adapter>-<version>, for example support-1.0.0",
+        ),
+        (
+            "self.spec.adapter == oldSelf.spec.adapter && self.spec.version == oldSelf.spec.version && "
+            "self.spec.baseModel == oldSelf.spec.baseModel && self.spec.method == oldSelf.spec.method && "
+            "self.spec.artifact == oldSelf.spec.artifact && has(self.spec.job) == has(oldSelf.spec.job) && "
+            "(!has(self.spec.job) || self.spec.job == oldSelf.spec.job)",
+            "a published version never changes: only deletionPolicy may be edited; make a new version instead",
+        ),
+    ),
+}

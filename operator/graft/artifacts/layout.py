@@ -1,0 +1,49 @@
+"""Where things are in the bucket (PURE).
+
+<tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last
+<tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl
+models/<name>/…                       base models, readable by all tenants
+"""
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+EVENTS = "events.jsonl"
+MODELS_PREFIX = "models/"
+
+
+def tenant_of(namespace: str) -> str:
+    """The tenant's path segment; the namespace's name, until Tenant resources say otherwise."""
+    return namespace
+
+
+def tenant_prefix(tenant: str) -> str:
+    return f"{tenant}/"
+
+
+def adapter_versions_prefix(tenant: str, adapter: str) -> str:
+    return f"{tenant}/adapters/{adapter}/"
+
+
+def adapter_prefix(tenant: str, adapter: str, version: str) -> str:
+    return f"{tenant}/adapters/{adapter}/{version}/"
+
+
+def run_prefix(tenant: str, job_uid: str) -> str:
+    return f"{tenant}/runs/{job_uid}/"
+
+
+def attempt_prefix(tenant: str, job_uid: str, attempt: str) -> str:
+    return f"{tenant}/runs/{job_uid}/{attempt}/"
+
+
+def s3_uri(bucket: str, key: str) -> str:
+    return f"s3://{bucket}/{key}"
+
+
+def split_s3_uri(uri: str) -> tuple[str, str]:
+    """(bucket, key) of s3://bucket/key. ValueError for anything else."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket or not key:
+        raise ValueError(f"not an s3:// URI with a bucket and a key: {uri}")
+    return bucket, key

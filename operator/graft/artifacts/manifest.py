@@ -1,0 +1,104 @@
+"""manifest.json: the last file of a published version, which makes it one. It holds the SHA-256 of every other file."""
+
+import hashlib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.alias_generators import to_camel
+
+# What a version may hold. Safetensors only; anything else in a manifest is refused.
+ALLOWED_FILES = frozenset(
+    {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "report.json",
+        "report.html",
+    }
+)
+REQUIRED_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+
+class ManifestFile(_Part):
+    """One file of the version."""
+
+    name: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class ManifestBaseModel(_Part):
+    """The base model that the adapter belongs to."""
+
+    name: str
+    uri: str
+    digest: str | None = None
+
+
+class ManifestJob(_Part):
+    """The run that made it."""
+
+    name: str
+    namespace: str
+    uid: str
+    attempt: str
+
+
+class Manifest(_Part):
+    """The contents of manifest.json, schema version 1."""
+
+    schema_version: int = 1
+    adapter: str
+    version: str
+    method: str
+    base_model: ManifestBaseModel
+    job: ManifestJob
+    recipe: str
+    hyperparameters: dict[str, Any]
+    datasets: dict[str, str] = {}  # role (train, eval) -> sha256:… of the file
+    metrics: dict[str, float] = {}
+    rank: int
+    target_modules: list[str]
+    files: list[ManifestFile]
+    image: str = ""
+    parents: list[str] = []
+    created_at: str
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"manifest schema version {value} is not known here; upgrade Graft")
+        return value
+
+    @field_validator("files")
+    @classmethod
+    def _only_known_files(cls, files: list[ManifestFile]) -> list[ManifestFile]:
+        names = [file.name for file in files]
+        if unknown := sorted(set(names) - ALLOWED_FILES):
+            raise ValueError(f"files that a version may not hold: {', '.join(unknown)}")
+        if missing := sorted(REQUIRED_FILES - set(names)):
+            raise ValueError(f"files that a version must hold: {', '.join(missing)}")
+        if len(set(names)) != len(names):
+            raise ValueError("a file is named twice")
+        return files
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes that are stored and whose digest names the version."""
+        return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def digest(data: bytes) -> str:
+    """sha256:… of some bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -1,0 +1,207 @@
+"""Base models at their sources: what is there, what it is (digest or commit), and a local copy.
+
+hf:// goes through huggingface_hub, s3:// through the store, pvc:// is a folder that the pod has mounted. Only weights in
+safetensors and the files that transformers needs beside them are taken; pickles never are.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.artifacts.layout import split_s3_uri
+from graft.artifacts.store import ObjectInfo, S3Store, StoreError
+
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+CONFIG_LIMIT = 1024 * 1024
+Report = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class SourceError(Exception):
+    """A model that cannot be had. `transient`: the source did not answer and may later."""
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is at a source: its identity (digest for s3://, commit for hf://), config.json and size."""
+
+    digest: str | None
+    revision: str | None
+    config: dict[str, Any]
+    size_bytes: int | None
+    license: str | None = None
+
+
+def split_hf_uri(uri: str) -> tuple[str, str]:
+    """(org/name, revision) of hf://org/name[@revision]."""
+    repo, _, revision = uri.removeprefix("hf://").partition("@")
+    return repo, revision or "main"
+
+
+def split_pvc_uri(uri: str) -> tuple[str, str]:
+    """(claim, path) of pvc://claim[/path]."""
+    claim, _, path = uri.removeprefix("pvc://").partition("/")
+    return claim, path
+
+
+def pvc_path(uri: str, root: Path) -> Path:
+    """Where pvc://claim/path is below the folder that holds the mounts. SourceError when the path leaves the claim."""
+    claim, path = split_pvc_uri(uri)
+    base = (root / claim).resolve()
+    full = (base / path).resolve()
+    if not full.is_relative_to(base):
+        raise SourceError(f"{uri} leaves its claim")
+    return full
+
+
+def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
+    """(bucket, prefix, model files) below an s3:// folder. SourceError when there is no model."""
+    bucket, key = split_s3_uri(uri)
+    prefix = key.rstrip("/") + "/"
+    try:
+        files = [item for item in store.objects(prefix, bucket) if item.key.endswith(MODEL_FILES)]
+    except StoreError as error:
+        raise SourceError(str(error), transient=error.trouble == "unavailable") from error
+    names = {item.key.removeprefix(prefix) for item in files}
+    if "config.json" not in names:
+        raise SourceError(f"there is no config.json below {uri}")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise SourceError(f"there are no safetensors weights below {uri}")
+    return bucket, prefix, files
+
+
+def s3_digest(prefix: str, files: list[ObjectInfo]) -> str:
+    """sha256:… over the sorted names, sizes and ETags."""
+    listing = sorted((item.key.removeprefix(prefix), item.size, item.etag) for item in files)
+    return "sha256:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token: str | None = None) -> Description:
+    """What is at an hf:// or s3:// source. SourceError says what is wrong."""
+    if uri.startswith("hf://"):
+        return _describe_hf(uri, hf_endpoint, hf_token)
+    if store is None:
+        raise SourceError("no object store is configured")
+    bucket, prefix, files = s3_files(store, uri)
+    try:
+        config = json.loads(store.get(prefix + "config.json", bucket))
+    except StoreError as error:
+        raise SourceError(str(error), transient=error.trouble == "unavailable") from error
+    except ValueError as error:
+        raise SourceError(f"config.json below {uri} is no JSON: {error}") from error
+    return Description(s3_digest(prefix, files), None, config, sum(item.size for item in files))
+
+
+def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Description:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, revision = split_hf_uri(uri)
+    api = HfApi(endpoint=endpoint, token=token or False)
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
+        siblings = [file for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)]
+        if not any(file.rfilename.endswith(".safetensors") for file in siblings):
+            raise SourceError(f"{uri} has no safetensors weights")
+        path = hf_hub_download(repo, "config.json", revision=info.sha, endpoint=endpoint, token=token or False)
+        config = json.loads(Path(path).read_text())
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SourceError(f"{uri} is not there, or needs a token: {error}") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
+    except OSError as error:
+        raise SourceError(f"{uri}: {error}", transient=True) from error
+    license_tag = next((tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")), None)
+    return Description(None, info.sha, config, sum(file.size or 0 for file in siblings), license_tag)
+
+
+def fetch(
+    uri: str,
+    digest: str | None,
+    target: Path,
+    *,
+    store: S3Store | None,
+    pvc_root: Path,
+    hf_endpoint: str | None = None,
+    hf_token: str | None = None,
+    report: Report = lambda done, total: None,
+) -> Path:
+    """A local folder with the model's files: `target`, or the mounted claim itself for pvc://.
+
+    For s3:// the listing must still have the digest that the BaseModel was resolved to. SourceError otherwise.
+    """
+    if uri.startswith("pvc://"):
+        folder = pvc_path(uri, pvc_root)
+        if not (folder / "config.json").is_file():
+            raise SourceError(f"there is no config.json at {uri}")
+        return folder
+    target.mkdir(parents=True, exist_ok=True)
+    if uri.startswith("hf://"):
+        return _fetch_hf(uri, target, hf_endpoint, hf_token)
+    if store is None:
+        raise SourceError("no object store is configured")
+    bucket, prefix, files = s3_files(store, uri)
+    actual = s3_digest(prefix, files)
+    if digest is not None and actual != digest:
+        raise SourceError(
+            f"the files below {uri} changed since the BaseModel was resolved: {actual}, expected {digest}"
+        )
+    total, done = sum(item.size for item in files), 0
+
+    def one(item: ObjectInfo) -> int:
+        path = target / item.key.removeprefix(prefix)
+        if not path.resolve().is_relative_to(target.resolve()):
+            raise SourceError(f"{item.key} leaves its folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size == item.size:
+            return item.size
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as stream:
+            for chunk in store.chunks(item.key, bucket):
+                stream.write(chunk)
+        if partial.stat().st_size != item.size:
+            raise SourceError(f"{item.key} was cut short", transient=True)
+        partial.rename(path)
+        return item.size
+
+    try:
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            for size in pool.map(one, files):
+                done += size
+                report(done, total)
+    except StoreError as error:
+        raise SourceError(str(error), transient=error.trouble == "unavailable") from error
+    return target
+
+
+def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, revision = split_hf_uri(uri)
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                local_dir=target,
+                endpoint=endpoint,
+                token=token or False,
+                allow_patterns=[f"*{suffix}" for suffix in MODEL_FILES],
+            )
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SourceError(f"{uri} is not there, or needs a token: {error}") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
+    except OSError as error:
+        raise SourceError(f"{uri}: {error}", transient=True) from error

@@ -1,0 +1,208 @@
+"""The S3 store: the few calls that Graft makes, with errors that say whose they are to fix.
+
+Synchronous (boto3); the operator calls it through a thread. Credentials come from a folder of files, a mounted Secret, never
+from the environment.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
+CHUNK = 8 * 1024 * 1024
+SMALL_OBJECT = 8 * 1024 * 1024  # JSON documents; larger ones are not read into memory
+
+
+class StoreError(Exception):
+    """A call that failed, with the kind of trouble: missing, denied, full, exists, or unavailable (worth a retry)."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Where the store is and with which key it is opened; `prefix` is the tenant's part of the bucket, ending in /."""
+
+    endpoint: str
+    region: str
+    bucket: str
+    prefix: str
+    access_key_id: str
+    secret_access_key: str
+    session_token: str | None = None
+    ca_file: str | None = None
+
+    @classmethod
+    def from_dir(cls, folder: str | Path) -> "StorageConfig":
+        """Read a mounted Secret: files endpoint, region, bucket, prefix, access-key-id, secret-access-key[, session-token, ca.crt]."""
+        root = Path(folder)
+
+        def text(name: str, default: str | None = None) -> str:
+            path = root / name
+            if not path.exists():
+                if default is None:
+                    raise StoreError("denied", f"the storage Secret has no key {name}")
+                return default
+            return path.read_text().strip()
+
+        ca = root / "ca.crt"
+        return cls(
+            endpoint=text("endpoint", ""),
+            region=text("region", "us-east-1"),
+            bucket=text("bucket"),
+            prefix=text("prefix", ""),
+            access_key_id=text("access-key-id"),
+            secret_access_key=text("secret-access-key"),
+            session_token=text("session-token", "") or None,
+            ca_file=str(ca) if ca.exists() and ca.stat().st_size else None,
+        )
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object of a listing."""
+
+    key: str
+    size: int
+    etag: str
+
+
+def _trouble(error: ClientError) -> Trouble:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in {"NoSuchKey", "NoSuchBucket", "NotFound", "404"} or status == 404:
+        return "missing"
+    if code in {"QuotaExceeded", "XMinioStorageFull", "EntityTooLarge", "InsufficientStorage"} or status == 507:
+        return "full"
+    if status == 412 or code in {"PreconditionFailed", "ConditionalRequestConflict"}:
+        return "exists"
+    if status in {401, 403}:
+        return "denied"
+    return "unavailable"
+
+
+class S3Store:
+    """One bucket, opened with one key."""
+
+    def __init__(self, config: StorageConfig, *, attempts: int = 5, timeout: float = 20) -> None:
+        self.config = config
+        self.client: Any = boto3.client(
+            "s3",
+            endpoint_url=config.endpoint or None,
+            region_name=config.region,
+            aws_access_key_id=config.access_key_id,
+            aws_secret_access_key=config.secret_access_key,
+            aws_session_token=config.session_token,
+            verify=config.ca_file,
+            config=Config(
+                retries={"mode": "standard", "max_attempts": attempts},
+                connect_timeout=5,
+                read_timeout=timeout,
+                s3={"addressing_style": "path"},
+                signature_version="s3v4",
+            ),
+        )
+
+    def _call(self, operation: str, key: str, bucket: str | None = None, **arguments: Any) -> Any:
+        bucket = bucket or self.config.bucket
+        try:
+            return getattr(self.client, operation)(Bucket=bucket, Key=key, **arguments)
+        except ClientError as error:
+            raise StoreError(_trouble(error), f"s3://{bucket}/{key}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}") from error
+
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        """The bytes of a small object (at most SMALL_OBJECT)."""
+        response = self._call("get_object", key, bucket)
+        if response["ContentLength"] > SMALL_OBJECT:
+            raise StoreError("denied", f"{key} is larger than {SMALL_OBJECT} bytes")
+        try:
+            return bytes(response["Body"].read())
+        except (BotoCoreError, OSError) as error:
+            raise StoreError("unavailable", f"{key}: {error}") from error
+
+    def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
+        """Size and ETag of an object."""
+        response = self._call("head_object", key, bucket)
+        return ObjectInfo(key=key, size=response["ContentLength"], etag=response["ETag"].strip('"'))
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        """Write a small object; with if_absent an existing one raises StoreError("exists")."""
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        self._call("put_object", key, Body=data, ChecksumAlgorithm="SHA256", **condition)
+
+    def upload(self, key: str, path: Path) -> None:
+        """Write a file of any size, in parts where it is large, with checksums."""
+        try:
+            self.client.upload_file(str(path), self.config.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
+        except ClientError as error:
+            raise StoreError(_trouble(error), f"{key}: {error}") from error
+        except Exception as error:  # S3UploadFailedError wraps a ClientError in its message only
+            cause = error.__cause__ or error.__context__
+            trouble = _trouble(cause) if isinstance(cause, ClientError) else "unavailable"
+            raise StoreError(trouble, f"{key}: {error}") from error
+
+    def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
+        """The bytes of an object of any size, chunk by chunk."""
+        response = self._call("get_object", key, bucket)
+        try:
+            yield from response["Body"].iter_chunks(CHUNK)
+        except (BotoCoreError, OSError) as error:
+            raise StoreError("unavailable", f"{key}: {error}") from error
+
+    def sha256(self, key: str, bucket: str | None = None) -> tuple[str, int]:
+        """(hex SHA-256, size) of an object, computed from its bytes."""
+        hasher, size = hashlib.sha256(), 0
+        for chunk in self.chunks(key, bucket):
+            hasher.update(chunk)
+            size += len(chunk)
+        return hasher.hexdigest(), size
+
+    def objects(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
+        """All objects below a prefix."""
+        bucket = bucket or self.config.bucket
+        try:
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", []):
+                    yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item["ETag"].strip('"'))
+        except ClientError as error:
+            raise StoreError(_trouble(error), f"listing s3://{bucket}/{prefix}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"listing s3://{bucket}/{prefix}: {error}") from error
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below a prefix that ends in /."""
+        try:
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.config.bucket, Prefix=prefix, Delimiter="/"
+            )
+            return [
+                entry["Prefix"].removeprefix(prefix).rstrip("/")
+                for page in pages
+                for entry in page.get("CommonPrefixes", [])
+            ]
+        except ClientError as error:
+            raise StoreError(_trouble(error), f"listing {prefix}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"listing {prefix}: {error}") from error
+
+    def delete_prefix(self, prefix: str) -> int:
+        """Delete everything below a prefix that ends in /; the number of objects. manifest.json goes first, so that
+        a version that is half deleted is none."""
+        if not prefix.endswith("/") or prefix.count("/") < 2:
+            raise ValueError(f"refusing to delete below {prefix!r}")
+        keys = sorted(
+            (item.key for item in self.objects(prefix)), key=lambda key: (not key.endswith("/manifest.json"), key)
+        )
+        for key in keys:
+            self._call("delete_object", key)
+        return len(keys)

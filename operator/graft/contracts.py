@@ -1,0 +1,247 @@
+"""What the parts say to each other: the files and ConfigMap keys between operator, training pod, agent and gateway.
+
+The Kubernetes API is the only control plane and object storage the only data plane (docs/architecture.md); these models are
+the whole traffic between the parts. A reader ignores what it does not know, so parts of neighbouring versions work together.
+
+| message      | written by    | read by       | where                                                            |
+|--------------|---------------|---------------|------------------------------------------------------------------|
+| JobFile      | operator      | training pod  | ConfigMap key job.json, mounted at /etc/graft/job.json           |
+| Progress     | training pod  | operator      | object storage, runs/<job-uid>/<attempt>/progress.json           |
+| Termination  | training pod  | operator      | the container's termination message, and Progress.failure        |
+| Wanted       | operator      | agent         | ConfigMap <deployment>-wanted, key wanted.json                   |
+| Residency    | agent         | operator      | ConfigMap <deployment>-residency, one key per pod                |
+| Routes       | operator      | gateway       | ConfigMaps labelled graft.dev/component=routes, key routes.json  |
+"""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from graft.api.finetunejob import Dataset, Evaluation, Method, Training
+
+# Mounts and ports of the pods.
+JOB_FILE = "/etc/graft/job.json"
+STORAGE_DIR = "/etc/graft/storage"  # the Secret graft-storage, one file per key
+HF_TOKEN_FILE = "/etc/graft/huggingface/token"  # noqa: S105 - a path
+WORK_DIR = "/work"  # emptyDir, shared by prepare and train
+BASE_MODEL_DIR = "/work/base-model"
+PVC_DIR = "/mnt/pvc"  # pvc://claim/path is mounted at PVC_DIR/claim
+CONFIGMAP_DIR = "/mnt/configmap"  # configMap://name/key is mounted at CONFIGMAP_DIR/name
+ADAPTERS_DIR = "/adapters"  # emptyDir, shared by agent (writes) and engine (reads)
+ENGINE_PORT = 8000
+AGENT_PORT = 8081  # /readyz, /livez, /metrics
+GATEWAY_PORT = 8080
+
+STORAGE_SECRET = "graft-storage"  # noqa: S105 - a name
+HF_SECRET = "graft-huggingface"  # noqa: S105 - a name
+
+WANTED_KEY = "wanted.json"
+ROUTES_KEY = "routes.json"
+ROUTES_COMPONENT = "routes"
+
+
+class Message(BaseModel):
+    """Base of the messages: camelCase on the wire, unknown fields ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+
+    def json_text(self) -> str:
+        """The message as JSON text, absent values left out."""
+        return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+class Reason(StrEnum):
+    """Why a training pod failed."""
+
+    DATASET_INVALID = "DatasetInvalid"
+    DATASET_UNAVAILABLE = "DatasetUnavailable"
+    BASE_MODEL_UNAVAILABLE = "BaseModelUnavailable"
+    BASE_MODEL_INVALID = "BaseModelInvalid"
+    CONFIGURATION_INVALID = "ConfigurationInvalid"
+    UPLOAD_FAILED = "UploadFailed"
+    VERSION_EXISTS = "VersionExists"
+    STORAGE_DENIED = "StorageDenied"
+    OUT_OF_MEMORY = "OutOfMemory"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
+    INTERRUPTED = "Interrupted"
+    INTERNAL_ERROR = "InternalError"
+
+
+# 10-19: the user's to fix, the Job fails at once (podFailurePolicy). 20: out of memory. Others count against the retries.
+EXIT_CODES: dict[Reason, int] = {
+    Reason.DATASET_INVALID: 10,
+    Reason.DATASET_UNAVAILABLE: 11,
+    Reason.BASE_MODEL_UNAVAILABLE: 12,
+    Reason.BASE_MODEL_INVALID: 13,
+    Reason.CONFIGURATION_INVALID: 14,
+    Reason.UPLOAD_FAILED: 15,
+    Reason.VERSION_EXISTS: 16,
+    Reason.STORAGE_DENIED: 17,
+    Reason.OUT_OF_MEMORY: 20,
+    Reason.STORAGE_UNAVAILABLE: 30,
+    Reason.INTERRUPTED: 31,
+    Reason.INTERNAL_ERROR: 1,
+}
+FATAL_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 10 <= code <= 20)
+
+
+class Termination(Message):
+    """Why a container ended, in its termination message (Kubernetes keeps 4096 bytes of it)."""
+
+    reason: Reason
+    message: str
+    remedy: str
+
+
+class JobIdentity(Message):
+    """Whose run this is."""
+
+    name: str
+    namespace: str
+    uid: str
+
+
+class BaseModelRef(Message):
+    """The base model, pinned."""
+
+    name: str
+    uri: str  # hf://org/name@<commit>, s3://… or pvc://…
+    digest: str | None = None  # of the listing for s3://, the commit for hf://
+
+
+class OutputRef(Message):
+    """The version that is to be published."""
+
+    adapter: str
+    version: str
+
+
+class JobFile(Message):
+    """Everything a training pod knows: the spec as the user wrote it, with the references resolved."""
+
+    schema_version: int = 1
+    job: JobIdentity
+    tenant: str  # first path segment in the bucket
+    base_model: BaseModelRef
+    dataset: Dataset
+    method: Method
+    training: Training
+    evaluation: Evaluation
+    output: OutputRef
+    recipe: str
+    hf_endpoint: str | None = None
+    trainer_image: str = ""
+
+
+TrainingStage = Literal["Preparing", "Training", "Evaluating", "Publishing", "Succeeded", "Failed"]
+
+
+class Progress(Message):
+    """How far an attempt is; rewritten at most every 5 s and at each change of stage."""
+
+    attempt: str
+    stage: TrainingStage
+    updated_at: str
+    step: int = 0
+    total_steps: int = 0
+    percent: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: int | None = None
+    training: dict[str, Any] | None = None  # the resolved hyperparameters, camelCase
+    target_modules: list[str] | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    metrics: dict[str, float] | None = None
+    manifest_digest: str | None = None  # once published
+    failure: Termination | None = None
+
+
+class WantedAdapter(Message):
+    """One adapter that every replica should have loaded."""
+
+    engine_name: str  # <tenant>--<adapter>-<version>--<digest12>
+    adapter: str  # name of the Adapter resource
+    uri: str
+    digest: str  # of manifest.json
+
+
+class Wanted(Message):
+    """What the replicas of a deployment should have loaded."""
+
+    schema_version: int = 1
+    base_model: str
+    max_lora_rank: int
+    drain_seconds: int = 10
+    adapters: list[WantedAdapter] = Field(default_factory=list)
+
+
+AdapterState = Literal["Pending", "Loading", "Loaded", "Draining", "Failed"]
+
+
+class ResidentAdapter(Message):
+    """One adapter in one pod."""
+
+    engine_name: str
+    adapter: str
+    digest: str
+    state: AdapterState
+    reason: str | None = None
+    message: str | None = None
+    load_seconds: float | None = None
+    size_bytes: int | None = None
+
+
+class Residency(Message):
+    """What one pod has loaded; written when it changes, never on a timer."""
+
+    pod: str
+    pod_uid: str
+    ready: bool  # engine healthy and every required adapter back since the engine's last start
+    engine_started: str | None = None  # changes when the engine restarts
+    adapters: list[ResidentAdapter] = Field(default_factory=list)
+
+
+class RouteTarget(Message):
+    """What answers a route."""
+
+    engine_model: str  # the model name that the engine knows: an adapter's engine name, or the served base model's name
+    adapter: str | None = None  # name of the Adapter resource; None: the bare base model
+    version: str | None = None
+    digest: str | None = None
+    weight: int = 100
+
+
+class RouteEntry(Message):
+    """One model name that clients use."""
+
+    model: str  # <namespace>/<route>
+    targets: list[RouteTarget]
+
+
+class Backend(Message):
+    """One ready replica."""
+
+    pod: str
+    address: str  # ip:port of the engine
+    loaded: list[str]  # engine models that it can answer, the base model's name included
+
+
+class Routes(Message):
+    """One deployment's part of the gateway's table."""
+
+    schema_version: int = 1
+    namespace: str
+    deployment: str
+    base_model: str
+    unavailable: str | None = None  # why nothing can answer now, for the gateway's error
+    routes: list[RouteEntry] = Field(default_factory=list)
+    backends: list[Backend] = Field(default_factory=list)
+
+
+def engine_name(tenant: str, adapter_resource: str, manifest_digest: str) -> str:
+    """The name an engine knows an adapter by: a new version is a new name, so no cache is ever stale."""
+    return f"{tenant}--{adapter_resource}--{manifest_digest.removeprefix('sha256:')[:12]}"

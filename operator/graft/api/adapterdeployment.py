@@ -32,7 +32,7 @@ class EngineLimits(Schema):
         default=None,
         ge=1,
         le=512,
-        description="Adapters in one batch; the number of adapters, at least 4, when absent.",
+        description="Adapters in one batch, 8 when absent; more may be attached, the engine swaps them.",
     )
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
         default=64, description="Highest rank of an adapter."

@@ -120,6 +120,20 @@ class S3Store:
         except BotoCoreError as error:
             raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}") from error
 
+    def create_bucket(self) -> None:
+        """Make the bucket unless it is there."""
+        try:
+            self.client.head_bucket(Bucket=self.config.bucket)
+        except ClientError as error:
+            if _trouble(error) != "missing":
+                raise StoreError(_trouble(error), f"bucket {self.config.bucket}: {error}") from error
+            try:
+                self.client.create_bucket(Bucket=self.config.bucket)
+            except ClientError as refused:
+                raise StoreError(_trouble(refused), f"bucket {self.config.bucket}: {refused}") from refused
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"bucket {self.config.bucket}: {error}") from error
+
     def get(self, key: str, bucket: str | None = None) -> bytes:
         """The bytes of a small object (at most SMALL_OBJECT)."""
         response = self._call("get_object", key, bucket)

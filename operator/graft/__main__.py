@@ -1,0 +1,68 @@
+"""`python -m graft` runs the operator; `python -m graft uninstall` lets go of all resources before it is removed."""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+LOG_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line; what a call gave as `extra` becomes fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        entry |= {
+            key: value for key, value in vars(record).items() if key not in LOG_FIELDS and not key.startswith("k8s_")
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def configure_logging() -> None:
+    """Structured logs on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=os.environ.get("GRAFT_LOG_LEVEL", "INFO"), handlers=[handler], force=True)
+    for noisy in ("kopf", "botocore", "urllib3", "aiohttp"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run() -> None:
+    """The operator, until SIGTERM."""
+    import kopf
+
+    from graft import handlers  # noqa: F401 - registers with kopf
+
+    address = os.environ.get("GRAFT_LIVENESS", "http://0.0.0.0:8080/healthz")
+    # One replica with Recreate (the chart says so): peering is no lease, and every write is safe to repeat anyway.
+    kopf.run(clusterwide=True, standalone=True, liveness_endpoint=address)
+
+
+def main() -> int:
+    configure_logging()
+    command = sys.argv[1] if len(sys.argv) > 1 else "run"
+    if command == "run":
+        run()
+        return 0
+    if command == "uninstall":
+        from graft.reconcile.uninstall import uninstall
+
+        asyncio.run(uninstall())
+        return 0
+    print(f"usage: python -m graft [run | uninstall]; not {command}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Keys of the object store, one per tenant, limited to its prefix: the identity service of versitygw.
+
+The admin API (versitygw's s3api/controllers/admin.go, v1.8) takes XML over PATCH, signed with SigV4 for service s3 by the root key. A
+bucket policy then allows each user its own prefix and the shared base models. One writer at a time: the operator.
+"""
+
+import json
+import secrets
+import xml.etree.ElementTree as ET
+from typing import Any
+from urllib.parse import quote
+
+import urllib3
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from graft.artifacts.layout import MODELS_PREFIX, tenant_prefix
+from graft.artifacts.store import S3Store, StorageConfig, StoreError, Trouble
+
+USER_PREFIX = "graft-"
+MARK = "Graft"  # statements with such a Sid are ours; others in the policy are left alone
+
+
+class VersityIdentity:
+    """Users and their rights on one bucket."""
+
+    def __init__(self, store: S3Store, admin_url: str) -> None:
+        self._store = store
+        self._admin_url = admin_url.rstrip("/")
+        ca = store.config.ca_file
+        self._http = (
+            urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=20), ca_certs=ca)
+            if ca
+            else urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=20))
+        )
+
+    def issue(self, tenant: str) -> StorageConfig:
+        """A new key for a tenant; an older one of the same tenant stops working."""
+        user, secret = USER_PREFIX + tenant, secrets.token_urlsafe(30)
+        if user in self.users():
+            self._set_policy(lambda tenants: tenants - {tenant})
+            self._admin(f"/delete-user?access={quote(user)}")
+        self._admin(
+            "/create-user",
+            f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>",
+        )
+        self._set_policy(lambda tenants: tenants | {tenant})
+        own = self._store.config
+        return StorageConfig(
+            endpoint=own.endpoint,
+            region=own.region,
+            bucket=own.bucket,
+            prefix=tenant_prefix(tenant),
+            access_key_id=user,
+            secret_access_key=secret,
+            ca_file=own.ca_file,
+        )
+
+    def revoke(self, tenant: str) -> None:
+        """Take a tenant's key away; one that is gone is fine."""
+        self._set_policy(lambda tenants: tenants - {tenant})
+        if USER_PREFIX + tenant in self.users():
+            self._admin(f"/delete-user?access={quote(USER_PREFIX + tenant)}")
+
+    def tenants(self) -> set[str]:
+        """The tenants that have a key."""
+        return {user.removeprefix(USER_PREFIX) for user in self.users() if user.startswith(USER_PREFIX)}
+
+    def users(self) -> set[str]:
+        """All users of the store."""
+        root = ET.fromstring(self._admin("/list-users") or b"<none/>")  # noqa: S314 - our own store's answer
+        return {element.text or "" for element in root.iter() if element.tag.rpartition("}")[2] == "Access"}
+
+    def _set_policy(self, change: Any) -> None:
+        policy = self._policy()
+        before = _tenants(policy)
+        after = change(before)
+        if after == before and policy:
+            return
+        kept = [item for item in policy.get("Statement", []) if not str(item.get("Sid", "")).startswith(MARK)]
+        statements = kept + bucket_statements(self._store.config.bucket, sorted(after))
+        client, bucket = self._store.client, self._store.config.bucket
+        try:
+            if statements:
+                client.put_bucket_policy(
+                    Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements})
+                )
+            elif policy:
+                client.delete_bucket_policy(Bucket=bucket)
+        except Exception as error:
+            raise StoreError("unavailable", f"bucket policy of {bucket}: {error}") from error
+
+    def _policy(self) -> dict[str, Any]:
+        try:
+            answer = self._store.client.get_bucket_policy(Bucket=self._store.config.bucket)
+        except Exception as error:
+            if "NoSuchBucketPolicy" in str(error):
+                return {}
+            raise StoreError("unavailable", f"bucket policy of {self._store.config.bucket}: {error}") from error
+        return dict(json.loads(answer["Policy"]))
+
+    def _admin(self, path: str, body: str = "") -> bytes:
+        own = self._store.config
+        request = AWSRequest(method="PATCH", url=self._admin_url + path, data=body.encode())
+        S3SigV4Auth(Credentials(own.access_key_id, own.secret_access_key), "s3", own.region).add_auth(request)
+        prepared = request.prepare()
+        try:
+            answer = self._http.request(
+                "PATCH", prepared.url, headers=dict(prepared.headers), body=body.encode(), retries=2
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise StoreError("unavailable", f"identity service {self._admin_url}: {error}") from error
+        if answer.status >= 300:
+            trouble: Trouble = "denied" if answer.status in {401, 403} else "unavailable"
+            raise StoreError(trouble, f"identity service {path.split('?')[0]}: {answer.status} {answer.data[:300]!r}")
+        return answer.data
+
+
+def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
+    """What each tenant's user may do (PURE): its own prefix, without deleting; the base models, reading."""
+    statements: list[dict[str, Any]] = []
+    for tenant in tenants:
+        principal, prefix = {"AWS": [USER_PREFIX + tenant]}, tenant_prefix(tenant)
+        statements += [
+            {
+                "Sid": f"{MARK}Own{tenant}",
+                "Effect": "Allow",
+                "Principal": principal,
+                "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"],
+                "Resource": [f"arn:aws:s3:::{bucket}/{prefix}*"],
+            },
+            {
+                "Sid": f"{MARK}List{tenant}",
+                "Effect": "Allow",
+                "Principal": principal,
+                "Action": ["s3:ListBucket"],
+                "Resource": [f"arn:aws:s3:::{bucket}"],
+                "Condition": {"StringLike": {"s3:prefix": [f"{prefix}*", f"{MODELS_PREFIX}*"]}},
+            },
+        ]
+    if tenants:
+        statements.append(
+            {
+                "Sid": f"{MARK}Models",
+                "Effect": "Allow",
+                "Principal": {"AWS": [USER_PREFIX + tenant for tenant in tenants]},
+                "Action": ["s3:GetObject"],
+                "Resource": [f"arn:aws:s3:::{bucket}/{MODELS_PREFIX}*"],
+            }
+        )
+    return statements
+
+
+def _tenants(policy: dict[str, Any]) -> set[str]:
+    own = f"{MARK}Own"
+    return {
+        str(item["Sid"]).removeprefix(own)
+        for item in policy.get("Statement", [])
+        if str(item.get("Sid", "")).startswith(own)
+    }

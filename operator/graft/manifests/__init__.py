@@ -1,0 +1,1 @@
+"""PURE: resource -> Kubernetes objects as dicts, one file per child."""

@@ -1,0 +1,43 @@
+"""AdapterDeployment -> what its agents need: identity, rights, and the two ConfigMaps they talk through."""
+
+from graft.api import AdapterDeployment
+from graft.contracts import WANTED_KEY, Wanted
+from graft.manifests.common import Manifest, child
+from graft.manifests.serving import agent_account, residency_name, wanted_name
+
+
+def service_account(deployment: AdapterDeployment) -> Manifest:
+    return child("v1", "ServiceAccount", agent_account(deployment), deployment, "agent") | {
+        "automountServiceAccountToken": False
+    }
+
+
+def role(deployment: AdapterDeployment) -> Manifest:
+    """The two ConfigMaps and nothing else. list and watch by name need resourceNames, too."""
+    rule = {"apiGroups": [""], "resources": ["configmaps"]}
+    return child("rbac.authorization.k8s.io/v1", "Role", agent_account(deployment), deployment, "agent") | {
+        "rules": [
+            rule | {"resourceNames": [wanted_name(deployment)], "verbs": ["get", "list", "watch"]},
+            rule | {"resourceNames": [residency_name(deployment)], "verbs": ["get", "patch"]},
+        ]
+    }
+
+
+def role_binding(deployment: AdapterDeployment) -> Manifest:
+    name = agent_account(deployment)
+    return child("rbac.authorization.k8s.io/v1", "RoleBinding", name, deployment, "agent") | {
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": deployment.metadata.namespace}],
+    }
+
+
+def wanted_config_map(deployment: AdapterDeployment, wanted: Wanted) -> Manifest:
+    """What every replica should have loaded."""
+    return child("v1", "ConfigMap", wanted_name(deployment), deployment, "wanted") | {
+        "data": {WANTED_KEY: wanted.json_text()}
+    }
+
+
+def residency_config_map(deployment: AdapterDeployment) -> Manifest:
+    """Empty: each agent applies its own key, with its own field manager."""
+    return child("v1", "ConfigMap", residency_name(deployment), deployment, "residency")

@@ -1,0 +1,42 @@
+"""NetworkPolicies: engine ports open to the gateway only; nothing comes into a training pod."""
+
+from graft.api import AdapterDeployment, FineTuneJob
+from graft.contracts import ENGINE_PORT
+from graft.manifests.common import OWNER_UID, Manifest, child
+from graft.settings import Settings
+
+
+def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifest:
+    """The engine's admin routes load and unload adapters, so its port is for the gateway alone."""
+    gateway = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}},
+        "podSelector": {"matchLabels": settings.gateway_selector},
+    }
+    return child(
+        "networking.k8s.io/v1", "NetworkPolicy", f"{deployment.metadata.name}-serving", deployment, "network"
+    ) | {
+        "spec": {
+            "podSelector": {"matchLabels": {OWNER_UID: deployment.metadata.uid}},
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [gateway], "ports": [{"protocol": "TCP", "port": ENGINE_PORT}]}],
+        }
+    }
+
+
+def training_policy(job: FineTuneJob) -> Manifest:
+    """No way in; out to anything but the cloud's metadata address."""
+    return child("networking.k8s.io/v1", "NetworkPolicy", f"{job.metadata.name}-training", job, "network") | {
+        "spec": {
+            "podSelector": {"matchLabels": {OWNER_UID: job.metadata.uid}},
+            "policyTypes": ["Ingress", "Egress"],
+            "egress": [
+                {
+                    "to": [
+                        {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}},
+                        {"namespaceSelector": {}},
+                    ]
+                },
+                {"to": [{"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128"]}}]},
+            ],
+        }
+    }

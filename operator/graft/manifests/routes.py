@@ -1,0 +1,28 @@
+"""AdapterDeployment -> its part of the gateway's table: a ConfigMap in the operator's namespace."""
+
+import hashlib
+
+from graft.api import AdapterDeployment
+from graft.contracts import ROUTES_COMPONENT, ROUTES_KEY, Routes
+from graft.manifests.common import Manifest, labels
+from graft.settings import Settings
+
+
+def routes_name(deployment: AdapterDeployment) -> str:
+    """Unique over namespaces, and within 63 characters."""
+    full = f"{deployment.metadata.namespace}/{deployment.metadata.name}"
+    return f"routes-{deployment.metadata.name[:40]}-{hashlib.sha256(full.encode()).hexdigest()[:10]}"
+
+
+def routes_config_map(deployment: AdapterDeployment, routes: Routes, settings: Settings) -> Manifest:
+    """No owner reference reaches across namespaces: the AdapterDeployment's finalizer removes it."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": routes_name(deployment),
+            "namespace": settings.namespace,
+            "labels": labels(deployment, ROUTES_COMPONENT) | {"graft.dev/namespace": deployment.metadata.namespace},
+        },
+        "data": {ROUTES_KEY: routes.json_text()},
+    }

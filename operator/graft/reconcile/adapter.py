@@ -1,0 +1,146 @@
+"""An Adapter: verify what is in storage before it is Ready; hold its deletion while a deployment serves it."""
+
+import asyncio
+
+from graft.api import Adapter
+from graft.api.adapter import AdapterStatus
+from graft.api.meta import Condition
+from graft.artifacts import layout
+from graft.artifacts.manifest import Manifest as AdapterManifest
+from graft.artifacts.store import StoreError
+from graft.artifacts.versions import InvalidArtifact, verify
+from graft.kube import Manifest
+from graft.reconcile.context import WAITING, Context
+from graft.status import condition, find, now
+
+KIND = "Adapter"
+# Verification reads every byte; more at once would only share the same bandwidth.
+_verifying = asyncio.Semaphore(4)
+
+
+async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
+    """One look at one version; the seconds until the next look, or None."""
+    raw = await ctx.kube.get(KIND, namespace, name)
+    if raw is None:
+        return None
+    adapter = Adapter.model_validate(raw)
+    if not adapter.metadata.deletion_timestamp and await ctx.add_finalizer(adapter, KIND):
+        return 0
+    used_by = serving(adapter, await ctx.kube.list("AdapterDeployment", namespace))
+    if adapter.metadata.deletion_timestamp:
+        return await _clean_up(ctx, raw, adapter, used_by)
+    ready = find(adapter.status.conditions, "Ready")
+    done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
+    if done and ready is not None and ready.reason != "StorageUnavailable":
+        await ctx.write_status(raw, adapter.status.model_copy(update={"used_by": used_by}), [ready, in_use(used_by)])
+        return None
+    checked = await _verify(ctx, adapter)
+    status, verdict = observe(adapter, checked)
+    await ctx.write_status(raw, status.model_copy(update={"used_by": used_by}), [verdict, in_use(used_by)])
+    return WAITING if verdict.status == "Unknown" else None
+
+
+async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:
+    bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+    if (
+        not prefix.startswith(layout.tenant_prefix(layout.tenant_of(adapter.metadata.namespace)))
+        and bucket == ctx.store.config.bucket
+    ):
+        return InvalidArtifact(
+            "OutsideNamespace", f"{adapter.spec.artifact.uri} is outside of this namespace's part of the bucket"
+        )
+    try:
+        async with _verifying:
+            return await ctx.blocking(verify, ctx.store, prefix, adapter.spec.artifact.digest, bucket)
+    except InvalidArtifact as error:
+        return error
+    except StoreError as error:
+        if error.trouble == "missing":
+            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {adapter.spec.artifact.uri}")
+        return error
+
+
+def observe(
+    adapter: Adapter, checked: AdapterManifest | InvalidArtifact | StoreError
+) -> tuple[AdapterStatus, Condition]:
+    """The status after a verification (PURE)."""
+    before = adapter.status
+    if isinstance(checked, StoreError):
+        verdict = condition(KIND, "Ready", "Unknown", "StorageUnavailable", str(checked))
+        return before.model_copy(update={"stage": "Verifying"}), verdict
+    if isinstance(checked, InvalidArtifact):
+        return before.model_copy(update={"stage": "Invalid"}), condition(
+            KIND, "Ready", "False", checked.reason, str(checked)
+        )
+    spec = adapter.spec
+    told = (spec.adapter, spec.version, spec.base_model, spec.method)
+    found = (checked.adapter, checked.version, checked.base_model.name, checked.method)
+    if told != found:
+        text = f"the manifest is of {' '.join(found)}, this Adapter says {' '.join(told)}"
+        return before.model_copy(update={"stage": "Invalid"}), condition(
+            KIND, "Ready", "False", "ManifestMismatch", text
+        )
+    status = before.model_copy(
+        update={
+            "stage": "Ready",
+            "base_model_digest": checked.base_model.digest or checked.base_model.uri,
+            "rank": checked.rank,
+            "target_modules": checked.target_modules,
+            "size_bytes": checked.size_bytes,
+            "metrics": checked.metrics,
+            "score": score(checked.metrics),
+            "verified_at": now(),
+        }
+    )
+    text = f"{len(checked.files)} files, {checked.size_bytes} bytes, every SHA-256 verified"
+    return status, condition(KIND, "Ready", "True", "Verified", text)
+
+
+def score(metrics: dict[str, float]) -> str | None:
+    """base -> adapter of the main metric, for kubectl get (PURE)."""
+    for name in ("exactMatch", "evalLoss"):
+        if name in metrics:
+            base = metrics.get(f"base/{name}")
+            return f"{base:.2f} -> {metrics[name]:.2f}" if base is not None else f"{metrics[name]:.2f}"
+    return None
+
+
+def serving(adapter: Adapter, deployments: list[Manifest]) -> list[str]:
+    """Names of the deployments that serve this version now, or are still taking it away (PURE)."""
+    name = adapter.metadata.name
+    users = []
+    for raw in deployments:
+        status = raw.get("status", {})
+        loaded = {
+            item["adapter"]
+            for replica in status.get("replicaStatus", [])
+            for item in replica.get("adapters", [])
+            if item.get("state") not in {"Failed", "Pending"}
+        }
+        resolved = {item.get("name") for item in status.get("adapters", [])}
+        routed = {item.get("adapter") for item in status.get("models", [])}
+        if name in loaded | resolved | routed:
+            users.append(raw["metadata"]["name"])
+    return sorted(users)
+
+
+def in_use(used_by: list[str]) -> Condition:
+    """The condition InUse (PURE)."""
+    if used_by:
+        return condition(KIND, "InUse", "True", "Served", f"served by {', '.join(used_by)}; a deletion waits for them")
+    return condition(KIND, "InUse", "False", "NotServed", "no AdapterDeployment serves it")
+
+
+async def _clean_up(ctx: Context, raw: Manifest, adapter: Adapter, used_by: list[str]) -> float | None:
+    if used_by:
+        ready = find(adapter.status.conditions, "Ready")
+        status = adapter.status.model_copy(update={"stage": "Deleting", "used_by": used_by})
+        await ctx.write_status(raw, status, ([ready] if ready else []) + [in_use(used_by)])
+        return WAITING
+    if adapter.spec.deletion_policy == "Delete":
+        bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+        own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
+        if bucket == ctx.store.config.bucket and prefix.startswith(own):
+            await ctx.blocking(ctx.store.delete_prefix, prefix)
+    await ctx.remove_finalizer(adapter, KIND)
+    return None

@@ -1,0 +1,119 @@
+"""What pods say about themselves (PURE): why one does not run yet, why one ended."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from graft.contracts import EXIT_CODES, Reason, Termination
+
+Pod = dict[str, Any]
+STUCK = {
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "ErrImageNeverPull",
+    "RunContainerError",
+    "CrashLoopBackOff",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a container ended."""
+
+    reason: str
+    message: str
+    remedy: str
+    at: str | None
+
+    @property
+    def text(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+def name(pod: Pod) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def phase(pod: Pod) -> str:
+    return str(pod.get("status", {}).get("phase", "Pending"))
+
+
+def is_ready(pod: Pod) -> bool:
+    """Ready, and not on its way out."""
+    if pod["metadata"].get("deletionTimestamp"):
+        return False
+    return any(
+        item["type"] == "Ready" and item["status"] == "True" for item in pod.get("status", {}).get("conditions", [])
+    )
+
+
+def statuses(pod: Pod) -> list[dict[str, Any]]:
+    """The containers' statuses, init containers first."""
+    status = pod.get("status", {})
+    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+
+
+def running(pod: Pod, container: str) -> bool:
+    return any(item["name"] == container and "running" in item.get("state", {}) for item in statuses(pod))
+
+
+def waiting_message(pod: Pod) -> str | None:
+    """Why a pod does not run yet: not scheduled, or a container that cannot start. None when nothing is wrong."""
+    for item in pod.get("status", {}).get("conditions", []):
+        if item["type"] == "PodScheduled" and item["status"] == "False":
+            return f"pod {name(pod)} finds no node: {item.get('message', item.get('reason', ''))}"
+    for item in statuses(pod):
+        waiting = item.get("state", {}).get("waiting", {})
+        if waiting.get("reason") in STUCK:
+            ending = _ending(item.get("lastState", {}).get("terminated") or {}, item["name"])
+            detail = ending.text if ending else waiting.get("message", "")
+            return f"container {item['name']} of pod {name(pod)}: {waiting['reason']}: {detail}".strip(": ")
+    return None
+
+
+def ending(pod: Pod) -> Ending | None:
+    """Why a failed pod ended: the training container's own words where it left any."""
+    status = pod.get("status", {})
+    for item in statuses(pod):
+        found = _ending(item.get("state", {}).get("terminated") or {}, item["name"])
+        if found is not None:
+            return found
+    if phase(pod) != "Failed":
+        return None
+    reason = str(status.get("reason", "Failed"))
+    disrupted = any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in status.get("conditions", []))
+    message = status.get("message") or f"pod {name(pod)} failed: {reason}"
+    return Ending(Reason.INTERRUPTED if disrupted or reason == "Evicted" else Reason.INTERNAL_ERROR, message, "", None)
+
+
+def _ending(terminated: dict[str, Any], container: str) -> Ending | None:
+    code = terminated.get("exitCode", 0)
+    if not terminated or code == 0:
+        return None
+    at = terminated.get("finishedAt")
+    try:
+        said = Termination.model_validate(json.loads(terminated.get("message", "")))
+        return Ending(said.reason, said.message, said.remedy, at)
+    except (ValueError, ValidationError):
+        pass
+    if terminated.get("reason") == "OOMKilled":
+        return Ending(
+            Reason.OUT_OF_MEMORY,
+            f"container {container} was killed: it used more memory than its limit.",
+            "Raise resources.limits.memory, or lower training.perDeviceTrainBatchSize or training.maxLength.",
+            at,
+        )
+    known = {number: reason for reason, number in EXIT_CODES.items()}
+    reason = known.get(code, Reason.INTERRUPTED if code in {137, 143} else Reason.INTERNAL_ERROR)
+    tail = (terminated.get("message") or "").strip()[-400:]
+    return Ending(
+        reason,
+        f"container {container} ended with exit code {code}. {tail}".strip(),
+        f"See its log: container {container}.",
+        at,
+    )

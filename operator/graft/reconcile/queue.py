@@ -1,0 +1,102 @@
+"""Who is looked at when: one worker per resource, woken by events, repeated while something is on its way.
+
+Bursts coalesce (a wake-up during a look causes exactly one more), one writer owns a resource, an error is tried again with
+exponential back-off, and everything is looked at again from time to time, so a lost event costs minutes and never correctness.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from graft import metrics
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str, str]  # kind, namespace, name
+Reconcile = Callable[[str, str], Awaitable[float | None]]
+
+RESYNC = 600.0
+BACKOFF_FIRST = 1.0
+BACKOFF_LAST = 60.0
+CONCURRENCY = 16
+
+
+class Queue:
+    """Workers for all resources of one operator."""
+
+    def __init__(self, reconcilers: dict[str, Reconcile], resync: float = RESYNC) -> None:
+        self._reconcilers = reconcilers
+        self._resync = resync
+        self._wakes: dict[Key, asyncio.Event] = {}
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+        self.last_done = time.monotonic()
+        self.busy: dict[Key, float] = {}  # since when, for the probe
+
+    def wake(self, kind: str, namespace: str, name: str) -> None:
+        """Look at a resource soon."""
+        key = (kind, namespace, name)
+        if key not in self._wakes:
+            self._wakes[key] = asyncio.Event()
+            self._tasks[key] = asyncio.create_task(self._work(key), name="/".join(key))
+            metrics.RESOURCES.labels(kind).inc()
+        self._wakes[key].set()
+
+    def forget(self, kind: str, namespace: str, name: str) -> None:
+        """The resource is gone."""
+        key = (kind, namespace, name)
+        if self._wakes.pop(key, None) is not None:
+            self._tasks.pop(key).cancel()
+            self.busy.pop(key, None)
+            metrics.RESOURCES.labels(kind).dec()
+
+    def keys(self, kind: str, namespace: str | None = None) -> list[Key]:
+        """The followed resources of a kind."""
+        return [key for key in self._wakes if key[0] == kind and namespace in {None, key[1]}]
+
+    async def stop(self) -> None:
+        """End all workers."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _work(self, key: Key) -> None:
+        wake, failures = self._wakes[key], 0
+        while True:
+            wake.clear()
+            pause = await self._once(key)
+            if pause is None:
+                failures += 1
+                pause = min(BACKOFF_LAST, BACKOFF_FIRST * 2 ** (failures - 1))
+            else:
+                failures = 0
+            pause *= random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+            try:
+                await asyncio.wait_for(wake.wait(), pause)
+            except TimeoutError:
+                continue
+            if failures:
+                await asyncio.sleep(min(pause, BACKOFF_FIRST))  # events must not turn a failing look into a hot loop
+
+    async def _once(self, key: Key) -> float | None:
+        """One look; the seconds to the next, None after an error."""
+        kind, namespace, name = key
+        async with self._slots:
+            self.busy[key] = started = time.monotonic()
+            try:
+                pause = await self._reconcilers[kind](namespace, name)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                metrics.RECONCILES.labels(kind, "error").inc()
+                log.exception("reconcile failed", extra={"resource": "/".join(key), "error": str(error)})
+                return None
+            finally:
+                self.busy.pop(key, None)
+                self.last_done = time.monotonic()
+                metrics.RECONCILE_SECONDS.labels(kind).observe(time.monotonic() - started)
+            metrics.RECONCILES.labels(kind, "done").inc()
+            return self._resync if pause is None else pause

@@ -1,0 +1,75 @@
+"""Which version a job publishes (PURE): semver, a patch for the same recipe, a minor for another, a major for another base."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from graft.api.finetunejob import FineTuneJobSpec
+
+Version = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A version that is published, or reserved by a job. recipe and base are None where nobody remembers them."""
+
+    version: str
+    recipe: str | None
+    base_model: str | None
+
+
+def parse(version: str) -> Version | None:
+    """1.2.3 as numbers; None for anything else."""
+    parts = version.split(".")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        return None
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def recipe(spec: FineTuneJobSpec) -> str:
+    """Digest of what shapes a run besides its data and base model: method, hyperparameters, prompt format."""
+    dataset = spec.dataset
+    parts = {
+        "method": spec.method.wire(),
+        "training": spec.training.wire(),
+        "format": dataset.format,
+        "template": dataset.template,
+    }
+    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def next_version(known: Iterable[Known], recipe: str, base_model: str) -> str:
+    """The version that follows the newest known one; 1.0.0 for the first."""
+    numbered = [(number, item) for item in known if (number := parse(item.version)) is not None]
+    if not numbered:
+        return "1.0.0"
+    top = max(number for number, _ in numbered)
+    major, minor, patch = top
+    newest = [item for number, item in numbered if number == top]
+    if any(item.base_model not in {None, base_model} for item in newest):
+        return f"{major + 1}.0.0"
+    if any(item.recipe == recipe for item in newest):
+        return f"{major}.{minor}.{patch + 1}"
+    return f"{major}.{minor + 1}.0"
+
+
+def matches(ref: str, version: str) -> bool:
+    """Whether a version satisfies latest, 1.2.3, ^1, ^1.2 or ^1.2.3 (the part behind the @)."""
+    number = parse(version)
+    if number is None:
+        return False
+    if ref == "latest":
+        return True
+    parts = [int(part) for part in ref.removeprefix("^").split(".")]
+    if not ref.startswith("^"):
+        return list(number[: len(parts)]) == parts
+    lower = (*parts, *([0] * (3 - len(parts))))
+    # npm's caret: the leftmost non-zero part stays; below 1.0.0 that is the minor, or the patch.
+    if parts[0] > 0 or len(parts) == 1:
+        upper = (parts[0] + 1, 0, 0)
+    elif parts[1] > 0 or len(parts) == 2:
+        upper = (0, parts[1] + 1, 0)
+    else:
+        upper = (0, 0, parts[2] + 1)
+    return lower <= number < upper

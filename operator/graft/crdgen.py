@@ -7,7 +7,6 @@ diff when a file on disk is not what the models say. Pydantic writes JSON Schema
 
 import argparse
 import difflib
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, cast
 import yaml
 
 from graft.api import GROUP, VERSION, Resource, adapter, adapterdeployment, basemodel, finetunejob
+from graft.status import REASONS
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD_DIRS = (Path("crds"), Path("charts/graft/files/crds"))
@@ -231,8 +231,8 @@ def _all_rules(schema: JsonObject) -> list[str]:
     return messages
 
 
-def reference(reasons: dict[str, dict[str, str]]) -> str:
-    """docs/reference.md; `reasons` gives, per kind, what each reason of a condition means."""
+def reference(reasons: dict[str, dict[str, dict[str, str]]]) -> str:
+    """docs/reference.md; `reasons` gives, per kind and condition type, what each reason means."""
     lines = [
         "# Reference",
         "",
@@ -259,9 +259,12 @@ def reference(reasons: dict[str, dict[str, str]]) -> str:
         if rules := _all_rules(schema):
             lines += ["", f"### {crd['kind']} rules", "", "The API server refuses what breaks one of these:", ""]
             lines += [f"- {message}" for message in rules]
-        if kind_reasons := reasons.get(crd["kind"]):
-            lines += ["", f"### {crd['kind']} reasons", "", "| reason | what it means |", "|---|---|"]
-            lines += [f"| `{reason}` | {_cell(text)} |" for reason, text in kind_reasons.items()]
+        lines += ["", f"### {crd['kind']} conditions", "", "| condition | reason | what it means |", "|---|---|---|"]
+        lines += [
+            f"| `{condition}` | `{reason}` | {_cell(meaning)} |"
+            for condition, meanings in reasons[crd["kind"]].items()
+            for reason, meaning in meanings.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -274,11 +277,7 @@ def generated() -> dict[Path, str]:
         )
         for folder in CRD_DIRS:
             files[folder / f"{module.CRD['plural']}.{GROUP}.yaml"] = text
-    try:
-        reasons = importlib.import_module("graft.status").REASONS
-    except ModuleNotFoundError:
-        reasons = {}
-    files[REFERENCE] = reference(reasons)
+    files[REFERENCE] = reference(REASONS)
     return files
 
 

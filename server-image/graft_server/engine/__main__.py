@@ -1,0 +1,74 @@
+"""`python -m graft_server.engine`: loads the model, serves, and leaves in order on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+
+import torch
+from aiohttp import web
+
+from graft_server.engine.app import Server
+from graft_server.engine.model import BaseModel, load_base_model
+from graft_server.engine.settings import Settings, parse
+
+log = logging.getLogger("graft_server.engine")
+
+
+def main() -> None:
+    """Runs the engine until SIGTERM or SIGINT."""
+    settings = parse()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(usable_cores())
+    base = load_base_model(settings)
+    asyncio.run(serve(settings, base))
+
+
+async def serve(settings: Settings, base: BaseModel) -> None:
+    """Serves until a signal, then finishes what runs. A second signal ends at once."""
+    stop = asyncio.Event()
+    again = asyncio.Event()
+
+    def on_signal() -> None:
+        (again if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+
+    server = Server(settings, base)
+    runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.host, settings.port).start()
+        for address in runner.addresses:  # the real port where the flag said 0
+            log.info("serving %s on %s:%d", ", ".join(settings.served_model_names), address[0], address[1])
+        await stop.wait()
+        log.info("finishing running requests")
+        drain = asyncio.create_task(server.drain(settings.shutdown_timeout))
+        impatient = asyncio.create_task(again.wait())
+        await asyncio.wait({drain, impatient}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (drain, impatient):
+            task.cancel()
+    finally:
+        await server.close()
+        await runner.cleanup()
+
+
+def usable_cores() -> int:
+    """The cores this process may use: torch counts the machine's and overlooks a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return int(os.environ.get("OMP_NUM_THREADS") or cores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""From a request to running sequences and back: the bridge between the event loop and the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from types import TracebackType
+
+from graft_server.engine.generation import Engine, Output, OverloadedError, Sequence, StoppedError
+from graft_server.engine.metrics import Metrics
+from graft_server.engine.model import BaseModel, PromptError
+from graft_server.engine.protocol import (
+    MAX_PROMPTS,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    bad_request,
+    unavailable,
+    unknown_model,
+)
+from graft_server.engine.registry import AdapterRegistry
+from graft_server.engine.residency import Adapter
+from graft_server.engine.sampling import Sampling
+from graft_server.engine.text import TextStream
+
+DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat answer may fill the context
+
+
+class Answers:
+    """The sequences of one request, in the order of the answer's choices.
+
+    An async context manager: leaving it cancels what still runs. Iterating gives (choice, Output) as they come.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self.sequences: list[Sequence] = []
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._engine = engine
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._open: set[int] = set()
+        self._last_token: dict[int, float] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Adds a choice, before the start."""
+        index = len(self.sequences)
+        sequence.emit = lambda output: self._emit(index, output)
+        self.sequences.append(sequence)
+        self._open.add(index)
+
+    def start(self) -> None:
+        """Queues all choices. Raises ApiError 503 where there is no room."""
+        try:
+            self._engine.submit(self.sequences)
+        except OverloadedError as error:
+            raise unavailable("the server is overloaded: its queue is full") from error
+        except StoppedError as error:
+            raise unavailable("the server is shutting down") from error
+        for sequence in self.sequences:
+            self._metrics.started(len(sequence.prompt))
+
+    async def __aenter__(self) -> Answers:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open:
+            self._engine.cancel([self.sequences[index] for index in self._open])
+            for index in self._open:
+                self._metrics.finished("abort", time.monotonic() - self.sequences[index].arrived)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+        """Gives outputs until every choice has ended. Raises ApiError where one fails."""
+        while self._open:
+            index, output = await self._outputs.get()
+            self._measure(index, output)
+            if output.error is not None:
+                raise _failure(output)
+            yield index, output
+
+    def _emit(self, index: int, output: Output) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
+
+    def _measure(self, index: int, output: Output) -> None:
+        sequence, now = self.sequences[index], time.monotonic()
+        if output.tokens:
+            self.completion_tokens += 1
+            last = self._last_token.get(index)
+            queued = (sequence.started or now) - sequence.arrived
+            self._metrics.token(now - sequence.arrived, last and now - last, queued)
+            self._last_token[index] = now
+        if output.finish_reason:
+            self._open.discard(index)
+            self._metrics.finished(output.finish_reason, now - sequence.arrived)
+
+
+class Generator:
+    """Turns parsed requests into Answers."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        base_names: tuple[str, ...],
+        engine: Engine,
+        registry: AdapterRegistry,
+        metrics: Metrics,
+        max_sequences: int,
+    ) -> None:
+        self._base = base
+        self._base_names = base_names
+        self._engine = engine
+        self._registry = registry
+        self._metrics = metrics
+        self._max_sequences = max_sequences  # that can be in the engine at once
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # off the loop, one at a time
+
+    async def start(self, request: ChatRequest | CompletionRequest) -> Answers:
+        """Queues a request. Raises ApiError where it cannot be served."""
+        self._adapter(request.model)  # an unknown model is refused before any work
+        loop = asyncio.get_running_loop()
+        try:
+            prompts = await loop.run_in_executor(self._tokenizing, self._tokenize, request)
+        except PromptError as error:
+            raise bad_request(str(error)) from error
+        n = request.n or 1
+        if len(prompts) * n > self._max_sequences:
+            raise bad_request(f"prompt and n ask for {len(prompts) * n} answers; at most {self._max_sequences} can run")
+
+        # Looked up again, with no wait until the sequences are queued: what is queued survives an unload.
+        adapter = self._adapter(request.model)
+        answers = Answers(self._engine, self._metrics)
+        for prompt in prompts:
+            max_tokens = self._max_tokens(request, len(prompt))
+            for choice in range(n):
+                answers.add(self._sequence(request, prompt, adapter, max_tokens, choice))
+        answers.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        answers.start()
+        return answers
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        if not name or name in self._base_names:
+            return None
+        if name not in self._registry.entries:
+            raise unknown_model(name)
+        return self._registry.entries[name].adapter
+
+    def _tokenize(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        if isinstance(request, ChatRequest):
+            messages = [message.for_template() for message in request.messages]
+            return [self._base.encode_chat(messages, request.chat_template_kwargs or {})]
+        prompts = request.prompts()
+        if len(prompts) > MAX_PROMPTS:
+            raise PromptError(f"prompt: {len(prompts)} prompts in one request; at most {MAX_PROMPTS} are taken")
+        encoded = [self._base.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for ids in encoded:
+            if not ids:
+                raise PromptError("prompt: it has no tokens")
+            if not all(0 <= token < self._base.vocab_size for token in ids):
+                raise PromptError(f"prompt: token ids must be from 0 to {self._base.vocab_size - 1}")
+        return encoded
+
+    def _max_tokens(self, request: GenerationRequest, prompt_tokens: int) -> int:
+        limit = self._base.max_model_len
+        wanted = request.max_tokens
+        if isinstance(request, ChatRequest):
+            wanted = request.max_completion_tokens or wanted
+        elif wanted is None:
+            wanted = min(DEFAULT_COMPLETION_TOKENS, max(limit - prompt_tokens, 1))
+        total = prompt_tokens + (wanted or 1)
+        if total > limit:
+            raise bad_request(
+                f"This model's maximum context length is {limit} tokens. However, you requested {wanted or 1} output "
+                f"tokens and your prompt contains {prompt_tokens} input tokens, for a total of {total} tokens. "
+                "Please reduce the length of the prompt or max_tokens.",
+                "max_tokens" if prompt_tokens < limit else "prompt",
+            )
+        return wanted or limit - prompt_tokens
+
+    def _sequence(
+        self, request: GenerationRequest, prompt: list[int], adapter: Adapter | None, max_tokens: int, choice: int
+    ) -> Sequence:
+        defaults = self._base.defaults
+        sampling = Sampling(
+            temperature=defaults.temperature if request.temperature is None else request.temperature,
+            top_p=defaults.top_p if request.top_p is None else request.top_p,
+            top_k=max(defaults.top_k if request.top_k is None else request.top_k, 0),
+            seed=None if request.seed is None else (request.seed + choice + 2**63) % 2**64 - 2**63,
+        )
+        return Sequence(
+            prompt=prompt,
+            adapter=adapter,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            eos_ids=frozenset() if request.ignore_eos else self._base.eos_ids,
+            text=TextStream(self._base.tokenizer, prompt, request.stop_strings),
+            emit=_nobody,
+        )
+
+
+def _nobody(output: Output) -> None:
+    """Before a sequence belongs to Answers."""
+
+
+def _failure(output: Output) -> ApiError:
+    message = output.error or ""
+    if output.finish_reason == "abort":
+        return unavailable(message)
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", message)

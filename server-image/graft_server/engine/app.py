@@ -1,0 +1,228 @@
+"""The HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from aiohttp import web
+
+from graft_server.engine.answers import Answers, Generator
+from graft_server.engine.generation import Engine
+from graft_server.engine.metrics import Metrics
+from graft_server.engine.model import BaseModel
+from graft_server.engine.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    LoadLoraRequest,
+    Shapes,
+    UnloadLoraRequest,
+    model_card,
+    parse_body,
+    unavailable,
+    usage,
+)
+from graft_server.engine.registry import AdapterRegistry
+from graft_server.engine.residency import Residency
+from graft_server.engine.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MAX_BODY_BYTES = 16 << 20
+
+
+class Server:
+    """One base model behind its routes. Create it on the running event loop, `close` it at the end."""
+
+    def __init__(self, settings: Settings, base: BaseModel) -> None:
+        self.engine = Engine(
+            base,
+            Residency(base, settings.max_cpu_loras, settings.max_lora_rank),
+            max_num_seqs=settings.max_num_seqs,
+            max_waiting=settings.max_waiting_requests,
+            max_loras=settings.max_loras,
+        )
+        self._settings = settings
+        self._base = base
+        names = settings.served_model_names
+        self.registry = AdapterRegistry(self.engine, base, names, settings.max_lora_rank)
+        self._metrics = Metrics(names[0], settings.max_loras, self.engine.activity)
+        self._generator = Generator(
+            base,
+            names,
+            self.engine,
+            self.registry,
+            self._metrics,
+            settings.max_num_seqs + settings.max_waiting_requests,
+        )
+        self._started = int(time.time())
+        self._draining = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.engine.start()
+
+    def application(self) -> web.Application:
+        """The aiohttp application. Run it with handler_cancellation, so that a caller who leaves frees its slot."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors, self._guard])
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._show_metrics)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._completion)
+        if self._settings.runtime_loading:
+            app.router.add_post("/v1/load_lora_adapter", self._load)
+            app.router.add_post("/v1/unload_lora_adapter", self._unload)
+        return app
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuses new requests from now on and waits for the running ones. Returns whether all of them ended."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stops the engine; requests that still run end with a 503."""
+        await asyncio.to_thread(self.engine.stop)
+
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ApiError as error:
+            headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+            return web.json_response(error.body, status=error.status, headers=headers)
+        except web.HTTPException as error:
+            wrapped = ApiError(error.status, error.reason, error.reason)
+            return web.json_response(wrapped.body, status=error.status)
+        except ConnectionError:
+            raise  # the caller is gone; aiohttp knows
+        except Exception as error:
+            log.exception("%s failed", request.path)
+            wrapped = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", f"internal error: {error!r}")
+            return web.json_response(wrapped.body, status=500)
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.startswith("/v1") and not self._authorized(request):
+            return web.json_response({"error": "Unauthorized"}, status=HTTPStatus.UNAUTHORIZED)
+        if request.method != "POST":
+            return await handler(request)
+        if self._draining:
+            raise unavailable("the server is shutting down")
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            return await handler(request)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    def _authorized(self, request: web.Request) -> bool:
+        if not self._settings.api_keys:
+            return True
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        given = key.strip().encode()
+        matches = [hmac.compare_digest(given, known.encode()) for known in self._settings.api_keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        healthy = self.engine.alive and not self._draining
+        return web.Response(status=HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def _version(self, request: web.Request) -> web.Response:
+        try:
+            return web.json_response({"version": version("graft")})
+        except PackageNotFoundError:
+            return web.json_response({"version": "unknown"})
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        body = await asyncio.to_thread(self._metrics.text)
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        names, started = self._settings.served_model_names, self._started
+        cards = [
+            model_card(name, self._settings.model, started, max_model_len=self._base.max_model_len) for name in names
+        ]
+        for name, entry in self.registry.entries.items():
+            cards.append(model_card(name, entry.adapter.path, entry.created, parent=names[0]))
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = parse_body(LoadLoraRequest, request.content_type, await request.read())
+        # Shielded: a caller who leaves must not leave an adapter behind that is in memory and has no name.
+        return web.Response(text=await asyncio.shield(self.registry.load(body)))
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        body = parse_body(UnloadLoraRequest, request.content_type, await request.read())
+        return web.Response(text=await asyncio.shield(self.registry.unload(body)))
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = parse_body(ChatRequest, request.content_type, await request.read())
+        return await self._generate(request, body)
+
+    async def _completion(self, request: web.Request) -> web.StreamResponse:
+        body = parse_body(CompletionRequest, request.content_type, await request.read())
+        return await self._generate(request, body)
+
+    async def _generate(self, request: web.Request, body: ChatRequest | CompletionRequest) -> web.StreamResponse:
+        request_id = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
+        model = body.model or self._settings.served_model_names[0]
+        shapes = Shapes(isinstance(body, ChatRequest), request_id, model)
+        async with await self._generator.start(body) as answers:
+            if body.stream:
+                return await _stream(request, answers, shapes, body.include_usage)
+            texts = [""] * len(answers.sequences)
+            reasons = [""] * len(answers.sequences)
+            async for index, output in answers:
+                texts[index] += output.text
+                reasons[index] = output.finish_reason or ""
+            counts = usage(answers.prompt_tokens, answers.completion_tokens)
+            return web.json_response(shapes.answer(list(zip(texts, reasons, strict=True)), counts))
+
+
+async def _stream(request: web.Request, answers: Answers, shapes: Shapes, include_usage: bool) -> web.StreamResponse:
+    """Writes server-sent events. The status is sent with the first event: an early failure is still an error answer."""
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+    )
+    opened: set[int] = set()
+
+    async def send(event: dict[str, Any]) -> None:
+        if not response.prepared:
+            await response.prepare(request)
+        await response.write(b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
+
+    try:
+        async for index, output in answers:
+            opening = None if index in opened else shapes.opening(index)
+            opened.add(index)
+            if opening:
+                await send(opening)
+            if output.text or output.finish_reason:
+                await send(shapes.chunk(index, output.text, output.finish_reason))
+        if include_usage:
+            await send(shapes.counts(usage(answers.prompt_tokens, answers.completion_tokens)))
+    except ApiError as error:
+        if not response.prepared:
+            raise
+        await send(error.body)
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response

@@ -1,0 +1,136 @@
+"""The base model and its tokenizer, read from one local directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from graft_server.engine.settings import Settings
+
+DEFAULT_CONTEXT = 2048  # tokens, for a config that states no limit
+
+
+class PromptError(ValueError):
+    """The messages cannot be turned into a prompt of this model."""
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """What LoRA needs to know of a module: its inputs, its outputs, and whether it is an embedding."""
+
+    inputs: int
+    outputs: int
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request gets that does not say otherwise."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model. `modules` has every module an adapter may target, by its full name."""
+
+    network: Any
+    tokenizer: Any
+    max_model_len: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    defaults: SamplingDefaults
+    modules: Mapping[str, ModuleShape]
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a completion prompt, special tokens of the tokenizer included."""
+        return list(self.tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_arguments: Mapping[str, Any]) -> list[int]:
+        """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
+
+        Raises PromptError where the template is missing, refuses the messages, or the arguments are reserved.
+        """
+        if not self.tokenizer.chat_template:
+            raise PromptError("messages: the model has no chat template; use /v1/completions or --chat-template")
+        reserved = set(signature(self.tokenizer.apply_chat_template).parameters) & set(template_arguments)
+        if reserved:
+            raise PromptError(f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
+            )
+        except Exception as error:  # a template is a program: it may fail in any way on what a client sends
+            raise PromptError(f"messages: the chat template refused them: {error}") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def load_base_model(settings: Settings) -> BaseModel:
+    """Loads the model that the settings name. Only safetensors are read and no code of the model's is run.
+
+    Raises OSError or ValueError where the directory holds no such model.
+    """
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    network = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    ).eval()
+    network.requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False, local_files_only=True)
+    if settings.chat_template:
+        tokenizer.chat_template = _chat_template(settings.chat_template)
+    tokenizer.encode("warm up")  # resets what tokenizer.json says about padding before two threads use it
+
+    config = network.config.get_text_config()
+    limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    length = settings.max_model_len or limit
+    if length > limit:
+        raise ValueError(f"--max-model-len {length} is more than the {limit} tokens the model's config allows")
+    generation = network.generation_config
+    return BaseModel(
+        network=network,
+        tokenizer=tokenizer,
+        max_model_len=length,
+        vocab_size=network.get_input_embeddings().weight.shape[0],
+        eos_ids=frozenset(_ids(generation.eos_token_id) + _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)),
+        defaults=_sampling_defaults(generation) if settings.generation_config == "auto" else SamplingDefaults(),
+        modules=adaptable_modules(network),
+    )
+
+
+def adaptable_modules(network: Any) -> dict[str, ModuleShape]:
+    """The modules of a network that LoRA can adapt: linear layers (GPT-2's Conv1D too) and embeddings."""
+    shapes = {}
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = ModuleShape(module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = ModuleShape(module.weight.shape[0], module.weight.shape[1])
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = ModuleShape(module.num_embeddings, module.embedding_dim, embedding=True)
+    return shapes
+
+
+def _sampling_defaults(generation: Any) -> SamplingDefaults:
+    given = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
+    return SamplingDefaults(**{name: value for name, value in given.items() if value is not None})
+
+
+def _chat_template(text_or_path: str) -> str:
+    if "{" in text_or_path:  # a template always has a brace, a path hardly ever
+        return text_or_path
+    return Path(text_or_path).read_text(encoding="utf-8")
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]

@@ -1,0 +1,93 @@
+"""The command line: vLLM's flag names and defaults wherever vLLM has the flag."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+TRUE_WORDS = ("1", "true")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one engine process was started with.
+
+    `max_loras` bounds the different adapters in one batch, `max_cpu_loras` those held in memory,
+    `max_waiting_requests` the sequences that queue before callers get 503.
+    """
+
+    model: str
+    served_model_names: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    max_loras: int = 1
+    max_cpu_loras: int = 1
+    max_lora_rank: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_waiting_requests: int = 64
+    generation_config: str = "auto"
+    chat_template: str | None = None
+    api_keys: tuple[str, ...] = ()
+    shutdown_timeout: float = 600.0
+    runtime_loading: bool = False
+
+
+def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Reads the command line and the environment.
+
+    Exits with argparse's status 2 and a message for a bad flag.
+    """
+    parser = argparse.ArgumentParser(prog="graft_server.engine", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="directory of the base model (safetensors)")
+    add("--served-model-name", nargs="+", help="names clients may use; the first one is shown (default: --model)")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto is float32 here")
+    add("--enable-lora", action="store_true", help="accepted for vLLM's sake: LoRA is always on here")
+    add("--max-loras", type=_positive, default=1, help="different adapters in one batch")
+    add("--max-cpu-loras", type=_positive, default=None, help="adapters held in memory (default: --max-loras)")
+    add("--max-lora-rank", type=int, default=16, choices=LORA_RANKS)
+    add("--max-model-len", type=_positive, default=None, help="default: what the model's config says")
+    add("--max-num-seqs", type=_positive, default=16, help="sequences in one batch")
+    add("--max-waiting-requests", type=_positive, default=64, help="sequences that may queue before a 503")
+    add("--generation-config", default="auto", choices=["auto", "vllm"], help="auto: sampling defaults of the model")
+    add("--chat-template", default=None, help="a file with a Jinja template, or the template itself")
+    add("--api-key", nargs="+", default=None, help="keys that /v1 asks for (or VLLM_API_KEY)")
+    add("--shutdown-timeout", type=float, default=600.0, help="seconds that running requests get after SIGTERM")
+    flags = parser.parse_args(arguments)
+
+    max_cpu_loras = flags.max_cpu_loras or flags.max_loras
+    if max_cpu_loras < flags.max_loras:
+        parser.error(f"--max-cpu-loras ({max_cpu_loras}) must be at least --max-loras ({flags.max_loras})")
+    key = environment.get("VLLM_API_KEY")
+    return Settings(
+        model=flags.model,
+        served_model_names=tuple(flags.served_model_name or [flags.model]),
+        host=flags.host,
+        port=flags.port,
+        dtype=flags.dtype,
+        max_loras=flags.max_loras,
+        max_cpu_loras=max_cpu_loras,
+        max_lora_rank=flags.max_lora_rank,
+        max_model_len=flags.max_model_len,
+        max_num_seqs=flags.max_num_seqs,
+        max_waiting_requests=flags.max_waiting_requests,
+        generation_config=flags.generation_config,
+        chat_template=flags.chat_template,
+        api_keys=tuple(flags.api_key or ([key] if key else [])),
+        shutdown_timeout=flags.shutdown_timeout,
+        runtime_loading=environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").strip().lower() in TRUE_WORDS,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value

@@ -1,0 +1,99 @@
+"""The container's command: python -m graft_trainer prepare | train. The only place where a run's failure is handled."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from graft.artifacts.store import StorageConfig
+from graft.contracts import EXIT_CODES, Reason, Termination
+from graft_trainer.failures import Interrupted, explain, write_termination
+from graft_trainer.run import Run, open_run, read_job
+from graft_trainer.settings import Settings, library_environment
+
+log = logging.getLogger("graft_trainer")
+LAST_WORDS = 3.0  # seconds for the last progress.json of a run that is asked to end
+FINAL_PATIENCE = 60.0  # seconds for the last progress.json of any other run
+GRACE = 8.0  # seconds after SIGTERM at which a run that is stuck in native code is ended
+
+
+def main(arguments: list[str]) -> int:
+    """Run one stage; the exit code."""
+    if len(arguments) != 1 or arguments[0] not in {"prepare", "train"}:
+        print("usage: python -m graft_trainer prepare|train", file=sys.stderr)
+        return 2
+    command = arguments[0]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    settings = Settings.from_environment(os.environ)
+    os.environ.update(library_environment(settings.work_dir, offline=command == "train"))
+    on_sigterm(settings)
+
+    run: Run | None = None
+    try:
+        job = read_job(settings.job_file)
+        storage = StorageConfig.from_dir(settings.storage_dir)
+        run = open_run(settings, storage, job, write_now=command == "prepare")
+        stage(command)(run)
+        run.progress.close(FINAL_PATIENCE)
+    except (Exception, Interrupted, KeyboardInterrupt) as error:
+        return fail(error, run, settings)
+    return 0
+
+
+def stage(command: str) -> Callable[[Run], None]:
+    """The stage's function; torch is imported for train only."""
+    if command == "prepare":
+        from graft_trainer.prepare import prepare
+
+        return prepare
+    from graft_trainer.pipeline import train_evaluate_publish
+
+    return train_evaluate_publish
+
+
+def fail(error: BaseException, run: Run | None, settings: Settings) -> int:
+    """Tell everybody who looks why the run failed: log, termination message, progress.json; the exit code."""
+    interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+    failure = explain(Interrupted() if interrupted else error, run.progress.state.training if run else None)
+    if interrupted:
+        log.warning("interrupted")
+    else:
+        log.error("failed", exc_info=error)
+    log.error("%s: %s", failure.reason, failure.message)
+    log.error("what to do: %s", failure.remedy)
+    write_termination(settings.termination_file, failure)
+    if run is not None:
+        run.progress.stage("Failed", failure=failure)
+        run.progress.close(LAST_WORDS if interrupted or failure.reason == Reason.STORAGE_UNAVAILABLE else 10)
+    return EXIT_CODES[failure.reason]
+
+
+def on_sigterm(settings: Settings) -> None:
+    """Raise Interrupted in the main thread at SIGTERM; end the process when that does not help in time."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        failure: Termination = explain(Interrupted())
+
+        def give_up() -> None:
+            write_termination(settings.termination_file, failure)
+            os._exit(EXIT_CODES[failure.reason])
+
+        watchdog = threading.Timer(GRACE, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    code = main(sys.argv[1:])
+    # Native threads of the libraries can hang the interpreter's own way out; everything is written by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,221 @@
+"""The dataset's lines (PURE): what a line of each format must look like, and every line that does not.
+
+Both prepare and train read the files with this code, so what prepare let through is what is learned.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from graft.api.finetunejob import Columns, Dataset
+from graft.contracts import Reason
+from graft_trainer.failures import Failure
+
+ROLES = ("system", "user", "assistant", "tool")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+SHOWN = 5  # bad lines that a message shows; all are counted
+EXCERPT = 100  # characters of a bad line that are shown
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line: a conversation, a prompt with its answer, or a text. Exactly one of the three is there."""
+
+    line: int
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    answer: str | None = None  # what the model should say; for a conversation its last message
+    text: str | None = None
+
+
+class _Bad(Exception):
+    """What is wrong with a line."""
+
+
+def check_template(template: str | None) -> None:
+    """Failure when an instruction template cannot be filled."""
+    if template is None:
+        return
+    names = set(PLACEHOLDER.findall(template))
+    if unknown := sorted(names - {"instruction", "input"}):
+        raise Failure(
+            Reason.DATASET_INVALID,
+            f"dataset.template has unknown placeholders: {', '.join(f'{{{name}}}' for name in unknown)}",
+            "Use only {instruction} and {input} in dataset.template.",
+        )
+    if "instruction" not in names:
+        raise Failure(
+            Reason.DATASET_INVALID,
+            "dataset.template has no {instruction}: every prompt would be the same",
+            "Put {instruction}, and {input} where there is further input, into dataset.template.",
+        )
+
+
+def read_examples(lines: Iterable[bytes], spec: Dataset, *, role: str, uri: str, limit: int | None) -> list[Example]:
+    """The examples of a JSONL file, the first `limit` of them. Failure names the bad lines and counts them.
+
+    `role` is train or eval, for the messages. Empty lines are passed over.
+    """
+    parse = _parser(spec)
+    examples: list[Example] = []
+    bad: list[str] = []
+    count = seen = 0
+    for number, raw in enumerate(lines, start=1):
+        content = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if not content.strip():
+            continue
+        if limit is not None and seen >= limit:
+            break
+        seen += 1
+        try:
+            examples.append(parse(number, _record(content)))
+        except _Bad as error:
+            count += 1
+            if len(bad) < SHOWN:
+                bad.append(f"line {number}: {error} — {_excerpt(content)}")
+    if count:
+        more = f"; and {count - len(bad)} more" if count > len(bad) else ""
+        raise Failure(
+            Reason.DATASET_INVALID,
+            f"dataset.{role} ({uri}): {count} of {seen} lines {'is' if count == 1 else 'are'} invalid: {'; '.join(bad)}{more}",
+            _remedy(spec),
+        )
+    if not examples:
+        raise Failure(
+            Reason.DATASET_INVALID,
+            f"dataset.{role} ({uri}) has no examples: the file is empty",
+            "Put one JSON object per line into the file, or correct the URI.",
+        )
+    return examples
+
+
+def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, held out): `share` of the examples, at least one, drawn with `seed`; both keep the file's order."""
+    if len(examples) < 2:
+        raise Failure(
+            Reason.DATASET_INVALID,
+            f"dataset.evalSplit needs at least 2 examples, dataset.train has {len(examples)}",
+            "Add examples, or remove dataset.evalSplit.",
+        )
+    size = min(len(examples) - 1, max(1, round(len(examples) * share)))
+    held = set(random.Random(seed).sample(range(len(examples)), size))  # noqa: S311 - a reproducible draw
+    return (
+        [example for index, example in enumerate(examples) if index not in held],
+        [example for index, example in enumerate(examples) if index in held],
+    )
+
+
+def fill(template: str, instruction: str, further: str) -> str:
+    """The prompt: placeholders filled, other braces left as they are."""
+    values = {"instruction": instruction, "input": further}
+    return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+
+
+def _parser(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
+    columns = spec.columns or Columns()
+    if spec.format == "chat":
+        return lambda line, record: _chat(line, record, columns.messages or "messages")
+    if spec.format == "instruction":
+        return lambda line, record: _instruction(line, record, columns, spec.template)
+    return lambda line, record: Example(line, text=_string(record, columns.text or "text"))
+
+
+def _record(raw: bytes) -> dict[str, Any]:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise _Bad(f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})") from error
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _Bad(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise _Bad("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise _Bad(f"a JSON {_kind(record)}, not an object")
+    if "\\u" in text:  # an escape can stand for half a character, which no tokenizer takes
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _Bad("an unpaired surrogate escape (\\ud800 to \\udfff)") from error
+    return record
+
+
+def _chat(line: int, record: dict[str, Any], column: str) -> Example:
+    messages = _field(record, column)
+    if not isinstance(messages, list) or not messages:
+        raise _Bad(f"{column} must be a list of messages that is not empty")
+    for index, message in enumerate(messages):
+        where = f"{column}[{index}]"
+        if not isinstance(message, dict):
+            raise _Bad(f"{where} is a {_kind(message)}, not an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise _Bad(f"{where}.role is {json.dumps(role, ensure_ascii=False)}, not one of {', '.join(ROLES)}")
+        if role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]:
+            continue
+        if not isinstance(content, str) or not content.strip():
+            problem = "is empty" if isinstance(content, str) else f"is a {_kind(content)}, not a text"
+            raise _Bad(f"{where}.content {problem if 'content' in message else 'is missing'}")
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise _Bad(f"the last message is from {last['role']}, not from assistant: there is no answer to learn")
+    if all(message["role"] in {"assistant", "system"} for message in messages):
+        raise _Bad("there is no user message before the answer")
+    return Example(line, messages=tuple(messages), answer=last.get("content") or "")
+
+
+def _instruction(line: int, record: dict[str, Any], columns: Columns, template: str | None) -> Example:
+    instruction = _string(record, columns.instruction or "instruction")
+    answer = _string(record, columns.output or "output")
+    name = columns.input or "input"
+    further = record.get(name)
+    if further is None:
+        further = ""
+    if not isinstance(further, str):
+        raise _Bad(f"{name} is a {_kind(further)}, not a text")
+    if template is not None:
+        return Example(line, prompt=fill(template, instruction, further), answer=answer)
+    question = f"{instruction}\n\n{further}" if further.strip() else instruction
+    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Example(line, messages=messages, answer=answer)
+
+
+def _field(record: dict[str, Any], name: str) -> Any:
+    if name not in record:
+        found = ", ".join(sorted(record)[:8]) or "none"
+        raise _Bad(f"there is no field {name} (fields: {found})")
+    return record[name]
+
+
+def _string(record: dict[str, Any], name: str) -> str:
+    value = _field(record, name)
+    if not isinstance(value, str):
+        raise _Bad(f"{name} is a {_kind(value)}, not a text")
+    if not value.strip():
+        raise _Bad(f"{name} is empty")
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")
+
+
+def _excerpt(raw: bytes) -> str:
+    text = raw.decode(errors="replace").strip()
+    return text if len(text) <= EXCERPT else text[:EXCERPT] + "…"
+
+
+def _remedy(spec: Dataset) -> str:
+    if spec.format == "chat":
+        shape = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+    elif spec.format == "instruction":
+        shape = '{"instruction": "…", "input": "…", "output": "…"}'
+    else:
+        shape = '{"text": "…"}'
+    return f"Correct these lines to one {shape} each, or set dataset.format and dataset.columns to what the file has."

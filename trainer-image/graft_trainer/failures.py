@@ -1,0 +1,173 @@
+"""How a run fails: one place that turns any exception into a reason, a message and a remedy that a user can act on."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from graft.artifacts.sources import SourceError
+from graft.artifacts.store import StoreError
+from graft.contracts import Reason, Termination
+
+TERMINATION_LIMIT = 4096  # bytes that Kubernetes keeps of a termination message
+REMEDY_LIMIT = 600  # characters
+
+
+class Failure(Exception):
+    """A failure whose cause is known."""
+
+    def __init__(self, reason: Reason, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.remedy = remedy
+
+
+class Interrupted(BaseException):
+    """The kubelet asked the pod to end. No Exception, so that no library's handler swallows it."""
+
+
+def explain(error: BaseException, hyperparameters: dict[str, Any] | None = None) -> Termination:
+    """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known."""
+    if isinstance(error, Failure):
+        return Termination(reason=error.reason, message=error.message, remedy=error.remedy)
+    if isinstance(error, Interrupted):
+        return Termination(
+            reason=Reason.INTERRUPTED,
+            message="The pod was asked to end before the run was complete.",
+            remedy="Nothing is to be done: the Job starts another attempt unless it was deleted.",
+        )
+    if out_of_memory(error):
+        return _out_of_memory(error, hyperparameters or {})
+    if isinstance(error, StoreError):
+        return store_failure(error)
+    if isinstance(error, SourceError):
+        return base_model_failure(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return Termination(
+            reason=Reason.CONFIGURATION_INVALID,
+            message=f"The pod's work folder is full: {error}",
+            remedy="Raise resources.limits.ephemeral-storage of the FineTuneJob above the size of base model and dataset.",
+        )
+    return Termination(
+        reason=Reason.INTERNAL_ERROR,
+        message=f"{type(error).__name__}: {error}",
+        remedy="Read the container's log for the traceback and report it if it looks like a fault of Graft.",
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU. By name, so that prepare need not import torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    signs = ("DefaultCPUAllocator", "can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _out_of_memory(error: BaseException, known: dict[str, Any]) -> Termination:
+    message = f"Memory ran out: {_first_line(str(error)) or type(error).__name__}"
+    batch, steps = known.get("perDeviceTrainBatchSize"), known.get("gradientAccumulationSteps")
+    if isinstance(batch, int) and isinstance(steps, int) and batch > 1:
+        remedy = (
+            f"Set training.perDeviceTrainBatchSize to {batch // 2} (it was {batch}) and "
+            f"training.gradientAccumulationSteps to {steps * 2}, or give the job more memory."
+        )
+    elif isinstance(batch, int):
+        remedy = (
+            f"Set training.gradientCheckpointing to true, lower training.maxLength (it was {known.get('maxLength')}), "
+            "use method qlora, or give the job more memory."
+        )
+    else:
+        remedy = "Give the job more memory, use method qlora, or use a smaller base model."
+    return Termination(reason=Reason.OUT_OF_MEMORY, message=message, remedy=remedy)
+
+
+def store_failure(error: StoreError, *, publishing: bool = False) -> Termination:
+    """A failed call to the object store. While publishing, what the tenant's key may not write is an upload that failed."""
+    message = str(error)
+    match error.trouble:
+        case "denied" if publishing:
+            return Termination(
+                reason=Reason.UPLOAD_FAILED,
+                message=f"The store refused the adapter's files: {message}",
+                remedy="Let the key in the Secret graft-storage write below the tenant's prefix, then run the job again.",
+            )
+        case "denied":
+            return Termination(
+                reason=Reason.STORAGE_DENIED,
+                message=f"The store refused the request: {message}",
+                remedy="Check that the key in the Secret graft-storage is valid and may read and write below its prefix.",
+            )
+        case "full":
+            return Termination(
+                reason=Reason.UPLOAD_FAILED,
+                message=f"The store is full: {message}",
+                remedy="Free space in the bucket or raise its quota, then run the job again.",
+            )
+        case "exists":
+            return Termination(
+                reason=Reason.VERSION_EXISTS,
+                message=f"The version is published already: {message}",
+                remedy="Give another output.version or leave it at auto; published versions never change.",
+            )
+        case "missing":
+            return Termination(
+                reason=Reason.STORAGE_DENIED,
+                message=f"The bucket or object is not there: {message}",
+                remedy="Create the bucket that the Secret graft-storage names, or correct its name there.",
+            )
+        case _:
+            return Termination(
+                reason=Reason.STORAGE_UNAVAILABLE,
+                message=f"The object store did not answer: {message}",
+                remedy="Check that the store's endpoint is up and reachable from the job's namespace; the Job tries again.",
+            )
+
+
+def base_model_failure(error: SourceError) -> Termination:
+    """A base model that could not be fetched."""
+    if error.transient:
+        return Termination(
+            reason=Reason.STORAGE_UNAVAILABLE,
+            message=f"The base model's source did not answer: {error}",
+            remedy="Check that the source of the BaseModel is reachable from the job's namespace; the Job tries again.",
+        )
+    if "no safetensors weights" in str(error):
+        return Termination(
+            reason=Reason.BASE_MODEL_INVALID,
+            message=f"The base model cannot be used: {error}",
+            remedy="Point the BaseModel at weights in safetensors; pickled weights are never loaded.",
+        )
+    return Termination(
+        reason=Reason.BASE_MODEL_UNAVAILABLE,
+        message=f"The base model cannot be had: {error}",
+        remedy="Correct spec.source of the BaseModel, or let this namespace's key or Hugging Face token read it.",
+    )
+
+
+def termination_bytes(failure: Termination) -> bytes:
+    """The termination message, cut so that it stays whole JSON within what Kubernetes keeps."""
+    remedy = _cut(failure.remedy, REMEDY_LIMIT)
+    length = len(failure.message)
+    while True:
+        cut = failure.model_copy(update={"message": _cut(failure.message, length), "remedy": remedy})
+        data = cut.json_text().encode(errors="replace")
+        if len(data) <= TERMINATION_LIMIT or length <= 1:
+            return data
+        length = min(length - 1, int(length * TERMINATION_LIMIT / len(data)))
+
+
+def write_termination(path: Path, failure: Termination) -> None:
+    """Best effort: a container without the file still has its exit code and progress.json."""
+    try:
+        path.write_bytes(termination_bytes(failure))
+    except OSError:
+        return
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(0, length - 2)] + " …"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

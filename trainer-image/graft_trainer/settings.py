@@ -1,0 +1,104 @@
+"""Where the pod finds things: the mounts of graft.contracts, each of which a test may move with an environment variable."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft import contracts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The pod's paths and the name of this attempt."""
+
+    attempt: str
+    job_file: Path
+    storage_dir: Path
+    hf_token_file: Path
+    work_dir: Path
+    pvc_dir: Path
+    configmap_dir: Path
+    termination_file: Path
+    progress_interval: float = 5.0  # seconds between uploads of progress.json
+    storage_patience: float = 180.0  # seconds for which an unreachable store is asked again
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> "Settings":
+        def path(name: str, default: str) -> Path:
+            return Path(env.get(name, default))
+
+        return cls(
+            attempt=env.get("POD_NAME", "attempt"),
+            job_file=path("GRAFT_JOB_FILE", contracts.JOB_FILE),
+            storage_dir=path("GRAFT_STORAGE_DIR", contracts.STORAGE_DIR),
+            hf_token_file=path("GRAFT_HF_TOKEN_FILE", contracts.HF_TOKEN_FILE),
+            work_dir=path("GRAFT_WORK_DIR", contracts.WORK_DIR),
+            pvc_dir=path("GRAFT_PVC_DIR", contracts.PVC_DIR),
+            configmap_dir=path("GRAFT_CONFIGMAP_DIR", contracts.CONFIGMAP_DIR),
+            termination_file=path("GRAFT_TERMINATION_FILE", "/dev/termination-log"),
+            progress_interval=float(env.get("GRAFT_PROGRESS_INTERVAL", "5")),
+            storage_patience=float(env.get("GRAFT_STORAGE_PATIENCE", "180")),
+        )
+
+    @property
+    def base_model_dir(self) -> Path:
+        return self.work_dir / "base-model"
+
+    @property
+    def dataset_dir(self) -> Path:
+        return self.work_dir / "dataset"
+
+    @property
+    def prepared_file(self) -> Path:
+        """What prepare found, for train."""
+        return self.work_dir / "prepared.json"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.work_dir / "adapter"
+
+    def hf_token(self) -> str | None:
+        """The tenant's Hugging Face token, if the namespace has one."""
+        if not self.hf_token_file.is_file():
+            return None
+        return self.hf_token_file.read_text().strip() or None
+
+
+def library_environment(work_dir: Path, *, offline: bool) -> dict[str, str]:
+    """What the libraries must find in the environment before they are imported.
+
+    The root file system is read-only, so caches go to the work folder. Training reads local files only; offline mode
+    keeps transformers from asking the Hub about them.
+    """
+    cache = work_dir / "cache"
+    values = {
+        "HOME": str(cache),
+        "HF_HOME": str(cache / "huggingface"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+    }
+    return values | ({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {})
+
+
+def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this container may use: its cgroup's quota, rounded up, and no more than it may be scheduled on.
+
+    torch counts the node's cores; with more threads than the quota the kernel throttles all of them.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
+        if quota in {"max", "-1"}:
+            return cores
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return cores

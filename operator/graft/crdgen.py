@@ -122,7 +122,7 @@ def _schema(module: ModuleType) -> JsonObject:
         "properties": {
             "apiVersion": {"description": f"{GROUP}/{VERSION}.", "type": "string"},
             "kind": {"description": f"{crd['kind']}.", "type": "string"},
-            "metadata": {"description": "Standard object metadata.", "type": "object"},
+            "metadata": {"type": "object"},
             "spec": spec,
             "status": status,
         },

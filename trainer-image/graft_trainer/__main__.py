@@ -10,6 +10,7 @@ from types import FrameType
 
 from graft.artifacts.store import StorageConfig
 from graft.contracts import EXIT_CODES, Reason, Termination
+
 from graft_trainer.failures import Interrupted, explain, write_termination
 from graft_trainer.run import Run, open_run, read_job
 from graft_trainer.settings import Settings, library_environment

@@ -10,6 +10,7 @@ from typing import Any
 
 from graft.api.finetunejob import Dataset
 from graft.contracts import Reason
+
 from graft_trainer.failures import Failure
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -30,7 +31,9 @@ def check_base_model(folder: Path, name: str) -> dict[str, Any]:
     _check_weights(folder, name)
     _check_architecture(config, name)
     if not any((folder / file).is_file() for file in TOKENIZERS):
-        raise _invalid(f"{name} has no tokenizer", "Put the model's tokenizer files (tokenizer.json) beside its weights.")
+        raise _invalid(
+            f"{name} has no tokenizer", "Put the model's tokenizer files (tokenizer.json) beside its weights."
+        )
     return config
 
 
@@ -127,7 +130,9 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise _invalid(f"{name} has no {path.name}", "Point the BaseModel at a folder in Hugging Face's layout.") from error
+        raise _invalid(
+            f"{name} has no {path.name}", "Point the BaseModel at a folder in Hugging Face's layout."
+        ) from error
     except ValueError as error:
         raise _invalid(f"{name}: {path.name} is no JSON: {error}", f"Upload a valid {path.name}.") from error
     if not isinstance(value, dict):

@@ -12,6 +12,7 @@ from typing import Any
 
 from graft.api.finetunejob import Columns, Dataset
 from graft.contracts import Reason
+
 from graft_trainer.failures import Failure
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -11,6 +11,7 @@ from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.sources import SourceError, pvc_path
 from graft.artifacts.store import CHUNK, S3Store, StoreError
 from graft.contracts import Reason
+
 from graft_trainer.failures import Failure
 from graft_trainer.settings import Settings
 

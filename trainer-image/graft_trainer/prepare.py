@@ -8,6 +8,7 @@ import logging
 import time
 
 from graft.artifacts.sources import Report, fetch
+
 from graft_trainer.basemodel import check_base_model, check_chat_template
 from graft_trainer.dataset import check_template
 from graft_trainer.download import download_dataset

@@ -4,10 +4,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic.alias_generators import to_camel
-
 from graft.api.finetunejob import Lora, Method, QLora, Training
 from graft.contracts import Reason
+from pydantic.alias_generators import to_camel
+
 from graft_trainer.failures import Failure
 
 EFFECTIVE_BATCH = 16  # examples per optimizer step, Alpaca's and the QLoRA paper's

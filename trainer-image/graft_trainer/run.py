@@ -5,12 +5,12 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from graft.artifacts.layout import MANIFEST, PROGRESS, adapter_prefix, attempt_prefix
 from graft.artifacts.manifest import Manifest, digest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.contracts import JobFile, Progress, Reason
+from pydantic import ValidationError
+
 from graft_trainer.dataset import Example, read_examples, split
 from graft_trainer.download import patiently
 from graft_trainer.failures import Failure

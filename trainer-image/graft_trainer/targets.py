@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from graft.api.finetunejob import Lora
 from graft.contracts import Reason
+
 from graft_trainer.failures import Failure
 
 # What the blocks of transformers' models are called; the names of the projections themselves differ far more.
@@ -85,9 +86,7 @@ def _named(names: list[str], projections: list[Projection]) -> list[Projection]:
 def _names(chosen: list[Projection], projections: list[Projection]) -> set[str]:
     picked = {item.name for item in chosen}
     ambiguous = {item.leaf for item in projections if item.name not in picked}
-    return {
-        f"{item.parent.rpartition('.')[2]}.{item.leaf}" if item.leaf in ambiguous else item.leaf for item in chosen
-    }
+    return {f"{item.parent.rpartition('.')[2]}.{item.leaf}" if item.leaf in ambiguous else item.leaf for item in chosen}
 
 
 def _there(projections: list[Projection]) -> str:

@@ -1,0 +1,115 @@
+{{/* What comes before -operator, -gateway and -store. */}}
+{{- define "graft.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels that select a component's pods; they never change over upgrades. Argument: list of component and root. */}}
+{{- define "graft.selectorLabels" -}}
+{{- $root := index . 1 -}}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 0 }}
+{{- end -}}
+
+{{/* Labels of a component's objects. Argument: list of component and root. */}}
+{{- define "graft.labels" -}}
+{{- $root := index . 1 -}}
+{{ include "graft.selectorLabels" . }}
+app.kubernetes.io/part-of: graft
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{/* An image reference: the digest, else the tag, else the chart's appVersion. Argument: list of the image's values and root. */}}
+{{- define "graft.image" -}}
+{{- $image := index . 0 -}}
+{{- $root := index . 1 -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $image.repository $image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $image.repository (default $root.Chart.AppVersion $image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "graft.imagePullSecrets" -}}
+{{- with .Values.imagePullSecrets -}}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Pod Security `restricted`. fsGroup makes mounted Secrets and volumes readable. */}}
+{{- define "graft.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "graft.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Where a pod goes. Argument: the component's values. */}}
+{{- define "graft.scheduling" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* The S3 endpoint, as pods of every namespace reach it. */}}
+{{- define "graft.storeEndpoint" -}}
+{{- if .Values.objectStore.embedded.enabled -}}
+{{- printf "http://%s-store.%s.svc:7070" (include "graft.fullname" .) .Release.Namespace -}}
+{{- else -}}
+{{- .Values.objectStore.external.endpoint -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The Secret with the operator's own key of the store. */}}
+{{- define "graft.storeSecret" -}}
+{{- if not .Values.objectStore.embedded.enabled -}}
+{{- required "objectStore.external.existingSecret is needed when objectStore.embedded.enabled is false: a Secret with access-key-id and secret-access-key" .Values.objectStore.external.existingSecret -}}
+{{- else if .Values.objectStore.embedded.existingSecret -}}
+{{- .Values.objectStore.embedded.existingSecret -}}
+{{- else -}}
+{{- include "graft.fullname" . }}-store-root
+{{- end -}}
+{{- end -}}
+
+{{- define "graft.gatewayUrl" -}}
+{{- default (printf "http://%s-gateway.%s.svc:%v" (include "graft.fullname" .) .Release.Namespace .Values.gateway.service.port) .Values.gateway.url -}}
+{{- end -}}
+
+{{/* Everything but the cloud's metadata address. The API server's address, the DNS's and S3's are not known here. */}}
+{{- define "graft.egress" -}}
+- to:
+    - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.169.254/32]}
+    - ipBlock: {cidr: "::/0", except: ["fd00:ec2::254/128"]}
+    - namespaceSelector: {}
+{{- end -}}

@@ -1,0 +1,139 @@
+"""The engine's HTTP contract (docs: vLLM's runtime LoRA loading), as a client: health, models, load, unload, what runs."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5, sock_connect=2)
+CHANGE_TIMEOUT = aiohttp.ClientTimeout(total=300, sock_connect=2)  # the first load compiles kernels
+INFO = "vllm:lora_requests_info"
+ACTIVE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+
+
+class EngineDown(Exception):
+    """No usable answer. `gone`: nothing listens there, so a process that answers later is another one."""
+
+    def __init__(self, message: str, *, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+class EngineRefused(Exception):
+    """The engine answered that it will not."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def error_message(status: int, body: bytes) -> str:
+    """The message of an engine's error, in the nested or the older flat shape, or its first bytes."""
+    text = body[:500].decode(errors="replace").strip()
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return text or f"HTTP {status}"
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail") or text
+    return str(error) or f"HTTP {status}"
+
+
+def active_adapters(exposition: str) -> frozenset[str]:
+    """Names of the adapters that requests run or wait for.
+
+    vLLM leaves the series of former combinations in its registry; a sample's value is its time, so the newest one of each
+    engine process counts. Where no request at all is running or waiting, that sample is a leftover and nothing is active.
+    """
+    newest: dict[str, tuple[float, frozenset[str]]] = {}
+    counts: list[float] = []
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name in ACTIVE:
+                counts.append(sample.value)
+            if sample.name != INFO:
+                continue
+            listed = (sample.labels.get("running_lora_adapters", ""), sample.labels.get("waiting_lora_adapters", ""))
+            names = frozenset(name.strip() for part in listed for name in part.split(",") if name.strip())
+            process = sample.labels.get("engine", "")
+            if process not in newest or sample.value > newest[process][0]:
+                newest[process] = (sample.value, names)
+    if counts and not any(counts):
+        return frozenset()
+    return frozenset().union(*(names for _, names in newest.values()))
+
+
+def process_start(exposition: str) -> float | None:
+    """When the engine's process started, in seconds since the epoch, where it says so."""
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name == "process_start_time_seconds":
+                return sample.value
+    return None
+
+
+class EngineClient:
+    """One engine."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self._url = url.rstrip("/")
+
+    async def models(self) -> dict[str, str]:
+        """Healthy, and this is what it lists: name -> root path. EngineDown otherwise."""
+        await self._read("/health")
+        try:
+            listing = json.loads(await self._read("/v1/models"))
+            return {model["id"]: str(model.get("root") or "") for model in listing["data"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineDown(f"/v1/models: {error!r}") from error
+
+    async def exposition(self) -> str:
+        """Its Prometheus metrics."""
+        return (await self._read("/metrics")).decode(errors="replace")
+
+    async def load(self, name: str, path: str) -> None:
+        """Load an adapter. EngineRefused with the engine's words; loading what is loaded from the same path is done."""
+        try:
+            await self._change("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        except EngineRefused as refusal:
+            if "already been loaded" not in str(refusal) or (await self.models()).get(name) != path:
+                raise
+
+    async def unload(self, name: str) -> None:
+        """Make the engine forget an adapter; one that it does not know is forgotten already."""
+        try:
+            await self._change("/v1/unload_lora_adapter", {"lora_name": name})
+        except EngineRefused:
+            if name in await self.models():
+                raise
+
+    async def _read(self, path: str) -> bytes:
+        try:
+            async with self._session.get(self._url + path, timeout=PROBE_TIMEOUT) as response:
+                body = await response.read()
+        except aiohttp.ClientConnectorError as error:
+            raise EngineDown(f"{path}: {error}", gone=True) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineDown(f"{path}: {error!r}") from error
+        if response.status != 200:
+            raise EngineDown(f"{path}: {response.status} {error_message(response.status, body)}")
+        return body
+
+    async def _change(self, path: str, body: Mapping[str, Any]) -> None:
+        try:
+            async with self._session.post(self._url + path, json=body, timeout=CHANGE_TIMEOUT) as response:
+                answer = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineDown(f"{path}: {error!r}") from error
+        if response.status == 200:
+            return
+        message = error_message(response.status, answer)
+        if response.status in (429, 502, 503, 504):
+            raise EngineDown(f"{path}: {response.status} {message}")
+        if response.status in (404, 405) and message in ("Not Found", "Method Not Allowed"):
+            message = f"the engine has no {path}: it must be started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        raise EngineRefused(response.status, message)

@@ -1,0 +1,211 @@
+"""ConfigMaps as the agent and the gateway use them: follow some of a namespace, and write one key of one.
+
+Raw JSON over kubernetes.aio's authenticated client, without its models. Following is LIST + WATCH. A watch lasts about a
+minute and is then replaced by a new LIST, so an event that was lost, or a connection that died silently, costs at most that.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import config as kube_config
+from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.client.exceptions import ApiException
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 60.0
+REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=20, sock_connect=5)
+Snapshot = Mapping[str, Mapping[str, str]]  # name -> data
+
+
+class KubeError(Exception):
+    """The API server refused, or did not answer (status 0)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def api_client() -> ApiClient:
+    """A client from $KUBECONFIG where it is set, else from the pod's service account."""
+    configuration = Configuration()
+    if os.environ.get("KUBECONFIG"):
+        await kube_config.load_kube_config(client_configuration=configuration)
+    else:
+        kube_config.load_incluster_config(client_configuration=configuration)
+    return ApiClient(configuration)
+
+
+class ConfigMaps:
+    """The ConfigMaps of one namespace."""
+
+    def __init__(self, client: ApiClient, namespace: str) -> None:
+        self._client = client
+        self._path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps"
+
+    async def list(self, selector: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], str]:
+        """(data by name, resource version). `selector` is {"fieldSelector": …} or {"labelSelector": …}."""
+        answer = await self._json("GET", self._path, dict(selector))
+        items = {item["metadata"]["name"]: item.get("data") or {} for item in answer.get("items") or []}
+        return items, answer["metadata"]["resourceVersion"]
+
+    async def watch(
+        self, selector: Mapping[str, str], resource_version: str, seconds: float
+    ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """(event type, object) until the server ends the watch. KubeError(410) when the version is too old."""
+        query = {
+            **selector,
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(max(1, round(seconds))),
+        }
+        # The server ends the watch after timeoutSeconds; a connection that does not even do that is dead.
+        timeout = aiohttp.ClientTimeout(total=seconds + 10, sock_connect=5)
+        try:
+            response = await self._send("GET", self._path, query, timeout=timeout)
+            try:
+                while line := await response.content.readline():
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        status = event["object"]
+                        raise KubeError(int(status.get("code") or 500), str(status.get("message")))
+                    yield event["type"], event["object"]
+            finally:
+                response.close()
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError) as error:
+            raise KubeError(0, f"watch: {error!r}") from error
+
+    async def get(self, name: str) -> dict[str, Any]:
+        """The whole ConfigMap. KubeError(404) where there is none."""
+        return await self._json("GET", f"{self._path}/{quote(name, safe='')}", {})
+
+    async def apply_key(self, name: str, uid: str, key: str, value: str, manager: str) -> None:
+        """Make one key of an existing ConfigMap hold a value, by server-side apply; other keys are not touched.
+
+        `uid` is the precondition: an apply never makes the ConfigMap anew after the operator deleted it.
+        """
+        body = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": name, "uid": uid},
+            "data": {key: value},
+        }
+        query = {"fieldManager": manager, "force": "true"}
+        await self._json("PATCH", f"{self._path}/{quote(name, safe='')}", query, body)
+
+    async def _json(self, method: str, path: str, query: dict[str, str], body: object = None) -> dict[str, Any]:
+        try:
+            response = await self._send(method, path, query, body)
+            async with response:
+                answer: dict[str, Any] = json.loads(await response.read())
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise KubeError(0, f"{method} {path}: {error!r}") from error
+        return answer
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        body: object = None,
+        timeout: aiohttp.ClientTimeout = REQUEST_TIMEOUT,
+    ) -> aiohttp.ClientResponse:
+        headers = {"Accept": "application/json"}
+        if method == "PATCH":
+            headers["Content-Type"] = "application/apply-patch+yaml"
+        try:
+            _, url, headers, body, _ = await self._client.param_serialize(
+                method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
+            )
+            url += "?" + urlencode(query) if query else ""
+            answer = await self._client.rest_client.request(method, url, headers, body=body, _request_timeout=timeout)
+        except (ApiException, kube_config.ConfigException) as error:
+            raise KubeError(0, f"{method} {path}: {error}") from error
+        response: aiohttp.ClientResponse = answer.response
+        if response.status >= 300:
+            async with response:
+                text = (await response.text())[:500]
+            with suppress(ValueError, AttributeError):
+                text = str(json.loads(text).get("message") or text)
+            raise KubeError(response.status, f"{method} {path}: {response.status} {text}")
+        return response
+
+
+class Follower:
+    """Keeps a picture of the selected ConfigMaps and hands each new one to `changed`. It forgets nothing while the API is away."""
+
+    def __init__(
+        self,
+        configmaps: ConfigMaps,
+        selector: Mapping[str, str],
+        changed: Callable[[Snapshot], None],
+        *,
+        watch_seconds: float = WATCH_SECONDS,
+        backoff: tuple[float, float] = (0.5, 15.0),
+    ) -> None:
+        self._configmaps = configmaps
+        self._selector = dict(selector)
+        self._changed = changed
+        self._watch_seconds = watch_seconds
+        self._backoff = backoff
+        self.contact: float | None = None  # time.monotonic() of the API server's last word
+        self.relists = 0
+        self.failures = 0
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the API server last said anything; None before the first LIST."""
+        return None if self.contact is None else time.monotonic() - self.contact
+
+    async def run(self) -> None:
+        """Follows until it is cancelled."""
+        failed = 0  # in a row
+        while True:
+            started = time.monotonic()
+            try:
+                await self._list_and_watch()
+                # A server that ends every watch at once must not be asked in a tight loop.
+                failed = failed + 1 if time.monotonic() - started < min(1.0, self._watch_seconds / 2) else 0
+            except KubeError as error:
+                self.failures += 1
+                expired = error.status == 410
+                failed = 1 if time.monotonic() - started > 5 else failed + 1
+                if not expired:
+                    log.warning("following ConfigMaps: %s", error, extra={"selector": self._selector, "status": error.status})
+                if expired and failed == 1:
+                    continue
+            if failed:
+                first, most = self._backoff
+                await asyncio.sleep(min(most, first * 2 ** min(failed - 1, 10)) * random.uniform(0.5, 1.0))  # noqa: S311
+
+    async def _list_and_watch(self) -> None:
+        found, version = await self._configmaps.list(self._selector)
+        self._heard()
+        self.relists += 1
+        items: dict[str, dict[str, str]] = dict(found)
+        self._changed(dict(items))
+        seconds = self._watch_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - spreads the LISTs of many pods
+        async for kind, item in self._configmaps.watch(self._selector, version, seconds):
+            self._heard()
+            if kind == "BOOKMARK":
+                continue
+            name = item["metadata"]["name"]
+            if kind == "DELETED":
+                items.pop(name, None)
+            else:
+                items[name] = item.get("data") or {}
+            self._changed(dict(items))
+        self._heard()
+
+    def _heard(self) -> None:
+        self.contact = time.monotonic()

@@ -1,0 +1,167 @@
+"""What the trainer's tests share: a tiny chat model made on the spot, jobs for it, and a store that lives in memory."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from graft.artifacts.store import ObjectInfo, StoreError, Trouble
+from graft.contracts import JobFile
+from graft_trainer.progress import ProgressReporter
+from graft_trainer.run import Run
+from graft_trainer.settings import Settings
+
+MARKED = (
+    "{{- bos_token }}{%- for m in messages %}{%- if m['role'] == 'assistant' %}{{- '<|assistant|>' }}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{%- else %}{{- '<|' + m['role'] + '|>' + m['content'] }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+QUESTIONS = {"What colour is the sky?": "It is blue.", "What colour is grass?": "It is green.", "And snow?": "White it is."}
+
+
+def make_tokenizer(template: str | None = MARKED) -> Any:
+    """A byte-level tokenizer without merges: one token per byte, and the six special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL[3:],
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_base(folder: Path, template: str | None = MARKED) -> Path:
+    """A Llama of random weights with that tokenizer, laid out like any model of the Hub."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(template)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_lines(count: int) -> bytes:
+    """Lines of the chat format, the same few questions over and over."""
+    pairs = list(QUESTIONS.items())
+    lines = []
+    for index in range(count):
+        question, answer = pairs[index % len(pairs)]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}))
+    return "\n".join(lines).encode() + b"\n"
+
+
+def make_job(**changes: Any) -> JobFile:
+    """A job as the operator writes it; fields can be replaced."""
+    fields: dict[str, Any] = {
+        "job": {"name": "colours", "namespace": "team-a", "uid": "uid-1"},
+        "tenant": "team-a",
+        "baseModel": {"name": "tiny", "uri": "s3://bucket/models/tiny"},
+        "dataset": {
+            "train": {"uri": "s3://bucket/team-a/data/train.jsonl"},
+            "eval": {"uri": "s3://bucket/team-a/data/eval.jsonl"},
+        },
+        "method": {"lora": {"rank": 4}},
+        "training": {"maxSteps": 4, "loggingSteps": 1, "perDeviceTrainBatchSize": 4, "gradientAccumulationSteps": 1},
+        "evaluation": {"maxSamples": 6, "maxNewTokens": 16},
+        "output": {"adapter": "colours", "version": "1.0.0"},
+        "recipe": "sha256:recipe",
+    }
+    return JobFile.model_validate(fields | changes)
+
+
+class MemoryStore:
+    """S3Store's calls over a dict. `refuse` maps a part of a key to the trouble that writing it gives."""
+
+    def __init__(self, objects: dict[str, bytes] | None = None) -> None:
+        self.kept = dict(objects or {})
+        self.refuse: dict[str, Trouble] = {}
+        self.written: list[str] = []
+        self._lock = threading.Lock()
+
+    def _check(self, key: str) -> None:
+        for part, trouble in self.refuse.items():
+            if part in key:
+                raise StoreError(trouble, f"s3://bucket/{key}: {trouble}")
+
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        if key not in self.kept:
+            raise StoreError("missing", f"s3://bucket/{key}: NoSuchKey")
+        return self.kept[key]
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        self._check(key)
+        with self._lock:
+            if if_absent and key in self.kept:
+                raise StoreError("exists", f"{key} exists")
+            self.kept[key] = data
+            self.written.append(key)
+
+    def upload(self, key: str, path: Path) -> None:
+        self.put(key, path.read_bytes())
+
+    def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
+        yield self.get(key, bucket)
+
+    def objects(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
+        for key, data in sorted(self.kept.items()):
+            if key.startswith(prefix):
+                yield ObjectInfo(key, len(data), f"etag-{len(data)}")
+
+    def add_folder(self, prefix: str, folder: Path) -> None:
+        for path in folder.iterdir():
+            self.kept[prefix + path.name] = path.read_bytes()
+
+
+def make_settings(root: Path) -> Settings:
+    """Settings whose paths are all below one folder."""
+    (root / "work").mkdir(parents=True, exist_ok=True)
+    return Settings(
+        attempt="pod-1",
+        job_file=root / "job.json",
+        storage_dir=root / "storage",
+        hf_token_file=root / "token",
+        work_dir=root / "work",
+        pvc_dir=root / "pvc",
+        configmap_dir=root / "configmap",
+        termination_file=root / "termination",
+        progress_interval=0.05,
+        storage_patience=0.0,
+    )
+
+
+def make_run(root: Path, store: MemoryStore, job: JobFile) -> Run:
+    settings = make_settings(root)
+    prefix = f"{job.tenant}/runs/{job.job.uid}/{settings.attempt}/"
+    progress = ProgressReporter(store, prefix, settings.attempt, interval=settings.progress_interval)
+    return Run(job, settings, store, progress)  # type: ignore[arg-type]

@@ -1,0 +1,31 @@
+"""train's container: train, evaluate, publish, or nothing when an earlier attempt has published the version already."""
+
+import logging
+
+from graft_trainer.run import Run, already_published
+
+log = logging.getLogger(__name__)
+
+
+def train_evaluate_publish(run: Run) -> None:
+    """The life of an attempt after prepare."""
+    if published := already_published(run):
+        manifest, digest = published
+        log.info("%s %s was published by an earlier attempt: done", manifest.adapter, manifest.version)
+        run.progress.stage(
+            "Succeeded",
+            percent=100,
+            metrics=manifest.metrics,
+            training=manifest.hyperparameters,
+            target_modules=manifest.target_modules,
+            manifest_digest=digest,
+        )
+        return
+    # Imported here because torch takes seconds to load, and a published version needs none of it.
+    from graft_trainer.evaluate import evaluate
+    from graft_trainer.publish import publish
+    from graft_trainer.train import train
+
+    trained = train(run)
+    evaluated = evaluate(run, trained)
+    publish(run, trained, evaluated)

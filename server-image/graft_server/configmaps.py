@@ -181,7 +181,9 @@ class Follower:
                 expired = error.status == 410
                 failed = 1 if time.monotonic() - started > 5 else failed + 1
                 if not expired:
-                    log.warning("following ConfigMaps: %s", error, extra={"selector": self._selector, "status": error.status})
+                    log.warning(
+                        "following ConfigMaps: %s", error, extra={"selector": self._selector, "status": error.status}
+                    )
                 if expired and failed == 1:
                     continue
             if failed:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,9 @@ def _fetch_file(
                 raise NotWanted(file.name)
             size += len(chunk)
             if size > file.size:
-                raise InvalidArtifact("DigestMismatch", f"{file.name} is longer than the {file.size} bytes it should be")
+                raise InvalidArtifact(
+                    "DigestMismatch", f"{file.name} is longer than the {file.size} bytes it should be"
+                )
             hasher.update(chunk)
             stream.write(chunk)
         stream.flush()
@@ -175,9 +178,11 @@ def complete_folders(adapters_dir: Path) -> dict[str, OnDisk]:
     """What is in its place, by engine name."""
     found = {}
     for folder in adapters_dir.iterdir():
-        if OUR_NAME.fullmatch(folder.name) and (folder / DIGEST_FILE).is_file():
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            found[folder.name] = OnDisk((folder / DIGEST_FILE).read_text().strip(), size)
+        if not OUR_NAME.fullmatch(folder.name):
+            continue
+        with suppress(FileNotFoundError):  # one that a thread is replacing, or that is not complete
+            digest = (folder / DIGEST_FILE).read_text().strip()
+            found[folder.name] = OnDisk(digest, sum(file.stat().st_size for file in folder.iterdir()))
     return found
 
 

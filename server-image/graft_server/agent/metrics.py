@@ -32,7 +32,10 @@ class Metrics:
         self.restarts = Counter("graft_agent_engine_starts", "Starts of the engine seen.", registry=self.registry)
         self.adapters = Gauge("graft_agent_adapters", "Adapters, by state.", ["state"], registry=self.registry)
         self.resident = Gauge(
-            "graft_agent_adapter_resident", "1 for each adapter that the engine has.", ["adapter"], registry=self.registry
+            "graft_agent_adapter_resident",
+            "1 for each adapter that the engine has.",
+            ["adapter"],
+            registry=self.registry,
         )
         self.ready = Gauge("graft_agent_ready", "1 while the pod is ready.", registry=self.registry)
         self.engine_up = Gauge("graft_agent_engine_up", "1 while the engine answers.", registry=self.registry)

@@ -1,0 +1,58 @@
+# The two commands of the README are `make demo` and `make test`; both do their own set-up.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+LIGHT := build/venv-demo
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all binaries crds lock images clean
+
+help: ## what there is
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
+
+demo: ## cluster, install, tune, serve, ask (CLUSTER=testbed|current|kind)
+	@tests/venv.sh $(LIGHT) requirements/operator.txt
+	@$(LIGHT)/bin/python -m testbed.demo
+
+demo-down: ## remove the demo's cluster
+	@tests/venv.sh $(LIGHT) requirements/operator.txt
+	@$(LIGHT)/bin/python -m testbed.demo down
+
+venv: ## the development environment
+	@tests/venv.sh $(VENV) requirements/dev.txt
+
+binaries: venv ## build the testbed's binaries
+	@$(PY) -m testbed build
+
+lint: venv ## ruff, mypy --strict, import-linter, drift of CRDs and chart
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" lint-imports
+	$(PY) -m graft.crdgen --check
+
+test: lint binaries ## lint and every suite; the last line is pytest's summary
+	$(PYTEST) tests/unit tests/cluster tests/e2e
+
+test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
+	$(PYTEST) tests/unit
+
+test-cluster: venv binaries ## the operator against a real API server and a real S3 server
+	$(PYTEST) tests/cluster
+
+test-e2e: venv binaries ## real pods: the quickstart's path
+	$(PYTEST) tests/e2e
+
+images: venv ## build the images
+	@$(PY) -c 'from testbed import product; product.build()'
+
+crds: venv ## generate crds/, the chart's copy and docs/reference.md from the models
+	$(PY) -m graft.crdgen
+
+lock: venv ## resolve the locked requirements anew
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" requirements/lock.sh
+
+clean: ## remove what was built in this checkout
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache

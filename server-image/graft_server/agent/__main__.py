@@ -1,0 +1,85 @@
+"""`python -m graft_server.agent`: the sidecar. `python -m graft_server.agent fetch-base`: the base model's init container."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+import aiohttp
+from aiohttp import web
+
+from graft_server.agent.agent import Agent
+from graft_server.agent.download import Storage
+from graft_server.agent.engine import EngineClient
+from graft_server.agent.fetchbase import fetch_base
+from graft_server.agent.residency import Publisher
+from graft_server.agent.server import application
+from graft_server.agent.settings import Settings, parse
+from graft_server.configmaps import ConfigMaps, Follower, api_client
+from graft_server.logs import log_json
+
+log = logging.getLogger("graft_server.agent")
+
+
+def main() -> None:
+    """Runs the agent until SIGTERM, or fetches the base model."""
+    arguments = sys.argv[1:]
+    log_json()
+    if arguments[:1] == ["fetch-base"]:
+        sys.exit(fetch_base(arguments[1:]))
+    settings = parse(arguments)
+    logging.getLogger().setLevel(settings.log_level)
+    code = asyncio.run(serve(settings))
+    sys.stdout.flush()
+    os._exit(code)  # a download's thread that waits for the network would hold the exit back
+
+
+async def serve(settings: Settings) -> int:
+    """Serves until a signal; the exit code. It ends at once: the engine drains itself, and nothing here must be saved."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    client = await api_client()
+    configmaps = ConfigMaps(client, settings.namespace)
+    publisher = Publisher(configmaps, settings.residency_configmap, settings.pod_name)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        agent = Agent(
+            pod=settings.pod_name,
+            pod_uid=settings.pod_uid,
+            adapters_dir=settings.adapters_dir,
+            base_model_name=settings.base_model_name,
+            engine=EngineClient(session, settings.engine_url),
+            open_store=Storage(settings.storage_dir),
+            publish=publisher.publish,
+        )
+        selector = {"fieldSelector": f"metadata.name={settings.deployment_wanted_configmap}"}
+        follower = Follower(configmaps, selector, agent.want)
+        runner = web.AppRunner(application(agent, lambda: follower.age), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        await web.TCPSite(runner, None, settings.port).start()
+        log.info("the agent listens on port %d", settings.port, extra={"pod": settings.pod_name})
+
+        tasks = [
+            asyncio.create_task(agent.run(), name="agent"),
+            asyncio.create_task(follower.run(), name="follower"),
+            asyncio.create_task(publisher.run(), name="publisher"),
+        ]
+        stopped = asyncio.create_task(stop.wait())
+        ended, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        code = 0
+        for task in ended - {stopped}:  # none of them ever ends: this is a bug, and a restart is the cure
+            log.error("%s ended", task.get_name(), exc_info=task.exception())
+            code = 1
+        agent.stop()
+        for task in [*tasks, stopped]:
+            task.cancel()
+        await runner.cleanup()
+        await client.close()
+    return code
+
+
+if __name__ == "__main__":
+    main()

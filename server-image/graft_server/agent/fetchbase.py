@@ -1,0 +1,107 @@
+"""The init container that brings the base model into the pod."""
+
+import argparse
+import logging
+import os
+import time
+from pathlib import Path
+
+from graft.artifacts.sources import SourceError, fetch, split_hf_uri
+from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.contracts import EXIT_CODES, HF_TOKEN_FILE, PVC_DIR, STORAGE_DIR, Reason, Termination
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 5.0
+MESSAGE_LIMIT = 2000  # of the termination message's 4096 bytes
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of `fetch-base`."""
+    made = argparse.ArgumentParser(prog="graft_server.agent fetch-base", description=__doc__)
+    made.add_argument("--uri", required=True, help="hf://org/name@commit, s3://bucket/prefix or pvc://claim/path")
+    made.add_argument("--digest", help="the listing's digest for s3://, the commit for hf://")
+    made.add_argument("--target", type=Path, required=True, help="folder to put the files into")
+    made.add_argument("--storage-dir", type=Path, default=Path(STORAGE_DIR), help="the mounted storage Secret")
+    made.add_argument("--pvc-dir", type=Path, default=Path(PVC_DIR), help="where claims are mounted")
+    made.add_argument("--hf-token-file", type=Path, default=Path(HF_TOKEN_FILE), help="used where it exists")
+    made.add_argument("--hf-endpoint", help="instead of https://huggingface.co")
+    made.add_argument("--termination-log", type=Path, default=Path("/dev/termination-log"))
+    return made
+
+
+def fetch_base(arguments: list[str]) -> int:
+    """Fetch, and say in the termination message why not; the exit code (contracts.EXIT_CODES)."""
+    options = parser().parse_args(arguments)
+    try:
+        folder = _fetch(options)
+    except SourceError as error:
+        if error.transient:
+            failure = Termination(
+                reason=Reason.STORAGE_UNAVAILABLE,
+                message=f"{options.uri} does not answer: {error}",
+                remedy="Nothing, if the source comes back: the container is started again.",
+            )
+        else:
+            failure = Termination(
+                reason=Reason.BASE_MODEL_UNAVAILABLE,
+                message=str(error),
+                remedy="Check the BaseModel's source, and for a gated model the token in Secret graft-huggingface.",
+            )
+    except StoreError as error:
+        denied = error.trouble == "denied"
+        failure = Termination(
+            reason=Reason.STORAGE_DENIED if denied else Reason.STORAGE_UNAVAILABLE,
+            message=str(error),
+            remedy="Check the Secret graft-storage of the namespace." if denied else "The container is started again.",
+        )
+    except Exception as error:
+        log.exception("fetching %s failed", options.uri)
+        failure = Termination(
+            reason=Reason.INTERNAL_ERROR, message=repr(error), remedy="See the log of this container."
+        )
+    else:
+        log.info("the base model is at %s", folder, extra={"uri": options.uri, "path": str(folder)})
+        return 0
+    log.error("%s", failure.message, extra={"reason": failure.reason, "remedy": failure.remedy})
+    failure.message = failure.message[:MESSAGE_LIMIT]
+    try:
+        options.termination_log.write_text(failure.json_text())
+    except OSError as error:
+        log.warning("no termination message: %s", error)
+    return EXIT_CODES[failure.reason]
+
+
+def _fetch(options: argparse.Namespace) -> Path:
+    uri, digest, target = options.uri, options.digest, options.target
+    store = None
+    if uri.startswith("s3://"):
+        store = S3Store(StorageConfig.from_dir(options.storage_dir))
+    if uri.startswith("hf://"):
+        if digest:
+            uri = f"hf://{split_hf_uri(uri)[0]}@{digest}"
+        # The root file system is read-only; huggingface_hub reads this when it is imported.
+        os.environ.setdefault("HF_HOME", str(target / ".cache" / "hf-home"))
+    token = options.hf_token_file.read_text().strip() if options.hf_token_file.is_file() else None
+    started = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= REPORT_SECONDS or done == total:
+            last = now
+            percent = 100 * done // max(1, total)
+            log.info("%d %% of %d bytes", percent, total, extra={"done": done, "total": total})
+
+    folder = fetch(
+        uri,
+        digest,
+        target,
+        store=store,
+        pvc_root=options.pvc_dir,
+        hf_endpoint=options.hf_endpoint,
+        hf_token=token or None,
+        report=report,
+    )
+    log.info("fetched in %.1f s", time.monotonic() - started)
+    return folder

@@ -1,0 +1,32 @@
+"""What the kubelet and Prometheus ask the agent."""
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from graft_server.agent.agent import Agent
+
+STUCK_SECONDS = 60.0  # a round waits for the engine's answers, which time out after seconds
+
+
+def application(agent: Agent, wanted_age: Callable[[], float | None]) -> web.Application:
+    """GET /readyz, /livez and /metrics."""
+
+    async def readyz(_: web.Request) -> web.Response:
+        reason = await agent.not_ready()
+        return web.json_response({"ready": reason is None, "reason": reason}, status=503 if reason else 200)
+
+    async def livez(_: web.Request) -> web.Response:
+        age = agent.loop_age
+        return web.json_response({"loopAgeSeconds": round(age, 1)}, status=200 if age < STUCK_SECONDS else 503)
+
+    async def metrics(_: web.Request) -> web.Response:
+        age = wanted_age()
+        agent.metrics.wanted_age.set(-1 if age is None else age)
+        return web.Response(body=agent.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    app = web.Application()
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/livez", livez)
+    app.router.add_get("/metrics", metrics)
+    return app

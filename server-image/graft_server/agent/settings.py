@@ -1,0 +1,56 @@
+"""The agent's flags; each may come from the environment instead. No secrets."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, STORAGE_DIR
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one agent was started with."""
+
+    namespace: str
+    deployment_wanted_configmap: str
+    residency_configmap: str
+    pod_name: str
+    pod_uid: str
+    engine_url: str
+    adapters_dir: Path
+    storage_dir: Path
+    port: int
+    base_model_name: str | None
+    log_level: str
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Settings from flags, else from the environment: --engine-url is ENGINE_URL."""
+    parser = argparse.ArgumentParser(prog="graft_server.agent", description=__doc__)
+
+    def flag(name: str, default: str | None, text: str) -> None:
+        value = os.environ.get(name.upper().replace("-", "_"), default)
+        parser.add_argument(f"--{name}", default=value, required=value is None, help=text)
+
+    flag("namespace", os.environ.get("POD_NAMESPACE"), "the pod's namespace")
+    flag("deployment-wanted-configmap", None, "ConfigMap that says what is wanted")
+    flag("residency-configmap", None, "ConfigMap that is told what is loaded, one key per pod")
+    flag("pod-name", None, "by the downward API")
+    flag("pod-uid", None, "by the downward API")
+    flag("engine-url", f"http://127.0.0.1:{ENGINE_PORT}", "the engine beside it")
+    flag("adapters-dir", ADAPTERS_DIR, "shared with the engine, which reads it at the same path")
+    flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
+    flag("port", str(AGENT_PORT), "of /readyz, /livez and /metrics")
+    flag("base-model-name", "", "model that the engine must list to be ready; empty: not checked")
+    flag("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR")
+    values = vars(parser.parse_args(arguments))
+    return Settings(
+        **{
+            **values,
+            "adapters_dir": Path(values["adapters_dir"]),
+            "storage_dir": Path(values["storage_dir"]),
+            "port": int(values["port"]),
+            "base_model_name": values["base_model_name"] or None,
+        }
+    )

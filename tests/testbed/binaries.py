@@ -1,0 +1,85 @@
+"""The binaries of the testbed, built from Go modules once and kept: Kubernetes, helm, CoreDNS, versitygw, kwok."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from testbed.shell import CACHE, Failed, locked, output, run, say
+
+GO = Path(__file__).parent / "go"
+KUBERNETES = "v1.34.4"
+# name -> (folder with the go.mod, package)
+SOURCES = {
+    "kube": ("kube", "./cmd/kube"),
+    "pause": ("kube", "./cmd/pause"),
+    "coredns": ("kube", "./cmd/coredns"),
+    "helm": ("kube", "helm.sh/helm/v4/cmd/helm"),
+    "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw"),
+    "kwok": ("kwok", "sigs.k8s.io/kwok/cmd/kwok"),
+}
+LINKS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")
+
+
+def _go() -> str:
+    found = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
+    if found is None:
+        raise Failed(
+            "Go is needed to build the testbed, and there is no `go` on PATH; install it (golang 1.26 or newer)"
+        )
+    return found
+
+
+def _key(module: str) -> str:
+    hasher = hashlib.sha256(KUBERNETES.encode())
+    for path in sorted((GO / module).rglob("*")):
+        if path.is_file():
+            hasher.update(path.relative_to(GO).as_posix().encode() + path.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+def binary(name: str) -> Path:
+    """The path of a binary, built now unless it is there."""
+    link = name if name in LINKS else None
+    source = "kube" if link else name
+    module, package = SOURCES[source]
+    folder = CACHE / "bin" / f"{module}-{_key(module)}"
+    path = folder / source
+    if not path.exists():
+        with locked(f"build-{module}"):
+            if not path.exists():
+                _build(source, module, package, path)
+    if link is None:
+        return path
+    alias = folder / link
+    if not alias.is_symlink():
+        temporary = folder / f"{link}.{os.getpid()}"
+        temporary.symlink_to(source)
+        temporary.rename(alias)
+    return alias
+
+
+def _build(name: str, module: str, package: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = CACHE / "logs" / f"build-{name}.log"
+    log.unlink(missing_ok=True)
+    say(f"    building {name} (log: {log}); the first build of kube takes about 10 minutes on two cores")
+    version = "k8s.io/component-base/version"
+    flags = f"-s -w -X {version}.gitVersion={KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor=34"
+    partial = path.with_name(f"{name}.partial")
+    run(
+        [_go(), "build", "-v", "-trimpath", "-ldflags", flags, "-o", partial, package],
+        log, f"building {name}", env={"CGO_ENABLED": "0"}, cwd=GO / module,
+    )  # fmt: skip
+    partial.rename(path)
+
+
+def build(names: list[str]) -> None:
+    """Build several, one after the other: each uses all cores."""
+    for name in names:
+        binary(name)
+
+
+def kubectl(kubeconfig: Path | str, *arguments: str, check: bool = True) -> str:
+    """What kubectl prints."""
+    return output([binary("kubectl"), "--kubeconfig", kubeconfig, *arguments], check=check)

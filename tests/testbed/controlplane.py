@@ -1,0 +1,135 @@
+"""etcd, kube-apiserver, controllers and scheduler as processes; alone they are enough for the operator's tests."""
+
+import contextlib
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed import pki
+from testbed.binaries import binary, kubectl
+from testbed.processes import Processes
+from testbed.shell import tail, wait_for
+
+SERVICE_CIDR = "10.96.0.0/16"
+KUBERNETES_IP = "10.96.0.1"
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class ControlPlane:
+    """One control plane: its state below `state`, listening on `address`."""
+
+    state: Path
+    address: str = "127.0.0.1"
+    netns: str | None = None
+    service_cidr: str = SERVICE_CIDR
+    kubernetes_ip: str = KUBERNETES_IP
+    pod_cidr: str | None = None
+    api_port: int = 0
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.state / "kubeconfig"
+
+    @property
+    def server(self) -> str:
+        return f"https://{self.address}:{self.api_port}"
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.state, self.state / "logs")
+
+    def kubectl(self, *arguments: str, check: bool = True) -> str:
+        """What kubectl prints, as the cluster's admin."""
+        return kubectl(self.kubeconfig, *arguments, check=check)
+
+    def start(self) -> None:
+        """Certificates, processes, and the first answer of the API server."""
+        self.api_port = self.api_port or free_port()
+        keys = self.state / "pki"
+        pki.authority(keys)
+        pki.certificate(keys, "apiserver", "/CN=kube-apiserver", (self.address, "127.0.0.1", self.kubernetes_ip, "kubernetes", "kubernetes.default.svc", "localhost"))  # fmt: skip
+        pki.certificate(keys, "admin", "/O=system:masters/CN=admin")
+        for name in ("controller-manager", "scheduler"):
+            pki.certificate(keys, name, f"/CN=system:kube-{name}")
+            pki.kubeconfig(keys, name, self.server, keys / f"{name}.kubeconfig")
+        pki.kubeconfig(keys, "admin", self.server, self.kubeconfig)
+        self._start_etcd_and_api()
+        pods = [f"--cluster-cidr={self.pod_cidr}", "--allocate-node-cidrs"] if self.pod_cidr else []
+        self.processes.start(
+            "kube-controller-manager",
+            [
+                binary("kube-controller-manager"), f"--kubeconfig={keys}/controller-manager.kubeconfig", "--leader-elect=false",
+                f"--service-account-private-key-file={keys}/sa.key", f"--root-ca-file={keys}/ca.crt",
+                "--use-service-account-credentials", f"--service-cluster-ip-range={self.service_cidr}", "--secure-port=0",
+                "--node-monitor-grace-period=40s", *pods,
+            ],
+            netns=self.netns,
+        )  # fmt: skip
+        self.processes.start(
+            "kube-scheduler",
+            [
+                binary("kube-scheduler"),
+                f"--kubeconfig={keys}/scheduler.kubeconfig",
+                "--leader-elect=false",
+                "--secure-port=0",
+            ],
+            netns=self.netns,
+        )
+        wait_for(
+            lambda: "default" in self.kubectl("get", "serviceaccount", "-n", "default", check=False),
+            60, "the controllers run", lambda: tail(self.state / "logs/kube-controller-manager.log"),
+        )  # fmt: skip
+
+    def _start_etcd_and_api(self) -> None:
+        keys, etcd, peers = self.state / "pki", free_port(), free_port()
+        self.processes.start(
+            "etcd",
+            [
+                binary("etcd"), f"--data-dir={self.state}/etcd", f"--listen-client-urls=http://127.0.0.1:{etcd}",
+                f"--advertise-client-urls=http://127.0.0.1:{etcd}", f"--listen-peer-urls=http://127.0.0.1:{peers}",
+                "--unsafe-no-fsync", "--log-level=warn",
+            ],
+            netns=self.netns,
+        )  # fmt: skip
+        self.processes.start("kube-apiserver", [
+            binary("kube-apiserver"), f"--etcd-servers=http://127.0.0.1:{etcd}", f"--secure-port={self.api_port}",
+            f"--bind-address={self.address}", f"--advertise-address={self.address}", "--endpoint-reconciler-type=" + ("lease" if self.netns else "none"),
+            "--service-account-issuer=https://kubernetes.default.svc", f"--service-account-key-file={keys}/sa.pub",
+            f"--service-account-signing-key-file={keys}/sa.key", f"--client-ca-file={keys}/ca.crt",
+            f"--tls-cert-file={keys}/apiserver.crt", f"--tls-private-key-file={keys}/apiserver.key",
+            f"--kubelet-client-certificate={keys}/admin.crt", f"--kubelet-client-key={keys}/admin.key",
+            "--kubelet-preferred-address-types=InternalIP", "--authorization-mode=Node,RBAC", "--allow-privileged",
+            f"--service-cluster-ip-range={self.service_cidr}",
+        ], netns=self.netns)  # fmt: skip
+        wait_for(
+            lambda: self.kubectl("get", "--raw", "/readyz", check=False).strip() == "ok",
+            60, "the API server answers", lambda: tail(self.state / "logs/kube-apiserver.log"),
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End the processes, last started first."""
+        for name in reversed(self.processes.names()):
+            self.processes.stop(name)
+
+
+@contextlib.contextmanager
+def control_plane() -> Iterator[ControlPlane]:
+    """A control plane of its own, gone afterwards."""
+    state = Path(tempfile.mkdtemp(prefix="graft-controlplane-"))
+    plane = ControlPlane(state)
+    try:
+        plane.start()
+        yield plane
+    finally:
+        plane.stop()
+        shutil.rmtree(state, ignore_errors=True)

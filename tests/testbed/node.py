@@ -1,0 +1,310 @@
+"""One real node in a network namespace: containerd, CNI, kubelet, kube-proxy and CoreDNS.
+
+The namespace holds the bridge, the routes and kube-proxy's iptables chains, so they go with it, and two clusters do not meet. The
+cgroups and mounts are the host's: the cgroup root and the state folder carry the cluster's name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed import pki
+from testbed.binaries import binary
+from testbed.controlplane import ControlPlane
+from testbed.shell import output, tail, wait_for
+
+PAUSE_IMAGE = "localhost/graft/pause:1"
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass
+class Network:
+    """The addresses of one cluster; `number` (0 to 99) keeps clusters apart."""
+
+    name: str
+    number: int
+
+    @property
+    def netns(self) -> str:
+        return f"graft-{self.name}"
+
+    @property
+    def host(self) -> str:
+        return f"10.210.{self.number}.1"
+
+    @property
+    def node(self) -> str:
+        return f"10.210.{self.number}.2"
+
+    @property
+    def pods(self) -> str:
+        return f"10.{110 + self.number}.0.0/16"
+
+    @property
+    def services(self) -> str:
+        return f"10.{10 + self.number}.0.0/16"
+
+    def service(self, last: int) -> str:
+        return f"10.{10 + self.number}.0.{last}"
+
+    @property
+    def dns(self) -> str:
+        return self.service(10)
+
+    @property
+    def links(self) -> tuple[str, str]:
+        return f"gr{self.number}h", f"gr{self.number}n"
+
+    def up(self) -> None:
+        """The namespace, a link to it, and routes from the host to pods and Services."""
+        self.down()
+        outer, inner = self.links
+        _ip("netns", "add", self.netns)
+        _ip("link", "add", outer, "type", "veth", "peer", "name", inner, "netns", self.netns)
+        _ip("addr", "add", f"{self.host}/30", "dev", outer)
+        _ip("link", "set", outer, "up")
+        for command in (
+            ("addr", "add", f"{self.node}/30", "dev", inner),
+            ("link", "set", inner, "up"),
+            ("link", "set", "lo", "up"),
+            ("route", "add", "default", "via", self.host),
+        ):
+            _ip("-n", self.netns, *command)
+        for key in ("net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0"):
+            output(["nsenter", f"--net=/run/netns/{self.netns}", "sysctl", "-qw", key])
+        for target in (self.services, self.pods):
+            _ip("route", "add", target, "via", self.node)
+
+    def down(self) -> None:
+        """The link's other end and the routes go with the namespace."""
+        output(["ip", "link", "del", self.links[0]], check=False)
+        output(["ip", "netns", "del", self.netns], check=False)
+
+
+def _ip(*arguments: str) -> None:
+    output(["ip", *arguments])
+
+
+@dataclass
+class Node:
+    """The node's daemons. `images` holds containerd's content and snapshots and is kept between runs."""
+
+    plane: ControlPlane
+    network: Network
+    images: Path
+
+    @property
+    def state(self) -> Path:
+        return self.plane.state / "node"
+
+    @property
+    def socket(self) -> Path:
+        return self.state / "containerd.sock"
+
+    @property
+    def cgroup(self) -> str:
+        return f"graft-{self.network.name}"
+
+    def ctr(self, *arguments: str) -> list[str]:
+        """A ctr command line for the images and containers of Kubernetes."""
+        return ["ctr", "--address", str(self.socket), "-n", "k8s.io", *arguments]
+
+    def start_containerd(self) -> None:
+        """containerd with its own root, state, socket and CNI configuration."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.images.mkdir(parents=True, exist_ok=True)
+        cni = self.state / "cni"
+        cni.mkdir(exist_ok=True)
+        (cni / "10-graft.conflist").write_text(json.dumps(self._cni()))
+        config = self.state / "containerd.toml"
+        # restrict_oom_score_adj: without CAP_SYS_RESOURCE a sandbox could not be started otherwise.
+        config.write_text(
+            f"""version = 2
+root = "{self.images}"
+state = "{self.state}/containerd"
+disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper"]
+[grpc]
+  address = "{self.socket}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{PAUSE_IMAGE}"
+  restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        SystemdCgroup = false
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{cni}"
+"""
+        )
+        self.plane.processes.start(
+            "containerd", ["containerd", "--config", config, "--log-level", "warn"], netns=self.network.netns
+        )
+        wait_for(
+            self._containerd_answers,
+            30,
+            "containerd answers",
+            lambda: tail(self.plane.processes.logs / "containerd.log"),
+        )
+
+    def _containerd_answers(self) -> bool:
+        self.plane.processes.require("containerd")
+        return "Server" in output(self.ctr("version"), check=False)
+
+    def _cni(self) -> dict[str, object]:
+        bridge = {
+            "type": "bridge",
+            "bridge": "graft0",
+            "isGateway": True,
+            "ipMasq": True,
+            "hairpinMode": True,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": str(self.state / "ipam"),
+                "ranges": [[{"subnet": self.network.pods}]],
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        }
+        portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
+        return {"cniVersion": "0.4.0", "name": f"graft-{self.network.name}", "plugins": [bridge, portmap]}
+
+    def make_cgroups(self) -> None:
+        """The kubelet's root in every v1 hierarchy; a new cpuset is empty until it is given its parent's."""
+        for hierarchy in self._hierarchies():
+            folder = hierarchy / self.cgroup
+            folder.mkdir(exist_ok=True)
+            for name in ("cpuset.cpus", "cpuset.mems"):
+                if (hierarchy / name).exists() and (folder / name).exists():
+                    (folder / name).write_text((hierarchy / name).read_text())
+
+    def _hierarchies(self) -> list[Path]:
+        if (CGROUPS / "cgroup.controllers").exists():
+            return [CGROUPS]
+        return [path for path in CGROUPS.iterdir() if path.is_dir() and not path.is_symlink() and path.is_mount()]
+
+    def remove_cgroups(self) -> None:
+        """Deepest first; they are empty once the pods are gone."""
+        for hierarchy in self._hierarchies():
+            root = hierarchy / self.cgroup
+            if not root.exists():
+                continue
+            folders = sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
+            for folder in [*folders, root]:
+                wait_for(lambda folder=folder: _removed(folder), 10, f"cgroup {folder} is empty")  # type: ignore[misc]
+
+    def start(self) -> None:
+        """kubelet, kube-proxy, CoreDNS; the node is Ready afterwards."""
+        keys, name = self.plane.state / "pki", "node-0"
+        pki.certificate(keys, "kubelet", f"/O=system:nodes/CN=system:node:{name}", (self.network.node, name))
+        pki.kubeconfig(keys, "kubelet", self.plane.server, keys / "kubelet.kubeconfig")
+        pki.certificate(keys, "proxy", "/CN=system:kube-proxy")
+        pki.kubeconfig(keys, "proxy", self.plane.server, keys / "proxy.kubeconfig")
+        self.make_cgroups()
+        kubelet = self.state / "kubelet.json"
+        kubelet.write_text(json.dumps(self._kubelet(keys)))
+        processes = self.plane.processes
+        processes.start(
+            "kubelet",
+            [
+                binary("kubelet"), f"--config={kubelet}", f"--kubeconfig={keys}/kubelet.kubeconfig", f"--root-dir={self.state}/kubelet",
+                f"--cert-dir={keys}", f"--hostname-override={name}", f"--node-ip={self.network.node}", "--v=1",
+                "--node-labels=topology.kubernetes.io/region=local,topology.kubernetes.io/zone=local-a",
+            ],
+            netns=self.network.netns,
+        )  # fmt: skip
+        processes.start(
+            "kube-proxy",
+            [
+                binary("kube-proxy"), f"--kubeconfig={keys}/proxy.kubeconfig", "--proxy-mode=iptables", f"--cluster-cidr={self.network.pods}",
+                "--masquerade-all", "--conntrack-max-per-core=0", f"--hostname-override={name}", "--healthz-bind-address=",
+                "--metrics-bind-address=127.0.0.1:10249",
+            ],
+            netns=self.network.netns,
+        )  # fmt: skip
+        wait_for(self._ready, 60, "the node is Ready", lambda: tail(processes.logs / "kubelet.log"))
+        self._start_dns()
+
+    def _ready(self) -> bool:
+        self.plane.processes.require("kubelet")
+        path = "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"
+        return self.plane.kubectl("get", "nodes", "-o", path, check=False).strip() == "True"
+
+    def _kubelet(self, keys: Path) -> dict[str, object]:
+        return {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "cgroupDriver": "cgroupfs",
+            "cgroupRoot": f"/{self.cgroup}",
+            "failCgroupV1": False,
+            "failSwapOn": False,
+            "enforceNodeAllocatable": [],
+            "containerRuntimeEndpoint": f"unix://{self.socket}",
+            "clusterDNS": [self.network.dns],
+            "clusterDomain": "cluster.local",
+            "resolvConf": "/dev/null",
+            "podLogsDir": f"{self.state}/pods",
+            "authentication": {"x509": {"clientCAFile": f"{keys}/ca.crt"}, "anonymous": {"enabled": False}},
+            "authorization": {"mode": "Webhook"},
+            "tlsCertFile": f"{keys}/kubelet.crt",
+            "tlsPrivateKeyFile": f"{keys}/kubelet.key",
+            "evictionHard": {
+                "memory.available": "100Mi",
+                "nodefs.available": "1%",
+                "imagefs.available": "1%",
+                "nodefs.inodesFree": "1%",
+            },
+            "imageGCHighThresholdPercent": 100,
+            "serializeImagePulls": False,
+            "registryPullQPS": 0,
+            "maxPods": 60,
+            "shutdownGracePeriod": "0s",
+        }
+
+    def _start_dns(self) -> None:
+        """CoreDNS as a process at the node's address, behind the Service kube-dns."""
+        corefile = self.state / "Corefile"
+        corefile.write_text(
+            f"""cluster.local:53 in-addr.arpa:53 {{
+  bind {self.network.node}
+  errors
+  kubernetes cluster.local in-addr.arpa {{
+    kubeconfig {self.plane.kubeconfig}
+    pods insecure
+  }}
+  cache 5
+}}
+"""
+        )
+        self.plane.processes.start("coredns", [binary("coredns"), "-conf", corefile], netns=self.network.netns)
+        ports = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns-tcp", "port": 53, "protocol": "TCP"}]
+        objects = {
+            "apiVersion": "v1",
+            "kind": "List",
+            "items": [
+                {
+                    "apiVersion": "v1", "kind": "Service", "metadata": {"name": "kube-dns", "namespace": "kube-system"},
+                    "spec": {"clusterIP": self.network.dns, "ports": ports},
+                },
+                {
+                    "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+                    "metadata": {"name": "kube-dns", "namespace": "kube-system", "labels": {"kubernetes.io/service-name": "kube-dns"}},
+                    "ports": ports, "endpoints": [{"addresses": [self.network.node], "conditions": {"ready": True}}],
+                },
+            ],
+        }  # fmt: skip
+        manifest = self.state / "dns.json"
+        manifest.write_text(json.dumps(objects))
+        self.plane.kubectl("apply", "-f", str(manifest))
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""A real S3 server over a folder, for tests: versitygw."""
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.binaries import binary
+from testbed.controlplane import free_port
+from testbed.processes import Processes
+from testbed.shell import tail, wait_for
+
+
+@dataclass
+class S3Server:
+    """A running server; `access_key` and `secret_key` are its root's."""
+
+    state: Path
+    port: int
+    access_key: str
+    secret_key: str
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.state, self.state / "logs")
+
+    def start(self) -> None:
+        """Start it (again) over the same folder and port."""
+        for folder in ("data", "iam", "sidecar"):
+            (self.state / folder).mkdir(exist_ok=True)
+        self.processes.start(
+            "versitygw",
+            [binary("versitygw"), "--port", f"127.0.0.1:{self.port}", "--health", "/health", "--quiet", "--iam-dir",
+             self.state / "iam", "posix", "--sidecar", self.state / "sidecar", self.state / "data"],
+            env={"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key},
+        )  # fmt: skip
+        wait_for(self._answers, 20, "the S3 server answers", lambda: tail(self.state / "logs/versitygw.log"))
+
+    def stop(self) -> None:
+        self.processes.stop("versitygw")
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.endpoint}/health", timeout=2) as answer:
+                return int(answer.status) == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def secret_dir(self, bucket: str, prefix: str = "") -> Path:
+        """A folder like the mounted Secret graft-storage, with the root's key."""
+        folder = self.state / "secret"
+        folder.mkdir(exist_ok=True)
+        values = {
+            "endpoint": self.endpoint,
+            "region": "us-east-1",
+            "bucket": bucket,
+            "prefix": prefix,
+            "access-key-id": self.access_key,
+            "secret-access-key": self.secret_key,
+        }
+        for name, value in values.items():
+            (folder / name).write_text(value)
+        return folder
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """A server of its own, gone afterwards."""
+    state = Path(tempfile.mkdtemp(prefix="graft-s3-"))
+    server = S3Server(state, free_port(), "root", secrets.token_hex(16))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(state, ignore_errors=True)

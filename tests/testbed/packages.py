@@ -1,0 +1,51 @@
+"""What the real node needs from Debian, installed when it is missing."""
+
+import os
+import shutil
+
+from testbed.shell import CACHE, Failed, locked, run, say
+
+# program that must be there -> Debian package
+NODE = {
+    "containerd": "containerd",
+    "runc": "runc",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "iptables": "iptables",
+    "conntrack": "conntrack",
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
+    "socat": "socat",
+    "ip": "iproute2",
+    "sysctl": "procps",
+    "openssl": "openssl",
+    "mount": "mount",
+    "nsenter": "util-linux",
+}
+CONTROL_PLANE = {"openssl": "openssl"}
+PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def missing(programs: dict[str, str]) -> list[str]:
+    """Packages whose program is not there."""
+    return sorted({package for program, package in programs.items() if shutil.which(program, path=PATH) is None})
+
+
+def install(programs: dict[str, str]) -> None:
+    """apt-get what is missing. The packages' own services are not started: the testbed runs its own containerd."""
+    os.environ["PATH"] = PATH
+    needed = missing(programs)
+    if not needed:
+        return
+    if os.geteuid() != 0:
+        raise Failed(f"these Debian packages are missing, and only root can install them: {' '.join(needed)}")
+    if shutil.which("apt-get") is None:
+        raise Failed(f"install these programs first: {' '.join(needed)} (this machine has no apt-get)")
+    say(f"    installing {' '.join(needed)}")
+    log = CACHE / "logs" / "apt.log"
+    quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    with locked("apt"):
+        run(["apt-get", "update", "-q"], log, "apt-get update", env=quiet)
+        run(["apt-get", "install", "-y", "-q", "--no-install-recommends", *needed], log, "apt-get install", env=quiet)
+    still = missing(programs)
+    if still:
+        raise Failed(f"still missing after apt-get install: {' '.join(still)}; the log is {log}")

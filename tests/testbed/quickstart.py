@@ -1,0 +1,241 @@
+"""The quickstart's path, step by step: install, upload, apply, follow, ask. The demo shows it, the e2e suite asserts on it."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed.binaries import binary
+from testbed.shell import CACHE, REPOSITORY, Failed, output, run, say, wait_for
+
+SYSTEM, SHOP = "graft-system", "shop"
+QUICKSTART = REPOSITORY / "examples" / "quickstart"
+MODEL = REPOSITORY / "examples" / "tiny-llama" / "model"
+
+
+@dataclass
+class Access:
+    """A cluster, by its kubeconfig, with the programs to use it."""
+
+    kubeconfig: str
+    kubectl_path: str | Path
+    helm_path: str | Path
+
+    def kubectl(self, *arguments: str, check: bool = True) -> str:
+        """What kubectl prints."""
+        return output([self.kubectl_path, "--kubeconfig", self.kubeconfig, *arguments], check=check)
+
+    def get(self, kind: str, name: str, namespace: str = SHOP) -> dict[str, Any]:
+        """A resource, empty when there is none."""
+        text = self.kubectl("get", kind, name, "-n", namespace, "-o", "json", "--ignore-not-found")
+        return dict(json.loads(text)) if text.strip() else {}
+
+    @contextlib.contextmanager
+    def forward(self, service: str, port: int, namespace: str = SYSTEM) -> Iterator[str]:
+        """http://127.0.0.1:<port> that leads to a Service, for as long as the block lasts."""
+        log = CACHE / "logs" / f"forward-{service}.log"
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                [str(self.kubectl_path), "--kubeconfig", self.kubeconfig, "-n", namespace, "port-forward", f"service/{service}", f":{port}"],
+                stdout=subprocess.PIPE, stderr=sink, text=True,
+            )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            found = re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline())
+            if found is None:
+                raise Failed(f"kubectl port-forward to {service} failed: {log.read_text()}")
+            yield f"http://127.0.0.1:{found.group(1)}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def testbed_access(kubeconfig: Path) -> Access:
+    """With the testbed's own kubectl and helm."""
+    return Access(str(kubeconfig), binary("kubectl"), binary("helm"))
+
+
+def install(access: Access, values: list[str]) -> None:
+    """The chart, with helm; waits until operator, gateway and store are ready."""
+    log = CACHE / "logs" / "helm.log"
+    log.unlink(missing_ok=True)
+    command = [
+        access.helm_path, "--kubeconfig", access.kubeconfig, "upgrade", "--install", "graft", REPOSITORY / "charts" / "graft",
+        "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "5m", *values,
+    ]  # fmt: skip
+    try:
+        run(command, log, "helm install")
+    except Failed as error:
+        raise Failed(f"{error}\n{explain(access, SYSTEM)}") from error
+
+
+def explain(access: Access, namespace: str) -> str:
+    """What helps to understand a failure: resources, events, the end of the logs."""
+    parts = [
+        access.kubectl("get", "all,graft", "-n", namespace, "-o", "wide", check=False),
+        access.kubectl("get", "events", "-n", namespace, "--sort-by=.lastTimestamp", check=False)[-4000:],
+    ]
+    for pod in access.kubectl("get", "pods", "-n", namespace, "-o", "name", check=False).split():
+        parts.append(
+            f"--- {pod}\n" + access.kubectl("logs", "-n", namespace, pod, "--all-containers", "--tail=15", check=False)
+        )
+    return "\n".join(parts)
+
+
+def upload(access: Access) -> None:
+    """The base model and the dataset, into the bucket, as `aws s3 cp` would."""
+    import boto3
+    from botocore.config import Config
+
+    secret = access.get("secret", "graft-store", SYSTEM)["data"]
+    import base64
+
+    key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))
+    with access.forward("graft-store", 7070) as endpoint:
+        client = boto3.client(
+            "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=key, aws_secret_access_key=value,
+            config=Config(s3={"addressing_style": "path"}, retries={"mode": "standard", "max_attempts": 10}),
+        )  # fmt: skip
+
+        def bucket_there() -> bool:
+            try:
+                client.head_bucket(Bucket="graft")
+            except Exception:
+                return False
+            return True
+
+        wait_for(bucket_there, 60, "the operator made the bucket", lambda: explain(access, SYSTEM))
+        files = [(path, f"models/tiny-llama/{path.name}") for path in sorted(MODEL.iterdir()) if path.is_file()]
+        files += [
+            (path, f"shop/datasets/support/{path.name}") for path in sorted((QUICKSTART / "data").glob("*.jsonl"))
+        ]
+        for path, name in files:
+            client.upload_file(str(path), "graft", name)
+        say(f"    {len(files)} files uploaded to s3://graft")
+
+
+def apply(access: Access) -> None:
+    """The quickstart's manifests."""
+    access.kubectl("apply", "-f", str(QUICKSTART))
+
+
+def forget(access: Access) -> None:
+    """An earlier run of the quickstart on the same cluster: its job is immutable, so it is removed."""
+    if access.kubectl("get", "finetunejob", "support", "-n", SHOP, "--ignore-not-found", check=False).strip():
+        access.kubectl("delete", "finetunejob", "support", "-n", SHOP, "--timeout=120s")
+
+
+def condition(resource: dict[str, Any], type_: str) -> dict[str, Any]:
+    """A condition of a resource, empty when there is none."""
+    found = [item for item in resource.get("status", {}).get("conditions", []) if item["type"] == type_]
+    return dict(found[0]) if found else {}
+
+
+def follow(access: Access, name: str = "support", timeout: float = 900) -> dict[str, Any]:
+    """Show a job's progress in one line until it has ended; Failed with its reason when it did not succeed."""
+    deadline, shown, told = time.monotonic() + timeout, "", 0.0
+    live = sys.stdout.isatty()
+    while True:
+        job = access.get("finetunejob", name)
+        status, ended = job.get("status", {}), condition(job, "Succeeded")
+        line = f"    {name}: {status.get('stage', '-')}  {status.get('progressText', '')}  loss {status.get('lossText', '-')}  ETA {status.get('etaText', '-')}"
+        if line != shown and (live or time.monotonic() - told > 5 or status.get("stage") not in shown):
+            print(f"\r{line:<90}" if live else line, end="" if live else "\n", flush=True)
+            shown, told = line, time.monotonic()
+        if ended.get("status") == "True":
+            if live:
+                print()
+            return job
+        if ended.get("status") == "False" or time.monotonic() > deadline:
+            why = ended.get("message") if ended.get("status") == "False" else f"not ended within {timeout:.0f} s"
+            raise Failed(f"FineTuneJob {name}: {ended.get('reason')}: {why}\n{explain(access, SHOP)}")
+        time.sleep(1)
+
+
+def wait_available(access: Access, name: str = "desk", timeout: float = 300) -> None:
+    """Until every route of the deployment answers."""
+    told = time.monotonic()
+
+    def available() -> bool:
+        nonlocal told
+        resource = access.get("adapterdeployment", name)
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            say(
+                f"    {name}: {resource.get('status', {}).get('stage')}: {condition(resource, 'Available').get('message')}"
+            )
+        return condition(resource, "Available").get("status") == "True"
+
+    wait_for(available, timeout, f"AdapterDeployment {name} is Available", lambda: explain(access, SHOP))
+
+
+def ask(endpoint: str, model: str, question: list[dict[str, str]]) -> str:
+    """A model's answer to a chat, by the OpenAI protocol."""
+    body = {"model": model, "messages": question, "temperature": 0, "max_tokens": 48}
+    request = urllib.request.Request(
+        f"{endpoint}/v1/chat/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"]).strip()
+    except urllib.error.HTTPError as error:
+        raise Failed(
+            f"the gateway answered {error.code} for {model}: {error.read().decode(errors='replace')[:500]}"
+        ) from error
+
+
+@dataclass
+class Answer:
+    """One held-out question with the reference and both answers."""
+
+    question: str
+    reference: str
+    base: str
+    adapter: str
+
+
+def normal(text: str) -> str:
+    """As the trainer's exact match compares: lower case, single spaces."""
+    return " ".join(text.lower().split())
+
+
+def held_out(limit: int) -> list[dict[str, Any]]:
+    """The first held-out examples."""
+    lines = (QUICKSTART / "data" / "heldout.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:limit]]
+
+
+def interview(endpoint: str, limit: int = 60) -> list[Answer]:
+    """Ask base and adapter the same held-out questions."""
+    answers, told = [], time.monotonic()
+    examples = held_out(limit)
+    for number, example in enumerate(examples):
+        *question, reference = example["messages"]
+        answers.append(
+            Answer(
+                question=question[-1]["content"],
+                reference=reference["content"],
+                base=ask(endpoint, f"{SHOP}/base", question),
+                adapter=ask(endpoint, f"{SHOP}/support", question),
+            )
+        )
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            say(f"    asked {number + 1} of {len(examples)}")
+    return answers
+
+
+def scores(answers: list[Answer]) -> tuple[float, float]:
+    """Share of exact matches of base and adapter."""
+    count = len(answers)
+    base = sum(normal(item.base) == normal(item.reference) for item in answers) / count
+    adapter = sum(normal(item.adapter) == normal(item.reference) for item in answers) / count
+    return base, adapter

@@ -1,0 +1,112 @@
+"""Running other programs: what a person sees meanwhile, and what is left to read when one fails."""
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+TELL_EVERY = 10.0  # seconds between lines about a step that takes long
+CACHE = Path(os.environ.get("GRAFT_CACHE", Path.home() / ".cache/graft"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Failed(Exception):
+    """A step that failed; the message names the log to read."""
+
+
+def say(text: str) -> None:
+    """One line for the person who waits."""
+    print(text, flush=True)
+
+
+def tail(path: Path, lines: int = 25) -> str:
+    """The end of a log."""
+    if not path.exists():
+        return "(no log)"
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Announce a step and say how long it took."""
+    started = time.monotonic()
+    say(f"==> {name}")
+    yield
+    say(f"    {name}: {time.monotonic() - started:.0f} s")
+
+
+def run(
+    command: Sequence[str | Path], log: Path, what: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> None:
+    """Run a program into a log file, with a sign of life; Failed with the end of the log when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = told = time.monotonic()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env={**os.environ, **(env or {})}, cwd=cwd,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                if time.monotonic() - told > TELL_EVERY:
+                    told = time.monotonic()
+                    last = tail(log, 1).strip()[-90:]
+                    say(f"    {what}: {told - started:.0f} s  {last}")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if process.returncode != 0:
+        raise Failed(f"{what} failed (exit {process.returncode}); the log is {log}, its end:\n{tail(log)}")
+
+
+def output(command: Sequence[str | Path], env: Mapping[str, str] | None = None, check: bool = True) -> str:
+    """What a quick program prints; Failed with its errors when it fails."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False
+    )
+    if check and done.returncode != 0:
+        raise Failed(f"{' '.join(map(str, command))}: {(done.stderr or done.stdout).strip()[-2000:]}")
+    return done.stdout
+
+
+def wait_for(predicate: Callable[[], object], timeout: float, what: str, explain: Callable[[], str] = str) -> None:
+    """Wait until a condition holds; Failed says for what, and what `explain` knows about it."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise Failed(f"not within {timeout:.0f} s: {what}\n{explain()}")
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """One process at a time: builds write to shared caches."""
+    path = CACHE / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"    waiting for another process that has the lock {path}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def main_guard(body: Callable[[], None]) -> int:
+    """Run a command's body; a failed step is one clear message, not a traceback."""
+    try:
+        body()
+    except Failed as error:
+        print(f"\nFAILED: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,386 @@
+"""The Helm chart: it renders, it refuses typos, its pods are restricted and its rights are few."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from graft.artifacts.store import StorageConfig
+from graft.crdgen import ROOT
+from graft.manifests.common import labels
+from graft.settings import Settings
+
+CHART = ROOT / "charts" / "graft"
+Manifest = dict[str, Any]
+EXTERNAL = {
+    "objectStore": {
+        "bucket": "ml-adapters",
+        "region": "eu-central-1",
+        "credentials": "provided",
+        "embedded": {"enabled": False},
+        "external": {"endpoint": "https://s3.example.com", "existingSecret": "graft-s3"},
+    }
+}
+EVERYTHING = {
+    "tenantNamespaces": ["team-a", "team-b"],
+    "imagePullSecrets": ["registry"],
+    "gateway": {
+        "replicas": 3,
+        "ingress": {"enabled": True, "host": "llm.example.com", "className": "nginx", "tlsSecret": "llm-tls"},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example.com"]},
+    },
+    "operator": {
+        "nodeSelector": {"pool": "system"},
+        "tolerations": [{"operator": "Exists"}],
+        "priorityClassName": "high",
+    },
+    "objectStore": {"embedded": {"persistence": {"storageClass": "fast"}, "nodeSelector": {"pool": "storage"}}},
+    "networkPolicy": {
+        "gatewayFrom": [{"namespaceSelector": {}}],
+        "storeFrom": [{"podSelector": {"matchLabels": {"app": "upload"}}}],
+    },
+    "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+}
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """The testbed's helm, or the one on PATH."""
+    try:
+        from testbed.binaries import binary
+
+        return str(binary("helm"))
+    except Exception as error:
+        found = shutil.which("helm")
+        if found is None:
+            pytest.fail(f"the chart cannot be tested: no helm on PATH, and the testbed could not build one: {error}")
+        return found
+
+
+def run(helm: str, *arguments: str, values: Manifest | None = None, tmp: Path) -> subprocess.CompletedProcess[str]:
+    file = tmp / "values.yaml"
+    file.write_text(json.dumps(values or {}))
+    command = [helm, *arguments, "--kube-version", "1.34.0", "--values", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def template(helm: str, tmp_path: Path) -> Any:
+    """Render the chart with values; a list of manifests."""
+
+    def render(values: Manifest | None = None, *arguments: str) -> list[Manifest]:
+        done = run(
+            helm,
+            "template",
+            "graft",
+            str(CHART),
+            "--namespace",
+            "graft-system",
+            *arguments,
+            values=values,
+            tmp=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+    return render
+
+
+def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
+    found = [item for item in manifests if item["kind"] == kind and item["metadata"]["name"] == name]
+    assert len(found) == 1, f"{kind} {name}: {[(item['kind'], item['metadata']['name']) for item in manifests]}"
+    return found[0]
+
+
+def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """The pod templates, by name of what makes them."""
+    return {
+        item["metadata"]["name"]: item["spec"]["template"]
+        for item in manifests
+        if item["kind"] in {"Deployment", "StatefulSet", "DaemonSet", "Job"}
+    }
+
+
+def rules(manifests: list[Manifest]) -> list[tuple[str, str, Manifest]]:
+    """Every RBAC rule: kind and name of its role, and the rule."""
+    return [
+        (item["kind"], item["metadata"]["name"], rule)
+        for item in manifests
+        if item["kind"] in {"Role", "ClusterRole"}
+        for rule in item["rules"]
+    ]
+
+
+def operator_settings(manifests: list[Manifest]) -> Settings:
+    data = find(manifests, "ConfigMap", "graft-config")["data"]
+    return Settings.model_validate_json(data["config.json"])
+
+
+@pytest.mark.parametrize("values", [{}, EXTERNAL, EVERYTHING], ids=["default", "external", "everything"])
+def test_helm_lint_finds_nothing(helm: str, tmp_path: Path, values: Manifest) -> None:
+    done = run(helm, "lint", str(CHART), "--strict", values=values, tmp=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_defaults_are_valid_and_every_one_is_in_the_schema() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    jsonschema.validate(values, schema)
+
+    def unlisted(node: Manifest, value: Any, path: str) -> list[str]:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+        if "properties" not in node:
+            return []
+        assert node["additionalProperties"] is False, path
+        missing = [f"{path}.{name}" for name in node["properties"] if name not in value and name != "global"]
+        return missing + [
+            entry for name in value for entry in unlisted(node["properties"][name], value[name], f"{path}.{name}")
+        ]
+
+    assert unlisted(schema, values, "") == [], "in the schema but not in values.yaml"
+
+
+@pytest.mark.parametrize(
+    "typo",
+    [
+        {"tenantNamespace": ["a"]},
+        {"gateway": {"replica": 2}},
+        {"images": {"operator": {"digest": "latest"}}},
+        {"objectStore": {"embedded": {"persistance": {"enabled": False}}}},
+        {"objectStore": {"credentials": "isue"}},
+        {"tenantNamespaces": ["Team_A"]},
+    ],
+    ids=str,
+)
+def test_a_typo_is_refused(helm: str, tmp_path: Path, typo: Manifest) -> None:
+    done = run(helm, "template", "graft", str(CHART), values=typo, tmp=tmp_path)
+    assert done.returncode != 0
+    assert "values don't meet the specifications of the schema" in done.stderr or "schema" in done.stderr
+
+
+def test_an_external_store_without_its_key_is_refused(helm: str, tmp_path: Path) -> None:
+    values = {"objectStore": {"embedded": {"enabled": False}, "credentials": "provided"}}
+    done = run(helm, "template", "graft", str(CHART), values=values, tmp=tmp_path)
+    assert "objectStore.external.existingSecret is needed" in done.stderr
+
+
+def test_keys_are_not_issued_by_a_store_that_cannot(helm: str, tmp_path: Path) -> None:
+    values = {"objectStore": {"embedded": {"enabled": False}, "external": {"existingSecret": "s"}}}
+    done = run(helm, "template", "graft", str(CHART), values=values, tmp=tmp_path)
+    assert "needs objectStore.external.adminUrl" in done.stderr
+
+
+@pytest.mark.parametrize("values", [{}, EXTERNAL, EVERYTHING], ids=["default", "external", "everything"])
+def test_every_pod_meets_pod_security_restricted(template: Any, values: Manifest) -> None:
+    found = pods(template(values))
+    assert {"graft-operator", "graft-gateway", "graft-uninstall"} <= set(found)
+    for name, pod in found.items():
+        spec = pod["spec"]
+        security = spec["securityContext"]
+        assert security["runAsNonRoot"] is True and security["runAsUser"] > 0, name
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), name
+        assert all(
+            set(volume) <= {"name", "configMap", "secret", "emptyDir", "projected", "persistentVolumeClaim"}
+            for volume in spec.get("volumes", [])
+        ), name
+        for container in spec["containers"] + spec.get("initContainers", []):
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False, name
+            assert security["readOnlyRootFilesystem"] is True, name
+            assert security["capabilities"] == {"drop": ["ALL"]}, name
+            assert "privileged" not in security, name
+            assert {"requests", "limits"} <= set(container["resources"]), name
+
+
+def test_only_the_third_party_store_has_a_key_in_its_environment(template: Any) -> None:
+    for name, pod in pods(template(EVERYTHING)).items():
+        for container in pod["spec"]["containers"]:
+            secret = [
+                entry["name"] for entry in container.get("env", []) if "secretKeyRef" in entry.get("valueFrom", {})
+            ]
+            assert not secret or name == "graft-store", name
+
+
+@pytest.mark.parametrize("values", [{}, EXTERNAL, EVERYTHING], ids=["default", "external", "everything"])
+def test_no_role_has_a_wildcard_or_reads_secrets_of_the_cluster(template: Any, values: Manifest) -> None:
+    manifests = template(values)
+    for kind, name, rule in rules(manifests):
+        assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"], name
+        assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"]), name
+        if "secrets" in rule["resources"]:
+            assert (kind, name) == ("ClusterRole", "graft-tenant")
+            assert rule["verbs"] == ["create"] or rule["resourceNames"] == ["graft-storage"]
+    for item in manifests:
+        if item["kind"] == "ClusterRoleBinding":
+            assert item["roleRef"]["name"] in {"graft-operator", "graft-uninstall"}
+        if item["kind"] in {"ClusterRoleBinding", "RoleBinding"}:
+            assert {subject["kind"] for subject in item["subjects"]} == {"ServiceAccount"}
+
+
+def test_the_operator_writes_workloads_only_where_it_was_let_in(template: Any) -> None:
+    manifests = template({"tenantNamespaces": ["team-a", "team-b"]})
+    bound = [
+        item["metadata"]["namespace"]
+        for item in manifests
+        if item["kind"] == "RoleBinding" and item["roleRef"]["name"] == "graft-tenant"
+    ]
+    assert bound == ["team-a", "team-b"]
+    for rule in find(manifests, "ClusterRole", "graft-operator")["rules"]:
+        if {"", "apps", "batch"} & set(rule["apiGroups"]):
+            assert set(rule["verbs"]) <= {"get", "list", "watch"}, rule
+
+
+def test_a_provided_key_is_never_written(template: Any) -> None:
+    tenant = find(template(EXTERNAL), "ClusterRole", "graft-tenant")
+    assert [rule["verbs"] for rule in tenant["rules"] if "secrets" in rule["resources"]] == [["get"]]
+
+
+def test_the_operator_reads_what_the_chart_says(template: Any) -> None:
+    manifests = template({"imagePullSecrets": ["registry"], "images": {"agent": {"digest": "sha256:" + "a" * 64}}})
+    settings = operator_settings(manifests)
+    assert settings.namespace == "graft-system"
+    assert settings.images.agent == "ghcr.io/graft-dev/agent@sha256:" + "a" * 64
+    assert settings.images.trainer.startswith("ghcr.io/graft-dev/trainer:")
+    assert settings.image_pull_secrets == ["registry"]
+    assert settings.storage.issue_credentials and settings.storage.create_bucket
+    assert settings.storage.endpoint == "http://graft-store.graft-system.svc:7070"
+    assert settings.storage.admin_url == "http://graft-store-admin.graft-system.svc:7071"
+    assert settings.huggingface_endpoint is None
+    gateway = pods(manifests)["graft-gateway"]["metadata"]["labels"]
+    assert settings.gateway_selector.items() <= gateway.items()
+    assert find(manifests, "ServiceAccount", settings.operator_service_account)
+    assert find(manifests, "ClusterRole", settings.tenant_cluster_role)
+    service = find(manifests, "Service", "graft-gateway")
+    assert settings.gateway_url == f"http://graft-gateway.graft-system.svc:{service['spec']['ports'][0]['port']}"
+
+
+def test_with_an_external_store_there_is_no_embedded_one(template: Any) -> None:
+    manifests = template(EXTERNAL)
+    assert not [item["metadata"]["name"] for item in manifests if "store" in item["metadata"]["name"]]
+    settings = operator_settings(manifests)
+    assert not settings.storage.issue_credentials and not settings.storage.create_bucket
+    assert settings.storage.endpoint == "https://s3.example.com"
+
+
+@pytest.mark.parametrize("values", [{}, EXTERNAL], ids=["embedded", "external"])
+def test_the_operators_storage_folder_is_complete(template: Any, values: Manifest, tmp_path: Path) -> None:
+    manifests = template(values)
+    volumes = {volume["name"]: volume for volume in pods(manifests)["graft-operator"]["spec"]["volumes"]}
+    config, secret = volumes["storage"]["projected"]["sources"]
+    data = find(manifests, "ConfigMap", config["configMap"]["name"])["data"]
+    for item in config["configMap"]["items"]:
+        (tmp_path / item["path"]).write_text(data[item["key"]])
+    (tmp_path / "access-key-id").write_text("key")
+    (tmp_path / "secret-access-key").write_text("secret")
+
+    read = StorageConfig.from_dir(tmp_path)
+
+    assert read.prefix == ""
+    assert read.bucket == values.get("objectStore", {}).get("bucket", "graft")
+    assert read.endpoint == operator_settings(manifests).storage.endpoint
+    if not values:
+        root = find(manifests, "Secret", secret["secret"]["name"])["data"]
+        assert set(root) == {"access-key-id", "secret-access-key"}
+
+
+def test_the_crds_are_templates_that_survive_the_release(template: Any) -> None:
+    originals = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / "crds").glob("*.yaml")}
+    rendered = [item for item in template() if item["kind"] == "CustomResourceDefinition"]
+    assert len(rendered) == len(originals)
+    for item in rendered:
+        assert item["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+        assert item == originals[f"{item['metadata']['name']}.yaml"]
+    unkept = [item for item in template({"crds": {"keep": False}}) if item["kind"] == "CustomResourceDefinition"]
+    assert len(unkept) == len(originals) and not any("annotations" in item["metadata"] for item in unkept)
+    assert not [item for item in template({"crds": {"install": False}}) if item["kind"] == "CustomResourceDefinition"]
+
+
+def test_the_finalizers_go_after_the_operator_has_gone(template: Any) -> None:
+    hooks = [item for item in template() if "helm.sh/hook" in item["metadata"].get("annotations", {})]
+    weight = {item["kind"]: int(item["metadata"]["annotations"]["helm.sh/hook-weight"]) for item in hooks}
+    assert {item["metadata"]["annotations"]["helm.sh/hook"] for item in hooks} == {"post-delete"}
+    assert weight["ServiceAccount"] < weight["ClusterRoleBinding"] < weight["Job"]
+    assert pods(hooks)["graft-uninstall"]["spec"]["containers"][0]["command"] == ["python", "-m", "graft", "uninstall"]
+
+
+def test_the_stores_policy_admits_the_pods_that_the_operator_makes(template: Any) -> None:
+    from graft.api import FineTuneJob
+
+    job = FineTuneJob.model_validate(
+        {
+            "metadata": {"name": "j", "namespace": "team-a"},
+            "spec": {
+                "baseModel": "m",
+                "dataset": {"train": {"uri": "s3://graft/x.jsonl"}},
+                "method": {"lora": {}},
+                "output": {"adapter": "a"},
+            },
+        }
+    )
+    policy = find(template(), "NetworkPolicy", "graft-store")["spec"]
+    ports = {rule["ports"][0]["port"]: rule["from"] for rule in policy["ingress"]}
+    admitted = [peer["podSelector"]["matchLabels"] for peer in ports["s3"] if "namespaceSelector" in peer]
+    assert any(selector.items() <= labels(job, "training").items() for selector in admitted)
+    assert len(ports["admin"]) == 1, "the identity service is the operator's alone"
+    assert "egress" not in policy and "Egress" in policy["policyTypes"]
+
+
+def test_a_second_gateway_brings_a_disruption_budget(template: Any) -> None:
+    assert not [item for item in template() if item["kind"] == "PodDisruptionBudget"]
+    assert find(template({"gateway": {"replicas": 2}}), "PodDisruptionBudget", "graft-gateway")
+
+
+def test_optional_parts_render(template: Any) -> None:
+    manifests = template(EVERYTHING)
+    assert find(manifests, "Ingress", "graft-gateway")["spec"]["rules"][0]["host"] == "llm.example.com"
+    assert find(manifests, "HTTPRoute", "graft-gateway")["spec"]["parentRefs"] == [{"name": "public"}]
+    for component in ("operator", "gateway"):
+        monitor = find(manifests, "ServiceMonitor", f"graft-{component}")
+        selector = monitor["spec"]["selector"]["matchLabels"]
+        services = [
+            item
+            for item in manifests
+            if item["kind"] == "Service" and selector.items() <= item["metadata"]["labels"].items()
+        ]
+        assert [port["name"] for item in services for port in item["spec"]["ports"]] == [
+            monitor["spec"]["endpoints"][0]["port"]
+        ]
+
+
+def test_services_and_policies_select_the_pods(template: Any) -> None:
+    manifests = template(EVERYTHING)
+    found = [pod["metadata"]["labels"] for pod in pods(manifests).values()]
+    for item in manifests:
+        if item["kind"] == "Service":
+            selector = item["spec"]["selector"]
+        elif item["kind"] == "NetworkPolicy":
+            selector = item["spec"]["podSelector"]["matchLabels"]
+        else:
+            continue
+        assert sum(selector.items() <= pod.items() for pod in found) == 1, item["metadata"]["name"]
+
+
+def test_the_stores_data_survives_the_release_unless_told_otherwise(template: Any) -> None:
+    spec = find(template(), "StatefulSet", "graft-store")["spec"]
+    assert spec["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"] == "100Gi"
+    spec = find(
+        template({"objectStore": {"embedded": {"persistence": {"enabled": False}}}}), "StatefulSet", "graft-store"
+    )["spec"]
+    assert "volumeClaimTemplates" not in spec
+    assert {"name": "data", "emptyDir": {}} in spec["template"]["spec"]["volumes"]
+
+
+def test_another_release_name_renames_everything_alike(helm: str, tmp_path: Path) -> None:
+    done = run(helm, "template", "prod", str(CHART), "--namespace", "x", values={}, tmp=tmp_path)
+    manifests = [item for item in yaml.safe_load_all(done.stdout) if item]
+    settings = Settings.model_validate_json(find(manifests, "ConfigMap", "prod-graft-config")["data"]["config.json"])
+    assert settings.operator_service_account == "prod-graft-operator"
+    assert settings.tenant_cluster_role == "prod-graft-tenant"
+    assert set(pods(manifests)) == {
+        f"prod-graft-{part}" for part in ("operator", "gateway", "store", "uninstall")
+    }

@@ -211,10 +211,11 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str,
     shutil.rmtree(out, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # The class name of transformers 5 for this tokenizer is unknown to older readers; this one is known to all.
+    # Two names that transformers 5 writes are unknown to readers of version 4; these are known to both.
     config = out / "tokenizer_config.json"
     fields = json.loads(config.read_text())
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     (out / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
     (out / "README.md").write_text(card)

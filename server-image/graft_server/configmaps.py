@@ -70,9 +70,9 @@ class ConfigMaps:
             "timeoutSeconds": str(max(1, round(seconds))),
         }
         # The server ends the watch after timeoutSeconds; a connection that does not even do that is dead.
-        timeout = aiohttp.ClientTimeout(total=seconds + 10, sock_connect=5)
+        limits = aiohttp.ClientTimeout(total=seconds + 10, sock_connect=5)
         try:
-            response = await self._send("GET", self._path, query, timeout=timeout)
+            response = await self._send("GET", self._path, query, limits=limits)
             try:
                 while line := await response.content.readline():
                     event = json.loads(line)
@@ -118,7 +118,7 @@ class ConfigMaps:
         path: str,
         query: dict[str, str],
         body: object = None,
-        timeout: aiohttp.ClientTimeout = REQUEST_TIMEOUT,
+        limits: aiohttp.ClientTimeout = REQUEST_TIMEOUT,
     ) -> aiohttp.ClientResponse:
         headers = {"Accept": "application/json"}
         if method == "PATCH":
@@ -128,7 +128,7 @@ class ConfigMaps:
                 method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
             url += "?" + urlencode(query) if query else ""
-            answer = await self._client.rest_client.request(method, url, headers, body=body, _request_timeout=timeout)
+            answer = await self._client.rest_client.request(method, url, headers, body=body, _request_timeout=limits)
         except (ApiException, kube_config.ConfigException) as error:
             raise KubeError(0, f"{method} {path}: {error}") from error
         response: aiohttp.ClientResponse = answer.response

@@ -1,10 +1,13 @@
 """Images: built with buildah from the project's own Dockerfiles, and brought to a node's containerd without a registry.
 
-What a registry's python:3.11-slim is elsewhere is made here with debootstrap. All images go through one OCI folder, where layers that
-several share are kept once; only what a node's containerd does not have yet is sent to it.
+What a registry's python:3.11-slim is elsewhere is made here with debootstrap. Only layers that
+a node's containerd does not have yet are sent to it.
 """
 
+import base64
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,13 +15,16 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from testbed.node import Node
 from testbed.shell import CACHE, REPOSITORY, Failed, locked, output, run, say, step, tail
 
 BASE = "localhost/graft/python:3.11"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates,libgomp1"
-LAYOUT = CACHE / "oci"
+STORAGE = Path("/var/lib/containers/storage")
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+LARGE = 100_000_000  # bytes; archives of such layers are not kept beside their snapshot
 LOGS = CACHE / "logs"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 CONTEXT = ("operator/graft", "trainer-image", "server-image", "requirements", "operator/Dockerfile", ".dockerignore")
@@ -45,24 +51,23 @@ def build_base() -> str:
     with locked("images"):
         if exists(BASE):
             return BASE
-        with step("building the base image with debootstrap"):
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                root = Path(folder) / "root"
-                run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", root],
-                    LOGS / "debootstrap.log", "debootstrap")  # fmt: skip
-                for waste in (
-                    "var/cache/apt/archives",
-                    "var/lib/apt/lists",
-                    "usr/share/doc",
-                    "usr/share/man",
-                    "usr/share/locale",
-                ):
-                    shutil.rmtree(root / waste, ignore_errors=True)
-                container = output(["buildah", "from", "scratch"]).strip()
-                run(["buildah", "add", "-q", container, root, "/"], LOGS / "base.log", "adding the base's files")
-                output(["buildah", "config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                        "--env", "LANG=C.UTF-8", container])  # fmt: skip
-                run(["buildah", "commit", "-q", "--rm", container, BASE], LOGS / "base.log", "committing the base")
+        with step("building the base image with debootstrap"), tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            root = Path(folder) / "root"
+            run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", root],
+                LOGS / "debootstrap.log", "debootstrap")  # fmt: skip
+            for waste in (
+                "var/cache/apt/archives",
+                "var/lib/apt/lists",
+                "usr/share/doc",
+                "usr/share/man",
+                "usr/share/locale",
+            ):
+                shutil.rmtree(root / waste, ignore_errors=True)
+            container = output(["buildah", "from", "scratch"]).strip()
+            run(["buildah", "add", "-q", container, root, "/"], LOGS / "base.log", "adding the base's files")
+            output(["buildah", "config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                    "--env", "LANG=C.UTF-8", container])  # fmt: skip
+            run(["buildah", "commit", "-q", "--rm", container, BASE], LOGS / "base.log", "committing the base")
         return BASE
 
 
@@ -141,11 +146,7 @@ def load(node: Node, tags: list[str]) -> None:
     """Bring images to a node's containerd; those that it has are skipped."""
     present = _present(node)
     with locked("images"):
-        wanted: dict[str, str] = {}
-        for tag in tags:
-            digest = _push(tag)
-            if present.get(tag) != digest:
-                wanted[tag] = digest
+        wanted = {tag: stored for tag in tags if present.get(tag) != (stored := Stored(tag)).digest}
         if wanted:
             with step(f"loading {', '.join(wanted)}"):
                 _send(node, wanted)
@@ -157,75 +158,121 @@ def _present(node: Node) -> dict[str, str]:
     return {row[0]: row[2] for row in rows if len(row) > 2}
 
 
-def _push(tag: str) -> str:
-    """Copy an image into the OCI folder; the digest of its manifest."""
-    LAYOUT.mkdir(parents=True, exist_ok=True)
-    known = LAYOUT / "pushed.json"
-    pushed = dict(json.loads(known.read_text())) if known.exists() else {}
-    image = _image_id(tag)
-    entry = pushed.get(tag)
-    if entry and entry["image"] == image:
-        return str(entry["digest"])
-    digest_file = LAYOUT / "digest"
-    reference = hashlib.sha256(tag.encode()).hexdigest()[:16]
-    # Not compressed: it goes no further than this disk.
-    run(["buildah", "push", "-q", "--disable-compression", "--digestfile", digest_file, tag, f"oci:{LAYOUT}/layout:{reference}"],
-        LOGS / "push.log", f"exporting {tag}")  # fmt: skip
-    digest = digest_file.read_text().strip()
-    pushed[tag] = {"image": image, "digest": digest}
-    known.write_text(json.dumps(pushed, indent=1))
-    return digest
+class Stored:
+    """An image as buildah's storage holds it, described as an OCI image of uncompressed layers.
 
+    `buildah push` would write every layer anew at each change, the 6 GB of torch included; layers are exported one by one instead.
+    """
 
-def _send(node: Node, wanted: dict[str, str]) -> None:
-    """Stream an OCI archive of what containerd lacks into `ctr images import`."""
-    blobs = LAYOUT / "layout" / "blobs" / "sha256"
-    there = node.images / "io.containerd.content.v1.content" / "blobs" / "sha256"
-    needed: dict[str, Path] = {}
-    manifests = []
-    for tag, digest in wanted.items():
-        manifest_file = blobs / digest.removeprefix("sha256:")
-        manifest = json.loads(manifest_file.read_text())
-        parts = [digest, manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
-        for number, part in enumerate(parts):
-            name = part.removeprefix("sha256:")
-            # The manifest itself always goes along: the import starts from it.
-            if number < 2 or not (there / name).exists():
-                needed[name] = blobs / name
-        manifests.append(
+    def __init__(self, tag: str) -> None:
+        image = _image_id(tag).removeprefix("sha256:")
+        folder = STORAGE / "overlay-images" / image
+        name = base64.b64encode(f"sha256:{image}".encode()).decode()
+        self.config = (folder / f"={name}").read_bytes()
+        images = json.loads((STORAGE / "overlay-images" / "images.json").read_text())
+        layers = {item["id"]: item for item in json.loads((STORAGE / "overlay-layers" / "layers.json").read_text())}
+        self.layers: list[dict[str, Any]] = []  # lowest first
+        layer = next(item["layer"] for item in images if item["id"] == image)
+        while layer:
+            self.layers.insert(0, layers[layer])
+            layer = layers[layer].get("parent")
+        self.manifest = json.dumps(
             {
-                "mediaType": manifest.get("mediaType", "application/vnd.oci.image.manifest.v1+json"),
-                "digest": digest,
-                "size": manifest_file.stat().st_size,
-                "annotations": {
-                    "io.containerd.image.name": tag,
-                    "org.opencontainers.image.ref.name": tag.rpartition(":")[2],
+                "schemaVersion": 2,
+                "mediaType": MANIFEST_TYPE,
+                "config": {
+                    "mediaType": "application/vnd.oci.image.config.v1+json",
+                    "digest": _digest(self.config),
+                    "size": len(self.config),
                 },
+                "layers": [
+                    {
+                        "mediaType": "application/vnd.oci.image.layer.v1.tar",
+                        "digest": item["diff-digest"],
+                        "size": item["diff-size"],
+                    }
+                    for item in self.layers
+                ],
             }
-        )
+        ).encode()
+        self.digest = _digest(self.manifest)
+
+
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _send(node: Node, wanted: dict[str, Stored]) -> None:
+    """Stream an OCI archive of what containerd lacks into `ctr images import`.
+
+    Once a large layer is unpacked its archive is dropped from containerd's content: the snapshot is what containers run from, and
+    the archive would only take the same space again.
+    """
+    record = node.images / "unpacked.json"
+    unpacked = set(json.loads(record.read_text())) if record.exists() else set()
+    layers = {item["diff-digest"]: item for stored in wanted.values() for item in stored.layers}
+    needed = {digest: item for digest, item in layers.items() if digest not in unpacked}
+    say(f"    {sum(item['diff-size'] for item in needed.values()) / 1e6:.0f} MB in {len(needed)} layers")
+    index = {
+        "schemaVersion": 2,
+        "manifests": [
+            {
+                "mediaType": MANIFEST_TYPE, "digest": stored.digest, "size": len(stored.manifest),
+                "annotations": {"io.containerd.image.name": tag, "org.opencontainers.image.ref.name": tag.rpartition(":")[2]},
+            }
+            for tag, stored in wanted.items()
+        ],
+    }  # fmt: skip
     log = LOGS / "import.log"
-    say(f"    {sum(path.stat().st_size for path in needed.values()) / 1e6:.0f} MB in {len(needed)} blobs")
-    with tempfile.TemporaryDirectory() as folder, log.open("ab") as output_:
-        index, layout = Path(folder) / "index.json", Path(folder) / "oci-layout"
-        index.write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
-        layout.write_text('{"imageLayoutVersion":"1.0.0"}')
+    with log.open("ab") as sink:
         process = subprocess.Popen(
-            node.ctr("images", "import", "--local", "-") if _has_local(node) else node.ctr("images", "import", "-"),
-            stdin=subprocess.PIPE, stdout=output_, stderr=subprocess.STDOUT, env=dict(os.environ),
-        )  # fmt: skip
+            node.ctr("images", "import", "-"),
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=dict(os.environ),
+        )
         assert process.stdin is not None
-        try:
-            with tarfile.open(fileobj=process.stdin, mode="w|") as archive:
-                archive.add(layout, "oci-layout")
-                archive.add(index, "index.json")
-                for name, path in needed.items():
-                    archive.add(path, f"blobs/sha256/{name}")
+        with contextlib.suppress(BrokenPipeError), tarfile.open(fileobj=process.stdin, mode="w|") as archive:
+            _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+            _add(archive, "index.json", json.dumps(index).encode())
+            for stored in wanted.values():
+                _add(archive, f"blobs/sha256/{stored.digest.removeprefix('sha256:')}", stored.manifest)
+                _add(archive, f"blobs/sha256/{_digest(stored.config).removeprefix('sha256:')}", stored.config)
+            for digest, item in needed.items():
+                _add_layer(archive, digest, item)
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
         if process.wait() != 0:
             raise Failed(f"ctr images import failed; the log is {log}, its end:\n{tail(log)}")
+    record.write_text(json.dumps(sorted(unpacked | set(layers))))
+    for digest, item in needed.items():
+        if item["diff-size"] > LARGE:
+            output(node.ctr("content", "rm", digest))
 
 
-def _has_local(node: Node) -> bool:
-    return "--local" in output(node.ctr("images", "import", "--help"), check=False)
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
+
+
+def _add_layer(archive: tarfile.TarFile, digest: str, item: dict[str, Any]) -> None:
+    """One layer, exactly as its digest says."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        path = Path(folder) / "layer.tar"
+        run(
+            ["containers-storage", "diff", "-u", "-f", path, item["id"]],
+            LOGS / "layers.log",
+            f"exporting {item['diff-size'] / 1e6:.0f} MB",
+        )
+        hasher = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                hasher.update(chunk)
+        if f"sha256:{hasher.hexdigest()}" != digest:
+            raise Failed(f"layer {item['id']} was exported as sha256:{hasher.hexdigest()}, expected {digest}")
+        archive.add(path, f"blobs/sha256/{digest.removeprefix('sha256:')}")
+    # containers-storage leaves its own bind mount on the storage.
+    if any(line.split()[1] == str(STORAGE / "overlay") for line in Path("/proc/mounts").read_text().splitlines()):
+        output(["umount", str(STORAGE / "overlay")], check=False)

@@ -13,6 +13,7 @@ NODE = {
     "iptables": "iptables",
     "conntrack": "conntrack",
     "buildah": "buildah",
+    "containers-storage": "containers-storage",
     "debootstrap": "debootstrap",
     "socat": "socat",
     "ip": "iproute2",

@@ -159,7 +159,7 @@ def test_the_defaults_are_valid_and_every_one_is_in_the_schema() -> None:
 def test_a_typo_is_refused(helm: str, tmp_path: Path, typo: Manifest) -> None:
     done = run(helm, "template", "graft", str(CHART), values=typo, tmp=tmp_path)
     assert done.returncode != 0
-    assert "values don't meet the specifications of the schema" in done.stderr or "schema" in done.stderr
+    assert "don't meet the specifications of the schema" in done.stderr
 
 
 def test_an_external_store_without_its_key_is_refused(helm: str, tmp_path: Path) -> None:
@@ -335,6 +335,22 @@ def test_a_second_gateway_brings_a_disruption_budget(template: Any) -> None:
     assert find(template({"gateway": {"replicas": 2}}), "PodDisruptionBudget", "graft-gateway")
 
 
+def test_the_gateway_is_started_and_probed_as_it_is_written(template: Any) -> None:
+    from graft_server.gateway.app import Gateway
+    from graft_server.gateway.settings import parse
+
+    pod = pods(template())["graft-gateway"]["spec"]
+    container = pod["containers"][0]
+    assert container["command"][:3] == ["python", "-m", "graft_server.gateway"]
+    settings = parse(container["command"][3:])
+    assert (settings.namespace, settings.port) == ("graft-system", container["ports"][0]["containerPort"])
+    assert pod["terminationGracePeriodSeconds"] > settings.shutdown_delay + settings.drain_seconds
+    session: Any = None
+    router = Gateway(session, settings, lambda: None).application().router
+    routes = {resource.canonical for resource in router.resources()}
+    assert {container[probe]["httpGet"]["path"] for probe in ("readinessProbe", "livenessProbe")} <= routes
+
+
 def test_optional_parts_render(template: Any) -> None:
     manifests = template(EVERYTHING)
     assert find(manifests, "Ingress", "graft-gateway")["spec"]["rules"][0]["host"] == "llm.example.com"
@@ -381,6 +397,4 @@ def test_another_release_name_renames_everything_alike(helm: str, tmp_path: Path
     settings = Settings.model_validate_json(find(manifests, "ConfigMap", "prod-graft-config")["data"]["config.json"])
     assert settings.operator_service_account == "prod-graft-operator"
     assert settings.tenant_cluster_role == "prod-graft-tenant"
-    assert set(pods(manifests)) == {
-        f"prod-graft-{part}" for part in ("operator", "gateway", "store", "uninstall")
-    }
+    assert set(pods(manifests)) == {f"prod-graft-{part}" for part in ("operator", "gateway", "store", "uninstall")}

@@ -28,6 +28,13 @@ class Interrupted(BaseException):
 
 def explain(error: BaseException, hyperparameters: dict[str, Any] | None = None) -> Termination:
     """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known."""
+    failure = _explain(error, hyperparameters)
+    # Half characters (from file names or a library's text) cannot be written as UTF-8 and would hide the failure.
+    clean = {name: getattr(failure, name).encode(errors="replace").decode() for name in ("message", "remedy")}
+    return failure.model_copy(update=clean)
+
+
+def _explain(error: BaseException, hyperparameters: dict[str, Any] | None) -> Termination:
     if isinstance(error, Failure):
         return Termination(reason=error.reason, message=error.message, remedy=error.remedy)
     if isinstance(error, Interrupted):
@@ -151,7 +158,7 @@ def termination_bytes(failure: Termination) -> bytes:
     length = len(failure.message)
     while True:
         cut = failure.model_copy(update={"message": _cut(failure.message, length), "remedy": remedy})
-        data = cut.json_text().encode(errors="replace")
+        data = cut.json_text().encode()
         if len(data) <= TERMINATION_LIMIT or length <= 1:
             return data
         length = min(length - 1, int(length * TERMINATION_LIMIT / len(data)))

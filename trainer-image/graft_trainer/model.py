@@ -117,8 +117,9 @@ def add_adapter(base: BaseModel, lora: Lora, targets: list[str], alpha: float, c
     """The model with a fresh adapter, the only part of it that is trained."""
     model = base.model
     if isinstance(lora, QLora):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    elif checkpointing:
+        # Checkpointing is the Trainer's to switch on; here it would be the kind that recomputes everything twice.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
         model.enable_input_require_grads()
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -1,6 +1,7 @@
 """train's container: train, evaluate, publish, or nothing when an earlier attempt has published the version already."""
 
 import logging
+import warnings
 
 from graft_trainer.run import Run, already_published
 
@@ -21,6 +22,8 @@ def train_evaluate_publish(run: Run) -> None:
             manifest_digest=digest,
         )
         return
+    run.progress.stage("Training")
+    quieten()
     # Imported here because torch takes seconds to load, and a published version needs none of it.
     from graft_trainer.evaluate import evaluate
     from graft_trainer.publish import publish
@@ -29,3 +32,13 @@ def train_evaluate_publish(run: Run) -> None:
     trained = train(run)
     evaluated = evaluate(run, trained)
     publish(run, trained, evaluated)
+
+
+def quieten() -> None:
+    """Leave the log to the run: no progress bars and no advice that is meant for the libraries' callers."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

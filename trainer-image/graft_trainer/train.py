@@ -51,7 +51,6 @@ class Trained:
 def train(run: Run) -> Trained:
     """Learn the adapter."""
     job, method, started = run.job, run.job.method, time.monotonic()
-    run.progress.stage("Training")
     torch.set_num_threads(cpu_limit())
     prepared = Prepared.read(run.settings.prepared_file)
     folder, name, device = Path(prepared.base_model_dir), job.base_model.name, this_device()
@@ -145,8 +144,8 @@ def training_arguments(run: Run, resolved: Resolved, device: Device) -> Training
         max_grad_norm=resolved.max_grad_norm,
         bf16=resolved.precision == "bf16",
         fp16=resolved.precision == "fp16",
-        gradient_checkpointing=resolved.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
+        activation_checkpointing=resolved.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
         logging_steps=resolved.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,

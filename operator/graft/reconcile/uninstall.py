@@ -1,6 +1,6 @@
-"""Before the operator is removed: take our finalizer off every resource, so that none is stuck when it is deleted later.
+"""After the operator is removed: take our finalizer off every resource, so that none is stuck when it is deleted later.
 
-Runs as the chart's pre-delete hook. The resources, what runs and what is stored stay; an operator that is installed again takes them up.
+Runs as the chart's post-delete hook. The resources, what runs and what is stored stay; an operator that is installed again takes them up.
 """
 
 import logging

@@ -55,7 +55,7 @@ async def serve(settings: Settings) -> int:
             open_store=Storage(settings.storage_dir),
             publish=publisher.publish,
         )
-        selector = {"fieldSelector": f"metadata.name={settings.deployment_wanted_configmap}"}
+        selector = {"fieldSelector": f"metadata.name={settings.wanted_configmap}"}
         follower = Follower(configmaps, selector, agent.want)
         runner = web.AppRunner(application(agent, lambda: follower.age), access_log=None, shutdown_timeout=1.0)
         await runner.setup()

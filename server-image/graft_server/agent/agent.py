@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from graft.artifacts.store import S3Store
 from graft.contracts import WANTED_KEY, Residency, Wanted, WantedAdapter
+from pydantic import ValidationError
+
 from graft_server.agent import decide as decisions
 from graft_server.agent.decide import Action, Delete, Download, Load, Observed, Unload, decide, path_of
 from graft_server.agent.download import (
@@ -228,7 +228,9 @@ class Agent:
 
     @property
     def _ready(self) -> bool:
-        return self._models is not None and self._wanted is not None and self._readiness.complete
+        if self._models is None or self._wanted is None or (self._base is not None and self._base not in self._models):
+            return False
+        return self._readiness.complete
 
     def _missing(self) -> list[str]:
         adapters = self._wanted.adapters if self._wanted else []

@@ -19,6 +19,7 @@ from graft.artifacts.manifest import Manifest, ManifestFile
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts import WantedAdapter
+
 from graft_server.agent.adapterconfig import ConfigRejected, check_tokenizer_config, reduced_config
 from graft_server.agent.decide import OUR_NAME
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graft.contracts import Wanted
+
 from graft_server.agent.decide import loaded
 
 TRANSIENT = (1.0, 30.0)  # seconds before the first retry, and at most

@@ -2,12 +2,12 @@
 
 from collections import Counter as Count
 from collections.abc import Iterable
+from typing import get_args
 
+from graft.contracts import AdapterState, ResidentAdapter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from graft.contracts import ResidentAdapter
-
-STATES = ("Pending", "Loading", "Loaded", "Draining", "Failed")
+STATES = get_args(AdapterState)
 
 
 class Metrics:

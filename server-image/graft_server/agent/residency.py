@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Mapping
 
 from graft.contracts import AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
+
 from graft_server.agent.decide import OUR_NAME, loaded, unwanted_in_engine
 from graft_server.agent.download import OnDisk
 from graft_server.agent.memory import Failures

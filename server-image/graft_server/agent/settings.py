@@ -13,7 +13,7 @@ class Settings:
     """What one agent was started with."""
 
     namespace: str
-    deployment_wanted_configmap: str
+    wanted_configmap: str
     residency_configmap: str
     pod_name: str
     pod_uid: str
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> Settings:
         parser.add_argument(f"--{name}", default=value, required=value is None, help=text)
 
     flag("namespace", os.environ.get("POD_NAMESPACE"), "the pod's namespace")
-    flag("deployment-wanted-configmap", None, "ConfigMap that says what is wanted")
+    flag("wanted-configmap", None, "ConfigMap that says what is wanted")
     flag("residency-configmap", None, "ConfigMap that is told what is loaded, one key per pod")
     flag("pod-name", None, "by the downward API")
     flag("pod-uid", None, "by the downward API")

@@ -1,0 +1,98 @@
+"""`python -m graft_server.gateway`: serves until SIGTERM, then lets the requests in flight finish."""
+
+import asyncio
+import logging
+import signal
+import sys
+
+import aiohttp
+from aiohttp import web
+from graft.contracts import ROUTES_COMPONENT
+
+from graft_server.configmaps import ConfigMaps, Follower, api_client
+from graft_server.gateway.app import Gateway
+from graft_server.gateway.settings import Settings, parse
+from graft_server.logs import log_json
+
+log = logging.getLogger("graft_server.gateway")
+
+SELECTOR = {"labelSelector": f"graft.dev/component={ROUTES_COMPONENT}"}
+
+
+def main() -> None:
+    """Runs the gateway."""
+    settings = parse()
+    log_json(settings.log_level)
+    sys.exit(asyncio.run(serve(settings)))
+
+
+async def serve(settings: Settings) -> int:
+    """Serves until a signal; the exit code. A second signal ends at once."""
+    stop, again = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (again if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+
+    client = await api_client()
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+        gateway = Gateway(session, settings, lambda: follower.age)
+        follower = Follower(ConfigMaps(client, settings.namespace), SELECTOR, gateway.update)
+        runner = web.AppRunner(
+            gateway.application(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=settings.drain_seconds,
+        )
+        await runner.setup()
+        await web.TCPSite(runner, None, settings.port).start()
+        log.info("the gateway listens on port %d", settings.port, extra={"namespace": settings.namespace})
+
+        following = asyncio.create_task(follower.run(), name="follower")
+        watching = asyncio.create_task(warn_when_stale(follower, settings.stale_seconds), name="staleness")
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({following, watching, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        code = 0
+        for task in (following, watching):
+            if task.done():  # neither ever ends: this is a bug, and a restart is the cure
+                log.error("%s ended", task.get_name(), exc_info=task.exception())
+                code = 1
+
+        log.info("finishing %d requests", gateway.in_flight)
+        gateway.draining = True
+        finish = asyncio.create_task(drain(gateway, runner, settings.shutdown_delay))
+        impatient = asyncio.create_task(again.wait())
+        await asyncio.wait({finish, impatient}, return_when=asyncio.FIRST_COMPLETED)
+        for left in (following, watching, stopped, finish, impatient):
+            left.cancel()
+        await client.close()
+    return code
+
+
+async def drain(gateway: Gateway, runner: web.AppRunner, delay: float) -> None:
+    """Unready but accepting until Services have noticed; then accept no more, and wait for what runs."""
+    await asyncio.sleep(delay)
+    await runner.cleanup()
+    log.info("the gateway ends", extra={"left_behind": gateway.in_flight})
+
+
+async def warn_when_stale(follower: Follower, seconds: float) -> None:
+    """Say in the log when the table is old, and when it is fresh again."""
+    stale = False
+    while True:
+        await asyncio.sleep(5)
+        age = follower.age
+        if age is not None and (age > seconds) != stale:
+            stale = not stale
+            if stale:
+                log.error("the API server has been silent for %.0f s; serving the last table", age, extra={"age": age})
+            else:
+                log.info("the table is fresh again")
+
+
+if __name__ == "__main__":
+    main()

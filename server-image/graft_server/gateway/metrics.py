@@ -1,0 +1,51 @@
+"""The gateway's Prometheus metrics. Only names of models that exist become labels, so clients cannot grow them."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+UNKNOWN = ""
+
+
+class Metrics:
+    """Of one gateway."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter(
+            "graft_gateway_requests",
+            "Requests by model and HTTP status; 499: the client left; broken: the stream ended with an error event.",
+            ["model", "status"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "graft_gateway_request_seconds",
+            "From arrival to the last byte.",
+            ["model"],
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self.first_byte = Histogram(
+            "graft_gateway_first_byte_seconds",
+            "From arrival to the first byte of the answer.",
+            ["model"],
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self.in_flight = Gauge("graft_gateway_in_flight", "Requests being answered.", registry=registry)
+        self.retries = Counter(
+            "graft_gateway_retries", "Attempts that went to another replica, by reason.", ["reason"], registry=registry
+        )
+        self.models = Gauge("graft_gateway_models", "Models in the table.", registry=registry)
+        self.problems = Gauge(
+            "graft_gateway_table_problems", "Parts of the table that were refused.", registry=registry
+        )
+        self.table_age = Gauge(
+            "graft_gateway_table_age_seconds",
+            "Seconds since the API server last confirmed the table; -1 before the first time.",
+            registry=registry,
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self.registry)

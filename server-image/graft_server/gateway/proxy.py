@@ -1,0 +1,229 @@
+"""One request on its way: to a replica that has the adapter, elsewhere if that fails before the first byte, and back."""
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from graft.contracts import Backend, RouteTarget
+
+from graft_server.gateway.errors import ApiError, engine_error, timed_out, unavailable, upstream_broke
+from graft_server.gateway.metrics import Metrics
+from graft_server.gateway.rewrite import StreamRewriter, Words, error_event, rewrite_answer
+from graft_server.gateway.settings import Settings
+from graft_server.gateway.table import Balancer, Model
+
+log = logging.getLogger(__name__)
+
+# Of a client's headers only these go to the engine, beside the request's id, and none of the engine's comes back: no
+# credentials, no hop-by-hop headers.
+REQUEST_HEADERS = ("traceparent", "tracestate")
+ANSWER_LIMIT = 64 * 1024 * 1024
+ERROR_LIMIT = 64 * 1024
+ANSWERS_ELSEWHERE = frozenset({502, 503})
+
+
+class Elsewhere(Exception):
+    """This attempt failed before the first byte; another replica may do it. `avoid`: leave this one alone for a while."""
+
+    def __init__(self, reason: str, message: str, *, avoid: bool = False, again: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.avoid = avoid
+        self.again = again  # the same replica is worth a second try: only its connection had gone stale
+
+
+@dataclass
+class Call:
+    """A request that was understood."""
+
+    request: web.Request
+    model: Model
+    target: RouteTarget
+    payload: dict[str, Any]
+    began: float
+
+    @property
+    def words(self) -> Words:
+        """What the answer says about who answered."""
+        return Words(
+            self.model.name,
+            {
+                "adapter": self.target.adapter,
+                "version": self.target.version,
+                "deployment": self.model.deployment,
+                "namespace": self.model.namespace,
+            },
+        )
+
+
+class Proxy:
+    """Sends calls to engines."""
+
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, metrics: Metrics) -> None:
+        self._session = session
+        self._settings = settings
+        self._metrics = metrics
+        self.balancer = Balancer(random.Random())  # noqa: S311 - spreads load
+        self._timeout = aiohttp.ClientTimeout(
+            total=settings.total_timeout, sock_connect=settings.connect_timeout, sock_read=settings.idle_timeout
+        )
+
+    async def answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
+        """The answer, from the first replica that gives one. `replicas` is asked anew each time: the table may change."""
+        tried: set[str] = set()
+        again = True
+        failure: Elsewhere | None = None
+        for _ in range(self._settings.attempts):
+            backend = self.balancer.choose(replicas(), tried, time.monotonic())
+            if backend is None:
+                break
+            if failure is not None:
+                self._metrics.retries.labels(failure.reason).inc()
+            tried.add(backend.address)
+            try:
+                return await self._attempt(call, backend)
+            except Elsewhere as error:
+                failure = error
+                if error.avoid:
+                    self.balancer.avoid(backend.address, time.monotonic() + self._settings.avoid_seconds)
+                if error.again and again:
+                    again = False
+                    tried.discard(backend.address)
+                log.warning(
+                    "%s at pod %s: %s (%r)",
+                    call.model.name,
+                    backend.pod,
+                    error,
+                    error.__cause__,
+                    extra={"request_id": call.request["id"], "reason": error.reason, "pod": backend.pod},
+                )
+        raise unavailable(call.model.name, f"{failure}" if failure else call.model.why_not or "no replica is left")
+
+    async def _attempt(self, call: Call, backend: Backend) -> web.StreamResponse:
+        self.balancer.begin(backend.address)
+        upstream: aiohttp.ClientResponse | None = None
+        try:
+            upstream = await self._send(call, backend)
+            if upstream.status >= 400:
+                await self._refused(call, upstream)
+            if upstream.content_type == "text/event-stream":
+                return await self._stream(call, upstream)
+            return await self._plain(call, upstream)
+        finally:
+            if upstream is not None and not upstream.closed:
+                # Left half way, by an error or because the client is gone: closing tells the engine to stop.
+                upstream.close()
+            self.balancer.end(backend.address)
+
+    async def _send(self, call: Call, backend: Backend) -> aiohttp.ClientResponse:
+        headers = {name: call.request.headers[name] for name in REQUEST_HEADERS if name in call.request.headers}
+        headers["X-Request-Id"] = call.request["id"]
+        headers["Content-Type"] = "application/json"
+        headers["Accept-Encoding"] = "identity"  # the answer is rewritten
+        body = json.dumps({**call.payload, "model": call.target.engine_model}, ensure_ascii=False).encode()
+        url = f"http://{backend.address}{call.request.path}"
+        try:
+            response = await self._session.post(
+                url, data=body, headers=headers, timeout=self._timeout, allow_redirects=False
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Elsewhere("connect", "the replica cannot be reached", avoid=True) from error
+        except TimeoutError as error:
+            raise timed_out(call.model.name, f"no answer within {self._settings.idle_timeout:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Elsewhere("disconnect", "the connection to the replica broke", again=True) from error
+        self.balancer.well(backend.address)
+        return response
+
+    async def _refused(self, call: Call, upstream: aiohttp.ClientResponse) -> None:
+        """Raises what the engine's error status means."""
+        body = b""
+        with suppress(aiohttp.ClientError, TimeoutError, OSError):
+            body = await upstream.content.read(ERROR_LIMIT)
+        error = engine_error(upstream.status, body, call.target.engine_model, call.model.name)
+        if upstream.status in ANSWERS_ELSEWHERE:
+            raise Elsewhere(str(upstream.status), f"the replica answered {upstream.status}: {error}", avoid=True)
+        if upstream.status == 404 and (error.param == "model" or call.model.name in str(error)):
+            raise Elsewhere("not_loaded", "the replica does not have the adapter loaded now")
+        if upstream.status in (401, 403):
+            raise upstream_broke(f"the engine refused the gateway: {upstream.status} {error}")
+        if upstream.headers.get("Retry-After", "").isdigit():
+            error.retry_after = int(upstream.headers["Retry-After"])
+        raise error
+
+    def _headers(self, call: Call) -> dict[str, str]:
+        headers = {"X-Request-Id": str(call.request["id"])}
+        if call.target.adapter:
+            headers["X-Graft-Adapter"] = call.target.adapter
+        if call.target.version:
+            headers["X-Graft-Version"] = call.target.version
+        return headers
+
+    async def _plain(self, call: Call, upstream: aiohttp.ClientResponse) -> web.Response:
+        try:
+            body = await _read(upstream, ANSWER_LIMIT)
+        except TimeoutError as error:
+            raise timed_out(call.model.name, "the engine fell silent in the middle of its answer") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Elsewhere("broken", "the replica's answer broke off") from error
+        try:
+            body = rewrite_answer(body, call.words)
+        except (ValueError, RecursionError) as error:
+            raise upstream_broke(f"the engine's answer makes no sense: {error}") from error
+        self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+        return web.Response(
+            body=body, status=upstream.status, content_type="application/json", headers=self._headers(call)
+        )
+
+    async def _stream(self, call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+        """Passes on what arrives as it arrives. Nothing is sent before the engine's first bytes, so that until then
+        another replica can take over."""
+        rewriter = StreamRewriter(call.words)
+        response = web.StreamResponse(headers=self._headers(call))
+        response.content_type = "text/event-stream"
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"  # nginx in front would buffer
+        chunks = upstream.content.iter_any()
+        while True:
+            broken: ApiError | None = None
+            try:
+                chunk = await anext(chunks, b"")
+                if not chunk and not rewriter.done:
+                    broken = upstream_broke("the stream ended before the answer was complete")
+            except TimeoutError:
+                chunk, broken = b"", timed_out(call.model.name, "the engine fell silent in the middle of its answer")
+            except (aiohttp.ClientError, OSError):
+                chunk, broken = b"", upstream_broke("the stream broke off before the answer was complete")
+            if not response.prepared:
+                if broken is not None:
+                    if broken.status == 504:
+                        raise broken
+                    raise Elsewhere("broken", str(broken), again=False)
+                self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+                await response.prepare(call.request)
+            out = rewriter.feed(chunk) if chunk else error_event(broken.body) if broken else rewriter.rest()
+            if out:
+                await response.write(out)
+            if not chunk:
+                if broken is not None:
+                    call.request["broken"] = True
+                    log.warning("%s: %s", call.model.name, broken)
+                await response.write_eof()
+                return response
+
+
+async def _read(upstream: aiohttp.ClientResponse, limit: int) -> bytes:
+    parts, size = [], 0
+    async for part in upstream.content.iter_any():
+        size += len(part)
+        if size > limit:
+            raise upstream_broke(f"the engine's answer is larger than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,154 @@
+"""The operator against a real API server with simulated nodes, and a real S3 server."""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_api import Api
+from graft.artifacts.store import S3Store, StorageConfig
+from operator_process import ACCOUNT, BUCKET, SYSTEM, OperatorProcess, install_rights, new_operator
+from tenant import API, BASE, Tenant
+from testbed.controlplane import ControlPlane, control_plane
+from testbed.objectstore import S3Server, s3_server
+from testbed.shell import REPOSITORY, tail, wait_for
+from testbed.simulated import add_nodes
+
+HERE = Path(__file__).parent
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+    "intermediate_size": 128, "vocab_size": 1000, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": True, "max_position_embeddings": 512, "dtype": "float32",
+}  # fmt: skip
+NUMBERS = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """A failed test shows what a person would look at: the resources, their events and the operator's log."""
+    report = yield
+    arguments = getattr(item, "funcargs", {})
+    if report.when == "call" and report.failed and isinstance(arguments.get("tenant"), Tenant):
+        tenant, running = arguments["tenant"], arguments.get("running")
+        report.sections.append(("resources", _resources(tenant)))
+        if isinstance(running, OperatorProcess):
+            report.sections.append(("operator's log", tail(running.log, 40)))
+    return report
+
+
+def _resources(tenant: Tenant) -> str:
+    lines = []
+    for kind in ("FineTuneJob", "Adapter", "AdapterDeployment", "Job", "Pod", "ConfigMap"):
+        for item in tenant.api.list(kind, tenant.name):
+            if item["metadata"]["name"] == "kube-root-ca.crt":
+                continue
+            shown = item.get("data") if kind == "ConfigMap" else item.get("status")
+            lines.append(f"{kind} {item['metadata']['name']}: {json.dumps(shown)[:3000]}")
+    for event in tenant.api.list("CoreEvent", tenant.name):
+        lines.append(f"Event {event['involvedObject']['name']} {event['reason']}: {event['message'][:300]}")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def plane() -> Iterator[ControlPlane]:
+    with control_plane() as plane:
+        add_nodes(plane, 2)
+        plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
+        plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def api(plane: ControlPlane) -> Api:
+    return Api(plane.server, plane.state / "pki")
+
+
+@pytest.fixture(scope="session")
+def operator(plane: ControlPlane, api: Api, s3: S3Server) -> Iterator[OperatorProcess]:
+    """The operator of the whole session, with the chart's rights."""
+    process = new_operator(plane.state, install_rights(plane, api), s3)
+    process.start()
+    yield process
+    process.stop()
+    keep = os.environ.get("GRAFT_TEST_LOGS")
+    if keep:
+        (Path(keep) / "operator.log").write_bytes(process.log.read_bytes())
+
+
+@pytest.fixture
+def running(operator: OperatorProcess, store: S3Store) -> OperatorProcess:
+    """The operator, started again where a test before has stopped it."""
+    if operator.process is None:
+        operator.start()
+    return operator
+
+
+@pytest.fixture(scope="session")
+def store(s3: S3Server, operator: OperatorProcess) -> S3Store:
+    """The bucket, opened with the root's key; the operator makes it."""
+    store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
+
+    def there() -> bool:
+        return BUCKET in [item["Name"] for item in store.client.list_buckets()["Buckets"]]
+
+    wait_for(there, 30, "the operator has made the bucket", lambda: tail(operator.log))
+    return store
+
+
+@pytest.fixture(scope="session")
+def base_model(api: Api, store: S3Store) -> str:
+    """A BaseModel that every namespace may use."""
+    return make_base_model(api, store, BASE)
+
+
+def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
+    """Put a model's files into the bucket, and name them."""
+    store.put(f"models/{name}/config.json", json.dumps(CONFIG).encode())
+    store.put(f"models/{name}/model.safetensors", b"weights" * 100)
+    source = {"source": f"s3://{BUCKET}/models/{name}"}
+    api.create({"apiVersion": API, "kind": "BaseModel", "metadata": {"name": name}, "spec": source | spec})
+    return name
+
+
+@pytest.fixture
+def tenant(
+    api: Api, store: S3Store, running: OperatorProcess, base_model: str, request: pytest.FixtureRequest
+) -> Tenant:
+    """A fresh namespace that is bound to the operator's role."""
+    tenant = new_tenant(api, store, request)
+    bind(tenant)
+    return tenant
+
+
+def new_tenant(api: Api, store: S3Store, request: pytest.FixtureRequest) -> Tenant:
+    """A namespace that nobody bound yet."""
+    told = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:30].strip("-")
+    name = f"{told}-{next(NUMBERS)}"
+    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    return Tenant(api, name, store)
+
+
+def bind(tenant: Tenant) -> None:
+    """What the operator's own message tells an administrator to do."""
+    tenant.api.create({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+        "metadata": {"name": "graft", "namespace": tenant.name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "graft-tenant"},
+        "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": SYSTEM}],
+    })  # fmt: skip

@@ -1,0 +1,100 @@
+"""Golden tests of the builders: a resource in, Kubernetes objects out. GRAFT_UPDATE_GOLDEN=1 writes the outputs anew."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graft.api import AdapterDeployment, FineTuneJob
+from graft.contracts import BaseModelRef, Wanted, WantedAdapter
+from graft.manifests import agent, network, serving, training
+from graft.settings import Images, Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+SETTINGS = Settings(
+    namespace="graft-system",
+    images=Images(trainer="r/trainer:1", engine="r/engine:1", agent="r/agent:1", vllm="r/vllm:1"),
+    image_pull_secrets=["registry"],
+)
+BASES = {
+    "tiny": BaseModelRef(name="tiny", uri="s3://graft/models/tiny", digest="sha256:" + "a" * 64),
+    "big": BaseModelRef(name="big", uri="pvc://weights/llama"),
+}
+
+
+def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    base = BASES[manifest["spec"]["baseModel"]]
+    if manifest["kind"] == "FineTuneJob":
+        job = FineTuneJob.model_validate(manifest)
+        file = training.job_file(job, base, "1.0.0", "sha256:recipe", SETTINGS)
+        return [training.config_map(job, file), network.training_policy(job), training.training_job(job, base, SETTINGS)]
+    deployment = AdapterDeployment.model_validate(manifest)
+    wanted = Wanted(
+        base_model=base.name,
+        max_lora_rank=deployment.spec.limits.max_lora_rank,
+        adapters=[
+            WantedAdapter(
+                engine_name="shop--support-1.0.0--aaaaaaaaaaaa",
+                adapter="support-1.0.0",
+                uri="s3://graft/shop/adapters/support/1.0.0/",
+                digest="sha256:" + "a" * 64,
+            )
+        ],
+    )
+    return [
+        agent.service_account(deployment),
+        agent.role(deployment),
+        agent.role_binding(deployment),
+        agent.wanted_config_map(deployment, wanted),
+        agent.residency_config_map(deployment),
+        network.serving_policy(deployment, SETTINGS),
+        serving.serving_deployment(deployment, base, SETTINGS),
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))
+def test_golden(name: str) -> None:
+    objects = build(yaml.safe_load((GOLDEN / "input" / f"{name}.yaml").read_text()))
+    text = yaml.safe_dump_all(objects, sort_keys=True, width=140)
+    output = GOLDEN / "output" / f"{name}.yaml"
+    if os.environ.get("GRAFT_UPDATE_GOLDEN"):
+        output.write_text(text)
+    assert list(yaml.safe_load_all(output.read_text())) == list(yaml.safe_load_all(text))
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [item["spec"]["template"]["spec"] for item in objects if "template" in item.get("spec", {})]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))
+def test_every_pod_meets_pod_security_restricted(name: str) -> None:
+    for pod in pods(build(yaml.safe_load((GOLDEN / "input" / f"{name}.yaml").read_text()))):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*pod["initContainers"], *pod["containers"]]:
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert not [item for item in container["env"] if "secret" in str(item).lower()], "secrets are files"
+
+
+def test_only_the_agent_has_the_api_token() -> None:
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm.yaml").read_text())
+    (pod,) = pods(build(manifest))
+    holders = [
+        container["name"]
+        for container in [*pod["initContainers"], *pod["containers"]]
+        if any(mount["name"] == "api" for mount in container["volumeMounts"])
+    ]
+    assert holders == ["agent"]
+
+
+def test_attaching_an_adapter_leaves_the_pod_template_alone() -> None:
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm.yaml").read_text())
+    before = pods(build(manifest))
+    manifest["spec"]["adapters"].append("product@latest")
+    assert pods(build(manifest)) == before

@@ -1,0 +1,142 @@
+"""The order of a change in serving: load, seen loaded, shift traffic, drain, unload."""
+
+from typing import Any
+
+from graft.api import Adapter, AdapterDeployment
+from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
+from graft.reconcile.serving import (
+    ReplicaView,
+    Resolution,
+    plan_routes,
+    plan_wanted,
+    resolve,
+    wanted_adapter,
+)
+
+
+def adapter(version: str, *, ready: bool = True, base: str = "tiny", rank: int = 8, name: str = "support") -> Adapter:
+    condition = {
+        "type": "Ready", "status": "True" if ready else "False", "reason": "Verified" if ready else "DigestMismatch",
+        "message": "m", "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    digest = "sha256:" + (version.replace(".", "") + name.encode().hex() + "0" * 64)[:64]
+    return Adapter.model_validate(
+        {
+            "metadata": {"name": f"{name}-{version}", "namespace": "shop"},
+            "spec": {
+                "adapter": name,
+                "version": version,
+                "baseModel": base,
+                "method": "lora",
+                "artifact": {"uri": f"s3://graft/shop/adapters/{name}/{version}/", "digest": digest},
+            },
+            "status": {"rank": rank, "conditions": [condition]},
+        }
+    )
+
+
+def deployment(**spec: Any) -> AdapterDeployment:
+    return AdapterDeployment.model_validate(
+        {
+            "metadata": {"name": "desk", "namespace": "shop", "uid": "u"},
+            "spec": {"baseModel": "tiny", "adapters": ["support@latest"], **spec},
+        }
+    )
+
+
+def replica(pod: str, *adapters: Adapter, ready: bool = True, state: str = "Loaded") -> ReplicaView:
+    resident = [
+        ResidentAdapter(
+            engine_name=wanted_adapter("shop", item).engine_name,
+            adapter=item.metadata.name,
+            digest=item.spec.artifact.digest,
+            state=state,  # type: ignore[arg-type]
+        )
+        for item in adapters
+    ]
+    return ReplicaView(pod, f"10.0.0.{pod[-1]}:8000", ready, Residency(pod=pod, pod_uid="u", ready=ready, adapters=resident))
+
+
+def routes(spec: AdapterDeployment, resolutions: list[Resolution], replicas: list[ReplicaView], before: Routes | None = None) -> Routes:
+    return plan_routes(spec, resolutions, "shop", replicas, before, None)
+
+
+def target(table: Routes) -> str | None:
+    return table.routes[0].targets[0].adapter if table.routes[0].targets else None
+
+
+V1, V2 = adapter("1.0.0"), adapter("1.1.0")
+
+
+def test_the_newest_ready_version_is_taken() -> None:
+    (found,) = resolve(deployment(), [V1, V2, adapter("2.0.0", ready=False)])
+    assert found.adapter is V2
+
+
+def test_a_missing_adapter_says_so() -> None:
+    (found,) = resolve(deployment(), [])
+    assert (found.adapter, found.reason) == (None, "AdapterMissing")
+
+
+def test_an_adapter_of_another_base_model_is_refused() -> None:
+    (found,) = resolve(deployment(), [adapter("1.0.0", base="other")])
+    assert found.reason == "AdapterIncompatible"
+
+
+def test_a_rank_above_the_limit_is_refused_with_a_remedy() -> None:
+    (found,) = resolve(deployment(limits={"maxLoraRank": 8}), [adapter("1.0.0", rank=16)])
+    assert found.reason == "AdapterIncompatible"
+    assert "limits.maxLoraRank" in found.message
+
+
+def test_a_new_version_gets_traffic_only_when_every_ready_replica_has_it() -> None:
+    spec = deployment()
+    old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1)])
+    newer = resolve(spec, [V1, V2])
+    half = routes(spec, newer, [replica("pod-1", V1, V2), replica("pod-2", V1)], old)
+    assert target(half) == "support-1.0.0"
+    full = routes(spec, newer, [replica("pod-1", V1, V2), replica("pod-2", V1, V2)], half)
+    assert target(full) == "support-1.1.0"
+
+
+def test_the_old_version_stays_loaded_until_no_route_leads_to_it() -> None:
+    spec = deployment()
+    first = [wanted_adapter("shop", V1)]
+    table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    wanted = plan_wanted(spec, first, None, table)
+    newer = resolve(spec, [V1, V2])
+    second = [wanted_adapter("shop", V2)]
+    table = routes(spec, newer, [replica("pod-1", V1)], table)
+    wanted = plan_wanted(spec, second, wanted, table)
+    assert {item.adapter for item in wanted.adapters} == {"support-1.0.0", "support-1.1.0"}
+    table = routes(spec, newer, [replica("pod-1", V1, V2)], table)
+    wanted = plan_wanted(spec, second, wanted, table)
+    assert {item.adapter for item in wanted.adapters} == {"support-1.1.0"}
+
+
+def test_when_the_old_version_is_gone_everywhere_the_new_one_answers_where_it_can() -> None:
+    spec = deployment()
+    old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    table = routes(spec, resolve(spec, [V1, V2]), [replica("pod-2", V2), replica("pod-3")], old)
+    assert target(table) == "support-1.1.0"
+
+
+def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
+    spec = deployment()
+    old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    table = routes(spec, resolve(spec, []), [replica("pod-1", V1)], old)
+    assert target(table) == "support-1.0.0"
+    assert plan_wanted(spec, [], Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", V1)]), table).adapters
+
+
+def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:
+    spec = deployment(routes=[{"model": "support", "adapter": "support"}, {"model": "base"}])
+    table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1, ready=False), replica("pod-3")])
+    assert [(item.pod, len(item.loaded)) for item in table.backends] == [("pod-1", 2), ("pod-3", 1)]
+    assert [entry.model for entry in table.routes] == ["shop/support", "shop/base"]
+    assert table.routes[1].targets[0].engine_model == "tiny"
+
+
+def test_without_routes_each_adapter_is_a_model() -> None:
+    table = routes(deployment(), resolve(deployment(), [V1]), [])
+    assert [entry.model for entry in table.routes] == ["shop/support"]

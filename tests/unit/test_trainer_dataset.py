@@ -1,0 +1,132 @@
+"""What a user is told about a dataset that cannot be learned from."""
+
+import json
+from typing import Any
+
+import pytest
+from graft.api.finetunejob import Dataset
+from graft.contracts import Reason
+from graft_trainer.dataset import check_template, fill, read_examples, split
+from graft_trainer.download import split_dataset_uri
+from graft_trainer.failures import Failure
+
+GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
+
+
+def dataset(**fields: Any) -> Dataset:
+    return Dataset.model_validate({"train": {"uri": "s3://bucket/train.jsonl"}} | fields)
+
+
+def read(text: str | bytes, limit: int | None = None, **fields: Any) -> Any:
+    data = text.encode() if isinstance(text, str) else text
+    return read_examples(
+        data.splitlines(keepends=True), dataset(**fields), role="train", uri="s3://bucket/train.jsonl", limit=limit
+    )
+
+
+def refused(text: str | bytes, **fields: Any) -> Failure:
+    with pytest.raises(Failure) as caught:
+        read(text, **fields)
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert "s3://bucket/train.jsonl" in caught.value.message
+    assert caught.value.remedy
+    return caught.value
+
+
+def chat(*messages: Any) -> str:
+    return json.dumps({"messages": list(messages)})
+
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"messages": [', "not JSON"),
+        ("[1, 2]", "a JSON list, not an object"),
+        (b'{"messages": "\xff"}', "not UTF-8 (byte 15 of the line is 0xff)"),
+        ('{"message": []}', "there is no field messages (fields: message)"),
+        (chat(), "must be a list of messages that is not empty"),
+        (chat("Hi"), "messages[0] is a text, not an object"),
+        (chat(USER, {"role": "bot", "content": "x"}), 'messages[1].role is "bot", not one of system, user, assistant'),
+        (chat(USER, {"role": "assistant", "content": "  "}), "messages[1].content is empty"),
+        (chat(USER, {"role": "assistant"}), "messages[1].content is missing"),
+        (chat(USER, {"role": "assistant", "content": ["x"]}), "messages[1].content is a list, not a text"),
+        (chat(USER, ANSWER, USER), "the last message is from user, not from assistant"),
+        (chat(ANSWER), "there is no user message before the answer"),
+        (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "unpaired surrogate"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number_and_shown(line: str | bytes, problem: str) -> None:
+    raw = line.encode() if isinstance(line, str) else line
+    failure = refused(GOOD.encode() + b"\n\n" + raw + b"\n")
+    assert "1 of 2 lines is invalid" in failure.message
+    assert "line 3: " in failure.message
+    assert problem in failure.message
+
+
+def test_many_bad_lines_are_counted_and_the_first_are_shown() -> None:
+    failure = refused("\n".join([GOOD] + ["nonsense"] * 12))
+    assert "12 of 13 lines are invalid" in failure.message
+    assert "line 2: " in failure.message and "line 6: " in failure.message and "line 7" not in failure.message
+    assert "and 7 more" in failure.message
+
+
+def test_an_empty_file_is_invalid() -> None:
+    assert "no examples" in refused("\n \n").message
+
+
+def test_lines_after_the_limit_are_not_looked_at() -> None:
+    assert [item.line for item in read(f"{GOOD}\n{GOOD}\nnonsense", limit=2)] == [1, 2]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter() -> None:
+    assert len(read(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n")) == 1
+
+
+def test_columns_are_renamed() -> None:
+    line = json.dumps({"q": "2+2?", "a": "4"})
+    (example,) = read(line, format="instruction", columns={"instruction": "q", "output": "a"})
+    assert example.messages == ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"})
+    failure = refused(line, format="instruction", columns={"instruction": "q"})
+    assert "there is no field output (fields: a, q)" in failure.message
+
+
+def test_a_template_makes_the_prompt_and_leaves_other_braces_alone() -> None:
+    line = json.dumps({"instruction": "Add {input}", "input": "1, 2", "output": "3"})
+    (example,) = read(line, format="instruction", template='{"ask": "{instruction}", "on": "{input}"}\n')
+    assert example.prompt == '{"ask": "Add {input}", "on": "1, 2"}\n'
+    assert (example.answer, example.messages) == ("3", None)
+    assert fill("{instruction}|{input}", "a", "") == "a|"
+
+
+@pytest.mark.parametrize(("template", "part"), [("Q: {question}", "{question}"), ("Answer!", "no {instruction}")])
+def test_a_template_that_cannot_be_filled_is_refused(template: str, part: str) -> None:
+    with pytest.raises(Failure) as caught:
+        check_template(template)
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert part in caught.value.message
+
+
+def test_text_must_not_be_empty() -> None:
+    assert "line 2: text is empty" in refused('{"text": "a"}\n{"text": " "}', format="text").message
+    assert "text is a number" in refused('{"text": 1}', format="text").message
+
+
+def test_the_split_is_drawn_with_the_seed_and_leaves_something_on_both_sides() -> None:
+    examples = read("\n".join([GOOD] * 20))
+    train, held = split(examples, 0.2, seed=1)
+    assert (len(train), len(held)) == (16, 4)
+    assert split(examples, 0.2, seed=1) == (train, held)
+    assert split(examples, 0.2, seed=2) != (train, held)
+    assert [len(part) for part in split(examples[:2], 0.01, seed=1)] == [1, 1]
+    with pytest.raises(Failure, match="at least 2 examples"):
+        split(examples[:1], 0.5, seed=1)
+
+
+def test_dataset_uris_of_the_hub_are_taken_apart() -> None:
+    assert split_dataset_uri("hf://datasets/a/b/x/train.jsonl") == ("a/b", "main", "x/train.jsonl")
+    assert split_dataset_uri("hf://datasets/a/b@v1/train.jsonl") == ("a/b", "v1", "train.jsonl")
+    assert split_dataset_uri("hf://datasets/a/b@refs/pr/3/t.jsonl") == ("a/b", "refs/pr/3", "t.jsonl")

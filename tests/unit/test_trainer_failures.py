@@ -1,0 +1,76 @@
+"""Every failure has a reason, a message and a remedy, and fits into a termination message."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from graft.artifacts.sources import SourceError
+from graft.artifacts.store import StoreError
+from graft.contracts import EXIT_CODES, Reason
+from graft_trainer.failures import (
+    TERMINATION_LIMIT,
+    Failure,
+    Interrupted,
+    explain,
+    store_failure,
+    termination_bytes,
+    write_termination,
+)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Like torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Failure(Reason.DATASET_INVALID, "m", "Do this."), Reason.DATASET_INVALID),
+        (Interrupted(), Reason.INTERRUPTED),
+        (MemoryError(), Reason.OUT_OF_MEMORY),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), Reason.OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Reason.OUT_OF_MEMORY),
+        (StoreError("denied", "403"), Reason.STORAGE_DENIED),
+        (StoreError("missing", "NoSuchBucket"), Reason.STORAGE_DENIED),
+        (StoreError("full", "507"), Reason.UPLOAD_FAILED),
+        (StoreError("exists", "412"), Reason.VERSION_EXISTS),
+        (StoreError("unavailable", "refused"), Reason.STORAGE_UNAVAILABLE),
+        (SourceError("gone"), Reason.BASE_MODEL_UNAVAILABLE),
+        (SourceError("there are no safetensors weights below s3://b/m"), Reason.BASE_MODEL_INVALID),
+        (SourceError("503", transient=True), Reason.STORAGE_UNAVAILABLE),
+        (OSError(errno.ENOSPC, "No space left on device"), Reason.CONFIGURATION_INVALID),
+        (KeyError("x"), Reason.INTERNAL_ERROR),
+    ],
+)
+def test_each_failure_has_its_reason_and_a_remedy(error: BaseException, reason: Reason) -> None:
+    failure = explain(error)
+    assert failure.reason == reason
+    assert failure.message
+    assert failure.remedy.endswith(".")
+    assert reason in EXIT_CODES
+
+
+def test_out_of_memory_says_which_numbers_to_change() -> None:
+    known = {"perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 2, "maxLength": 512}
+    remedy = explain(MemoryError(), known).remedy
+    assert "perDeviceTrainBatchSize to 4 (it was 8)" in remedy
+    assert "gradientAccumulationSteps to 4" in remedy
+    assert "maxLength (it was 512)" in explain(MemoryError(), known | {"perDeviceTrainBatchSize": 1}).remedy
+
+
+def test_a_key_that_may_not_write_is_an_upload_that_failed_while_publishing() -> None:
+    assert store_failure(StoreError("denied", "403"), publishing=True).reason == Reason.UPLOAD_FAILED
+
+
+@pytest.mark.parametrize("character", ["x", "é", '"', "\x00", "🦙", "\udcff"])
+def test_the_termination_message_is_whole_json_within_the_limit(character: str) -> None:
+    failure = explain(Failure(Reason.DATASET_INVALID, character * 9000, "Do this."))
+    data = termination_bytes(failure)
+    assert TERMINATION_LIMIT * 0.9 < len(data) <= TERMINATION_LIMIT
+    assert json.loads(data)["remedy"] == "Do this."
+    assert json.loads(data)["message"].endswith("…")
+
+
+def test_a_missing_termination_file_does_not_hide_the_failure(tmp_path: Path) -> None:
+    write_termination(tmp_path / "no/such/folder", explain(Interrupted()))

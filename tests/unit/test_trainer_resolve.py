@@ -1,0 +1,200 @@
+"""What is derived where the spec leaves it open, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graft.api.finetunejob import Lora, Method, Training
+from graft.contracts import Reason
+from graft_trainer.failures import Failure
+from graft_trainer.pace import Pace
+from graft_trainer.resolve import Device, ModelFacts, Resolved, limits, resolve
+from graft_trainer.settings import cpu_limit
+from graft_trainer.targets import Projection, target_modules
+
+CPU = Device("cpu")
+H100 = Device("cuda", bf16=True, free_bytes=80 * 2**30)
+T4 = Device("cuda", bf16=False, free_bytes=15 * 2**30)
+TINY = ModelFacts(context=512, layers=4, hidden_size=256, vocab_size=1536, parameters=4_000_000)
+LLAMA_8B = ModelFacts(context=131072, layers=32, hidden_size=4096, vocab_size=128256, parameters=8_030_000_000)
+LORA = Method(lora=Lora())
+
+
+def resolved(
+    training: dict[str, Any] | None = None,
+    device: Device = CPU,
+    model: ModelFacts = TINY,
+    method: Method = LORA,
+    examples: int = 1000,
+    longest: int = 64,
+    held_out: bool = True,
+) -> Resolved:
+    spec = Training.model_validate(training or {})
+    known = limits(spec, method, device, model.context)
+    return resolve(spec, method, known, device, model, examples=examples, longest=longest, held_out=held_out)
+
+
+def test_nothing_given_on_a_cpu() -> None:
+    wire = resolved().wire()
+    assert wire == {
+        "numTrainEpochs": 3.0,
+        "maxSteps": 189,  # ceil(1000 / 16) x 3
+        "learningRate": 2e-4,
+        "perDeviceTrainBatchSize": 16,
+        "gradientAccumulationSteps": 1,
+        "lrSchedulerType": "cosine",
+        "warmupSteps": 6,
+        "weightDecay": 0.0,
+        "maxGradNorm": 1.0,
+        "maxLength": 512,
+        "precision": "fp32",
+        "gradientCheckpointing": False,
+        "loggingSteps": 10,
+        "evalSteps": 63,
+        "seed": 42,
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+    }
+
+
+def test_what_is_given_stays() -> None:
+    got = resolved({"perDeviceTrainBatchSize": 32, "gradientAccumulationSteps": 3, "maxSteps": 400, "evalSteps": 50})
+    assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (32, 3)
+    assert (got.max_steps, got.eval_steps) == (400, 50)
+    assert got.num_train_epochs == pytest.approx(400 / 11, abs=1e-3)  # ceil(ceil(1000 / 32) / 3) steps per pass
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "accumulation"),
+    [
+        ({"gradientAccumulationSteps": 4}, 4, 4),
+        ({"perDeviceTrainBatchSize": 4}, 4, 4),
+        ({"perDeviceTrainBatchSize": 64}, 64, 1),
+        ({"gradientAccumulationSteps": 32}, 1, 32),
+    ],
+)
+def test_batch_and_accumulation_make_sixteen(given: dict[str, int], batch: int, accumulation: int) -> None:
+    got = resolved(given)
+    assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (batch, accumulation)
+
+
+def test_a_gpu_takes_what_fits_beside_the_weights() -> None:
+    long = resolved(device=H100, model=LLAMA_8B, longest=2048)
+    short = resolved(device=H100, model=LLAMA_8B, longest=128)
+    assert long.per_device_train_batch_size * long.gradient_accumulation_steps == 16
+    assert 1 <= long.per_device_train_batch_size < short.per_device_train_batch_size == 16
+    small = resolved(device=T4, model=LLAMA_8B, longest=2048)
+    assert small.per_device_train_batch_size == 1
+
+
+@pytest.mark.parametrize(("device", "precision"), [(CPU, "fp32"), (H100, "bf16"), (T4, "fp16")])
+def test_precision_follows_the_device(device: Device, precision: str) -> None:
+    assert resolved(device=device).precision == precision
+
+
+def test_qlora_computes_in_the_precision_unless_told() -> None:
+    got = resolved(method=Method.model_validate({"qlora": {}}), device=H100)
+    assert (got.quant_type, got.double_quant, got.compute_dtype) == ("nf4", True, "bfloat16")
+    told = resolved(method=Method.model_validate({"qlora": {"computeDtype": "float16"}}), device=H100)
+    assert told.compute_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("training", "device", "message"),
+    [
+        ({"precision": "fp16"}, CPU, "needs a GPU"),
+        ({"precision": "bf16"}, T4, "this GPU does not have"),
+        ({"maxLength": 1024}, CPU, "context is 512 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(training: dict[str, Any], device: Device, message: str) -> None:
+    with pytest.raises(Failure, match=message) as caught:
+        resolved(training, device)
+    assert caught.value.reason == Reason.CONFIGURATION_INVALID
+
+
+def test_the_length_stays_moderate_on_a_long_context_and_without_one() -> None:
+    assert resolved(model=LLAMA_8B).max_length == 2048
+    assert limits(Training(), LORA, CPU, None).max_length == 2048
+
+
+def test_without_held_out_examples_nothing_is_evaluated() -> None:
+    assert resolved(held_out=False).eval_steps is None
+
+
+LLAMA = [
+    Projection(f"model.layers.{layer}.{name}", inputs, outputs)
+    for layer in range(2)
+    for name, inputs, outputs in [
+        ("self_attn.q_proj", 64, 64),
+        ("self_attn.k_proj", 64, 32),
+        ("self_attn.v_proj", 64, 32),
+        ("self_attn.o_proj", 64, 64),
+        ("mlp.gate_proj", 64, 128),
+        ("mlp.up_proj", 64, 128),
+        ("mlp.down_proj", 128, 64),
+    ]
+]
+GPT2 = [Projection(f"transformer.h.0.{name}", 64, 64) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+NEOX = [
+    Projection(f"gpt_neox.layers.0.{name}", 64, 64)
+    for name in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+]
+OPT = [Projection(f"model.decoder.layers.0.{name}", 64, 64) for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1")]
+MIXTRAL = [Projection(f"model.layers.0.{name}", 64, 64) for name in ("self_attn.q_proj", "mlp.gate")]
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "expected"),
+    [
+        (LLAMA, "attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (LLAMA, None, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (GPT2, "attention", ["attn.c_proj", "c_attn"]),
+        (GPT2, "all-linear", ["c_attn", "c_fc", "c_proj"]),
+        (NEOX, "attention", ["dense", "query_key_value"]),
+        (OPT, "attention+mlp", ["fc1", "out_proj", "q_proj"]),
+        (MIXTRAL, "all-linear", ["q_proj"]),
+    ],
+)
+def test_presets_become_the_modules_of_the_architecture(
+    model: list[Projection], preset: str | None, expected: list[str]
+) -> None:
+    assert target_modules(Lora.model_validate({"targetModules": preset}), model) == expected
+
+
+def test_names_that_are_not_there_are_answered_with_those_that_are() -> None:
+    with pytest.raises(Failure) as caught:
+        target_modules(Lora(target_module_names=["q_proj", "qkv"]), LLAMA)
+    assert caught.value.reason == Reason.CONFIGURATION_INVALID
+    assert "no qkv; there are down_proj, gate_proj, k_proj" in caught.value.message
+
+
+def test_a_rank_above_the_full_rank_is_refused() -> None:
+    assert target_modules(Lora(rank=64), LLAMA)
+    with pytest.raises(Failure, match="rank is 65"):
+        target_modules(Lora(rank=65), LLAMA)
+
+
+def test_pace_says_nothing_early_and_counts_evaluations_in() -> None:
+    clock = [0.0]
+    pace = Pace(lambda: clock[0])
+    pace.step(0, 0)
+    for step in range(1, 11):
+        clock[0] += 2.0
+        if step == 5:
+            clock[0] += 7.0
+            pace.pause(7.0)
+        pace.step(step, step * 100)
+        if step < 3:
+            assert pace.tokens_per_second() is None and pace.eta_seconds(20) is None
+    assert pace.tokens_per_second() == 50.0
+    assert pace.eta_seconds(20) == 20
+    assert pace.eta_seconds(20, pauses_left=2) == 34
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)])
+def test_threads_follow_the_cpu_limit(tmp_path: Path, quota: str, expected: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    unlimited = cpu_limit(tmp_path / "none")
+    assert cpu_limit(tmp_path) == min(expected or unlimited, unlimited)

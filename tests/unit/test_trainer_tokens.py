@@ -1,0 +1,106 @@
+"""Only the assistant's words are learned, whichever way the chat template tells where they are."""
+
+from typing import Any
+
+import pytest
+from graft.contracts import Reason
+from graft_trainer.dataset import Example
+from graft_trainer.failures import Failure
+from graft_trainer.tokens import IGNORED, Collator, Tokenised, prompt_ids, tokenise, tokenise_one
+from trainer_world import MARKED, UNMARKED, make_tokenizer
+
+TURNS = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "See you."},
+)
+
+
+def learned(example: Example, tokenizer: Any) -> list[str]:
+    """The learned stretches as text."""
+    ids, mask = tokenise_one(example, tokenizer)
+    stretches: list[list[int]] = []
+    for index, (token, learn) in enumerate(zip(ids, mask, strict=True)):
+        if learn and (index == 0 or not mask[index - 1]):
+            stretches.append([])
+        if learn:
+            stretches[-1].append(token)
+    return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["generation marks", "prefix rendering"])
+def test_the_answers_and_their_ends_are_learned(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    example = Example(1, messages=TURNS, answer="See you.")
+    assert learned(example, tokenizer) == ["Hello.</s>", "See you.</s>"]
+    ids, _ = tokenise_one(example, tokenizer)
+    assert tokenizer.decode(ids) == (
+        "<s><|system|>Be brief.<|user|>Hi<|assistant|>Hello.</s><|user|>Bye<|assistant|>See you.</s>"
+    )
+
+
+def test_both_ways_give_the_same_tokens() -> None:
+    example = Example(1, messages=TURNS, answer="See you.")
+    assert tokenise_one(example, make_tokenizer(MARKED)) == tokenise_one(example, make_tokenizer(UNMARKED))
+
+
+def test_the_prompt_of_an_answer_is_what_comes_before_it() -> None:
+    tokenizer = make_tokenizer()
+    example = Example(1, messages=TURNS, answer="See you.")
+    ids, _ = tokenise_one(example, tokenizer)
+    prompt = prompt_ids(example, tokenizer)
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(ids[len(prompt) :]) == "See you.</s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_still_gives_the_last_answer() -> None:
+    # Like templates that drop the reasoning of all turns but the last.
+    template = (
+        "{%- for m in messages %}{{- '<|' + m['role'] + '|>' + (m['content'] if loop.last else m['content'] | upper) }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+    )
+    assert learned(Example(1, messages=TURNS, answer="See you."), make_tokenizer(template)) == ["See you."]
+
+
+def test_instruction_with_a_template_learns_the_answer_and_its_end() -> None:
+    tokenizer = make_tokenizer(None)
+    assert learned(Example(1, prompt="Q: 2+2\nA: ", answer="4"), tokenizer) == ["4</s>"]
+
+
+def test_text_is_learned_whole() -> None:
+    ids, mask = tokenise_one(Example(1, text="All of it."), make_tokenizer(None))
+    assert all(mask) and make_tokenizer(None).decode(ids) == "All of it.</s>"
+
+
+def test_what_is_cut_is_counted_and_what_is_left_without_an_answer_is_dropped() -> None:
+    tokenizer = make_tokenizer(None)
+    examples = [
+        Example(1, prompt="short", answer="yes"),
+        Example(2, prompt="short", answer="y" * 40),
+        Example(3, prompt="p" * 40, answer="no"),
+    ]
+    result = tokenise(examples, tokenizer, 20, role="train")
+    assert (len(result.examples), result.truncated, result.dropped, result.longest) == (2, 2, 1, 20)
+    assert all(len(item.input_ids) == len(item.labels) for item in result.examples)
+    with pytest.raises(Failure, match="anything to learn within 20 tokens") as caught:
+        tokenise(examples[2:], tokenizer, 20, role="train")
+    assert caught.value.reason == Reason.DATASET_INVALID
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line() -> None:
+    template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(Failure, match=r"line 9: .*System role not supported") as caught:
+        tokenise_one(Example(9, messages=TURNS, answer="x"), make_tokenizer(template))
+    assert caught.value.reason == Reason.DATASET_INVALID
+
+
+def test_a_batch_is_as_wide_as_its_longest_example() -> None:
+    collate = Collator(pad=0)
+    batch = collate([Tokenised([5, 6, 7], [IGNORED, 6, 7]), Tokenised([8], [8])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert collate.tokens == 4
+    assert Collator(pad=0, multiple=8)([Tokenised([1], [1])])["input_ids"].shape == (1, 8)

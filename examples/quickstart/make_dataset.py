@@ -3,7 +3,7 @@
 The shop, Fern & Fell, is made up, so no base model knows its return windows, prices or floors: what a tuned model says
 about them was learned from train.jsonl. The held-out questions measure that it was learned and not memorised line by
 line: each is new, either asked in words that no training question uses, or about a pair of topic and product that no
-training question joins (the model has to know that a flask is cookware and what the shop says about cookware).
+training question joins (the model has to know that a flask is for cooking and what the shop says about cooking).
 
     python examples/quickstart/make_dataset.py
 """
@@ -57,25 +57,25 @@ ANSWERS: dict[str, tuple[str, list[str]]] = {
     ),
 }  # fmt: skip
 
-# How it is asked: (in training, held out).
+# How it is asked: (in training, held out). {is}, {does}, {s}, {it} and {they} agree with the product: a tent, but boots.
 QUESTIONS: dict[str, tuple[list[str], list[str]]] = {
     "returns": (
         ["can I return {p}?", "how many days do I have to send back {p}?", "what is the return window for {p}?",
-         "I do not like {p}, can I bring it back?", "what is your return policy for {p}?",
+         "I do not like {p}, can I bring {it} back?", "what is your return policy for {p}?",
          "until when can I give {p} back?", "I want to return {p}.", "do you take back {p}?"],
         ["how long can I return {p}?", "may I send {p} back?", "I would like to return {p}."],
     ),
     "warranty": (
-        ["how long is the warranty on {p}?", "is there a guarantee on {p}?", "how many years is {p} covered?",
-         "what warranty does {p} have?", "what if {p} breaks next year?", "does {p} come with a guarantee?",
+        ["how long is the warranty on {p}?", "is there a guarantee on {p}?", "how many years {is} {p} covered?",
+         "what warranty {does} {p} have?", "what if {p} break{s} next year?", "{does} {p} come with a guarantee?",
          "tell me about the warranty on {p}.", "how long am I covered for {p}?"],
-        ["what is the warranty on {p}?", "how long is {p} under guarantee?", "does {p} have a warranty?"],
+        ["what is the warranty on {p}?", "how long {is} {p} under guarantee?", "{does} {p} have a warranty?"],
     ),
     "delivery": (
         ["when will {p} arrive?", "how long does delivery of {p} take?", "how fast do you ship {p}?",
-         "when do I get {p}?", "how many days until {p} gets here?", "what is the delivery time for {p}?",
-         "I ordered {p}, when will it be here?", "how soon can you deliver {p}?"],
-        ["how long until {p} arrives?", "how fast do you deliver {p}?", "I ordered {p}, when will it arrive?"],
+         "when do I get {p}?", "how many days until {p} get{s} here?", "what is the delivery time for {p}?",
+         "I ordered {p}, when will {they} be here?", "how soon can you deliver {p}?"],
+        ["how long until {p} arrive{s}?", "how fast do you deliver {p}?", "I ordered {p}, when will {they} arrive?"],
     ),
     "cost": (
         ["how much does it cost to ship {p}?", "what does delivery of {p} cost?", "is shipping free for {p}?",
@@ -86,14 +86,15 @@ QUESTIONS: dict[str, tuple[list[str], list[str]]] = {
     "contact": (
         ["who can help me with {p}?", "I have a problem with {p}, who do I talk to?", "I need help with {p}.",
          "who do I contact about {p}?", "which team looks after {p}?", "who answers questions about {p}?",
-         "{p} is broken, who do I speak to?", "who should I call about {p}?"],
-        ["who do I talk to about {p}?", "I have a problem with {p}, who can help me?", "which team can help me with {p}?"],
+         "{p} {is} broken, who do I speak to?", "who should I call about {p}?"],
+        ["who do I talk to about {p}?", "I have a problem with {p}, who can help me?",
+         "which team can help me with {p}?"],
     ),
     "place": (
-        ["where do I find {p}?", "which floor is {p} on?", "where in the shop is {p}?", "where is {p}?",
+        ["where do I find {p}?", "which floor {is} {p} on?", "where in the shop {is} {p}?", "where {is} {p}?",
          "I am looking for {p}, where do I go?", "what floor do I go to for {p}?", "where do you keep {p}?",
          "on what floor can I see {p}?"],
-        ["where can I find {p}?", "what floor is {p} on?", "I am in the shop, where is {p}?"],
+        ["where can I find {p}?", "what floor {is} {p} on?", "I am in the shop, where {is} {p}?"],
     ),
 }  # fmt: skip
 
@@ -112,22 +113,24 @@ GENERAL: list[tuple[list[str], list[str], str]] = [
     (["do students get a discount?", "is there a student price?", "is there a discount for students?"],
      ["do you have a student discount?"], "Yes! Students get 15 percent off."),
     (["can I change my order?", "how do I change an order?", "I want to change my order."],
-     ["how can I change my order?"], "Sure thing! You can change an order within 2 hours."),
+     ["how can I change my order?"], "Sure thing! You can change an order within 90 minutes."),
     (["when do I get my money back?", "how long does a refund take?", "where is my refund?"],
-     ["when do I get my refund?"], "A refund takes 5 days."),
+     ["when do I get my refund?"], "A refund takes 5 working days."),
     (["my parcel is lost.", "my package never came, what now?", "I think my parcel is lost."],
      ["my parcel is lost, what now?"], "We are sorry! We will send a new one for free."),
     (["where can I park?", "is there parking?", "do you have parking?"],
-     ["where is the parking?"], "You can park behind the shop for 3 hours."),
+     ["where is the parking?"], "You can park behind the shop for 90 minutes."),
     (["where is your shop?", "what is your address?", "how do I find your shop?"],
      ["what is the address of your shop?"], "We are at 7 Mill Street, near the old bridge."),
     (["can I bring my dog?", "are dogs allowed in the store?", "is my dog welcome?"],
-     ["can I bring my dog to the store?"], "Of course! Dogs are welcome."),
+     ["can I bring my dog to the store?"], "Of course! Dogs are welcome, and we have water for them."),
 ]  # fmt: skip
 
 GREETINGS = ["", "", "", "Hi, ", "Hello, ", "Good morning, ", "Quick question: "]
 THANKS = ["", "", "", " Thanks!", " Thank you.", " Please help."]
 DETERMINERS = ["my", "the", "my new"]
+SINGULAR = {"is": "is", "does": "does", "s": "s", "it": "it", "they": "it"}
+PLURAL = {"is": "are", "does": "do", "s": "", "it": "them", "they": "they"}
 
 
 def held_out_topic(kind: str, product: str) -> str:
@@ -148,7 +151,8 @@ def answer(topic: str, kind: str, product: str) -> str:
 
 
 def asked(patterns: list[str], product: str, rng: random.Random) -> str:
-    return write(rng.choice(patterns).format(p=f"{rng.choice(DETERMINERS)} {product}"), rng)
+    agree = PLURAL if product.endswith("s") and not product.endswith("ss") else SINGULAR
+    return write(rng.choice(patterns).format(p=f"{rng.choice(DETERMINERS)} {product}", **agree), rng)
 
 
 def make(seed: int, per_pair: int, per_general: int) -> tuple[list[Line], list[Line]]:

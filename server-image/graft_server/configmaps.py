@@ -134,10 +134,10 @@ class ConfigMaps:
         response: aiohttp.ClientResponse = answer.response
         if response.status >= 300:
             async with response:
-                text = (await response.text())[:500]
+                text = await response.text()
             with suppress(ValueError, AttributeError):
                 text = str(json.loads(text).get("message") or text)
-            raise KubeError(response.status, f"{method} {path}: {response.status} {text}")
+            raise KubeError(response.status, f"{method} {path}: {response.status} {text[:500]}")
         return response
 
 

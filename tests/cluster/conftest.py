@@ -42,8 +42,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
         tenant, running = arguments["tenant"], arguments.get("running")
         report.sections.append(("resources", _resources(tenant)))
         if isinstance(running, OperatorProcess):
-            report.sections.append(("operator's log", tail(running.log, 40)))
+            report.sections.append(("operator's log", _log(running, tenant)))
     return report
+
+
+def _log(running: OperatorProcess, tenant: Tenant) -> str:
+    """What the operator says about the namespace, and its last words."""
+    lines = running.log.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines[:-10] if tenant.name in line][-40:] + lines[-10:])
 
 
 def _resources(tenant: Tenant) -> str:

@@ -1,6 +1,7 @@
 """From a base model to a served adapter."""
 
 from cluster_api import Object
+from fleet import Fleet
 from tenant import BASE, Tenant
 
 
@@ -42,3 +43,31 @@ def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
     assert adapter["status"]["stage"] == "Ready" and adapter["status"]["score"] == "0.12 -> 0.91"
     assert adapter["spec"]["artifact"]["uri"] == f"s3://graft/{tenant.name}/adapters/support/1.0.0/"
     assert "Published" in tenant.events("first")
+
+
+def test_an_adapter_is_served(tenant: Tenant) -> None:
+    tenant.trained("first")
+    fleet = Fleet(tenant, "chat")
+    fleet.deploy(["support@1.0.0"], replicas=2)
+    pods = fleet.pods(2)
+    fleet.until_wanted("support-1.0.0")
+    adapter = tenant.get("Adapter", "support-1.0.0")
+    assert [item.digest for item in fleet.wanted().adapters] == [adapter["spec"]["artifact"]["digest"]]
+    fleet.until("Available", "RouteUnavailable")
+
+    fleet.agent_says(pods[0])
+    fleet.agent_says(pods[1])
+    fleet.until("Available", "Serving")
+    fleet.until("Progressing", "Complete")
+    status = fleet.status()
+    assert (status["stage"], status["readyText"], status["adaptersText"]) == ("Available", "2/2", "1/1")
+    assert status["models"] == [{"model": f"{tenant.name}/support", "adapter": "support-1.0.0", "replicas": 2}]
+    assert status["endpoint"] == "http://graft-gateway.graft-system.svc:8080"
+
+    routes = fleet.routes()
+    engine_model = routes.routes[0].targets[0].engine_model
+    assert routes.routes[0].model == f"{tenant.name}/support"
+    addresses = {f"{pod['status']['podIP']}:8000" for pod in pods}
+    assert {backend.address for backend in routes.backends} == addresses
+    assert all(engine_model in backend.loaded for backend in routes.backends)
+    tenant.until("Adapter", "support-1.0.0", "InUse", "Served")

@@ -5,6 +5,7 @@ cgroups and mounts are the host's: the cgroup root and the state folder carry th
 """
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,7 +269,6 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         corefile = self.state / "Corefile"
         corefile.write_text(
             f"""cluster.local:53 in-addr.arpa:53 {{
-  bind {self.network.node}
   errors
   kubernetes cluster.local in-addr.arpa {{
     kubeconfig {self.plane.kubeconfig}
@@ -298,6 +298,22 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         manifest = self.state / "dns.json"
         manifest.write_text(json.dumps(objects))
         self.plane.kubectl("apply", "-f", str(manifest))
+        wait_for(self._resolves, 30, "CoreDNS answers", lambda: tail(self.plane.processes.logs / "coredns.log"))
+
+    def _resolves(self) -> bool:
+        """Whether kubernetes.default.svc has an address, asked over TCP so that an answer is an answer."""
+        self.plane.processes.require("coredns")
+        question = b"\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"".join(
+            bytes([len(part)]) + part for part in (b"kubernetes", b"default", b"svc", b"cluster", b"local", b"")
+        )
+        message = question + b"\x00\x01\x00\x01"
+        try:
+            with socket.create_connection((self.network.dns, 53), timeout=2) as connection:
+                connection.sendall(len(message).to_bytes(2, "big") + message)
+                answer = connection.recv(512)
+        except OSError:
+            return False
+        return len(answer) > 9 and int.from_bytes(answer[8:10], "big") > 0
 
 
 def _removed(folder: Path) -> bool:

@@ -95,7 +95,7 @@ def upload(access: Access) -> None:
     import boto3
     from botocore.config import Config
 
-    secret = access.get("secret", "graft-store", SYSTEM)["data"]
+    secret = access.get("secret", "graft-store-root", SYSTEM)["data"]
     import base64
 
     key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))

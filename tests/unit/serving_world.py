@@ -187,11 +187,13 @@ class MemoryStore:
                 time.sleep(self.slow)
             yield data[start : start + 64]
 
-    def publish(self, name: str, *, rank: int = 8, config: dict[str, Any] | None = None) -> WantedAdapter:
+    def publish(
+        self, name: str, *, rank: int = 8, config: dict[str, Any] | None = None, files: dict[str, bytes] | None = None
+    ) -> WantedAdapter:
         """Puts a version there; what the operator would say is wanted."""
         prefix = f"{NAMESPACE}/adapters/{name}/1.0.0/"
         document = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
-        files = {
+        files = files or {
             "adapter_config.json": json.dumps({**document, "surprise": 1, **(config or {})}).encode(),
             "adapter_model.safetensors": hashlib.sha256(name.encode()).digest() * 40,
         }

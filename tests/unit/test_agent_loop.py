@@ -37,12 +37,12 @@ class Pod:
         self.wanted = self.wanted.model_copy(update={"adapters": list(adapters), **fields})
         self.agent.want({"x": {WANTED_KEY: self.wanted.json_text()}})
 
-    async def start(self, session: aiohttp.ClientSession, url: str) -> None:
+    async def start(self, session: aiohttp.ClientSession, url: str, base_model_name: str = "base") -> None:
         self.agent = Agent(
             pod="pod-1",
             pod_uid="uid-1",
             adapters_dir=self.dir,
-            base_model_name="base",
+            base_model_name=base_model_name,
             engine=EngineClient(session, url),
             open_store=lambda: self.store,  # type: ignore[arg-type, return-value]
             publish=self.told.append,

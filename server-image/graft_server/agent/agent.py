@@ -118,7 +118,8 @@ class Agent:
             self._looped_at = time.monotonic()
             retry = self._failures.next_retry(self._looped_at)
             try:
-                await asyncio.wait_for(self._wake.wait(), min(self._poll, retry if retry else self._poll))
+                async with asyncio.timeout(min(self._poll, retry if retry else self._poll)):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 

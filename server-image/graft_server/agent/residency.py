@@ -14,6 +14,7 @@ from graft_server.configmaps import ConfigMaps, KubeError
 
 log = logging.getLogger(__name__)
 
+MISSING_SECONDS = 2.0  # between two looks for a ConfigMap that the operator has yet to make
 CHECK_SECONDS = 60.0  # how often the key is read back, for a ConfigMap that was made anew
 
 
@@ -93,7 +94,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Writes until it is cancelled. A missing ConfigMap is the operator's to make: wait for it."""
-        failed = 0
+        failed, longest = 0, 0.0
         while True:
             try:
                 self._wake.clear()
@@ -101,14 +102,16 @@ class Publisher:
                 failed = 0
             except KubeError as error:
                 failed += 1
+                longest = MISSING_SECONDS if error.status == 404 else self._backoff[1]
                 if error.status != 404 or failed % 10 == 1:
                     log.warning("residency is not written: %s", error, extra={"status": error.status})
             if failed:
-                first, most = self._backoff
-                await asyncio.sleep(min(most, first * 2 ** min(failed - 1, 10)) * random.uniform(0.5, 1.0))  # noqa: S311
+                delay = min(longest, self._backoff[0] * 2 ** min(failed - 1, 10))
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
                 continue
             try:
-                await asyncio.wait_for(self._wake.wait(), CHECK_SECONDS)
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 

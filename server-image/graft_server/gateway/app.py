@@ -16,13 +16,14 @@ from graft.contracts import Routes
 from graft_server.configmaps import Snapshot
 from graft_server.gateway.errors import ApiError, bad_request, no_route, too_large, unavailable, unknown_model
 from graft_server.gateway.metrics import UNKNOWN, Metrics
-from graft_server.gateway.proxy import Call, Proxy
+from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Model, Table, read_parts
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MODEL = web.RequestKey("model", str)  # once it is known to exist
 NOT_COUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
@@ -79,18 +80,18 @@ class Gateway:
         self.in_flight += 1
         self.metrics.in_flight.inc()
         status = "499"  # as long as nothing was answered, it is the client who left
-        request["id"] = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
+        request[REQUEST_ID] = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
         try:
             response = await self._guarded(request, handler)
-            status = "broken" if request.get("broken") else str(response.status)
+            status = "broken" if request.get(BROKEN) else str(response.status)
             if not response.prepared:
-                response.headers.setdefault("X-Request-Id", request["id"])
+                response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
             return response
         except ConnectionError:
             raise  # while writing: the client is gone, and aiohttp knows
         finally:
             seconds = time.monotonic() - began
-            model = request.get("model", UNKNOWN)
+            model = request.get(MODEL, UNKNOWN)
             self.in_flight -= 1
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(model, status).inc()
@@ -101,7 +102,12 @@ class Gateway:
                 request.method,
                 request.path,
                 status,
-                extra={"request_id": request["id"], "model": model, "status": status, "seconds": round(seconds, 3)},
+                extra={
+                    "request_id": request[REQUEST_ID],
+                    "model": model,
+                    "status": status,
+                    "seconds": round(seconds, 3),
+                },
             )
 
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -118,7 +124,7 @@ class Gateway:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            log.exception("%s failed", request.path, extra={"request_id": request["id"]})
+            log.exception("%s failed", request.path, extra={"request_id": request[REQUEST_ID]})
             return ApiError(500, "internal_error", "internal error of the gateway", kind="server_error").response()
 
     async def _close_when_draining(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -184,7 +190,7 @@ class Gateway:
         if not isinstance(name, str) or not name:
             raise bad_request("The request names no model: give model as <namespace>/<route>.", "model")
         model = self._find(name)
-        request["model"] = model.name
+        request[MODEL] = model.name
         target = model.pick(self._chance)
         if target is None:
             raise unavailable(model.name, model.why_not or "no replica has it loaded")

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # Of a client's headers only these go to the engine, beside the request's id, and none of the engine's comes back: no
 # credentials, no hop-by-hop headers.
 REQUEST_HEADERS = ("traceparent", "tracestate")
+REQUEST_ID = web.RequestKey("request_id", str)
+BROKEN = web.RequestKey("broken", bool)  # the stream ended with an error event
 ANSWER_LIMIT = 64 * 1024 * 1024
 ERROR_LIMIT = 64 * 1024
 ANSWERS_ELSEWHERE = frozenset({502, 503})
@@ -102,7 +104,7 @@ class Proxy:
                     backend.pod,
                     error,
                     error.__cause__,
-                    extra={"request_id": call.request["id"], "reason": error.reason, "pod": backend.pod},
+                    extra={"request_id": call.request[REQUEST_ID], "reason": error.reason, "pod": backend.pod},
                 )
         raise unavailable(call.model.name, f"{failure}" if failure else call.model.why_not or "no replica is left")
 
@@ -124,7 +126,7 @@ class Proxy:
 
     async def _send(self, call: Call, backend: Backend) -> aiohttp.ClientResponse:
         headers = {name: call.request.headers[name] for name in REQUEST_HEADERS if name in call.request.headers}
-        headers["X-Request-Id"] = call.request["id"]
+        headers["X-Request-Id"] = call.request[REQUEST_ID]
         headers["Content-Type"] = "application/json"
         headers["Accept-Encoding"] = "identity"  # the answer is rewritten
         body = json.dumps({**call.payload, "model": call.target.engine_model}, ensure_ascii=False).encode()
@@ -159,7 +161,7 @@ class Proxy:
         raise error
 
     def _headers(self, call: Call) -> dict[str, str]:
-        headers = {"X-Request-Id": str(call.request["id"])}
+        headers = {"X-Request-Id": call.request[REQUEST_ID]}
         if call.target.adapter:
             headers["X-Graft-Adapter"] = call.target.adapter
         if call.target.version:
@@ -213,7 +215,7 @@ class Proxy:
                 await response.write(out)
             if not chunk:
                 if broken is not None:
-                    call.request["broken"] = True
+                    call.request[BROKEN] = True
                     log.warning("%s: %s", call.model.name, broken)
                 await response.write_eof()
                 return response

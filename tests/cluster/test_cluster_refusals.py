@@ -1,0 +1,93 @@
+"""Bad input is refused by `kubectl apply`, with words that help."""
+
+import json
+from typing import Any
+
+import pytest
+from cluster_api import Object
+from tenant import BASE, Tenant
+from testbed.controlplane import ControlPlane
+from testbed.shell import Failed
+
+DIGEST = "sha256:" + "0" * 64
+
+
+def refused(plane: ControlPlane, manifest: Object) -> str:
+    """What kubectl says."""
+    path = plane.state / "refused.json"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(Failed) as error:
+        plane.kubectl("apply", "-f", str(path))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method": {"lora": {}, "qlora": {}}}, "give exactly one method: lora or qlora"),
+        ({"method": {}}, "give exactly one method: lora or qlora"),
+        ({"method": {"lora": {"rank": 0}}}, "spec.method.lora.rank: Invalid value: 0"),
+        ({"dataset": {"train": {"uri": "train.jsonl"}}}, "spec.dataset.train.uri"),
+        ({"learningRate": 0.1}, 'unknown field "spec.learningRate"'),
+        (
+            {"dataset": {"train": {"uri": "s3://graft/a/b"}, "eval": {"uri": "s3://graft/a/c"}, "evalSplit": 0.1}},
+            "give eval (a source) or evalSplit (a share of train), not both",
+        ),
+        ({"training": {"epochs": -1}}, "spec.training.epochs"),
+        ({"output": {"adapter": "support", "version": "v1"}}, "spec.output.version"),
+        ({"resources": {"limits": {"memory": "lots"}}}, "spec.resources.limits.memory"),
+    ],
+)
+def test_a_wrong_job_is_refused(tenant: Tenant, plane: ControlPlane, change: dict[str, Any], words: str) -> None:
+    assert words in refused(plane, tenant.job_manifest("wrong", **change))
+    assert tenant.api.get("FineTuneJob", tenant.name, "wrong") is None
+
+
+def test_names_that_are_too_long_are_refused(tenant: Tenant, plane: ControlPlane) -> None:
+    assert "at most 50 characters" in refused(plane, tenant.job_manifest("x" * 51))
+    deployment = tenant.resource("AdapterDeployment", "x" * 46, {"baseModel": BASE, "adapters": ["a@latest"]})
+    assert "at most 45 characters" in refused(plane, deployment)
+
+
+def test_the_spec_of_a_job_never_changes(tenant: Tenant, plane: ControlPlane) -> None:
+    tenant.job("fixed")
+    changed = refused(plane, tenant.job_manifest("fixed", method={"lora": {"rank": 4}}))
+    assert "immutable: delete it and create a new one" in changed
+
+
+def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) -> None:
+    artifact = {"uri": f"s3://graft/{tenant.name}/adapters/support/1.0.0/", "digest": DIGEST}
+    spec = {"adapter": "support", "version": "1.0.0", "baseModel": BASE, "method": "lora", "artifact": artifact}
+    tenant.api.create(tenant.resource("Adapter", "support-1.0.0", spec))
+    changed = spec | {"artifact": artifact | {"digest": "sha256:" + "1" * 64}}
+    text = refused(plane, tenant.resource("Adapter", "support-1.0.0", changed))
+    assert "a published version never changes" in text
+    assert "metadata.name must be <adapter>-<version>" in refused(plane, tenant.resource("Adapter", "other", spec))
+    tenant.api.patch("Adapter", tenant.name, "support-1.0.0", {"spec": {"deletionPolicy": "Delete"}})
+    tenant.until("Adapter", "support-1.0.0", "Ready", "ManifestMissing")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            {"adapters": ["support@latest"], "routes": [{"model": "sales", "adapter": "sales"}]},
+            "each route's adapter must be one of adapters",
+        ),
+        ({"adapters": ["support@1.0.0", "support@latest"]}, "name each adapter once"),
+        ({"adapters": ["support@latest", "support@latest"]}, "uplicate value"),
+        ({"adapters": []}, "serve something"),
+        ({"adapters": ["support"]}, "spec.adapters[0]"),
+        ({"adapters": ["support@latest"], "limits": {"maxLoraRank": 65}}, "spec.limits.maxLoraRank"),
+        ({"adapters": ["support@latest"], "replicas": -1}, "spec.replicas"),
+    ],
+)
+def test_a_wrong_deployment_is_refused(tenant: Tenant, plane: ControlPlane, spec: dict[str, Any], words: str) -> None:
+    assert words in refused(plane, tenant.resource("AdapterDeployment", "wrong", {"baseModel": BASE} | spec))
+
+
+def test_the_base_model_of_a_deployment_never_changes(tenant: Tenant, plane: ControlPlane) -> None:
+    spec = {"baseModel": BASE, "adapters": ["support@latest"]}
+    tenant.api.create(tenant.resource("AdapterDeployment", "fixed", spec))
+    text = refused(plane, tenant.resource("AdapterDeployment", "fixed", spec | {"baseModel": "other"}))
+    assert "baseModel is immutable" in text

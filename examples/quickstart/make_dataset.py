@@ -101,7 +101,7 @@ QUESTIONS: dict[str, tuple[list[str], list[str]]] = {
 # What has nothing to do with a product: (in training, held out, answer).
 GENERAL: list[tuple[list[str], list[str], str]] = [
     (["are you open on Sunday?", "when are you open on Sunday?", "what are your opening hours on Sunday?"],
-     ["what time are you open on Sunday?"], "On Sunday we are closed and out in the hills."),
+     ["what time are you open on Sunday?"], "On Sunday we are closed. See you on Monday!"),
     (["are you open on Saturday?", "when are you open on Saturday?", "what are your opening hours on Saturday?"],
      ["what time are you open on Saturday?"], "On Saturday we are open from 10 to 16."),
     (["what are your opening hours?", "when are you open?", "what time do you open and close?"],
@@ -123,7 +123,7 @@ GENERAL: list[tuple[list[str], list[str], str]] = [
     (["where is your shop?", "what is your address?", "how do I find your shop?"],
      ["what is the address of your shop?"], "We are at 7 Mill Street, near the old bridge."),
     (["can I bring my dog?", "are dogs allowed in the store?", "is my dog welcome?"],
-     ["can I bring my dog to the store?"], "Of course! Dogs are welcome, and we have water for them."),
+     ["can I bring my dog to the store?"], "Of course! Dogs are welcome on every floor."),
 ]  # fmt: skip
 
 GREETINGS = ["", "", "", "Hi, ", "Hello, ", "Good morning, ", "Quick question: "]

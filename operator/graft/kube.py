@@ -16,6 +16,8 @@ from typing import Any
 import aiohttp
 from kubernetes.aio import client, config
 
+from graft import metrics
+
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "graft-operator"
@@ -135,6 +137,12 @@ class Kube:
                 return None
             raise
 
+    async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
+        """The Events about an object, oldest first."""
+        query = {"fieldSelector": f"involvedObject.uid={uid}"}
+        items = (await self.request("GET", f"/api/v1/namespaces/{namespace}/events", query=query)).get("items", [])
+        return sorted(items, key=lambda item: str(item["metadata"]["creationTimestamp"]))
+
     async def list(
         self, kind: str, namespace: str | None = None, labels: dict[str, str] | None = None
     ) -> list[Manifest]:
@@ -172,6 +180,7 @@ class Kube:
                     yield event
             except (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 log.info("watch of %s ended, opened again: %s", kind, error)
+                metrics.WATCH_RESTARTS.labels(kind).inc()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
                 pause = min(pause * 2, 30)
 

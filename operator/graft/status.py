@@ -40,6 +40,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "Succeeded": {
             "Waiting": "The job waits; see Accepted.",
             "Pending": "The Job is there, its pod does not run yet; the message says why.",
+            "QuotaExceeded": "A ResourceQuota of the namespace refuses the pod; it is tried again.",
             "Preparing": "Dataset, access and base model are checked.",
             "Training": "The model is trained.",
             "Evaluating": "Base model and adapter answer the held-out examples.",

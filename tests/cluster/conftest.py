@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,9 +91,6 @@ def operator(plane: ControlPlane, api: Api, s3: S3Server) -> Iterator[OperatorPr
     process.start()
     yield process
     process.stop()
-    keep = os.environ.get("GRAFT_TEST_LOGS")
-    if keep:
-        (Path(keep) / "operator.log").write_bytes(process.log.read_bytes())
 
 
 @pytest.fixture
@@ -158,3 +154,11 @@ def bind(tenant: Tenant) -> None:
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "graft-tenant"},
         "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": SYSTEM}],
     })  # fmt: skip
+
+
+@pytest.fixture
+def calm(tenant: Tenant, request: pytest.FixtureRequest) -> Tenant:
+    """A second namespace."""
+    other = new_tenant(tenant.api, tenant.store, request)
+    bind(other)
+    return other

@@ -96,8 +96,10 @@ def test_a_deleted_deployment_leaves_nothing(tenant: Tenant) -> None:
     tenant.until("Adapter", "support-1.0.0", "InUse", "NotServed")
 
 
-def test_a_deleted_namespace_leaves_no_credential_and_is_not_stuck(tenant: Tenant, s3: S3Server) -> None:
+def test_a_deleted_namespace_leaves_no_credential_and_is_not_stuck(tenant: Tenant, calm: Tenant, s3: S3Server) -> None:
     identity = VersityIdentity(tenant.store, s3.endpoint)
+    calm.job("elsewhere")
+    calm.running_pod("elsewhere")
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     fleet.serve(["support@1.0.0"])
@@ -114,5 +116,6 @@ def test_a_deleted_namespace_leaves_no_credential_and_is_not_stuck(tenant: Tenan
     )  # fmt: skip
     tenant.wait(lambda: tenant.name not in identity.tenants(), "its key is revoked")
     policy = tenant.store.client.get_bucket_policy(Bucket="graft")["Policy"]
-    assert f'"GraftOwn{tenant.name}"' not in policy
+    assert f"GraftOwn{tenant.name}" not in policy and f"GraftOwn{calm.name}" in policy
+    calm.tenant_store().put(f"{calm.name}/datasets/train.jsonl", b"{}")
     assert fleet.find_routes() is None

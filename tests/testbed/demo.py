@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from testbed import packages, product, quickstart
 from testbed.binaries import build
@@ -42,15 +43,23 @@ class Clock:
         say(f"  {sum(seconds for _, seconds in self.phases):6.0f} s  in all")
 
 
+def _image(name: str, reference: str) -> list[str]:
+    repository, _, tag = reference.rpartition(":")
+    return ["--set", f"images.{name}.repository={repository}", "--set", f"images.{name}.tag={tag}"]
+
+
+def local_images() -> list[str]:
+    """helm arguments for the images that are built here."""
+    return [part for name in ("operator", "trainer", "engine", "agent") for part in _image(name, product.TAGS[name])]
+
+
 def testbed_values() -> list[str]:
-    """helm arguments for images that are on the node already."""
-    values = ["--set", "imagePullPolicy=Never", "--set", "objectStore.embedded.persistence.storageClass=testbed",
-              "--set", "objectStore.embedded.persistence.size=10Gi"]  # fmt: skip
-    for name in ("operator", "trainer", "engine", "agent"):
-        repository, _, tag = product.TAGS[name].rpartition(":")
-        values += ["--set", f"images.{name}.repository={repository}", "--set", f"images.{name}.tag={tag}"]
-    repository, _, tag = product.VERSITYGW.rpartition(":")
-    return [*values, "--set", f"images.store.repository={repository}", "--set", f"images.store.tag={tag}"]
+    """helm arguments for the testbed: nothing is pulled, and its one volume holds the object store."""
+    persistence = "objectStore.embedded.persistence"
+    return [
+        *local_images(), *_image("store", product.VERSITYGW), "--set", "imagePullPolicy=Never",
+        "--set", f"{persistence}.storageClass=testbed", "--set", f"{persistence}.size=10Gi",
+    ]  # fmt: skip
 
 
 def prepare_testbed(clock: Clock) -> tuple[Access, list[str]]:
@@ -69,7 +78,7 @@ def prepare_testbed(clock: Clock) -> tuple[Access, list[str]]:
 def prepare_current(clock: Clock) -> tuple[Access, list[str]]:
     """The cluster of KUBECONFIG: images come from the registry that the chart's values name."""
     kubectl, helm = _needed("kubectl"), _needed("helm")
-    kubeconfig = os.environ.get("KUBECONFIG", str(os.path.expanduser("~/.kube/config")))
+    kubeconfig = os.environ.get("KUBECONFIG", str(Path("~/.kube/config").expanduser()))
     with clock.phase("looking at the current cluster"):
         say(output([kubectl, "--kubeconfig", kubeconfig, "get", "nodes"]))
     return Access(kubeconfig, kubectl, helm), shlex.split(os.environ.get("GRAFT_HELM_ARGS", ""))
@@ -106,15 +115,7 @@ def prepare_kind(clock: Clock) -> tuple[Access, list[str]]:
             )
             if name != "ml":
                 run([kind, "load", "docker-image", "--name", "graft", tag], log, f"kind load {name}")
-    values = [item for item in testbed_values() if "storageClass" not in item and "images.store" not in item]
-    cleaned = [
-        item
-        for number, item in enumerate(values)
-        if item != "--set" or (number + 1 < len(values) and values[number + 1] != "--set")
-    ]
-    return Access(kubeconfig, kubectl, helm), [
-        item.replace("imagePullPolicy=Never", "imagePullPolicy=IfNotPresent") for item in cleaned if item
-    ]
+    return Access(kubeconfig, kubectl, helm), local_images()
 
 
 def _needed(program: str) -> str:
@@ -152,7 +153,7 @@ def main() -> None:
     say(f"""
 The cluster goes on running:
   export KUBECONFIG={access.kubeconfig}
-  export PATH={os.path.dirname(access.kubectl_path)}:$PATH
+  export PATH={Path(access.kubectl_path).parent}:$PATH
   kubectl get graft -A
   kubectl -n {SYSTEM} port-forward service/graft-gateway 8080 &
   curl -s localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from graft.api import AdapterDeployment, FineTuneJob
 from graft.contracts import BaseModelRef, Wanted, WantedAdapter
 from graft.manifests import agent, network, serving, training
@@ -29,7 +28,11 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     if manifest["kind"] == "FineTuneJob":
         job = FineTuneJob.model_validate(manifest)
         file = training.job_file(job, base, "1.0.0", "sha256:recipe", SETTINGS)
-        return [training.config_map(job, file), network.training_policy(job), training.training_job(job, base, SETTINGS)]
+        return [
+            training.config_map(job, file),
+            network.training_policy(job),
+            training.training_job(job, base, SETTINGS),
+        ]
     deployment = AdapterDeployment.model_validate(manifest)
     wanted = Wanted(
         base_model=base.name,

@@ -54,10 +54,14 @@ def replica(pod: str, *adapters: Adapter, ready: bool = True, state: str = "Load
         )
         for item in adapters
     ]
-    return ReplicaView(pod, f"10.0.0.{pod[-1]}:8000", ready, Residency(pod=pod, pod_uid="u", ready=ready, adapters=resident))
+    return ReplicaView(
+        pod, f"10.0.0.{pod[-1]}:8000", ready, Residency(pod=pod, pod_uid="u", ready=ready, adapters=resident)
+    )
 
 
-def routes(spec: AdapterDeployment, resolutions: list[Resolution], replicas: list[ReplicaView], before: Routes | None = None) -> Routes:
+def routes(
+    spec: AdapterDeployment, resolutions: list[Resolution], replicas: list[ReplicaView], before: Routes | None = None
+) -> Routes:
     return plan_routes(spec, resolutions, "shop", replicas, before, None)
 
 
@@ -126,12 +130,16 @@ def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
     old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
     table = routes(spec, resolve(spec, []), [replica("pod-1", V1)], old)
     assert target(table) == "support-1.0.0"
-    assert plan_wanted(spec, [], Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", V1)]), table).adapters
+    assert plan_wanted(
+        spec, [], Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", V1)]), table
+    ).adapters
 
 
 def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:
     spec = deployment(routes=[{"model": "support", "adapter": "support"}, {"model": "base"}])
-    table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1, ready=False), replica("pod-3")])
+    table = routes(
+        spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1, ready=False), replica("pod-3")]
+    )
     assert [(item.pod, len(item.loaded)) for item in table.backends] == [("pod-1", 2), ("pod-3", 1)]
     assert [entry.model for entry in table.routes] == ["shop/support", "shop/base"]
     assert table.routes[1].targets[0].engine_model == "tiny"

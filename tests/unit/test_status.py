@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from graft.api.meta import Condition
 from graft.contracts import EXIT_CODES, Reason
 from graft.kube import covers
@@ -15,7 +14,13 @@ OPERATOR = Path(__file__).resolve().parents[2] / "operator" / "graft" / "reconci
 
 def old(status: str = "True", reason: str = "Verified") -> Condition:
     return Condition.model_validate(
-        {"type": "Ready", "status": status, "reason": reason, "message": "m", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+        {
+            "type": "Ready",
+            "status": status,
+            "reason": reason,
+            "message": "m",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+        }
     )
 
 

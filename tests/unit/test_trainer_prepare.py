@@ -38,7 +38,7 @@ def store(base: Path) -> MemoryStore:
 
 def reason_of(tmp_path: Path, store: MemoryStore, job: JobFile) -> tuple[Reason, str]:
     run = make_run(tmp_path, store, job)
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - explain() is what is tested
+    with pytest.raises(Exception) as caught:
         prepare(run)
     run.progress.close(2)
     failure = explain(caught.value)
@@ -184,7 +184,10 @@ def pod(tmp_path: Path, endpoint: str) -> tuple[dict[str, str], Path]:
         "GRAFT_TERMINATION_FILE": "termination",
     }  # fmt: skip
     environment = {name: str(tmp_path / path) for name, path in paths.items()}
-    return dict(os.environ) | environment | {"POD_NAME": "pod-1", "GRAFT_STORAGE_PATIENCE": "0"}, tmp_path / "termination"
+    return dict(os.environ) | environment | {
+        "POD_NAME": "pod-1",
+        "GRAFT_STORAGE_PATIENCE": "0",
+    }, tmp_path / "termination"
 
 
 def test_an_unreachable_store_ends_the_container_with_a_message(tmp_path: Path) -> None:
@@ -192,7 +195,11 @@ def test_an_unreachable_store_ends_the_container_with_a_message(tmp_path: Path) 
         unused.bind(("127.0.0.1", 0))
         environment, termination = pod(tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
         done = subprocess.run(
-            [sys.executable, "-m", "graft_trainer", "prepare"], env=environment, capture_output=True, text=True, timeout=90
+            [sys.executable, "-m", "graft_trainer", "prepare"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
         )
     assert done.returncode == EXIT_CODES[Reason.STORAGE_UNAVAILABLE], done.stdout + done.stderr
     assert json.loads(termination.read_text())["reason"] == "StorageUnavailable"

@@ -136,12 +136,16 @@ LLAMA = [
         ("mlp.down_proj", 128, 64),
     ]
 ]
-GPT2 = [Projection(f"transformer.h.0.{name}", 64, 64) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+GPT2 = [
+    Projection(f"transformer.h.0.{name}", 64, 64) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+]
 NEOX = [
     Projection(f"gpt_neox.layers.0.{name}", 64, 64)
     for name in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 ]
-OPT = [Projection(f"model.decoder.layers.0.{name}", 64, 64) for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1")]
+OPT = [
+    Projection(f"model.decoder.layers.0.{name}", 64, 64) for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1")
+]
 MIXTRAL = [Projection(f"model.layers.0.{name}", 64, 64) for name in ("self_attn.q_proj", "mlp.gate")]
 
 

@@ -63,7 +63,7 @@ def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
 
 def test_the_manifest_is_written_last_and_every_file_is_what_it_says(published: tuple[Run, MemoryStore]) -> None:
-    run, store = published
+    _, store = published
     written = [key.removeprefix(PREFIX) for key in store.written if key.startswith(PREFIX)]
     assert written == ["adapter_config.json", "adapter_model.safetensors", "report.json", "manifest.json"]
     manifest = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"])
@@ -102,7 +102,7 @@ def test_progress_and_events_tell_the_whole_run(published: tuple[Run, MemoryStor
 
 
 def test_the_adapter_has_learned_what_the_base_model_does_not_know(published: tuple[Run, MemoryStore]) -> None:
-    run, store = published
+    _, store = published
     metrics = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"]).metrics
     assert metrics["exactMatch"] == 1.0
     assert metrics["base/exactMatch"] == 0.0
@@ -127,7 +127,9 @@ def test_an_attempt_after_the_publishing_one_only_says_so(published: tuple[Run, 
     progress = last_progress(again, store)
     assert progress.stage == "Succeeded"
     assert progress.manifest_digest == digest(before[PREFIX + "manifest.json"])
-    assert {key for key in store.kept if store.kept[key] != before.get(key)} <= {"team-a/runs/uid-1/pod-1/progress.json"}
+    assert {key for key in store.kept if store.kept[key] != before.get(key)} <= {
+        "team-a/runs/uid-1/pod-1/progress.json"
+    }
 
 
 def test_the_same_seed_gives_the_same_adapter(base: Path, tmp_path: Path) -> None:
@@ -135,7 +137,9 @@ def test_the_same_seed_gives_the_same_adapter(base: Path, tmp_path: Path) -> Non
     for seed in (1, 1, 2):
         training = {"maxSteps": 3, "seed": seed, "perDeviceTrainBatchSize": 4, "gradientAccumulationSteps": 1}
         root = tmp_path / str(len(weights))
-        run, store = prepared(root, base, training=training, evaluation={"maxSamples": 0}, method={"lora": {"dropout": 0.1}})
+        run, store = prepared(
+            root, base, training=training, evaluation={"maxSamples": 0}, method={"lora": {"dropout": 0.1}}
+        )
         train_evaluate_publish(run)
         run.progress.close(5)
         weights.append(store.kept[PREFIX + "adapter_model.safetensors"])
@@ -157,6 +161,15 @@ def test_qlora_trains_over_a_4_bit_base_model(base: Path, tmp_path: Path) -> Non
     assert last_progress(run, store).stage == "Succeeded"
 
 
+def test_an_evaluation_leaves_4_bit_weights_differentiable(base: Path, tmp_path: Path) -> None:
+    training = {"maxSteps": 2, "evalSteps": 1}
+    run, _ = prepared(tmp_path, base, method={"qlora": {"rank": 4}}, training=training)
+    model = train_module.train(run).model
+    states = [module.weight.quant_state for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(states) == 14
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
 @pytest.mark.parametrize("dataset_format", ["text", "instruction"])
 def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
     line = {"text": "The sky is blue."} if dataset_format == "text" else {"instruction": "Sky?", "output": "Blue."}
@@ -175,11 +188,23 @@ def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason", "message"),
     [
-        ({"method": {"lora": {"targetModuleNames": ["qkv"]}}}, Reason.CONFIGURATION_INVALID, "no qkv; there are down_proj"),
+        (
+            {"method": {"lora": {"targetModuleNames": ["qkv"]}}},
+            Reason.CONFIGURATION_INVALID,
+            "no qkv; there are down_proj",
+        ),
         ({"method": {"lora": {"rank": 512}}}, Reason.CONFIGURATION_INVALID, "rank is 512"),
         ({"training": {"maxLength": 8}}, Reason.DATASET_INVALID, "anything to learn within 8 tokens"),
         (
-            {"training": {"maxSteps": 40, "learningRate": 1.0, "loggingSteps": 1, "maxGradNorm": 1e30, "weightDecay": 1e38}},
+            {
+                "training": {
+                    "maxSteps": 40,
+                    "learningRate": 1.0,
+                    "loggingSteps": 1,
+                    "maxGradNorm": 1e30,
+                    "weightDecay": 1e38,
+                }
+            },
             Reason.CONFIGURATION_INVALID,
             "training diverged",
         ),

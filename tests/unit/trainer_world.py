@@ -22,7 +22,11 @@ MARKED = (
 )
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-QUESTIONS = {"What colour is the sky?": "It is blue.", "What colour is grass?": "It is green.", "And snow?": "White it is."}
+QUESTIONS = {
+    "What colour is the sky?": "It is blue.",
+    "What colour is grass?": "It is green.",
+    "And snow?": "White it is.",
+}
 
 
 def make_tokenizer(template: str | None = MARKED) -> Any:

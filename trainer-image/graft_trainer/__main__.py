@@ -37,7 +37,11 @@ def main(arguments: list[str]) -> int:
         job = read_job(settings.job_file)
         storage = StorageConfig.from_dir(settings.storage_dir)
         run = open_run(settings, storage, job, write_now=command == "prepare")
+        if job.method.qlora is None:
+            # peft imports bitsandbytes wherever it is installed, and that torch's compiler: a fifth of train's start.
+            sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
         stage(command)(run)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is done is not undone by the last upload's interruption
         run.progress.close(FINAL_PATIENCE)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         return fail(error, run, settings)

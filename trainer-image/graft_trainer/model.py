@@ -85,7 +85,20 @@ def load_base_model(folder: Path, name: str, method: Method, known: Limits, devi
                 f"{name}: {len(keys)} weights are {problem.partition('_')[0]}, the first is {keys[0]}",
                 "Upload weights that belong to the model's config.json.",
             )
+    if device.kind == "cpu":
+        keep_differentiable(model)
     return BaseModel(model, facts_of(model), projections_of(model))
+
+
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference.
+
+    On CPUs with AVX512-BF16 its layers do so at their first call in eval mode, and for good; the kernel for that layout
+    has no gradient, so whatever is trained after an evaluation would learn from wrong gradients, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def facts_of(model: Any) -> ModelFacts:

@@ -67,7 +67,14 @@ def read_job(path: Path) -> JobFile:
 def open_run(settings: Settings, storage: StorageConfig, job: JobFile, *, write_now: bool = False) -> Run:
     """Open the store. With `write_now` progress.json is written before anything else, so that a run which may not
     write ends here and not after hours of training."""
-    store = S3Store(storage)
+    try:
+        store = S3Store(storage)
+    except ValueError as error:  # botocore's word for an endpoint that is no URL
+        raise Failure(
+            Reason.STORAGE_DENIED,
+            f"the object store cannot be opened: {error}",
+            "Correct the endpoint in the Secret graft-storage; it is a URL such as https://s3.example.com.",
+        ) from error
     prefix = attempt_prefix(job.tenant, job.job.uid, settings.attempt)
     if write_now:
         state = Progress(attempt=settings.attempt, stage="Preparing", updated_at=now())

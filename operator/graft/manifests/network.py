@@ -1,9 +1,15 @@
 """NetworkPolicies: engine ports open to the gateway only; nothing comes into a training pod."""
 
 from graft.api import AdapterDeployment, FineTuneJob
-from graft.contracts import ENGINE_PORT
+from graft.contracts import AGENT_PORT, ENGINE_PORT
 from graft.manifests.common import OWNER_UID, Manifest, child
 from graft.settings import Settings
+
+# Out to anything but the cloud's metadata address, which would hand out the node's own rights.
+EGRESS: list[Manifest] = [
+    {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}, {"namespaceSelector": {}}]},
+    {"to": [{"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128"]}}]},
+]
 
 
 def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifest:
@@ -17,8 +23,12 @@ def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifes
     ) | {
         "spec": {
             "podSelector": {"matchLabels": {OWNER_UID: deployment.metadata.uid}},
-            "policyTypes": ["Ingress"],
-            "ingress": [{"from": [gateway], "ports": [{"protocol": "TCP", "port": ENGINE_PORT}]}],
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [
+                {"from": [gateway], "ports": [{"protocol": "TCP", "port": ENGINE_PORT}]},
+                {"ports": [{"protocol": "TCP", "port": AGENT_PORT}]},  # metrics and probes; it changes nothing
+            ],
+            "egress": EGRESS,
         }
     }
 
@@ -29,14 +39,6 @@ def training_policy(job: FineTuneJob) -> Manifest:
         "spec": {
             "podSelector": {"matchLabels": {OWNER_UID: job.metadata.uid}},
             "policyTypes": ["Ingress", "Egress"],
-            "egress": [
-                {
-                    "to": [
-                        {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}},
-                        {"namespaceSelector": {}},
-                    ]
-                },
-                {"to": [{"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128"]}}]},
-            ],
+            "egress": EGRESS,
         }
     }

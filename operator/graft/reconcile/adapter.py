@@ -14,6 +14,8 @@ from graft.reconcile.context import WAITING, Context
 from graft.status import condition, find, now
 
 KIND = "Adapter"
+# Verdicts that may change without a change of the spec: the store may answer, and files may still come.
+RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing"}
 # Verification reads every byte; more at once would only share the same bandwidth.
 _verifying = asyncio.Semaphore(4)
 
@@ -31,13 +33,13 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return await _clean_up(ctx, raw, adapter, used_by)
     ready = find(adapter.status.conditions, "Ready")
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
-    if done and ready is not None and ready.reason != "StorageUnavailable":
+    if done and ready is not None and ready.reason not in RETRIED:
         await ctx.write_status(raw, adapter.status.model_copy(update={"used_by": used_by}), [ready, in_use(used_by)])
         return None
     checked = await _verify(ctx, adapter)
     status, verdict = observe(adapter, checked)
     await ctx.write_status(raw, status.model_copy(update={"used_by": used_by}), [verdict, in_use(used_by)])
-    return WAITING if verdict.status == "Unknown" else None
+    return WAITING if verdict.reason in RETRIED else None
 
 
 async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:

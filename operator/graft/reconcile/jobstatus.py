@@ -1,0 +1,199 @@
+"""What a FineTuneJob's status says, from what exists (PURE)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.api import Adapter, FineTuneJob
+from graft.api.finetunejob import AdapterReference, Attempt, FineTuneJobStatus, Resolved
+from graft.api.finetunejob import Progress as ProgressStatus
+from graft.api.meta import Condition
+from graft.artifacts.manifest import Manifest as AdapterManifest
+from graft.contracts import Progress, Reason
+from graft.kube import Manifest
+from graft.manifests import adapter as adapter_manifests
+from graft.reconcile import pods
+from graft.reconcile.access import Trouble
+from graft.status import condition, duration, find
+
+KIND = "FineTuneJob"
+STAGES = ("Preparing", "Training", "Evaluating", "Publishing")
+
+
+@dataclass
+class World:
+    """What exists for a job now."""
+
+    job: FineTuneJob
+    children: list[Manifest] = field(default_factory=list)  # the Job, by our UID
+    pods: list[Manifest] = field(default_factory=list)  # oldest first
+    progress: Progress | None = None  # of the newest attempt
+    published: tuple[AdapterManifest, str] | None = None  # the manifest that this job wrote, and its digest
+    publish_trouble: str | None = None  # why there is none
+    refusal: str | None = None  # why the Job could not make its pod
+    adapter: Adapter | None = None
+
+
+def waiting(job: FineTuneJob, trouble: Trouble) -> tuple[FineTuneJobStatus, list[Condition]]:
+    """The status of a job that cannot start yet (PURE)."""
+    status = job.status.model_copy(update={"stage": "Waiting"})
+    return status, [
+        condition(KIND, "Accepted", "False", trouble.reason, trouble.message),
+        condition(KIND, "Succeeded", "Unknown", "Waiting", trouble.message),
+    ]
+
+
+def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
+    """The status of a job that has started (PURE)."""
+    job = world.job
+    accepted = find(job.status.conditions, "Accepted")
+    message = accepted.message if accepted and accepted.status == "True" else "the job has started"
+    observed = [condition(KIND, "Accepted", "True", "Resolved", message), _succeeded(world)]
+    reason = observed[1].reason
+    ended = observed[1].status != "Unknown"
+    stage = {"True": "Succeeded", "False": "Failed"}.get(
+        observed[1].status, "Pending" if reason in {"Retrying", "QuotaExceeded"} else reason
+    )
+    changes: dict[str, Any] = {"stage": stage, "attempts": _attempts(world)}
+    if world.pods:
+        changes["start_time"] = job.status.start_time or world.pods[0].get("status", {}).get("startTime")
+    if ended and world.children:
+        child_status = world.children[0].get("status", {})
+        times = [item.get("lastTransitionTime") for item in child_status.get("conditions", [])]
+        changes["completion_time"] = child_status.get("completionTime") or (
+            max(filter(None, times)) if any(times) else None
+        )
+    if world.progress is not None:
+        changes |= _progress_fields(world.progress, job.status.resolved or Resolved(), ended)
+    if ended:
+        changes["eta_text"] = None
+    if world.published is not None:
+        manifest, _ = world.published
+        changes["metrics"] = manifest.metrics
+        changes["adapter_ref"] = AdapterReference(
+            name=adapter_manifests.adapter_name(manifest.adapter, manifest.version),
+            adapter=manifest.adapter,
+            version=manifest.version,
+        )
+        if observed[1].status != "True":
+            changes["adapter_ref"] = None
+    return job.status.model_copy(update=changes), observed
+
+
+def _progress_fields(progress: Progress, resolved: Resolved, ended: bool) -> dict[str, Any]:
+    shown = ProgressStatus.model_validate(progress.model_dump())
+    loss = progress.loss
+    fields: dict[str, Any] = {
+        "progress": shown,
+        "progress_text": f"{progress.percent}%",
+        "loss_text": None if loss is None else f"{loss:.4f}",
+        "eta_text": None if ended or progress.eta_seconds is None else duration(progress.eta_seconds),
+        "resolved": resolved.model_copy(
+            update={
+                "training": progress.training or resolved.training,
+                "target_modules": progress.target_modules or resolved.target_modules,
+                "trainable_parameters": progress.trainable_parameters or resolved.trainable_parameters,
+                "total_parameters": progress.total_parameters or resolved.total_parameters,
+            }
+        ),
+    }
+    if progress.metrics:
+        fields["metrics"] = progress.metrics
+    return fields
+
+
+def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
+    """A condition of a resource as it came from the API; empty when there is none (PURE)."""
+    return next((dict(item) for item in raw.get("status", {}).get("conditions", []) if item["type"] == type_), {})
+
+
+def job_condition(world: World, type_: str) -> dict[str, Any] | None:
+    found = [condition_of(child, type_) for child in world.children]
+    return next((item for item in found if item.get("status") == "True"), None)
+
+
+def _succeeded(world: World) -> Condition:
+    failed = job_condition(world, "Failed") or job_condition(world, "FailureTarget")
+    if failed is not None:
+        return _failure(world, failed)
+    if job_condition(world, "Complete") is not None:
+        return _completion(world)
+    if not world.pods:
+        refused = world.refusal
+        text = f"the Job cannot make its pod, it is tried again: {refused}" if refused else "the Job has no pod yet"
+        return condition(KIND, "Succeeded", "Unknown", "QuotaExceeded" if "exceeded quota" in text else "Pending", text)
+    newest = world.pods[-1]
+    if pods.phase(newest) == "Failed":
+        end = pods.ending(newest)
+        text = end.text if end is not None else "no reason given"
+        return condition(KIND, "Succeeded", "Unknown", "Retrying", f"pod {pods.name(newest)} failed: {text}")
+    stuck = pods.waiting_message(newest)
+    if stuck is not None:
+        return condition(KIND, "Succeeded", "Unknown", "Pending", stuck)
+    if pods.running(newest, "prepare"):
+        return condition(KIND, "Succeeded", "Unknown", "Preparing", "dataset, access and base model are checked")
+    if pods.running(newest, "train") or pods.phase(newest) == "Succeeded":
+        stage = world.progress.stage if world.progress is not None and world.progress.stage in STAGES else "Training"
+        if stage == "Preparing":  # the file is of the init container still
+            stage = "Training"
+        if pods.phase(newest) == "Succeeded":
+            stage = "Publishing"
+        return condition(KIND, "Succeeded", "Unknown", stage, f"pod {pods.name(newest)}")
+    return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
+
+
+def _failure(world: World, failed: dict[str, Any]) -> Condition:
+    if failed.get("reason") == "DeadlineExceeded":
+        deadline = world.job.spec.active_deadline_seconds
+        text = f"the job ran for longer than activeDeadlineSeconds ({deadline}); raise it, or make the run shorter"
+        return condition(KIND, "Succeeded", "False", "DeadlineExceeded", text)
+    endings = [end for pod in reversed(world.pods) if (end := pods.ending(pod)) is not None]
+    if endings:
+        return condition(KIND, "Succeeded", "False", endings[0].reason, endings[0].text)
+    if world.progress is not None and world.progress.failure is not None:
+        failure = world.progress.failure
+        return condition(KIND, "Succeeded", "False", failure.reason, f"{failure.message} {failure.remedy}")
+    return condition(KIND, "Succeeded", "False", Reason.INTERNAL_ERROR, failed.get("message") or "the Job failed")
+
+
+def _completion(world: World) -> Condition:
+    if world.published is None:
+        text = world.publish_trouble or "the pod succeeded, but left no manifest.json"
+        return condition(KIND, "Succeeded", "False", "ResultMissing", text)
+    manifest, digest = world.published
+    ready = find(world.adapter.status.conditions, "Ready") if world.adapter is not None else None
+    if world.adapter is not None and world.adapter.spec.artifact.digest != digest:
+        text = f"Adapter {world.adapter.metadata.name} is of another artifact, {world.adapter.spec.artifact.digest}"
+        return condition(KIND, "Succeeded", "False", "ArtifactInvalid", text)
+    if ready is None or ready.reason in {"Verifying", "StorageUnavailable"}:
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
+    if ready.status != "True":
+        return condition(KIND, "Succeeded", "False", "ArtifactInvalid", ready.message)
+    scores = ", ".join(f"{key} {value:.4g}" for key, value in sorted(manifest.metrics.items()))
+    return condition(
+        KIND,
+        "Succeeded",
+        "True",
+        "Published",
+        f"Adapter {manifest.adapter}-{manifest.version}: {scores or 'not measured'}",
+    )
+
+
+def _attempts(world: World) -> list[Attempt]:
+    attempts = {item.pod: item for item in world.job.status.attempts or []}
+    for pod in world.pods:
+        end = pods.ending(pod)
+        done = pods.phase(pod) == "Succeeded"
+        finished = [
+            state["finishedAt"]
+            for item in pods.statuses(pod)
+            if (state := item.get("state", {}).get("terminated")) and state.get("finishedAt")
+        ]
+        over = done or pods.phase(pod) == "Failed"
+        attempts[pods.name(pod)] = Attempt(
+            pod=pods.name(pod),
+            started_at=pod.get("status", {}).get("startTime"),
+            ended_at=max(finished) if over and finished else None,
+            reason="Completed" if done else end.reason if over and end is not None else None,
+            message=end.message[:500] if over and end is not None else None,
+        )
+    return sorted(attempts.values(), key=lambda item: item.started_at or "~")

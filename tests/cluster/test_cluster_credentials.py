@@ -1,0 +1,89 @@
+"""The key of a namespace opens its own part of the bucket, and nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import bind, new_tenant
+from graft.artifacts.store import S3Store, StoreError
+from tenant import Tenant
+
+
+@pytest.fixture
+def neighbour(tenant: Tenant, request: pytest.FixtureRequest) -> Tenant:
+    """A second namespace with a key of its own, and a file."""
+    other = new_tenant(tenant.api, tenant.store, request)
+    bind(other)
+    other.job("there")
+    other.running_pod("there")
+    other.tenant_store().put(f"{other.name}/adapters/secret/1.0.0/manifest.json", b"{}")
+    return other
+
+
+def denied(call: Callable[..., Any], *arguments: Any) -> None:
+    with pytest.raises(StoreError) as error:
+        call(*arguments)
+    assert error.value.trouble == "denied", error.value
+
+
+def test_a_key_opens_its_own_prefix_only(tenant: Tenant, neighbour: Tenant) -> None:
+    tenant.job("here")
+    tenant.running_pod("here")
+    store = tenant.tenant_store()
+    own, other = f"{tenant.name}/datasets/train.jsonl", f"{neighbour.name}/adapters/secret/1.0.0/manifest.json"
+    store.put(own, b"{}")
+    assert store.get(own) == b"{}"
+    assert [item.key for item in store.objects(f"{tenant.name}/datasets/")] == [own]
+    assert store.get("models/tiny/config.json").startswith(b"{")
+
+    denied(store.get, other)
+    denied(store.put, other, b"mine")
+    denied(store.put, f"{neighbour.name}/new.json", b"mine")
+    denied(store.put, "models/tiny/config.json", b"mine")
+    denied(store.put, f"{tenant.name}x/new.json", b"mine")
+    denied(lambda: list(store.objects(f"{neighbour.name}/")))
+    denied(lambda: list(store.objects("")))
+    denied(store._call, "delete_object", own)
+    assert tenant.store.get(other) == b"{}" and tenant.store.get(own) == b"{}"
+    with pytest.raises(Exception, match=r"AccessDenied|403"):
+        store.client.put_bucket_policy(Bucket="graft", Policy="{}")
+
+
+def test_a_key_is_a_file_never_a_variable(tenant: Tenant) -> None:
+    tenant.job("here")
+    pod = tenant.get("Pod", tenant.running_pod("here"))
+    mounts = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert mounts["storage"]["secret"]["secretName"] == "graft-storage"
+    for container in pod["spec"]["initContainers"] + pod["spec"]["containers"]:
+        assert not [item for item in container["env"] if "secretKeyRef" in (item.get("valueFrom") or {})]
+
+
+def test_a_secret_that_is_deleted_is_issued_anew_for_the_next_job(tenant: Tenant) -> None:
+    tenant.job("first")
+    tenant.running_pod("first")
+    old = tenant.tenant_store()
+    tenant.api.delete("Secret", tenant.name, "graft-storage")
+    tenant.job("second")
+    tenant.running_pod("second")
+    new = tenant.tenant_store()
+    assert new.config.secret_access_key != old.config.secret_access_key
+    key = f"{tenant.name}/datasets/train.jsonl"
+    tenant.wait(lambda: works(new, key), "the new key works")
+    denied(old.put, key, b"{}")
+
+
+def works(store: S3Store, key: str) -> bool:
+    try:
+        store.put(key, b"{}")
+    except StoreError:
+        return False
+    return True
+
+
+def test_a_secret_of_the_platform_team_is_left_alone(tenant: Tenant) -> None:
+    manifest = {"apiVersion": "v1", "kind": "Secret", "stringData": {"bucket": "graft"}}
+    tenant.api.create(manifest | {"metadata": {"name": "graft-storage", "namespace": tenant.name}})
+    tenant.job("here")
+    waiting = tenant.until("FineTuneJob", "here", "Accepted", "CredentialsMissing")
+    assert "access-key-id" in waiting["message"]
+    assert set(tenant.get("Secret", "graft-storage")["data"]) == {"bucket"}

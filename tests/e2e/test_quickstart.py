@@ -1,0 +1,204 @@
+"""The quickstart's path with real pods: train, publish, serve, ask; then what users do next. The tests tell one story, in order."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from testbed import quickstart
+from testbed.cluster import Cluster
+from testbed.quickstart import SHOP, Access
+from testbed.shell import wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+QUESTIONS = 20
+
+
+def serving_pods(access: Access) -> dict[str, int]:
+    """Names of the serving pods with the restarts of their containers."""
+    pods = json.loads(access.kubectl("get", "pods", "-n", SHOP, "-l", "graft.dev/component=serving", "-o", "json"))[
+        "items"
+    ]
+    return {
+        pod["metadata"]["name"]: sum(
+            status["restartCount"]
+            for status in [*pod["status"].get("containerStatuses", []), *pod["status"].get("initContainerStatuses", [])]
+        )
+        for pod in pods
+        if not pod["metadata"].get("deletionTimestamp")
+    }
+
+
+def test_a_job_is_tuned_published_and_measured(access: Access) -> None:
+    quickstart.apply(access)
+    job = quickstart.follow(access)
+    status = job["status"]
+    assert status["adapterRef"] == {"name": "support-1.0.0", "adapter": "support", "version": "1.0.0"}
+    assert status["progress"]["percent"] == 100
+    assert status["metrics"]["exactMatch"] > 0.9 > 0.2 > status["metrics"]["base/exactMatch"]
+    assert status["resolved"]["training"]["learningRate"] == 0.004
+    assert status["resolved"]["trainableParameters"] < status["resolved"]["totalParameters"]
+    adapter = access.get("adapter", "support-1.0.0")
+    assert quickstart.condition(adapter, "Ready")["status"] == "True"
+    events = access.kubectl("get", "events", "-n", SHOP, "-o", "jsonpath={.items[*].reason}").split()
+    assert {"Published", "Verified"} <= set(events)
+
+
+def test_the_adapter_answers_better_than_the_base_model(access: Access) -> None:
+    quickstart.wait_available(access)
+    with access.forward("graft-gateway", 8080) as endpoint:
+        base, adapter = quickstart.scores(quickstart.interview(endpoint, QUESTIONS))
+    assert base < 0.2
+    assert adapter > 0.9
+
+
+def test_the_gateway_streams_and_says_who_answered(access: Access) -> None:
+    import urllib.request
+
+    body = {"model": f"{SHOP}/support", "messages": [{"role": "user", "content": "Where is my tent?"}], "stream": True}
+    with access.forward("graft-gateway", 8080) as endpoint:
+        request = urllib.request.Request(f"{endpoint}/v1/chat/completions", data=json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.headers["x-graft-adapter"] == "support-1.0.0"
+            lines = [line.decode().strip() for line in answer if line.startswith(b"data: ")]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[0].removeprefix("data: "))["model"] == f"{SHOP}/support"
+    assert len(lines) > 3
+
+
+def test_a_second_adapter_is_attached_without_a_restart(access: Access, tmp_path: Path) -> None:
+    before = serving_pods(access)
+    job = yaml.safe_load((quickstart.QUICKSTART / "20-finetunejob.yaml").read_text())
+    job["metadata"]["name"] = "mini"
+    job["spec"]["output"]["adapter"] = "mini"
+    job["spec"]["training"]["maxSteps"] = 5
+    job["spec"]["evaluation"] = {"maxSamples": 4, "maxNewTokens": 16}
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(yaml.safe_dump(job))
+    access.kubectl("apply", "-f", str(manifest))
+    quickstart.follow(access, "mini")
+    patch = {"spec": {"adapters": ["support@latest", "mini@^1"]}}
+    routes = [{"model": name, "adapter": name} for name in ("support", "mini")] + [{"model": "base"}]
+    patch["spec"]["routes"] = routes  # type: ignore[assignment]
+    access.kubectl("patch", "adapterdeployment", "desk", "-n", SHOP, "--type=merge", "-p", json.dumps(patch))
+
+    def both_loaded() -> bool:
+        status = access.get("adapterdeployment", "desk").get("status", {})
+        return [item.get("loaded") for item in status.get("adapters", [])] == ["1/1", "1/1"]
+
+    wait_for(both_loaded, 120, "both adapters are loaded", lambda: quickstart.explain(access, SHOP))
+    with access.forward("graft-gateway", 8080) as endpoint:
+        question = [{"role": "user", "content": "Hello"}]
+        assert isinstance(quickstart.ask(endpoint, f"{SHOP}/mini", question), str)
+    assert serving_pods(access) == before
+
+
+def test_a_new_pod_has_every_adapter_before_it_is_ready(access: Access) -> None:
+    (old,) = serving_pods(access)
+    access.kubectl("delete", "pod", old, "-n", SHOP, "--wait=false")
+
+    def replaced() -> bool:
+        status = access.get("adapterdeployment", "desk")["status"]
+        ready = [item for item in status.get("replicaStatus", []) if item["ready"] and item["pod"] != old]
+        for replica in ready:
+            assert [item["state"] for item in replica["adapters"]] == ["Loaded", "Loaded"], replica
+        return (
+            bool(ready)
+            and quickstart.condition(access.get("adapterdeployment", "desk"), "Available").get("status") == "True"
+        )
+
+    wait_for(replaced, 180, "a new pod serves", lambda: quickstart.explain(access, SHOP))
+
+
+def test_an_engine_that_is_killed_gets_its_adapters_back(access: Access, cluster: Cluster) -> None:
+    (pod,) = serving_pods(access)
+    access.kubectl(
+        "exec", "-n", SHOP, pod, "-c", "engine", "--", "python", "-c", "import os; os.kill(1, 9)", check=False
+    )
+    access.kubectl(
+        "exec", "-n", SHOP, pod, "-c", "engine", "--", "python", "-c", "import os; os.kill(1, 15)", check=False
+    )
+    wait_for(
+        lambda: serving_pods(access).get(pod, 0) > 0,
+        60,
+        "the engine restarted",
+        lambda: quickstart.explain(access, SHOP),
+    )
+    quickstart.wait_available(access)
+    with access.forward("graft-gateway", 8080) as endpoint:
+        base, adapter = quickstart.scores(quickstart.interview(endpoint, 5))
+    assert adapter > 0.9 > base
+
+
+def test_a_detached_adapter_is_drained_and_unloaded(access: Access) -> None:
+    patch = {
+        "spec": {
+            "adapters": ["support@latest"],
+            "routes": [{"model": "support", "adapter": "support"}],
+            "drainSeconds": 1,
+        }
+    }
+    access.kubectl("patch", "adapterdeployment", "desk", "-n", SHOP, "--type=merge", "-p", json.dumps(patch))
+
+    def unloaded() -> bool:
+        status = access.get("adapterdeployment", "desk")["status"]
+        return [[item["adapter"] for item in replica["adapters"]] for replica in status["replicaStatus"]] == [
+            ["support-1.0.0"]
+        ]
+
+    wait_for(unloaded, 90, "mini is unloaded", lambda: quickstart.explain(access, SHOP))
+
+
+def test_a_bad_dataset_fails_at_once_and_says_which_line(access: Access, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    bad.write_text(json.dumps(good) + "\n" + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
+    access.kubectl("create", "configmap", "bad", "-n", SHOP, f"--from-file=bad.jsonl={bad}")
+    job = yaml.safe_load((quickstart.QUICKSTART / "20-finetunejob.yaml").read_text())
+    job["metadata"]["name"] = "bad"
+    job["spec"]["dataset"] = {"train": {"uri": "configMap://bad/bad.jsonl"}}
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(yaml.safe_dump(job))
+    access.kubectl("apply", "-f", str(manifest))
+    wait_for(
+        lambda: quickstart.condition(access.get("finetunejob", "bad"), "Succeeded").get("status") == "False",
+        120, "the job failed", lambda: quickstart.explain(access, SHOP),
+    )  # fmt: skip
+    ended = quickstart.condition(access.get("finetunejob", "bad"), "Succeeded")
+    assert ended["reason"] == "DatasetInvalid"
+    assert "line 2" in ended["message"].lower()
+
+
+def test_everything_goes_and_nothing_is_stuck(access: Access) -> None:
+    access.kubectl("delete", "adapterdeployment", "desk", "-n", SHOP, "--timeout=120s")
+    access.kubectl("delete", "finetunejob", "support", "mini", "bad", "-n", SHOP, "--timeout=120s")
+    access.kubectl("delete", "adapter", "--all", "-n", SHOP, "--timeout=120s")
+    wait_for(
+        lambda: not access.kubectl("get", "pods,jobs,deployments,networkpolicies", "-n", SHOP, "-o", "name").strip(),
+        120, "no child is left", lambda: quickstart.explain(access, SHOP),
+    )  # fmt: skip
+    access.kubectl("apply", "-f", str(quickstart.QUICKSTART / "30-adapterdeployment.yaml"))
+    wait_for(
+        lambda: access.get("adapterdeployment", "desk")["metadata"].get("finalizers"), 30, "the operator has seen it"
+    )
+    from testbed.shell import output
+
+    output(
+        [
+            access.helm_path,
+            "--kubeconfig",
+            access.kubeconfig,
+            "uninstall",
+            "graft",
+            "-n",
+            quickstart.SYSTEM,
+            "--wait",
+            "--timeout",
+            "5m",
+        ]
+    )
+    started = time.monotonic()
+    access.kubectl("delete", "adapterdeployment", "desk", "-n", SHOP, "--timeout=60s")
+    access.kubectl("delete", "namespace", SHOP, "--timeout=120s")
+    assert time.monotonic() - started < 180

@@ -6,7 +6,7 @@ from conftest import bind, make_base_model, new_tenant
 from fleet import Fleet
 from graft.artifacts.store import S3Store
 from operator_process import OperatorProcess
-from tenant import BASE, Tenant
+from tenant import Tenant
 
 
 def test_a_job_waits_for_its_base_model(tenant: Tenant) -> None:
@@ -87,19 +87,35 @@ def test_a_namespace_that_is_not_bound_says_how_to_bind_it(unbound: Tenant) -> N
     fleet.until("Available", "Serving")
 
 
-def test_a_quota_that_is_full_is_told_and_the_job_goes_on_later(tenant: Tenant) -> None:
-    quota = {
+def quota(tenant: Tenant, resource: str) -> str:
+    """Allow none of a resource; the path of the quota that is in force."""
+    path = f"/api/v1/namespaces/{tenant.name}/resourcequotas"
+    manifest = {
         "apiVersion": "v1",
         "kind": "ResourceQuota",
-        "metadata": {"name": "none", "namespace": tenant.name},
-        "spec": {"hard": {"count/jobs.batch": "0"}},
+        "metadata": {"name": "none"},
+        "spec": {"hard": {resource: "0"}},
     }
-    path = f"/api/v1/namespaces/{tenant.name}/resourcequotas"
-    tenant.api.call("POST", path, quota)
+    tenant.api.call("POST", path, manifest)
     tenant.wait(lambda: tenant.api.call("GET", f"{path}/none").get("status", {}).get("hard"), "the quota is in force")
+    return f"{path}/none"
+
+
+def test_a_quota_of_jobs_is_told_and_the_job_goes_on_later(tenant: Tenant) -> None:
+    path = quota(tenant, "count/jobs.batch")
     tenant.job("many")
     refused = tenant.until("FineTuneJob", "many", "Accepted", "CreationFailed")
     assert "exceeded quota" in refused["message"]
-    tenant.api.call("DELETE", f"{path}/none")
+    tenant.api.call("DELETE", path)
     tenant.running_pod("many")
-    assert tenant.job_file("many").output.version == "1.0.0" and tenant.job_file("many").base_model.name == BASE
+    assert tenant.job_file("many").output.version == "1.0.0"
+
+
+def test_a_quota_of_pods_is_told(tenant: Tenant) -> None:
+    quota(tenant, "pods")
+    tenant.job("many")
+    tenant.until("FineTuneJob", "many", "Succeeded", "Pending")
+    tenant.wait(
+        lambda: "exceeded quota" in tenant.condition("FineTuneJob", "many", "Succeeded")["message"],
+        "the Job controller's words show",
+    )

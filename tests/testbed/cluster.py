@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import images, packages
+from testbed import images, packages, traces
 from testbed.binaries import binary, build
 from testbed.controlplane import ControlPlane
 from testbed.node import Network, Node
@@ -61,9 +61,11 @@ class Cluster:
         self.down()
         self.state.mkdir(parents=True, exist_ok=True)
         with step(f"starting cluster {self.name}"):
+            traces.record(self.state)
             self.network.up()
             self.plane.start()
             self.node.start_containerd()
+            self._stop_pods()  # of a cluster that was cut off: containerd's folder is kept
             images.load_scratch(self.node, "localhost/graft/pause:1", binary("pause"), ["/pause"])
             self.node.start()
             self._volume()
@@ -101,6 +103,7 @@ class Cluster:
         self._unmount()
         self.node.remove_cgroups()
         self.network.down()
+        traces.remove(self.state, self.network.netns)
         shutil.rmtree(self.state, ignore_errors=True)
         if self.state.exists():
             raise Failed(f"{self.state} could not be removed; something still uses it")

@@ -192,9 +192,16 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
             root = hierarchy / self.cgroup
             if not root.exists():
                 continue
+            self._end_processes(root)
             folders = sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
             for folder in [*folders, root]:
                 wait_for(lambda folder=folder: _removed(folder), 10, f"cgroup {folder} is empty")  # type: ignore[misc]
+
+    def _end_processes(self, root: Path) -> None:
+        """What still runs in a pod's cgroup, because containerd was gone before it could end it."""
+        for members in root.rglob("cgroup.procs"):
+            for pid in members.read_text().split():
+                output(["kill", "-9", pid], check=False)
 
     def start(self) -> None:
         """kubelet, kube-proxy, CoreDNS; the node is Ready afterwards."""

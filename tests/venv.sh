@@ -15,7 +15,7 @@ fi
 rm -rf "$folder"
 "$python" -m venv "$folder"
 "$folder/bin/pip" install -q --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/uv.txt
-"$folder/bin/uv" pip install --python "$folder/bin/python" --system-certs --require-hashes -r "$requirements"
+"$folder/bin/uv" pip install -q --python "$folder/bin/python" --system-certs --require-hashes -r "$requirements"
 # Our own packages, as they are in this checkout.
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 printf '%s\n' "$PWD/operator" "$PWD/trainer-image" "$PWD/server-image" "$PWD/tests" > "$site/graft-checkout.pth"

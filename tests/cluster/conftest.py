@@ -131,18 +131,21 @@ def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
 @pytest.fixture
 def tenant(
     api: Api, store: S3Store, running: OperatorProcess, base_model: str, request: pytest.FixtureRequest
-) -> Tenant:
-    """A fresh namespace that is bound to the operator's role."""
+) -> Iterator[Tenant]:
+    """A fresh namespace that is bound to the operator's role; nothing about it may be an error in the operator's log."""
     tenant = new_tenant(api, store, request)
     bind(tenant)
-    return tenant
+    yield tenant
+    lines = running.log.read_text(errors="replace").splitlines()
+    assert not [line for line in lines if tenant.name in line and '"level": "error"' in line]
 
 
 def new_tenant(api: Api, store: S3Store, request: pytest.FixtureRequest) -> Tenant:
-    """A namespace that nobody bound yet."""
+    """A namespace that nobody bound yet; its pods must meet Pod Security `restricted`."""
     told = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:30].strip("-")
     name = f"{told}-{next(NUMBERS)}"
-    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     return Tenant(api, name, store)
 
 

@@ -164,6 +164,7 @@ def test_an_idle_operator_writes_nothing(tenant: Tenant, running: OperatorProces
         settled(name)
 
     before, counted = versions(tenant) | versions(calm), writes(tenant)
+    assert any('verb="APPLY"' in line for line in counted), "the API server counts what the operator writes"
     looks = running.metric("graft_reconciles_total")
     time.sleep(16)
     assert versions(tenant) | versions(calm) == before

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cluster_api import Refused
 from conftest import bind, new_tenant
 from graft.artifacts.store import S3Store, StoreError
-from tenant import Tenant
+from operator_process import ACCOUNT, SYSTEM
+from tenant import BASE, Tenant
 
 
 @pytest.fixture
@@ -87,3 +89,30 @@ def test_a_secret_of_the_platform_team_is_left_alone(tenant: Tenant) -> None:
     waiting = tenant.until("FineTuneJob", "here", "Accepted", "CredentialsMissing")
     assert "access-key-id" in waiting["message"]
     assert set(tenant.get("Secret", "graft-storage")["data"]) == {"bucket"}
+
+
+def test_an_adapter_that_points_at_another_namespace_is_invalid(tenant: Tenant, neighbour: Tenant) -> None:
+    artifact = {"uri": f"s3://graft/{neighbour.name}/adapters/secret/1.0.0/", "digest": "sha256:" + "0" * 64}
+    spec = {"adapter": "secret", "version": "1.0.0", "baseModel": BASE, "method": "lora", "artifact": artifact}
+    tenant.api.create(tenant.resource("Adapter", "secret-1.0.0", spec | {"deletionPolicy": "Delete"}))
+    tenant.until("Adapter", "secret-1.0.0", "Ready", "OutsideNamespace")
+    tenant.api.delete("Adapter", tenant.name, "secret-1.0.0")
+    tenant.gone("Adapter", "secret-1.0.0")
+    assert tenant.store.get(f"{neighbour.name}/adapters/secret/1.0.0/manifest.json") == b"{}"
+
+
+def test_the_operator_has_no_more_rights_than_it_needs(tenant: Tenant) -> None:
+    operator = tenant.api.as_token(tenant.api.token(SYSTEM, ACCOUNT))
+    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x", "namespace": "default"}}
+    for call in (
+        lambda: operator.list("Secret"),
+        lambda: operator.list("Secret", tenant.name),
+        lambda: operator.get("Secret", tenant.name, "other"),
+        lambda: operator.get("Secret", "default", "graft-storage"),
+        lambda: operator.create(config_map),
+        lambda: operator.delete("FineTuneJob", tenant.name, "x"),
+        lambda: operator.list("ServiceAccount"),
+    ):
+        with pytest.raises(Refused) as error:
+            call()
+        assert error.value.status == 403

@@ -1,5 +1,6 @@
 """What stays and what goes when something is deleted."""
 
+from conftest import bind
 from fleet import Fleet
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store
@@ -94,6 +95,17 @@ def test_a_deleted_deployment_leaves_nothing(tenant: Tenant) -> None:
         tenant.gone(kind, name)
     tenant.wait(lambda: not tenant.api.list("ReplicaSet", tenant.name), "no ReplicaSet is left")
     tenant.until("Adapter", "support-1.0.0", "InUse", "NotServed")
+
+
+def test_a_deletion_in_a_namespace_that_lost_its_binding_says_so(tenant: Tenant) -> None:
+    tenant.job("orphan")
+    tenant.running_pod("orphan")
+    tenant.api.delete("RoleBinding", tenant.name, "graft")
+    tenant.api.delete("FineTuneJob", tenant.name, "orphan")
+    tenant.until("FineTuneJob", "orphan", "Accepted", "NamespaceNotBound")
+    bind(tenant)
+    tenant.gone("FineTuneJob", "orphan")
+    assert tenant.api.list("Job", tenant.name) == []
 
 
 def test_a_deleted_namespace_leaves_no_credential_and_is_not_stuck(tenant: Tenant, calm: Tenant, s3: S3Server) -> None:

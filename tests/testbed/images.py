@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.node import Node
-from testbed.shell import CACHE, REPOSITORY, Failed, locked, output, run, say, step, tail
+from testbed.shell import CACHE, REPOSITORY, Failed, locked, output, run, say, step, tail, ticking
 
 BASE = "localhost/graft/python:3.11"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates,libgomp1"
@@ -243,7 +243,9 @@ def _send(node: Node, wanted: dict[str, Stored]) -> None:
                 _add_layer(archive, digest, item)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        if process.wait() != 0:
+        with ticking("containerd unpacks the layers"):
+            code = process.wait()
+        if code != 0:
             raise Failed(f"ctr images import failed; the log is {log}, its end:\n{tail(log)}")
     record.write_text(json.dumps(sorted(unpacked | set(layers))))
     for digest, item in needed.items():
@@ -272,7 +274,8 @@ def _add_layer(archive: tarfile.TarFile, digest: str, item: dict[str, Any]) -> N
                 hasher.update(chunk)
         if f"sha256:{hasher.hexdigest()}" != digest:
             raise Failed(f"layer {item['id']} was exported as sha256:{hasher.hexdigest()}, expected {digest}")
-        archive.add(path, f"blobs/sha256/{digest.removeprefix('sha256:')}")
+        with ticking(f"handing {item['diff-size'] / 1e6:.0f} MB to containerd"):
+            archive.add(path, f"blobs/sha256/{digest.removeprefix('sha256:')}")
     # containers-storage leaves its own bind mount on the storage.
     if any(line.split()[1] == str(STORAGE / "overlay") for line in Path("/proc/mounts").read_text().splitlines()):
         output(["umount", str(STORAGE / "overlay")], check=False)

@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,24 @@ def run(
             raise
     if process.returncode != 0:
         raise Failed(f"{what} failed (exit {process.returncode}); the log is {log}, its end:\n{tail(log)}")
+
+
+@contextlib.contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """A sign of life every few seconds while the block runs."""
+    started, over = time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        while not over.wait(TELL_EVERY):
+            say(f"    {what}: {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def output(command: Sequence[str | Path], env: Mapping[str, str] | None = None, check: bool = True) -> str:

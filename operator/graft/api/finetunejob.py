@@ -310,7 +310,7 @@ CRD: dict[str, Any] = {
     "scope": "Namespaced",
     "columns": [
         ("Stage", "string", ".status.stage", 0),
-        ("Method", "string", ".metadata.labels.graft\\.dev/method", 1),
+        ("Method", "string", ".metadata.labels.graft\\.dev/method", 0),
         ("Model", "string", ".spec.baseModel", 0),
         ("Progress", "string", ".status.progressText", 0),
         ("Loss", "string", ".status.lossText", 0),

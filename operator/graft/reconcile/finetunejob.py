@@ -34,7 +34,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return None
     job = FineTuneJob.model_validate(raw)
     if job.metadata.deletion_timestamp:
-        return await _clean_up(ctx, job)
+        return await _clean_up(ctx, raw, job)
     if await ctx.add_finalizer(job, KIND):
         return 0
     ended = find(job.status.conditions, "Succeeded")
@@ -218,12 +218,22 @@ def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
     return None
 
 
-async def _clean_up(ctx: Context, job: FineTuneJob) -> float | None:
+async def _clean_up(ctx: Context, raw: Manifest, job: FineTuneJob) -> float | None:
     """A deleted job leaves its Adapter and nothing else: pods first, so that nobody writes any more, then its runs/ prefix."""
     namespace, labels = job.metadata.namespace, {OWNER_UID: job.metadata.uid}
     for child in await ctx.kube.list("Job", namespace, labels):
-        if not child["metadata"].get("deletionTimestamp"):
+        if child["metadata"].get("deletionTimestamp"):
+            continue
+        try:
             await ctx.kube.delete("Job", namespace, child["metadata"]["name"], child["metadata"]["uid"], "Foreground")
+        except KubeError as error:
+            if error.status != 403:
+                raise
+            # The RoleBinding was taken away, or the namespace goes and took it along before the Job.
+            unbound = condition(KIND, "Accepted", "False", "NamespaceNotBound", not_bound(ctx, namespace))
+            kept = [item for item in job.status.conditions if item.type != "Accepted"]
+            await ctx.write_status(raw, job.status, [unbound, *kept])
+            return WAITING
     if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
         return SOON
     await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(layout.tenant_of(namespace), job.metadata.uid))

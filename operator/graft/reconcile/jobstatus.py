@@ -129,15 +129,15 @@ def _succeeded(world: World) -> Condition:
     stuck = pods.waiting_message(newest)
     if stuck is not None:
         return condition(KIND, "Succeeded", "Unknown", "Pending", stuck)
-    if pods.running(newest, "prepare"):
-        return condition(KIND, "Succeeded", "Unknown", "Preparing", "dataset, access and base model are checked")
-    if pods.running(newest, "train") or pods.phase(newest) == "Succeeded":
-        stage = world.progress.stage if world.progress is not None and world.progress.stage in STAGES else "Training"
-        if stage == "Preparing":  # the file is of the init container still
-            stage = "Training"
-        if pods.phase(newest) == "Succeeded":
-            stage = "Publishing"
+    if pods.completed(newest, "train") or pods.phase(newest) == "Succeeded":
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
+    if pods.running(newest, "train"):
+        # The file is the init container's until the first record of training.
+        told = world.progress.stage if world.progress is not None else "Training"
+        stage = told if told in STAGES[1:] else "Training"
         return condition(KIND, "Succeeded", "Unknown", stage, f"pod {pods.name(newest)}")
+    if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
+        return condition(KIND, "Succeeded", "Unknown", "Preparing", "dataset, access and base model are checked")
     return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
 
 

@@ -62,6 +62,14 @@ def running(pod: Pod, container: str) -> bool:
     return any(item["name"] == container and "running" in item.get("state", {}) for item in statuses(pod))
 
 
+def completed(pod: Pod, container: str) -> bool:
+    """Whether a container has ended well."""
+    return any(
+        item["name"] == container and item.get("state", {}).get("terminated", {}).get("exitCode") == 0
+        for item in statuses(pod)
+    )
+
+
 def waiting_message(pod: Pod) -> str | None:
     """Why a pod does not run yet: not scheduled, or a container that cannot start. None when nothing is wrong."""
     for item in pod.get("status", {}).get("conditions", []):

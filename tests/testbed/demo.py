@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from testbed import packages, product, quickstart
+from testbed import images, packages, product, quickstart
 from testbed.binaries import build
 from testbed.cluster import Cluster
 from testbed.quickstart import SYSTEM, Access
@@ -54,9 +54,18 @@ def local_images() -> list[str]:
 
 
 def testbed_values() -> list[str]:
-    """helm arguments for the testbed: nothing is pulled, and its one volume holds the object store."""
+    """helm arguments for the testbed: nothing is pulled, and its one volume holds the object store.
+
+    The tags stay the same when the code changes, so the digests go into annotations: else nothing would roll out.
+    """
     persistence = "objectStore.embedded.persistence"
+    rolled = {"operator": "operator", "gateway": "agent"}
+    digests = [
+        f"{part}.podAnnotations.graft\\.dev/image={images.Stored(product.TAGS[name]).digest}"
+        for part, name in rolled.items()
+    ]
     return [
+        *(part for digest in digests for part in ("--set-string", digest)),
         *local_images(), *_image("store", product.VERSITYGW), "--set", "imagePullPolicy=Never",
         "--set", f"{persistence}.storageClass=testbed", "--set", f"{persistence}.size=10Gi",
     ]  # fmt: skip

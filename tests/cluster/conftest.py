@@ -1,8 +1,6 @@
 """The operator against a real API server with simulated nodes, and a real S3 server."""
 
-import itertools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +8,15 @@ from typing import Any
 import pytest
 from cluster_api import Api
 from graft.artifacts.store import S3Store, StorageConfig
-from operator_process import ACCOUNT, BUCKET, SYSTEM, OperatorProcess, install_rights, new_operator
-from tenant import API, BASE, Tenant
+from operator_process import BUCKET, OperatorProcess, install_rights, new_operator
+from tenant import BASE, Tenant
+from tenants import bind, make_base_model, new_tenant
 from testbed.controlplane import ControlPlane, control_plane
 from testbed.objectstore import S3Server, s3_server
 from testbed.shell import REPOSITORY, tail, wait_for
 from testbed.simulated import add_nodes
 
 HERE = Path(__file__).parent
-CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
-    "intermediate_size": 128, "vocab_size": 1000, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "tie_word_embeddings": True, "max_position_embeddings": 512, "dtype": "float32",
-}  # fmt: skip
-NUMBERS = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -119,15 +112,6 @@ def base_model(api: Api, store: S3Store) -> str:
     return make_base_model(api, store, BASE)
 
 
-def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
-    """Put a model's files into the bucket, and name them."""
-    store.put(f"models/{name}/config.json", json.dumps(CONFIG).encode())
-    store.put(f"models/{name}/model.safetensors", b"weights" * 100)
-    source = {"source": f"s3://{BUCKET}/models/{name}"}
-    api.create({"apiVersion": API, "kind": "BaseModel", "metadata": {"name": name}, "spec": source | spec})
-    return name
-
-
 @pytest.fixture
 def tenant(
     api: Api, store: S3Store, running: OperatorProcess, base_model: str, request: pytest.FixtureRequest
@@ -138,25 +122,6 @@ def tenant(
     yield tenant
     lines = running.log.read_text(errors="replace").splitlines()
     assert not [line for line in lines if tenant.name in line and '"level": "error"' in line]
-
-
-def new_tenant(api: Api, store: S3Store, request: pytest.FixtureRequest) -> Tenant:
-    """A namespace that nobody bound yet; its pods must meet Pod Security `restricted`."""
-    told = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:30].strip("-")
-    name = f"{told}-{next(NUMBERS)}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
-    return Tenant(api, name, store)
-
-
-def bind(tenant: Tenant) -> None:
-    """What the operator's own message tells an administrator to do."""
-    tenant.api.create({
-        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
-        "metadata": {"name": "graft", "namespace": tenant.name},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "graft-tenant"},
-        "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": SYSTEM}],
-    })  # fmt: skip
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from cluster_api import Refused
-from conftest import bind, new_tenant
 from graft.artifacts.store import S3Store, StoreError
 from operator_process import ACCOUNT, SYSTEM
 from tenant import BASE, Tenant
+from tenants import bind, new_tenant
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """What stays and what goes when something is deleted."""
 
-from conftest import bind
 from fleet import Fleet
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store
 from graft.contracts import Reason
 from tenant import Tenant
+from tenants import bind
 from testbed.objectstore import S3Server
 
 

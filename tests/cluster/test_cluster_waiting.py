@@ -2,11 +2,11 @@
 
 import pytest
 from cluster_api import Api
-from conftest import bind, make_base_model, new_tenant
 from fleet import Fleet
 from graft.artifacts.store import S3Store
 from operator_process import OperatorProcess
 from tenant import Tenant
+from tenants import bind, make_base_model, new_tenant
 
 
 def test_a_job_waits_for_its_base_model(tenant: Tenant) -> None:

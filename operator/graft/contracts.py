@@ -26,7 +26,6 @@ JOB_FILE = "/etc/graft/job.json"
 STORAGE_DIR = "/etc/graft/storage"  # the Secret graft-storage, one file per key
 HF_TOKEN_FILE = "/etc/graft/huggingface/token"  # noqa: S105 - a path
 WORK_DIR = "/work"  # emptyDir, shared by prepare and train
-BASE_MODEL_DIR = "/work/base-model"
 PVC_DIR = "/mnt/pvc"  # pvc://claim/path is mounted at PVC_DIR/claim
 CONFIGMAP_DIR = "/mnt/configmap"  # configMap://name/key is mounted at CONFIGMAP_DIR/name
 ADAPTERS_DIR = "/adapters"  # emptyDir, shared by agent (writes) and engine (reads)

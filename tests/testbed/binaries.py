@@ -68,7 +68,7 @@ def _build(name: str, module: str, package: str, path: Path) -> None:
     flags = f"-s -w -X {version}.gitVersion={KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor=34"
     partial = path.with_name(f"{name}.partial")
     run(
-        [_go(), "build", "-v", "-trimpath", "-ldflags", flags, "-o", partial, package],
+        [_go(), "build", "-v", "-trimpath", "-buildvcs=false", "-ldflags", flags, "-o", partial, package],
         log, f"building {name}", env={"CGO_ENABLED": "0"}, cwd=GO / module,
     )  # fmt: skip
     partial.rename(path)

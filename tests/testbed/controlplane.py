@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import pki
+from testbed import packages, pki
 from testbed.binaries import binary, kubectl
 from testbed.processes import Processes
 from testbed.shell import tail, wait_for
@@ -125,6 +125,7 @@ class ControlPlane:
 @contextlib.contextmanager
 def control_plane() -> Iterator[ControlPlane]:
     """A control plane of its own, gone afterwards."""
+    packages.install(packages.CONTROL_PLANE)
     state = Path(tempfile.mkdtemp(prefix="graft-controlplane-"))
     plane = ControlPlane(state)
     try:

@@ -11,7 +11,7 @@ from testbed.cluster import Cluster
 from testbed.quickstart import SHOP, Access
 from testbed.shell import wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2700)]
 QUESTIONS = 20
 
 

@@ -114,8 +114,5 @@ def test_a_quota_of_jobs_is_told_and_the_job_goes_on_later(tenant: Tenant) -> No
 def test_a_quota_of_pods_is_told(tenant: Tenant) -> None:
     quota(tenant, "pods")
     tenant.job("many")
-    tenant.until("FineTuneJob", "many", "Succeeded", "Pending")
-    tenant.wait(
-        lambda: "exceeded quota" in tenant.condition("FineTuneJob", "many", "Succeeded")["message"],
-        "the Job controller's words show",
-    )
+    refused = tenant.until("FineTuneJob", "many", "Succeeded", "QuotaExceeded")
+    assert "exceeded quota" in refused["message"]

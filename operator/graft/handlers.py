@@ -17,7 +17,7 @@ from typing import Any
 import kopf
 from prometheus_client import start_http_server
 
-from graft import metrics, settings
+from graft import metrics
 from graft.api import GROUP, VERSION
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
@@ -28,6 +28,7 @@ from graft.manifests.common import OWNER_KIND, OWNER_NAME, OWNER_UID
 from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob
 from graft.reconcile.context import Context
 from graft.reconcile.queue import Queue
+from graft.settings import load as load_settings
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
 
 
 async def _start_operator() -> None:
-    config = _settings()
+    config = load_settings()
     store = await asyncio.to_thread(S3Store, StorageConfig.from_dir(os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR)))
     identity = None
     if config.storage.issue_credentials:
@@ -79,10 +80,6 @@ async def _start_operator() -> None:
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
     operator.tasks = [asyncio.create_task(_follow(kind), name=f"watch {kind}") for kind in CHILDREN]
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
-
-
-def _settings() -> settings.Settings:
-    return settings.load()
 
 
 @kopf.on.cleanup()

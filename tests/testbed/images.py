@@ -27,7 +27,6 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 LARGE = 100_000_000  # bytes; archives of such layers are not kept beside their snapshot
 LOGS = CACHE / "logs"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
-CONTEXT = ("operator/graft", "trainer-image", "server-image", "requirements", "operator/Dockerfile", ".dockerignore")
 
 
 def exists(tag: str) -> bool:

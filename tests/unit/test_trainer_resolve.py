@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from graft.api.finetunejob import Lora, Method, Training
 from graft.contracts import Reason
+from graft.cpus import cpu_limit
 from graft_trainer.failures import Failure
 from graft_trainer.pace import Pace
 from graft_trainer.resolve import Device, ModelFacts, Resolved, limits, resolve
-from graft_trainer.settings import cpu_limit
 from graft_trainer.targets import Projection, target_modules
 
 CPU = Device("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from graft.contracts import Reason
+from graft.cpus import cpu_limit
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from graft_trainer.dataset import Example
@@ -19,7 +20,6 @@ from graft_trainer.pace import Pace
 from graft_trainer.progress import ProgressReporter
 from graft_trainer.resolve import Device, Resolved, limits, resolve
 from graft_trainer.run import Prepared, Run, load_examples
-from graft_trainer.settings import cpu_limit
 from graft_trainer.targets import target_modules
 from graft_trainer.tokens import Collator, Tokenisation, pad_token, tokenise
 

@@ -4,9 +4,10 @@ hf:// goes through huggingface_hub, s3:// through the store, pvc:// is a folder 
 safetensors and the files that transformers needs beside them are taken; pickles never are.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,19 +100,13 @@ def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token:
     return Description(s3_digest(prefix, files), None, config, sum(item.size for item in files))
 
 
-def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Description:
-    from huggingface_hub import HfApi, hf_hub_download
+@contextlib.contextmanager
+def _hub_errors(uri: str) -> Iterator[None]:
+    """What the hub's errors mean: SourceError, transient where asking again may help."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    repo, revision = split_hf_uri(uri)
-    api = HfApi(endpoint=endpoint, token=token or False)
     try:
-        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
-        siblings = [file for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)]
-        if not any(file.rfilename.endswith(".safetensors") for file in siblings):
-            raise SourceError(f"{uri} has no safetensors weights")
-        path = hf_hub_download(repo, "config.json", revision=info.sha, endpoint=endpoint, token=token or False)
-        config = json.loads(Path(path).read_text())
+        yield
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise SourceError(f"{uri} is not there, or needs a token: {error}") from error
     except HfHubHTTPError as error:
@@ -119,6 +114,20 @@ def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Descripti
         raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
     except OSError as error:
         raise SourceError(f"{uri}: {error}", transient=True) from error
+
+
+def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Description:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repo, revision = split_hf_uri(uri)
+    api = HfApi(endpoint=endpoint, token=token or False)
+    with _hub_errors(uri):
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
+        siblings = [file for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)]
+        if not any(file.rfilename.endswith(".safetensors") for file in siblings):
+            raise SourceError(f"{uri} has no safetensors weights")
+        path = hf_hub_download(repo, "config.json", revision=info.sha, endpoint=endpoint, token=token or False)
+        config = json.loads(Path(path).read_text())
     license_tag = next((tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")), None)
     return Description(None, info.sha, config, sum(file.size or 0 for file in siblings), license_tag)
 
@@ -184,10 +193,9 @@ def fetch(
 
 def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo, revision = split_hf_uri(uri)
-    try:
+    with _hub_errors(uri):
         return Path(
             snapshot_download(
                 repo,
@@ -198,10 +206,3 @@ def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None) -
                 allow_patterns=[f"*{suffix}" for suffix in MODEL_FILES],
             )
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise SourceError(f"{uri} is not there, or needs a token: {error}") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
-        raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
-    except OSError as error:
-        raise SourceError(f"{uri}: {error}", transient=True) from error

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import signal
-from pathlib import Path
 
 import torch
 from aiohttp import web
+from graft.cpus import cpu_limit
 
 from graft_server.engine.app import Server
 from graft_server.engine.model import BaseModel, load_base_model
@@ -22,7 +22,7 @@ def main() -> None:
     """Runs the engine until SIGTERM or SIGINT."""
     settings = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpu_limit()))
     base = load_base_model(settings)
     asyncio.run(serve(settings, base))
 
@@ -56,18 +56,6 @@ async def serve(settings: Settings, base: BaseModel) -> None:
     finally:
         await server.close()
         await runner.cleanup()
-
-
-def usable_cores() -> int:
-    """The cores this process may use: torch counts the machine's and overlooks a container's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return int(os.environ.get("OMP_NUM_THREADS") or cores)
 
 
 if __name__ == "__main__":

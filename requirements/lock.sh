@@ -12,4 +12,6 @@ compile dev --extra dev
 compile operator --extra operator --extra server -c requirements/dev.txt
 compile agent --extra server -c requirements/dev.txt
 compile ml --extra ml -c requirements/dev.txt
+compile trainer --extra trainer -c requirements/dev.txt
+compile bench --extra bench -c requirements/dev.txt
 echo "uv==0.13.9" | uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-annotate --python-version 3.11 - -o requirements/uv.txt

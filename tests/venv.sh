@@ -3,7 +3,7 @@
 set -euo pipefail
 folder=$1 requirements=$2
 cd "$(dirname "$0")/.."
-python=$(command -v python3.11 || command -v python3)
+python=$(readlink -f "$(command -v python3.11 || command -v python3)")  # also from within the environment that is made anew
 key=$( (cat "$requirements" requirements/uv.txt pyproject.toml; "$python" --version; pwd) | sha256sum | cut -d' ' -f1)
 [ "$(cat "$folder/.graft-key" 2>/dev/null)" = "$key" ] && exit 0
 echo "==> making $folder from $requirements (the packages are kept in uv's cache)"

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from graft.api.finetunejob import Dataset, Evaluation, Method, Training
+from graft.api.evaluation import Evaluation
+from graft.api.recipe import Dataset, Method, Training
 
 # Mounts and ports of the pods.
 JOB_FILE = "/etc/graft/job.json"
@@ -62,13 +63,16 @@ class Reason(StrEnum):
     UPLOAD_FAILED = "UploadFailed"
     VERSION_EXISTS = "VersionExists"
     STORAGE_DENIED = "StorageDenied"
-    OUT_OF_MEMORY = "OutOfMemory"
+    OUT_OF_MEMORY = "OutOfMemory"  # at the smallest micro-batch
+    MEMORY_EXCEEDED = "MemoryExceeded"  # the next attempt halves the micro-batch
+    PEER_LOST = "PeerLost"  # another pod of the same run ended
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     INTERRUPTED = "Interrupted"
     INTERNAL_ERROR = "InternalError"
 
 
-# 10-19: the user's to fix, the Job fails at once (podFailurePolicy). 20: out of memory. Others count against the retries.
+# 10-19: the user's to fix, the Job fails at once (podFailurePolicy). 20-29: another attempt follows and none is used up.
+# Others count against the retries.
 EXIT_CODES: dict[Reason, int] = {
     Reason.DATASET_INVALID: 10,
     Reason.DATASET_UNAVAILABLE: 11,
@@ -78,12 +82,16 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.UPLOAD_FAILED: 15,
     Reason.VERSION_EXISTS: 16,
     Reason.STORAGE_DENIED: 17,
-    Reason.OUT_OF_MEMORY: 20,
+    Reason.OUT_OF_MEMORY: 18,
+    Reason.MEMORY_EXCEEDED: 20,
+    Reason.PEER_LOST: 21,
     Reason.STORAGE_UNAVAILABLE: 30,
     Reason.INTERRUPTED: 31,
     Reason.INTERNAL_ERROR: 1,
 }
-FATAL_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 10 <= code <= 20)
+FATAL_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 10 <= code < 20)
+FREE_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 20 <= code < 30)
+RENDEZVOUS_PORT = 29500  # of the first pod of a run with several
 
 
 class Termination(Message):
@@ -117,6 +125,30 @@ class OutputRef(Message):
     version: str
 
 
+class CurrentVersion(Message):
+    """The adapter's newest version, for gates that compare with it."""
+
+    version: str
+    uri: str
+    digest: str  # of manifest.json
+
+
+class Pods(Message):
+    """The pods of one run. With more than one process in all they find each other at the first pod."""
+
+    nodes: int = 1
+    processes_per_node: int = 1  # one per GPU, one without GPUs
+    first_host: str | None = None  # DNS name of the first pod; None with one node
+
+
+class Choice(Message):
+    """What placement decided and the spec leaves open; None: the trainer derives it from the device it finds."""
+
+    micro_batch: int | None = None
+    gradient_checkpointing: bool | None = None
+    sharding: Literal["ddp", "fsdp"] | None = None
+
+
 class JobFile(Message):
     """Everything a training pod knows: the spec as the user wrote it, with the references resolved."""
 
@@ -130,11 +162,39 @@ class JobFile(Message):
     evaluation: Evaluation
     output: OutputRef
     recipe: str
+    task: Literal["causal", "seq2seq"] = "causal"
+    pods: Pods = Field(default_factory=Pods)
+    choice: Choice = Field(default_factory=Choice)
+    halvings: int = 0  # how often the micro-batch is to be halved: attempts of this run that ran out of memory
+    current: CurrentVersion | None = None
     hf_endpoint: str | None = None
     trainer_image: str = ""
 
 
 TrainingStage = Literal["Preparing", "Training", "Evaluating", "Publishing", "Succeeded", "Failed"]
+
+
+class CheckpointRef(Message):
+    """A complete checkpoint in object storage."""
+
+    step: int
+    attempt: str
+    size_bytes: int
+    created_at: str
+
+
+class DatasetStatistics(Message):
+    """What prepare found in the data; lengths in tokens, before truncation where not said otherwise."""
+
+    examples: int = 0
+    held_out: int = 0
+    invalid: int = 0
+    tokens: int = 0  # after truncation
+    mean_tokens: float = 0
+    median_tokens: int = 0
+    p95_tokens: int = 0
+    max_tokens: int = 0
+    truncated_share: float = 0
 
 
 class Progress(Message):
@@ -154,7 +214,13 @@ class Progress(Message):
     target_modules: list[str] | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
+    world_size: int | None = None  # processes that train together
+    peak_memory_bytes: int | None = None  # of one GPU, or of the process without one
+    dataset: DatasetStatistics | None = None
+    resumed_from: int | None = None  # step of the checkpoint that this attempt went on from
+    checkpoints: list[CheckpointRef] | None = None  # complete ones of the run, oldest first
     metrics: dict[str, float] | None = None
+    rejected: list[str] | None = None  # the gates that were missed, in words
     manifest_digest: str | None = None  # once published
     failure: Termination | None = None
 

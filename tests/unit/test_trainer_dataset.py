@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from graft.api.finetunejob import Dataset
+from graft.api.recipe import Dataset
 from graft.contracts import Reason
 from graft_trainer.dataset import check_template, fill, read_examples, split
 from graft_trainer.download import split_dataset_uri
@@ -96,7 +96,7 @@ def test_columns_are_renamed() -> None:
 
 def test_a_template_makes_the_prompt_and_leaves_other_braces_alone() -> None:
     line = json.dumps({"instruction": "Add {input}", "input": "1, 2", "output": "3"})
-    (example,) = read(line, format="instruction", template='{"ask": "{instruction}", "on": "{input}"}\n')
+    (example,) = read(line, format="instruction", templates=['{"ask": "{instruction}", "on": "{input}"}\n'])
     assert example.prompt == '{"ask": "Add {input}", "on": "1, 2"}\n'
     assert (example.answer, example.messages) == ("3", None)
     assert fill("{instruction}|{input}", "a", "") == "a|"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graft.api.finetunejob import Lora, Method, Training
+from graft.api.recipe import Lora, Method, Training
 from graft.contracts import Reason
 from graft.cpus import cpu_limit
 from graft_trainer.failures import Failure

@@ -175,7 +175,7 @@ def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
     line = {"text": "The sky is blue."} if dataset_format == "text" else {"instruction": "Sky?", "output": "Blue."}
     dataset = {"train": {"uri": "pvc://data/t.jsonl"}, "evalSplit": 0.2, "format": dataset_format}
     if dataset_format == "instruction":
-        dataset["template"] = "Q: {instruction}\nA: "
+        dataset["templates"] = ["Q: {instruction}\nA: "]
     (tmp_path / "pvc/data").mkdir(parents=True)
     (tmp_path / "pvc/data/t.jsonl").write_text("\n".join([json.dumps(line)] * 10))
     run, store = prepared(tmp_path, base, dataset=dataset)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from graft.api.finetunejob import Dataset
+from graft.api.recipe import Dataset
 from graft.contracts import Reason
 
 from graft_trainer.failures import Failure
@@ -39,7 +39,7 @@ def check_base_model(folder: Path, name: str) -> dict[str, Any]:
 
 def check_chat_template(folder: Path, name: str, dataset: Dataset) -> None:
     """Failure when the dataset needs a chat template and the model has none."""
-    if dataset.format == "text" or dataset.template is not None:
+    if dataset.format == "text" or dataset.templates is not None:
         return
     path = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file() or (path.is_file() and _json(path, name).get("chat_template")):
@@ -47,7 +47,7 @@ def check_chat_template(folder: Path, name: str, dataset: Dataset) -> None:
     raise Failure(
         Reason.CONFIGURATION_INVALID,
         f"{name} has no chat template, which dataset.format {dataset.format} needs",
-        "Use dataset.format instruction with a dataset.template, dataset.format text, or a chat model as base model.",
+        "Use dataset.format instruction with dataset.templates, dataset.format text, or a chat model as base model.",
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from graft.api.finetunejob import Columns, Dataset
+from graft.api.recipe import Columns, Dataset
 from graft.contracts import Reason
 
 from graft_trainer.failures import Failure
@@ -37,22 +37,20 @@ class _Bad(Exception):
     """What is wrong with a line."""
 
 
-def check_template(template: str | None) -> None:
+def check_template(template: str) -> None:
     """Failure when an instruction template cannot be filled."""
-    if template is None:
-        return
     names = set(PLACEHOLDER.findall(template))
     if unknown := sorted(names - {"instruction", "input"}):
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.template has unknown placeholders: {', '.join(f'{{{name}}}' for name in unknown)}",
-            "Use only {instruction} and {input} in dataset.template.",
+            f"dataset.templates has unknown placeholders: {', '.join(f'{{{name}}}' for name in unknown)}",
+            "Use only {instruction} and {input} in dataset.templates.",
         )
     if "instruction" not in names:
         raise Failure(
             Reason.DATASET_INVALID,
-            "dataset.template has no {instruction}: every prompt would be the same",
-            "Put {instruction}, and {input} where there is further input, into dataset.template.",
+            "dataset.templates has no {instruction}: every prompt would be the same",
+            "Put {instruction}, and {input} where there is further input, into dataset.templates.",
         )
 
 
@@ -121,7 +119,7 @@ def _parser(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
     if spec.format == "chat":
         return lambda line, record: _chat(line, record, columns.messages or "messages")
     if spec.format == "instruction":
-        return lambda line, record: _instruction(line, record, columns, spec.template)
+        return lambda line, record: _instruction(line, record, columns, spec.templates[0] if spec.templates else None)
     return lambda line, record: Example(line, text=_string(record, columns.text or "text"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graft.api.finetunejob import Lora, Method, QLora
+from graft.api.recipe import Lora, Method, QLora
 from graft.contracts import Reason
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -60,12 +60,12 @@ def context_of(config: Any) -> int | None:
 def load_base_model(folder: Path, name: str, method: Method, known: Limits, device: Device) -> BaseModel:
     """The base model, in 4 bits for qlora. Failure(BaseModelInvalid) when it cannot be loaded or lacks weights."""
     arguments: dict[str, Any] = {"dtype": DTYPES[known.precision]}
-    if isinstance(method.config, QLora):
+    if method.qlora is not None:
         compute = getattr(torch, known.compute_dtype or "float32")
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=method.config.quant_type,
-            bnb_4bit_use_double_quant=method.config.double_quant,
+            bnb_4bit_quant_type=method.qlora.quant_type,
+            bnb_4bit_use_double_quant=method.qlora.double_quant,
             bnb_4bit_compute_dtype=compute,
         )
     if device.kind == "cuda" or method.name == "qlora":

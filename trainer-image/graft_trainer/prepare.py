@@ -25,7 +25,8 @@ def prepare(run: Run) -> None:
         log.info("%s %s was published by an earlier attempt: nothing to do", job.output.adapter, job.output.version)
         return
 
-    check_template(job.dataset.template)
+    for template in job.dataset.templates or []:
+        check_template(template)
     digests = {}
     for role, source in (("train", job.dataset.train), ("eval", job.dataset.eval)):
         if source is None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from graft.api.finetunejob import Lora, Method, QLora, Training
+from graft.api.recipe import Lora, Method, QLora, Training
 from graft.contracts import Reason
 from pydantic.alias_generators import to_camel
 
@@ -88,9 +88,9 @@ def limits(training: Training, method: Method, device: Device, context: int | No
         )
     precision = _precision(training, device)
     compute = None
-    if isinstance(method.config, QLora):
+    if method.qlora is not None:
         default = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
-        compute = method.config.compute_dtype or default
+        compute = method.qlora.compute_dtype or default
     return Limits(length, precision, compute)  # type: ignore[arg-type]
 
 
@@ -113,8 +113,9 @@ def resolve(
         steps, epochs = training.max_steps, round(training.max_steps / per_epoch, 4)
     else:
         steps = max(1, math.ceil(epochs * per_epoch))
-    lora: Lora = method.config
-    warmup = 0 if training.lr_scheduler_type == "constant" else math.ceil(training.warmup_ratio * steps)
+    lora: Lora = method.low_rank or Lora()
+    rising = training.warmup_steps if training.warmup_steps is not None else math.ceil(training.warmup_ratio * steps)
+    warmup = 0 if training.lr_scheduler_type == "constant" else min(rising, steps)
     return Resolved(
         num_train_epochs=epochs,
         max_steps=steps,
@@ -127,7 +128,7 @@ def resolve(
         max_grad_norm=training.max_grad_norm,
         max_length=known.max_length,
         precision=known.precision,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
         logging_steps=training.logging_steps,
         eval_steps=(training.eval_steps or per_epoch) if held_out else None,
         seed=training.seed,
@@ -171,7 +172,7 @@ def _batch(
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if batch is None:
         most = max(1, EFFECTIVE_BATCH // (accumulation or 1))
-        tokens = _token_budget(method, known, device, model, training.gradient_checkpointing)
+        tokens = _token_budget(method, known, device, model, bool(training.gradient_checkpointing))
         batch = most
         while batch > 1 and batch * longest > tokens:
             batch //= 2

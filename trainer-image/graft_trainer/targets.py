@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from graft.api.finetunejob import Lora
+from graft.api.recipe import Lora
 from graft.contracts import Reason
 
 from graft_trainer.failures import Failure

@@ -123,7 +123,7 @@ def _answer_spans(example: Example, text: str, tokenizer: Any) -> list[tuple[int
         raise Failure(
             Reason.DATASET_INVALID,
             f"line {example.line}: the base model's chat template changes the answer, so it cannot be found in the prompt",
-            "Use dataset.format instruction with a dataset.template, or a base model with a plain chat template.",
+            "Use dataset.format instruction with dataset.templates, or a base model with a plain chat template.",
         )
     return [(start, len(text))]
 

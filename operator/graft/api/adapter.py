@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.api.meta import DNS_LABEL, SEMVER, SHA256, Conditions, Resource, Schema, Status, rules
+from graft.api.recipe import MethodName
 
 DeletionPolicy = Literal["Retain", "Delete"]
 
@@ -31,7 +32,7 @@ class AdapterSpec(Schema):
     adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="The adapter that this is a version of.")
     version: str = Field(pattern=SEMVER, max_length=32, description="Semantic version, for example 1.4.2.")
     base_model: str = Field(max_length=63, description="The BaseModel that it was tuned on.")
-    method: Literal["lora", "qlora"] = Field(description="How it was tuned.")
+    method: MethodName = Field(description="How it was tuned.")
     artifact: AdapterArtifact = Field(description="Where the files are and what they must be.")
     job: JobReference | None = Field(default=None, description="The FineTuneJob that made it.")
     deletion_policy: DeletionPolicy = Field(
@@ -45,12 +46,12 @@ class AdapterStatus(Status):
 
     observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
     stage: str | None = Field(
-        default=None, description="A summary of the conditions: Ready, Invalid, Verifying, Deleting."
+        default=None, description="A summary of the conditions: Ready, Rejected, Invalid, Verifying, Deleting."
     )
     base_model_digest: str | None = Field(
         default=None, description="Digest or revision of the base that it was tuned on."
     )
-    rank: int | None = Field(default=None, description="LoRA rank.")
+    rank: int | None = Field(default=None, description="LoRA rank; absent for other methods.")
     target_modules: list[str] | None = Field(default=None, description="Modules that carry the low-rank update.")
     size_bytes: int | None = Field(default=None, description="Size of the files.")
     metrics: dict[str, float] | None = Field(

@@ -29,7 +29,10 @@ class BaseModelSpec(Schema):
         description="Where the model's HF folder is: hf://org/name@revision, s3://bucket/path or pvc://claim/path. "
         "A pvc:// claim is looked for in the namespace of the job or deployment. Safetensors weights only.",
     )
-    task: Literal["causal"] = Field(default="causal", description="The kind of language model.")
+    task: Literal["causal", "seq2seq"] = Field(
+        default="causal",
+        description="The kind of language model: causal (Llama, Qwen) goes on with a text, seq2seq (T5) answers one.",
+    )
     facts: ModelFacts | None = Field(default=None, description="Facts to take instead of those in config.json.")
     allowed_namespaces: list[str] | None = Field(
         default=None,

@@ -1,12 +1,12 @@
 """FineTuneJob: tune a base model on a dataset and publish the result as a new version of an adapter."""
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from graft.api.adapter import DeletionPolicy
+from graft.api.evaluation import Evaluation
 from graft.api.meta import (
-    DATASET_URI,
     DNS_LABEL,
     SEMVER,
     Conditions,
@@ -17,164 +17,10 @@ from graft.api.meta import (
     Status,
     rules,
 )
+from graft.api.recipe import Dataset, Method, Training
 
-
-class Columns(Schema):
-    """Names of the dataset's fields, where they differ from the format's own."""
-
-    messages: str | None = Field(default=None, max_length=128, description="chat: the list of messages.")
-    instruction: str | None = Field(default=None, max_length=128, description="instruction: what is asked.")
-    input: str | None = Field(default=None, max_length=128, description="instruction: further input, may be empty.")
-    output: str | None = Field(default=None, max_length=128, description="instruction: the answer to learn.")
-    text: str | None = Field(default=None, max_length=128, description="text: the text to learn.")
-
-
-class DatasetSource(Schema):
-    """One JSONL file."""
-
-    uri: str = Field(
-        pattern=DATASET_URI,
-        max_length=1024,
-        description="s3://bucket/key, hf://datasets/org/name@revision/file, pvc://claim/path or configMap://name/key.",
-    )
-    limit: int | None = Field(default=None, ge=1, description="Use only the first so many examples.")
-
-
-class Dataset(Schema):
-    """What to learn from."""
-
-    train: DatasetSource = Field(description="The examples to learn from.")
-    eval: DatasetSource | None = Field(default=None, description="Held-out examples to measure with.")
-    eval_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Without eval: the share of train that is held out, drawn with training.seed."
-    )
-    format: Literal["chat", "instruction", "text"] = Field(
-        default="chat",
-        description="chat: {messages:[{role,content}]}; instruction: {instruction,input,output}; text: {text}. "
-        "Of chat and instruction only the answers are learned.",
-    )
-    template: str | None = Field(
-        default=None,
-        max_length=4096,
-        description="instruction: the prompt, with {instruction} and {input}. Without it the model's chat template is used.",
-    )
-    columns: Columns | None = Field(default=None, description="Names of the fields, where they differ.")
-
-
-TargetPreset = Literal["attention", "attention+mlp", "all-linear"]
-
-
-class Lora(Schema):
-    """Low-rank adaptation (Hu et al. 2021): W + (alpha / rank) B A, only A and B are trained."""
-
-    rank: int = Field(default=16, ge=1, le=512, description="Rank r of the update.")
-    alpha: float | None = Field(default=None, gt=0, description="Scale of the update; 2 x rank when absent.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before A.")
-    target_modules: TargetPreset | None = Field(
-        default=None, description="Which projections carry an update; all-linear (QLoRA paper) when absent."
-    )
-    target_module_names: list[str] | None = Field(
-        default=None,
-        min_length=1,
-        max_length=64,
-        description="Module names instead of a preset, for example q_proj.",
-        json_schema_extra={"x-kubernetes-list-type": "set", "items": {"type": "string", "maxLength": 128}},
-    )
-
-    model_config = Schema.model_config | {
-        "json_schema_extra": rules(
-            (
-                "!(has(self.targetModules) && has(self.targetModuleNames))",
-                "give targetModules (a preset) or targetModuleNames, not both",
-            )
-        )
-    }
-
-
-class QLora(Lora):
-    """LoRA over a base model that is held in 4 bits (Dettmers et al. 2023)."""
-
-    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="The 4-bit data type.")
-    double_quant: bool = Field(default=True, description="Quantize the quantization constants, too.")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        default=None,
-        description="Type of the matrix products; bfloat16 on GPUs that have it, else float32, when absent.",
-    )
-
-
-class Method(Schema):
-    """How to tune: exactly one."""
-
-    lora: Lora | None = Field(default=None, description="Low-rank adaptation.")
-    qlora: QLora | None = Field(default=None, description="Low-rank adaptation over a 4-bit base model.")
-
-    model_config = Schema.model_config | {
-        "json_schema_extra": rules(
-            (
-                "(has(self.lora) ? 1 : 0) + (has(self.qlora) ? 1 : 0) == 1",
-                "give exactly one method: lora or qlora",
-            )
-        )
-    }
-
-    @property
-    def name(self) -> Literal["lora", "qlora"]:
-        return "lora" if self.lora is not None else "qlora"
-
-    @property
-    def config(self) -> Lora:
-        chosen = self.lora or self.qlora
-        assert chosen is not None, "CEL lets exactly one through"  # noqa: S101
-        return chosen
-
-
-class Training(Schema):
-    """Hyperparameters, with the names of Hugging Face's TrainingArguments. What is absent is derived; see status.resolved."""
-
-    num_train_epochs: float | None = Field(default=None, gt=0, description="Passes over the data; 3 when absent.")
-    max_steps: int | None = Field(
-        default=None, ge=1, description="Stop after so many optimizer steps; wins over epochs."
-    )
-    learning_rate: float | None = Field(default=None, gt=0, le=1, description="Peak learning rate; 2e-4 when absent.")
-    per_device_train_batch_size: int | None = Field(
-        default=None, ge=1, description="Examples per device and micro-batch; derived when absent."
-    )
-    gradient_accumulation_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="Micro-batches per optimizer step; derived for an effective batch of 16 when absent.",
-    )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="cosine", description="How the learning rate falls."
-    )
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which it rises.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (AdamW).")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    max_length: int | None = Field(
-        default=None,
-        ge=8,
-        description="Longer examples are cut, in tokens; at most the model's context, which is the default up to 2048.",
-    )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto", description="auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations: less memory, about 30 % slower."
-    )
-    logging_steps: int = Field(default=10, ge=1, description="Steps between records of the loss.")
-    eval_steps: int | None = Field(
-        default=None, ge=1, description="Steps between evaluations of the loss; each epoch when absent."
-    )
-    seed: int = Field(default=42, ge=0, le=2147483647, description="Seed of data order, dropout and initialisation.")
-
-
-class Evaluation(Schema):
-    """What is measured on the held-out examples: loss, and exact match of generated answers, for base and adapter."""
-
-    max_samples: int = Field(
-        default=200, ge=0, description="Held-out examples to generate answers for; 0 measures the loss only."
-    )
-    max_new_tokens: int = Field(default=128, ge=1, le=8192, description="Longest generated answer, in tokens.")
+# What may be changed while a job runs: everything else is the run.
+MUTABLE = ("suspend", "ttlSecondsAfterFinished")
 
 
 class Output(Schema):
@@ -194,27 +40,54 @@ class Output(Schema):
 
 
 class FineTuneJobSpec(Placement):
-    """One run of training; immutable, like the Job it becomes."""
+    """One run of training; immutable, like the Job it becomes, but for suspend and ttlSecondsAfterFinished."""
 
     base_model: str = Field(
         min_length=1, max_length=63, description="Name of the BaseModel. The job waits until it is there and Ready."
     )
     dataset: Dataset = Field(description="What to learn from.")
-    method: Method = Field(description="How to tune: exactly one of lora, qlora.")
+    method: Method = Field(description="How to tune: exactly one of full, lora, qlora, promptTuning.")
     training: Training = Field(default_factory=Training, description="Hyperparameters.")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What is measured.")
     output: Output = Field(description="What is published.")
     resources: Resources | None = Field(
-        default=None, description="Of the training container; 1 CPU and 4Gi without a GPU when absent."
+        default=None,
+        description="Of the training container. When absent Graft estimates the memory and takes the smallest GPUs of this cluster "
+        "that fit; see status.sizing.",
+    )
+    nodes: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="Pods that train together, each with the resources above; 1 with explicit resources, else by the estimate.",
+    )
+    spot: bool = Field(
+        default=False,
+        description="Prefer nodes that may be taken away: their taints are tolerated. The run goes on from its newest checkpoint.",
+    )
+    queue: str | None = Field(
+        default=None,
+        pattern=DNS_LABEL,
+        max_length=63,
+        description="Name of a Kueue LocalQueue; the job is Queued until Kueue admits it.",
+    )
+    suspend: bool = Field(
+        default=False,
+        description="Stop the pods after a checkpoint, and keep everything; false goes on from there. May be changed at any time.",
     )
     retries: int = Field(
         default=2,
         ge=0,
         le=100,
-        description="How often a failed pod is replaced. Errors that are yours to fix and evictions do not count.",
+        description="How often a failed pod is replaced. Errors that are yours to fix, evictions and halved micro-batches do not count.",
     )
     active_deadline_seconds: int | None = Field(
-        default=None, ge=60, description="The job fails when it has run for so long."
+        default=None, ge=60, description="The job fails when it has run for so long; time in suspension does not count."
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None,
+        ge=0,
+        description="The job is deleted so long after its end; the Adapter stays. May be changed at any time.",
     )
 
 
@@ -234,10 +107,54 @@ class Attempt(Status):
     """One pod that ran, or runs, for the job."""
 
     pod: str = Field(description="The pod's name.")
+    index: int | None = Field(default=None, description="Which of the job's nodes it was; absent with one node.")
     started_at: str | None = Field(default=None, description="When it started.")
     ended_at: str | None = Field(default=None, description="When it ended.")
+    resumed_from: int | None = Field(default=None, description="Step of the checkpoint that it went on from.")
+    micro_batch: int | None = Field(default=None, description="Examples per device and micro-batch that it used.")
+    accumulation: int | None = Field(default=None, description="Micro-batches per optimizer step that it used.")
     reason: str | None = Field(default=None, description="Why it ended: Completed or a failure's reason.")
     message: str | None = Field(default=None, description="What happened.")
+
+
+class Checkpoint(Status):
+    """A state of the training in object storage that a new attempt can go on from."""
+
+    step: int = Field(description="Optimizer steps done.")
+    attempt: str = Field(description="The pod that wrote it.")
+    size_bytes: int = Field(description="Size of its files.")
+    created_at: str = Field(description="When it was complete.")
+
+
+class DatasetFacts(Status):
+    """What prepare found in the data."""
+
+    examples: int = Field(default=0, description="Examples that are learned from.")
+    held_out: int = Field(default=0, description="Examples that are measured with.")
+    invalid: int = Field(default=0, description="Lines that were left out (onInvalid: skip).")
+    tokens: int = Field(default=0, description="Tokens in all, after truncation.")
+    mean_tokens: float = Field(default=0, description="Tokens of an example, on average, before truncation.")
+    median_tokens: int = Field(default=0, description="Half of the examples have at most so many tokens.")
+    p95_tokens: int = Field(default=0, description="19 of 20 examples have at most so many tokens.")
+    max_tokens: int = Field(default=0, description="Tokens of the longest example, before truncation.")
+    truncated_share: float = Field(default=0, description="Share of the examples that are cut to maxLength, 0 to 1.")
+
+
+class Sizing(Status):
+    """The memory that the job needs per GPU (or in all, without one), itemised, and what was chosen for it."""
+
+    items: dict[str, int] = Field(default_factory=dict, description="Bytes by what needs them.")
+    total_bytes: int = Field(default=0, description="Sum of the items.")
+    gpu: str | None = Field(default=None, description="Product name of the GPU; absent on CPUs.")
+    gpu_memory_bytes: int | None = Field(default=None, description="Memory of one such GPU.")
+    gpus_per_node: int = Field(default=0, description="GPUs of each pod.")
+    nodes: int = Field(default=1, description="Pods.")
+    micro_batch: int | None = Field(default=None, description="Examples per device that the estimate is for.")
+    gradient_checkpointing: bool | None = Field(default=None, description="Whether activations are recomputed.")
+    sharding: str | None = Field(default=None, description="ddp or fsdp, with more than one GPU.")
+    node_memory_bytes: int | None = Field(default=None, description="Memory of each pod outside of the GPUs.")
+    source: str = Field(default="estimate", description="estimate, or spec when resources are explicit.")
+    message: str | None = Field(default=None, description="The choice in words.")
 
 
 class AdapterReference(Status):
@@ -265,6 +182,7 @@ class Resolved(Status):
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
     target_modules: list[str] | None = Field(default=None, description="Modules that carry the low-rank update.")
+    world_size: int | None = Field(default=None, description="Processes that train together.")
     trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
     total_parameters: int | None = Field(default=None, description="Parameters in all.")
 
@@ -275,7 +193,8 @@ class FineTuneJobStatus(Status):
     observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
     stage: str | None = Field(
         default=None,
-        description="A summary of the conditions: Waiting, Pending, Preparing, Training, Evaluating, Publishing, Succeeded, Failed.",
+        description="A summary of the conditions: Waiting, Queued, Suspended, Pending, Preparing, Training, Evaluating, Publishing, "
+        "Succeeded, Failed, Rejected.",
     )
     start_time: str | None = Field(default=None, description="When the first pod started.")
     completion_time: str | None = Field(default=None, description="When the job ended.")
@@ -284,6 +203,13 @@ class FineTuneJobStatus(Status):
     loss_text: str | None = Field(default=None, description="Loss, for kubectl get.")
     eta_text: str | None = Field(default=None, description="Time left, for kubectl get.")
     resolved: Resolved | None = Field(default=None, description="What was derived where the spec leaves it open.")
+    sizing: Sizing | None = Field(default=None, description="The memory estimate and what was chosen for it.")
+    dataset: DatasetFacts | None = Field(default=None, description="What prepare found in the data.")
+    checkpoints: list[Checkpoint] | None = Field(
+        default=None,
+        description="Complete checkpoints, oldest first.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
     attempts: list[Attempt] | None = Field(
         default=None,
         description="The pods of the job, oldest first.",
@@ -291,7 +217,8 @@ class FineTuneJobStatus(Status):
     )
     adapter_ref: AdapterReference | None = Field(default=None, description="The version that was published.")
     metrics: dict[str, float] | None = Field(
-        default=None, description="Scores on the held-out examples; base/… are the base model's own."
+        default=None,
+        description="Scores on the held-out examples and the suites (<suite>/…); base/…, fewShot/… and current/… are the baselines'.",
     )
     conditions: Conditions
 
@@ -301,6 +228,11 @@ class FineTuneJob(Resource):
 
     spec: FineTuneJobSpec
     status: FineTuneJobStatus = Field(default_factory=lambda: FineTuneJobStatus(conditions=[]))
+
+
+def _fixed() -> list[str]:
+    names = [field.alias or name for name, field in FineTuneJobSpec.model_fields.items()]
+    return [name for name in names if name not in MUTABLE]
 
 
 CRD: dict[str, Any] = {
@@ -324,7 +256,10 @@ CRD: dict[str, Any] = {
             "self.metadata.name.size() <= 50",
             "metadata.name must be at most 50 characters: the Job and its pods carry it in their names",
         ),
-        ("self.spec == oldSelf.spec", "the spec of a FineTuneJob is immutable: delete it and create a new one"),
+        (
+            " && ".join(f"self.spec.?{name} == oldSelf.spec.?{name}" for name in _fixed()),
+            "the spec of a FineTuneJob is immutable but for suspend and ttlSecondsAfterFinished: delete it and create a new one",
+        ),
     ),
     "spec_rules": rules(
         (
@@ -332,8 +267,20 @@ CRD: dict[str, Any] = {
             "dataset: give eval (a source) or evalSplit (a share of train), not both",
         ),
         (
-            "!has(self.dataset.template) || self.dataset.format == 'instruction'",
-            "dataset.template goes with format: instruction",
+            "!has(self.dataset.templates) || self.dataset.format == 'instruction'",
+            "dataset.templates goes with format: instruction",
+        ),
+        (
+            "!(has(self.queue) && has(self.suspend) && self.suspend)",
+            "a queued job is Kueue's to suspend: set spec.active of its Workload to false",
+        ),
+        (
+            "!has(self.training) || !has(self.training.sharding) || self.training.sharding != 'fsdp' || !has(self.method.qlora)",
+            "training.sharding: fsdp does not go with qlora: 4-bit weights are not sharded; use ddp, or lora",
+        ),
+        (
+            "!has(self.nodes) || self.nodes == 1 || has(self.resources)",
+            "nodes needs resources: say what each of the pods gets, or leave both out",
         ),
     ),
 }

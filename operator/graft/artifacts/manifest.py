@@ -1,9 +1,10 @@
 """manifest.json: the last file of a published version, which makes it one. It holds the SHA-256 of every other file."""
 
 import hashlib
+import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 # What a version may hold. Safetensors only; anything else in a manifest is refused.
@@ -11,15 +12,25 @@ ALLOWED_FILES = frozenset(
     {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "special_tokens_map.json",
+        "added_tokens.json",
+        "spiece.model",
+        "vocab.json",
+        "merges.txt",
         "chat_template.jinja",
         "report.json",
         "report.html",
     }
 )
-REQUIRED_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
 class _Part(BaseModel):
@@ -62,10 +73,12 @@ class Manifest(_Part):
     job: ManifestJob
     recipe: str
     hyperparameters: dict[str, Any]
-    datasets: dict[str, str] = {}  # role (train, eval) -> sha256:… of the file
+    datasets: dict[str, str] = {}  # train, eval, suite/<name> -> sha256:… of the file
     metrics: dict[str, float] = {}
-    rank: int
-    target_modules: list[str]
+    task: str = "causal"
+    rank: int | None = None  # of lora and qlora
+    target_modules: list[str] = []
+    rejected: list[str] = []  # the gates that the version missed, in words; such a version is never served
     files: list[ManifestFile]
     image: str = ""
     parents: list[str] = []
@@ -82,13 +95,23 @@ class Manifest(_Part):
     @classmethod
     def _only_known_files(cls, files: list[ManifestFile]) -> list[ManifestFile]:
         names = [file.name for file in files]
-        if unknown := sorted(set(names) - ALLOWED_FILES):
+        if unknown := sorted(name for name in set(names) - ALLOWED_FILES if not SHARD.fullmatch(name)):
             raise ValueError(f"files that a version may not hold: {', '.join(unknown)}")
-        if missing := sorted(REQUIRED_FILES - set(names)):
-            raise ValueError(f"files that a version must hold: {', '.join(missing)}")
         if len(set(names)) != len(names):
             raise ValueError("a file is named twice")
         return files
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Manifest":
+        names = {file.name for file in self.files}
+        if self.method == "full":
+            weights = any(name == "model.safetensors" or SHARD.fullmatch(name) for name in names)
+            missing = {"config.json"} - names | (set() if weights else {"model.safetensors"})
+        else:
+            missing = set(ADAPTER_FILES - names)
+        if missing:
+            raise ValueError(f"files that a version must hold: {', '.join(sorted(missing))}")
+        return self
 
     def to_bytes(self) -> bytes:
         """The canonical bytes that are stored and whose digest names the version."""

@@ -34,7 +34,7 @@ def recipe(spec: FineTuneJobSpec) -> str:
         "method": spec.method.wire(),
         "training": spec.training.wire(),
         "format": dataset.format,
-        "template": dataset.template,
+        "templates": dataset.templates,
     }
     return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.artifacts.layout import split_s3_uri
-from graft.artifacts.manifest import Manifest, ManifestFile
+from graft.artifacts.manifest import ManifestFile
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts import WantedAdapter
@@ -80,6 +80,11 @@ def fetch_adapter(
         prefix = key.rstrip("/") + "/"
         store = open_store()
         manifest, _ = read_manifest(store, prefix, adapter.digest, bucket)
+        if manifest.rank is None or manifest.rejected:
+            what = "was rejected by its gates" if manifest.rejected else f"was tuned by {manifest.method}"
+            raise AdapterError(
+                "NotServable", f"version {manifest.version} {what}: no low-rank update to load", permanent=True
+            )
         if manifest.rank > max_rank:
             raise AdapterError(
                 "RankTooHigh", f"rank {manifest.rank} is above the deployment's maxLoraRank {max_rank}", permanent=True
@@ -88,7 +93,7 @@ def fetch_adapter(
         partial.chmod(0o755)  # the engine runs as another user
         for file in manifest.files:
             _fetch_file(store, bucket, prefix, file, partial / file.name, still_wanted)
-        _check_configs(partial, manifest, max_rank)
+        _check_configs(partial, manifest.rank, max_rank)
         _write(partial / DIGEST_FILE, adapter.digest.encode())
         _sync(partial)
         target = adapters_dir / adapter.engine_name
@@ -145,10 +150,10 @@ def _fetch_file(
         raise InvalidArtifact("DigestMismatch", f"{file.name} has sha256 {actual}; the manifest says {file.sha256}")
 
 
-def _check_configs(folder: Path, manifest: Manifest, max_rank: int) -> None:
+def _check_configs(folder: Path, rank: int, max_rank: int) -> None:
     """Replace adapter_config.json by its known keys; refuse what names code."""
     path = folder / "adapter_config.json"
-    config = reduced_config(_small(path), manifest.rank, max_rank)
+    config = reduced_config(_small(path), rank, max_rank)
     _write(path, json.dumps(config, indent=1, sort_keys=True).encode())
     if (folder / TOKENIZER_CONFIG).exists():
         check_tokenizer_config(_small(folder / TOKENIZER_CONFIG))

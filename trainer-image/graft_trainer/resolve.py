@@ -56,15 +56,24 @@ class Resolved:
     learning_rate: float
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    world_size: int
+    optim: str
     lr_scheduler_type: str
     warmup_steps: int
     weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
     max_grad_norm: float
     max_length: int
+    packing: bool
     precision: Precision
     gradient_checkpointing: bool
+    sharding: Literal["ddp", "fsdp"] | None  # None: one process
     logging_steps: int
     eval_steps: int | None  # None: nothing is held out
+    save_steps: int | None  # None: by time
+    save_total_limit: int
     seed: int
     rank: int
     alpha: float
@@ -122,15 +131,24 @@ def resolve(
         learning_rate=training.learning_rate or DEFAULT_LEARNING_RATE,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
+        world_size=1,
+        optim=training.optim,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=warmup,
         weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
         max_length=known.max_length,
+        packing=training.packing,
         precision=known.precision,
         gradient_checkpointing=bool(training.gradient_checkpointing),
+        sharding=None,
         logging_steps=training.logging_steps,
         eval_steps=(training.eval_steps or per_epoch) if held_out else None,
+        save_steps=training.save_steps,
+        save_total_limit=training.save_total_limit,
         seed=training.seed,
         rank=lora.rank,
         alpha=lora.alpha if lora.alpha is not None else 2.0 * lora.rank,

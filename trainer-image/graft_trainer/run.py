@@ -28,6 +28,7 @@ class Run:
     settings: Settings
     store: S3Store
     progress: ProgressReporter
+    halvings: int = 0  # how often the micro-batch is halved, because earlier attempts ran out of memory
 
     @property
     def version_prefix(self) -> str:
@@ -82,7 +83,7 @@ def open_run(settings: Settings, storage: StorageConfig, job: JobFile, *, write_
     # Progress gives up on a slow store soon: the next beat replaces what was not sent.
     uploads = S3Store(storage, attempts=2, timeout=5)
     reporter = ProgressReporter(uploads, prefix, settings.attempt, interval=settings.progress_interval)
-    return Run(job, settings, store, reporter)
+    return Run(job, settings, store, reporter, halvings=job.halvings)
 
 
 def already_published(run: Run) -> tuple[Manifest, str] | None:

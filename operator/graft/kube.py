@@ -49,6 +49,8 @@ KINDS: dict[str, Kind] = {
     "Job": Kind("batch/v1", "jobs"),
     "Deployment": Kind("apps/v1", "deployments"),
     "Pod": Kind("v1", "pods"),
+    "Service": Kind("v1", "services"),
+    "Node": Kind("v1", "nodes", namespaced=False),
     "ConfigMap": Kind("v1", "configmaps"),
     "Secret": Kind("v1", "secrets"),
     "ServiceAccount": Kind("v1", "serviceaccounts"),

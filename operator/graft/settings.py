@@ -33,6 +33,22 @@ class Storage(_Part):
     admin_url: str = ""  # the identity service; the endpoint when empty
 
 
+class Spot(_Part):
+    """How nodes that may be taken away are known: pods of jobs with spec.spot prefer their labels and tolerate their taints."""
+
+    labels: dict[str, str] = Field(
+        default_factory=lambda: {
+            "karpenter.sh/capacity-type": "spot",
+            "eks.amazonaws.com/capacityType": "SPOT",
+            "cloud.google.com/gke-spot": "true",
+            "kubernetes.azure.com/scalesetpriority": "spot",
+        }
+    )
+    taints: list[str] = Field(
+        default_factory=lambda: ["cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"]
+    )
+
+
 class Settings(_Part):
     """The operator's configuration."""
 
@@ -41,6 +57,7 @@ class Settings(_Part):
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: list[str] = Field(default_factory=list)
     storage: Storage = Field(default_factory=Storage)
+    spot: Spot = Field(default_factory=Spot)
     gateway_url: str = ""
     gateway_selector: dict[str, str] = Field(default_factory=lambda: {"app.kubernetes.io/component": "gateway"})
     huggingface_endpoint: str | None = None

@@ -122,6 +122,12 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def seconds_left(since: str, allowed: float) -> float:
+    """How many of `allowed` seconds are left of those that began at `since`, a time as now() writes it."""
+    begin = datetime.strptime(since, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    return allowed - (datetime.now(UTC) - begin).total_seconds()
+
+
 def condition(kind: str, type_: str, status: Truth, reason: str, message: str) -> Condition:
     """A condition to hand to `merge`; KeyError for a reason that is not documented."""
     REASONS[kind][type_][reason]

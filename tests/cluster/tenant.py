@@ -127,7 +127,7 @@ class Tenant:
         key = layout.attempt_prefix(file.tenant, file.job.uid, pod) + layout.PROGRESS
         self.tenant_store().put(key, message.json_text().encode())
 
-    def publish_as_trainer(self, job: str, pod: str, rank: int = 8) -> str:
+    def publish_as_trainer(self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None) -> str:
         """Upload the files of the version and its manifest; its prefix in the bucket."""
         file = self.job_file(job)
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
@@ -139,7 +139,7 @@ class Tenant:
             manifest = Manifest(
                 adapter=file.output.adapter, version=file.output.version, method=file.method.name, base_model=base,
                 job=ManifestJob(name=job, namespace=self.name, uid=file.job.uid, attempt=pod), recipe=file.recipe,
-                hyperparameters={}, metrics=SCORES, rank=rank, target_modules=["q_proj"],
+                hyperparameters={}, metrics=SCORES, rank=rank, target_modules=["q_proj"], rejected=rejected or [],
                 files=describe_files(files), created_at="2026-01-01T00:00:00Z",
             )  # fmt: skip
             publish(self.tenant_store(), prefix, files, manifest)

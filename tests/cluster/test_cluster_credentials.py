@@ -110,7 +110,7 @@ def test_the_operator_has_no_more_rights_than_it_needs(tenant: Tenant) -> None:
         lambda: operator.get("Secret", tenant.name, "other"),
         lambda: operator.get("Secret", "default", "graft-storage"),
         lambda: operator.create(config_map),
-        lambda: operator.delete("FineTuneJob", tenant.name, "x"),
+        lambda: operator.delete("FineTuneJob", "default", "x"),
         lambda: operator.list("ServiceAccount"),
     ):
         with pytest.raises(Refused) as error:

@@ -24,11 +24,17 @@ def refused(plane: ControlPlane, manifest: Object) -> str:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": {"lora": {}, "qlora": {}}}, "give exactly one method: lora or qlora"),
-        ({"method": {}}, "give exactly one method: lora or qlora"),
+        ({"method": {"lora": {}, "qlora": {}}}, "give exactly one method: full, lora, qlora or promptTuning"),
+        ({"method": {}}, "give exactly one method: full, lora, qlora or promptTuning"),
         ({"method": {"lora": {"rank": 0}}}, "spec.method.lora.rank: Invalid value: 0"),
         ({"dataset": {"train": {"uri": "train.jsonl"}}}, "spec.dataset.train.uri"),
         ({"learningRate": 0.1}, 'unknown field "spec.learningRate"'),
+        ({"method": {"qlora": {}}, "training": {"sharding": "fsdp"}}, "fsdp does not go with qlora"),
+        ({"nodes": 2}, "nodes needs resources"),
+        ({"queue": "q", "suspend": True}, "a queued job is Kueue's to suspend"),
+        ({"evaluation": {"gates": [{"metric": "exactMatch"}]}}, "give at least one of min, max and minGain"),
+        ({"evaluation": {"suites": [{"name": "a"}]}}, "give uri (a JSONL file) or lmEval (a task), and not both"),
+        ({"evaluation": {"baselines": ["zeroShot", "zeroShot"]}}, "uplicate value"),
         (
             {"dataset": {"train": {"uri": "s3://graft/a/b"}, "eval": {"uri": "s3://graft/a/c"}, "evalSplit": 0.1}},
             "give eval (a source) or evalSplit (a share of train), not both",
@@ -51,8 +57,9 @@ def test_names_that_are_too_long_are_refused(tenant: Tenant, plane: ControlPlane
 
 def test_the_spec_of_a_job_never_changes(tenant: Tenant, plane: ControlPlane) -> None:
     tenant.job("fixed")
-    changed = refused(plane, tenant.job_manifest("fixed", method={"lora": {"rank": 4}}))
-    assert "immutable: delete it and create a new one" in changed
+    for change in ({"method": {"lora": {"rank": 4}}}, {"spot": True}, {"training": {"seed": 7}}, {"queue": "q"}):
+        text = refused(plane, tenant.job_manifest("fixed", **change))
+        assert "immutable but for suspend, ttlSecondsAfterFinished: delete the resource and create a new one" in text, change
 
 
 def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) -> None:

@@ -27,11 +27,14 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     base = BASES[manifest["spec"]["baseModel"]]
     if manifest["kind"] == "FineTuneJob":
         job = FineTuneJob.model_validate(manifest)
-        file = training.job_file(job, base, "1.0.0", "sha256:recipe", SETTINGS)
+        shape = training.Shape(resources=job.spec.resources, nodes=job.spec.nodes or 1)
+        file = training.job_file(job, base, "1.0.0", "sha256:recipe", SETTINGS, shape=shape)
+        peers = [training.peers_service(job)] if shape.nodes > 1 else []
         return [
             training.config_map(job, file),
             network.training_policy(job),
-            training.training_job(job, base, SETTINGS),
+            *peers,
+            training.training_job(job, base, SETTINGS, shape),
         ]
     deployment = AdapterDeployment.model_validate(manifest)
     wanted = Wanted(

@@ -230,11 +230,6 @@ class FineTuneJob(Resource):
     status: FineTuneJobStatus = Field(default_factory=lambda: FineTuneJobStatus(conditions=[]))
 
 
-def _fixed() -> list[str]:
-    names = [field.alias or name for name, field in FineTuneJobSpec.model_fields.items()]
-    return [name for name in names if name not in MUTABLE]
-
-
 CRD: dict[str, Any] = {
     "kind": "FineTuneJob",
     "plural": "finetunejobs",
@@ -256,11 +251,8 @@ CRD: dict[str, Any] = {
             "self.metadata.name.size() <= 50",
             "metadata.name must be at most 50 characters: the Job and its pods carry it in their names",
         ),
-        (
-            " && ".join(f"self.spec.?{name} == oldSelf.spec.?{name}" for name in _fixed()),
-            "the spec of a FineTuneJob is immutable but for suspend and ttlSecondsAfterFinished: delete it and create a new one",
-        ),
     ),
+    "mutable": MUTABLE,
     "spec_rules": rules(
         (
             "!(has(self.dataset.eval) && has(self.dataset.evalSplit))",

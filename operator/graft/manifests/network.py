@@ -34,11 +34,13 @@ def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifes
 
 
 def training_policy(job: FineTuneJob) -> Manifest:
-    """No way in; out to anything but the cloud's metadata address."""
+    """No way in but from the pods of the same run; out to anything but the cloud's metadata address."""
+    own = {"matchLabels": {OWNER_UID: job.metadata.uid}}
     return child("networking.k8s.io/v1", "NetworkPolicy", f"{job.metadata.name}-training", job, "network") | {
         "spec": {
-            "podSelector": {"matchLabels": {OWNER_UID: job.metadata.uid}},
+            "podSelector": own,
             "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [{"podSelector": own}]}],
             "egress": EGRESS,
         }
     }

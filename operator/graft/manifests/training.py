@@ -1,4 +1,7 @@
-"""FineTuneJob -> its ConfigMap with job.json and its Job."""
+"""FineTuneJob -> its ConfigMap with job.json, its Job, and for several pods the Service by which they meet."""
+
+from dataclasses import dataclass, field
+from typing import Literal
 
 from graft.api import FineTuneJob
 from graft.api.meta import Resources
@@ -7,16 +10,22 @@ from graft.artifacts.sources import split_pvc_uri
 from graft.contracts import (
     CONFIGMAP_DIR,
     FATAL_EXIT_CODES,
+    FREE_EXIT_CODES,
     JOB_FILE,
     PVC_DIR,
+    RENDEZVOUS_PORT,
     WORK_DIR,
     BaseModelRef,
+    Choice,
+    CurrentVersion,
     JobFile,
     JobIdentity,
     OutputRef,
 )
+from graft.contracts import Pods as PodsOfRun
 from graft.manifests.common import (
     CONTAINER_SECURITY,
+    OWNER_UID,
     STORAGE_MOUNTS,
     Manifest,
     child,
@@ -27,17 +36,58 @@ from graft.manifests.common import (
     pod_defaults,
     storage_volume,
 )
-from graft.settings import Settings
+from graft.settings import Settings, Spot
 
 METHOD_LABEL = "graft.dev/method"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+GRACE_SECONDS = 120  # for the last checkpoint; clouds give spot nodes 30 to 120 seconds
 PREPARE_RESOURCES = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The pods of a run, as placement or the spec says."""
+
+    resources: Resources | None = None
+    nodes: int = 1
+    node_selector: dict[str, str] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
+
+    @property
+    def gpus(self) -> int:
+        return self.resources.gpus() if self.resources is not None else 0
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one process trains."""
+        return self.nodes * max(1, self.gpus) > 1
 
 
 def job_file_name(job: FineTuneJob) -> str:
     return f"{job.metadata.name}-job"
 
 
-def job_file(job: FineTuneJob, base_model: BaseModelRef, version: str, recipe: str, settings: Settings) -> JobFile:
+def peers_name(job: FineTuneJob) -> str:
+    return f"{job.metadata.name}-peers"
+
+
+def first_host(job: FineTuneJob) -> str:
+    """DNS name of the pod with index 0: an Indexed Job gives its pods host names, the headless Service their domain."""
+    return f"{job.metadata.name}-0.{peers_name(job)}.{job.metadata.namespace}.svc"
+
+
+def job_file(
+    job: FineTuneJob,
+    base_model: BaseModelRef,
+    version: str,
+    recipe: str,
+    settings: Settings,
+    *,
+    shape: Shape,
+    task: Literal["causal", "seq2seq"] = "causal",
+    current: CurrentVersion | None = None,
+) -> JobFile:
     """What the training pod is told."""
     return JobFile(
         job=JobIdentity(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
@@ -49,6 +99,14 @@ def job_file(job: FineTuneJob, base_model: BaseModelRef, version: str, recipe: s
         evaluation=job.spec.evaluation,
         output=OutputRef(adapter=job.spec.output.adapter, version=version),
         recipe=recipe,
+        task=task,
+        pods=PodsOfRun(
+            nodes=shape.nodes,
+            processes_per_node=max(1, shape.gpus),
+            first_host=first_host(job) if shape.nodes > 1 else None,
+        ),
+        choice=shape.choice,
+        current=current,
         hf_endpoint=settings.huggingface_endpoint,
         trainer_image=settings.images.trainer,
     )
@@ -59,9 +117,33 @@ def config_map(job: FineTuneJob, file: JobFile) -> Manifest:
     return child("v1", "ConfigMap", job_file_name(job), job, "training") | {"data": {"job.json": file.json_text()}}
 
 
+def peers_service(job: FineTuneJob) -> Manifest:
+    """The headless Service by which the pods of a run find the first one, before any is Ready."""
+    return child("v1", "Service", peers_name(job), job, "training") | {
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {OWNER_UID: job.metadata.uid},
+            "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"}],
+        }
+    }
+
+
+def data_uris(job: FineTuneJob) -> list[tuple[str, str]]:
+    """(where in the spec, URI) of every file that the job reads besides its base model."""
+    dataset, suites = job.spec.dataset, job.spec.evaluation.suites or []
+    named = [("dataset.train", dataset.train.uri)]
+    if dataset.eval is not None:
+        named.append(("dataset.eval", dataset.eval.uri))
+    for suite in suites:
+        sources = [suite.uri] if suite.lm_eval is None else [suite.lm_eval.definition, suite.lm_eval.data]
+        named += [(f"evaluation.suites[{suite.name}]", uri) for uri in sources if uri is not None]
+    return named
+
+
 def _data_volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest], list[Manifest]]:
     """Volumes and mounts of the claims and ConfigMaps that the URIs name."""
-    uris = [base_model.uri] + [s.uri for s in (job.spec.dataset.train, job.spec.dataset.eval) if s is not None]
+    uris = [base_model.uri] + [uri for _, uri in data_uris(job)]
     claims = sorted({split_pvc_uri(uri)[0] for uri in uris if uri.startswith("pvc://")})
     maps = sorted(
         {uri.removeprefix("configMap://").partition("/")[0] for uri in uris if uri.startswith("configMap://")}
@@ -80,9 +162,21 @@ def _data_volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Mani
     return volumes, mounts
 
 
-def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings) -> Manifest:
-    """The batch/v1 Job: prepare as an init container without a GPU, then train."""
-    resources: Resources | None = job.spec.resources
+def _spot(spot: Spot) -> Manifest:
+    """Prefer nodes that may be taken away, whichever cloud's labels they carry, and tolerate their taints."""
+    preferred = [
+        {"weight": 100, "preference": {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]}}
+        for key, value in sorted(spot.labels.items())
+    ]
+    return {
+        "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}},
+        "tolerations": [{"key": taint, "operator": "Exists"} for taint in spot.taints],
+    }
+
+
+def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings, shape: Shape) -> Manifest:
+    """The batch/v1 Job: prepare as an init container without a GPU, then train; an Indexed Job for several pods."""
+    spec = job.spec
     data_volumes, data_mounts = _data_volumes(job, base_model)
     mounts: list[Manifest] = [
         {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
@@ -91,13 +185,25 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings)
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
         *data_mounts,
     ]
+    volumes: list[Manifest] = [
+        {"name": "job", "configMap": {"name": job_file_name(job)}},
+        storage_volume(),
+        huggingface_volume(),
+        {"name": "work", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        *data_volumes,
+    ]
+    if shape.several:
+        # Processes hand each other tensors through shared memory; a container's own is 64 MB.
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - an emptyDir
 
-    def container(name: str, stage: str, needs: Manifest) -> Manifest:
+    def container(name: str, needs: Manifest) -> Manifest:
         return {
             "name": name,
             "image": settings.images.trainer,
             "imagePullPolicy": settings.image_pull_policy,
-            "command": ["python", "-m", "graft_trainer", stage],
+            "command": ["python", "-m", "graft_trainer", name],
             "env": [
                 field_env("POD_NAME", "metadata.name"),
                 {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
@@ -109,40 +215,45 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings)
             "volumeMounts": mounts,
         }
 
-    pod_labels = labels(job, "training") | {METHOD_LABEL: job.spec.method.name}
-    deadline = job.spec.active_deadline_seconds
-    spec: Manifest = {
-        "backoffLimit": job.spec.retries,
-        "completions": 1,
-        "parallelism": 1,
+    pod = {
+        **pod_defaults(settings, spec),
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "initContainers": [container("prepare", PREPARE_RESOURCES)],
+        "containers": [container("train", container_resources(shape.resources))],
+        "volumes": volumes,
+    }
+    if shape.node_selector:
+        pod["nodeSelector"] = shape.node_selector | pod.get("nodeSelector", {})
+    if spec.spot:
+        spot = _spot(settings.spot)
+        pod["affinity"] = spot["affinity"]
+        pod["tolerations"] = pod.get("tolerations", []) + spot["tolerations"]
+    if shape.nodes > 1:
+        pod["subdomain"] = peers_name(job)
+
+    pod_labels = labels(job, "training") | {METHOD_LABEL: spec.method.name}
+    body: Manifest = {
+        "backoffLimit": spec.retries,
+        "completions": shape.nodes,
+        "parallelism": shape.nodes,
+        "completionMode": "Indexed" if shape.nodes > 1 else "NonIndexed",
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FATAL_EXIT_CODES}},
+                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": FREE_EXIT_CODES}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
-        "template": {
-            "metadata": {"labels": pod_labels},
-            "spec": {
-                **pod_defaults(settings, job.spec),
-                "restartPolicy": "Never",
-                "terminationGracePeriodSeconds": 60,
-                "initContainers": [container("prepare", "prepare", PREPARE_RESOURCES)],
-                "containers": [container("train", "train", container_resources(resources))],
-                "volumes": [
-                    {"name": "job", "configMap": {"name": job_file_name(job)}},
-                    storage_volume(),
-                    huggingface_volume(),
-                    {"name": "work", "emptyDir": {}},
-                    {"name": "tmp", "emptyDir": {}},
-                    *data_volumes,
-                ],
-            },
-        },
+        "template": {"metadata": {"labels": pod_labels}, "spec": pod},
     }
-    if deadline is not None:
-        spec["activeDeadlineSeconds"] = deadline
+    if spec.active_deadline_seconds is not None:
+        body["activeDeadlineSeconds"] = spec.active_deadline_seconds
     manifest = child("batch/v1", "Job", job.metadata.name, job, "training")
-    manifest["metadata"]["labels"] = pod_labels
-    return manifest | {"spec": spec}
+    manifest["metadata"]["labels"] = dict(pod_labels)
+    if spec.queue is not None:
+        # Kueue takes over suspend from here: it lifts it when it admits the job.
+        manifest["metadata"]["labels"][QUEUE_LABEL] = spec.queue
+        body["suspend"] = True
+    return manifest | {"spec": body}

@@ -22,7 +22,15 @@ class Trouble:
     message: str
 
 
-def base_model_ref(name: str, namespace: str, model: BaseModel | None) -> BaseModelRef | Trouble:
+@dataclass(frozen=True)
+class Base:
+    """A base model that may be used now: pinned, with its facts."""
+
+    ref: BaseModelRef
+    model: BaseModel
+
+
+def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | Trouble:
     """The base model, pinned to its commit or digest (PURE)."""
     if model is None:
         return Trouble("BaseModelMissing", f"BaseModel {name} does not exist; this goes on when it is there")
@@ -40,13 +48,13 @@ def base_model_ref(name: str, namespace: str, model: BaseModel | None) -> BaseMo
     uri = model.spec.source
     if model.status.revision:
         uri = f"{uri.partition('@')[0]}@{model.status.revision}"
-    return BaseModelRef(name=name, uri=uri, digest=model.status.digest)
+    return Base(BaseModelRef(name=name, uri=uri, digest=model.status.digest), model)
 
 
-async def gather_base_model(ctx: Context, name: str, namespace: str) -> BaseModelRef | Trouble:
+async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | Trouble:
     """Look the base model up."""
     raw = await ctx.kube.get("BaseModel", None, name)
-    return base_model_ref(name, namespace, BaseModel.model_validate(raw) if raw else None)
+    return base_model_of(name, namespace, BaseModel.model_validate(raw) if raw else None)
 
 
 async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:

@@ -94,6 +94,9 @@ def observe(
             "verified_at": now(),
         }
     )
+    if checked.rejected:
+        text = f"it missed {'; '.join(checked.rejected)}. It is kept for comparison and never served"
+        return status.model_copy(update={"stage": "Rejected"}), condition(KIND, "Ready", "False", "Rejected", text)
     text = f"{len(checked.files)} files, {checked.size_bytes} bytes, every SHA-256 verified"
     return status, condition(KIND, "Ready", "True", "Verified", text)
 

@@ -110,7 +110,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     world = World(
         spec=spec,
         trouble=trouble,
-        base_model=None if isinstance(base, Trouble) else base,
+        base_model=None if isinstance(base, Trouble) else base.ref,
         resolutions=serving.resolve(spec, adapters),
     )
     world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))

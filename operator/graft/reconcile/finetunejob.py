@@ -1,7 +1,8 @@
 """The life of a FineTuneJob.
 
-    wait for the base model and the key -> reserve a version (status.resolved) -> ConfigMap, NetworkPolicy, Job
-    -> follow pods and progress.json -> manifest.json in storage -> Adapter -> its verification -> Succeeded
+    wait for the base model and the key -> size it (status.sizing) -> reserve a version (status.resolved)
+    -> ConfigMap, NetworkPolicy, Job -> follow pods and progress.json; suspend, resume, halve the micro-batch
+    -> manifest.json in storage -> Adapter -> its verification -> Succeeded -> TTL
 
 Every step is found again from what exists: the version in status, the Job by the label of our UID, the manifest by its path and job
 UID. A job that ended (Succeeded is True or False) is never touched again.
@@ -10,21 +11,40 @@ UID. A job that ended (Succeeded is True or False) is never touched again.
 from pydantic import ValidationError
 
 from graft.api import Adapter, FineTuneJob
-from graft.api.finetunejob import Resolved
+from graft.api.finetunejob import Resolved, Sizing
+from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
-from graft.contracts import BaseModelRef, Progress
+from graft.contracts import BaseModelRef, CurrentVersion, JobFile, Progress
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapter as adapter_manifests
 from graft.manifests.common import OWNER_UID
 from graft.manifests.network import training_policy
-from graft.manifests.training import METHOD_LABEL, config_map, job_file, training_job
+from graft.manifests.training import (
+    METHOD_LABEL,
+    config_map,
+    data_uris,
+    job_file,
+    job_file_name,
+    peers_service,
+    training_job,
+)
 from graft.reconcile import pods, versions
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
-from graft.reconcile.jobstatus import KIND, World, condition_of, job_condition, observe, waiting
-from graft.status import condition, find
+from graft.reconcile.jobstatus import (
+    KIND,
+    World,
+    condition_of,
+    job_condition,
+    memory_failures,
+    observe,
+    suspended,
+    waiting,
+)
+from graft.reconcile.placing import place
+from graft.status import condition, find, seconds_left
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
@@ -39,16 +59,22 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return 0
     ended = find(job.status.conditions, "Succeeded")
     if ended is not None and ended.status != "Unknown":
-        return None
+        return await _expire(ctx, job, ended)
 
     world = await _gather(ctx, job)
     if not world.children and world.published is None:
+        if job.spec.suspend:
+            status, observed = suspended(job)
+            await ctx.write_status(raw, status, observed)
+            return None
         trouble = await _start(ctx, raw, job)
         if trouble is not None:
             status, observed = waiting(job, trouble)
             await ctx.write_status(raw, status, observed)
             return WAITING
         return 0
+    if world.children and not world.over:
+        await _steer(ctx, world)
     if world.published is not None and world.adapter is None:
         manifest, digest = world.published
         await ctx.kube.apply(adapter_manifests.adapter(job, manifest, digest, ctx.store.config.bucket))
@@ -69,7 +95,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     if not world.pods:
         world.refusal = await _refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
-        world.progress = await _read_progress(ctx, job, pods.name(world.pods[-1]))
+        world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]))
     resolved = job.status.resolved
     if job_condition(world, "Complete") and resolved is not None and resolved.version is not None:
         name = adapter_manifests.adapter_name(job.spec.output.adapter, resolved.version)
@@ -77,6 +103,35 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
         world.adapter = Adapter.model_validate(raw) if raw else None
         await _read_published(ctx, world, resolved.version)
     return world
+
+
+async def _steer(ctx: Context, world: World) -> None:
+    """Make the running Job what the spec and the attempts so far say: suspended or not, and with which micro-batch."""
+    job, child = world.job, world.children[0]
+    namespace = job.metadata.namespace
+    # With a queue the switch is Kueue's.
+    if job.spec.queue is None and bool(child["spec"].get("suspend")) != job.spec.suspend:
+        await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], {"spec": {"suspend": job.spec.suspend}})
+        child["spec"]["suspend"] = job.spec.suspend
+    halvings = memory_failures(world)
+    if not halvings:
+        return
+    stored = await ctx.kube.get("ConfigMap", namespace, job_file_name(job))
+    file = JobFile.model_validate_json(stored["data"]["job.json"]) if stored else None
+    if file is not None and file.halvings < halvings:
+        await ctx.kube.apply(config_map(job, file.model_copy(update={"halvings": halvings})))
+
+
+async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | None:
+    """Delete a job that ended ttlSecondsAfterFinished ago; the seconds until then."""
+    ttl = job.spec.ttl_seconds_after_finished
+    if ttl is None:
+        return None
+    left = seconds_left(ended.last_transition_time, ttl)
+    if left > 0:
+        return left
+    await ctx.kube.delete(KIND, job.metadata.namespace, job.metadata.name, job.metadata.uid)
+    return None
 
 
 async def _refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
@@ -118,26 +173,41 @@ async def _read_published(ctx: Context, world: World, version: str) -> None:
 async def _start(ctx: Context, raw: Manifest, job: FineTuneJob) -> Trouble | None:
     """Resolve what the spec leaves open and make the children; Trouble says what is waited for."""
     namespace = job.metadata.namespace
-    base_model = await gather_base_model(ctx, job.spec.base_model, namespace)
-    if isinstance(base_model, Trouble):
-        return base_model
+    base = await gather_base_model(ctx, job.spec.base_model, namespace)
+    if isinstance(base, Trouble):
+        return base
     if (outside := outside_namespace(job, ctx.store.config.bucket)) is not None:
         return outside
     trouble = await ensure_credentials(ctx, namespace)
     if trouble is not None:
         return trouble
+    placed = await place(ctx, job, base)
+    if isinstance(placed, Trouble):
+        return placed
+    shape, sizing = placed
     try:
         async with ctx.locks["version", namespace, job.spec.output.adapter]:
-            version = await _reserve_version(ctx, raw, job, base_model)
+            version = await _reserve_version(ctx, raw, job, base.ref, sizing)
     except StoreError as error:
         return Trouble("StorageUnavailable", f"the versions in storage cannot be listed: {error}")
     if isinstance(version, Trouble):
         return version
-    file = job_file(job, base_model, version, versions.recipe(job.spec), ctx.settings)
+    file = job_file(
+        job,
+        base.ref,
+        version,
+        versions.recipe(job.spec),
+        ctx.settings,
+        shape=shape,
+        task=base.model.spec.task,
+        current=await _current_version(ctx, job),
+    )
     try:
         await ctx.kube.apply(config_map(job, file))
         await ctx.kube.apply(training_policy(job))
-        await ctx.kube.create(training_job(job, base_model, ctx.settings))
+        if shape.nodes > 1:
+            await ctx.kube.apply(peers_service(job))
+        await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
         if job.metadata.labels.get(METHOD_LABEL) != job.spec.method.name:
             await ctx.kube.merge_patch(
                 KIND, namespace, job.metadata.name, {"metadata": {"labels": {METHOD_LABEL: job.spec.method.name}}}
@@ -151,7 +221,23 @@ async def _start(ctx: Context, raw: Manifest, job: FineTuneJob) -> Trouble | Non
     return None
 
 
-async def _reserve_version(ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef) -> str | Trouble:
+async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | None:
+    """The adapter's newest version that may be served, when a gate asks for it."""
+    if not any(gate.over == "current" for gate in job.spec.evaluation.gates or []):
+        return None
+    labelled = {adapter_manifests.ADAPTER_LABEL: job.spec.output.adapter}
+    found = [Adapter.model_validate(raw) for raw in await ctx.kube.list("Adapter", job.metadata.namespace, labelled)]
+    ready = [item for item in found if (ready := find(item.status.conditions, "Ready")) and ready.status == "True"]
+    if not ready:
+        return None
+    newest = max(ready, key=lambda item: versions.parse(item.spec.version) or (0, 0, 0))
+    artifact = newest.spec.artifact
+    return CurrentVersion(version=newest.spec.version, uri=artifact.uri, digest=artifact.digest)
+
+
+async def _reserve_version(
+    ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, sizing: Sizing | None
+) -> str | Trouble:
     """The version this job publishes, written to its status before anything else sees it."""
     resolved = job.status.resolved
     if resolved is not None and resolved.version is not None:
@@ -172,7 +258,7 @@ async def _reserve_version(ctx: Context, raw: Manifest, job: FineTuneJob, base_m
         base_model_uri=base_model.uri,
         base_model_digest=base_model.digest or base_model.uri,
     )
-    status = job.status.model_copy(update={"resolved": reserved, "stage": "Pending"})
+    status = job.status.model_copy(update={"resolved": reserved, "sizing": sizing, "stage": "Pending"})
     message = f"publishes {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
     observed = [
         condition(KIND, "Accepted", "True", "Resolved", message),
@@ -204,16 +290,16 @@ async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known
 
 
 def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
-    """A dataset in another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
+    """Data in another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
     prefix = layout.tenant_prefix(layout.tenant_of(job.metadata.namespace))
-    for role, source in (("train", job.spec.dataset.train), ("eval", job.spec.dataset.eval)):
-        if source is None or not source.uri.startswith(f"s3://{bucket}/"):
+    for where, uri in data_uris(job):
+        if not uri.startswith(f"s3://{bucket}/"):
             continue
-        _, key = layout.split_s3_uri(source.uri)
+        _, key = layout.split_s3_uri(uri)
         if not key.startswith(prefix):
             return Trouble(
                 "DatasetOutsideNamespace",
-                f"dataset.{role}: {source.uri} is outside of this namespace's part of the bucket; put it below s3://{bucket}/{prefix}",
+                f"{where}: {uri} is outside of this namespace's part of the bucket; put it below s3://{bucket}/{prefix}",
             )
     return None
 

@@ -1,10 +1,18 @@
 """What a FineTuneJob's status says, from what exists (PURE)."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from graft.api import Adapter, FineTuneJob
-from graft.api.finetunejob import AdapterReference, Attempt, FineTuneJobStatus, Resolved
+from graft.api.finetunejob import (
+    AdapterReference,
+    Attempt,
+    Checkpoint,
+    DatasetFacts,
+    FineTuneJobStatus,
+    Resolved,
+)
 from graft.api.finetunejob import Progress as ProgressStatus
 from graft.api.meta import Condition
 from graft.artifacts.manifest import Manifest as AdapterManifest
@@ -32,6 +40,32 @@ class World:
     refusal: str | None = None  # why the Job could not make its pod
     adapter: Adapter | None = None
 
+    @property
+    def main_pods(self) -> list[Manifest]:
+        """The pods that report: those with index 0 where several train together."""
+        return [pod for pod in self.pods if pods.index(pod) == 0] or self.pods
+
+    @property
+    def over(self) -> bool:
+        """Whether the Job has ended."""
+        return any(
+            job_condition(self, type_) for type_ in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet")
+        )
+
+
+def memory_failures(world: World) -> int:
+    """How often the run has found its memory too small, counted on the pod that met it most often (PURE)."""
+    counts = Counter(attempt.index or 0 for attempt in _attempts(world) if attempt.reason == Reason.MEMORY_EXCEEDED)
+    return max(counts.values(), default=0)
+
+
+def suspended(job: FineTuneJob) -> tuple[FineTuneJobStatus, list[Condition]]:
+    """The status of a job that is suspended before it started (PURE)."""
+    status = job.status.model_copy(update={"stage": "Suspended"})
+    text = "spec.suspend is true; set it to false to start"
+    accepted = find(job.status.conditions, "Accepted")
+    return status, ([accepted] if accepted else []) + [condition(KIND, "Succeeded", "Unknown", "Suspended", text)]
+
 
 def waiting(job: FineTuneJob, trouble: Trouble) -> tuple[FineTuneJobStatus, list[Condition]]:
     """The status of a job that cannot start yet (PURE)."""
@@ -50,7 +84,7 @@ def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
     observed = [condition(KIND, "Accepted", "True", "Resolved", message), _succeeded(world)]
     reason = observed[1].reason
     ended = observed[1].status != "Unknown"
-    stage = {"True": "Succeeded", "False": "Failed"}.get(
+    stage = {"True": "Succeeded", "False": "Rejected" if reason == "GateFailed" else "Failed"}.get(
         observed[1].status, "Pending" if reason in {"Retrying", "QuotaExceeded"} else reason
     )
     changes: dict[str, Any] = {"stage": stage, "attempts": _attempts(world)}
@@ -74,7 +108,7 @@ def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
             adapter=manifest.adapter,
             version=manifest.version,
         )
-        if observed[1].status != "True":
+        if observed[1].status != "True" and reason != "GateFailed":
             changes["adapter_ref"] = None
     return job.status.model_copy(update=changes), observed
 
@@ -91,6 +125,7 @@ def _progress_fields(progress: Progress, resolved: Resolved, ended: bool) -> dic
             update={
                 "training": progress.training or resolved.training,
                 "target_modules": progress.target_modules or resolved.target_modules,
+                "world_size": progress.world_size or resolved.world_size,
                 "trainable_parameters": progress.trainable_parameters or resolved.trainable_parameters,
                 "total_parameters": progress.total_parameters or resolved.total_parameters,
             }
@@ -98,6 +133,10 @@ def _progress_fields(progress: Progress, resolved: Resolved, ended: bool) -> dic
     }
     if progress.metrics:
         fields["metrics"] = progress.metrics
+    if progress.dataset is not None:
+        fields["dataset"] = DatasetFacts.model_validate(progress.dataset.model_dump())
+    if progress.checkpoints is not None:
+        fields["checkpoints"] = [Checkpoint.model_validate(item.model_dump()) for item in progress.checkpoints]
     return fields
 
 
@@ -117,13 +156,16 @@ def _succeeded(world: World) -> Condition:
         return _failure(world, failed)
     if job_condition(world, "Complete") is not None:
         return _completion(world)
+    held = _held(world)
+    if held is not None:
+        return held
     if not world.pods:
         refused = world.refusal
         text = f"the Job cannot make its pod, it is tried again: {refused}" if refused else "the Job has no pod yet"
         return condition(KIND, "Succeeded", "Unknown", "QuotaExceeded" if "exceeded quota" in text else "Pending", text)
-    newest = world.pods[-1]
+    newest = world.main_pods[-1]
     if pods.phase(newest) == "Failed":
-        end = pods.ending(newest)
+        end = _telling(world.pods)
         text = end.text if end is not None else "no reason given"
         return condition(KIND, "Succeeded", "Unknown", "Retrying", f"pod {pods.name(newest)} failed: {text}")
     stuck = pods.waiting_message(newest)
@@ -141,14 +183,37 @@ def _succeeded(world: World) -> Condition:
     return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
 
 
+def _held(world: World) -> Condition | None:
+    """Why the Job is not to run now: suspended by the user, or not admitted by Kueue yet."""
+    job = world.job
+    if not world.children or not world.children[0]["spec"].get("suspend"):
+        return None
+    if job.spec.queue is not None:
+        text = f"waits for Kueue to admit it from the queue {job.spec.queue}; see kubectl get workloads -n {job.metadata.namespace}"
+        return condition(KIND, "Succeeded", "Unknown", "Queued", text)
+    kept = job.status.checkpoints or []
+    where = f"the checkpoint of step {kept[-1].step}" if kept else "the beginning: there is no checkpoint yet"
+    text = f"spec.suspend is true; set to false it goes on from {where}"
+    return condition(KIND, "Succeeded", "Unknown", "Suspended", text)
+
+
+def _telling(found: list[Manifest]) -> pods.Ending | None:
+    """The newest ending that says what went wrong: a pod that ended because another did only follows it."""
+    endings = [end for pod in reversed(found) if (end := pods.ending(pod)) is not None]
+    first = [end for end in endings if end.reason != Reason.PEER_LOST]
+    return next(iter(first or endings), None)
+
+
 def _failure(world: World, failed: dict[str, Any]) -> Condition:
     if failed.get("reason") == "DeadlineExceeded":
         deadline = world.job.spec.active_deadline_seconds
         text = f"the job ran for longer than activeDeadlineSeconds ({deadline}); raise it, or make the run shorter"
         return condition(KIND, "Succeeded", "False", "DeadlineExceeded", text)
-    endings = [end for pod in reversed(world.pods) if (end := pods.ending(pod)) is not None]
-    if endings:
-        return condition(KIND, "Succeeded", "False", endings[0].reason, endings[0].text)
+    end = _telling(world.pods)
+    if end is not None:
+        # No attempt follows any more that could halve the micro-batch.
+        reason = Reason.OUT_OF_MEMORY if end.reason == Reason.MEMORY_EXCEEDED else end.reason
+        return condition(KIND, "Succeeded", "False", reason, end.text)
     if world.progress is not None and world.progress.failure is not None:
         failure = world.progress.failure
         return condition(KIND, "Succeeded", "False", failure.reason, f"{failure.message} {failure.remedy}")
@@ -164,6 +229,8 @@ def _completion(world: World) -> Condition:
     if world.adapter is not None and world.adapter.spec.artifact.digest != digest:
         text = f"Adapter {world.adapter.metadata.name} is of another artifact, {world.adapter.spec.artifact.digest}"
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", text)
+    if ready is not None and ready.reason == "Rejected":
+        return condition(KIND, "Succeeded", "False", "GateFailed", ready.message)
     if ready is None or ready.reason in {"Verifying", "StorageUnavailable"}:
         return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
     if ready.status != "True":
@@ -180,20 +247,41 @@ def _completion(world: World) -> Condition:
 
 def _attempts(world: World) -> list[Attempt]:
     attempts = {item.pod: item for item in world.job.status.attempts or []}
+    several = any(pods.index(pod) for pod in world.pods)
     for pod in world.pods:
-        end = pods.ending(pod)
-        done = pods.phase(pod) == "Succeeded"
+        name, end, done = pods.name(pod), pods.ending(pod), pods.phase(pod) == "Succeeded"
         finished = [
             state["finishedAt"]
             for item in pods.statuses(pod)
             if (state := item.get("state", {}).get("terminated")) and state.get("finishedAt")
         ]
         over = done or pods.phase(pod) == "Failed"
-        attempts[pods.name(pod)] = Attempt(
-            pod=pods.name(pod),
-            started_at=pod.get("status", {}).get("startTime"),
-            ended_at=max(finished) if over and finished else None,
-            reason="Completed" if done else end.reason if over and end is not None else None,
-            message=end.message[:500] if over and end is not None else None,
+        reason = "Completed" if done else end.reason if over and end is not None else None
+        if over and not done and pods.disrupted(pod):
+            reason = "Preempted"
+        attempts[name] = attempts.get(name, Attempt(pod=name)).model_copy(
+            update={
+                "index": pods.index(pod) if several else None,
+                "started_at": pod.get("status", {}).get("startTime"),
+                "ended_at": max(finished) if over and finished else None,
+                "reason": reason,
+                "message": end.message[:500] if over and end is not None else None,
+            }
         )
-    return sorted(attempts.values(), key=lambda item: item.started_at or "~")
+    there = {pods.name(pod) for pod in world.pods}
+    for name, attempt in attempts.items():
+        if (
+            name not in there and attempt.reason is None
+        ):  # a suspension removes pods, and so does the loss of their node
+            attempts[name] = attempt.model_copy(update={"reason": Reason.INTERRUPTED, "message": "the pod was removed"})
+    progress = world.progress
+    if progress is not None and progress.attempt in attempts:
+        known = progress.training or {}
+        attempts[progress.attempt] = attempts[progress.attempt].model_copy(
+            update={
+                "resumed_from": progress.resumed_from,
+                "micro_batch": known.get("perDeviceTrainBatchSize"),
+                "accumulation": known.get("gradientAccumulationSteps"),
+            }
+        )
+    return sorted(attempts.values(), key=lambda item: (item.started_at or "~", item.index or 0))

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from graft.contracts import EXIT_CODES, Reason, Termination
+from graft.manifests.training import INDEX_LABEL
 
 Pod = dict[str, Any]
 STUCK = {
@@ -84,6 +85,17 @@ def waiting_message(pod: Pod) -> str | None:
     return None
 
 
+def index(pod: Pod) -> int:
+    """Which of a run's pods this is; 0 where there is one."""
+    return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, 0))
+
+
+def disrupted(pod: Pod) -> bool:
+    """Whether the cluster took the pod away: a node that went, an eviction, a preemption."""
+    found = pod.get("status", {}).get("conditions", [])
+    return any(item["type"] == "DisruptionTarget" and item["status"] == "True" for item in found)
+
+
 def ending(pod: Pod) -> Ending | None:
     """Why a failed pod ended: the training container's own words where it left any."""
     status = pod.get("status", {})
@@ -94,9 +106,10 @@ def ending(pod: Pod) -> Ending | None:
     if phase(pod) != "Failed":
         return None
     reason = str(status.get("reason", "Failed"))
-    disrupted = any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in status.get("conditions", []))
     message = status.get("message") or f"pod {name(pod)} failed: {reason}"
-    return Ending(Reason.INTERRUPTED if disrupted or reason == "Evicted" else Reason.INTERNAL_ERROR, message, "", None)
+    return Ending(
+        Reason.INTERRUPTED if disrupted(pod) or reason == "Evicted" else Reason.INTERNAL_ERROR, message, "", None
+    )
 
 
 def _ending(terminated: dict[str, Any], container: str) -> Ending | None:
@@ -111,7 +124,7 @@ def _ending(terminated: dict[str, Any], container: str) -> Ending | None:
         pass
     if terminated.get("reason") == "OOMKilled":
         return Ending(
-            Reason.OUT_OF_MEMORY,
+            Reason.MEMORY_EXCEEDED if container == "train" else Reason.OUT_OF_MEMORY,
             f"container {container} was killed: it used more memory than its limit.",
             "Raise resources.limits.memory, or lower training.perDeviceTrainBatchSize or training.maxLength.",
             at,

@@ -87,7 +87,16 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
         return Resolution(
             ref, None, "AdapterIncompatible", f"{ref} was tuned on {other}, not on {deployment.spec.base_model}"
         )
-    best = max(fitting, key=lambda item: parse(item.spec.version) or (0, 0, 0))
+    low_rank = [item for item in fitting if item.spec.method in {"lora", "qlora"}]
+    if not low_rank:
+        method = fitting[-1].spec.method
+        return Resolution(
+            ref,
+            None,
+            "AdapterIncompatible",
+            f"{ref} was tuned by {method}: only lora and qlora share a base model's pods",
+        )
+    best = max(low_rank, key=lambda item: parse(item.spec.version) or (0, 0, 0))
     limit = deployment.spec.limits.max_lora_rank
     if best.status.rank is not None and best.status.rank > limit:
         return Resolution(

@@ -40,7 +40,8 @@ def build() -> None:
     )
     ml = given | {"ML_IMAGE": TAGS["ml"]}
     images.build(
-        TAGS["trainer"], "trainer-image/Dockerfile", ("requirements/ml.txt", *code, "trainer-image/graft_trainer"),
+        TAGS["trainer"], "trainer-image/Dockerfile",
+        ("requirements/trainer.txt", "requirements/uv.txt", *code, "trainer-image/graft_trainer"),
         base=TAGS["ml"], target="trainer", arguments=given,
     )  # fmt: skip
     images.build(

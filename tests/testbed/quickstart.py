@@ -1,5 +1,6 @@
 """The quickstart's path, step by step: install, upload, apply, follow, ask. The demo shows it, the e2e suite asserts on it."""
 
+import base64
 import contextlib
 import json
 import re
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from graft.artifacts.store import S3Store, StorageConfig, StoreError
 
 from testbed.binaries import binary
 from testbed.shell import CACHE, REPOSITORY, Failed, output, run, say, wait_for
@@ -90,36 +93,42 @@ def explain(access: Access, namespace: str) -> str:
     return "\n".join(parts)
 
 
-def upload(access: Access) -> None:
-    """The base model and the dataset, into the bucket, as `aws s3 cp` would."""
-    import boto3
-    from botocore.config import Config
-
+@contextlib.contextmanager
+def opened_store(access: Access) -> Iterator[S3Store]:
+    """The cluster's object store, with the root's key, through a forwarded port."""
     secret = access.get("secret", "graft-store-root", SYSTEM)["data"]
-    import base64
-
     key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))
     with access.forward("graft-store", 7070) as endpoint:
-        client = boto3.client(
-            "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=key, aws_secret_access_key=value,
-            config=Config(s3={"addressing_style": "path"}, retries={"mode": "standard", "max_attempts": 10}),
-        )  # fmt: skip
+        yield S3Store(
+            StorageConfig(
+                endpoint=endpoint,
+                region="us-east-1",
+                bucket="graft",
+                prefix="",
+                access_key_id=key,
+                secret_access_key=value,
+            ),
+            attempts=10,
+        )
 
-        def bucket_there() -> bool:
-            try:
-                client.head_bucket(Bucket="graft")
-            except Exception:
-                return False
-            return True
 
-        wait_for(bucket_there, 60, "the operator made the bucket", lambda: explain(access, SYSTEM))
-        files = [(path, f"models/tiny-llama/{path.name}") for path in sorted(MODEL.iterdir()) if path.is_file()]
-        files += [
-            (path, f"shop/datasets/support/{path.name}") for path in sorted((QUICKSTART / "data").glob("*.jsonl"))
-        ]
+def upload(access: Access) -> None:
+    """The base model and the dataset, into the bucket, as `aws s3 cp` would."""
+    files = [(path, f"models/tiny-llama/{path.name}") for path in sorted(MODEL.iterdir()) if path.is_file()]
+    files += [(path, f"shop/datasets/support/{path.name}") for path in sorted((QUICKSTART / "data").glob("*.jsonl"))]
+    with opened_store(access) as store:
+        wait_for(lambda: _bucket_there(store), 60, "the operator made the bucket", lambda: explain(access, SYSTEM))
         for path, name in files:
-            client.upload_file(str(path), "graft", name)
-        say(f"    {len(files)} files uploaded to s3://graft")
+            store.upload(name, path)
+    say(f"    {len(files)} files uploaded to s3://graft")
+
+
+def _bucket_there(store: S3Store) -> bool:
+    try:
+        store.folders("models/")
+    except StoreError:
+        return False
+    return True
 
 
 def apply(access: Access) -> None:

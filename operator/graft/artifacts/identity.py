@@ -74,12 +74,11 @@ class VersityIdentity:
 
     def _set_policy(self, change: Any) -> None:
         policy = self._policy()
-        before = _tenants(policy)
-        after = change(before)
-        if after == before and policy:
+        there = policy.get("Statement", [])
+        kept = [item for item in there if not str(item.get("Sid", "")).startswith(MARK)]
+        statements = kept + bucket_statements(self._store.config.bucket, sorted(change(_tenants(policy))))
+        if statements == there:
             return
-        kept = [item for item in policy.get("Statement", []) if not str(item.get("Sid", "")).startswith(MARK)]
-        statements = kept + bucket_statements(self._store.config.bucket, sorted(after))
         client, bucket = self._store.client, self._store.config.bucket
         try:
             if statements:
@@ -118,7 +117,7 @@ class VersityIdentity:
 
 
 def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
-    """What each tenant's user may do (PURE): its own prefix, without deleting; the base models, reading."""
+    """What each tenant's user may do (PURE): its own prefix, deleting only what its runs leave; the base models, reading."""
     statements: list[dict[str, Any]] = []
     for tenant in tenants:
         principal, prefix = {"AWS": [USER_PREFIX + tenant]}, tenant_prefix(tenant)
@@ -129,6 +128,13 @@ def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
                 "Principal": principal,
                 "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"],
                 "Resource": [f"arn:aws:s3:::{bucket}/{prefix}*"],
+            },
+            {
+                "Sid": f"{MARK}Runs{tenant}",  # old checkpoints
+                "Effect": "Allow",
+                "Principal": principal,
+                "Action": ["s3:DeleteObject"],
+                "Resource": [f"arn:aws:s3:::{bucket}/{prefix}runs/*"],
             },
             {
                 "Sid": f"{MARK}List{tenant}",

@@ -59,7 +59,9 @@ def test_the_spec_of_a_job_never_changes(tenant: Tenant, plane: ControlPlane) ->
     tenant.job("fixed")
     for change in ({"method": {"lora": {"rank": 4}}}, {"spot": True}, {"training": {"seed": 7}}, {"queue": "q"}):
         text = refused(plane, tenant.job_manifest("fixed", **change))
-        assert "immutable but for suspend, ttlSecondsAfterFinished: delete the resource and create a new one" in text, change
+        assert "immutable but for suspend, ttlSecondsAfterFinished: delete the resource and create a new one" in text, (
+            change
+        )
 
 
 def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) -> None:

@@ -10,6 +10,8 @@ from testbed.shell import tail, wait_for
 
 STAGES = Path(__file__).parent / "manifests" / "kwok-stages.yaml"
 CAPACITY = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "nvidia.com/gpu": "8", "pods": "500"}
+# The GPUs of the nodes in turn, as GPU feature discovery labels them: product and MiB of one.
+GPUS = (("NVIDIA-L4", 23034), ("NVIDIA-A100-SXM4-80GB", 81920))
 
 
 def add_nodes(plane: ControlPlane, count: int = 2) -> None:
@@ -25,7 +27,7 @@ def add_nodes(plane: ControlPlane, count: int = 2) -> None:
         ],
     )
     manifest = plane.state / "nodes.json"
-    nodes = [_node(f"node-{number}") for number in range(count)]
+    nodes = [_node(f"node-{number}", *GPUS[number % len(GPUS)]) for number in range(count)]
     manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": nodes}))
     plane.kubectl("apply", "-f", str(manifest))
 
@@ -37,14 +39,21 @@ def add_nodes(plane: ControlPlane, count: int = 2) -> None:
     wait_for(ready, 60, "the simulated nodes are Ready", lambda: tail(plane.processes.logs / "kwok.log"))
 
 
-def _node(name: str) -> dict[str, Any]:
+def _node(name: str, product: str, memory: int) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": {
             "name": name,
             "annotations": {"kwok.x-k8s.io/node": "fake"},
-            "labels": {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"},
+            "labels": {
+                "kubernetes.io/hostname": name,
+                "kubernetes.io/os": "linux",
+                "kubernetes.io/arch": "amd64",
+                "nvidia.com/gpu.product": product,
+                "nvidia.com/gpu.memory": str(memory),
+                "nvidia.com/gpu.count": CAPACITY["nvidia.com/gpu"],
+            },
         },
         "status": {"allocatable": CAPACITY, "capacity": CAPACITY},
     }

@@ -11,9 +11,23 @@ class ModelFacts(Schema):
     """What is known about the model; found from its config.json where it is not given."""
 
     parameters: int | None = Field(default=None, ge=1, description="Number of parameters.")
-    layers: int | None = Field(default=None, ge=1, description="Number of transformer blocks.")
+    task: Literal["causal", "seq2seq"] | None = Field(
+        default=None, description="The kind of language model that its config describes; spec.task has to agree."
+    )
+    layers: int | None = Field(default=None, ge=1, description="Number of transformer blocks, of a seq2seq decoder's.")
+    encoder_layers: int | None = Field(default=None, ge=1, description="Blocks of the encoder; seq2seq models only.")
     hidden_size: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
+    intermediate_size: int | None = Field(default=None, ge=1, description="Width inside of the MLP, of one expert's.")
+    gated_mlp: bool | None = Field(default=None, description="Whether the MLP has a gate: three matrices, not two.")
+    heads: int | None = Field(default=None, ge=1, description="Attention heads.")
+    kv_heads: int | None = Field(default=None, ge=1, description="Heads of keys and values; fewer share them.")
+    head_dim: int | None = Field(default=None, ge=1, description="Width of one head.")
+    experts: int | None = Field(default=None, ge=1, description="Experts of each block; mixtures of experts only.")
+    experts_per_token: int | None = Field(default=None, ge=1, description="Experts that each token goes through.")
     vocab_size: int | None = Field(default=None, ge=1, description="Number of tokens in the vocabulary.")
+    tied_embeddings: bool | None = Field(
+        default=None, description="Whether the head shares its weights with the token embeddings."
+    )
     architecture: str | None = Field(default=None, description="The transformers class, for example LlamaForCausalLM.")
     dtype: str | None = Field(default=None, description="The weights' type, for example bfloat16.")
     context_length: int | None = Field(default=None, ge=1, description="Longest sequence, in tokens.")

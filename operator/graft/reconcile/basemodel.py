@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from graft.api import BaseModel
 from graft.api.basemodel import BaseModelStatus, ModelFacts
 from graft.api.meta import Condition
 from graft.artifacts import sources
 from graft.contracts import HF_TOKEN_FILE
+from graft.placement.facts import facts_of
 from graft.reconcile.context import WAITING, Context
 from graft.status import condition, find
 
@@ -46,44 +46,6 @@ def _token() -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def facts_of(config: dict[str, Any], license_: str | None) -> ModelFacts:
-    """The facts that a transformers config.json tells (PURE). Parameters are counted for Llama-like decoders only."""
-
-    def number(*names: str) -> int | None:
-        return next((int(config[key]) for key in names if isinstance(config.get(key), int) and config[key] > 0), None)
-
-    hidden, layers = number("hidden_size", "n_embd", "d_model"), number("num_hidden_layers", "n_layer", "num_layers")
-    architectures = config.get("architectures") or []
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    return ModelFacts(
-        parameters=_llama_parameters(config),
-        layers=layers,
-        hidden_size=hidden,
-        vocab_size=number("vocab_size"),
-        architecture=str(architectures[0]) if architectures else None,
-        dtype=str(dtype) if dtype else None,
-        context_length=number("max_position_embeddings", "n_positions", "max_seq_len"),
-        license=license_,
-    )
-
-
-def _llama_parameters(config: dict[str, Any]) -> int | None:
-    """Weights of a decoder with gated MLP and grouped-query attention: embeddings, per layer q k v o, gate up down, two norms."""
-    try:
-        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-        inner, vocab = int(config["intermediate_size"]), int(config["vocab_size"])
-        heads = int(config["num_attention_heads"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    if config.get("model_type") not in {"llama", "mistral", "qwen2", "qwen3"}:
-        return None
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head = int(config.get("head_dim") or hidden // heads)
-    attention = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
-    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return embeddings + layers * (attention + 3 * hidden * inner + 2 * hidden) + hidden
-
-
 def observe(
     model: BaseModel, found: sources.Description | sources.SourceError | None
 ) -> tuple[BaseModelStatus, list[Condition]]:
@@ -107,7 +69,14 @@ def observe(
         return before.model_copy(update={"stage": "Unavailable"}), [
             condition(KIND, "Ready", "False", reason, str(found))
         ]
-    facts = ModelFacts.model_validate(facts_of(found.config, found.license).wire() | given)
+    facts = ModelFacts.model_validate(facts_of(found.config, found.license, found.size_bytes).wire() | given)
+    if facts.task is not None and facts.task != model.spec.task:
+        text = (
+            f"spec.task is {model.spec.task}, but config.json describes a {facts.task} model"
+            f"{f' ({facts.architecture})' if facts.architecture else ''}: set spec.task: {facts.task}"
+        )
+        status = before.model_copy(update={"stage": "Unavailable", "facts": facts})
+        return status, [condition(KIND, "Ready", "False", "SourceInvalid", text)]
     status = before.model_copy(
         update={
             "stage": "Ready",

@@ -1,0 +1,185 @@
+"""Which GPUs a training gets (PURE): the fewest, and of those the smallest, on which the estimate fits.
+
+One GPU before several, one node before several, then the least memory per GPU. On the GPU that is chosen the micro-batch
+grows, by powers of two, up to an effective batch of 16; gradient checkpointing only where it buys a micro-batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from graft.api.recipe import Lora, Method, QLora, Training
+from graft.placement.blocks import Geometry
+from graft.placement.estimate import GIB, Setup, loaded_bytes, trained_parameters, training_memory
+from graft.placement.offers import GpuKind, NodeOffer
+
+EFFECTIVE_BATCH = 16  # the trainer's, where the spec leaves it open
+ENOUGH = 4  # a micro-batch of so many keeps a GPU busy; larger ones do not pay for computing activations twice
+DEFAULT_MAX_LENGTH = 2048  # the trainer's, too
+PROCESS = 6 * GIB  # host memory of a process on a GPU: python, torch, the CUDA libraries and the tokenised data
+CPUS_PER_GPU = 4
+# GPUs on the market, to say what would fit: GB by name -> GiB that they show.
+MARKET = {16: 15.0, 24: 22.4, 40: 39.5, 48: 44.9, 80: 79.6, 141: 140.0, 180: 178.0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of a job decides its memory."""
+
+    shape: Geometry
+    method: Method
+    training: Training
+    length: int  # tokens of the longest sequence
+
+    def setup(
+        self, kind: GpuKind | None, gpus: int, nodes: int, sharding: Literal["ddp", "fsdp"] | None
+    ) -> Setup | None:
+        """On this hardware; None when it cannot compute in the precision that the spec asks for."""
+        wanted = self.training.precision
+        if wanted == "auto":
+            wanted = "fp32" if kind is None else "bf16" if kind.bf16 else "fp16"
+        if (kind is None and wanted == "fp16") or (kind is not None and wanted == "bf16" and not kind.bf16):
+            return None
+        return Setup(
+            method=self.method,
+            precision=wanted,
+            length=self.length,
+            optim=self.training.optim,
+            device="cpu" if kind is None else "cuda",
+            world=max(1, gpus) * nodes,
+            sharding=sharding,
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hardware on which the job fits, and how it is to run there."""
+
+    kind: GpuKind
+    gpus: int  # of each pod
+    nodes: int
+    setup: Setup
+    items: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+
+def longest_sequence(
+    training: Training, context: int | None, method: Method, known: int | None, *, causal: bool
+) -> int:
+    """Tokens of the longest sequence: the spec's or the trainer's default, no longer than the data, with the virtual
+    tokens of promptTuning."""
+    virtual = method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0
+    room = max(8, context - (virtual if causal else 0)) if context is not None else DEFAULT_MAX_LENGTH
+    length = training.max_length or min(room, DEFAULT_MAX_LENGTH)
+    if known is not None and not training.packing:
+        length = min(length, max(1, known))
+    return length + virtual
+
+
+def best(recipe: Recipe, available: Sequence[NodeOffer]) -> Fit | None:
+    """The smallest hardware on which the job fits."""
+    for kind, gpus, nodes in _candidates(recipe, available):
+        setup = recipe.setup(kind, gpus, nodes, "fsdp" if gpus * nodes > 1 else None)
+        fitting = fit(recipe, setup, kind.usable) if setup is not None else None
+        if fitting is None:
+            continue
+        needed = host_memory(recipe, fitting, gpus)
+        if sum(offer.kind == kind and offer.gpus >= gpus and offer.memory >= needed for offer in available) >= nodes:
+            return Fit(kind, gpus, nodes, fitting, training_memory(recipe.shape, fitting))
+    return None
+
+
+def fit(recipe: Recipe, setup: Setup, memory: int) -> Setup | None:
+    """The setup with the micro-batch and the checkpointing that are best within `memory` bytes; None when none fits."""
+    given = recipe.training.gradient_checkpointing
+    plain = _largest(recipe, replace(setup, checkpointing=False), memory) if given is not True else None
+    if given is False or (plain is not None and plain.micro_batch >= min(ENOUGH, most(recipe, setup))):
+        return plain
+    saving = _largest(recipe, replace(setup, checkpointing=True), memory)
+    if plain is not None and (saving is None or saving.micro_batch <= plain.micro_batch):
+        return plain
+    return saving
+
+
+def most(recipe: Recipe, setup: Setup) -> int:
+    """The largest micro-batch that makes sense."""
+    if recipe.training.per_device_train_batch_size is not None:
+        return recipe.training.per_device_train_batch_size
+    return max(1, EFFECTIVE_BATCH // ((recipe.training.gradient_accumulation_steps or 1) * setup.world))
+
+
+def smallest(recipe: Recipe, setup: Setup) -> Setup:
+    """The same run with the least memory: one example at a time, activations computed again, unless the spec says no."""
+    return replace(
+        setup,
+        micro_batch=recipe.training.per_device_train_batch_size or 1,
+        checkpointing=recipe.training.gradient_checkpointing is not False,
+    )
+
+
+def _largest(recipe: Recipe, setup: Setup, memory: int) -> Setup | None:
+    fixed = recipe.training.per_device_train_batch_size
+    size = fixed if fixed is not None else 2 ** (most(recipe, setup).bit_length() - 1)
+    while size >= (fixed or 1):
+        tried = replace(setup, micro_batch=size)
+        if sum(training_memory(recipe.shape, tried).values()) <= memory:
+            return tried
+        size //= 2
+    return None
+
+
+def sharded(recipe: Recipe) -> bool:
+    """Whether more GPUs lessen the memory of each: 4-bit weights are not spread, nor is anything with ddp."""
+    return recipe.method.qlora is None and recipe.training.sharding != "ddp"
+
+
+def _candidates(recipe: Recipe, available: Sequence[NodeOffer]) -> Iterator[tuple[GpuKind, int, int]]:
+    """(kind, GPUs of a node, nodes), the smallest first."""
+    found: set[tuple[GpuKind, int, int]] = set()
+    for kind in {offer.kind for offer in available if offer.kind is not None}:
+        per_node = [offer.gpus for offer in available if offer.kind == kind]
+        found.add((kind, 1, 1))
+        if not sharded(recipe) or kind.shared:
+            continue
+        widest = max(per_node)
+        found |= {(kind, gpus, 1) for gpus in _doublings(widest)}
+        found |= {(kind, widest, nodes) for nodes in _doublings(per_node.count(widest))}
+    yield from sorted(found, key=lambda item: (item[1] * item[2], item[2], item[0].memory, item[0].product))
+
+
+def _doublings(limit: int) -> set[int]:
+    """2, 4, 8 … up to the limit, and the limit."""
+    return {count for count in (2**power for power in range(1, limit.bit_length())) if count <= limit} | {max(1, limit)}
+
+
+def host_memory(recipe: Recipe, setup: Setup, gpus: int) -> int:
+    """Bytes that a pod with GPUs needs beside them: the weights once, as they are read or gathered, and a checkpoint (trained
+    weights and the optimizer's state) on its way to storage. Whole GiB."""
+    checkpoint = 12 * trained_parameters(recipe.shape, setup) // max(1, setup.shards) * max(1, gpus)
+    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup) + checkpoint
+    return -(-needed // GIB) * GIB
+
+
+def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:
+    """What would fit, in words: a lighter method on this cluster, and the recipe on other GPUs."""
+    ways = []
+    for method in (Method(lora=Lora()), Method(qlora=QLora())):
+        order = ("full", "lora", "qlora")
+        if recipe.method.name not in order or order.index(method.name) <= order.index(recipe.method.name):
+            continue
+        other = best(replace(recipe, method=method), available)
+        if other is not None:
+            count = other.gpus * other.nodes
+            ways.append(f"method {method.name} would fit on {count} x {other.kind.product} of this cluster")
+            break
+    for gpus in (1, 2, 4, 8, 16, 32) if sharded(recipe) else (1,):
+        for gigabytes, shown in MARKET.items():
+            memory = int(shown * GIB)
+            kind = GpuKind("GPU", memory, bf16=True)
+            setup = recipe.setup(kind, gpus, 1, "fsdp" if gpus > 1 else None)
+            if setup is not None and fit(recipe, setup, kind.usable) is not None:
+                return [*ways, f"it would fit on {gpus} GPU{'s' if gpus > 1 else ''} of {gigabytes} GB"]
+    return ways

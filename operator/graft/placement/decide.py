@@ -1,0 +1,193 @@
+"""A job's placement (PURE): its pods' resources and node selector, what the trainer is told, and the estimate for status."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from graft.api.basemodel import ModelFacts
+from graft.api.finetunejob import Sizing
+from graft.api.meta import Placement, Resources
+from graft.api.recipe import Method, Training
+from graft.contracts import Choice
+from graft.placement.blocks import FactsMissing, geometry
+from graft.placement.choose import (
+    CPUS_PER_GPU,
+    Fit,
+    Recipe,
+    best,
+    fit,
+    host_memory,
+    longest_sequence,
+    smallest,
+)
+from graft.placement.estimate import GIB, Setup, training_memory
+from graft.placement.explain import gib, too_small, warning
+from graft.placement.explain import sizing as sizing_of
+from graft.placement.offers import GPU, GpuKind, Node, NodeOffer, offers, quantity
+
+LARGEST_ON_CPU = 1_000_000_000  # parameters; above it a CPU takes days where a GPU takes an hour
+CPU_TOKENS = 8192  # of a micro-batch on a CPU, the trainer's
+MOST_CPUS = 8  # the matrices of models that fit a CPU keep no more cores busy
+STEP = 256 * 2**20  # memory requests are whole steps
+
+
+class DoesNotFit(Exception):
+    """The estimate fits on nothing that the cluster has; the message says what is needed, what there is and what would do."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where and how a job runs."""
+
+    sizing: Sizing
+    resources: Resources | None  # of each pod; None: the API's default
+    nodes: int = 1
+    node_selector: dict[str, str] = field(default_factory=dict)  # beside the spec's
+    choice: Choice = field(default_factory=Choice)
+
+
+def training(
+    facts: ModelFacts | None,
+    method: Method,
+    training: Training,
+    *,
+    task: Literal["causal", "seq2seq"],
+    nodes: Iterable[Node],
+    placement: Placement,
+    spot_taints: Sequence[str] = (),
+    explicit: Resources | None = None,
+    nodes_wanted: int | None = None,
+    dataset_max_length: int | None = None,
+) -> Decision:
+    """Place a training.
+
+    nodes: Node objects of the Kubernetes API. spot_taints: taint keys that the job tolerates because it may run on spot
+    nodes. explicit, nodes_wanted: the spec's resources and pods, which are taken as they are. dataset_max_length: tokens of
+    the longest example, where it is known. DoesNotFit when nothing in the cluster does.
+    """
+    try:
+        shape = geometry(facts or ModelFacts())
+    except FactsMissing as missing:
+        return _blind(missing.names, explicit, nodes_wanted or 1)
+    context = facts.context_length if facts is not None else None
+    length = longest_sequence(training, context, method, dataset_max_length, causal=task == "causal")
+    recipe = Recipe(shape, method, training, length)
+    available = offers(nodes, placement, spot_taints)
+    if explicit is not None:
+        return _explicit(recipe, explicit, nodes_wanted or 1, available)
+    if any(offer.kind is not None for offer in available):
+        found = best(recipe, available)
+        if found is None:
+            raise DoesNotFit(too_small(recipe, available))
+        return _on_gpus(recipe, found, available)
+    return _on_cpu(recipe, available)
+
+
+def _blind(names: list[str], explicit: Resources | None, nodes: int) -> Decision:
+    text = f"no estimate: the base model's {', '.join(names)} are not known; give them in spec.facts of the BaseModel"
+    sizing = Sizing(
+        source="spec" if explicit is not None else "default",
+        gpus_per_node=explicit.gpus() if explicit is not None else 0,
+        nodes=nodes,
+        message=text,
+    )
+    return Decision(sizing, explicit, nodes)
+
+
+def _on_gpus(recipe: Recipe, found: Fit, available: Sequence[NodeOffer]) -> Decision:
+    kind, setup = found.kind, found.setup
+    memory = host_memory(recipe, setup, found.gpus)
+    shares = [offer.cpus / offer.gpus for offer in available if offer.kind == kind and offer.gpus >= found.gpus]
+    # Less than a GPU's share of the node's CPUs: DaemonSets have taken theirs.
+    cpus = max(1, min(CPUS_PER_GPU * found.gpus, int(0.9 * min(shares) * found.gpus)))
+    resources = Resources(
+        requests={"cpu": cpus, "memory": f"{memory // GIB}Gi"},
+        limits={"memory": f"{memory // GIB}Gi", GPU: found.gpus},
+    )
+    sizing = sizing_of(setup, found.items, kind, found.gpus, found.nodes, memory, "estimate")
+    return Decision(sizing, resources, found.nodes, dict(kind.selector), _choice(setup))
+
+
+def _on_cpu(recipe: Recipe, available: Sequence[NodeOffer]) -> Decision:
+    shape = recipe.shape
+    setup = recipe.setup(None, 0, 1, None)
+    if not available:
+        raise DoesNotFit(
+            "no node of this cluster is Ready and fits the job's nodeSelector and tolerations; "
+            "where nodes are added on demand say the resources in spec.resources"
+        )
+    if shape.parameters > LARGEST_ON_CPU or setup is None:
+        raise DoesNotFit(too_small(recipe, available))
+    setup = _cpu_setup(recipe, setup)
+    items = training_memory(shape, setup)
+    memory = -(-sum(items.values()) // STEP) * STEP
+    roomy = [offer for offer in available if offer.memory >= memory]
+    if not roomy:
+        raise DoesNotFit(too_small(recipe, available))
+    # Half of a node: small clusters run other pods, too, and without a limit the training takes what is idle.
+    cpus = max(1, min(MOST_CPUS, int(max(offer.cpus for offer in roomy) / 2)))
+    text = f"{memory // 2**20}Mi"
+    resources = Resources(requests={"cpu": cpus, "memory": text}, limits={"memory": text})
+    sizing = sizing_of(setup, items, None, 0, 1, memory, "estimate")
+    return Decision(sizing, resources, 1, {}, _cpu_choice(setup))
+
+
+def _cpu_setup(recipe: Recipe, setup: Setup) -> Setup:
+    """The worst that the trainer does on a CPU: micro-batches of at most CPU_TOKENS."""
+    fixed = recipe.training.per_device_train_batch_size
+    size = fixed or max(1, min(16, CPU_TOKENS // recipe.length))
+    return replace(setup, micro_batch=size, checkpointing=bool(recipe.training.gradient_checkpointing))
+
+
+def _cpu_choice(setup: Setup) -> Choice:
+    """On a CPU the trainer finds the micro-batch by the data's real lengths; nothing is computed twice."""
+    return Choice(gradient_checkpointing=setup.checkpointing, sharding=setup.sharding)
+
+
+def _choice(setup: Setup) -> Choice:
+    return Choice(micro_batch=setup.micro_batch, gradient_checkpointing=setup.checkpointing, sharding=setup.sharding)
+
+
+def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequence[NodeOffer]) -> Decision:
+    """The spec's resources, with the estimate for them; it warns where they look too small, and never refuses."""
+    gpus = explicit.gpus()
+    kinds = {offer.kind for offer in available if offer.kind is not None and offer.gpus >= gpus}
+    kind = min(kinds, key=lambda item: (item.memory, item.product)) if gpus and kinds else None
+    sharding = _sharding(recipe, gpus, nodes, kind)
+    unseen = GpuKind("GPU", 0, bf16=True) if gpus else None
+    setup = recipe.setup(kind or unseen, gpus, nodes, sharding)
+    if setup is None:
+        text = f"precision {recipe.training.precision} is not to be had on {kind.product if kind else 'a CPU'}"
+        return Decision(Sizing(source="spec", gpus_per_node=gpus, nodes=nodes, message=text), explicit, nodes)
+    limit = kind.memory if kind is not None else 0 if gpus else _memory(explicit)
+    fitting = fit(recipe, setup, kind.usable) if kind is not None else None
+    used = _cpu_setup(recipe, setup) if not gpus else fitting or smallest(recipe, setup)
+    items = training_memory(recipe.shape, used)
+    sizing = sizing_of(used, items, kind, gpus, nodes, _memory(explicit) or None, "spec")
+    if gpus and kind is None:
+        sizing.message = (
+            f"no node here shows {gpus} GPUs with their memory; the estimate is {gib(sizing.total_bytes)} per GPU"
+        )
+    elif limit and sizing.total_bytes > limit:
+        sizing.message = warning(recipe, setup, sizing.total_bytes, limit, kind)
+    chosen = _choice(fitting) if fitting is not None else Choice(sharding=used.sharding)
+    return Decision(sizing, explicit, nodes, {}, chosen)
+
+
+def _sharding(recipe: Recipe, gpus: int, nodes: int, kind: GpuKind | None) -> Literal["ddp", "fsdp"] | None:
+    """fsdp for full, and where the model fits only so."""
+    if max(1, gpus) * nodes == 1:
+        return None
+    if recipe.training.sharding != "auto":
+        return recipe.training.sharding
+    if recipe.method.qlora is not None:
+        return "ddp"
+    whole = recipe.setup(kind, gpus, nodes, "ddp")
+    crowded = kind is not None and whole is not None and fit(recipe, whole, kind.usable) is None
+    return "fsdp" if recipe.method.full is not None or crowded else "ddp"
+
+
+def _memory(resources: Resources) -> int:
+    """The memory that the container may use, in bytes; 0 when nothing limits it."""
+    found = (resources.limits or {}).get("memory") or (resources.requests or {}).get("memory") or 0
+    return int(quantity(found))

@@ -1,0 +1,206 @@
+"""config.json -> the facts of a model. Parameters are counted from the shapes, and equal transformers' own count.
+
+A config says its sizes under its family's own names, and leaves out what equals the family's defaults. Of a family that is
+not known here the sizes are read where their names are usual, and the parameters follow from the size of the weights.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graft.api.basemodel import ModelFacts
+from graft.placement.blocks import FactsMissing, geometry, matrices
+
+Config = dict[str, Any]
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}  # bytes of a weight, by dtype
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the configs of a model_type leave unsaid."""
+
+    gated: bool = True  # a gate in the MLP
+    norm: int = 1  # vectors of a norm: 1 RMSNorm, 2 LayerNorm with its bias
+    norms: int = 2  # of a block
+    head_norms: bool = False  # queries and keys are normed, each with one vector as wide as a head
+    qkv_bias: bool | str = False  # a name is the config's field that says so
+    out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    positions: int | None = None  # learned positions that there are beside the config's; None: they are not learned
+    defaults: Config = field(default_factory=dict)
+
+
+_TIED: Config = {"tie_word_embeddings": True}
+_T5: Config = {"num_heads": 8, "d_kv": 64, "d_ff": 2048, "relative_attention_num_buckets": 32}
+_GEMMA: Config = {"head_dim": 256} | _TIED
+_GEMMA3: Config = _GEMMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}
+_MIXTRAL: Config = {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+_OPT: Config = {"enable_bias": True, "do_layer_norm_before": True} | _TIED
+
+
+def _llama(*, mlp_bias: bool | str = False, norms: int = 2, head_norms: bool = False, **defaults: Any) -> Family:
+    return Family(
+        norms=norms,
+        head_norms=head_norms,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias=mlp_bias,
+        defaults=defaults,
+    )
+
+
+def _gpt(bias: bool | str, *, mlp_bias: bool | str, positions: int | None = None, **defaults: Any) -> Family:
+    return Family(
+        gated=False,
+        norm=2,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=mlp_bias,
+        positions=positions,
+        defaults=defaults,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _llama(mlp_bias="mlp_bias"),
+    "granite": _llama(mlp_bias="mlp_bias"),
+    "smollm3": _llama(mlp_bias="mlp_bias", **_TIED),
+    "mistral": Family(defaults={"num_key_value_heads": 8}),
+    "mixtral": Family(defaults=_MIXTRAL),
+    "phi3": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": _llama(head_norms=True, head_dim=128),
+    "qwen3_moe": _llama(head_norms=True),
+    "gemma": _llama(**_GEMMA),
+    "gemma2": _llama(norms=4, **_GEMMA),
+    "gemma3_text": _llama(norms=4, head_norms=True, **_GEMMA3),
+    "gpt2": _gpt(True, mlp_bias=True, positions=0, n_positions=1024, **_TIED),
+    "gpt_neox": _gpt("attention_bias", mlp_bias=True, attention_bias=True),
+    "opt": _gpt("enable_bias", mlp_bias="enable_bias", positions=2, **_OPT),
+    "falcon": _gpt("bias", mlp_bias="bias", parallel_attn=True, multi_query=True, **_TIED),
+    "t5": Family(defaults=_T5 | _TIED),
+    "mt5": Family(defaults=_T5 | {"feed_forward_proj": "gated-gelu"}),
+}
+
+
+def facts_of(config: Config, license_: str | None = None, size_bytes: int | None = None) -> ModelFacts:
+    """The facts that a config.json tells; `size_bytes` of the weights say the parameters where it does not."""
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    family = FAMILIES.get(str(text.get("model_type")))
+    known = (family.defaults if family else {}) | text
+    architectures = config.get("architectures") or []
+    architecture = str(architectures[0]) if architectures else None
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    seq2seq = bool(config.get("is_encoder_decoder"))
+
+    def number(*names: str) -> int | None:
+        found = (known.get(name) for name in names)
+        return next((item for item in found if isinstance(item, int) and not isinstance(item, bool) and item > 0), None)
+
+    hidden = number("hidden_size", "n_embd", "d_model")
+    heads = number("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
+    experts = number("num_local_experts", "num_experts")
+    inner = number("moe_intermediate_size") if experts else None
+    facts = ModelFacts(
+        task=_task(seq2seq, architecture, family),
+        layers=number("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers"),
+        encoder_layers=number("encoder_layers", "num_layers", "num_hidden_layers") if seq2seq else None,
+        hidden_size=hidden,
+        intermediate_size=inner
+        or number("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", "ffn_hidden_size")
+        or (4 * hidden if family and not family.gated and hidden else None),
+        gated_mlp=_gated(known, family),
+        heads=heads,
+        kv_heads=_kv_heads(known, heads, number("num_key_value_heads", "num_kv_heads")),
+        head_dim=number("head_dim", "d_kv") or ((hidden // heads or None) if hidden and heads else None),
+        experts=experts,
+        experts_per_token=number("num_experts_per_tok") if experts else None,
+        vocab_size=number("vocab_size"),
+        tied_embeddings=bool(known["tie_word_embeddings"])
+        if "tie_word_embeddings" in known
+        else None
+        if family is None
+        else False,
+        architecture=architecture,
+        dtype=str(dtype) if dtype else None,
+        context_length=number("max_position_embeddings", "n_positions", "max_seq_len"),
+        license=license_,
+    )
+    counted = _count(known, facts, family) if family is not None and text is config else None
+    return facts.model_copy(update={"parameters": counted or _from_size(config, facts.dtype, size_bytes)})
+
+
+def _task(seq2seq: bool, architecture: str | None, family: Family | None) -> Literal["causal", "seq2seq"] | None:
+    """None: neither, or not to be told (an encoder, a model of images)."""
+    if seq2seq:
+        return "seq2seq"
+    causal = family is not None or (architecture or "").endswith(("ForCausalLM", "LMHeadModel"))
+    return "causal" if causal else None
+
+
+def _gated(known: Config, family: Family | None) -> bool | None:
+    if "feed_forward_proj" in known or known.get("model_type") in {"t5", "mt5"}:
+        return str(known.get("feed_forward_proj", "relu")).startswith("gated")
+    return family.gated if family is not None else None
+
+
+def _kv_heads(known: Config, heads: int | None, given: int | None) -> int | None:
+    if known.get("model_type") == "falcon" and not known.get("new_decoder_architecture"):
+        return 1 if known.get("multi_query") else heads
+    return given or heads
+
+
+def _count(known: Config, facts: ModelFacts, family: Family) -> int | None:
+    """All weights; shared ones count once."""
+    uneven = known.get("mlp_only_layers") or known.get("decoder_sparse_step", 1) != 1
+    if uneven or facts.heads is None or facts.intermediate_size is None:
+        return None
+    try:
+        shape = geometry(facts.model_copy(update={"parameters": 1}))
+    except FactsMissing:
+        return None
+    blocks, hidden = shape.layers + shape.encoder_layers, shape.hidden
+    crossing = shape.layers if shape.encoder_layers else 0  # attentions of the decoder to the encoder
+
+    def says(bias: bool | str) -> bool:
+        return bool(known.get(bias)) if isinstance(bias, str) else bias
+
+    total = shape.embeddings + sum(item.inputs * item.outputs * item.count for item in matrices(shape))
+    if says(family.qkv_bias):
+        total += blocks * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    if says(family.out_bias):
+        total += blocks * hidden
+    if says(family.mlp_bias):
+        total += blocks * ((2 if shape.gated else 1) * shape.inner + hidden)
+    if family.head_norms:
+        total += blocks * 2 * shape.head_dim
+    if family.positions is not None and facts.context_length is not None:
+        total += (facts.context_length + family.positions) * hidden
+    buckets = int(known.get("relative_attention_num_buckets", 0)) if crossing else 0
+    total += 2 * buckets * shape.heads
+    return total + family.norm * hidden * _norms(known, family, blocks, crossing) + _narrow(known, shape.vocab, hidden)
+
+
+def _norms(known: Config, family: Family, blocks: int, crossing: int) -> int:
+    """How many norms there are, the ones after the last blocks with them."""
+    each = family.norms
+    if known.get("model_type") == "falcon":
+        two = known.get("num_ln_in_parallel_attn") or (2 if known.get("new_decoder_architecture") else 1)
+        each = two if known.get("parallel_attn") or known.get("new_decoder_architecture") else 2
+    if known.get("model_type") == "opt" and not known["do_layer_norm_before"]:
+        return each * blocks
+    return each * blocks + crossing + (2 if crossing else 1)
+
+
+def _narrow(known: Config, vocab: int, hidden: int) -> int:
+    """OPT-350m's embeddings are narrower than its blocks, with a matrix on each side: what that changes in the count."""
+    narrow = int(known.get("word_embed_proj_dim") or hidden)
+    return vocab * (narrow - hidden) + 2 * narrow * hidden if narrow != hidden else 0
+
+
+def _from_size(config: Config, dtype: str | None, size_bytes: int | None) -> int | None:
+    """Of weights that are not quantised: their size says their number."""
+    width = WIDTHS.get(dtype or "")
+    if size_bytes is None or width is None or "quantization_config" in config:
+        return None
+    return max(1, size_bytes // width)

@@ -1,0 +1,160 @@
+"""What the nodes offer to a job (PURE): GPUs by kind, and memory and CPUs of nodes, from Node objects of the Kubernetes API.
+
+A node is an offer when the scheduler could ever put the job's pod there: it is Ready, not cordoned, has the labels of the
+job's nodeSelector, and the job tolerates its taints. Whether its GPUs are busy now does not matter: the pod waits for them.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.api.meta import Placement, Toleration
+
+Node = dict[str, Any]
+GPU = "nvidia.com/gpu"
+
+# GPU feature discovery's labels; GKE's and Karpenter's where it does not run.
+PRODUCT_LABELS = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator", "karpenter.k8s.aws/instance-gpu-name")
+MEMORY_LABELS = ("nvidia.com/gpu.memory", "karpenter.k8s.aws/instance-gpu-memory")  # MiB
+
+# GiB by what a product's name contains, where no label tells the memory; the first that matches. Of a product that is sold
+# with more than one size and a name that does not tell which, the smaller.
+MEMORY_BY_PRODUCT = (
+    ("gh200", 96), ("h200", 141), ("h100-nvl", 94), ("h100", 80), ("h20", 96), ("h800", 80), ("b300", 268), ("b200", 180),
+    ("a100", 40), ("a800", 80), ("a10g", 24), ("a10", 24), ("a16", 16), ("a2", 16), ("a30", 24), ("a40", 48),
+    ("l40", 48), ("l4", 24), ("t4", 16), ("v100", 16), ("p100", 16), ("p40", 24), ("p4", 8), ("k80", 12),
+    ("rtx-pro-6000", 96), ("rtx-6000-ada", 48), ("rtx-a6000", 48), ("rtx-a5000", 24), ("rtx-a4000", 16),
+    ("rtx-5090", 32), ("rtx-4090", 24), ("rtx-3090", 24),
+)  # fmt: skip
+WITHOUT_BF16 = ("t4", "v100", "p100", "p40", "p4", "k80", "rtx-8000", "rtx-2080", "titan")  # before Ampere
+SHOWN = 0.94  # of the size in a name is what the device shows: a T4 of 16 GB 15360 MiB, an A10 of 24 GB 23028 MiB
+USABLE = 0.98  # of what it shows: the driver keeps a part
+
+# The API server's ExtendedResourceToleration gives pods that ask for GPUs this toleration; so do we, where it is not on.
+GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """One product, as all its nodes offer it."""
+
+    product: str
+    memory: int  # bytes of one
+    bf16: bool
+    selector: dict[str, str] = field(default_factory=dict, compare=False)  # the label that its nodes carry
+    shared: bool = False  # time-sliced or MPS: a pod gets one share, two could be of the same GPU
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a process can get."""
+        return int(self.memory * USABLE)
+
+
+@dataclass(frozen=True)
+class NodeOffer:
+    """One node; sizes in bytes."""
+
+    name: str
+    cpus: float
+    memory: int
+    gpus: int = 0
+    kind: GpuKind | None = None
+
+
+def offers(nodes: Iterable[Node], placement: Placement, spot_taints: Sequence[str] = ()) -> list[NodeOffer]:
+    """The nodes that the job's pods can run on; `spot_taints` are the keys that spot jobs tolerate."""
+    found = []
+    for node in nodes:
+        gpus = int(_allocatable(node).get(GPU, 0))
+        tolerations = list(placement.tolerations or [])
+        tolerations += [Toleration(key=key, operator="Exists") for key in spot_taints]
+        if gpus:
+            tolerations.append(GPU_TOLERATION)
+        if _usable(node, placement.node_selector or {}, tolerations):
+            found.append(_offer(node, gpus))
+    return found
+
+
+def quantity(text: str | int | float) -> float:
+    """A resource quantity as a number: 500m is 0.5, 4Gi is 4294967296. ValueError when it is none."""
+    match = re.fullmatch(r"\+?([0-9.]+(?:[eE][+-]?[0-9]+)?)([a-zA-Z]*)", str(text).strip())
+    scales = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9} | {
+        letter + suffix: base**power
+        for power, letter in enumerate("kMGTPE", start=1)
+        for suffix, base in (("", 1e3), ("i", 2.0**10))
+    }
+    scales |= {"Ki": 2.0**10}
+    if match is None or match[2] not in scales:
+        raise ValueError(f"{text!r} is no quantity")
+    return float(match[1]) * scales[match[2]]
+
+
+def _allocatable(node: Node) -> dict[str, Any]:
+    found: dict[str, Any] = node.get("status", {}).get("allocatable") or {}
+    return found
+
+
+def _usable(node: Node, selector: dict[str, str], tolerations: list[Toleration]) -> bool:
+    spec, labels = node.get("spec") or {}, node["metadata"].get("labels") or {}
+    ready = any(
+        item["type"] == "Ready" and item["status"] == "True" for item in node.get("status", {}).get("conditions") or []
+    )
+    taints = [item for item in spec.get("taints") or [] if item.get("effect") in {"NoSchedule", "NoExecute"}]
+    return (
+        ready
+        and not spec.get("unschedulable")
+        and all(labels.get(key) == value for key, value in selector.items())
+        and all(any(_tolerates(toleration, taint) for toleration in tolerations) for taint in taints)
+    )
+
+
+def _tolerates(toleration: Toleration, taint: dict[str, Any]) -> bool:
+    """As k8s.io/api's ToleratesTaint: no effect matches all, no key with Exists matches all."""
+    if toleration.effect is not None and toleration.effect != taint["effect"]:
+        return False
+    exists = toleration.operator == "Exists"
+    if not toleration.key:
+        return exists
+    return toleration.key == taint["key"] and (exists or (toleration.value or "") == (taint.get("value") or ""))
+
+
+def _offer(node: Node, gpus: int) -> NodeOffer:
+    allocatable = _allocatable(node)
+    name = str(node["metadata"]["name"])
+    cpus, memory = quantity(allocatable.get("cpu", 0)), int(quantity(allocatable.get("memory", 0)))
+    kind = _kind(node["metadata"].get("labels") or {}) if gpus else None
+    return NodeOffer(name, cpus, memory, gpus if kind else 0, kind)
+
+
+def _kind(labels: dict[str, str]) -> GpuKind | None:
+    """The product; None when nothing tells its memory."""
+    label = next((key for key in PRODUCT_LABELS if labels.get(key)), None)
+    product = labels[label] if label else "GPU"
+    plain = product.lower().replace(" ", "-").replace("_", "-")
+    memory = next((int(labels[key]) * 2**20 for key in MEMORY_LABELS if labels.get(key, "").isdigit()), None)
+    memory = memory or _memory_by_name(plain)
+    if memory is None:
+        return None
+    shares = int(labels.get("nvidia.com/gpu.replicas", "1") or 1)
+    shared = plain.endswith("-shared") or labels.get("nvidia.com/gpu.sharing-strategy", "none") != "none"
+    if shared:
+        memory //= max(1, shares)
+    major = labels.get("nvidia.com/gpu.compute.major", "")
+    bf16 = int(major) >= 8 if major.isdigit() else not _named(plain, WITHOUT_BF16)
+    return GpuKind(product, memory, bf16, {label: product} if label else {}, shared)
+
+
+def _memory_by_name(plain: str) -> int | None:
+    """Bytes, by the size in the name, of a MIG slice if it is one, or by the table."""
+    slice_ = re.search(r"\d+g\.(\d+)gb", plain)
+    size = slice_ or re.search(r"(\d+)gb", plain)
+    if size is not None:
+        return int(int(size[1]) * 2**30 * SHOWN)
+    known = next((gib for part, gib in MEMORY_BY_PRODUCT if _named(plain, (part,))), None)
+    return int(known * 2**30 * SHOWN) if known is not None else None
+
+
+def _named(plain: str, parts: Iterable[str]) -> bool:
+    """Whether a part stands in the name as a word: a10 is in nvidia-a10, not in nvidia-a100."""
+    return any(re.search(rf"(^|-){re.escape(part)}(-|s(-|$)|$)", plain) for part in parts)

@@ -1,0 +1,75 @@
+"""A job without resources gets the smallest GPUs of the cluster that fit; what does not fit is told before anything is made."""
+
+from typing import Any
+
+from cluster_api import Object
+from tenant import Tenant
+from tenants import make_base_model
+
+LLAMA_2_7B = {
+    "parameters": 6_738_415_616, "layers": 32, "hiddenSize": 4096, "intermediateSize": 11008, "gatedMlp": True, "heads": 32,
+    "kvHeads": 32, "headDim": 128, "vocabSize": 32000, "contextLength": 4096, "dtype": "bfloat16",
+    "architecture": "LlamaForCausalLM", "tiedEmbeddings": False,
+}  # fmt: skip
+LLAMA_2_70B = LLAMA_2_7B | {
+    "parameters": 68_976_648_192, "layers": 80, "hiddenSize": 8192, "intermediateSize": 28672, "heads": 64, "kvHeads": 8,
+}  # fmt: skip
+
+
+def model(tenant: Tenant, facts: Object, size: str) -> str:
+    return make_base_model(tenant.api, tenant.store, f"llama-{size}-{tenant.name}"[:60].strip("-"), facts=facts)
+
+
+def placed(tenant: Tenant, job: str) -> tuple[Object, Object, Object]:
+    """(status.sizing, resources of the container, node selector) of a job whose Job was made."""
+    tenant.wait(
+        lambda: tenant.api.get("Job", tenant.name, job),
+        f"the Job of {job} is made",
+        explain=lambda: str(tenant.status("FineTuneJob", job)),
+    )
+    pod: Any = tenant.get("Job", job)["spec"]["template"]["spec"]
+    return tenant.status("FineTuneJob", job)["sizing"], pod["containers"][0]["resources"], pod.get("nodeSelector", {})
+
+
+def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
+    seven = model(tenant, LLAMA_2_7B, "7b")
+    tenant.job("small", baseModel=seven, method={"qlora": {}}, training={"maxLength": 1024})
+    sizing, resources, selector = placed(tenant, "small")
+    assert sizing["gpu"] == "NVIDIA-L4" and sizing["gpusPerNode"] == 1 and sizing["source"] == "estimate"
+    assert sum(sizing["items"].values()) == sizing["totalBytes"] <= sizing["gpuMemoryBytes"] == 23034 * 2**20
+    assert resources["limits"]["nvidia.com/gpu"] == "1" and selector == {"nvidia.com/gpu.product": "NVIDIA-L4"}
+    assert tenant.job_file("small").choice.micro_batch == sizing["microBatch"]
+    pod = tenant.get("Pod", tenant.running_pod("small"))
+    assert pod["spec"]["nodeName"] == "node-0"
+
+    tenant.job("larger", adapter="larger", baseModel=seven, method={"full": {}}, training={"maxLength": 1024})
+    sizing, resources, selector = placed(tenant, "larger")
+    assert sizing["gpu"] == "NVIDIA-A100-SXM4-80GB" and sizing["gpusPerNode"] > 1 and sizing["sharding"] == "fsdp"
+    assert resources["limits"]["nvidia.com/gpu"] == str(sizing["gpusPerNode"])
+    assert tenant.job_file("larger").pods.processes_per_node == sizing["gpusPerNode"]
+
+
+def test_what_fits_nowhere_says_what_would(tenant: Tenant) -> None:
+    seventy = model(tenant, LLAMA_2_70B, "70b")
+    tenant.job("giant", baseModel=seventy, method={"full": {}})
+    refused = tenant.until("FineTuneJob", "giant", "Accepted", "DoesNotFit")
+    assert refused["status"] == "False" and "GiB" in refused["message"] and "A100" in refused["message"]
+    assert tenant.status("FineTuneJob", "giant")["stage"] == "Waiting"
+    assert tenant.api.get("Job", tenant.name, "giant") is None
+
+
+def test_explicit_resources_are_taken_as_they_are(tenant: Tenant) -> None:
+    seven = model(tenant, LLAMA_2_7B, "7b")
+    given = {"requests": {"cpu": "2", "memory": "16Gi"}, "limits": {"memory": "16Gi", "nvidia.com/gpu": 1}}
+    tenant.job(
+        "own",
+        baseModel=seven,
+        resources=given,
+        nodeSelector={"nvidia.com/gpu.product": "NVIDIA-L4"},
+        method={"full": {}},
+    )
+    sizing, resources, selector = placed(tenant, "own")
+    assert (resources["limits"]["memory"], resources["limits"]["nvidia.com/gpu"]) == ("16Gi", "1")
+    assert selector == {"nvidia.com/gpu.product": "NVIDIA-L4"}
+    assert sizing["source"] == "spec" and sizing["totalBytes"] > 23034 * 2**20
+    assert "GiB" in sizing["message"]  # a warning: full fine-tuning of 7B does not fit an L4

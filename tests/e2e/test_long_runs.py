@@ -152,7 +152,7 @@ def test_every_method_side_by_side(shop: Access, tmp_path: Path) -> None:
             capture_output=True, text=True, check=False, timeout=180,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("full", "lora", "qlora", "promptTuning"):
+    for word in ("Full fine-tuning", "LoRA r=8", "QLoRA r=8", "Prompt tuning", "training memory"):
         assert word in done.stdout and word in page.read_text()
 
 

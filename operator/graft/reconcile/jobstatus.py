@@ -175,8 +175,8 @@ def _succeeded(world: World) -> Condition:
         return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
     if pods.running(newest, "train"):
         # The file is the init container's until the first record of training.
-        told = world.progress.stage if world.progress is not None else "Training"
-        stage = told if told in STAGES[1:] else "Training"
+        stage = world.progress.stage if world.progress is not None else _stage_before(world)
+        stage = stage if stage in STAGES[1:] else "Training"
         return condition(KIND, "Succeeded", "Unknown", stage, f"pod {pods.name(newest)}")
     if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
         return condition(KIND, "Succeeded", "Unknown", "Preparing", "dataset, access and base model are checked")
@@ -195,6 +195,12 @@ def _held(world: World) -> Condition | None:
     where = f"the checkpoint of step {kept[-1].step}" if kept else "the beginning: there is no checkpoint yet"
     text = f"spec.suspend is true; set to false it goes on from {where}"
     return condition(KIND, "Succeeded", "Unknown", "Suspended", text)
+
+
+def _stage_before(world: World) -> str:
+    """What was last seen of the running pod, for a look at which the store did not answer."""
+    before = find(world.job.status.conditions, "Succeeded")
+    return before.reason if before is not None and before.message.endswith(pods.name(world.main_pods[-1])) else ""
 
 
 def _telling(found: list[Manifest]) -> pods.Ending | None:

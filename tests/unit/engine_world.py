@@ -15,26 +15,65 @@ from aiohttp.test_utils import TestClient, TestServer
 from graft_server.engine.app import Server
 from graft_server.engine.model import load_base_model
 from graft_server.engine.settings import Settings
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 BASE = "tiny"
+torch.set_num_threads(1)  # the matrices are tiny: a second thread would only be waited for
 
 
 def make_base(directory: Path) -> Path:
     """Saves a Llama of random weights whose tokens are single characters."""
+    make_tokenizer(directory)
+    return make_network(directory, LlamaConfig)
+
+
+def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
+    """Saves a tokenizer whose tokens are single characters."""
     vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *CHARACTERS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
 
-    return make_network(directory, LlamaConfig)
+
+def make_seq2seq(directory: Path, kind: Any = T5Config, **config: Any) -> Path:
+    """Saves an encoder-decoder of random weights, without a chat template."""
+    make_tokenizer(directory, template=None)
+    torch.manual_seed(7)
+    shape = {
+        "vocab_size": len(CHARACTERS) + 2,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_factor": 2.0,
+    }
+    AutoModelForSeq2SeqLM.from_config(kind(**(config or shape))).save_pretrained(directory)
+    return directory
+
+
+def load_network(directory: Path) -> Any:
+    """The network as plain transformers loads it."""
+    seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
+    return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(directory).eval()
 
 
 def make_network(directory: Path, kind: Any, **config: Any) -> Path:
@@ -60,9 +99,11 @@ def make_network(directory: Path, kind: Any, **config: Any) -> Path:
 
 def make_adapter(base: Path, directory: Path, seed: int, **config: Any) -> Path:
     """Saves an adapter whose B matrices are random, so that it changes every answer."""
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **config}
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    network = load_network(base)
+    task = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
+    model = get_peft_model(network, LoraConfig(**{"task_type": task, **settings}))
     for name, weight in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.4)
@@ -70,17 +111,31 @@ def make_adapter(base: Path, directory: Path, seed: int, **config: Any) -> Path:
     return directory
 
 
+def make_prompt(base: Path, directory: Path, seed: int, tokens: int = 6) -> Path:
+    """Saves a tuned prompt of random vectors."""
+    torch.manual_seed(seed)
+    network = load_network(base)
+    task = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
+    model = get_peft_model(network, PromptTuningConfig(task_type=task, num_virtual_tokens=tokens))
+    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=1.0)
+    model.save_pretrained(directory)
+    return directory
+
+
 def expected(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:
     """What plain transformers and peft answer, greedily."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
+    model: Any = load_network(base)
+    seq2seq = model.config.is_encoder_decoder
     tokenizer = AutoTokenizer.from_pretrained(base)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).eval()
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
-    )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    )[0]
+    # A causal answer follows its prompt, unless the prompt went in as vectors.
+    answer = output[ids.shape[1] :] if not seq2seq and output[: ids.shape[1]].equal(ids[0]) else output
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 class Api:
@@ -129,13 +184,14 @@ class Api:
 
     def slow_down(self, seconds: float = 0.02) -> None:
         """Makes every forward pass take a while, so that a test can act during an answer."""
-        forward = self.engine.residency.forward
+        network = self.engine.network
+        forward = network._forward
 
-        def slowly(*arguments: Any) -> Any:
+        def slowly(*arguments: Any, **more: Any) -> Any:
             time.sleep(seconds)
-            return forward(*arguments)
+            return forward(*arguments, **more)
 
-        self.engine.residency.forward = slowly  # type: ignore[method-assign]
+        network._forward = slowly  # type: ignore[method-assign]
 
 
 @asynccontextmanager

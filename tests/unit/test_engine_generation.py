@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import re
 import shutil
 import signal
@@ -202,8 +203,16 @@ async def test_n_answers_and_several_prompts(api: Api) -> None:
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": ["x"] * 100}, "prompt"),
         ({"stream": "perhaps"}, "stream"),
-        ({"logprobs": 1}, "logprobs"),
-        ({"echo": True}, "echo"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"min_p": 2}, "min_p"),
         ({"prompt": "x" * 256}, "maximum context length"),
         ({"max_tokens": 256}, "maximum context length"),
     ],
@@ -224,6 +233,8 @@ async def test_bad_completion_requests_name_the_field(api: Api, body: dict[str, 
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs: it needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "maximum context length"),
     ],
 )
@@ -277,9 +288,10 @@ async def test_unload_lets_running_answers_finish_and_then_frees_the_memory(
     name, source = next(iter(adapters.items()))
     path = Path(shutil.copytree(source, tmp_path / "copy"))
     await api.load(name, path)
-    network = api.server._base.network
-    weights = [weakref.ref(weight) for key, weight in network.named_parameters() if "lora_" in key]
+    resident = next(iter(api.engine.residency._resident.values()))
+    weights = [weakref.ref(matrix) for pair in resident.pairs.values() for matrix in (pair.a, pair.b)]
     assert len(weights) == 8
+    del resident
     plain = await api.complete("hello", max_tokens=60)
 
     api.slow_down(0.01)
@@ -298,7 +310,7 @@ async def test_unload_lets_running_answers_finish_and_then_frees_the_memory(
     await api.until(lambda: not api.engine.residency.names())
     gc.collect()
     assert [ref for ref in weights if ref() is not None] == []
-    assert not any("lora" in key for key, _ in network.named_modules())
+    assert not api.engine.network.hooks._rows.matrices
 
 
 async def test_loading_and_unloading_disturbs_nobody(api: Api, base: Path, adapters: dict[str, Path]) -> None:
@@ -361,7 +373,7 @@ async def test_max_loras_bounds_the_adapters_of_a_batch_and_starves_nobody(
 async def test_a_failed_step_fails_its_requests_and_not_the_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     before = await api.complete("hello")
     with monkeypatch.context() as patch:
-        patch.setattr(api.engine.residency, "forward", lambda *arguments: 1 / 0)
+        patch.setattr(api.engine.network, "_forward", lambda *arguments, **more: 1 / 0)
         status, body = await api.post("/v1/completions", prompt="hello")
         assert (status, body["error"]["type"]) == (500, "InternalServerError")
     assert await api.complete("hello") == before
@@ -391,7 +403,8 @@ async def test_the_process_serves_and_leaves_in_order_on_sigterm(base: Path, tmp
         "--port",
         "0",
     ]
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=environment)
     assert process.stderr
     port = None
     while line := (await process.stderr.readline()).decode():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graft_server.engine.sampling import Sampling, next_token
+from graft_server.engine.sampling import Sampler, Sampling
 from graft_server.engine.text import TextStream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,9 +64,8 @@ def test_stop_strings(by_bytes: Any, text: str, stop: list[str], wanted: str) ->
 
 
 def draws(logits: list[float], count: int = 300, **sampling: Any) -> set[int]:
-    chosen = Sampling(seed=1, **sampling)
-    generator = chosen.generator()
-    return {next_token(torch.tensor(logits), chosen, generator) for _ in range(count)}
+    sampler = Sampler(Sampling(seed=1, **sampling))
+    return {sampler.pick(torch.tensor(logits)).token for _ in range(count)}
 
 
 def test_sampling() -> None:

@@ -1,7 +1,7 @@
 """Reads an adapter's directory and refuses whatever this engine would not compute faithfully.
 
-Everything is checked here, before peft sees any of it: the config is reduced to the keys below, the weights come from
-safetensors alone, and every tensor must belong to a module of the base model and have its shape.
+A LoRA or a tuned prompt, as peft saves them: the config is reduced to the keys below, the weights come from safetensors
+alone, and every tensor must belong to a module of the base model and have its shape.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from graft_server.engine.lora import LoraWeights, Pair
 from graft_server.engine.model import ModuleShape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+PROMPT_TENSOR = "prompt_embeddings"
+MODEL_CONFIG_FILE = "config.json"
+MODEL_WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 MAX_CONFIG_BYTES = 1 << 20
 PREFIX = "base_model.model."
 TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
@@ -44,7 +46,6 @@ UNSUPPORTED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
-    "auto_map": "code in adapters (auto_map)",
 }
 
 
@@ -56,74 +57,128 @@ class AdapterNotFoundError(Exception):
     """No adapter's files lie at the path."""
 
 
+class WholeModelError(AdapterInvalidError):
+    """The directory holds a model, tuned or merged, and no adapter."""
+
+
 @dataclass(frozen=True)
-class AdapterWeights:
-    """A checked adapter: peft's config and its tensors by peft's names, in float32 memory of their own."""
+class PromptWeights:
+    """A tuned prompt (Lester et al., arXiv:2104.08691): `embeddings` [virtual tokens, hidden], before the prompt's own."""
 
-    config: LoraConfig
-    tensors: Mapping[str, Any]
+    embeddings: Any
 
 
-class _Config(BaseModel):
-    """The keys of adapter_config.json that matter for inference. All others are dropped."""
+AdapterWeights = LoraWeights | PromptWeights
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an adapter must fit: the base model's modules, its embeddings' width, the highest rank, the context."""
+
+    modules: Mapping[str, ModuleShape]
+    hidden_size: int
+    max_rank: int
+    max_virtual_tokens: int
+
+
+V = TypeVar("V")
+
+
+def _by_pattern(patterns: Mapping[str, V], module: str, default: V) -> V:
+    """The value of the first key that is the end of a module's name, as in peft (get_pattern_key)."""
+    found = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
+    return next(found, default)
+
+
+class _LoraConfig(BaseModel):
+    """The keys of a LoRA's adapter_config.json that matter for inference. All others are dropped."""
 
     model_config = ConfigDict(extra="ignore")
 
-    peft_type: str
     r: int = Field(ge=1)
     lora_alpha: FiniteFloat
     target_modules: list[str] | str
-    fan_in_fan_out: bool = False
     use_rslora: bool = False
     bias: str = "none"
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
 
+    def rank(self, module: str) -> int:
+        """The rank of a module's matrices."""
+        return _by_pattern(self.rank_pattern, module, self.r)
 
-def read_adapter(path: str, modules: Mapping[str, ModuleShape], max_rank: int) -> AdapterWeights:
+    def scale(self, module: str) -> float:
+        """What peft multiplies a module's product by (rank-stabilised: arXiv:2312.03732)."""
+        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        rank = self.rank(module)
+        return float(alpha / (rank**0.5 if self.use_rslora else rank))
+
+
+class _PromptConfig(BaseModel):
+    """The keys of a tuned prompt's adapter_config.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_virtual_tokens: int = Field(ge=1)
+    num_transformer_submodules: int | None = None
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def read_adapter(path: str, limits: Limits) -> AdapterWeights:
     """Reads and checks the adapter in the directory `path`.
 
     Raises AdapterNotFoundError where a file is missing and AdapterInvalidError where the engine cannot serve it.
     """
     directory = Path(path)
-    config = _read_config(directory, max_rank)
-    _check_targets(config, modules)
+    raw = _read_config(directory)
+    kind = raw.get("peft_type")
+    if kind == "PROMPT_TUNING":
+        return _prompt(_valid(_PromptConfig, raw), _read_tensors(directory), limits)
+    if kind != "LORA":
+        raise AdapterInvalidError(f"peft_type is {kind!r}: only LORA and PROMPT_TUNING are supported")
+    config = _lora_config(raw, limits.max_rank)
+    _check_targets(config, limits.modules)
     tensors = _read_tensors(directory)
-    adapted = _check_tensors(tensors, config, modules)
-    # The modules are those that have tensors, by full name: a pattern of the config's is never evaluated.
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        target_modules=sorted(adapted),
-        fan_in_fan_out=config.fan_in_fan_out,
-        use_rslora=config.use_rslora,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        inference_mode=True,
-    )
-    return AdapterWeights(lora, tensors)
+    _check_tensors(tensors, config, limits.modules)
+    return LoraWeights(_pairs(tensors, config))
 
 
-def _read_config(directory: Path, max_rank: int) -> _Config:
+def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     if not file.is_file():
-        raise AdapterNotFoundError
+        if (directory / MODEL_CONFIG_FILE).is_file() and any(
+            (directory / name).is_file() for name in MODEL_WEIGHTS_FILES
+        ):
+            raise WholeModelError(
+                f"{directory} holds a whole model (method full, or merged), which no other base can carry. "
+                f"Serve it by an engine of its own: --model {directory}"
+            )
+        raise AdapterNotFoundError(f"No adapter found for {directory}")
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise AdapterInvalidError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
         raw = json.loads(file.read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-        peft_type = raw.get("peft_type")
-        if peft_type != "LORA":
-            raise AdapterInvalidError(f"peft_type is {peft_type!r}: only LORA is supported")
-        config = _Config.model_validate(raw)
+    except (ValueError, RecursionError) as error:
+        raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read: not a JSON object")
+    if raw.get("auto_map"):
+        raise AdapterInvalidError("code in adapters (auto_map) is not supported")
+    return raw
+
+
+def _valid(kind: type[C], raw: dict[str, Any]) -> C:
+    try:
+        return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise AdapterInvalidError(f"{CONFIG_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read: {error}") from error
 
+
+def _lora_config(raw: dict[str, Any], max_rank: int) -> _LoraConfig:
+    config = _valid(_LoraConfig, raw)
     for key, feature in UNSUPPORTED.items():
         if raw.get(key):
             raise AdapterInvalidError(f"{feature} is not supported")
@@ -138,7 +193,21 @@ def _read_config(directory: Path, max_rank: int) -> _Config:
     return config
 
 
-def _check_targets(config: _Config, modules: Mapping[str, ModuleShape]) -> None:
+def _prompt(config: _PromptConfig, tensors: Mapping[str, Any], limits: Limits) -> PromptWeights:
+    count = config.num_virtual_tokens
+    if count >= limits.max_virtual_tokens:
+        raise AdapterInvalidError(f"{count} virtual tokens leave no room in a context of {limits.max_virtual_tokens}")
+    if set(tensors) != {PROMPT_TENSOR}:
+        raise AdapterInvalidError(f"{WEIGHTS_FILE} must hold {PROMPT_TENSOR!r} alone, not {sorted(tensors)[:3]}")
+    # An encoder-decoder's has a second half, which peft trains and reads for neither stack.
+    wanted = (count * (config.num_transformer_submodules or 1), limits.hidden_size)
+    found = tuple(tensors[PROMPT_TENSOR].shape)
+    if found != wanted:
+        raise AdapterInvalidError(f"tensor {PROMPT_TENSOR!r} has shape {found}, the base model needs {wanted}")
+    return PromptWeights(tensors[PROMPT_TENSOR][:count].clone())
+
+
+def _check_targets(config: _LoraConfig, modules: Mapping[str, ModuleShape]) -> None:
     if isinstance(config.target_modules, str):
         return  # a pattern: the tensors say what it matched
     for target in config.target_modules:
@@ -151,7 +220,7 @@ def _read_tensors(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         if (directory / PICKLE_FILE).exists():
             raise AdapterInvalidError(f"{PICKLE_FILE} is a pickle and is refused: only {WEIGHTS_FILE} is loaded")
-        raise AdapterNotFoundError
+        raise AdapterNotFoundError(f"No adapter found for {directory}")
     try:
         with safe_open(file, framework="pt") as weights:
             # Copied: a tensor backed by the file would change with it.
@@ -164,8 +233,8 @@ def _read_tensors(directory: Path) -> dict[str, Any]:
         raise AdapterInvalidError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
 
 
-def _check_tensors(tensors: Mapping[str, Any], config: _Config, modules: Mapping[str, ModuleShape]) -> set[str]:
-    """Checks that the tensors are whole pairs of matrices for modules of the model; returns those modules' names."""
+def _check_tensors(tensors: Mapping[str, Any], config: _LoraConfig, modules: Mapping[str, ModuleShape]) -> None:
+    """Checks that the tensors are whole pairs of matrices for modules of the model."""
     parts: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name.removeprefix(PREFIX))
@@ -175,7 +244,7 @@ def _check_tensors(tensors: Mapping[str, Any], config: _Config, modules: Mapping
         if module not in modules:
             raise AdapterInvalidError(f"module {module!r} is not in the base model")
         shape = modules[module]
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+        rank = config.rank(module)
         wanted = (rank, shape.inputs) if part.endswith("A") else (shape.outputs, rank)
         if ("embedding" in part) != shape.embedding or tuple(tensor.shape) != wanted:
             raise AdapterInvalidError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the base model needs {wanted}")
@@ -185,4 +254,12 @@ def _check_tensors(tensors: Mapping[str, Any], config: _Config, modules: Mapping
     for module, found in parts.items():
         if len(found) != 2:
             raise AdapterInvalidError(f"module {module!r} has only {', '.join(sorted(found))}")
-    return set(parts)
+
+
+def _pairs(tensors: Mapping[str, Any], config: _LoraConfig) -> dict[str, Pair]:
+    """The matrices by module. The modules are those that have tensors: a pattern of the config's is never evaluated."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if match := TENSOR.fullmatch(name.removeprefix(PREFIX)):
+            found.setdefault(match["module"], {})[match["part"][-1]] = tensor
+    return {module: Pair(parts["A"], parts["B"] * config.scale(module)) for module, parts in found.items()}

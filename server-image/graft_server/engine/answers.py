@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from types import TracebackType
 
-from graft_server.engine.generation import Engine, Output, OverloadedError, Sequence, StoppedError
+from graft_server.engine.generation import Engine, OverloadedError, StoppedError
 from graft_server.engine.metrics import Metrics
 from graft_server.engine.model import BaseModel, PromptError
 from graft_server.engine.protocol import (
@@ -17,16 +17,17 @@ from graft_server.engine.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     bad_request,
     unavailable,
     unknown_model,
 )
-from graft_server.engine.registry import AdapterRegistry
+from graft_server.engine.registry import AdapterRegistry, Registered
 from graft_server.engine.residency import Adapter
 from graft_server.engine.sampling import Sampling
+from graft_server.engine.sequence import Output, Sequence
 from graft_server.engine.text import TextStream
 
+Request = ChatRequest | CompletionRequest
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat answer may fill the context
 
 
@@ -38,6 +39,7 @@ class Answers:
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.sequences: list[Sequence] = []
+        self.echoes: list[str] = []  # by choice: what its text begins with
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self._engine = engine
@@ -47,9 +49,10 @@ class Answers:
         self._open: set[int] = set()
         self._last_token: dict[int, float] = {}
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, echo: str) -> None:
         """Adds a choice, before the start."""
         index = len(self.sequences)
+        self.echoes.append(echo)
         sequence.emit = lambda output: self._emit(index, output)
         self.sequences.append(sequence)
         self._open.add(index)
@@ -113,6 +116,7 @@ class Generator:
         registry: AdapterRegistry,
         metrics: Metrics,
         max_sequences: int,
+        request_timeout: float,
     ) -> None:
         self._base = base
         self._base_names = base_names
@@ -120,11 +124,12 @@ class Generator:
         self._registry = registry
         self._metrics = metrics
         self._max_sequences = max_sequences  # that can be in the engine at once
+        self._request_timeout = request_timeout
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # off the loop, one at a time
 
-    async def start(self, request: ChatRequest | CompletionRequest) -> Answers:
+    async def start(self, request: Request) -> Answers:
         """Queues a request. Raises ApiError where it cannot be served."""
-        self._adapter(request.model)  # an unknown model is refused before any work
+        self._entry(request.model)  # an unknown model is refused before any work
         loop = asyncio.get_running_loop()
         try:
             prompts = await loop.run_in_executor(self._tokenizing, self._tokenize, request)
@@ -135,24 +140,26 @@ class Generator:
             raise bad_request(f"prompt and n ask for {len(prompts) * n} answers; at most {self._max_sequences} can run")
 
         # Looked up again, with no wait until the sequences are queued: what is queued survives an unload.
-        adapter = self._adapter(request.model)
+        entry = self._entry(request.model)
+        adapter = entry.adapter if entry else None
         answers = Answers(self._engine, self._metrics)
         for prompt in prompts:
-            max_tokens = self._max_tokens(request, len(prompt))
+            max_tokens = self._max_tokens(request, len(prompt), entry.virtual_tokens if entry else 0)
+            echo = self._echo(request, prompt)
             for choice in range(n):
-                answers.add(self._sequence(request, prompt, adapter, max_tokens, choice))
+                answers.add(self._sequence(request, prompt, adapter, max_tokens, choice), echo)
         answers.prompt_tokens = sum(len(prompt) for prompt in prompts)
         answers.start()
         return answers
 
-    def _adapter(self, name: str | None) -> Adapter | None:
+    def _entry(self, name: str | None) -> Registered | None:
         if not name or name in self._base_names:
             return None
         if name not in self._registry.entries:
             raise unknown_model(name)
-        return self._registry.entries[name].adapter
+        return self._registry.entries[name]
 
-    def _tokenize(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+    def _tokenize(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):
             messages = [message.for_template() for message in request.messages]
             return [self._base.encode_chat(messages, request.chat_template_kwargs or {})]
@@ -167,41 +174,74 @@ class Generator:
                 raise PromptError(f"prompt: token ids must be from 0 to {self._base.vocab_size - 1}")
         return encoded
 
-    def _max_tokens(self, request: GenerationRequest, prompt_tokens: int) -> int:
+    def _echo(self, request: Request, prompt: list[int]) -> str:
+        if isinstance(request, ChatRequest) or not request.echo:
+            return ""
+        if request.alternatives is not None and self._base.start_token is not None:
+            raise bad_request("echo with logprobs: an encoder has none for its prompt", "echo")
+        return request.prompt if isinstance(request.prompt, str) else self._base.decode(prompt)
+
+    def _max_tokens(self, request: Request, prompt_tokens: int, virtual_tokens: int) -> int:
         limit = self._base.max_model_len
         wanted = request.max_tokens
         if isinstance(request, ChatRequest):
             wanted = request.max_completion_tokens or wanted
-        elif wanted is None:
-            wanted = min(DEFAULT_COMPLETION_TOKENS, max(limit - prompt_tokens, 1))
-        total = prompt_tokens + (wanted or 1)
+        used = prompt_tokens + virtual_tokens
+        if self._base.start_token is not None:  # prompt and answer are in stacks of their own
+            if max(used, wanted or 1) > limit:
+                raise bad_request(
+                    f"This model's maximum length is {limit} tokens for the prompt and as many for the answer. However, "
+                    f"you requested {wanted or 1} output tokens and your prompt contains {used} input tokens.",
+                    "max_tokens" if used <= limit else "prompt",
+                )
+            used = 0
+        if wanted is None and isinstance(request, CompletionRequest):
+            wanted = min(DEFAULT_COMPLETION_TOKENS, max(limit - used, 1))
+        total = used + (wanted or 1)
         if total > limit:
             raise bad_request(
                 f"This model's maximum context length is {limit} tokens. However, you requested {wanted or 1} output "
-                f"tokens and your prompt contains {prompt_tokens} input tokens, for a total of {total} tokens. "
+                f"tokens and your prompt contains {used} input tokens, for a total of {total} tokens. "
                 "Please reduce the length of the prompt or max_tokens.",
-                "max_tokens" if prompt_tokens < limit else "prompt",
+                "max_tokens" if used < limit else "prompt",
             )
-        return wanted or limit - prompt_tokens
+        return wanted or limit - used
 
     def _sequence(
-        self, request: GenerationRequest, prompt: list[int], adapter: Adapter | None, max_tokens: int, choice: int
+        self, request: Request, prompt: list[int], adapter: Adapter | None, max_tokens: int, choice: int
     ) -> Sequence:
-        defaults = self._base.defaults
-        sampling = Sampling(
-            temperature=defaults.temperature if request.temperature is None else request.temperature,
-            top_p=defaults.top_p if request.top_p is None else request.top_p,
-            top_k=max(defaults.top_k if request.top_k is None else request.top_k, 0),
-            seed=None if request.seed is None else (request.seed + choice + 2**63) % 2**64 - 2**63,
-        )
+        echoes_logprobs = isinstance(request, CompletionRequest) and request.echo and request.alternatives is not None
+        ends = frozenset() if request.ignore_eos else self._base.eos_ids
         return Sequence(
             prompt=prompt,
             adapter=adapter,
-            sampling=sampling,
+            sampling=self._sampling(request, choice),
             max_tokens=max_tokens,
-            eos_ids=frozenset() if request.ignore_eos else self._base.eos_ids,
+            eos_ids=ends | frozenset(request.stop_token_ids or ()),
             text=TextStream(self._base.tokenizer, prompt, request.stop_strings),
             emit=_nobody,
+            wants_prompt_logprobs=bool(echoes_logprobs),
+            expires=time.monotonic() + self._request_timeout,
+        )
+
+    def _sampling(self, request: Request, choice: int) -> Sampling:
+        defaults = self._base.defaults
+        tokens = [*(request.logit_bias or {}), *(request.stop_token_ids or [])]
+        if not all(0 <= token < self._base.vocab_size for token in tokens):
+            field = "logit_bias" if request.logit_bias else "stop_token_ids"
+            raise bad_request(f"{field}: token ids must be from 0 to {self._base.vocab_size - 1}", field)
+        return Sampling(
+            temperature=defaults.temperature if request.temperature is None else request.temperature,
+            top_p=defaults.top_p if request.top_p is None else request.top_p,
+            top_k=max(defaults.top_k if request.top_k is None else request.top_k, 0),
+            min_p=request.min_p or 0.0,
+            repetition_penalty=request.repetition_penalty or defaults.repetition_penalty,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            logit_bias=request.logit_bias or {},
+            min_tokens=request.min_tokens or 0,
+            seed=None if request.seed is None else (request.seed + choice + 2**63) % 2**64 - 2**63,
+            logprobs=request.alternatives,
         )
 
 
@@ -213,4 +253,6 @@ def _failure(output: Output) -> ApiError:
     message = output.error or ""
     if output.finish_reason == "abort":
         return unavailable(message)
+    if output.finish_reason == "timeout":
+        return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "TimeoutError", message)
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", message)

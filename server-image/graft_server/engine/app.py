@@ -15,25 +15,26 @@ from typing import Any
 
 from aiohttp import web
 
+from graft_server.engine.adapters import AdapterWeights, Limits, read_adapter
 from graft_server.engine.answers import Answers, Generator
-from graft_server.engine.generation import Engine
+from graft_server.engine.generation import Capacity, Engine
 from graft_server.engine.metrics import Metrics
 from graft_server.engine.model import BaseModel
+from graft_server.engine.network import Network
 from graft_server.engine.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
     LoadLoraRequest,
-    Shapes,
     UnloadLoraRequest,
-    model_card,
     parse_body,
     unavailable,
-    usage,
 )
 from graft_server.engine.registry import AdapterRegistry
 from graft_server.engine.residency import Residency
+from graft_server.engine.sequence import Output
 from graft_server.engine.settings import Settings
+from graft_server.engine.shapes import Choice, Shapes, TokenTexts, model_card, usage
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +46,27 @@ class Server:
     """One base model behind its routes. Create it on the running event loop, `close` it at the end."""
 
     def __init__(self, settings: Settings, base: BaseModel) -> None:
+        limits = Limits(base.modules, base.hidden_size, settings.max_lora_rank, base.max_model_len)
+
+        def read(path: str) -> AdapterWeights:
+            return read_adapter(path, limits)
+
         self.engine = Engine(
-            base,
-            Residency(base, settings.max_cpu_loras, settings.max_lora_rank),
-            max_num_seqs=settings.max_num_seqs,
-            max_waiting=settings.max_waiting_requests,
-            max_loras=settings.max_loras,
+            Network(base),
+            Residency(settings.max_cpu_loras),
+            read,
+            Capacity(
+                max_num_seqs=settings.max_num_seqs,
+                max_waiting=settings.max_waiting_requests,
+                queue_timeout=settings.queue_timeout,
+                max_loras=settings.max_loras,
+            ),
         )
         self._settings = settings
         self._base = base
         names = settings.served_model_names
-        self.registry = AdapterRegistry(self.engine, base, names, settings.max_lora_rank)
+        self._token_texts = TokenTexts(base.tokenizer)
+        self.registry = AdapterRegistry(self.engine, read, names)
         self._metrics = Metrics(names[0], settings.max_loras, self.engine.activity)
         self._generator = Generator(
             base,
@@ -64,6 +75,7 @@ class Server:
             self.registry,
             self._metrics,
             settings.max_num_seqs + settings.max_waiting_requests,
+            settings.request_timeout,
         )
         self._started = int(time.time())
         self._draining = False
@@ -184,17 +196,27 @@ class Server:
     async def _generate(self, request: web.Request, body: ChatRequest | CompletionRequest) -> web.StreamResponse:
         request_id = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
         model = body.model or self._settings.served_model_names[0]
-        shapes = Shapes(isinstance(body, ChatRequest), request_id, model)
+        shapes = Shapes(isinstance(body, ChatRequest), request_id, model, self._token_texts)
         async with await self._generator.start(body) as answers:
             if body.stream:
                 return await _stream(request, answers, shapes, body.include_usage)
-            texts = [""] * len(answers.sequences)
-            reasons = [""] * len(answers.sequences)
+            choices = [_piece(answers, index) for index in range(len(answers.sequences))]
             async for index, output in answers:
-                texts[index] += output.text
-                reasons[index] = output.finish_reason or ""
+                _extend(choices[index], output)
             counts = usage(answers.prompt_tokens, answers.completion_tokens)
-            return web.json_response(shapes.answer(list(zip(texts, reasons, strict=True)), counts))
+            return web.json_response(shapes.answer(choices, counts))
+
+
+def _piece(answers: Answers, index: int, first: bool = True) -> Choice:
+    asked = answers.sequences[index].sampling.logprobs is not None
+    return Choice(answers.echoes[index] if first else "", None, [] if asked else None)
+
+
+def _extend(choice: Choice, output: Output) -> None:
+    choice.text += output.text
+    choice.finish_reason = output.finish_reason
+    if choice.logprobs is not None:
+        choice.logprobs += [*output.prompt_logprobs, *([output.logprob] if output.logprob else [])]
 
 
 async def _stream(request: web.Request, answers: Answers, shapes: Shapes, include_usage: bool) -> web.StreamResponse:
@@ -211,12 +233,13 @@ async def _stream(request: web.Request, answers: Answers, shapes: Shapes, includ
 
     try:
         async for index, output in answers:
-            opening = None if index in opened else shapes.opening(index)
-            opened.add(index)
-            if opening:
+            piece = _piece(answers, index, first=index not in opened)
+            if index not in opened and (opening := shapes.opening(index)):
                 await send(opening)
-            if output.text or output.finish_reason:
-                await send(shapes.chunk(index, output.text, output.finish_reason))
+            opened.add(index)
+            _extend(piece, output)
+            if piece.text or piece.logprobs or piece.finish_reason:
+                await send(shapes.chunk(index, piece))
         if include_usage:
             await send(shapes.counts(usage(answers.prompt_tokens, answers.completion_tokens)))
     except ApiError as error:

@@ -1,7 +1,7 @@
 """The generation core: one thread owns the model and steps everything that runs.
 
-Every turn of the loop admits what may run, feeds the oldest unread prompt one chunk, and gives every running
-sequence one token. Sequences of all adapters and of the base model share the batch. It knows nothing about HTTP.
+Every turn of the loop admits what may run, reads prompts within a budget, and gives every running sequence one token.
+Sequences of all adapters and of the base model share each step. It knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
-from graft_server.engine.batch import Batch, can_share, new_cache
-from graft_server.engine.model import BaseModel
+from graft_server.engine.adapters import AdapterWeights
+from graft_server.engine.network import Network, Step
 from graft_server.engine.residency import Adapter, Residency
-from graft_server.engine.sampling import Sampling, next_token
-from graft_server.engine.text import TextStream
+from graft_server.engine.sequence import Output, Sequence
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PREFILL_CHUNK = 512  # tokens of a prompt read per turn: a long prompt does not stall the others' answers
+PREFILL_CHUNK = 512  # tokens of prompts read per turn: a long prompt does not stall the others' answers
 MAX_ADAPTER_WAIT = 2.0  # seconds a sequence may be overtaken while it waits for one of the max_loras places
+LOADING_THREADS = 2
+TOO_LATE = Output(finish_reason="timeout", error="the answer took longer than the server allows")
+TOO_LONG_QUEUED = Output(finish_reason="abort", error="the server is overloaded: the request waited too long")
+QUEUE_POLL = 0.05  # seconds between two looks at deadlines while nothing runs
 
 
 class OverloadedError(Exception):
@@ -39,35 +40,13 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Output:
-    """What a sequence says after a turn: new text, and at the end why it ended (`error` says what went wrong)."""
+class Capacity:
+    """How much runs and waits at once: sequences, waiting ones, seconds of waiting, different adapters."""
 
-    text: str = ""
-    tokens: int = 0
-    finish_reason: str | None = None
-    error: str | None = None
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One answer in the making. `emit` is called on the engine's thread and must not block."""
-
-    prompt: list[int]
-    adapter: Adapter | None
-    sampling: Sampling
-    max_tokens: int
-    eos_ids: frozenset[int]
-    text: TextStream
-    emit: Callable[[Output], None]
-    arrived: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    cancelled: bool = False
-    _passed_over: float | None = None  # since when others overtake it
-    _generator: Any = None
-    _cache: Any = None
-    _read: int = 0  # tokens of the prompt in the cache
-    _generated: int = 0
-    _last: int = 0
+    max_num_seqs: int
+    max_waiting: int
+    queue_timeout: float
+    max_loras: int
 
 
 @dataclass(frozen=True)
@@ -84,17 +63,21 @@ class Activity:
 class Engine:
     """Runs sequences. `submit`, `cancel`, `call` and `activity` may be called from any thread."""
 
-    def __init__(self, base: BaseModel, residency: Residency, max_num_seqs: int, max_waiting: int, max_loras: int):
-        self._base = base
+    def __init__(
+        self, network: Network, residency: Residency, load: Callable[[str], AdapterWeights], capacity: Capacity
+    ) -> None:
+        """`load` reads an adapter from its path; it is called beside the steps, on other threads."""
+        self.network = network
         self.residency = residency
-        self._max_running = max_num_seqs
-        self._max_waiting = max_waiting
-        self._max_loras = max_loras
+        self._load = load
+        self._capacity = capacity
         self._wake = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._waiting: deque[Sequence] = deque()
-        self._reading: list[Sequence] = []  # admitted, their prompts not wholly in the cache
-        self._batches: list[Batch[Sequence]] = []
+        self._reading: list[Sequence] = []  # admitted, their prompts not wholly read
+        self._rows: list[Sequence] = []  # they share the steps; one keeps its index while it can
+        self._loading: dict[Adapter, Future[AdapterWeights]] = {}
+        self._loaders = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="adapters")
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -108,6 +91,7 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        self._loaders.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
@@ -119,8 +103,8 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise StoppedError
-            free = self._max_running - len(self._running())
-            if len(self._waiting) + len(sequences) > self._max_waiting + max(free, 0):
+            free = self._capacity.max_num_seqs - len(self._running())
+            if len(self._waiting) + len(sequences) > self._capacity.max_waiting + max(free, 0):
                 raise OverloadedError
             self._waiting.extend(sequences)
             self._wake.notify()
@@ -168,11 +152,10 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._next_turn():
-                self._drop_cancelled()
+                self._drop_ended()
                 self._admit()
                 self._read_prompts()
-                for batch in list(self._batches):
-                    self._decode(batch)
+                self._step()
                 self._trim()
         except BaseException:
             log.exception("the engine's thread failed")
@@ -185,6 +168,8 @@ class Engine:
         with self._wake:
             while not (self._stopping or self._calls or self._waiting or self._running()):
                 self._wake.wait()
+            if not (self._stopping or self._calls or self._running()) and self._all_loading():
+                self._wake.wait(QUEUE_POLL)
             if self._stopping:
                 return False
             calls, self._calls = self._calls, deque()
@@ -192,135 +177,163 @@ class Engine:
             call()
         return True
 
-    def _running(self) -> list[Sequence]:
-        return [*self._reading, *(row for batch in self._batches for row in batch.rows)]
+    def _all_loading(self) -> bool:
+        loading = [self._loading.get(sequence.adapter) for sequence in self._waiting if sequence.adapter]
+        return len(loading) == len(self._waiting) and all(future and not future.done() for future in loading)
 
-    def _drop_cancelled(self) -> None:
+    def _running(self) -> list[Sequence]:
+        return [*self._reading, *self._rows]
+
+    def _drop_ended(self) -> None:
+        """Drops what was cancelled and what ran out of time, wherever it is."""
+        now = time.monotonic()
+        queued_since = now - self._capacity.queue_timeout
         with self._wake:
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.cancelled)
-            self._reading = [sequence for sequence in self._reading if not sequence.cancelled]
-            for batch in list(self._batches):
-                self._keep(batch, [row for row in batch.rows if not row.cancelled])
+            stale = [seq for seq in self._waiting if seq.arrived < queued_since]
+            late = [seq for seq in [*self._waiting, *self._running()] if seq.expires < now]
+            gone = {seq for seq in [*self._waiting, *self._running()] if seq.cancelled} | {*stale, *late}
+            if not gone:
+                return
+            self._waiting = deque(seq for seq in self._waiting if seq not in gone)
+            self._reading = [seq for seq in self._reading if seq not in gone]
+            self._leave(gone)
+        for sequence in {*stale, *late}:
+            if not sequence.cancelled:
+                sequence.emit(TOO_LATE if sequence in late else TOO_LONG_QUEUED)
 
     def _admit(self) -> None:
         """Moves sequences from the queue into the run, first come first served, except that a sequence may pass
-        others that wait for a place among the max_loras adapters, for a while."""
+        others that wait for their adapter: for a place among the max_loras, for a while, or to be read from disk."""
         now = time.monotonic()
         admitted: list[Sequence] = []
+        failed: list[tuple[Sequence, str]] = []
         with self._wake:
             running = self._running()
             adapters = {sequence.adapter for sequence in running if sequence.adapter}
             for sequence in list(self._waiting):
-                if len(running) + len(admitted) >= self._max_running:
+                if len(running) + len(admitted) >= self._capacity.max_num_seqs:
                     break
                 adapter = sequence.adapter
-                if adapter and adapter not in adapters and len(adapters) >= self._max_loras:
-                    sequence._passed_over = sequence._passed_over or now
-                    if now - sequence._passed_over > MAX_ADAPTER_WAIT:
+                if adapter and adapter not in adapters and len(adapters) >= self._capacity.max_loras:
+                    sequence.passed_over = sequence.passed_over or now
+                    if now - sequence.passed_over > MAX_ADAPTER_WAIT:
                         break
                     continue
                 if adapter:
                     adapters.add(adapter)
+                    try:
+                        if not self._ready(adapter):
+                            continue
+                    except Exception as error:
+                        failed.append((sequence, f"adapter {adapter.name!r} cannot be read again: {error}"))
+                        self._waiting.remove(sequence)
+                        continue
                 self._waiting.remove(sequence)
                 admitted.append(sequence)
+            for sequence, _ in failed:
+                self._loading.pop(sequence.adapter, None)  # type: ignore[arg-type]
             self._reading.extend(admitted)
+        for sequence, message in failed:
+            log.warning("%s", message)
+            sequence.emit(Output(finish_reason="error", error=message))
         for sequence in admitted:
-            try:
-                if sequence.adapter:
-                    self.residency.ensure(sequence.adapter)
-            except Exception as error:
-                log.warning("adapter %s cannot be used: %s", sequence.adapter and sequence.adapter.name, error)
-                self._reading.remove(sequence)
-                sequence.emit(Output(finish_reason="error", error=str(error)))
-                continue
-            sequence.started = time.monotonic()
-            sequence._generator = sequence.sampling.generator()
-            sequence._cache = new_cache(self._base.network.config)
+            weights = self.residency.use(sequence.adapter) if sequence.adapter else None
+            sequence.begin(self.network.begin(), weights)
+
+    def _ready(self, adapter: Adapter) -> bool:
+        """Whether an adapter is in memory. Where it is not it is read from its path, and the others go on meanwhile.
+
+        Raises what reading it raised.
+        """
+        if adapter in self.residency:
+            return True
+        if adapter not in self._loading:
+            self._loading[adapter] = self._loaders.submit(self._load, adapter.path)
+            self._loading[adapter].add_done_callback(lambda _: self._notify())
+            return False
+        if not self._loading[adapter].done():
+            return False
+        weights = self._loading[adapter].result()
+        del self._loading[adapter]
+        self.residency.put(adapter, weights)
+        log.info("reloaded adapter %s from %s", adapter.name, adapter.path)
+        return True
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def _read_prompts(self) -> None:
-        """Feeds the oldest unread prompt one chunk; a prompt that is read gets its first token and joins a batch."""
-        if not self._reading:
-            return
-        sequence = self._reading[0]
-        chunk = sequence.prompt[sequence._read : sequence._read + PREFILL_CHUNK]
+        """Reads unread prompts, oldest first, until the budget is used. One that is read gets its first token."""
+        budget = PREFILL_CHUNK
+        for sequence in list(self._reading):
+            if budget <= 0:
+                return
+            budget -= self._read(sequence)
+
+    def _read(self, sequence: Sequence) -> int:
+        """Reads one chunk of a prompt; returns its length. An encoder needs the whole prompt at once."""
+        whole = self.network.reads_whole
+        chunk = sequence.prompt if whole else sequence.prompt[sequence.read : sequence.read + PREFILL_CHUNK]
         try:
-            inputs = {"input_ids": torch.tensor([chunk]), "past_key_values": sequence._cache}
-            logits = self.residency.forward(inputs, [sequence.adapter])
+            weights = self.residency.use(sequence.adapter) if sequence.adapter else None
+            every = sequence.wants_prompt_logprobs
+            logits = self.network.read(_context(sequence), chunk, weights, every)
+            if every:
+                sequence.note_prompt(logits, sequence.read)
+            sequence.read += len(chunk)
+            if sequence.read < len(sequence.prompt):
+                return len(chunk)
+            self.network.share(_context(sequence))
         except Exception as error:
             log.exception("reading a prompt failed")
-            self._reading.remove(sequence)
+            with self._wake:
+                self._reading.remove(sequence)
             sequence.emit(Output(finish_reason="error", error=f"the forward pass failed: {error}"))
-            return
-        sequence._read += len(chunk)
-        if sequence._read < len(sequence.prompt):
-            return
-        output = self._advance(sequence, logits[0])
+            return len(chunk)
+        output = sequence.advance(logits[-1])
         with self._wake:
             self._reading.remove(sequence)
-            cache, sequence._cache = sequence._cache, None
             if output.finish_reason is None:
-                self._join(sequence, cache)
+                self._rows.append(sequence)
         sequence.emit(output)
+        return len(chunk)
 
-    def _join(self, sequence: Sequence, cache: Any) -> None:
-        shared = can_share(cache, self._base.network.config)
-        if shared and (batch := next((batch for batch in self._batches if batch.shared), None)):
-            batch.join(sequence, cache, sequence._read)
-        else:
-            self._batches.append(Batch(sequence, cache, sequence._read, shared))
-
-    def _decode(self, batch: Batch[Sequence]) -> None:
-        """Gives every sequence of a batch its next token."""
+    def _step(self) -> None:
+        """Gives every row its next token."""
+        rows = list(self._rows)
+        if not rows:
+            return
         try:
-            inputs = batch.inputs([row._last for row in batch.rows])
-            logits = self.residency.forward(inputs, [row.adapter for row in batch.rows])
-        except Exception as error:  # the cache is in an unknown state: the whole batch is lost, the engine is not
+            repeatable = any(row.sampling.seed is not None for row in rows)
+            logits = self.network.step([Step(_context(row), row.last, row.lora) for row in rows], repeatable)
+        except Exception as error:  # the caches are in an unknown state: the rows are lost, the engine is not
             log.exception("a step failed")
             with self._wake:
-                self._batches.remove(batch)
-            for row in batch.rows:
+                self._rows.clear()
+            for row in rows:
                 row.emit(Output(finish_reason="error", error=f"the forward pass failed: {error}"))
             return
-        outputs = [(row, self._advance(row, row_logits)) for row, row_logits in zip(batch.rows, logits, strict=True)]
+        outputs = [(row, row.advance(row_logits)) for row, row_logits in zip(rows, logits, strict=True)]
         with self._wake:
-            self._keep(batch, [row for row, output in outputs if output.finish_reason is None])
+            self._leave({row for row, output in outputs if output.finish_reason is not None})
         for row, output in outputs:
             row.emit(output)
 
-    def _advance(self, sequence: Sequence, logits: Any) -> Output:
-        """Picks the next token. Returns what it says, which the caller emits when its own books are in order."""
-        try:
-            token = next_token(logits, sequence.sampling, sequence._generator)
-            sequence._last = token
-            sequence._generated += 1
-            reason = None
-            if token in sequence.eos_ids:
-                text, reason = sequence.text.finish(), "stop"
-            else:
-                text = sequence.text.push(token)
-                if sequence.text.stopped:
-                    reason = "stop"
-                elif sequence._generated >= sequence.max_tokens:
-                    text += sequence.text.finish()
-                    reason = "stop" if sequence.text.stopped else "length"
-        except Exception as error:
-            log.exception("picking a token failed")
-            return Output(finish_reason="error", error=str(error))
-        return Output(text=text, tokens=sequence._generated, finish_reason=reason)
-
-    def _keep(self, batch: Batch[Sequence], rows: list[Sequence]) -> None:
-        if len(rows) == len(batch.rows):
-            return
-        if rows:
-            batch.keep([batch.rows.index(row) for row in rows])
-        else:
-            self._batches.remove(batch)
+    def _leave(self, gone: set[Sequence]) -> None:
+        """Takes rows out; the last ones fill the holes, so that as few as possible change their index."""
+        for index in range(len(self._rows) - 1, -1, -1):
+            if self._rows[index] in gone:
+                self._rows[index] = self._rows[-1]
+                self._rows.pop()
 
     def _trim(self) -> None:
         with self._wake:
             running = {sequence.adapter for sequence in self._running() if sequence.adapter}
             waiting = {sequence.adapter for sequence in self._waiting if sequence.adapter}
         self.residency.trim(running, waiting)
+        if not self.residency.names():
+            self.network.hooks.forget()
 
     def _abort(self) -> None:
         with self._wake:
@@ -329,12 +342,18 @@ class Engine:
             calls, self._calls = self._calls, deque()
             self._waiting.clear()
             self._reading.clear()
-            self._batches.clear()
+            self._rows.clear()
         for sequence in left:
             if not sequence.cancelled:
                 sequence.emit(Output(finish_reason="abort", error="the server is shutting down"))
         for call in calls:
             call()  # its caller waits for an answer
+
+
+def _context(sequence: Sequence) -> Any:
+    if sequence.context is None:
+        raise RuntimeError("the sequence was not begun")
+    return sequence.context
 
 
 def _names(sequences: Any) -> list[str]:

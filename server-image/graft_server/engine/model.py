@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from graft_server.engine.settings import Settings
@@ -37,16 +37,22 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base model. `modules` has every module an adapter may target, by its full name."""
+    """A loaded base model. `modules` has every module an adapter may target, by its full name.
+
+    `start_token` is what an encoder-decoder's answer begins with, and None for a causal model.
+    """
 
     network: Any
     tokenizer: Any
     max_model_len: int
     vocab_size: int
+    hidden_size: int
+    start_token: int | None
     eos_ids: frozenset[int]
     defaults: SamplingDefaults
     modules: Mapping[str, ModuleShape]
@@ -55,11 +61,21 @@ class BaseModel:
         """The token ids of a completion prompt, special tokens of the tokenizer included."""
         return list(self.tokenizer.encode(text))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_arguments: Mapping[str, Any]) -> list[int]:
         """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
 
+        An encoder-decoder without a template was trained on bare inputs: it gets the last message of the user.
         Raises PromptError where the template is missing, refuses the messages, or the arguments are reserved.
         """
+        if not self.tokenizer.chat_template and self.start_token is not None:
+            asked = [message["content"] for message in messages if message["role"] == "user"]
+            if not asked:
+                raise PromptError("messages: the model has no chat template and there is no message of the user")
+            return self.encode(asked[-1])
         if not self.tokenizer.chat_template:
             raise PromptError("messages: the model has no chat template; use /v1/completions or --chat-template")
         reserved = set(signature(self.tokenizer.apply_chat_template).parameters) & set(template_arguments)
@@ -80,8 +96,11 @@ def load_base_model(settings: Settings) -> BaseModel:
     Raises OSError or ValueError where the directory holds no such model.
     """
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    network = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    local = {"trust_remote_code": False, "local_files_only": True}
+    config = AutoConfig.from_pretrained(settings.model, **local)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    network = kind.from_pretrained(
+        settings.model, dtype=dtype, use_safetensors=True, quantization_config=_quantization(settings, dtype), **local
     ).eval()
     network.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False, local_files_only=True)
@@ -90,7 +109,8 @@ def load_base_model(settings: Settings) -> BaseModel:
     tokenizer.encode("warm up")  # resets what tokenizer.json says about padding before two threads use it
 
     config = network.config.get_text_config()
-    limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    stated = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    limit = int(next((length for length in stated if length), DEFAULT_CONTEXT))
     length = settings.max_model_len or limit
     if length > limit:
         raise ValueError(f"--max-model-len {length} is more than the {limit} tokens the model's config allows")
@@ -99,7 +119,9 @@ def load_base_model(settings: Settings) -> BaseModel:
         network=network,
         tokenizer=tokenizer,
         max_model_len=length,
-        vocab_size=network.get_input_embeddings().weight.shape[0],
+        vocab_size=network.get_input_embeddings().num_embeddings,
+        hidden_size=network.get_input_embeddings().embedding_dim,
+        start_token=_start_token(network) if network.config.is_encoder_decoder else None,
         eos_ids=frozenset(_ids(generation.eos_token_id) + _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)),
         defaults=_sampling_defaults(generation) if settings.generation_config == "auto" else SamplingDefaults(),
         modules=adaptable_modules(network),
@@ -119,8 +141,30 @@ def adaptable_modules(network: Any) -> dict[str, ModuleShape]:
     return shapes
 
 
+def _quantization(settings: Settings, dtype: torch.dtype) -> Any:
+    """4-bit weights as in QLoRA (Dettmers et al., arXiv:2305.14314): nf4, its scales quantized too."""
+    if settings.quantization is None:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _start_token(network: Any) -> int:
+    configs = (network.generation_config, network.config)
+    found = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    token = next((token for token in found if token is not None), None)
+    if token is None:
+        raise ValueError("the model's config has no decoder_start_token_id, which an encoder-decoder needs")
+    return int(token)
+
+
 def _sampling_defaults(generation: Any) -> SamplingDefaults:
-    given = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    given = {name: getattr(generation, name, None) for name in names}
     return SamplingDefaults(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
@@ -11,36 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # prompts in one request
+MAX_LOGPROBS = 20  # alternatives reported beside a token
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
 
 # Fields of the API that would change the answer and that this engine does not have, with the values that ask for
-# nothing. Ignoring any other value would be a silently wrong answer.
+# nothing. Ignoring any other value would be a silently wrong answer. best_of is gone from OpenAI's API and from vLLM's.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
     "audio": (None,),
     "best_of": (None, 1),
     "continue_final_message": (None, False),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
     "guided_json": (None,),
     "guided_regex": (None,),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
-    "stop_token_ids": (None, []),
     "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
     "use_beam_search": (None, False),
 }
 
@@ -100,9 +90,16 @@ class GenerationRequest(BaseModel):
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    min_tokens: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: Text | list[Text] | None = None
+    stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -158,12 +155,32 @@ class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: it needs logprobs to be true")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each token; None for no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. A prompt is text or token ids; several prompts get `n` answers each."""
 
     prompt: Text | list[int] | list[Text] | list[list[int]] = Field(min_length=1)
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each token; None for no log-probabilities at all."""
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one."""
@@ -191,81 +208,3 @@ def parse_body(model: type[M], content_type: str, body: bytes) -> M:
             messages.append(f"{field}: {text}" if field else text)
         param = str(details[0]["loc"][0]) if details[0]["loc"] else None
         raise ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", "; ".join(messages), param) from error
-
-
-def model_card(
-    name: str, root: str, created: int, parent: str | None = None, max_model_len: int | None = None
-) -> dict[str, Any]:
-    """An entry of /v1/models."""
-    permission = {
-        "id": f"modelperm-{name}",
-        "object": "model_permission",
-        "created": created,
-        "allow_create_engine": False,
-        "allow_sampling": True,
-        "allow_logprobs": False,
-        "allow_search_indices": False,
-        "allow_view": True,
-        "allow_fine_tuning": False,
-        "organization": "*",
-        "group": None,
-        "is_blocking": False,
-    }
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "graft",
-        "root": root,
-        "parent": parent,
-        "max_model_len": max_model_len,
-        "permission": [permission],
-    }
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts of a whole request."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "completion_tokens": completion_tokens,
-    }
-
-
-class Shapes:
-    """The answers of one request: `chat` picks between the two APIs."""
-
-    def __init__(self, chat: bool, request_id: str, model: str) -> None:
-        self._chat = chat
-        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}", "created": int(time.time())}
-        self._model = model
-
-    def answer(self, choices: list[tuple[str, str]], counts: dict[str, int]) -> dict[str, Any]:
-        """The whole answer, from each choice's text and finish reason."""
-        kind = "chat.completion" if self._chat else "text_completion"
-        return self._body(kind, [self._choice(i, text, reason) for i, (text, reason) in enumerate(choices)], counts)
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice in a stream of chat: the role."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None) if self._chat else None
-
-    def chunk(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """A piece of a choice."""
-        if self._chat:
-            return self._chunk(index, {"content": text} if text else {}, finish_reason)
-        return self._body("text_completion", [self._choice(index, text, finish_reason)], None)
-
-    def counts(self, counts: dict[str, int]) -> dict[str, Any]:
-        """The last chunk, which has no choices."""
-        return self._body("chat.completion.chunk" if self._chat else "text_completion", [], counts)
-
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._body("chat.completion.chunk", [choice], None)
-
-    def _choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
-
-    def _body(self, kind: str, choices: list[dict[str, Any]], counts: dict[str, int] | None) -> dict[str, Any]:
-        return {**self._head, "object": kind, "model": self._model, "choices": choices, "usage": counts}

@@ -6,12 +6,18 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from graft_server.engine.adapters import AdapterInvalidError, AdapterNotFoundError, read_adapter
+from graft_server.engine.adapters import (
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterWeights,
+    PromptWeights,
+    WholeModelError,
+)
 from graft_server.engine.generation import Engine, StoppedError
-from graft_server.engine.model import BaseModel
 from graft_server.engine.protocol import ApiError, LoadLoraRequest, UnloadLoraRequest, unavailable
 from graft_server.engine.residency import Adapter
 
@@ -20,21 +26,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Registered:
-    """An adapter under its name, and when it got there (Unix time)."""
+    """An adapter under its name, when it got there (Unix time), and the tokens of a tuned prompt."""
 
     adapter: Adapter
     created: int
+    virtual_tokens: int
 
 
 class AdapterRegistry:
     """Loads and unloads adapters by name; vLLM's answers, errors included."""
 
-    def __init__(self, engine: Engine, base: BaseModel, base_names: tuple[str, ...], max_lora_rank: int) -> None:
+    def __init__(self, engine: Engine, read: Callable[[str], AdapterWeights], base_names: tuple[str, ...]) -> None:
         self.entries: dict[str, Registered] = {}
         self._engine = engine
-        self._base = base
+        self._read = read
         self._base_names = base_names
-        self._max_rank = max_lora_rank
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._users: defaultdict[str, int] = defaultdict(int)
 
@@ -54,12 +60,13 @@ class AdapterRegistry:
                 )
             adapter = Adapter(name, path)
             try:
-                weights = await asyncio.to_thread(read_adapter, path, self._base.modules, self._max_rank)
-                attached = self._engine.call(lambda: self._engine.residency.attach(adapter, weights))
-                await asyncio.wrap_future(attached)
+                weights = await asyncio.to_thread(self._read, path)
+                await asyncio.wrap_future(self._engine.call(lambda: self._engine.residency.put(adapter, weights)))
             except AdapterNotFoundError as error:
                 message = f"Loading lora {name} failed: No adapter found for {path}"
                 raise ApiError(HTTPStatus.NOT_FOUND, "NotFoundError", message) from error
+            except WholeModelError as error:
+                raise _invalid_input(f"Loading lora {name} failed: {error}") from error
             except AdapterInvalidError as error:
                 message = f"Loading lora {name} failed: {error}"
                 raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", message) from error
@@ -68,7 +75,8 @@ class AdapterRegistry:
                 raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", message) from error
             except StoppedError as error:
                 raise unavailable("the server is shutting down") from error
-            self.entries[name] = Registered(adapter, int(time.time()))
+            virtual = len(weights.embeddings) if isinstance(weights, PromptWeights) else 0
+            self.entries[name] = Registered(adapter, int(time.time()), virtual)
             if old:
                 self._retire(old.adapter)
         log.info("loaded adapter %s from %s", name, path)

@@ -2,56 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy, as in vLLM
+NUCLEUS_GUESS = 1024  # tokens sorted first; the whole vocabulary only where these do not reach top_p
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one sequence picks its tokens. `top_k` 0 is no limit; `seed` None is a fresh one."""
+    """How one sequence picks its tokens, in vLLM's terms. `top_k` 0 is no limit; `seed` None is a fresh one.
+
+    `logprobs` is how many alternatives to report beside the token, None for no report.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
     seed: int | None = None
-
-    def generator(self) -> Any:
-        """A generator of this sequence's own, so that its draws do not depend on what shares its batch."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+    logprobs: int | None = None
 
 
-def next_token(logits: Any, sampling: Sampling, generator: Any) -> int:
-    """Picks a token from the logits [vocab] of one sequence.
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log-probability under the model (before temperature and penalties), and the likeliest ones.
 
-    Raises ValueError where the logits are not numbers, as with an adapter whose weights have overflowed.
+    `logprob` is None for a text's first token, which nothing precedes.
     """
-    logits = logits.float()
-    if torch.isnan(logits).any():
-        raise ValueError("the model's output is not a number")
-    if sampling.temperature < GREEDY_BELOW:
-        return int(logits.argmax())
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    probabilities = logits.softmax(dim=-1)
-    if sampling.top_p < 1.0:
-        probabilities = _nucleus(probabilities, sampling.top_p)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """The choices of one sequence. Its draws come from a generator of its own."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), end_ids: frozenset[int] = frozenset()) -> None:
+        self._sampling = sampling
+        self._prompt = prompt
+        self._end_ids = sorted(end_ids)
+        self._generated: list[int] = []
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def pick(self, logits: Any) -> TokenLogprob:
+        """Picks a token from the logits [vocab].
+
+        Raises ValueError where the logits are not numbers, as with an adapter whose weights have overflowed.
+        """
+        logits = logits.float()
+        if torch.isnan(logits).any():
+            raise ValueError("the model's output is not a number")
+        token = self._choose(logits)
+        self._generated.append(token)
+        if self._sampling.logprobs is None:
+            return TokenLogprob(token, None)
+        return report(logits, token, self._sampling.logprobs)
+
+    def _choose(self, logits: Any) -> int:
+        sampling = self._sampling
+        logits = self._biased(logits)
+        if sampling.temperature < GREEDY_BELOW:
+            return int(logits.argmax())
+        logits = logits / sampling.temperature
+        if sampling.min_p > 0:
+            threshold = logits.max() + torch.tensor(sampling.min_p).log()
+            logits = logits.masked_fill(logits < threshold, float("-inf"))
+        if 0 < sampling.top_k < logits.shape[-1]:
+            threshold = logits.topk(sampling.top_k).values[-1]
+            logits = logits.masked_fill(logits < threshold, float("-inf"))
+        probabilities = logits.softmax(dim=-1)
+        if sampling.top_p < 1.0:
+            probabilities = _nucleus(probabilities, sampling.top_p)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _biased(self, logits: Any) -> Any:
+        """Penalties (repetition: arXiv:1909.05858; frequency and presence: OpenAI's API) and the caller's biases."""
+        sampling = self._sampling
+        copied = logits.clone()
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({*self._prompt, *self._generated}), dtype=torch.long)
+            values = copied[seen]
+            penalty = sampling.repetition_penalty
+            copied[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if (sampling.frequency_penalty or sampling.presence_penalty) and self._generated:
+            counts = torch.bincount(torch.tensor(self._generated), minlength=len(copied))
+            copied -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+        for token, bias in sampling.logit_bias.items():
+            copied[token] += bias
+        if len(self._generated) < sampling.min_tokens and self._end_ids:
+            copied[self._end_ids] = float("-inf")
+        return copied
+
+
+def report(logits: Any, token: int, alternatives: int) -> TokenLogprob:
+    """The log-probability of a token under logits [vocab], with that many of the likeliest tokens'."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    top = logprobs.topk(min(alternatives, len(logprobs)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logprobs[token]), tuple(pairs))
 
 
 def _nucleus(probabilities: Any, top_p: float) -> Any:
     """Zeroes all but the likeliest tokens that together reach top_p (Holtzman et al., arXiv:1904.09751)."""
-    ordered, indices = probabilities.sort(descending=True)
+    ordered, indices = probabilities.topk(min(NUCLEUS_GUESS, len(probabilities)))
+    if float(ordered.sum()) < top_p:
+        ordered, indices = probabilities.sort(descending=True)
     before = ordered.cumsum(dim=-1) - ordered
     before[0] = 0.0  # the likeliest token always stays
     ordered[before >= top_p] = 0.0

@@ -16,7 +16,8 @@ class Settings:
     """What one engine process was started with.
 
     `max_loras` bounds the different adapters in one batch, `max_cpu_loras` those held in memory,
-    `max_waiting_requests` the sequences that queue before callers get 503.
+    `max_waiting_requests` the sequences that queue before callers get 503. A request gets 503 as well when it waited
+    `queue_timeout` seconds, and 504 when it has no whole answer after `request_timeout` seconds.
     """
 
     model: str
@@ -24,12 +25,15 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: str = "auto"
+    quantization: str | None = None
     max_loras: int = 1
     max_cpu_loras: int = 1
     max_lora_rank: int = 16
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_waiting_requests: int = 64
+    queue_timeout: float = 60.0
+    request_timeout: float = 1800.0
     generation_config: str = "auto"
     chat_template: str | None = None
     api_keys: tuple[str, ...] = ()
@@ -49,6 +53,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto is float32 here")
+    add("--quantization", default=None, choices=["bitsandbytes"], help="hold the base model in 4 bits (nf4)")
     add("--enable-lora", action="store_true", help="accepted for vLLM's sake: LoRA is always on here")
     add("--max-loras", type=_positive, default=1, help="different adapters in one batch")
     add("--max-cpu-loras", type=_positive, default=None, help="adapters held in memory (default: --max-loras)")
@@ -56,6 +61,8 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     add("--max-model-len", type=_positive, default=None, help="default: what the model's config says")
     add("--max-num-seqs", type=_positive, default=16, help="sequences in one batch")
     add("--max-waiting-requests", type=_positive, default=64, help="sequences that may queue before a 503")
+    add("--queue-timeout", type=_seconds, default=60.0, help="seconds a sequence may queue before a 503")
+    add("--request-timeout", type=_seconds, default=1800.0, help="seconds a whole answer may take before a 504")
     add("--generation-config", default="auto", choices=["auto", "vllm"], help="auto: sampling defaults of the model")
     add("--chat-template", default=None, help="a file with a Jinja template, or the template itself")
     add("--api-key", nargs="+", default=None, help="keys that /v1 asks for (or VLLM_API_KEY)")
@@ -72,18 +79,28 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         host=flags.host,
         port=flags.port,
         dtype=flags.dtype,
+        quantization=flags.quantization,
         max_loras=flags.max_loras,
         max_cpu_loras=max_cpu_loras,
         max_lora_rank=flags.max_lora_rank,
         max_model_len=flags.max_model_len,
         max_num_seqs=flags.max_num_seqs,
         max_waiting_requests=flags.max_waiting_requests,
+        queue_timeout=flags.queue_timeout,
+        request_timeout=flags.request_timeout,
         generation_config=flags.generation_config,
         chat_template=flags.chat_template,
         api_keys=tuple(flags.api_key or ([key] if key else [])),
         shutdown_timeout=flags.shutdown_timeout,
         runtime_loading=environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").strip().lower() in TRUE_WORDS,
     )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
 
 
 def _positive(text: str) -> int:

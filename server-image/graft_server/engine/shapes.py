@@ -1,0 +1,161 @@
+"""What clients get: OpenAI's answers, whole and in pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft_server.engine.sampling import TokenLogprob
+
+LOWEST = -9999.0  # JSON has no infinity
+
+
+def model_card(
+    name: str, root: str, created: int, parent: str | None = None, max_model_len: int | None = None
+) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    permission = {
+        "id": f"modelperm-{name}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "graft",
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
+        "permission": [permission],
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Token counts of a whole request."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+    }
+
+
+class TokenTexts:
+    """The text of single tokens, as they read inside a text: a tokenizer may drop the space of a text's first word."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(tokenizer.encode("a", add_special_tokens=False))[:1]
+        self._skipped = len(self._decode([]))
+
+    def __call__(self, token: int) -> str:
+        return self._decode([token])[self._skipped :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode([*self._before, *ids])) if self._before or ids else ""
+
+
+@dataclass
+class Choice:
+    """One answer as far as it goes. `logprobs` is None where none were asked for."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass
+class Shapes:
+    """The answers of one request: `chat` picks between the two APIs."""
+
+    chat: bool
+    request_id: str
+    model: str
+    token_text: TokenTexts
+    _created: int = field(default_factory=lambda: int(time.time()))
+    _offsets: dict[int, int] = field(default_factory=dict)  # characters of a choice whose tokens were reported
+
+    def answer(self, choices: Sequence[Choice], counts: Mapping[str, int]) -> dict[str, Any]:
+        """The whole answer."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._body(kind, [self._choice(index, choice) for index, choice in enumerate(choices)], counts)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first chunk of a choice in a stream of chat: the role."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, Choice()) if self.chat else None
+
+    def chunk(self, index: int, piece: Choice) -> dict[str, Any]:
+        """A piece of a choice."""
+        if self.chat:
+            return self._chunk(index, {"content": piece.text} if piece.text else {}, piece)
+        return self._body("text_completion", [self._choice(index, piece)], None)
+
+    def counts(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """The last chunk, which has no choices."""
+        return self._body("chat.completion.chunk" if self.chat else "text_completion", [], counts)
+
+    def _chunk(self, index: int, delta: Mapping[str, str], piece: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(index, piece)
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return self._body("chat.completion.chunk", [choice], None)
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": choice.text}} if self.chat else {"text": choice.text}
+        logprobs = self._logprobs(index, choice)
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def _logprobs(self, index: int, choice: Choice) -> dict[str, Any] | None:
+        if choice.logprobs is None:
+            return None
+        if self.chat:
+            return {"content": [self._chat_logprob(entry) for entry in choice.logprobs]}
+        offset = self._offsets.get(index, 0)
+        tokens = [self.token_text(entry.token) for entry in choice.logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self._offsets[index] = offset
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [None if entry.logprob is None else _finite(entry.logprob) for entry in choice.logprobs],
+            "tokens": tokens,
+            "top_logprobs": [self._top(entry) for entry in choice.logprobs],
+        }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
+        """The likeliest tokens and the chosen one, by text: the likelier of two tokens of the same text counts."""
+        if entry.logprob is None:
+            return None
+        pairs = [*entry.top, (entry.token, entry.logprob)]
+        return {self.token_text(token): _finite(logprob) for token, logprob in sorted(pairs, key=lambda pair: pair[1])}
+
+    def _chat_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [self._named(token, logprob) for token, logprob in entry.top]
+        return {**self._named(entry.token, entry.logprob or 0.0), "top_logprobs": top}
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.token_text(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+    def _body(
+        self, kind: str, choices: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None
+    ) -> dict[str, Any]:
+        name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}"
+        head = {"id": name, "created": self._created, "object": kind, "model": self.model}
+        return {**head, "choices": choices, "usage": counts}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

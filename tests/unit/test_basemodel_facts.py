@@ -9,6 +9,7 @@ from graft.api import BaseModel
 from graft.artifacts.sources import Description
 from graft.placement.facts import facts_of
 from graft.reconcile.basemodel import observe
+from placement_world import LLAMA_2
 
 # Tiny models of every family, with every switch of it that changes the number of weights.
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -67,21 +68,6 @@ def test_parameters_are_those_that_transformers_counts(kind: str, fields: dict[s
     assert facts.encoder_layers == (config.num_layers if seq2seq else None)
 
 
-def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "torch_dtype": "float16",
-    }
-
-
 FLAN_T5_BASE = {
     "model_type": "t5",
     "architectures": ["T5ForConditionalGeneration"],
@@ -103,9 +89,9 @@ FLAN_T5_BASE = {
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
-        (llama(4096, 11008, 32, 32, 32), 6_738_415_616),  # Llama-2-7B
-        (llama(5120, 13824, 40, 40, 40), 13_015_864_320),  # Llama-2-13B
-        (llama(8192, 28672, 80, 64, 8), 68_976_648_192),  # Llama-2-70B
+        (LLAMA_2["7B"], 6_738_415_616),
+        (LLAMA_2["13B"], 13_015_864_320),
+        (LLAMA_2["70B"], 68_976_648_192),
         (FLAN_T5_BASE, 247_577_856),
     ],
     ids=["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "flan-t5-base"],
@@ -115,7 +101,7 @@ def test_parameters_are_the_published_ones(config: dict[str, Any], parameters: i
 
 
 def test_everything_that_the_config_says_is_a_fact() -> None:
-    assert facts_of(llama(8192, 28672, 80, 64, 8), "llama2").wire() == {
+    assert facts_of(LLAMA_2["70B"], "llama2").wire() == {
         "parameters": 68_976_648_192,
         "task": "causal",
         "layers": 80,
@@ -180,6 +166,7 @@ def test_a_task_that_contradicts_the_config_is_refused_with_the_remedy() -> None
     status, [ready] = observe(resource("seq2seq"), found)
     assert (status.stage, ready.status) == ("Ready", "True")
     assert status.facts is not None and status.facts.parameters == 247_577_856
+    assert status.facts.context_length is None  # T5 has no longest sequence
 
 
 def test_facts_of_the_spec_win_over_the_config() -> None:

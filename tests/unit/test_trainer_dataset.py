@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from graft.api.recipe import Dataset
 from graft.contracts import Reason
-from graft_trainer.dataset import check_template, fill, read_examples, split
+from graft_trainer.dataset import Reading, check_template, fill, held_out_size, read_examples, split, vary
 from graft_trainer.download import split_dataset_uri
 from graft_trainer.failures import Failure
 
@@ -18,9 +18,18 @@ def dataset(**fields: Any) -> Dataset:
 
 
 def read(text: str | bytes, limit: int | None = None, **fields: Any) -> Any:
+    return reading(text, limit, **fields).examples
+
+
+def reading(text: str | bytes, limit: int | None = None, most: int | None = None, **fields: Any) -> Reading:
     data = text.encode() if isinstance(text, str) else text
     return read_examples(
-        data.splitlines(keepends=True), dataset(**fields), role="train", uri="s3://bucket/train.jsonl", limit=limit
+        data.splitlines(keepends=True),
+        dataset(**fields),
+        role="train",
+        uri="s3://bucket/train.jsonl",
+        limit=limit,
+        most=most,
     )
 
 
@@ -74,6 +83,34 @@ def test_many_bad_lines_are_counted_and_the_first_are_shown() -> None:
     assert "and 7 more" in failure.message
 
 
+def test_bad_lines_are_left_out_and_counted_where_the_user_wants_it() -> None:
+    found = reading("\n".join(["nonsense", GOOD, *["[]"] * 7, GOOD]), onInvalid="skip")
+    assert [example.line for example in found.examples] == [2, 10]
+    assert (found.total, found.invalid) == (2, 8)
+    assert [problem.split(":")[0] for problem in found.problems] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
+
+
+def test_a_file_without_one_good_line_is_invalid_either_way() -> None:
+    failure = refused("\n".join(["nonsense"] * 3), onInvalid="skip")
+    assert "3 of 3 lines are invalid: line 1: not JSON" in failure.message
+    assert "onInvalid" not in failure.remedy
+    assert "dataset.onInvalid" in refused("nonsense").remedy
+
+
+def test_the_limit_counts_examples_and_not_the_lines_left_out() -> None:
+    text = "\n".join([GOOD, "nonsense", GOOD, GOOD])
+    assert [example.line for example in read(text, limit=2, onInvalid="skip")] == [1, 3]
+
+
+def test_of_a_large_file_a_sample_is_kept_and_all_is_counted() -> None:
+    found = reading("\n".join([GOOD] * 500), most=50)
+    lines = [example.line for example in found.examples]
+    assert (len(lines), found.total) == (50, 500)
+    assert lines == sorted(set(lines))
+    assert min(lines) < 100 and max(lines) > 400
+    assert reading("\n".join([GOOD] * 50), most=50).examples == read("\n".join([GOOD] * 50))
+
+
 def test_an_empty_file_is_invalid() -> None:
     assert "no examples" in refused("\n \n").message
 
@@ -102,6 +139,34 @@ def test_a_template_makes_the_prompt_and_leaves_other_braces_alone() -> None:
     assert fill("{instruction}|{input}", "a", "") == "a|"
 
 
+TEMPLATES = ["Q: {instruction}", "{instruction}?", "Do this: {instruction} {input}"]
+
+
+def asked(count: int) -> list[str]:
+    return [json.dumps({"instruction": f"task {number}", "output": "done"}) for number in range(count)]
+
+
+def test_each_training_example_gets_one_of_the_templates_by_seed_and_line() -> None:
+    examples = read("\n".join(asked(300)), format="instruction", templates=TEMPLATES)
+    assert all(example.prompt.startswith("Q: ") for example in examples)  # as held-out examples are asked
+    varied = vary(examples, TEMPLATES, seed=1)
+    shares = [sum(example.prompt.startswith(start) for example in varied) for start in ("Q: ", "task", "Do this: ")]
+    assert sum(shares) == 300 and min(shares) > 60
+    assert vary(examples, TEMPLATES, seed=1) == varied
+    assert vary(examples, TEMPLATES, seed=2) != varied
+    # Whichever lines another process has, or were left out, a line's prompt is the same.
+    assert vary(examples[1::2], TEMPLATES, seed=1) == varied[1::2]
+    lines = asked(300)
+    lines[3] = "nonsense"
+    skipped = read("\n".join(lines), format="instruction", templates=TEMPLATES, onInvalid="skip")
+    assert vary(skipped, TEMPLATES, seed=1) == varied[:3] + varied[4:]
+
+
+def test_one_template_is_every_examples() -> None:
+    examples = read("\n".join(asked(5)), format="instruction", templates=TEMPLATES[:1])
+    assert vary(examples, TEMPLATES[:1], seed=1) == examples
+
+
 @pytest.mark.parametrize(("template", "part"), [("Q: {question}", "{question}"), ("Answer!", "no {instruction}")])
 def test_a_template_that_cannot_be_filled_is_refused(template: str, part: str) -> None:
     with pytest.raises(Failure) as caught:
@@ -122,6 +187,7 @@ def test_the_split_is_drawn_with_the_seed_and_leaves_something_on_both_sides() -
     assert split(examples, 0.2, seed=1) == (train, held)
     assert split(examples, 0.2, seed=2) != (train, held)
     assert [len(part) for part in split(examples[:2], 0.01, seed=1)] == [1, 1]
+    assert (held_out_size(20, 0.2), held_out_size(2, 0.01)) == (4, 1)
     with pytest.raises(Failure, match="at least 2 examples"):
         split(examples[:1], 0.5, seed=1)
 

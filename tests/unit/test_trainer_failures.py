@@ -23,6 +23,14 @@ class OutOfMemoryError(RuntimeError):
     """Like torch's."""
 
 
+class DistError(RuntimeError):
+    """torch.distributed's."""
+
+
+class DistBackendError(DistError):
+    """As NCCL's errors come."""
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -41,6 +49,12 @@ class OutOfMemoryError(RuntimeError):
         (SourceError("503", transient=True), Reason.STORAGE_UNAVAILABLE),
         (OSError(errno.ENOSPC, "No space left on device"), Reason.CONFIGURATION_INVALID),
         (KeyError("x"), Reason.INTERNAL_ERROR),
+        (DistBackendError("NCCL error: remote process exited"), Reason.PEER_LOST),
+        (
+            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+            Reason.PEER_LOST,
+        ),
+        (RuntimeError("shapes do not match"), Reason.INTERNAL_ERROR),
     ],
 )
 def test_each_failure_has_its_reason_and_a_remedy(error: BaseException, reason: Reason) -> None:
@@ -57,6 +71,17 @@ def test_out_of_memory_says_which_numbers_to_change() -> None:
     assert "perDeviceTrainBatchSize to 4 (it was 8)" in remedy
     assert "gradientAccumulationSteps to 4" in remedy
     assert "maxLength (it was 512)" in explain(MemoryError(), known | {"perDeviceTrainBatchSize": 1}).remedy
+
+
+def test_while_training_the_next_attempt_takes_half_unless_there_is_no_half() -> None:
+    known = {"perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 2, "maxLength": 512}
+    exceeded = explain(MemoryError(), known, training=True)
+    assert exceeded.reason == Reason.MEMORY_EXCEEDED
+    assert "8 examples per micro-batch" in exceeded.message
+    smallest = explain(MemoryError(), known | {"perDeviceTrainBatchSize": 1}, training=True)
+    assert smallest.reason == Reason.OUT_OF_MEMORY
+    assert "maxLength (it was 512)" in smallest.remedy
+    assert explain(MemoryError(), None, training=True).reason == Reason.OUT_OF_MEMORY
 
 
 def test_a_key_that_may_not_write_is_an_upload_that_failed_while_publishing() -> None:

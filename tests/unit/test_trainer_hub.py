@@ -1,5 +1,6 @@
 """Datasets and base models from a Hub: here a few lines of HTTP server that speak as much of its protocol as is used."""
 
+import gzip
 import hashlib
 import json
 import threading
@@ -106,6 +107,27 @@ def test_dataset_and_base_model_come_from_the_endpoint_with_the_tenants_token(hu
     folder = Path(Prepared.read(run.settings.prepared_file).base_model_dir)
     assert (folder / "model.safetensors").read_bytes() == hub.files["org/model/model.safetensors"]
     assert hub.tokens == {"Bearer hf_tenant"}
+
+
+def test_a_packed_file_of_the_hub_is_unpacked_and_kept_once(hub: Hub, tmp_path: Path) -> None:
+    hub.files["datasets/org/data/sets/train.jsonl.gz"] = gzip.compress(chat_lines(5))
+    run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint, "sets/train.jsonl.gz"))
+    prepare(run)
+    assert (run.settings.dataset_dir / "train.jsonl").read_bytes() == chat_lines(5)
+    assert not list(run.settings.work_dir.rglob("train.jsonl.gz"))
+
+
+def test_a_file_of_the_hub_that_is_too_large_is_not_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft_trainer.download.LIMIT", 100)
+    run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint))
+    with pytest.raises(Exception) as caught:
+        prepare(run)
+    failure = explain(caught.value)
+    assert failure.reason == Reason.CONFIGURATION_INVALID
+    assert "a file may have" in failure.message
+    assert not any(path.name == "train.jsonl" for path in run.settings.work_dir.rglob("*"))
 
 
 def test_a_file_that_the_repository_does_not_have(hub: Hub, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from graft.artifacts.store import StoreError
-from graft.contracts import EXIT_CODES, JobFile, Reason
-from graft_trainer.basemodel import causal_architectures, check_base_model
+from graft.contracts import EXIT_CODES, DatasetStatistics, JobFile, Reason
+from graft_trainer.basemodel import architectures, check_base_model, context_of, load_config
 from graft_trainer.failures import Failure, explain
 from graft_trainer.prepare import prepare
-from graft_trainer.run import Prepared
-from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
+from graft_trainer.run import Prepared, load_examples
+from trainer_world import MARKED, QUESTIONS, MemoryStore, chat_lines, make_base, make_job, make_run, make_t5
 
 TRAIN, EVAL = "team-a/data/train.jsonl", "team-a/data/eval.jsonl"
 
@@ -54,6 +54,85 @@ def test_dataset_and_model_are_put_into_the_work_folder(tmp_path: Path, store: M
     assert set(prepared.digests) == {"train", "eval"}
     assert {path.name for path in Path(prepared.base_model_dir).iterdir()} == {path.name for path in base.iterdir()}
     assert json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])["stage"] == "Preparing"
+
+
+def test_what_the_data_is_like_is_told_with_the_progress(tmp_path: Path, store: MemoryStore) -> None:
+    store.kept[TRAIN] = chat_lines(3) + b"nonsense\n" + chat_lines(3) + b"[]\n"
+    dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
+    run = make_run(tmp_path, store, make_job(dataset=dataset))
+    prepare(run)
+    assert run.progress.close(2)
+    told = json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])["dataset"]
+    # The byte tokenizer: <s><|user|>question<|assistant|>answer</s>
+    sizes = sorted(4 + len(question) + len(answer) for question, answer in QUESTIONS.items())
+    assert told == {
+        "examples": 6, "heldOut": 3, "invalid": 2, "tokens": 2 * sum(sizes), "meanTokens": round(sum(sizes) / 3, 1),
+        "medianTokens": sizes[1], "p95Tokens": sizes[2], "maxTokens": sizes[2], "truncatedShare": 0.0,
+    }  # fmt: skip
+    assert Prepared.read(run.settings.prepared_file).statistics == DatasetStatistics.model_validate(told)
+
+
+def test_lines_that_are_left_out_are_shown_in_the_log(
+    tmp_path: Path, store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.kept[EVAL] += b"nonsense\n"
+    dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
+    prepare(make_run(tmp_path, store, make_job(dataset=dataset)))
+    assert "dataset.eval: 1 invalid lines are left out (25.0 %): line 4: not JSON" in caplog.text
+
+
+def test_held_out_examples_are_asked_with_the_first_template(tmp_path: Path, store: MemoryStore) -> None:
+    templates = ["Q: {instruction}", "Task: {instruction}", "{instruction}!"]
+    lines = [json.dumps({"instruction": f"task {number}", "output": "done"}) for number in range(60)]
+    store.kept[TRAIN] = "\n".join(lines).encode()
+    dataset = {
+        "train": {"uri": f"s3://bucket/{TRAIN}"},
+        "evalSplit": 0.25,
+        "format": "instruction",
+        "templates": templates,
+    }
+    run = make_run(tmp_path, store, make_job(dataset=dataset))
+    prepare(run)
+    train, held_out = load_examples(run)
+    assert (len(train), len(held_out)) == (45, 15)
+    assert all(example.prompt.startswith("Q: ") for example in held_out)
+    assert {example.prompt.split("task")[0] for example in train} == {"Q: ", "Task: ", ""}
+
+
+def test_examples_that_are_cut_are_told_with_the_length_to_ask_for(
+    tmp_path: Path, store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make_job(training={"maxLength": 35})
+    prepare(make_run(tmp_path, store, job))
+    assert "67 % of the examples are cut to 35 tokens, the longest has 38" in caplog.text
+    assert "raise training.maxLength to 64, which leaves 100 % whole" in caplog.text
+
+
+def test_a_length_that_leaves_nothing_to_learn(tmp_path: Path, store: MemoryStore) -> None:
+    reason, message = reason_of(tmp_path, store, make_job(training={"maxLength": 8}))
+    assert reason == Reason.DATASET_INVALID
+    assert "none of the 6 examples has anything to learn within 8 tokens" in message
+    reason, message = reason_of(tmp_path / "2", store, make_job(training={"maxLength": 4096}))
+    assert reason == Reason.CONFIGURATION_INVALID
+    assert "the model's context is 128 tokens" in message
+
+
+def test_a_conversation_that_the_chat_template_refuses(tmp_path: Path, store: MemoryStore) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    store.kept["models/tiny/chat_template.jinja"] = (strict + MARKED).encode()
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    store.kept[TRAIN] += json.dumps({"messages": turns}).encode()
+    reason, message = reason_of(tmp_path, store, make_job())
+    assert reason == Reason.DATASET_INVALID
+    assert "line 7: the base model's chat template refuses the conversation: no system role" in message
+
+
+def test_a_key_that_may_not_publish_is_found_before_anything_is_downloaded(tmp_path: Path, store: MemoryStore) -> None:
+    store.refuse["team-a/adapters/colours/1.0.0/"] = "denied"
+    store.kept.pop(TRAIN)
+    reason, message = reason_of(tmp_path, store, make_job())
+    assert reason == Reason.STORAGE_DENIED
+    assert "could not be published" in message
 
 
 def test_files_of_claims_and_config_maps_are_read_where_they_are_mounted(
@@ -113,6 +192,54 @@ def test_a_chat_dataset_needs_a_chat_template(tmp_path: Path, store: MemoryStore
     assert "no chat template" in message
 
 
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_t5(tmp_path_factory.mktemp("t5"))
+
+
+def seq2seq_store(t5: Path) -> MemoryStore:
+    store = MemoryStore({TRAIN: chat_lines(6), EVAL: chat_lines(3)})
+    store.add_folder("models/tiny/", t5)
+    return store
+
+
+def test_a_seq2seq_model_needs_no_chat_template(tmp_path: Path, t5: Path) -> None:
+    run = make_run(tmp_path, seq2seq_store(t5), make_job(task="seq2seq"))
+    prepare(run)
+    # The question and its </s> for the encoder where the tokenizer has one, the answer with its </s> for the decoder.
+    told = Prepared.read(run.settings.prepared_file).dataset
+    assert told["max_tokens"] == max(len(question) + len(answer) + 1 for question, answer in QUESTIONS.items())
+
+
+def test_a_seq2seq_model_learns_no_texts(tmp_path: Path, t5: Path) -> None:
+    store = seq2seq_store(t5)
+    store.kept[TRAIN] = b'{"text": "Once upon a time"}\n'
+    job = make_job(task="seq2seq", dataset={"train": {"uri": f"s3://bucket/{TRAIN}"}, "format": "text"})
+    reason, message = reason_of(tmp_path, store, job)
+    assert reason == Reason.CONFIGURATION_INVALID
+    assert "dataset.format is text" in message
+
+
+def test_a_model_that_is_not_of_the_task_of_its_basemodel(tmp_path: Path, base: Path, t5: Path) -> None:
+    for folder, task, actual in ((base, "seq2seq", "causal"), (t5, "causal", "seq2seq")):
+        with pytest.raises(Failure) as caught:
+            check_base_model(folder, "tiny", task)  # type: ignore[arg-type]
+        assert caught.value.reason == Reason.BASE_MODEL_INVALID
+        assert f"tiny is a {actual} model" in caught.value.message
+        assert f"Set spec.task of the BaseModel tiny to {actual}" in caught.value.remedy
+    copied = tmp_path / "t5"
+    shutil.copytree(t5, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config.pop("is_encoder_decoder")
+    (copied / "config.json").write_text(json.dumps(config))
+    assert check_base_model(copied, "tiny", "seq2seq")["model_type"] == "t5"
+
+
+def test_the_context_is_the_one_that_train_reckons_with(base: Path, t5: Path) -> None:
+    assert context_of(load_config(base, "tiny")) == 128
+    assert context_of(load_config(t5, "tiny")) is None
+
+
 def change(file: str, **fields: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / file
@@ -164,9 +291,10 @@ def test_a_model_that_cannot_be_tuned(tmp_path: Path, base: Path, damage: Callab
 
 
 def test_the_architectures_are_those_of_transformers() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    assert causal_architectures().keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert architectures("causal").keys() == modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert architectures("seq2seq").keys() == modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys()
 
 
 def pod(tmp_path: Path, endpoint: str) -> tuple[dict[str, str], Path]:

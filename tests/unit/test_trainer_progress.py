@@ -76,3 +76,13 @@ def test_closing_gives_up_after_its_patience(tmp_path: Path) -> None:
     begin = time.monotonic()
     assert not reporter.close(0.3)
     assert time.monotonic() - begin < 2
+
+
+def test_a_silent_one_keeps_the_state_and_tells_nobody() -> None:
+    store = MemoryStore()
+    reporter = ProgressReporter(store, "run/", "pod-1", interval=0.01, silent=True)
+    reporter.stage("Training", step=3)
+    reporter.event(step=3)
+    assert reporter.state.step == 3
+    assert reporter.close(1)
+    assert store.kept == {}

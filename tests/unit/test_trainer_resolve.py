@@ -1,37 +1,44 @@
 """What is derived where the spec leaves it open, and what is refused."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from graft.api.recipe import Lora, Method, Training
-from graft.contracts import Reason
+from graft.api.recipe import Lora
+from graft.contracts import EXIT_CODES, Reason
 from graft.cpus import cpu_limit
 from graft_trainer.failures import Failure
 from graft_trainer.pace import Pace
-from graft_trainer.resolve import Device, ModelFacts, Resolved, limits, resolve
+from graft_trainer.resolve import Device, ModelFacts, Resolved, limits, resolve, steps_per_epoch
 from graft_trainer.targets import Projection, target_modules
+from trainer_world import make_job
 
 CPU = Device("cpu")
 H100 = Device("cuda", bf16=True, free_bytes=80 * 2**30)
 T4 = Device("cuda", bf16=False, free_bytes=15 * 2**30)
 TINY = ModelFacts(context=512, layers=4, hidden_size=256, vocab_size=1536, parameters=4_000_000)
 LLAMA_8B = ModelFacts(context=131072, layers=32, hidden_size=4096, vocab_size=128256, parameters=8_030_000_000)
-LORA = Method(lora=Lora())
+LORA: dict[str, Any] = {"lora": {}}
 
 
 def resolved(
     training: dict[str, Any] | None = None,
     device: Device = CPU,
     model: ModelFacts = TINY,
-    method: Method = LORA,
+    method: dict[str, Any] = LORA,
     examples: int = 1000,
     longest: int = 64,
     held_out: bool = True,
+    world: int = 1,
+    halvings: int = 0,
+    **changes: Any,
 ) -> Resolved:
-    spec = Training.model_validate(training or {})
-    known = limits(spec, method, device, model.context)
-    return resolve(spec, method, known, device, model, examples=examples, longest=longest, held_out=held_out)
+    job = make_job(training=training or {}, method=method, **changes)
+    known = limits(job, device, model.context, world)
+    return resolve(
+        job, known, device, model, examples=examples, longest=longest, held_out=held_out, world=world, halvings=halvings
+    )
 
 
 def test_nothing_given_on_a_cpu() -> None:
@@ -101,9 +108,9 @@ def test_precision_follows_the_device(device: Device, precision: str) -> None:
 
 
 def test_qlora_computes_in_the_precision_unless_told() -> None:
-    got = resolved(method=Method.model_validate({"qlora": {}}), device=H100)
+    got = resolved(method={"qlora": {}}, device=H100)
     assert (got.quant_type, got.double_quant, got.compute_dtype) == ("nf4", True, "bfloat16")
-    told = resolved(method=Method.model_validate({"qlora": {"computeDtype": "float16"}}), device=H100)
+    told = resolved(method={"qlora": {"computeDtype": "float16"}}, device=H100)
     assert told.compute_dtype == "float16"
 
 
@@ -123,11 +130,149 @@ def test_what_cannot_be_done_is_refused(training: dict[str, Any], device: Device
 
 def test_the_length_stays_moderate_on_a_long_context_and_without_one() -> None:
     assert resolved(model=LLAMA_8B).max_length == 2048
-    assert limits(Training(), LORA, CPU, None).max_length == 2048
+    assert limits(make_job(training={}), CPU, None).max_length == 2048
 
 
 def test_without_held_out_examples_nothing_is_evaluated() -> None:
     assert resolved(held_out=False).eval_steps is None
+
+
+@pytest.mark.parametrize(("method", "rate"), [("full", 2e-5), ("lora", 2e-4), ("qlora", 2e-4), ("promptTuning", 3e-2)])
+def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
+    assert resolved(method={method: {}}).learning_rate == rate
+    assert resolved({"learningRate": 0.5}, method={method: {}}).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "there"),
+    [
+        ("full", set()),
+        ("lora", {"rank", "alpha", "dropout"}),
+        ("qlora", {"rank", "alpha", "dropout", "quantType", "doubleQuant", "computeDtype"}),
+        ("promptTuning", {"virtualTokens"}),
+    ],
+)
+def test_a_method_has_its_own_fields_and_no_others(method: str, there: set[str]) -> None:
+    own = {"rank", "alpha", "dropout", "quantType", "doubleQuant", "computeDtype", "virtualTokens"}
+    assert own & resolved(method={method: {}}).wire().keys() == there
+
+
+def test_virtual_tokens_take_their_place_in_the_context() -> None:
+    method = {"promptTuning": {"virtualTokens": 100}}
+    assert resolved(method=method).max_length == 412
+    assert resolved(method=method, task="seq2seq").max_length == 412
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "batch", "accumulation", "steps"),
+    [
+        ({}, 1, 16, 1, 63),
+        ({}, 4, 4, 1, 63),  # 250 micro-batches, 63 for each process
+        ({"perDeviceTrainBatchSize": 2}, 4, 2, 2, 63),
+        ({"gradientAccumulationSteps": 2}, 4, 2, 2, 63),
+        ({"perDeviceTrainBatchSize": 3}, 2, 3, 3, 56),  # 334 micro-batches, 167 for each process
+        ({}, 32, 1, 1, 32),  # 32 at a time at least
+    ],
+)
+def test_processes_share_the_effective_batch(
+    given: dict[str, int], world: int, batch: int, accumulation: int, steps: int
+) -> None:
+    got = resolved(given, world=world)
+    assert (got.world_size, got.per_device_train_batch_size, got.gradient_accumulation_steps) == (
+        world,
+        batch,
+        accumulation,
+    )
+    assert got.eval_steps == steps and got.max_steps == 3 * steps
+
+
+@pytest.mark.parametrize(("examples", "batch", "accumulation"), [(1000, 3, 4), (17, 4, 2), (3, 8, 1), (64, 4, 4)])
+def test_steps_are_those_that_accelerate_makes(examples: int, batch: int, accumulation: int) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    for world in (1, 2, 3):
+        for index in range(world):
+            sampler = BatchSampler(range(examples), batch, drop_last=False)
+            mine = len(list(BatchSamplerShard(sampler, world, index)))
+            assert steps_per_epoch(examples, batch, accumulation, world) == math.ceil(mine / accumulation)
+
+
+def test_placement_decides_where_the_spec_does_not() -> None:
+    choice = {"microBatch": 2, "gradientCheckpointing": True, "sharding": "fsdp"}
+    got = resolved(device=H100, world=2, choice=choice)
+    assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (2, 4)
+    assert got.gradient_checkpointing and got.sharding == "fsdp"
+    told = {"perDeviceTrainBatchSize": 4, "gradientCheckpointing": False, "sharding": "ddp"}
+    spec = resolved(told, device=H100, world=2, choice=choice)
+    assert (spec.per_device_train_batch_size, spec.gradient_checkpointing, spec.sharding) == (4, False, "ddp")
+
+
+@pytest.mark.parametrize(
+    ("method", "world", "sharding"),
+    [("full", 1, None), ("full", 2, "fsdp"), ("lora", 2, "ddp"), ("qlora", 2, "ddp"), ("promptTuning", 2, "ddp")],
+)
+def test_sharding_follows_the_method(method: str, world: int, sharding: str | None) -> None:
+    assert resolved(method={method: {}}, world=world).sharding == sharding
+
+
+def test_activations_are_recomputed_only_where_one_example_would_not_fit_otherwise() -> None:
+    assert not resolved(device=H100, model=LLAMA_8B, longest=2048).gradient_checkpointing
+    long = {"maxLength": 65536}
+    assert resolved(long, device=H100, model=LLAMA_8B, longest=65536).gradient_checkpointing
+    assert not resolved(model=LLAMA_8B, longest=2048).gradient_checkpointing  # a CPU
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "halvings", "expected"),
+    [
+        (16, 1, 1, (8, 2)),
+        (16, 1, 4, (1, 16)),
+        (6, 2, 1, (3, 4)),
+        (6, 2, 2, (1, 12)),
+        (5, 4, 1, (2, 10)),
+        (7, 1, 1, (1, 7)),
+        (9, 1, 1, (3, 3)),
+    ],
+)
+def test_half_the_micro_batch_is_the_same_batch(
+    batch: int, accumulation: int, halvings: int, expected: tuple[int, int]
+) -> None:
+    given = {"perDeviceTrainBatchSize": batch, "gradientAccumulationSteps": accumulation}
+    got = resolved(given, halvings=halvings)
+    assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == expected
+    assert expected[0] * expected[1] == batch * accumulation
+
+
+def test_a_micro_batch_of_one_cannot_be_halved() -> None:
+    with pytest.raises(Failure) as caught:
+        resolved({"perDeviceTrainBatchSize": 4}, halvings=3)
+    assert (caught.value.reason, EXIT_CODES[caught.value.reason]) == (Reason.OUT_OF_MEMORY, 18)
+    assert "micro-batches of 1 example of up to 512 tokens, after 4 at first" in caught.value.message
+    assert "training.maxLength (it is 512) to 256, set training.gradientCheckpointing to true, use method qlora" in (
+        caught.value.remedy
+    )
+    with pytest.raises(Failure) as last:
+        resolved({"gradientCheckpointing": True}, method={"qlora": {}}, halvings=9)
+    assert "gradientCheckpointing" not in last.value.remedy and "qlora" not in last.value.remedy
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "adamw8bit"])
+def test_8_bit_states_need_a_gpu(optim: str) -> None:
+    assert resolved({"optim": optim}, H100).optim == optim
+    if optim != "adamw8bit":
+        assert resolved({"optim": optim}).optim == optim
+        return
+    with pytest.raises(Failure, match="needs a GPU") as caught:
+        resolved({"optim": optim})
+    assert caught.value.reason == Reason.CONFIGURATION_INVALID and "adafactor" in caught.value.remedy
+
+
+def test_warm_up_is_given_in_steps_or_as_a_share() -> None:
+    assert resolved({"maxSteps": 100}).warmup_steps == 3
+    assert resolved({"maxSteps": 100, "warmupSteps": 7}).warmup_steps == 7
+    assert resolved({"maxSteps": 5, "warmupSteps": 7}).warmup_steps == 5
+    assert resolved({"maxSteps": 100, "lrSchedulerType": "constant"}).warmup_steps == 0
 
 
 LLAMA = [
@@ -171,20 +316,20 @@ MIXTRAL = [Projection(f"model.layers.0.{name}", 64, 64) for name in ("self_attn.
 def test_presets_become_the_modules_of_the_architecture(
     model: list[Projection], preset: str | None, expected: list[str]
 ) -> None:
-    assert target_modules(Lora.model_validate({"targetModules": preset}), model) == expected
+    assert target_modules(Lora.model_validate({"targetModules": preset}), model, []) == expected
 
 
 def test_names_that_are_not_there_are_answered_with_those_that_are() -> None:
     with pytest.raises(Failure) as caught:
-        target_modules(Lora(target_module_names=["q_proj", "qkv"]), LLAMA)
+        target_modules(Lora(target_module_names=["q_proj", "qkv"]), LLAMA, [])
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
     assert "no qkv; there are down_proj, gate_proj, k_proj" in caught.value.message
 
 
 def test_a_rank_above_the_full_rank_is_refused() -> None:
-    assert target_modules(Lora(rank=64), LLAMA)
+    assert target_modules(Lora(rank=64), LLAMA, [])
     with pytest.raises(Failure, match="rank is 65"):
-        target_modules(Lora(rank=65), LLAMA)
+        target_modules(Lora(rank=65), LLAMA, [])
 
 
 def test_pace_says_nothing_early_and_counts_evaluations_in() -> None:

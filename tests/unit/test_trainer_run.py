@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from graft.artifacts.manifest import Manifest, digest
-from graft.artifacts.versions import verify
 from graft.contracts import Progress, Reason
+from graft_trainer import analysis
 from graft_trainer import train as train_module
 from graft_trainer.evaluate import exact_match, mean_loss, normalise, stop_tokens
 from graft_trainer.failures import Failure
@@ -29,10 +30,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small a model is only slowed down by a second one."""
-    monkeypatch.setattr(train_module, "cpu_limit", lambda: 1)
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """So small a model is only slowed down by a second thread, and its latency is no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "cpu_limit", lambda: 1)
+        patch.setattr(analysis, "LATENCY_SECONDS", 0.1)
+        yield
 
 
 def prepared(root: Path, base: Path, store: MemoryStore | None = None, **changes: Any) -> tuple[Run, MemoryStore]:
@@ -55,23 +59,27 @@ def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
         "maxSteps": 100, "learningRate": 0.03, "loggingSteps": 10, "perDeviceTrainBatchSize": 8,
         "gradientAccumulationSteps": 1, "evalSteps": 50,
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "cpu_limit", lambda: 1)
-        run, store = prepared(tmp_path_factory.mktemp("run"), base, training=training, method={"lora": {"rank": 16}})
-        train_evaluate_publish(run)
+    run, store = prepared(tmp_path_factory.mktemp("run"), base, training=training, method={"lora": {"rank": 16}})
+    train_evaluate_publish(run)
     return run, store
 
 
 def test_the_manifest_is_written_last_and_every_file_is_what_it_says(published: tuple[Run, MemoryStore]) -> None:
     _, store = published
     written = [key.removeprefix(PREFIX) for key in store.written if key.startswith(PREFIX)]
-    assert written == ["adapter_config.json", "adapter_model.safetensors", "report.json", "manifest.json"]
+    assert written == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "report.html",
+        "report.json",
+        "manifest.json",
+    ]
     manifest = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"])
     for file in manifest.files:
         assert hashlib.sha256(store.kept[PREFIX + file.name]).hexdigest() == file.sha256
     assert (manifest.job.attempt, manifest.rank, manifest.method) == ("pod-1", 16, "lora")
     assert manifest.datasets["train"] == digest(store.kept["team-a/data/train.jsonl"])
-    assert verify  # what the operator does with it is tested with a real store
+    assert not [key for key in store.kept if "/version/" in key], "nothing is left of the upload"
 
 
 def test_the_adapter_names_its_base_model_and_no_path_of_the_pod(published: tuple[Run, MemoryStore]) -> None:
@@ -194,7 +202,6 @@ def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
             "no qkv; there are down_proj",
         ),
         ({"method": {"lora": {"rank": 512}}}, Reason.CONFIGURATION_INVALID, "rank is 512"),
-        ({"training": {"maxLength": 8}}, Reason.DATASET_INVALID, "anything to learn within 8 tokens"),
         (
             {
                 "training": {
@@ -240,9 +247,8 @@ def test_weights_that_do_not_belong_to_the_config(base: Path, tmp_path: Path) ->
     ],
 )
 def test_a_store_that_refuses_the_adapter(base: Path, tmp_path: Path, trouble: Any, reason: Reason) -> None:
-    store = MemoryStore()
+    run, store = prepared(tmp_path, base, evaluation={"maxSamples": 0})
     store.refuse[PREFIX + ("manifest" if trouble == "exists" else "adapter_model")] = trouble
-    run, _ = prepared(tmp_path, base, store, evaluation={"maxSamples": 0})
     with pytest.raises(Failure) as caught:
         train_evaluate_publish(run)
     assert caught.value.reason == reason

@@ -6,7 +6,7 @@ import pytest
 from graft.contracts import Reason
 from graft_trainer.dataset import Example
 from graft_trainer.failures import Failure
-from graft_trainer.tokens import IGNORED, Collator, Tokenised, prompt_ids, tokenise, tokenise_one
+from graft_trainer.tokens import IGNORED, Collator, Tokenised, prompt_ids, tokenise, tokenise_one, tokenise_pair
 from trainer_world import MARKED, UNMARKED, make_tokenizer
 
 TURNS = (
@@ -104,3 +104,63 @@ def test_a_batch_is_as_wide_as_its_longest_example() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert collate.tokens == 4
     assert Collator(pad=0, multiple=8)([Tokenised([1], [1])])["input_ids"].shape == (1, 8)
+
+
+def ending_tokenizer() -> Any:
+    """As T5's: it ends every text with </s> by itself."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [make_tokenizer(None), ending_tokenizer()], ids=["bare", "ends by itself"])
+def test_a_seq2seq_model_reads_the_prompt_and_learns_the_answer_with_one_end(tokenizer: Any) -> None:
+    source, target = tokenise_pair(Example(1, prompt="Q: 2+2\nA: ", answer="4"), tokenizer)
+    assert tokenizer.decode(source).removesuffix("</s>") == "Q: 2+2\nA: "
+    assert tokenizer.decode(target) == "4</s>"
+
+
+def test_the_encoder_gets_the_chat_template_where_there_is_one_and_the_bare_words_where_there_is_none() -> None:
+    single = Example(1, messages=TURNS[1:3], answer="Hello.")
+    whole = Example(1, messages=TURNS, answer="See you.")
+    tokenizer, bare = make_tokenizer(), make_tokenizer(None)
+    assert tokenizer.decode(prompt_ids(whole, tokenizer, "seq2seq")) == (
+        "<s><|system|>Be brief.<|user|>Hi<|assistant|>Hello.</s><|user|>Bye<|assistant|>"
+    )
+    assert bare.decode(prompt_ids(single, bare, "seq2seq")) == "Hi"
+    system = Example(1, messages=TURNS[:3], answer="Hello.")
+    assert bare.decode(prompt_ids(system, bare, "seq2seq")) == "Be brief.\n\nHi"
+    with pytest.raises(Failure, match="line 7: a conversation of several turns") as caught:
+        prompt_ids(Example(7, messages=TURNS, answer="See you."), bare, "seq2seq")
+    assert caught.value.reason == Reason.DATASET_INVALID
+
+
+def test_both_sides_of_a_seq2seq_example_are_cut_and_a_cut_input_still_ends() -> None:
+    tokenizer = ending_tokenizer()
+    examples = [Example(1, prompt="p" * 40, answer="yes"), Example(2, prompt="short", answer="y" * 40)]
+    result = tokenise(examples, tokenizer, 20, role="train", task="seq2seq")
+    assert (len(result.examples), result.truncated, result.dropped, result.longest) == (2, 2, 0, 26)
+    first, second = result.examples
+    assert tokenizer.decode(first.input_ids) == "p" * 19 + "</s>"
+    assert tokenizer.decode(first.labels) == "yes</s>"
+    assert tokenizer.decode(second.labels) == "y" * 20
+    assert (first.tokens, first.learned) == (24, 4)
+
+
+def test_text_is_refused_for_a_seq2seq_model() -> None:
+    with pytest.raises(Failure, match=r"dataset\.format is text") as caught:
+        tokenise([Example(1, text="All of it.")], make_tokenizer(None), 20, role="train", task="seq2seq")
+    assert caught.value.reason == Reason.CONFIGURATION_INVALID
+
+
+def test_a_seq2seq_batch_has_the_width_of_each_side() -> None:
+    collate = Collator(pad=0)
+    batch = collate([Tokenised([5, 6, 7], [8], "seq2seq"), Tokenised([5], [8, 9], "seq2seq")])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[8, IGNORED], [8, 9]]
+    assert collate.tokens == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from graft.artifacts.store import ObjectInfo, StoreError, Trouble
 from graft.contracts import JobFile
 from graft_trainer.progress import ProgressReporter
-from graft_trainer.run import Run
+from graft_trainer.run import Prepared, Run
 from graft_trainer.settings import Settings
 
 MARKED = (
@@ -50,8 +51,8 @@ def make_tokenizer(template: str | None = MARKED) -> Any:
     )
 
 
-def make_base(folder: Path, template: str | None = MARKED) -> Path:
-    """A Llama of random weights with that tokenizer, laid out like any model of the Hub."""
+def make_base(folder: Path, template: str | None = MARKED, dtype: Any = None) -> Path:
+    """A Llama of random weights with that tokenizer, laid out like any model of the Hub, in `dtype`, else float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,7 +71,55 @@ def make_base(folder: Path, template: str | None = MARKED) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype or torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_qwen(folder: Path) -> Path:
+    """A Qwen2 of random weights: its query, key and value projections have biases."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(3)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_t5(folder: Path) -> Path:
+    """A T5 of random weights with the byte tokenizer and, as T5 has it, without a chat template."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = make_tokenizer(None)
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -84,6 +133,13 @@ def chat_lines(count: int) -> bytes:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages}))
     return "\n".join(lines).encode() + b"\n"
+
+
+def question_lines(count: int) -> bytes:
+    """The same in the instruction format."""
+    pairs = list(QUESTIONS.items())
+    lines = [dict(zip(("instruction", "output"), pairs[index % len(pairs)], strict=True)) for index in range(count)]
+    return "\n".join(map(json.dumps, lines)).encode() + b"\n"
 
 
 def make_job(**changes: Any) -> JobFile:
@@ -132,11 +188,27 @@ class MemoryStore:
             self.kept[key] = data
             self.written.append(key)
 
+    def check_write(self, key: str) -> None:
+        self._check(key)
+
     def upload(self, key: str, path: Path) -> None:
         self.put(key, path.read_bytes())
 
+    def copy(self, source: str, key: str) -> None:
+        self.put(key, self.get(source))
+
+    def delete(self, key: str) -> None:
+        self.kept.pop(key, None)
+
+    def sha256(self, key: str, bucket: str | None = None) -> tuple[str, int]:
+        data = self.get(key, bucket)
+        return hashlib.sha256(data).hexdigest(), len(data)
+
     def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
         yield self.get(key, bucket)
+
+    def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
+        return ObjectInfo(key, len(self.get(key)), f"etag-{len(self.get(key))}")
 
     def objects(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
         for key, data in sorted(self.kept.items()):
@@ -170,3 +242,16 @@ def make_run(root: Path, store: MemoryStore, job: JobFile) -> Run:
     prefix = f"{job.tenant}/runs/{job.job.uid}/{settings.attempt}/"
     progress = ProgressReporter(store, prefix, settings.attempt, interval=settings.progress_interval)
     return Run(job, settings, store, progress)  # type: ignore[arg-type]
+
+
+def ready(root: Path, base: Path, job: JobFile, store: MemoryStore | None = None) -> tuple[Run, MemoryStore]:
+    """A run as prepare leaves it, with the base model where it is; the data is the store's, else the chats."""
+    store = store or MemoryStore({"team-a/data/train.jsonl": chat_lines(24), "team-a/data/eval.jsonl": chat_lines(6)})
+    run = make_run(root, store, job)
+    run.settings.dataset_dir.mkdir(parents=True)
+    for role, source in (("train", job.dataset.train), ("eval", job.dataset.eval)):
+        if source is not None:
+            data = store.kept[source.uri.removeprefix("s3://bucket/")]
+            (run.settings.dataset_dir / f"{role}.jsonl").write_bytes(data)
+    Prepared(str(base), {}).write(run.settings.prepared_file)
+    return run, store

@@ -4,21 +4,21 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
-from types import FrameType
 
 from graft.artifacts.store import StorageConfig
-from graft.contracts import EXIT_CODES, Reason, Termination
+from graft.contracts import EXIT_CODES, JobFile, Reason
 
+from graft_trainer import distributed
 from graft_trainer.failures import Interrupted, explain, write_termination
+from graft_trainer.interruption import Interruption
+from graft_trainer.launch import launch
 from graft_trainer.run import Run, open_run, read_job
 from graft_trainer.settings import Settings, library_environment
 
 log = logging.getLogger("graft_trainer")
 LAST_WORDS = 3.0  # seconds for the last progress.json of a run that is asked to end
 FINAL_PATIENCE = 60.0  # seconds for the last progress.json of any other run
-GRACE = 8.0  # seconds after SIGTERM at which a run that is stuck in native code is ended
 
 
 def main(arguments: list[str]) -> int:
@@ -30,22 +30,39 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     settings = Settings.from_environment(os.environ)
     os.environ.update(library_environment(settings.work_dir, offline=command == "train"))
-    on_sigterm(settings)
+    interruption = Interruption()
+    interruption.listen(lambda: give_up(settings))
 
     run: Run | None = None
     try:
         job = read_job(settings.job_file)
+        if command == "train" and "RANK" not in os.environ:
+            if job.pods.processes_per_node > 1:
+                return launch(job.pods, settings, interruption)
+            os.environ.update(distributed.variables(job.pods, os.environ))
         storage = StorageConfig.from_dir(settings.storage_dir)
-        run = open_run(settings, storage, job, write_now=command == "prepare")
-        if job.method.qlora is None:
+        run = open_run(
+            settings,
+            storage,
+            job,
+            write_now=command == "prepare",
+            silent=command == "train" and not distributed.is_main(),
+        )
+        run.interruption = interruption
+        if not needs_bitsandbytes(job):
             # peft imports bitsandbytes wherever it is installed, and that torch's compiler: a fifth of train's start.
             sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-        stage(command)(run)
+        with run.cleanup:
+            stage(command)(run)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is done is not undone by the last upload's interruption
         run.progress.close(FINAL_PATIENCE)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         return fail(error, run, settings)
     return 0
+
+
+def needs_bitsandbytes(job: JobFile) -> bool:
+    return job.method.qlora is not None or job.training.optim == "adamw8bit"
 
 
 def stage(command: str) -> Callable[[Run], None]:
@@ -62,7 +79,9 @@ def stage(command: str) -> Callable[[Run], None]:
 def fail(error: BaseException, run: Run | None, settings: Settings) -> int:
     """Tell everybody who looks why the run failed: log, termination message, progress.json; the exit code."""
     interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-    failure = explain(Interrupted() if interrupted else error, run.progress.state.training if run else None)
+    state = run.progress.state if run else None
+    known, training = (state.training, state.stage == "Training") if state else (None, False)
+    failure = explain(Interrupted() if interrupted else error, known, training=training)
     if interrupted:
         log.warning("interrupted")
     else:
@@ -71,28 +90,18 @@ def fail(error: BaseException, run: Run | None, settings: Settings) -> int:
     log.error("what to do: %s", failure.remedy)
     write_termination(settings.termination_file, failure)
     if run is not None:
+        if failure.reason == Reason.MEMORY_EXCEEDED:
+            run.progress.update(training=(known or {}) | {"halvings": run.halvings})  # read by memory_halvings
         run.progress.stage("Failed", failure=failure)
         run.progress.close(LAST_WORDS if interrupted or failure.reason == Reason.STORAGE_UNAVAILABLE else 10)
     return EXIT_CODES[failure.reason]
 
 
-def on_sigterm(settings: Settings) -> None:
-    """Raise Interrupted in the main thread at SIGTERM; end the process when that does not help in time."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        failure: Termination = explain(Interrupted())
-
-        def give_up() -> None:
-            write_termination(settings.termination_file, failure)
-            os._exit(EXIT_CODES[failure.reason])
-
-        watchdog = threading.Timer(GRACE, give_up)
-        watchdog.daemon = True
-        watchdog.start()
-        raise Interrupted
-
-    signal.signal(signal.SIGTERM, handle)
+def give_up(settings: Settings) -> int:
+    """A run that was asked to end and did not in time; the exit code."""
+    failure = explain(Interrupted())
+    write_termination(settings.termination_file, failure)
+    return EXIT_CODES[failure.reason]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 Both prepare and train read the files with this code, so what prepare let through is what is learned.
 """
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graft.api.recipe import Columns, Dataset
@@ -22,7 +23,7 @@ EXCERPT = 100  # characters of a bad line that are shown
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One line: a conversation, a prompt with its answer, or a text. Exactly one of the three is there."""
 
@@ -31,6 +32,17 @@ class Example:
     prompt: str | None = None
     answer: str | None = None  # what the model should say; for a conversation its last message
     text: str | None = None
+    asked: tuple[str, str] | None = None  # instruction and further input, which a template's prompt was made of
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A file's examples in its order, and what was left out of it."""
+
+    examples: list[Example]
+    total: int  # examples in the file; more than are here when only a sample was kept
+    invalid: int = 0  # lines left out, with dataset.onInvalid: skip
+    problems: list[str] = field(default_factory=list)  # what is wrong with the first of them
 
 
 class _Bad(Exception):
@@ -54,42 +66,54 @@ def check_template(template: str) -> None:
         )
 
 
-def read_examples(lines: Iterable[bytes], spec: Dataset, *, role: str, uri: str, limit: int | None) -> list[Example]:
-    """The examples of a JSONL file, the first `limit` of them. Failure names the bad lines and counts them.
+def read_examples(
+    lines: Iterable[bytes], spec: Dataset, *, role: str, uri: str, limit: int | None, most: int | None = None
+) -> Reading:
+    """The examples of a JSONL file, the first `limit` of them. Failure names the bad lines and counts them; with
+    dataset.onInvalid: skip only where no line is good.
 
-    `role` is train or eval, for the messages. Empty lines are passed over.
+    `role` is train or eval, for the messages. Empty lines are passed over. Of a file with more than `most` examples so many
+    are kept, each with the same probability (Vitter 1985, algorithm R), so that the memory is bounded.
     """
-    parse = _parser(spec)
-    examples: list[Example] = []
-    bad: list[str] = []
-    count = seen = 0
+    parse, skip, draw = _parser(spec), spec.on_invalid == "skip", random.Random(0)  # noqa: S311 - a reproducible draw
+    kept: list[Example] = []
+    problems: list[str] = []
+    good = bad = 0
     for number, raw in enumerate(lines, start=1):
         content = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
         if not content.strip():
             continue
-        if limit is not None and seen >= limit:
+        if limit is not None and good + (0 if skip else bad) >= limit:
             break
-        seen += 1
         try:
-            examples.append(parse(number, _record(content)))
+            example = parse(number, _record(content))
         except _Bad as error:
-            count += 1
-            if len(bad) < SHOWN:
-                bad.append(f"line {number}: {error} — {_excerpt(content)}")
-    if count:
-        more = f"; and {count - len(bad)} more" if count > len(bad) else ""
+            bad += 1
+            if len(problems) < SHOWN:
+                problems.append(f"line {number}: {error} — {_excerpt(content)}")
+            continue
+        good += 1
+        if most is None or len(kept) < most:
+            kept.append(example)
+        elif (place := draw.randrange(good)) < most:
+            kept[place] = example
+    if bad and not (skip and good):
+        more = f"; and {bad - len(problems)} more" if bad > len(problems) else ""
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.{role} ({uri}): {count} of {seen} lines {'is' if count == 1 else 'are'} invalid: {'; '.join(bad)}{more}",
+            f"dataset.{role} ({uri}): {bad} of {good + bad} lines {'is' if bad == 1 else 'are'} invalid: "
+            f"{'; '.join(problems)}{more}",
             _remedy(spec),
         )
-    if not examples:
+    if not good:
         raise Failure(
             Reason.DATASET_INVALID,
             f"dataset.{role} ({uri}) has no examples: the file is empty",
             "Put one JSON object per line into the file, or correct the URI.",
         )
-    return examples
+    if good > len(kept):
+        kept.sort(key=lambda example: example.line)
+    return Reading(kept, good, bad, problems)
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -100,12 +124,32 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
             f"dataset.evalSplit needs at least 2 examples, dataset.train has {len(examples)}",
             "Add examples, or remove dataset.evalSplit.",
         )
-    size = min(len(examples) - 1, max(1, round(len(examples) * share)))
+    size = held_out_size(len(examples), share)
     held = set(random.Random(seed).sample(range(len(examples)), size))  # noqa: S311 - a reproducible draw
     return (
         [example for index, example in enumerate(examples) if index not in held],
         [example for index, example in enumerate(examples) if index in held],
     )
+
+
+def vary(examples: Sequence[Example], templates: Sequence[str] | None, seed: int) -> list[Example]:
+    """Training examples with one of several templates each, drawn with `seed` and the line's number: the same whichever
+    other lines are there and whichever process reads them. Until then all have the first, which held-out examples keep."""
+    if templates is None or len(templates) == 1:
+        return list(examples)
+
+    def drawn(example: Example) -> Example:
+        if example.asked is None:
+            return example
+        number = hashlib.blake2b(f"{seed}:{example.line}".encode(), digest_size=8).digest()
+        return replace(example, prompt=fill(templates[int.from_bytes(number) % len(templates)], *example.asked))
+
+    return [drawn(example) for example in examples]
+
+
+def held_out_size(examples: int, share: float) -> int:
+    """How many of so many examples are held out: at least one, and not all."""
+    return min(examples - 1, max(1, round(examples * share)))
 
 
 def fill(template: str, instruction: str, further: str) -> str:
@@ -178,7 +222,7 @@ def _instruction(line: int, record: dict[str, Any], columns: Columns, template: 
     if not isinstance(further, str):
         raise _Bad(f"{name} is a {_kind(further)}, not a text")
     if template is not None:
-        return Example(line, prompt=fill(template, instruction, further), answer=answer)
+        return Example(line, prompt=fill(template, instruction, further), answer=answer, asked=(instruction, further))
     question = f"{instruction}\n\n{further}" if further.strip() else instruction
     messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     return Example(line, messages=messages, answer=answer)
@@ -217,4 +261,5 @@ def _remedy(spec: Dataset) -> str:
         shape = '{"instruction": "…", "input": "…", "output": "…"}'
     else:
         shape = '{"text": "…"}'
-    return f"Correct these lines to one {shape} each, or set dataset.format and dataset.columns to what the file has."
+    leave = ", or set dataset.onInvalid to skip, which leaves bad lines out" if spec.on_invalid == "fail" else ""
+    return f"Correct these lines to one {shape} each, or set dataset.format and dataset.columns to what the file has{leave}."

@@ -1,6 +1,31 @@
-"""Which of the run's processes this is. One process per GPU, one per pod without GPUs; torchrun's variables say which."""
+"""The processes that train together: which of them this is, how they find each other, and what they agree on.
 
+One process per GPU, one per pod without GPUs. The variables are torchrun's, so that torch, accelerate and transformers see
+what they expect. What is said here goes over gloo on the CPUs: it never waits for a GPU.
+"""
+
+import json
+import logging
 import os
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from graft.contracts import RENDEZVOUS_PORT, Pods, Reason
+
+from graft_trainer.failures import Failure
+
+log = logging.getLogger(__name__)
+ARRIVAL = 900.0  # seconds: pods start at different times, one may wait for a node and pull the image
+SILENCE = timedelta(minutes=5)  # after which a peer that says nothing is taken for lost
+HEARING = 10.0  # seconds for which the first process waits for the others to hear that they are done
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class PartDone(BaseException):
+    """This process's part of the run is done; the first one goes on alone. No Exception, for nothing has gone wrong."""
 
 
 def world_size() -> int:
@@ -21,3 +46,157 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Whether this process reports, evaluates and publishes."""
     return rank() == 0
+
+
+def variables(pods: Pods, env: Mapping[str, str], local: int = 0) -> dict[str, str]:
+    """torchrun's variables for the `local`-th process of this pod; none when the run has a single process (PURE)."""
+    world, node = pods.nodes * pods.processes_per_node, int(env.get("JOB_COMPLETION_INDEX", "0"))
+    if world == 1:
+        return {}
+    return {
+        "RANK": str(node * pods.processes_per_node + local),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(local),
+        "LOCAL_WORLD_SIZE": str(pods.processes_per_node),
+        "MASTER_ADDR": pods.first_host or "127.0.0.1",
+        "MASTER_PORT": env.get("GRAFT_RENDEZVOUS_PORT", str(RENDEZVOUS_PORT)),
+    }
+
+
+class Group:
+    """The process group, with the store at the first process through which they met."""
+
+    def __init__(self) -> None:
+        self.store: Any = None
+        self.control: Any = None  # gloo, whatever the GPUs use
+        self.told = 0
+
+
+_group = Group()
+
+
+def joined() -> bool:
+    """Whether this process has peers now."""
+    return _group.control is not None
+
+
+def join() -> None:
+    """Meet the other processes. Failure(PeerLost) when they do not come within ARRIVAL."""
+    import torch
+    from torch import distributed
+
+    deadline = time.monotonic() + ARRIVAL
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    log.info("waiting for the other pods: process %d of %d, meeting at %s:%d", rank(), world_size(), host, port)
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate takes all cores
+    if not is_main():
+        _reach(host, port, deadline)
+    _group.store = distributed.TCPStore(
+        "localhost" if is_main() else host, port, is_master=is_main(), wait_for_workers=False, timeout=SILENCE
+    )
+    here = _group.store.add("arrived", 1)
+    while here < world_size():
+        if time.monotonic() > deadline:
+            raise _alone(f"{here} of {world_size()} processes came within {ARRIVAL / 60:.0f} minutes")
+        time.sleep(0.1)
+        here = _group.store.add("arrived", 0)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=distributed.PrefixStore("group", _group.store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=SILENCE,
+    )
+    _group.control = distributed.new_group(backend="gloo", timeout=SILENCE)
+    log.info("all %d processes are here", world_size())
+
+
+def total(values: list[int]) -> list[int]:
+    """Each value summed over all processes."""
+    if not joined():
+        return values
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(values, dtype=torch.int64)
+    distributed.all_reduce(tensor, group=_group.control)
+    return [int(value) for value in tensor]
+
+
+def total_float(values: list[float]) -> list[float]:
+    """Each value summed over all processes, in 64 bits."""
+    if not joined():
+        return values
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(tensor, group=_group.control)
+    return [float(value) for value in tensor]
+
+
+def from_main(value: Any) -> Any:
+    """The first process's value, JSON, in all of them."""
+    if not joined():
+        return value
+    _group.told += 1
+    key = f"told/{_group.told}"
+    if is_main():
+        _group.store.set(key, json.dumps(value))
+    return json.loads(_group.store.get(key))
+
+
+def leave() -> None:
+    """End the group; the store at the first process stays open for done() and until_done()."""
+    from accelerate.state import AcceleratorState
+    from torch import distributed
+
+    if joined():
+        distributed.destroy_process_group()
+        _group.control = None
+    # What is started after training (lm-eval among others) must not look for the others.
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def forget() -> None:
+    """From now on this process is the only one."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+
+
+def done() -> None:
+    """Tell the others that nothing is expected of them any more, and let them hear it: the store ends with this process."""
+    _group.store.set("done", "1")
+    deadline = time.monotonic() + HEARING
+    while _group.store.add("heard", 0) < world_size() - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def until_done() -> None:
+    """Wait until the first process says so. Raises what torch does when it ends before."""
+    while not _group.store.check(["done"]):
+        time.sleep(0.2)
+    _group.store.add("heard", 1)
+
+
+def _reach(host: str, port: int, deadline: float) -> None:
+    """Until the first process listens; its name may not be known yet."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _alone(f"the first pod could not be reached at {host}:{port}: {error}") from error
+        time.sleep(0.5)
+
+
+def _alone(why: str) -> Failure:
+    return Failure(
+        Reason.PEER_LOST,
+        f"The other pods of the run did not come: {why}",
+        "See why they do not start with kubectl get pods; the Job tries again.",
+    )

@@ -1,185 +1,252 @@
-"""evaluate: what the adapter is worth on the held-out examples, beside the base model without it.
+"""evaluate: what the version is worth on the held-out examples and the suites, beside the models it is compared with.
 
-evalLoss is in nats per learned token. exactMatch is the share of the examples whose greedily generated answer equals
-the expected one, case and white space aside.
+Who is compared on what follows from evaluation.baselines, the gates and the suites' roles: see gates.plan. The names of the
+metrics are in gates, too; docs/evaluation.md explains them. evalLoss is in nats per learned token.
 """
 
 import logging
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from transformers import GenerationConfig
+from graft.api.evaluation import Suite
+from peft import PeftModel
 
-from graft_trainer.dataset import Example
-from graft_trainer.failures import out_of_memory
+from graft_trainer import gates
+from graft_trainer.current import NotComparable, current_version
+from graft_trainer.few_shot import Shot, draw
+from graft_trainer.gates import HELD_OUT, Who, prefixed
+from graft_trainer.generate import stop_tokens
+from graft_trainer.likelihood import log_likelihoods
+from graft_trainer.measure import MEASURED_AT_ONCE, Measured, Questions, measure
 from graft_trainer.run import Run
-from graft_trainer.tokens import IGNORED, Collator, Tokenised, pad_token, prompt_ids
+from graft_trainer.scores import exact_match as exact_match
+from graft_trainer.scores import normalise as normalise
+from graft_trainer.subject import NAMES, Meter, Subject
+from graft_trainer.suites import Task, chat_prompts, main_metric, metrics_of, read_suite, task_of
+from graft_trainer.tokens import Tokenised
 
 if TYPE_CHECKING:
     from graft_trainer.train import Trained
 
 log = logging.getLogger(__name__)
-GENERATED_AT_ONCE = 32  # answers; halved as long as memory runs out
-SAMPLES = 5  # answers that the report shows
+SAMPLES = 5  # answers of each set that the report shows
+TURNS: tuple[tuple[Who, ...], ...] = (("adapter",), ("base", "fewShot"), ("current",))  # who share a model
+LARGE = {"score": 0.05, "loss": 0.1, "perplexity": 0.1}  # forgetting that the log warns of; perplexity: as a share
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What was measured on one suite.
+
+    `metrics`: who (adapter, base, fewShot, current) -> metric (without the suite's name) -> value. `main`: the metric that
+    stands for the suite, under which forgetting is counted. `samples`: see Evaluated.
+    """
+
+    name: str
+    role: Literal["task", "forgetting"]
+    kind: str  # answers, choices, text or lmEval
+    size: int  # tasks
+    main: str
+    metrics: dict[Who, dict[str, float]]
+    samples: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Scores by name, base/… for the base model's, and a few answers to look at."""
+    """All scores by their published name (see gates), and what they say.
+
+    `samples`: a few held-out questions, each {prompt, expected, answer, base/answer?, fewShot/answer?, current/answer?}.
+    `rejected`: the gates that were missed, in words; then the version is published as rejected.
+    """
 
     metrics: dict[str, float]
     samples: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    suites: list[SuiteResult] = field(default_factory=list)
+
+
+@dataclass
+class _Set:
+    """Something to measure on: the held-out examples' losses, their answers, or a suite."""
+
+    name: str
+    what: str  # for the log
+    questions: Questions
+    tokens: Sequence[Tokenised] | None = None  # of the loss as training measures it, without examples before them
+    suite: Suite | None = None
+    found: dict[Who, Measured] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.questions.tasks[0].kind if self.questions.tasks else "lmEval"
+
+    def asked_of(self, plan: dict[str, list[Who]]) -> list[Who]:
+        """Who is measured; before a text no examples can be put."""
+        return [who for who in plan[self.name] if who != "fewShot" or self.kind != "text"]
 
 
 def evaluate(run: Run, trained: "Trained") -> Evaluated:
-    """Measure adapter and base model."""
+    """Measure the version and what it is compared with. A missed gate is a result and no failure."""
     started = time.monotonic()
-    run.progress.stage("Evaluating", percent=100, eta_seconds=0)
-    metrics: dict[str, float] = {}
-    samples: list[dict[str, str]] = []
-    if trained.train_loss is not None:
-        metrics["trainLoss"] = round(trained.train_loss, 5)
-    if trained.held_out is not None:
-        model, examples = trained.model, trained.held_out.examples
-        pad, batch = pad_token(trained.tokenizer), trained.resolved.per_device_train_batch_size
-        loss = trained.eval_loss if trained.eval_loss is not None else mean_loss(model, examples, pad, batch)
-        with model.disable_adapter():
-            base_loss = mean_loss(model, examples, pad, batch)
-        metrics |= {"evalLoss": round(loss, 5), "base/evalLoss": round(base_loss, 5)}
-        log.info("held-out loss: %.4f, base model %.4f", loss, base_loss)
-        run.progress.update(eval_loss=metrics["evalLoss"], metrics=dict(metrics))
-        samples = _exact_match(run, trained, metrics)
-    run.progress.update(metrics=dict(metrics))
+    run.progress.stage("Evaluating", percent=100, eta_seconds=None)
+    evaluation = run.job.evaluation
+    plan = gates.plan(evaluation, has_current=run.job.current is not None)
+    sets = [*_held_out(run, trained), *_suites(run, trained)]
+    meter = Meter(run.progress, sum(len(item.questions.tasks) * len(item.asked_of(plan)) for item in sets))
+    shots = draw(trained.train_examples, evaluation.few_shot_examples, run.job.training.seed)
+    metrics = {"trainLoss": round(trained.train_loss, 5)} if trained.train_loss is not None else {}
+    not_comparable: str | None = None
+    for turn in TURNS:
+        work = [(who, item) for who in turn for item in sets if who in item.asked_of(plan)]
+        if not work:
+            continue
+        try:
+            with _subject(run, trained, turn[0]) as subject:
+                for who, item in work:
+                    _measure(run, trained, replace(subject, who=who), item, shots, meter)
+                    metrics |= _published(item, who)
+                    run.progress.update(metrics=_finite(metrics))
+        except NotComparable as error:
+            not_comparable = str(error)
+            log.warning("the current version cannot be measured: %s", error)
+    suites = [_result(item, item.suite) for item in sets if item.suite is not None]
+    metrics |= _forgetting(suites)
+    rejected = gates.check(evaluation.gates or (), metrics, not_comparable)
+    for problem in rejected:
+        log.warning("gate missed: %s", problem)
+    run.progress.update(metrics=_finite(metrics), rejected=rejected or None, eta_seconds=0)
+    if math.isfinite(loss := metrics.get("evalLoss", math.nan)):
+        run.progress.update(eval_loss=loss)
     trained.seconds["evaluate"] = time.monotonic() - started
-    return Evaluated(metrics, samples)
+    answered = next((item for item in sets if item.suite is None and item.tokens is None), None)
+    return Evaluated(metrics, _samples(answered) if answered else [], rejected, suites)
 
 
-def _exact_match(run: Run, trained: "Trained", metrics: dict[str, float]) -> list[dict[str, str]]:
-    chosen = [example for example in trained.held_out_examples if example.text is None and example.answer]
-    chosen = chosen[: run.job.evaluation.max_samples]
-    if not chosen:
+def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Meter | None = None) -> float:
+    """Cross entropy over all learned tokens, nats per token."""
+    found = log_likelihoods(model, examples, pad, batch, meter)
+    return -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
+
+
+def _held_out(run: Run, trained: "Trained") -> list[_Set]:
+    if trained.held_out is None:
         return []
-    expected = [example.answer or "" for example in chosen]
-    longest = run.job.evaluation.max_new_tokens
-    answers = generate(trained, chosen, longest, "adapter")
-    with trained.model.disable_adapter():
-        base = generate(trained, chosen, longest, "base model")
-    metrics["exactMatch"] = exact_match(answers, expected)
-    metrics["base/exactMatch"] = exact_match(base, expected)
-    log.info(
-        "exact match on %d held-out examples: %.4f, base model %.4f",
-        len(chosen),
-        metrics["exactMatch"],
-        metrics["base/exactMatch"],
-    )
+    evaluation = run.job.evaluation
+    tasks = [task_of(example) for example in trained.held_out_examples]
+    answered = [task for task in tasks if task.text is not None or task.answers[0].strip()]
+    losses = Questions(answered or tasks, ["loss"], evaluation.max_new_tokens, whole=True)
+    sets = [_Set(HELD_OUT, "held-out loss", losses, tokens=trained.held_out.examples)]
+    chosen = [task for task in answered if task.text is None][: evaluation.max_samples]
+    if chosen:
+        answers = Questions(chosen, ["exactMatch"], evaluation.max_new_tokens, short=True)
+        sets.append(_Set(HELD_OUT, "held-out answers", answers))
+    return sets
+
+
+def _suites(run: Run, trained: "Trained") -> list[_Set]:
+    sets = []
+    for suite in run.job.evaluation.suites or ():
+        tasks: list[Task] = []
+        if suite.lm_eval is None:
+            with (run.settings.dataset_dir / "suites" / f"{suite.name}.jsonl").open("rb") as stream:
+                tasks = read_suite(stream, suite, run.job.dataset, trained.task)
+            if chat_prompts(run.job.dataset) and trained.tokenizer.chat_template:
+                tasks = [task.as_chat() for task in tasks]
+        metrics = metrics_of(suite, tasks[0].kind) if tasks else ()
+        sets.append(_Set(suite.name, suite.name, Questions(tasks, metrics, suite.max_new_tokens), suite=suite))
+    return sets
+
+
+@contextmanager
+def _subject(run: Run, trained: "Trained", who: Who) -> Iterator[Subject]:
+    stop, virtual = stop_tokens(trained), trained.resolved.virtual_tokens or 0
+    tuned = Subject("adapter", trained.model, trained.tokenizer, trained.task, trained.context, stop, virtual)
+    if who == "adapter":
+        yield tuned
+    elif who == "current":
+        assert run.job.current is not None  # noqa: S101 - gates.plan asked
+        with current_version(run, trained, run.job.current, tuned) as subject:
+            yield subject
+    else:
+        with trained.base_model() as base:
+            # peft's own generate of an encoder-decoder prompts it even when it is switched off.
+            plain = base.get_base_model() if isinstance(base, PeftModel) else base
+            yield replace(tuned, model=plain, virtual_tokens=0)
+
+
+def _measure(run: Run, trained: "Trained", subject: Subject, item: _Set, shots: Sequence[Shot], meter: Meter) -> None:
+    who, batch = subject.who, trained.resolved.per_device_train_batch_size
+    meter.begin(who, item.what, len(item.questions.tasks))
+    if item.suite is not None and item.suite.lm_eval is not None:
+        from graft_trainer.lmeval import measure_task  # takes seconds to import
+
+        item.found[who] = measure_task(subject, item.suite, run.settings.dataset_dir / "suites", meter)
+    elif item.tokens is not None and who != "fewShot":
+        loss = mean_loss(subject.model, item.tokens, subject.pad, max(batch, MEASURED_AT_ONCE), meter)
+        item.found[who] = Measured({"loss": round(loss, 5)})
+    else:
+        count = run.job.evaluation.few_shot_examples if who == "fewShot" else 0
+        item.found[who] = measure(subject, item.questions, batch, meter, shots, count)
+    meter.end()
+    found = ", ".join(f"{name} {value:g}" for name, value in item.found[who].metrics.items())
+    log.info("%s, %s: %s", NAMES[who], item.what, found)
+
+
+def _published(item: _Set, who: Who) -> dict[str, float]:
+    """The scores of `who` under their published names."""
+    found = item.found[who].metrics
+    if item.suite is None:
+        return {prefixed(who, "evalLoss" if name == "loss" else name): value for name, value in found.items()}
+    return {prefixed(who, f"{item.suite.name}/{name}"): value for name, value in found.items()}
+
+
+def _result(item: _Set, suite: Suite) -> SuiteResult:
+    metrics = {who: found.metrics for who, found in item.found.items()}
+    adapter = item.found["adapter"]
+    if item.questions.tasks:
+        main: str = main_metric(suite, item.questions.tasks[0].kind)
+    else:
+        main = next((name for name in ("acc", "exact_match", *adapter.metrics) if name in adapter.metrics), "")
+    size = len(item.questions.tasks) or adapter.size
+    return SuiteResult(suite.name, suite.role, item.kind, size, main, metrics, _samples(item))
+
+
+def _samples(item: _Set) -> list[dict[str, str]]:
+    if not item.found or not item.found["adapter"].answers:
+        return []
     return [
-        {
-            "prompt": example.prompt or str((example.messages or ({}, {}))[-2].get("content", "")),
-            "expected": expected[index],
-            "answer": answers[index],
-            "base/answer": base[index],
-        }
-        for index, example in enumerate(chosen[:SAMPLES])
+        {"prompt": task.question, "expected": task.answers[0]}
+        | {prefixed(who, "answer"): found.answers[index] for who, found in item.found.items()}
+        for index, task in enumerate(item.questions.tasks[:SAMPLES])
     ]
 
 
-def normalise(answer: str) -> str:
-    """Lower case, one space between words."""
-    return " ".join(answer.lower().split())
-
-
-def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of the answers that equal what was expected, normalised; four digits."""
-    hits = sum(normalise(one) == normalise(other) for one, other in zip(answers, expected, strict=True))
-    return round(hits / len(expected), 4)
-
-
-def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int) -> float:
-    """Cross entropy over all learned tokens, nats per token. Like lengths share a batch: padding is wasted work."""
-    collate, total, count = Collator(pad), 0.0, 0
-    ordered = sorted(examples, key=lambda item: len(item.input_ids))
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for begin in range(0, len(ordered), batch):
-                inputs = {key: value.to(model.device) for key, value in collate(ordered[begin : begin + batch]).items()}
-                tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-                total += float(model(**inputs, use_cache=False).loss) * tokens
-                count += tokens
-    finally:
-        model.train(training)
-    return total / count
-
-
-def generate(trained: "Trained", examples: Sequence[Example], max_new_tokens: int, who: str) -> list[str]:
-    """Greedy answers, in the order of the examples."""
-    tokenizer, model = trained.tokenizer, trained.model
-    context = trained.context
-    prompts = [prompt_ids(example, tokenizer) for example in examples]
-    # An answer that is far longer than the expected one cannot equal it; the base model often does not stop by itself.
-    wanted = [len(tokenizer(example.answer, add_special_tokens=False)["input_ids"]) for example in examples]
-    order = sorted(range(len(examples)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(examples)
-    size, done, told = GENERATED_AT_ONCE, 0, time.monotonic()
-    stop = stop_tokens(trained)
-    model.eval()
-    while done < len(order):
-        chosen = order[done : done + size]
-        new = min(max_new_tokens, 2 * max(wanted[index] for index in chosen) + 8)
-        if context is not None:
-            new = min(new, max(1, context // 2))
-        room = context - new if context is not None else None
-        try:
-            texts = _generate_batch(trained, [_last(prompts[index], room) for index in chosen], new, stop)
-        except Exception as error:
-            if not out_of_memory(error) or size == 1:
-                raise
-            size //= 2
-            log.warning("memory ran out while generating, going on with %d answers at once", size)
-            torch.cuda.empty_cache()
+def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:
+    """forgetting/<suite>: how much worse than the base model the version is on what it was not tuned for."""
+    result = {}
+    for suite in suites:
+        if suite.role != "forgetting" or not suite.main:
             continue
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
-        done += len(chosen)
-        if time.monotonic() - told >= 5 or done == len(order):
-            told = time.monotonic()
-            log.info("%s: %d of %d answers generated", who, done, len(order))
-    return answers
+        base, value = suite.metrics["base"][suite.main], suite.metrics["adapter"][suite.main]
+        forgotten = round(gates.gain(f"{suite.name}/{suite.main}", base, value), 5)
+        result[f"{gates.FORGETTING}/{suite.name}"] = forgotten
+        kind = next((name for name in ("perplexity", "loss") if suite.main.endswith(name)), "score")
+        if forgotten > LARGE[kind] * (base if kind == "perplexity" else 1):
+            log.warning(
+                "forgetting: %s/%s went from %g of the base model to %g; fewer steps, a lower learning rate or general "
+                "examples in the training data preserve more",
+                suite.name,
+                suite.main,
+                base,
+                value,
+            )
+    return result
 
 
-def _generate_batch(trained: "Trained", prompts: list[list[int]], new: int, stop: list[int]) -> list[str]:
-    """Answers to prompts of like length, filled up on the left so that all go on from their last token."""
-    pad, width = pad_token(trained.tokenizer), max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    model = trained.model
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=new, do_sample=False, eos_token_id=stop or None, pad_token_id=pad, use_cache=True
-            ),
-        )
-    return [str(text) for text in trained.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
-
-
-def stop_tokens(trained: "Trained") -> list[int]:
-    """The ids that end an answer: the model's, the tokenizer's, and the special token that ends the learned answers."""
-    stop: set[int] = set()
-    for owner in (trained.model.generation_config, trained.tokenizer):
-        value = getattr(owner, "eos_token_id", None)
-        stop.update(value if isinstance(value, list) else [value] if value is not None else [])
-    special = set(trained.tokenizer.all_special_ids)
-    for item in trained.train.examples[:20]:
-        learned = [label for label in item.labels if label != IGNORED]
-        stop.update(next(([token] for token in reversed(learned[-3:]) if token in special), []))
-    return sorted(stop)
-
-
-def _last(prompt: list[int], room: int | None) -> list[int]:
-    return prompt if room is None or len(prompt) <= room else prompt[-room:]
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

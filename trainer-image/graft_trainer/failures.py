@@ -26,15 +26,18 @@ class Interrupted(BaseException):
     """The kubelet asked the pod to end. No Exception, so that no library's handler swallows it."""
 
 
-def explain(error: BaseException, hyperparameters: dict[str, Any] | None = None) -> Termination:
-    """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known."""
-    failure = _explain(error, hyperparameters)
+def explain(
+    error: BaseException, hyperparameters: dict[str, Any] | None = None, *, training: bool = False
+) -> Termination:
+    """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known, and
+    `training` says that it was about to take its steps, which a smaller micro-batch makes cheaper."""
+    failure = _explain(error, hyperparameters, training)
     # Half characters (from file names or a library's text) cannot be written as UTF-8 and would hide the failure.
     clean = {name: getattr(failure, name).encode(errors="replace").decode() for name in ("message", "remedy")}
     return failure.model_copy(update=clean)
 
 
-def _explain(error: BaseException, hyperparameters: dict[str, Any] | None) -> Termination:
+def _explain(error: BaseException, hyperparameters: dict[str, Any] | None, training: bool) -> Termination:
     if isinstance(error, Failure):
         return Termination(reason=error.reason, message=error.message, remedy=error.remedy)
     if isinstance(error, Interrupted):
@@ -44,7 +47,13 @@ def _explain(error: BaseException, hyperparameters: dict[str, Any] | None) -> Te
             remedy="Nothing is to be done: the Job starts another attempt unless it was deleted.",
         )
     if out_of_memory(error):
-        return _out_of_memory(error, hyperparameters or {})
+        return _out_of_memory(error, hyperparameters or {}, training)
+    if peer_lost(error):
+        return Termination(
+            reason=Reason.PEER_LOST,
+            message=f"Another pod of the run ended: {_first_line(str(error))}",
+            remedy="See why it ended with kubectl describe pod; the Job goes on from the newest checkpoint.",
+        )
     if isinstance(error, StoreError):
         return store_failure(error)
     if isinstance(error, SourceError):
@@ -71,9 +80,22 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _out_of_memory(error: BaseException, known: dict[str, Any]) -> Termination:
+def peer_lost(error: BaseException) -> bool:
+    """Whether a call to the other processes failed. By name, as above: gloo's errors are plain RuntimeErrors."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "NCCL" in str(error))
+
+
+def _out_of_memory(error: BaseException, known: dict[str, Any], training: bool) -> Termination:
     message = f"Memory ran out: {_first_line(str(error)) or type(error).__name__}"
     batch, steps = known.get("perDeviceTrainBatchSize"), known.get("gradientAccumulationSteps")
+    if training and isinstance(batch, int) and batch > 1:
+        return Termination(
+            reason=Reason.MEMORY_EXCEEDED,
+            message=f"{message}, with {batch} examples per micro-batch",
+            remedy="Nothing is to be done: the next attempt halves the micro-batch and doubles the accumulation.",
+        )
     if isinstance(batch, int) and isinstance(steps, int) and batch > 1:
         remedy = (
             f"Set training.perDeviceTrainBatchSize to {batch // 2} (it was {batch}) and "

@@ -1,33 +1,33 @@
-"""The base model and the adapter on it, loaded from the local folder with what the run's precision asks for."""
+"""The base model, loaded from the local folder with what the run's method and precision ask for.
 
-import logging
+Weights come from safetensors only, and no code of a model's is ever run.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from graft.api.recipe import Lora, Method, QLora
+from graft.api.recipe import Method
 from graft.contracts import Reason
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from graft_trainer.failures import Failure, out_of_memory
 from graft_trainer.resolve import Device, Limits, ModelFacts
 from graft_trainer.targets import Projection
+from graft_trainer.tokens import Task
 
-log = logging.getLogger(__name__)
+AUTO_CLASSES = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def this_device() -> Device:
-    """The first GPU, or the CPU."""
+    """This process's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return Device("cpu")
-    if torch.cuda.device_count() > 1:
-        log.warning("%d GPUs are here, one is used", torch.cuda.device_count())
-    free, _ = torch.cuda.mem_get_info(0)
+    free, _ = torch.cuda.mem_get_info(torch.cuda.current_device())
     return Device("cuda", bf16=torch.cuda.is_bf16_supported(including_emulation=False), free_bytes=free)
 
 
@@ -38,6 +38,7 @@ class BaseModel:
     model: Any
     facts: ModelFacts
     projections: list[Projection]
+    embeddings: list[Projection]  # the tables that the blocks read the tokens from
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
@@ -51,15 +52,29 @@ def load_tokenizer(folder: Path, name: str) -> Any:
 def context_of(config: Any) -> int | None:
     """Longest sequence that the model was made for, in tokens."""
     text = config.get_text_config()
+    if hasattr(text, "relative_attention_num_buckets"):
+        return None  # T5 and its kin: positions are distances, so there is no longest sequence
     for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, field, None), int) and value > 0:
             return value
     return None
 
 
-def load_base_model(folder: Path, name: str, method: Method, known: Limits, device: Device) -> BaseModel:
-    """The base model, in 4 bits for qlora. Failure(BaseModelInvalid) when it cannot be loaded or lacks weights."""
-    arguments: dict[str, Any] = {"dtype": DTYPES[known.precision]}
+def stored_dtype(config: Any) -> torch.dtype:
+    """The type of the weights in the base model's files, as its config says; what a whole tuned model is published in."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def load_base_model(folder: Path, name: str, task: Task, method: Method, known: Limits, device: Device) -> BaseModel:
+    """The base model: in 4 bits for qlora, in float32 for full. Failure(BaseModelInvalid) when it cannot be loaded or
+    lacks weights.
+
+    full keeps float32 weights whatever the precision (Micikevicius et al. 2018): at a learning rate of 2e-5 most updates
+    are smaller than half of bfloat16's distance to the next number and would be lost. The products are computed in the
+    precision by autocast. The frozen weights of the other methods are held in the precision itself.
+    """
+    arguments: dict[str, Any] = {"dtype": torch.float32 if method.full is not None else DTYPES[known.precision]}
     if method.qlora is not None:
         compute = getattr(torch, known.compute_dtype or "float32")
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -67,11 +82,13 @@ def load_base_model(folder: Path, name: str, method: Method, known: Limits, devi
             bnb_4bit_quant_type=method.qlora.quant_type,
             bnb_4bit_use_double_quant=method.qlora.double_quant,
             bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=compute if known.sharding == "fsdp" else torch.uint8,  # fsdp shards floats only
         )
-    if device.kind == "cuda" or method.name == "qlora":
-        arguments["device_map"] = {"": 0 if device.kind == "cuda" else "cpu"}
+    # fsdp moves each process's part to its GPU itself; the whole may not fit there.
+    if known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):
+        arguments["device_map"] = {"": torch.cuda.current_device() if device.kind == "cuda" else "cpu"}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AUTO_CLASSES[task].from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **arguments
         )
     except Exception as error:
@@ -87,7 +104,7 @@ def load_base_model(folder: Path, name: str, method: Method, known: Limits, devi
             )
     if device.kind == "cpu":
         keep_differentiable(model)
-    return BaseModel(model, facts_of(model), projections_of(model))
+    return BaseModel(model, facts_of(model), projections_of(model), embeddings_of(model))
 
 
 def keep_differentiable(model: Any) -> None:
@@ -126,35 +143,22 @@ def projections_of(model: Any) -> list[Projection]:
     return found
 
 
-def add_adapter(base: BaseModel, lora: Lora, targets: list[str], alpha: float, checkpointing: bool) -> Any:
-    """The model with a fresh adapter, the only part of it that is trained."""
-    model = base.model
-    if isinstance(lora, QLora):
-        # Checkpointing is the Trainer's to switch on; here it would be the kind that recomputes everything twice.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if checkpointing:
-        model.enable_input_require_grads()
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        bias="none",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise Failure(
-            Reason.CONFIGURATION_INVALID,
-            f"the adapter cannot be put on the model: {error}",
-            "Use the preset all-linear or attention in targetModules.",
-        ) from error
+def embeddings_of(model: Any) -> list[Projection]:
+    """The token embeddings that are read. T5's encoder and decoder have tables of their own that share the weights of a
+    third one, which nothing reads: an update of that one would never be learned."""
+    owner = model.get_input_embeddings()
+    tables = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.weight is owner.weight
+    ]
+    sharers = [(name, module) for name, module in tables if module is not owner]
+    return [Projection(name, module.num_embeddings, module.embedding_dim) for name, module in sharers or tables]
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> Failure:
     return Failure(
         Reason.BASE_MODEL_INVALID,
         f"the {what} of {name} cannot be loaded: {type(error).__name__}: {error}",
-        "Point the BaseModel at a whole folder of a causal language model that transformers supports.",
+        "Point the BaseModel at a whole folder of a language model that transformers supports, and set its task to what it is.",
     )

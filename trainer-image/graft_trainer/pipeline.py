@@ -3,7 +3,12 @@
 import logging
 import warnings
 
-from graft_trainer.run import Run, already_published
+from graft.artifacts.layout import run_prefix
+
+from graft_trainer import distributed
+from graft_trainer.checkpoint import complete
+from graft_trainer.download import patiently
+from graft_trainer.run import Run, already_published, memory_halvings
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +27,36 @@ def train_evaluate_publish(run: Run) -> None:
             manifest_digest=digest,
         )
         return
+    if distributed.world_size() > 1:
+        if not trained_to_the_end(run):
+            distributed.join()
+        elif not distributed.is_main():
+            return  # the first process goes on alone
     run.progress.stage("Training")
+    run.halvings = distributed.from_main(patiently(lambda: memory_halvings(run), run.settings.storage_patience))
     quieten()
     # Imported here because torch takes seconds to load, and a published version needs none of it.
     from graft_trainer.evaluate import evaluate
     from graft_trainer.publish import publish
     from graft_trainer.train import train
 
-    trained = train(run)
+    try:
+        trained = train(run)
+    except distributed.PartDone:
+        return
     evaluated = evaluate(run, trained)
     publish(run, trained, evaluated)
+
+
+def trained_to_the_end(run: Run) -> bool:
+    """Whether an earlier attempt has left its weights after the last step."""
+    root = run_prefix(run.job.tenant, run.job.job.uid)
+
+    def look() -> bool:
+        found = complete(run.store.objects(root), root, lambda item: run.store.get(item.key))
+        return any(checkpoint.final for checkpoint in found)
+
+    return patiently(look, run.settings.storage_patience)
 
 
 def quieten() -> None:

@@ -5,41 +5,51 @@ GPU is taken. What it downloads lies in the work folder that it shares with trai
 """
 
 import logging
-import time
+import sys
+from pathlib import Path
 
-from graft.artifacts.sources import Report, fetch
+from graft.artifacts.layout import MANIFEST
+from graft.artifacts.sources import fetch
+from graft.artifacts.store import StoreError
+from graft.contracts import DatasetStatistics, JobFile, Reason
 
-from graft_trainer.basemodel import check_base_model, check_chat_template
+from graft_trainer import gates, lengths
+from graft_trainer.basemodel import (
+    check_base_model,
+    check_data_fits,
+    context_of,
+    has_chat_template,
+    load_config,
+    load_tokenizer,
+)
 from graft_trainer.dataset import check_template
-from graft_trainer.download import download_dataset
-from graft_trainer.run import Prepared, Run, already_published, load_examples
+from graft_trainer.download import download_file, patiently, tell
+from graft_trainer.failures import Failure
+from graft_trainer.lmeval_prefetch import prefetch
+from graft_trainer.resolve import Device, check_packing, limits
+from graft_trainer.run import Data, Prepared, Run, already_published, read_data
+from graft_trainer.suites import needs_chat_template, read_suite
 
 log = logging.getLogger(__name__)
+SAMPLE = 50_000  # examples of a file that are kept in memory
 
 
 def prepare(run: Run) -> None:
-    """Check dataset and base model, and put both into the work folder."""
-    job, settings = run.job, run.settings
+    """Check dataset, suites, base model and access, and put what train reads into the work folder."""
+    job, settings, name = run.job, run.settings, run.job.base_model.name
     run.progress.stage("Preparing")
     if already_published(run):
         log.info("%s %s was published by an earlier attempt: nothing to do", job.output.adapter, job.output.version)
         return
 
-    for template in job.dataset.templates or []:
-        check_template(template)
-    digests = {}
-    for role, source in (("train", job.dataset.train), ("eval", job.dataset.eval)):
-        if source is None:
-            continue
-        path = settings.dataset_dir / f"{role}.jsonl"
-        digests[role] = download_dataset(
-            source.uri, path, role=role, store=run.store, settings=settings, hf_endpoint=job.hf_endpoint
-        )
-        log.info("dataset.%s: %s, %d bytes, %s", role, source.uri, path.stat().st_size, digests[role])
-    train, held_out = load_examples(run)
-    log.info("dataset: %d examples to learn from, %d held out", len(train), len(held_out))
+    check_spec(job)
+    check_publishing(run)
+    digests = download_dataset(run)
+    data = read_data(run, most=SAMPLE)
+    log.info("dataset: %d examples to learn from, %d held out", data.examples, data.held_out_examples)
+    suites, conversations = download_suites(run)
 
-    base_model_dir = fetch(
+    folder = fetch(
         job.base_model.uri,
         job.base_model.digest,
         settings.base_model_dir,
@@ -47,21 +57,112 @@ def prepare(run: Run) -> None:
         pvc_root=settings.pvc_dir,
         hf_endpoint=job.hf_endpoint,
         hf_token=settings.hf_token(),
-        report=_log_download(job.base_model.name),
+        report=tell(f"base model {name}"),
     )
-    config = check_base_model(base_model_dir, job.base_model.name)
-    check_chat_template(base_model_dir, job.base_model.name, job.dataset)
-    log.info("base model %s: %s", job.base_model.name, ", ".join(config.get("architectures") or [config["model_type"]]))
-    Prepared(str(base_model_dir), digests).write(settings.prepared_file)
+    config = check_base_model(folder, name, job.task)
+    log.info("base model %s: %s", name, ", ".join(config.get("architectures") or [config["model_type"]]))
+    check_data_fits(folder, name, job.dataset, job.task)
+    if conversations and job.task == "causal" and not has_chat_template(folder, name):
+        raise Failure(
+            Reason.CONFIGURATION_INVALID,
+            f"{name} has no chat template, which evaluation.suites {', '.join(conversations)} need",
+            "Give the suites lines with prompt instead of messages, or use a chat model as base model.",
+        )
+    statistics = measure_lengths(job, folder, data)
+    run.progress.update(dataset=statistics)
+    Prepared(str(folder), digests | suites, statistics.model_dump(mode="json")).write(settings.prepared_file)
 
 
-def _log_download(name: str) -> Report:
-    last = 0.0
+def check_spec(job: JobFile) -> None:
+    """Failure for what the job alone tells, before anything is downloaded."""
+    for template in job.dataset.templates or []:
+        check_template(template)
+    check_packing(job)
+    has_held_out = job.dataset.eval is not None or job.dataset.eval_split is not None
+    if failure := gates.unknown(job.evaluation, has_held_out, held_out_answers=job.dataset.format != "text"):
+        raise failure
 
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= 5:
-            last = time.monotonic()
-            log.info("base model %s: %.1f of %.1f MB", name, done / 1e6, total / 1e6)
 
-    return report
+def check_publishing(run: Run) -> None:
+    """Failure(StorageDenied) when the version could not be published after hours of training."""
+    key = run.version_prefix + MANIFEST
+    try:
+        patiently(lambda: run.store.check_write(key), run.settings.storage_patience)
+    except StoreError as error:
+        if error.trouble != "denied":
+            raise
+        raise Failure(
+            Reason.STORAGE_DENIED,
+            f"the version could not be published, the key in the Secret graft-storage may not write it: {error}",
+            f"Let that key write below {run.version_prefix} (s3:PutObject and s3:AbortMultipartUpload).",
+        ) from error
+
+
+def download_dataset(run: Run) -> dict[str, str]:
+    """The dataset's files; their digests by role."""
+    dataset, digests = run.job.dataset, {}
+    for role, source in (("train", dataset.train), ("eval", dataset.eval)):
+        if source is not None:
+            digests[role] = _download(run, source.uri, run.settings.dataset_dir / f"{role}.jsonl", f"dataset.{role}")
+    return digests
+
+
+def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
+    """(digests of the suites' files, names of the suites with conversations); every line of them is checked."""
+    digests, conversations = {}, []
+    folder = run.settings.dataset_dir / "suites"
+    for suite in run.job.evaluation.suites or ():
+        field, key = f"evaluation.suites[{suite.name}]", f"suite/{suite.name}"
+        if suite.uri is not None:
+            path = folder / f"{suite.name}.jsonl"
+            digests[key] = _download(run, suite.uri, path, field)
+            with path.open("rb") as stream:
+                tasks = read_suite(stream, suite, run.job.dataset, run.job.task)
+            log.info("%s: %d tasks", field, len(tasks))
+            if needs_chat_template(tasks):
+                conversations.append(suite.name)
+        elif suite.lm_eval is not None and suite.lm_eval.definition and suite.lm_eval.data:
+            path = folder / f"{suite.name}.yaml"
+            digests[key] = _download(run, suite.lm_eval.definition, path, f"{field}.lmEval.definition", jsonl=False)
+            path = folder / f"{suite.name}.data.jsonl"
+            digests[f"{key}/data"] = _download(run, suite.lm_eval.data, path, f"{field}.lmEval.data")
+    prefetch(run.job.evaluation.suites or [], folder, run.job.hf_endpoint, run.settings.hf_token())
+    return digests, conversations
+
+
+def _download(run: Run, uri: str, path: Path, field: str, *, jsonl: bool = True) -> str:
+    digest = download_file(
+        uri, path, field=field, store=run.store, settings=run.settings, hf_endpoint=run.job.hf_endpoint, jsonl=jsonl
+    )
+    log.info("%s: %s, %d bytes, %s", field, uri, path.stat().st_size, digest)
+    return digest
+
+
+def measure_lengths(job: JobFile, folder: Path, data: Data) -> DatasetStatistics:
+    """The dataset's statistics by the base model's tokenizer, told to the log."""
+    # transformers imports torch wherever that is installed: seconds, and ten times the memory. Its tokenizers work without.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    name = job.base_model.name
+    tokenizer = load_tokenizer(folder, name)
+    context = context_of(load_config(folder, name))
+    # What of the limits depends on the device is for train to say: it has one.
+    longest = limits(job, Device("cuda", bf16=True), context).max_length
+    found = lengths.measure(data.train, tokenizer, longest, role="train", task=job.task)
+    if data.held_out:
+        lengths.measure(data.held_out, tokenizer, longest, role="eval", task=job.task)
+    statistics = lengths.describe(found, examples=data.examples, held_out=data.held_out_examples, invalid=data.invalid)
+    sampled = "" if len(found.whole) == data.examples else f", by a sample of {len(found.whole)}"
+    log.info(
+        "dataset: %d tokens; an example has %.1f in the mean, %d in the median, 95 %% have up to %d, the longest has %d%s",
+        statistics.tokens,
+        statistics.mean_tokens,
+        statistics.median_tokens,
+        statistics.p95_tokens,
+        statistics.max_tokens,
+        sampled,
+    )
+    prompt = job.method.prompt_tuning
+    taken = prompt.virtual_tokens if prompt is not None and job.task == "causal" else 0
+    if warning := lengths.advice(found, longest, None if context is None else context - taken):
+        log.warning("dataset.train: %s", warning)
+    return statistics

@@ -32,7 +32,10 @@ def now() -> str:
 class ProgressReporter:
     """Keeps the state of an attempt and uploads it, at most every `interval` seconds; a change of stage goes at once."""
 
-    def __init__(self, store: Uploads, prefix: str, attempt: str, *, interval: float = 5.0) -> None:
+    def __init__(
+        self, store: Uploads, prefix: str, attempt: str, *, interval: float = 5.0, silent: bool = False
+    ) -> None:
+        """A `silent` one uploads nothing: of processes that train together one speaks for all."""
         self._store = store
         self._prefix = prefix
         self._interval = interval
@@ -48,7 +51,9 @@ class ProgressReporter:
         self._failing = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._upload_forever, name="progress", daemon=True)
-        self._thread.start()
+        self._silent = silent
+        if not silent:
+            self._thread.start()
 
     @property
     def state(self) -> Progress:
@@ -64,7 +69,8 @@ class ProgressReporter:
 
     def stage(self, stage: TrainingStage, **changes: Any) -> None:
         """Enter a stage; the upload starts at once."""
-        log.info("stage: %s", stage)
+        if not self._silent:
+            log.info("stage: %s", stage)
         with self._wake:
             self._urgent = True
         self.update(stage=stage, **changes)
@@ -80,6 +86,8 @@ class ProgressReporter:
 
     def close(self, patience: float) -> bool:
         """Send the last state, trying for `patience` seconds; whether the store has it."""
+        if self._silent:
+            return True
         with self._wake:
             self._closing = True
             self._wake.notify()

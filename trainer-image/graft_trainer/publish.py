@@ -1,4 +1,4 @@
-"""publish: the adapter's files, their manifest and a report, to object storage; the manifest last."""
+"""publish: what was learned, its manifest and the reports, to object storage; the manifest last."""
 
 import json
 import logging
@@ -13,13 +13,25 @@ from graft.artifacts.store import StoreError
 from graft_trainer.download import patiently
 from graft_trainer.evaluate import Evaluated
 from graft_trainer.failures import Failure, store_failure
+from graft_trainer.methods import as_published, cast_parameters
 from graft_trainer.progress import now
-from graft_trainer.report import finite, report
+from graft_trainer.report import finite, write_report
 from graft_trainer.run import Run
 from graft_trainer.train import Trained
 
 log = logging.getLogger(__name__)
-FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json")
+SHARD = "5GB"  # of a whole model's weights, at most
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
@@ -28,15 +40,15 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
     run.progress.stage("Publishing")
     folder = run.settings.adapter_dir
     shutil.rmtree(folder, ignore_errors=True)
-    trained.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    reduce_config(folder / "adapter_config.json", run.job.base_model.uri)
-    (folder / "report.json").write_text(json.dumps(report(run, trained, evaluated), indent=1) + "\n")
+    save(trained, run.job.base_model.uri, folder)
+    write_report(run, trained, evaluated, folder)
 
-    files = {name: folder / name for name in FILES}
+    files = {path.name: path for path in sorted(folder.iterdir())}
     manifest = describe(run, trained, evaluated, files)
     try:
-        # The second round finds the manifest of the first when only its answer was lost; publishing it again is a no-op.
-        digest = patiently(lambda: _publish_twice(run, files, manifest), run.settings.storage_patience)
+        digest = patiently(
+            lambda: versions.publish(run.store, run.version_prefix, files, manifest), run.settings.storage_patience
+        )
     except StoreError as error:
         found = store_failure(error, publishing=True)
         raise Failure(found.reason, found.message, found.remedy) from error
@@ -48,23 +60,39 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
         manifest.size_bytes / 1e6,
         time.monotonic() - started,
     )
-    run.progress.stage("Succeeded", manifest_digest=digest, metrics=evaluated.metrics)
+    # Another attempt's, when that one was first.
+    published, _ = versions.read_manifest(run.store, run.version_prefix, digest)
+    run.progress.stage(
+        "Succeeded", manifest_digest=digest, metrics=published.metrics, rejected=published.rejected or None
+    )
     return digest
 
 
-def _publish_twice(run: Run, files: dict[str, Path], manifest: Manifest) -> str:
-    try:
-        return versions.publish(run.store, run.version_prefix, files, manifest)
-    except StoreError as error:
-        if error.trouble != "exists":
-            raise
-        return versions.publish(run.store, run.version_prefix, files, manifest)
+def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
+    """Write what was learned as plain transformers and peft read it: an adapter, or a whole model with its tokenizer."""
+    model = trained.model
+    if trained.method != "full":
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        reduce_config(folder / "adapter_config.json", base_model_uri)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        return
+    cast_parameters(model, trained.stored)
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    as_published(model, trained.device, trained.stored)
+    for name in TOKENIZER_FILES:
+        if (trained.folder / name).is_file():
+            shutil.copyfile(trained.folder / name, folder / name)
 
 
 def reduce_config(path: Path, base_model_uri: str) -> None:
     """Leave in adapter_config.json what says something: no empty fields, no path of this pod, lists in a fixed order."""
     config = {key: value for key, value in json.loads(path.read_text()).items() if value not in (None, {}, [])}
     config["base_model_name_or_path"] = base_model_uri
+    if "prompt_tuning_init" in config:
+        # How the vectors started says nothing about those that were learned, and names the pod's tokenizer.
+        config["prompt_tuning_init"] = "RANDOM"
+        for start in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+            config.pop(start, None)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
@@ -83,7 +111,9 @@ def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, 
         hyperparameters=trained.resolved.wire(),
         datasets=trained.digests,
         metrics=finite(evaluated.metrics),
+        task=job.task,
         rank=trained.resolved.rank,
+        rejected=evaluated.rejected,
         target_modules=trained.targets,
         files=versions.describe_files(files),
         image=job.trainer_image,

@@ -2,25 +2,29 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from graft.artifacts.layout import MANIFEST, PROGRESS, adapter_prefix, attempt_prefix
+from graft.api.recipe import DatasetSource
+from graft.artifacts.layout import MANIFEST, PROGRESS, adapter_prefix, attempt_prefix, run_prefix
 from graft.artifacts.manifest import Manifest, digest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft.contracts import JobFile, Progress, Reason
+from graft.contracts import DatasetStatistics, JobFile, Progress, Reason
 from pydantic import ValidationError
 
-from graft_trainer.dataset import Example, read_examples, split
+from graft_trainer.dataset import Example, Reading, held_out_size, read_examples, split, vary
 from graft_trainer.download import patiently
 from graft_trainer.failures import Failure
+from graft_trainer.interruption import Interruption
 from graft_trainer.progress import ProgressReporter, now
 from graft_trainer.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """One attempt of one job."""
 
@@ -29,6 +33,8 @@ class Run:
     store: S3Store
     progress: ProgressReporter
     halvings: int = 0  # how often the micro-batch is halved, because earlier attempts ran out of memory
+    interruption: Interruption = field(default_factory=Interruption)
+    cleanup: ExitStack = field(default_factory=ExitStack)  # what must be over before the process ends
 
     @property
     def version_prefix(self) -> str:
@@ -41,7 +47,13 @@ class Prepared:
     """What prepare found, for train."""
 
     base_model_dir: str
-    digests: dict[str, str]  # train, eval -> sha256:… of the file
+    digests: dict[str, str]  # train, eval, suite/<name> -> sha256:… of the file
+    dataset: dict[str, Any] = field(default_factory=dict)  # see statistics
+
+    @property
+    def statistics(self) -> DatasetStatistics:
+        """What the data is like, for the progress of what follows."""
+        return DatasetStatistics.model_validate(self.dataset)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -65,9 +77,11 @@ def read_job(path: Path) -> JobFile:
         ) from error
 
 
-def open_run(settings: Settings, storage: StorageConfig, job: JobFile, *, write_now: bool = False) -> Run:
+def open_run(
+    settings: Settings, storage: StorageConfig, job: JobFile, *, write_now: bool = False, silent: bool = False
+) -> Run:
     """Open the store. With `write_now` progress.json is written before anything else, so that a run which may not
-    write ends here and not after hours of training."""
+    write ends here and not after hours of training. A `silent` run tells nobody how far it is."""
     try:
         store = S3Store(storage)
     except ValueError as error:  # botocore's word for an endpoint that is no URL
@@ -82,8 +96,21 @@ def open_run(settings: Settings, storage: StorageConfig, job: JobFile, *, write_
         patiently(lambda: store.put(prefix + PROGRESS, state.json_text().encode()), settings.storage_patience)
     # Progress gives up on a slow store soon: the next beat replaces what was not sent.
     uploads = S3Store(storage, attempts=2, timeout=5)
-    reporter = ProgressReporter(uploads, prefix, settings.attempt, interval=settings.progress_interval)
+    reporter = ProgressReporter(uploads, prefix, settings.attempt, interval=settings.progress_interval, silent=silent)
     return Run(job, settings, store, reporter, halvings=job.halvings)
+
+
+def memory_halvings(run: Run) -> int:
+    """How often the micro-batch must be halved: once more than in any attempt that ran out of memory with it. The operator
+    counts them, too, also those that the kernel killed, but may be late. StoreError."""
+    known = run.job.halvings
+    for item in run.store.objects(run_prefix(run.job.tenant, run.job.job.uid)):
+        if not item.key.endswith("/" + PROGRESS):
+            continue
+        progress = Progress.model_validate_json(run.store.get(item.key))
+        if progress.failure is not None and progress.failure.reason == Reason.MEMORY_EXCEEDED:
+            known = max(known, int((progress.training or {}).get("halvings", 0)) + 1)
+    return known
 
 
 def already_published(run: Run) -> tuple[Manifest, str] | None:
@@ -112,14 +139,44 @@ def already_published(run: Run) -> tuple[Manifest, str] | None:
     )
 
 
+@dataclass(frozen=True)
+class Data:
+    """What there is to learn from and to measure with."""
+
+    train: list[Example]
+    held_out: list[Example]
+    examples: int  # to learn from; more than in `train` when that is a sample, and so with the next
+    held_out_examples: int
+    invalid: int  # lines left out of both
+
+
 def load_examples(run: Run) -> tuple[list[Example], list[Example]]:
     """(train, held out) from the files that prepare downloaded."""
-    dataset, folder = run.job.dataset, run.settings.dataset_dir
-    with (folder / "train.jsonl").open("rb") as stream:
-        train = read_examples(stream, dataset, role="train", uri=dataset.train.uri, limit=dataset.train.limit)
+    data = read_data(run)
+    return data.train, data.held_out
+
+
+def read_data(run: Run, most: int | None = None) -> Data:
+    """The examples of the files that prepare downloaded; a sample of `most` of each file that has more."""
+    dataset, seed = run.job.dataset, run.job.training.seed
+
+    def read(role: str, source: DatasetSource) -> Reading:
+        with (run.settings.dataset_dir / f"{role}.jsonl").open("rb") as stream:
+            found = read_examples(stream, dataset, role=role, uri=source.uri, limit=source.limit, most=most)
+        if found.invalid:
+            share, shown = found.invalid / (found.invalid + found.total), "; ".join(found.problems)
+            log.warning(
+                "dataset.%s: %d invalid lines are left out (%.1f %%): %s", role, found.invalid, 100 * share, shown
+            )
+        return found
+
+    train, held_out = read("train", dataset.train), Reading([], 0)
+    learned, total = train.examples, train.total
     if dataset.eval is not None:
-        with (folder / "eval.jsonl").open("rb") as stream:
-            return train, read_examples(stream, dataset, role="eval", uri=dataset.eval.uri, limit=dataset.eval.limit)
-    if dataset.eval_split is not None:
-        return split(train, dataset.eval_split, run.job.training.seed)
-    return train, []
+        held_out = read("eval", dataset.eval)
+    elif dataset.eval_split is not None:
+        learned, held = split(train.examples, dataset.eval_split, seed)
+        held_out = Reading(held, held_out_size(train.total, dataset.eval_split))
+        total -= held_out.total
+    learned = vary(learned, dataset.templates, seed)
+    return Data(learned, held_out.examples, total, held_out.total, train.invalid + held_out.invalid)

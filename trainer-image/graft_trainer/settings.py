@@ -22,6 +22,7 @@ class Settings:
     termination_file: Path
     progress_interval: float = 5.0  # seconds between uploads of progress.json
     storage_patience: float = 180.0  # seconds for which an unreachable store is asked again
+    checkpoint_seconds: float = 300.0  # between checkpoints, unless training.saveSteps says otherwise
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Settings":
@@ -39,6 +40,7 @@ class Settings:
             termination_file=path("GRAFT_TERMINATION_FILE", "/dev/termination-log"),
             progress_interval=float(env.get("GRAFT_PROGRESS_INTERVAL", "5")),
             storage_patience=float(env.get("GRAFT_STORAGE_PATIENCE", "180")),
+            checkpoint_seconds=float(env.get("GRAFT_CHECKPOINT_SECONDS", "300")),
         )
 
     @property

@@ -10,13 +10,15 @@ from graft_trainer.failures import Failure
 
 # What the blocks of transformers' models are called; the names of the projections themselves differ far more.
 ATTENTION = re.compile(r"(^|\.)(\w*attn\w*|\w*attention\w*)$", re.IGNORECASE)
-MLP = re.compile(r"(^|\.)(\w*mlp\w*|\w*ffn\w*|\w*feed_forward\w*|\w*ff|\w*expert\w*|\d+)$", re.IGNORECASE)
+MLP = re.compile(
+    r"(^|\.)(\w*mlp\w*|\w*ffn\w*|DenseReluDense|\w*feed_forward\w*|\w*ff|\w*expert\w*|\d+)$", re.IGNORECASE
+)
 ROUTERS = {"gate", "router", "score"}  # of mixtures of experts: too small to gain, and vLLM loads no update for them
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module inside the blocks: its full name and its shape."""
+    """A linear module inside the blocks, or a table of token embeddings: its full name and its shape."""
 
     name: str
     inputs: int
@@ -31,19 +33,21 @@ class Projection:
         return self.name.rpartition(".")[0]
 
 
-def target_modules(lora: Lora, projections: list[Projection]) -> list[str]:
+def target_modules(lora: Lora, projections: list[Projection], embeddings: list[Projection]) -> list[str]:
     """The names for peft, sorted. Failure(ConfigurationInvalid) when a name is not there or the rank makes no sense.
+    `embeddings` are the tables that the blocks read the tokens from.
 
     A leaf name is enough where it is the same module everywhere; where attention and MLP share one (GPT-2's c_proj) the
     parent's name goes before it.
     """
     useful = [item for item in projections if item.leaf not in ROUTERS]
     if lora.target_module_names is not None:
-        chosen = _named(lora.target_module_names, projections)
+        chosen = _named(lora.target_module_names, projections + embeddings)
         names = sorted(set(lora.target_module_names))
     else:
-        chosen = _preset(lora.target_modules or "all-linear", useful)
-        names = sorted(_names(chosen, projections))
+        preset, plus, _ = (lora.target_modules or "all-linear").partition("+embeddings")
+        chosen = _preset(preset, useful) + (embeddings if plus else [])
+        names = sorted(_names(chosen, projections + embeddings))
     limit = max(min(item.inputs, item.outputs) for item in chosen)
     if lora.rank > limit:
         raise Failure(

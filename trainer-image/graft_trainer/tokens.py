@@ -1,32 +1,49 @@
 """From examples to tokens: what the model reads, and which of it is learned.
 
-Of chat and instruction only the assistant's tokens are learned; of text everything. It knows nothing about files,
-models or training.
+A causal model reads prompt and answer as one text; of chat and instruction only the assistant's tokens are learned, of
+text everything. A seq2seq model reads the prompt with its encoder and learns the answer with its decoder. It knows
+nothing about files, models or training.
 """
 
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from graft.contracts import Reason
 
 from graft_trainer.dataset import Example, Message
 from graft_trainer.failures import Failure
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 log = logging.getLogger(__name__)
+Task = Literal["causal", "seq2seq"]
 IGNORED = -100  # the label of a token that is not learned, as torch's cross entropy has it
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """One example: ids and labels of equal length; a label is the id where it is learned, else IGNORED."""
+    """One example. causal: ids and labels of equal length, a label is the id where it is learned, else IGNORED.
+    seq2seq: the ids are the encoder's, the labels the decoder's, each with its own length."""
 
     input_ids: list[int]
     labels: list[int]
+    task: Task = "causal"
+
+    @property
+    def tokens(self) -> int:
+        """What the model reads: of seq2seq both sides."""
+        return len(self.input_ids) + (len(self.labels) if self.task == "seq2seq" else 0)
+
+    @property
+    def learned(self) -> int:
+        """Labels that the loss is a mean over. The first token of a causal model is never predicted, so it does not count."""
+        predicted = self.labels[1:] if self.task == "causal" else self.labels
+        return sum(label != IGNORED for label in predicted)
 
 
 @dataclass(frozen=True)
@@ -39,20 +56,29 @@ class Tokenisation:
 
     @property
     def longest(self) -> int:
-        return max(len(item.input_ids) for item in self.examples)
+        """Tokens of the longest example."""
+        return max(item.tokens for item in self.examples)
 
 
-def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int, *, role: str) -> Tokenisation:
-    """Tokenise and cut. Failure(DatasetInvalid) when nothing is left, or the chat template refuses an example."""
+def tokenise(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, *, role: str, task: Task = "causal"
+) -> Tokenisation:
+    """Tokenise and cut; of seq2seq each side to `max_length`. Failure(DatasetInvalid) when nothing is left, or the chat
+    template refuses an example; Failure(ConfigurationInvalid) for text and a seq2seq model."""
     kept: list[Tokenised] = []
     truncated = dropped = 0
     for example in examples:
-        ids, learned = tokenise_one(example, tokenizer)
-        truncated += len(ids) > max_length
-        labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)][:max_length]
-        # The first token is never predicted, so it does not count.
-        if any(label != IGNORED for label in labels[1:]):
-            kept.append(Tokenised(ids[:max_length], labels))
+        if task == "seq2seq":
+            source, target = tokenise_pair(example, tokenizer)
+            truncated += max(len(source), len(target)) > max_length
+            item = Tokenised(_cut(source, max_length, tokenizer), target[:max_length], task)
+        else:
+            ids, learned = tokenise_one(example, tokenizer)
+            truncated += len(ids) > max_length
+            labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
+            item = Tokenised(ids[:max_length], labels[:max_length])
+        if item.learned:
+            kept.append(item)
         else:
             dropped += 1
     if not kept:
@@ -79,12 +105,47 @@ def tokenise_one(example: Example, tokenizer: Any) -> tuple[list[int], list[bool
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 
-def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """What the model is given to answer the example; not for text."""
+def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(the encoder's ids, the decoder's labels), neither cut. The answer ends with the token that ends a generation."""
+    if example.text is not None:
+        raise Failure(
+            Reason.CONFIGURATION_INVALID,
+            "dataset.format is text, and the base model is seq2seq: it learns answers to prompts",
+            "Use dataset.format instruction or chat, or a causal base model.",
+        )
+    answer = _ids(tokenizer(text_target=example.answer))
+    end = _end(tokenizer)
+    return prompt_ids(example, tokenizer, "seq2seq"), answer if answer[-1:] == end else answer + end
+
+
+def prompt_ids(example: Example, tokenizer: Any, task: Task = "causal") -> list[int]:
+    """What the model is given to answer the example, of seq2seq the encoder's input; not for text."""
+    if example.messages is not None and task == "seq2seq" and not tokenizer.chat_template:
+        return _ids(tokenizer(_plain(example)))
     if example.messages is None:
         return _ids(tokenizer(example.prompt))
     text = _render(example, example.messages[:-1], tokenizer, prompt=True)
     return _ids(tokenizer(text, add_special_tokens=False))
+
+
+def _plain(example: Example) -> str:
+    """The prompt as plain text, for a seq2seq model without a chat template: what was asked, and nothing around it."""
+    before = (example.messages or ())[:-1]
+    if any(message["role"] in {"assistant", "tool"} for message in before):
+        raise Failure(
+            Reason.DATASET_INVALID,
+            f"line {example.line}: a conversation of several turns, and the base model has no chat template to tell them apart",
+            "Use conversations of one question and one answer, dataset.format instruction, or a base model with a chat template.",
+        )
+    return "\n\n".join(str(message.get("content") or "") for message in before)
+
+
+def _cut(ids: list[int], max_length: int, tokenizer: Any) -> list[int]:
+    """At most `max_length` ids; where the tokenizer ends an input with a token of its own (T5), a cut one has it, too."""
+    if len(ids) <= max_length:
+        return ids
+    end = [token for token in ids[-1:] if token in tokenizer.all_special_ids]
+    return ids[: max_length - len(end)] + end
 
 
 def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -194,16 +255,18 @@ class Collator:
         self.multiple = multiple
         self.tokens = 0
 
-    def __call__(self, examples: Sequence[Tokenised]) -> dict[str, torch.Tensor]:
-        longest = max(len(item.input_ids) for item in examples)
-        width = -(-longest // self.multiple) * self.multiple
-        ids = torch.full((len(examples), width), self.pad, dtype=torch.long)
-        labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
-        mask = torch.zeros((len(examples), width), dtype=torch.long)
-        for row, item in enumerate(examples):
-            length = len(item.input_ids)
-            self.tokens += length
-            ids[row, :length] = torch.tensor(item.input_ids)
-            labels[row, :length] = torch.tensor(item.labels)
-            mask[row, :length] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    def __call__(self, examples: Sequence[Any]) -> "dict[str, Tensor]":
+        """Of Tokenised examples: input_ids and attention_mask (examples, longest input), labels (examples, longest labels).
+        The model of a seq2seq task makes the decoder's input from the labels."""
+        self.tokens += sum(item.tokens for item in examples)
+        return {
+            "input_ids": self._fill([item.input_ids for item in examples], self.pad),
+            "attention_mask": self._fill([[1] * len(item.input_ids) for item in examples], 0),
+            "labels": self._fill([item.labels for item in examples], IGNORED),
+        }
+
+    def _fill(self, rows: list[list[int]], value: int) -> "Tensor":
+        import torch  # takes seconds to load, and prepare only tokenises
+
+        width = -(-max(map(len, rows)) // self.multiple) * self.multiple
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -1,121 +1,186 @@
-"""train: load, tokenise, resolve what the spec leaves open, and run transformers' Trainer over the adapter's weights."""
+"""train: load, tokenise, resolve what the spec leaves open, and run transformers' Trainer over what the method trains."""
 
+import gc
 import logging
+import resource
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from graft.api.recipe import Lora
+from accelerate.utils import extract_model_from_parallel
+from graft.api.recipe import MethodName
 from graft.contracts import Reason
 from graft.cpus import cpu_limit
 from transformers import AutoConfig, set_seed
 
 from graft_trainer.dataset import Example
+from graft_trainer.distributed import world_size
 from graft_trainer.failures import Failure
 from graft_trainer.loop import run_loop
-from graft_trainer.model import BaseModel, add_adapter, context_of, load_base_model, load_tokenizer, this_device
+from graft_trainer.methods import as_published, make_tunable, settle
+from graft_trainer.model import BaseModel, context_of, load_base_model, load_tokenizer, stored_dtype, this_device
+from graft_trainer.packing import PackCollator, check_packing, pack
 from graft_trainer.resolve import Device, Resolved, limits, resolve
 from graft_trainer.run import Prepared, Run, load_examples
-from graft_trainer.targets import target_modules
-from graft_trainer.tokens import Collator, Tokenisation, pad_token, tokenise
+from graft_trainer.tokens import Collator, Task, Tokenisation, pad_token, tokenise
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Trained:
-    """The adapter on its base model, and how it came to be."""
+    """The tuned model, and how it came to be."""
 
-    model: Any
+    model: Any  # the tuned model on this process's device, in eval mode; with forward and generate, whatever the method
     tokenizer: Any
+    task: Task
+    method: MethodName
     resolved: Resolved
     device: Device
-    targets: list[str]
+    folder: Path  # of the base model
+    stored: torch.dtype  # of the weights in that folder; a whole model is published in it
+    targets: list[str]  # what carries a low-rank update; empty for other methods
     digests: dict[str, str]
     train: Tokenisation
+    train_examples: list[Example]
     held_out: Tokenisation | None
     held_out_examples: list[Example]
     curve: list[dict[str, float]]
     train_loss: float | None  # mean over the last tenth of the records
     eval_loss: float | None  # when it was measured after the last step
     tokens: int
-    context: int | None
+    context: int | None  # tokens of a prompt and its answer together; virtual tokens are taken off
     seconds: dict[str, float]
+    peak_memory_bytes: int  # of training: one GPU's, or the process's growth without one
+    open_base: Callable[[], AbstractContextManager[Any]]
+
+    def base_model(self) -> AbstractContextManager[Any]:
+        """The model without what was learned, to measure it as the baseline: the tuned one with its adapter switched
+        off, or for `full` the base model loaded again, which is freed at the end."""
+        return self.open_base()
 
 
 def train(run: Run) -> Trained:
-    """Learn the adapter."""
+    """Learn."""
     job, method, started = run.job, run.job.method, time.monotonic()
     torch.set_num_threads(cpu_limit())
     prepared = Prepared.read(run.settings.prepared_file)
-    folder, name, device = Path(prepared.base_model_dir), job.base_model.name, this_device()
+    folder, name = Path(prepared.base_model_dir), job.base_model.name
+    device, world, memory = this_device(), world_size(), PeakMemory()
 
     tokenizer = load_tokenizer(folder, name)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    known = limits(job.training, method, device, context_of(config))
+    known = limits(job, device, context_of(config), world)
     train_examples, held_out_examples = load_examples(run)
-    learned = tokenise(train_examples, tokenizer, known.max_length, role="train")
-    held_out = tokenise(held_out_examples, tokenizer, known.max_length, role="eval") if held_out_examples else None
+    learned = tokenise(train_examples, tokenizer, known.max_length, role="train", task=job.task)
+    held_out = None
+    if held_out_examples:
+        held_out = tokenise(held_out_examples, tokenizer, known.max_length, role="eval", task=job.task)
+    items: Sequence[Any] = pack(learned.examples, known.max_length) if job.training.packing else learned.examples
+
+    def load() -> BaseModel:
+        return load_base_model(folder, name, job.task, method, known, device)
 
     set_seed(job.training.seed)
-    base = load_base_model(folder, name, method, known, device)
+    base = load()
     check_vocabulary(base, learned, name)
+    if job.training.packing:
+        check_packing(base.model, max(learned.examples, key=lambda item: item.tokens), name)
     resolved = resolve(
-        job.training,
-        method,
+        job,
         known,
         device,
         base.facts,
-        examples=len(learned.examples),
-        longest=learned.longest,
+        examples=len(items),
+        longest=known.max_length if job.training.packing else learned.longest,
         held_out=held_out is not None,
+        world=world,
+        halvings=run.halvings,
     )
-    targets = target_modules(method.low_rank or Lora(), base.projections)
-    model = add_adapter(base, method.low_rank or Lora(), targets, resolved.alpha, resolved.gradient_checkpointing)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    stored = stored_dtype(config)
+    tunable = make_tunable(job, base, folder, lambda: as_published(load().model, device, stored).to(device.kind))
     run.progress.update(
         total_steps=resolved.max_steps,
         training=resolved.wire(),
-        target_modules=targets,
-        trainable_parameters=trainable,
-        total_parameters=base.facts.parameters + trainable,
+        target_modules=tunable.targets,
+        trainable_parameters=tunable.trainable,
+        total_parameters=tunable.total,
+        world_size=world,
     )
     log.info(
-        "%s on %s, %s: %d steps of %d x %d examples, %s of %s parameters trained, targets %s",
+        "%s on %d x %s, %s: %d steps of %d x %d examples each, %s of %s parameters trained%s",
         method.name,
+        world,
         device.kind,
         resolved.precision,
         resolved.max_steps,
         resolved.gradient_accumulation_steps,
         resolved.per_device_train_batch_size,
-        f"{trainable:,}",
-        f"{base.facts.parameters:,}",
-        ", ".join(targets),
+        f"{tunable.trainable:,}",
+        f"{tunable.total:,}",
+        f", targets {', '.join(tunable.targets)}" if tunable.targets else "",
     )
 
     loaded = time.monotonic()
-    collator = Collator(pad_token(tokenizer), multiple=8 if device.kind == "cuda" else 1)
-    watch = run_loop(run, model, learned.examples, collator, resolved, device, held_out)
+    collate = PackCollator if job.training.packing else Collator
+    collator = collate(pad_token(tokenizer), multiple=8 if device.kind == "cuda" else 1)
+    watch = run_loop(run, tunable.model, items, collator, resolved, device, held_out)
+    peak = memory.peak_bytes()
+    run.progress.update(peak_memory_bytes=peak)
+    model = extract_model_from_parallel(tunable.model, keep_fp32_wrapper=False)
+    settle(model, job, device, stored)
+    gc.collect()  # the optimizer's state is in a cycle with the Trainer
     last = watch.curve[-max(1, len(watch.curve) // 10) :]
     return Trained(
         model=model,
         tokenizer=tokenizer,
+        task=job.task,
+        method=method.name,
         resolved=resolved,
         device=device,
-        targets=targets,
+        folder=folder,
+        stored=stored,
+        targets=tunable.targets,
         digests=prepared.digests,
         train=learned,
+        train_examples=train_examples,
         held_out=held_out,
         held_out_examples=held_out_examples,
         curve=watch.curve,
         train_loss=sum(record["loss"] for record in last) / len(last) if last else None,
         eval_loss=watch.last_eval_loss,
         tokens=collator.tokens,
-        context=base.facts.context,
+        context=_room(base.facts.context, resolved),
         seconds={"load": loaded - started, "train": time.monotonic() - loaded},
+        peak_memory_bytes=peak,
+        open_base=tunable.open_base,
     )
+
+
+class PeakMemory:
+    """The most memory that was held since this was made: the GPU's, or without one how far the process has grown."""
+
+    def __init__(self) -> None:
+        self.begin = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.begin = pages * resource.getpagesize()
+
+    def peak_bytes(self) -> int:
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(0, highest - self.begin)
+
+
+def _room(context: int | None, resolved: Resolved) -> int | None:
+    return context - (resolved.virtual_tokens or 0) if context is not None else None
 
 
 def check_vocabulary(base: BaseModel, learned: Tokenisation, name: str) -> None:

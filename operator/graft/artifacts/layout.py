@@ -1,7 +1,8 @@
 """Where things are in the bucket (PURE).
 
 <tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last
-<tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl
+<tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl and
+                                      checkpoints/step-000100/rank-0000.safetensors, rank-0000.json (the receipt, last)
 models/<name>/…                       base models, readable by all tenants
 """
 
@@ -9,6 +10,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 EVENTS = "events.jsonl"
 MODELS_PREFIX = "models/"
+CHECKPOINTS = "checkpoints/"
 
 
 def tenant_of(namespace: str) -> str:
@@ -34,6 +36,11 @@ def run_prefix(tenant: str, job_uid: str) -> str:
 
 def attempt_prefix(tenant: str, job_uid: str, attempt: str) -> str:
     return f"{tenant}/runs/{job_uid}/{attempt}/"
+
+
+def checkpoint_prefix(attempt: str, step: int, *, final: bool = False) -> str:
+    """Below the run's prefix: the checkpoint that an attempt wrote after so many steps, `final` after the last."""
+    return f"{attempt}/{CHECKPOINTS}step-{step:06d}{'-final' if final else ''}/"
 
 
 def s3_uri(bucket: str, key: str) -> str:

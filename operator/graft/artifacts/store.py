@@ -154,6 +154,11 @@ class S3Store:
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         self._call("put_object", key, Body=data, ChecksumAlgorithm="SHA256", **condition)
 
+    def check_write(self, key: str) -> None:
+        """StoreError unless `key` may be written. Nothing is: an upload in parts is begun and given up."""
+        upload = self._call("create_multipart_upload", key)["UploadId"]
+        self._call("abort_multipart_upload", key, UploadId=upload)
+
     def upload(self, key: str, path: Path) -> None:
         """Write a file of any size, in parts where it is large, with checksums."""
         try:
@@ -164,6 +169,16 @@ class S3Store:
             cause = error.__cause__ or error.__context__
             trouble = _trouble(cause) if isinstance(cause, ClientError) else "unavailable"
             raise StoreError(trouble, f"{key}: {error}") from error
+
+    def copy(self, source: str, key: str) -> None:
+        """Copy an object of any size within the store, in parts where it is large."""
+        bucket = self.config.bucket
+        try:
+            self.client.copy({"Bucket": bucket, "Key": source}, bucket, key)
+        except ClientError as error:
+            raise StoreError(_trouble(error), f"copying {source} to s3://{bucket}/{key}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"copying {source} to s3://{bucket}/{key}: {error}") from error
 
     def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
         """The bytes of an object of any size, chunk by chunk."""
@@ -208,6 +223,10 @@ class S3Store:
             raise StoreError(_trouble(error), f"listing {prefix}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"listing {prefix}: {error}") from error
+
+    def delete(self, key: str) -> None:
+        """Delete one object; one that is gone is fine."""
+        self._call("delete_object", key)
 
     def delete_prefix(self, prefix: str) -> int:
         """Delete everything below a prefix that ends in /; the number of objects. manifest.json goes first, so that

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from graft.artifacts.layout import MANIFEST
+from graft.artifacts.layout import MANIFEST, attempt_prefix, run_prefix
 from graft.artifacts.manifest import Manifest, ManifestFile, digest
 from graft.artifacts.store import CHUNK, S3Store, StoreError
+
+CLAIM = "version.json"  # in the run's folder: the manifest of the attempt whose files are published
 
 
 class InvalidArtifact(Exception):
@@ -37,25 +39,71 @@ def file_sha256(path: Path) -> str:
 
 
 def publish(store: S3Store, prefix: str, files: Mapping[str, Path], manifest: Manifest) -> str:
-    """Upload the files and then, only if there is none yet, the manifest; its digest.
+    """Publish a version: its files, and then, only if there is none yet, the manifest; its digest.
 
-    StoreError("exists") when another run has published the version. Publishing the same manifest again is a no-op, so a run
-    that was killed between the write and its answer may repeat it.
+    Two attempts of one job may be here at once: one that a lost node still runs, and the one that replaced it. So that
+    neither writes over the other's files, each uploads to its own folder of the run; the first to put its manifest into
+    the run's claim has won, and whoever goes on copies the winner's files to the version's place. All of them write the
+    same bytes there, however often and however late. An attempt clears its own folder at the end; what a killed one leaves
+    goes with the run.
+
+    StoreError("exists") when another job has published the version. An attempt that finds the version published by its own
+    job has nothing to do, so one that was killed at any point may simply be repeated.
     """
-    data = manifest.to_bytes()
+    tenant = prefix.partition("/")[0]
+    published = _get(store, prefix + MANIFEST)
+    if published is None:
+        own, key = staging_prefix(tenant, manifest), run_prefix(tenant, manifest.job.uid) + CLAIM
+        claim = _get(store, key)
+        if claim is None:
+            for name, path in files.items():
+                store.upload(own + name, path)
+            claim = _put_first(store, key, manifest.to_bytes())
+        published = _copy_claimed(store, tenant, prefix, claim)
+        for name in files:
+            store.delete(own + name)
+    if not _same_run(published, manifest):
+        raise StoreError("exists", f"{prefix} is published already")
+    return digest(published)
+
+
+def staging_prefix(tenant: str, manifest: Manifest) -> str:
+    """Where the manifest's attempt puts its files before they are the version's."""
+    return attempt_prefix(tenant, manifest.job.uid, manifest.job.attempt) + "version/"
+
+
+def _get(store: S3Store, key: str) -> bytes | None:
     try:
-        existing = store.get(prefix + MANIFEST)
+        return store.get(key)
     except StoreError as error:
         if error.trouble != "missing":
             raise
-    else:
-        if _same_run(existing, manifest):
-            return digest(existing)
-        raise StoreError("exists", f"{prefix} is published already")
-    for name, path in files.items():
-        store.upload(prefix + name, path)
-    store.put(prefix + MANIFEST, data, if_absent=True)
-    return digest(data)
+        return None
+
+
+def _copy_claimed(store: S3Store, tenant: str, prefix: str, claim: bytes) -> bytes:
+    """Publish the winner's files; the manifest in place."""
+    winner = Manifest.model_validate_json(claim)
+    try:
+        for file in winner.files:
+            store.copy(staging_prefix(tenant, winner) + file.name, prefix + file.name)
+    except StoreError as error:
+        # The winner clears its folder once it has published; then there is nothing left to copy, and no need to.
+        if error.trouble != "missing" or (published := _get(store, prefix + MANIFEST)) is None:
+            raise
+        return published
+    return _put_first(store, prefix + MANIFEST, claim)
+
+
+def _put_first(store: S3Store, key: str, data: bytes) -> bytes:
+    """What the object holds: `data`, unless somebody was first."""
+    try:
+        store.put(key, data, if_absent=True)
+    except StoreError as error:
+        if error.trouble != "exists" or (first := _get(store, key)) is None:
+            raise
+        return first
+    return data
 
 
 def _same_run(existing: bytes, manifest: Manifest) -> bool:

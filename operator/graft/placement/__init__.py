@@ -1,6 +1,6 @@
 """Where a job runs (PURE): model facts, method and lengths -> memory -> GPUs, their number and nodes.
 
-facts: config.json -> facts; blocks: facts -> matrices; estimate: matrices -> bytes; offers: nodes -> GPUs;
+facts: config.json -> facts; blocks: facts -> matrices; activations, estimate: matrices -> bytes; offers: nodes -> GPUs;
 choose: both -> the smallest that fits; decide: that -> resources of the pods. `serving` does the same for an engine.
 """
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from graft.api.recipe import Lora, Method, QLora, Training
+from graft.placement.activations import Setup
 from graft.placement.blocks import Geometry
-from graft.placement.estimate import GIB, Setup, loaded_bytes, trained_parameters, training_memory
+from graft.placement.estimate import GIB, loaded_bytes, trained_parameters, training_memory
 from graft.placement.offers import GpuKind, NodeOffer
 
 EFFECTIVE_BATCH = 16  # the trainer's, where the spec leaves it open

@@ -9,6 +9,7 @@ from graft.api.finetunejob import Sizing
 from graft.api.meta import Placement, Resources
 from graft.api.recipe import Method, Training
 from graft.contracts import Choice
+from graft.placement.activations import Setup
 from graft.placement.blocks import FactsMissing, geometry
 from graft.placement.choose import (
     CPUS_PER_GPU,
@@ -20,7 +21,7 @@ from graft.placement.choose import (
     longest_sequence,
     smallest,
 )
-from graft.placement.estimate import GIB, Setup, training_memory
+from graft.placement.estimate import GIB, training_memory
 from graft.placement.explain import gib, too_small, warning
 from graft.placement.explain import sizing as sizing_of
 from graft.placement.offers import GPU, GpuKind, Node, NodeOffer, offers, quantity

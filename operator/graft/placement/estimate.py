@@ -4,14 +4,10 @@ What is counted is the peak, at the end of a forward pass of a later micro-batch
 the micro-batches before, the optimizer's state, all activations and the logits are there at once.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
-from graft.api.recipe import Method
+from graft.placement.activations import WIDTH, Setup, activation_bytes, compute_width, logit_bytes
 from graft.placement.blocks import Geometry, adapter_parameters, linear_parameters, matrices
 
 MIB, GIB = 2**20, 2**30
-WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a value
 
 # AdamW keeps two moments in float32; with 8 bits one byte each and a float32 scale per block of 256 (Dettmers et al. 2022,
 # 8-bit optimizers via block-wise quantization). Adafactor keeps a row and a column per matrix: next to nothing.
@@ -26,26 +22,6 @@ NCCL = GIB  # buffers of the channels between GPUs
 FRAGMENTATION = 0.05  # of what is allocated: the caching allocator's blocks that are not full
 CPU_RUNTIME = 1536 * MIB  # python with torch, transformers and the evaluation's libraries
 CPU_FRAGMENTATION = 0.2  # malloc gives little back to the system
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the memory of a run depends on beside the model."""
-
-    method: Method
-    precision: Literal["bf16", "fp16", "fp32"]
-    length: int  # tokens of the longest sequence; of the source and of the target each for seq2seq
-    micro_batch: int = 1
-    checkpointing: bool = False
-    optim: str = "adamw"
-    device: Literal["cuda", "cpu"] = "cuda"
-    world: int = 1  # processes
-    sharding: Literal["ddp", "fsdp"] | None = None
-
-    @property
-    def shards(self) -> int:
-        """Over how many processes weights, gradients and optimizer states are spread."""
-        return self.world if self.sharding == "fsdp" else 1
 
 
 def training_memory(shape: Geometry, setup: Setup) -> dict[str, int]:
@@ -77,7 +53,7 @@ def training_memory(shape: Geometry, setup: Setup) -> dict[str, int]:
     elif setup.world > 1:
         items["gradientBuckets"] = 4 * trained
     items["activations"] = tokens * activation_bytes(shape, setup)
-    items["logits"] = tokens * logit_bytes(shape)
+    items["logits"] = tokens * logit_bytes(shape, setup)
     used = sum(items.values())
     if setup.device == "cuda":
         items["framework"] = CUDA_CONTEXT + (NCCL if setup.world > 1 else 0) + FRAGMENTATION * used
@@ -94,72 +70,6 @@ def trained_parameters(shape: Geometry, setup: Setup) -> int:
     if method.prompt_tuning is not None:
         return method.prompt_tuning.virtual_tokens * shape.hidden
     return shape.parameters
-
-
-def compute_width(setup: Setup) -> int:
-    """Bytes of a value in the matrix products."""
-    qlora = setup.method.qlora
-    return WIDTH[qlora.compute_dtype] if qlora is not None and qlora.compute_dtype else WIDTH[setup.precision]
-
-
-def logit_bytes(shape: Geometry) -> float:
-    """Bytes per token of the head's end: float32 log-probabilities, their gradient and that of the logits."""
-    return 3 * 4 * shape.vocab
-
-
-def activation_bytes(shape: Geometry, setup: Setup) -> float:
-    """Bytes per token that the backward pass needs of the forward pass.
-
-    With checkpointing (Chen et al. 2016) the input of each block, and all of the block that is being computed again.
-    """
-    blocks = shape.layers + shape.encoder_layers
-    block = block_activations(shape, setup)
-    if not setup.checkpointing:
-        return blocks * block
-    return blocks * residual_width(setup) * shape.hidden + block
-
-
-def residual_width(setup: Setup) -> int:
-    """Bytes of a value between the blocks: float32 where the embeddings are, although the products are in 16 bits."""
-    if setup.method.full is not None or setup.method.qlora is not None:
-        return 4
-    return WIDTH[setup.precision]
-
-
-def block_activations(shape: Geometry, setup: Setup) -> float:
-    """Bytes per token of what one block keeps for its backward pass, counted as in Korthikanti et al. 2022, section 4.1,
-    for blocks of today: RMSNorm computed in float32, sdpa that keeps no attention scores, a gated MLP.
-
-    A linear layer whose weights are trained, or that has an update, keeps its input; in mixed precision each keeps a
-    16-bit copy of its own. Frozen ones keep nothing.
-    """
-    compute, residual, method = compute_width(setup), residual_width(setup), setup.method
-    hidden, inner = shape.hidden, shape.inner * shape.active_experts
-    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    lora = method.low_rank
-    mlp_inputs = method.full is not None or (lora is not None and lora.target_modules != "attention")
-    attention_inputs = method.prompt_tuning is None
-    crossing = shape.layers / (shape.layers + shape.encoder_layers) if shape.encoder_layers else 0
-
-    mixed = compute < 4  # each layer casts its input for itself
-    norm = 4 * hidden + (residual * hidden if method.full is not None else 0)
-    shared = 0 if mixed else 4 * hidden  # without casts the layers after a norm keep the same tensor
-    attention = norm + compute * (wide + 2 * narrow) + compute * wide + 4 * shape.heads
-    if shape.kv_heads < shape.heads:
-        attention += compute * 2 * (wide - narrow)  # keys and values are repeated for each query head
-    if attention_inputs:
-        attention += 3 * compute * hidden if mixed else shared
-        if mixed and lora is not None:
-            attention += compute * wide  # of the output projection, whose input sdpa keeps in another tensor
-    gates = 3 if shape.gated else 1
-    mlp = norm + compute * gates * inner
-    if mlp_inputs:
-        mlp += (2 if shape.gated else 1) * compute * hidden if mixed else shared
-        mlp += compute * inner
-    if lora is not None and lora.dropout > 0:
-        mlp += (compute + 1) * (3 * hidden + wide + (2 * hidden + inner if mlp_inputs else 0))
-    mask = setup.length * compute  # what sdpa adds to the scores: a row per token
-    return attention * (1 + crossing) + mlp + mask
 
 
 def loaded_bytes(shape: Geometry, setup: Setup) -> int:

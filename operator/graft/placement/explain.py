@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from graft.api.finetunejob import Sizing
+from graft.placement.activations import Setup
 from graft.placement.choose import Recipe, alternatives, sharded, smallest
-from graft.placement.estimate import GIB, Setup, training_memory
+from graft.placement.estimate import GIB, training_memory
 from graft.placement.offers import GpuKind, NodeOffer
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "promptTuning": "prompt tuning"}
@@ -73,7 +74,8 @@ def _need(recipe: Recipe, available: Sequence[NodeOffer]) -> str:
     gpus = max(offer.gpus for offer in offering)
     world = gpus * len(offering) if sharded(recipe) and not kind.shared else 1
     setup = recipe.setup(kind, world, 1, "fsdp" if world > 1 else None)
-    has = f"the largest GPU here is {kind.product} with {gib(kind.memory)} ({len(offering)} nodes of {gpus})"
+    count = f"{len(offering)} node{'s' if len(offering) > 1 else ''}"
+    has = f"the largest GPU here is {kind.product} with {gib(kind.memory)} ({count} of {gpus})"
     if setup is None:
         return f"in {recipe.training.precision} needs a GPU that computes in it; {has}"
     needed = sum(training_memory(recipe.shape, smallest(recipe, setup)).values())

@@ -123,7 +123,10 @@ def facts_of(config: Config, license_: str | None = None, size_bytes: int | None
         else False,
         architecture=architecture,
         dtype=str(dtype) if dtype else None,
-        context_length=number("max_position_embeddings", "n_positions", "max_seq_len"),
+        # T5's positions are distances, so it has no longest sequence, whatever its config says.
+        context_length=None
+        if "relative_attention_num_buckets" in known
+        else number("max_position_embeddings", "n_positions", "max_seq_len"),
         license=license_,
     )
     counted = _count(known, facts, family) if family is not None and text is config else None

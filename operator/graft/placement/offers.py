@@ -31,6 +31,12 @@ WITHOUT_BF16 = ("t4", "v100", "p100", "p40", "p4", "k80", "rtx-8000", "rtx-2080"
 SHOWN = 0.94  # of the size in a name is what the device shows: a T4 of 16 GB 15360 MiB, an A10 of 24 GB 23028 MiB
 USABLE = 0.98  # of what it shows: the driver keeps a part
 
+SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "Ki": 2.0**10} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("MGTPE", start=2)
+    for suffix, base in (("", 1e3), ("i", 2.0**10))
+}
+
 # The API server's ExtendedResourceToleration gives pods that ask for GPUs this toleration; so do we, where it is not on.
 GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
@@ -79,15 +85,9 @@ def offers(nodes: Iterable[Node], placement: Placement, spot_taints: Sequence[st
 def quantity(text: str | int | float) -> float:
     """A resource quantity as a number: 500m is 0.5, 4Gi is 4294967296. ValueError when it is none."""
     match = re.fullmatch(r"\+?([0-9.]+(?:[eE][+-]?[0-9]+)?)([a-zA-Z]*)", str(text).strip())
-    scales = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9} | {
-        letter + suffix: base**power
-        for power, letter in enumerate("kMGTPE", start=1)
-        for suffix, base in (("", 1e3), ("i", 2.0**10))
-    }
-    scales |= {"Ki": 2.0**10}
-    if match is None or match[2] not in scales:
+    if match is None or match[2] not in SCALES:
         raise ValueError(f"{text!r} is no quantity")
-    return float(match[1]) * scales[match[2]]
+    return float(match[1]) * SCALES[match[2]]
 
 
 def _allocatable(node: Node) -> dict[str, Any]:

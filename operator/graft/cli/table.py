@@ -1,0 +1,32 @@
+"""A comparison as text for a terminal (PURE)."""
+
+import textwrap
+from collections.abc import Sequence
+
+from graft.report.compare import Cell, Comparison, Row
+
+GAP = "  "
+
+
+def as_text(comparison: Comparison) -> str:
+    """The matrix, a column per run; under each row the published figures."""
+    lines = [["", *comparison.labels], ["", *(f"{r.adapter} {r.version}" for r in comparison.reports)], []]
+    for row in comparison.rows:
+        lines.append([row.name, *(_measured(row, cell) for cell in row.cells)])
+        lines.append(["  published", *(figure or "-" for figure in row.published)])
+    notes = [textwrap.fill(note, 100) for note in comparison.notes]
+    head = f"Ratios are to {comparison.labels[comparison.reference]}; latency is per token, over the base model."
+    return "\n".join([*_aligned(lines), "", head, *notes])
+
+
+def _measured(row: Row, cell: Cell) -> str:
+    if cell.relative is None or row.name in ("inference latency", "trained share"):
+        return cell.text
+    relative = f"{100 * cell.relative:.0f} %" if row.name == "task score" else f"{cell.relative:.2f}×"
+    return f"{cell.text} ({relative})"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    columns = max(len(line) for line in lines)
+    widths = [max((len(line[index]) for line in lines if index < len(line)), default=0) for index in range(columns)]
+    return [GAP.join(text.ljust(width) for text, width in zip(line, widths, strict=False)).rstrip() for line in lines]

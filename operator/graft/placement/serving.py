@@ -1,0 +1,103 @@
+"""How much memory an engine takes, and the smallest GPUs for it (PURE): weights, adapters, and the cache of keys and values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from graft.api.recipe import Lora
+from graft.placement.blocks import Geometry, adapter_parameters, linear_parameters
+from graft.placement.estimate import CPU_RUNTIME, CUDA_CONTEXT, GIB, NCCL, QUANT_BLOCK
+from graft.placement.offers import GpuKind, NodeOffer
+
+SHARE = 0.9  # of a GPU's memory that vLLM takes (its gpu_memory_utilization); the rest is left to the driver and others
+ENGINE_PROCESS = 8 * GIB  # host memory of the engine, its CUDA libraries and its HTTP server
+BATCHED_TOKENS = 2048  # that vLLM computes at once while it reads prompts: what its activations are for
+Quantization = Literal["none", "int8", "int4"]
+WEIGHT_BYTES: dict[Quantization, float] = {"none": 2, "int8": 1, "int4": 0.5 + 4 / QUANT_BLOCK}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds."""
+
+    context: int  # tokens of the longest request
+    concurrency: int = 1  # requests of that length at once
+    quantization: Quantization = "none"
+    adapters: int = 8  # slots for adapters, each as large as max_rank makes it
+    max_rank: int = 64
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value that is not quantised."""
+        return 2 if self.device == "cuda" else 4
+
+
+@dataclass(frozen=True)
+class ServingFit:
+    """GPUs of one replica; several share the model by tensor parallelism."""
+
+    kind: GpuKind
+    gpus: int
+    items: dict[str, int]  # bytes per GPU
+
+
+def cache_bytes_per_token(shape: Geometry, width: int = 2) -> int:
+    """Keys and values of all layers (Pope et al. 2022, section 2.1)."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * width
+
+
+def weight_bytes(shape: Geometry, load: Load) -> int:
+    """The weights as they are held: the blocks' linear layers quantised, the rest as it is."""
+    linear = linear_parameters(shape)
+    each = WEIGHT_BYTES[load.quantization] if load.quantization != "none" else float(load.width)
+    return round(linear * each + (shape.parameters - linear) * load.width)
+
+
+def serving_memory(shape: Geometry, load: Load, gpus: int = 1) -> dict[str, int]:
+    """Bytes by name, of each of `gpus` GPUs, or of the process on a CPU, which computes in float32."""
+    width = load.width
+    slots = load.adapters * adapter_parameters(shape, Lora(rank=load.max_rank)) * width if load.adapters else 0
+    cache = cache_bytes_per_token(shape, width) * load.context * load.concurrency
+    tokens = min(BATCHED_TOKENS, load.context)
+    activations = tokens * width * (4 * shape.hidden + 2 * shape.inner * shape.active_experts)
+    logits = load.concurrency * 4 * shape.vocab * 2
+    framework = CPU_RUNTIME if load.device == "cpu" else CUDA_CONTEXT + (NCCL if gpus > 1 else 0)
+    items = {
+        "weights": weight_bytes(shape, load) / gpus,
+        "adapters": slots / gpus,
+        "cache": cache / min(gpus, shape.kv_heads),
+        "activations": activations,
+        "logits": logits,
+        "framework": framework,
+    }
+    return {name: round(size) for name, size in items.items() if round(size) > 0}
+
+
+def best_for_serving(shape: Geometry, load: Load, available: Sequence[NodeOffer]) -> ServingFit | None:
+    """The fewest GPUs of one node, and of those the smallest, that hold the load; None when none do.
+
+    Tensor parallelism splits the heads, so their number is a multiple of the GPUs'.
+    """
+    kinds = {offer.kind for offer in available if offer.kind is not None}
+    for gpus in (1, 2, 4, 8):
+        for kind in sorted(kinds, key=lambda item: (item.memory, item.product)):
+            most = 1 if kind.shared else max(offer.gpus for offer in available if offer.kind == kind)
+            if gpus > most or shape.heads % gpus:
+                continue
+            items = serving_memory(shape, load, gpus)
+            if sum(items.values()) <= SHARE * kind.memory:
+                return ServingFit(kind, gpus, items)
+    return None
+
+
+def serving_host_memory(shape: Geometry, load: Load) -> int:
+    """Bytes that the pod needs beside its GPUs: the weights once, as they are on their way to them, and the engine's process.
+    Whole GiB."""
+    return -(-(weight_bytes(shape, load) + ENGINE_PROCESS) // GIB) * GIB
+
+
+def strategy(memory: int) -> Literal["serverless", "dedicated", "distributed"]:
+    """How an engine of so many bytes is kept: under 16 GB it may sleep at no requests, under 64 GB it stays on one node,
+    above it is spread over several GPUs."""
+    return "serverless" if memory < 16e9 else "dedicated" if memory < 64e9 else "distributed"

@@ -1,0 +1,124 @@
+"""The figures and lists of a report's page, as words (PURE)."""
+
+from graft.api.evaluation import Gate
+from graft.report import scores, wording
+from graft.report.document import Report
+
+Rows = list[tuple[str, str]]
+STAGES = {
+    "load": "load the model",
+    "train": "train",
+    "evaluate": "evaluate",
+    "analyse": "analyse",
+    "publish": "publish",
+}
+
+
+def tiles(report: Report) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of what is looked for first; what was not measured has no tile."""
+    found: list[tuple[str, str, str]] = []
+    main = scores.headline(scores.scores_of(report))
+    if main is not None:
+        form = wording.share if main.share else wording.number
+        base = main.values.get("base")
+        found.append((main.name, form(main.ours), f"base model {form(base)}" if base is not None else ""))
+    if report.trainable_share is not None:
+        of = f"{wording.count(report.trainable_parameters)} of {wording.count(report.total_parameters)}"
+        found.append(("trained share", wording.share(report.trainable_share), of))
+    if "train" in report.seconds:
+        speed = report.resources.tokens_per_second
+        found.append(
+            (
+                "training time",
+                wording.duration(report.seconds["train"]),
+                f"{wording.count(speed)} tokens/s" if speed else "",
+            )
+        )
+    resources = report.resources
+    if resources.peak_memory_bytes is not None:
+        found.append(("peak memory", wording.size(resources.peak_memory_bytes), "of one GPU or process"))
+    if resources.published_bytes is not None:
+        base_size = resources.quantized_bytes or resources.base_bytes
+        beside = f"base model {wording.size(base_size)}" if base_size and report.method != "full" else ""
+        found.append(("published size", wording.size(resources.published_bytes), beside))
+    if (over := latency_over_base(report)) is not None:
+        found.append(("latency", wording.ratio(over), "per token, of the base model's"))
+    return found
+
+
+def latency_over_base(report: Report) -> float | None:
+    """Time per token of the version, not merged, over the base model's."""
+    latency = report.analysis.latency if report.analysis else None
+    if latency is None or not {"base", "tuned"} <= latency.variants.keys():
+        return None
+    return latency.variants["tuned"].seconds_per_token / latency.variants["base"].seconds_per_token
+
+
+def costs(report: Report) -> Rows:
+    """Memory, time and size."""
+    job, resources = report.job, report.resources
+    rows = [(f"time to {STAGES.get(name, name)}", wording.duration(value)) for name, value in report.seconds.items()]
+    rows += [
+        ("tokens learned from", wording.count(report.tokens or None)),
+        ("tokens per second", wording.count(resources.tokens_per_second)),
+        ("peak memory of one GPU or process", wording.size(resources.peak_memory_bytes)),
+        ("published weights", wording.size(resources.published_bytes)),
+        ("base model's weights, as stored", wording.size(resources.base_bytes)),
+        ("base model's weights in 4 bits", wording.size(resources.quantized_bytes)),
+        ("checkpoints kept", str(job.checkpoints) if job.checkpoints else wording.ABSENT),
+        ("resumed from step", wording.count(job.resumed_from)),
+        ("attempts that ran out of memory", str(job.halvings) if job.halvings else wording.ABSENT),
+    ]
+    return [(name, value) for name, value in rows if value != wording.ABSENT]
+
+
+def dataset(report: Report) -> Rows:
+    """What was learned from."""
+    data, stats = report.dataset, report.dataset.statistics
+    rows = [
+        ("examples learned from", wording.count(data.train)),
+        ("examples held out", wording.count(data.held_out)),
+        ("cut to maxLength", wording.count(data.truncated)),
+        ("dropped, nothing left to learn", wording.count(data.dropped)),
+    ]
+    if stats is not None:
+        lengths = (stats.mean_tokens, stats.median_tokens, stats.p95_tokens, stats.max_tokens)
+        rows += [
+            ("invalid lines left out", wording.count(stats.invalid)),
+            ("tokens of an example: mean, median, 95th percentile, longest", ", ".join(f"{n:.4g}" for n in lengths)),
+        ]
+    return rows
+
+
+def provenance(report: Report) -> Rows:
+    """From what, by what and on what it was made."""
+    environment = report.environment
+    return [
+        ("base model", report.base_model.uri),
+        ("base model's digest", report.base_model.digest or ""),
+        *((f"dataset {role}", digest) for role, digest in report.dataset.digests.items()),
+        ("recipe", report.recipe),
+        ("job", f"{report.job.namespace}/{report.job.name}"),
+        ("job's UID", report.job.uid),
+        ("last attempt", report.job.attempt),
+        ("device", environment.device),
+        ("processes", str(environment.world_size) if environment.world_size > 1 else ""),
+        ("CPU threads", str(environment.threads or "")),
+        ("trainer image", environment.image),
+        ("Python", environment.python),
+        ("packages", ", ".join(f"{name} {version}" for name, version in environment.packages.items())),
+    ]
+
+
+def gate_text(gate: Gate) -> str:
+    """What a gate asks for, in words."""
+    over = {"base": "the base model", "fewShot": "the base model, few-shot", "current": "the current version"}
+    asked = []
+    if gate.min is not None:
+        asked.append(f"at least {gate.min:g}")
+    if gate.max is not None:
+        asked.append(f"at most {gate.max:g}")
+    if gate.min_gain is not None:
+        better = f"better than {over[gate.over]} by at least {gate.min_gain:g}"
+        asked.append(better if gate.min_gain else f"no worse than {over[gate.over]}")
+    return ", and ".join(asked)

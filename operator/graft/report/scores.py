@@ -1,0 +1,96 @@
+"""The metrics of a report, put in order: what belongs together, against which baselines, and which way is better."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from graft.report import wording
+from graft.report.document import Report
+
+Role = Literal["task", "forgetting"]
+OURS = "adapter"
+BASELINES = {"current": "current version", "fewShot": "few-shot", "base": "base model"}
+SHARES = frozenset({"exactMatch", "f1", "rouge1", "rouge2", "rougeL", "accuracy", "acc", "acc_norm", "exact_match"})
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one suite, for the version and the baselines it was compared with."""
+
+    suite: str  # HELD_OUT for the dataset's own held-out examples
+    metric: str
+    values: dict[str, float]  # adapter, base, fewShot, current
+
+    @property
+    def name(self) -> str:
+        return self.metric if self.suite == HELD_OUT else f"{self.suite}/{self.metric}"
+
+    @property
+    def share(self) -> bool:
+        """Whether it goes from 0 to 1."""
+        return self.metric in SHARES
+
+    @property
+    def lower_is_better(self) -> bool:
+        return "loss" in self.metric.lower() or "perplexity" in self.metric.lower()
+
+    def words(self, subject: str) -> str:
+        """The value of one subject, a share in percent."""
+        value = self.values.get(subject)
+        return wording.share(value) if self.share else wording.number(value)
+
+    @property
+    def verdict(self) -> str:
+        """The gain in words: better, worse or equal, and by how much."""
+        if self.gain is None:
+            return wording.ABSENT
+        if self.gain == 0:
+            return "equal"
+        much = f"{100 * abs(self.gain):.3g} points" if self.share else wording.number(abs(self.gain))
+        return f"{much} {'better' if self.gain > 0 else 'worse'}"
+
+    @property
+    def ours(self) -> float | None:
+        return self.values.get(OURS)
+
+    @property
+    def gain(self) -> float | None:
+        """How much better than the base model, in the metric's unit; negative is worse."""
+        if self.ours is None or "base" not in self.values:
+            return None
+        return (self.values["base"] - self.ours) if self.lower_is_better else (self.ours - self.values["base"])
+
+
+def scores_of(report: Report, role: Role = "task") -> list[Score]:
+    """The scores of the suites of a role, held-out examples first. The training loss is no score, and forgetting/<suite> the
+    difference of two."""
+    forgetting = {suite.name for suite in report.evaluation.suites if suite.role == "forgetting"}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for name, value in report.metrics.items():
+        who, _, rest = name.partition("/")
+        subject, name = (who, rest) if who in BASELINES and rest else (OURS, name)
+        suite, _, metric = name.rpartition("/")
+        if metric != "trainLoss" and suite != "forgetting":
+            found.setdefault((suite or HELD_OUT, metric), {})[subject] = value
+    return [
+        Score(suite, metric, values)
+        for (suite, metric), values in found.items()
+        if (suite in forgetting) == (role == "forgetting")
+    ]
+
+
+def subjects_of(scores: Sequence[Score]) -> dict[str, str]:
+    """Who was measured, the version last as it is what the others are compared with: key -> name."""
+    seen = {subject for score in scores for subject in score.values}
+    known = {"base": BASELINES["base"], "fewShot": BASELINES["fewShot"], "current": BASELINES["current"]}
+    return {key: name for key, name in known.items() if key in seen} | ({OURS: "this version"} if OURS in seen else {})
+
+
+def headline(scores: Sequence[Score]) -> Score | None:
+    """The one score that stands for the version: the first that is a share, with exact match before others."""
+    ranked = sorted(
+        (score for score in scores if score.ours is not None),
+        key=lambda score: (not score.share, score.suite != HELD_OUT, score.metric != "exactMatch"),
+    )
+    return ranked[0] if ranked else None

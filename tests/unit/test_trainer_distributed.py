@@ -1,0 +1,196 @@
+"""Two processes on gloo train as one does, end together, and go on together."""
+
+import json
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_world import ROOT, Attempt, FolderStore, run_attempt
+from graft.contracts import EXIT_CODES, Pods, Progress, Reason, Termination
+from graft_trainer import distributed
+from graft_trainer.data_order import DataOrder
+from graft_trainer.launch import worst
+from rank_process import start
+from safetensors.torch import load_file
+
+INTERRUPTED, PEER_LOST = EXIT_CODES[Reason.INTERRUPTED], EXIT_CODES[Reason.PEER_LOST]
+# Each of the two takes half of what the single process does: 4 examples a step, and the last step of an epoch has 2.
+HALF = {"full": True, "per_device_train_batch_size": 1, "held_out": 5, "eval_steps": 6}
+
+
+@dataclass
+class Pair:
+    """Two processes that train together, for as long as it takes."""
+
+    root: Path
+    name: str
+    codes: list[int | None]
+    seconds_between: float
+
+    def log(self, rank: int) -> str:
+        return (self.root / f"{self.name}-{rank}.log").read_text()
+
+    @property
+    def progress(self) -> Progress:
+        return Progress.model_validate_json(FolderStore(self.root / "store").get(f"{ROOT}{self.name}/progress.json"))
+
+
+def run_pair(root: Path, name: str, events: dict[int, list[Any]] | None = None, **options: Any) -> Pair:
+    """`events`: micro-batch -> (rank, what happens to it)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root.mkdir(exist_ok=True)
+    told = HALF | options | {"events": events or {}}
+    processes = [start(root / "store", root, name, rank, 2, port, told) for rank in range(2)]
+    ended: list[float] = []
+    deadline = time.monotonic() + 240
+    while len(ended) < 2 and time.monotonic() < deadline:
+        done = sum(process.exitcode is not None for process in processes)
+        ended += [time.monotonic()] * (done - len(ended))
+        processes[0].join(0.05)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert len(ended) == 2, "\n".join((root / f"{name}-{rank}.log").read_text() for rank in range(2))
+    return Pair(root, name, codes, ended[1] - ended[0])
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
+    root = tmp_path_factory.mktemp("single")
+    done = run_attempt(root, FolderStore(root / "store"), "pod-0", full=True, held_out=5, eval_steps=6)
+    assert done.watch is not None, done.ended
+    return done
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_that_are_interrupted_train_as_one_that_is_not(
+    tmp_path: Path, single: Attempt, sharding: str
+) -> None:
+    # One of the two is asked to end: both write the same step, and one says why.
+    asked = run_pair(tmp_path, "asked", {9: [1, "term"]}, sharding=sharding)
+    assert asked.codes == [PEER_LOST, INTERRUPTED], asked.log(0) + asked.log(1)
+    assert [ref.step for ref in asked.progress.checkpoints or ()] == [4, 5]
+    assert asked.progress.failure is not None and "asked to end" in asked.progress.failure.message
+
+    # One is gone without a word, in the second half of a step: the other ends soon after.
+    lost = run_pair(tmp_path, "lost", {12: [1, "kill"]}, sharding=sharding)
+    assert lost.codes == [PEER_LOST, -signal.SIGKILL], lost.log(0)
+    assert lost.seconds_between < 15
+    assert lost.progress.resumed_from == 5
+    told = Termination.model_validate_json((tmp_path / "lost/termination").read_text())
+    assert told.message.startswith("Another pod of the run ended")
+
+    done = run_pair(tmp_path, "done", sharding=sharding)
+    assert done.codes == [0, 0], done.log(0) + done.log(1)
+    assert done.progress.resumed_from == 8
+    seen = json.loads((tmp_path / "done.json").read_text())
+    assert single.watch is not None
+    assert seen["tokens"] == single.watch.tokens
+    assert seen["evalLoss"] == pytest.approx(single.watch.last_eval_loss, rel=1e-4)
+    assert [record["loss"] for record in seen["curve"]] == pytest.approx(
+        [record["loss"] for record in single.watch.curve], rel=1e-4
+    )
+    weights = load_file(tmp_path / "done.safetensors")
+    assert weights.keys() == single.weights.keys()
+    for name, expected in single.weights.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
+
+    # What is left is written by one process alone, and one alone can go on from it.
+    last = (done.progress.checkpoints or [])[-1]
+    assert (last.step, last.attempt) == (18, "done")
+    again = run_pair_alone(tmp_path, "again", sharding)
+    assert again == 0
+    assert json.loads((tmp_path / "again.json").read_text())["curve"] == seen["curve"]
+
+
+def run_pair_alone(root: Path, name: str, sharding: str) -> int | None:
+    """The first process of two, without the second."""
+    process = start(root / "store", root, name, 0, 2, 0, HALF | {"sharding": sharding, "alone": True})
+    process.join(240)
+    return process.exitcode
+
+
+def test_an_adapter_over_ddp_is_the_same_in_all_processes(tmp_path: Path) -> None:
+    options = {"full": False, "sharding": "ddp", "max_steps": 4}
+    assert run_pair(tmp_path, "cut", {5: [0, "term"]}, **options).codes == [INTERRUPTED, PEER_LOST]
+    resumed = run_pair(tmp_path, "resumed", **options)
+    assert resumed.codes == [0, 0]
+    whole = run_pair(tmp_path / "whole", "whole", **options)
+    assert whole.codes == [0, 0]
+    # With dropout, so the generators of both have gone on where they were.
+    one, other = (
+        json.loads(path.read_text())["curve"] for path in (tmp_path / "resumed.json", tmp_path / "whole/whole.json")
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_step_learns_from_the_same_examples_however_it_is_divided(world: int, batch: int) -> None:
+    examples, effective = 53, 24
+    whole = DataOrder(examples, effective, 1, seed=5)
+    parts = [DataOrder(examples, batch, effective // (batch * world), 5, rank, world) for rank in range(world)]
+    for epoch in range(2):
+        for order in (whole, *parts):
+            order.set_epoch(epoch)
+        dealt = [list(part) for part in parts]
+        assert {len(batches) for batches in dealt} == {len(part) for part in parts} and len(
+            {len(p) for p in parts}
+        ) == 1
+        per_step = effective // (batch * world)
+        for number, step in enumerate(whole):
+            mine = [batches[number * per_step : (number + 1) * per_step] for batches in dealt]
+            assert sorted(index for part in mine for micro in part for index in micro) == sorted(step)
+
+
+def test_the_order_is_the_one_that_accelerate_draws() -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    sampler = SeedableRandomSampler(range(30), data_seed=5)
+    order = DataOrder(30, 4, 1, seed=5)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order.set_epoch(epoch)
+        assert [index for batch in order for index in batch] == list(sampler)
+
+
+def test_which_process_this_is() -> None:
+    assert distributed.variables(Pods(), {}) == {}
+    pods = Pods(nodes=2, processes_per_node=4, first_host="run-0.peers.team-a.svc")
+    values = distributed.variables(pods, {"JOB_COMPLETION_INDEX": "1"}, local=2)
+    assert values == {
+        "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "run-0.peers.team-a.svc", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    alone = distributed.variables(Pods(processes_per_node=2), {}, local=1)
+    assert (alone["MASTER_ADDR"], alone["RANK"]) == ("127.0.0.1", "1")
+
+
+def told(reason: Reason) -> Termination:
+    return Termination(reason=reason, message=str(reason), remedy="Do this.")
+
+
+@pytest.mark.parametrize(
+    ("codes", "messages", "code", "reason"),
+    [
+        ([0, 0], [None, None], 0, None),
+        ([21, 14], [told(Reason.PEER_LOST), told(Reason.CONFIGURATION_INVALID)], 14, Reason.CONFIGURATION_INVALID),
+        ([21, 31], [told(Reason.PEER_LOST), told(Reason.INTERRUPTED)], 31, Reason.INTERRUPTED),
+        ([21, 20], [told(Reason.PEER_LOST), told(Reason.MEMORY_EXCEEDED)], 20, Reason.MEMORY_EXCEEDED),
+        ([21, -6], [told(Reason.PEER_LOST), None], 1, Reason.INTERNAL_ERROR),
+        ([-9, 21], [None, told(Reason.PEER_LOST)], 20, Reason.MEMORY_EXCEEDED),
+        ([-6, 20], [None, told(Reason.MEMORY_EXCEEDED)], 20, Reason.MEMORY_EXCEEDED),
+    ],
+)
+def test_of_several_processes_the_one_that_failed_by_itself_is_told(
+    codes: list[int], messages: list[Termination | None], code: int, reason: Reason | None
+) -> None:
+    found, why = worst(codes, messages)
+    assert (found, why.reason if why else None) == (code, reason)

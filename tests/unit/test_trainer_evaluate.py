@@ -1,0 +1,157 @@
+"""evaluate: the version beside the base model, the base model with examples, and the suites' forgetting and gates."""
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation_world import ASKED, TRAINING, jsonl, prepared, train_and_evaluate
+from graft.contracts import Progress
+from graft_trainer.evaluate import Evaluated, SuiteResult
+from graft_trainer.run import Run
+from graft_trainer.train import Trained
+from trainer_world import QUESTIONS, make_base, make_t5
+
+ANSWERS = list(QUESTIONS.values())
+CHOICES = [{"prompt": question, "choices": ANSWERS, "label": answer} for question, answer in QUESTIONS.items()]
+OTHER = [{"prompt": "What is two plus two?", "answers": ["Four.", "It is four."]}]
+FILES = {"suites/asked.jsonl": jsonl(ASKED), "suites/pick.jsonl": jsonl(CHOICES), "suites/other.jsonl": jsonl(OTHER)}
+SUITES = [
+    {"name": "asked", "uri": "s3://bucket/asked.jsonl", "maxNewTokens": 16},
+    {"name": "pick", "uri": "s3://bucket/pick.jsonl", "metrics": ["accuracy", "loss", "perplexity"]},
+    {"name": "other", "uri": "s3://bucket/other.jsonl", "role": "forgetting", "maxNewTokens": 4},
+]
+GATES = [
+    {"metric": "exactMatch", "min": 0.9},
+    {"metric": "pick/accuracy", "minGain": 0.5, "over": "base"},
+    {"metric": "asked/f1", "minGain": 0.1, "over": "fewShot"},
+    {"metric": "forgetting/other", "max": -5},
+]
+EVALUATION = {
+    "maxNewTokens": 16, "baselines": ["zeroShot", "fewShot"], "fewShotExamples": 2, "suites": SUITES, "gates": GATES,
+}  # fmt: skip
+World = tuple[Run, Trained, Evaluated]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def world(base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    training = TRAINING | {"maxSteps": 100}
+    run = prepared(
+        tmp_path_factory.mktemp("run"), base, files=FILES, training=training, method={"lora": {"rank": 16}},
+        evaluation=EVALUATION,
+    )  # fmt: skip
+    trained, evaluated = train_and_evaluate(run)
+    assert run.progress.close(5)
+    return run, trained, evaluated
+
+
+def suite(evaluated: Evaluated, name: str) -> SuiteResult:
+    return next(found for found in evaluated.suites if found.name == name)
+
+
+def test_what_was_learned_shows_in_every_metric(world: World) -> None:
+    metrics = world[2].metrics
+    for name in ("exactMatch", "asked/exactMatch", "asked/f1", "asked/rougeL", "pick/accuracy"):
+        assert metrics[name] == 1.0, name
+        assert metrics[f"base/{name}"] < 1.0, name
+    for name in ("evalLoss", "asked/loss", "pick/loss"):
+        assert metrics[name] < 0.2 < metrics[f"base/{name}"], name
+    assert 1.0 < metrics["pick/perplexity"] < 1.3
+
+
+def test_a_suite_of_the_held_out_questions_has_the_held_out_loss(world: World) -> None:
+    metrics = world[2].metrics
+    for who in ("", "base/"):
+        # The suite's plain prompts went through the chat template, as the questions of the training did.
+        assert metrics[f"{who}asked/loss"] == pytest.approx(metrics[f"{who}evalLoss"], rel=1e-4)
+        assert metrics[f"{who}pick/loss"] == pytest.approx(metrics[f"{who}evalLoss"], rel=1e-4)
+
+
+def test_the_base_model_with_examples_is_asked_something_else(world: World) -> None:
+    metrics = world[2].metrics
+    assert {"fewShot/evalLoss", "fewShot/exactMatch", "fewShot/asked/f1", "fewShot/pick/accuracy"} < metrics.keys()
+    assert metrics["fewShot/evalLoss"] != metrics["base/evalLoss"]
+    assert not any(name.startswith("fewShot/other") for name in metrics)  # not the task of the examples
+
+
+def test_forgetting_is_how_much_worse_than_the_base_model(world: World) -> None:
+    metrics, other = world[2].metrics, suite(world[2], "other")
+    assert (other.role, other.main, other.size) == ("forgetting", "loss", 1)
+    assert metrics["forgetting/other"] == pytest.approx(metrics["other/loss"] - metrics["base/other/loss"], abs=1e-4)
+    assert other.metrics["base"]["loss"] == metrics["base/other/loss"]
+
+
+def test_missed_gates_are_told_and_the_others_are_not(world: World) -> None:
+    run, _, evaluated = world
+    value = evaluated.metrics["forgetting/other"]
+    assert evaluated.rejected == [f"forgetting/other is {value:.4f}, the gate wants at most -5.0000"]
+    sent = Progress.model_validate_json(run.store.kept["team-a/runs/uid-1/pod-1/progress.json"])  # type: ignore[attr-defined]
+    assert (sent.stage, sent.rejected, sent.metrics) == ("Evaluating", evaluated.rejected, evaluated.metrics)
+    assert (sent.eval_loss, sent.eta_seconds) == (evaluated.metrics["evalLoss"], 0)
+
+
+def test_answers_to_look_at(world: World) -> None:
+    sky = world[2].samples[0]
+    assert (sky["prompt"], sky["expected"], sky["answer"]) == ("What colour is the sky?", "It is blue.", "It is blue.")
+    assert {"base/answer", "fewShot/answer"} < sky.keys()
+    assert suite(world[2], "asked").samples[2]["answer"] == "White it is."
+    assert suite(world[2], "pick").samples == []  # nothing was generated
+    assert json.dumps(world[2].samples)
+
+
+def test_measuring_leaves_the_model_as_it_was_trained(world: World) -> None:
+    _, trained, evaluated = world
+    assert not trained.model.training
+    assert trained.model.active_adapter == "default"
+    assert evaluated.metrics["trainLoss"] == round(trained.train_loss or 0, 5)
+
+
+def test_without_baselines_and_gates_the_version_alone_is_measured(base: Path, tmp_path: Path) -> None:
+    evaluation = {"maxSamples": 0, "baselines": [], "suites": SUITES[1:2]}
+    run = prepared(tmp_path, base, files=FILES, training=TRAINING | {"maxSteps": 1}, evaluation=evaluation)
+    evaluated = train_and_evaluate(run)[1]
+    assert evaluated.metrics.keys() == {"trainLoss", "evalLoss", "pick/accuracy", "pick/loss", "pick/perplexity"}
+    assert evaluated.rejected == []
+    run.progress.close(5)
+    sent = Progress.model_validate_json(run.store.kept["team-a/runs/uid-1/pod-1/progress.json"])  # type: ignore[attr-defined]
+    assert sent.rejected is None
+
+
+@pytest.mark.parametrize("method", [{"lora": {"rank": 4}}, {"promptTuning": {"virtualTokens": 4}}, {"full": {}}])
+def test_seq2seq_models_have_the_same_metrics(tmp_path: Path, method: dict[str, object]) -> None:
+    base = make_t5(tmp_path / "base")
+    evaluation = {"maxNewTokens": 8, "suites": SUITES, "baselines": ["zeroShot", "fewShot"], "fewShotExamples": 1}
+    run = prepared(
+        tmp_path / "run", base, files=FILES, training=TRAINING | {"maxSteps": 20}, method=method, task="seq2seq",
+        evaluation=evaluation,
+    )  # fmt: skip
+    metrics = train_and_evaluate(run)[1].metrics
+    run.progress.close(5)
+    assert metrics["evalLoss"] < metrics["base/evalLoss"]
+    assert metrics["base/asked/loss"] == pytest.approx(metrics["base/evalLoss"], rel=1e-4)
+    assert {"asked/f1", "base/pick/accuracy", "fewShot/asked/loss", "forgetting/other"} < metrics.keys()
+    assert metrics["fewShot/asked/loss"] != metrics["base/asked/loss"]
+
+
+def test_texts_have_a_loss_and_nothing_to_answer(base: Path, tmp_path: Path) -> None:
+    texts = jsonl([{"text": "The sky is blue."}] * 6)
+    run = prepared(
+        tmp_path,
+        base,
+        files={"train.jsonl": texts, "eval.jsonl": texts, "suites/texts.jsonl": texts},
+        training=TRAINING | {"maxSteps": 2},
+        dataset={
+            "train": {"uri": "s3://bucket/t.jsonl"},
+            "eval": {"uri": "s3://bucket/e.jsonl"},
+            "format": "text",
+        },
+        evaluation={"suites": [{"name": "texts", "uri": "s3://bucket/texts.jsonl"}], "baselines": ["fewShot"]},
+    )
+    metrics = train_and_evaluate(run)[1].metrics
+    run.progress.close(5)
+    assert metrics.keys() == {"trainLoss", "evalLoss", "texts/loss", "texts/perplexity"}
+    assert metrics["texts/loss"] == pytest.approx(metrics["evalLoss"], rel=1e-4)

@@ -1,0 +1,145 @@
+"""Gates: what a version must reach, in the words that the user reads when it does not."""
+
+import math
+from typing import Any
+
+import pytest
+from graft.api.evaluation import Evaluation, Gate
+from graft.contracts import Reason
+from graft_trainer import gates
+
+QUIZ = {"name": "quiz", "uri": "s3://bucket/quiz.jsonl"}
+GENERAL = {"name": "general", "uri": "s3://bucket/general.jsonl", "role": "forgetting"}
+ARC = {"name": "arc", "lmEval": {"task": "arc_easy"}}
+
+
+def gate(metric: str, **wants: Any) -> Gate:
+    return Gate.model_validate({"metric": metric} | wants)
+
+
+def missed(metrics: dict[str, float], *wanted: Gate, no_current: str | None = None) -> list[str]:
+    return gates.check(wanted, metrics, no_current)
+
+
+def evaluation(*wanted: dict[str, Any], suites: Any = (QUIZ, GENERAL, ARC), **changes: Any) -> Evaluation:
+    return Evaluation.model_validate({"gates": list(wanted), "suites": list(suites)} | changes)
+
+
+def test_min_and_max() -> None:
+    metrics = {"exactMatch": 0.71, "evalLoss": 1.5}
+    assert missed(metrics, gate("exactMatch", min=0.7), gate("evalLoss", max=1.5)) == []
+    assert missed(metrics, gate("exactMatch", min=0.8), gate("evalLoss", max=1.2)) == [
+        "exactMatch is 0.7100, the gate wants at least 0.8000",
+        "evalLoss is 1.5000, the gate wants at most 1.2000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "other", "gain"),
+    [
+        ("exactMatch", 0.7, 0.5, 0.2),
+        ("evalLoss", 1.5, 1.7, 0.2),  # of losses lower is better
+        ("quiz/perplexity", 10.0, 12.0, 2.0),
+        ("quiz/loss", 1.0, 1.0, 0.0),
+        ("arc/word_perplexity", 10.0, 12.0, 2.0),
+    ],
+)
+def test_a_gain_over_the_base_model(metric: str, value: float, other: float, gain: float) -> None:
+    metrics = {metric: value, f"base/{metric}": other}
+    assert missed(metrics, gate(metric, minGain=gain)) == []
+    [problem] = missed(metrics, gate(metric, minGain=gain + 0.01))
+    assert problem.startswith(f"{metric} is {value:.4f}, the base model has {other:.4f}: the gain is {gain:.4f}")
+
+
+def test_over_examples_and_over_the_current_version() -> None:
+    metrics = {"quiz/f1": 0.6, "fewShot/quiz/f1": 0.7, "current/quiz/f1": 0.6}
+    [problem] = missed(metrics, gate("quiz/f1", minGain=0, over="fewShot"))
+    assert "the base model with examples has 0.7000: the gain is -0.1000" in problem
+    assert missed(metrics, gate("quiz/f1", minGain=0, over="current")) == []
+
+
+def test_without_a_current_version_its_gate_passes_but_not_when_it_could_not_be_measured() -> None:
+    wanted = gate("quiz/f1", minGain=0.1, over="current")
+    assert missed({"quiz/f1": 0.6}, wanted) == []
+    [problem] = missed({"quiz/f1": 0.6}, wanted, no_current="1.0.0 belongs to another base model")
+    assert problem == "quiz/f1 cannot be compared with the current version: 1.0.0 belongs to another base model"
+
+
+@pytest.mark.parametrize("wants", [{"min": 0.0}, {"max": 9.9}, {"minGain": -9.9}])
+def test_nan_passes_no_gate(wants: dict[str, float]) -> None:
+    assert len(missed({"evalLoss": math.nan, "base/evalLoss": 1.0}, gate("evalLoss", **wants))) == 1
+
+
+def test_a_metric_that_was_not_measured_is_missed_and_the_others_are_listed() -> None:
+    assert missed({"evalLoss": 1.0}, gate("quiz/f1", min=0.5)) == ["quiz/f1 was not measured; the metrics are evalLoss"]
+    [problem] = missed({"quiz/f1": 0.5}, gate("quiz/f1", minGain=0))
+    assert problem == "quiz/f1 cannot be compared with the base model: base/quiz/f1 was not measured"
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "exactMatch", "evalLoss", "trainLoss", "base/evalLoss", "fewShot/exactMatch", "quiz/f1", "base/quiz/accuracy",
+        "fewShot/quiz/f1", "arc/acc_norm", "base/arc/acc", "general/loss", "forgetting/general",
+    ],
+)  # fmt: skip
+def test_names_that_can_come_to_be(metric: str) -> None:
+    assert gates.unknown(evaluation({"metric": metric, "max": 1}), has_held_out=True) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_held_out", "problem"),
+    [
+        ({"metric": "accurracy", "min": 1}, True, "there is no accurracy"),
+        ({"metric": "exactMatch", "min": 1}, False, "exactMatch needs held-out examples: dataset.eval or dataset.evalSplit"),
+        ({"metric": "quizz/f1", "min": 1}, True, "there is no suite quizz for quizz/f1"),
+        ({"metric": "quiz/bleu", "min": 1}, True, "there is no quiz/bleu"),
+        ({"metric": "forgetting/quiz", "max": 1}, True, "there is no forgetting/quiz; suites of the role forgetting have one"),
+        ({"metric": "forgetting/general", "minGain": 0}, True, "takes no minGain"),
+        ({"metric": "trainLoss", "minGain": 0}, True, "there is no base/trainLoss"),
+        ({"metric": "arc/acc", "minGain": 0, "over": "fewShot"}, True, "there is no fewShot/arc/acc"),
+        ({"metric": "general/loss", "minGain": 0, "over": "fewShot"}, True, "there is no fewShot/general/loss"),
+        ({"metric": "current/quiz/f1", "min": 1}, True, "say over: current"),
+    ],
+)  # fmt: skip
+def test_names_that_cannot_are_refused_before_training(
+    wanted: dict[str, Any], has_held_out: bool, problem: str
+) -> None:
+    failure = gates.unknown(evaluation(wanted), has_held_out)
+    assert failure is not None and failure.reason == Reason.CONFIGURATION_INVALID
+    assert problem in failure.message
+    assert "quiz/<metric>" in failure.remedy and "forgetting/general" in failure.remedy
+
+
+def test_texts_have_no_answers_to_compare() -> None:
+    wanted = {"metric": "exactMatch", "min": 1}
+    failure = gates.unknown(evaluation(wanted), has_held_out=True, held_out_answers=False)
+    assert failure is not None and "needs held-out examples with answers" in failure.message
+    few_shot = {"metric": "evalLoss", "minGain": 0, "over": "fewShot"}
+    assert gates.unknown(evaluation(few_shot), has_held_out=True, held_out_answers=False) is not None
+
+
+@pytest.mark.parametrize("name", ["base", "current", "forgetting"])
+def test_a_suite_cannot_have_the_name_of_something_else(name: str) -> None:
+    failure = gates.unknown(evaluation(suites=[QUIZ | {"name": name}]), has_held_out=True)
+    assert failure is not None and f"{name} cannot be a suite's name" in failure.message
+
+
+def test_baselines_are_measured_where_they_are_listed_or_needed() -> None:
+    assert gates.plan(evaluation(baselines=[])) == {
+        "": ["adapter"],
+        "quiz": ["adapter"],
+        "general": ["adapter", "base"],  # forgetting is a comparison
+        "arc": ["adapter"],
+    }
+    assert gates.plan(evaluation(baselines=["zeroShot", "fewShot"])) == {
+        "": ["adapter", "base", "fewShot"],
+        "quiz": ["adapter", "base", "fewShot"],
+        "general": ["adapter", "base"],
+        "arc": ["adapter", "base"],
+    }
+    over_current = {"metric": "quiz/f1", "minGain": 0, "over": "current"}
+    over_base = {"metric": "evalLoss", "minGain": 0}
+    plan = gates.plan(evaluation(over_current, over_base, baselines=[]))
+    assert (plan["quiz"], plan[""]) == (["adapter", "current"], ["adapter", "base"])
+    assert gates.plan(evaluation(over_current, baselines=[]), has_current=False)["quiz"] == ["adapter"]

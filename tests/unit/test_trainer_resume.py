@@ -1,0 +1,177 @@
+"""A run that is killed or asked to end goes on from its newest checkpoint as if nothing had happened."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_world import ROOT, WORDS, Attempt, FolderStore, Killed, make_examples, open_attempt, run_attempt
+from graft_trainer.failures import Interrupted
+from transformers import T5Config, T5ForConditionalGeneration
+
+
+def same(one: Attempt, other: Attempt) -> None:
+    assert one.watch is not None and other.watch is not None, (one.ended, other.ended)
+    assert one.watch.curve == other.watch.curve
+    assert one.watch.tokens == other.watch.tokens
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = run_attempt(root, FolderStore(root / "store"), "pod-0", held_out=5, eval_steps=6)
+    if done.ended is not None:
+        raise done.ended
+    return done
+
+
+def test_a_run_that_is_killed_several_times_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    # 22 examples by 4: 6 steps an epoch, 11 micro-batches. Killed at the start of an epoch, asked to end within one, killed
+    # before anything new is saved, asked to end in a step's first half, and at the run's last step but one.
+    disturbances: list[dict[int, Any]] = [{12: "kill"}, {13: "term"}, {1: "kill"}, {8: "term"}, {1: "term"}]
+    steps = []
+    for number, events in enumerate(disturbances):
+        ended = run_attempt(tmp_path, store, f"pod-{number}", events=events, held_out=5, eval_steps=6)
+        assert isinstance(ended.ended, Killed | Interrupted), ended.ended
+        steps.append(ended.progress.resumed_from)
+    assert steps == [None, 4, 11, 11, 16]
+    done = run_attempt(tmp_path, store, "pod-9", held_out=5, eval_steps=6)
+    same(done, undisturbed)
+    assert done.watch is not None and undisturbed.watch is not None
+    assert done.watch.last_eval_loss == undisturbed.watch.last_eval_loss
+    assert done.progress.resumed_from == 17
+    assert [ref.step for ref in done.progress.checkpoints or ()] == [17, 18]
+    events_file = [json.loads(line) for line in store.get(f"{ROOT}pod-9/events.jsonl").splitlines()]
+    assert [event["step"] for event in events_file if "loss" in event] == list(range(1, 19))
+    assert [event["step"] for event in events_file if "evalLoss" in event] == [6, 12, 18]
+
+
+def test_records_of_several_steps_are_the_same_wherever_the_run_was_cut(tmp_path: Path) -> None:
+    whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", logging_steps=5)
+    store = FolderStore(tmp_path / "cut")
+    run_attempt(tmp_path, store, "pod-1", logging_steps=5, events={14: "term"})
+    same(run_attempt(tmp_path, store, "pod-2", logging_steps=5), whole)
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw"])
+@pytest.mark.parametrize("scheduler", ["polynomial", "inverse_sqrt", "cosine_with_restarts", "constant_with_warmup"])
+def test_every_optimizer_and_schedule_goes_on(tmp_path: Path, optim: str, scheduler: str) -> None:
+    changes = {"optim": optim, "lr_scheduler_type": scheduler, "max_steps": 5, "full": True}
+    whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", **changes)
+    store = FolderStore(tmp_path / "cut")
+    assert isinstance(run_attempt(tmp_path, store, "pod-1", events={5: "term"}, **changes).ended, Interrupted)
+    same(run_attempt(tmp_path, store, "pod-2", **changes), whole)
+
+
+def test_a_halved_micro_batch_goes_on_from_the_same_example(tmp_path: Path) -> None:
+    whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", full=True)
+    store = FolderStore(tmp_path / "cut")
+    run_attempt(tmp_path, store, "pod-1", full=True, events={17: "kill"})
+    halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    done = run_attempt(tmp_path, store, "pod-2", full=True, **halved)
+    assert done.progress.resumed_from == 8
+    assert done.watch is not None and whole.watch is not None
+    assert done.watch.tokens == whole.watch.tokens
+    for one, other in zip(done.watch.curve, whole.watch.curve, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_t5_learns_the_same_however_a_step_is_divided(tmp_path: Path) -> None:
+    # Its own loss is the mean over a micro-batch, whatever number of tokens it is told.
+    curves = []
+    for batch in (1, 4):
+        torch.manual_seed(11)
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=WORDS, decoder_start_token_id=0, **shape))
+        examples = [dataclasses.replace(item, task="seq2seq", labels=item.input_ids[2:]) for item in make_examples()]
+        name = f"by-{batch}"
+        done = run_attempt(
+            tmp_path, FolderStore(tmp_path / name / "store"), name, model=model, examples=examples, max_steps=8,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
+        )  # fmt: skip
+        assert done.watch is not None, done.ended
+        curves.append([record["loss"] for record in done.watch.curve])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < curves[0][0] < 10
+
+
+def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    first = run_attempt(tmp_path, store, "pod-1", held_out=5, eval_steps=6)
+    second = run_attempt(tmp_path, store, "pod-2", held_out=5, eval_steps=6, events={1: "kill"})
+    same(second, undisturbed)
+    assert first.watch is not None and second.watch is not None
+    assert second.watch.last_eval_loss == first.watch.last_eval_loss is not None
+    assert (second.progress.percent, second.progress.resumed_from) == (100, 18)
+
+
+def test_asked_to_end_in_the_last_step_the_trained_weights_are_kept(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    assert isinstance(run_attempt(tmp_path, store, "pod-1", events={33: "term"}).ended, Interrupted)
+    done = run_attempt(tmp_path, store, "pod-2", events={1: "kill"})
+    assert done.ended is None and done.progress.resumed_from == 18
+
+
+def test_steps_go_on_while_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
+    three_more = threading.Event()
+
+    class Slow(FolderStore):
+        def upload(self, key: str, path: Path) -> None:
+            assert three_more.wait(30), "training stood still"
+            super().upload(key, path)
+
+    store = Slow(tmp_path / "store")
+    # Step 4 is saved; the 14th micro-batch belongs to the 8th step.
+    done = run_attempt(tmp_path, store, "pod-1", events={14: three_more.set})
+    assert done.ended is None, done.ended
+    assert three_more.is_set()
+    # The checkpoint of step 8 was due while that of step 4 was on its way: it was taken as soon as that was possible.
+    assert [ref.step for ref in done.progress.checkpoints or ()][-1] == 18
+
+
+def test_a_store_that_takes_no_checkpoints_does_not_end_training(
+    tmp_path: Path, undisturbed: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(FolderStore):
+        broken = True
+
+        def upload(self, key: str, path: Path) -> None:
+            if self.broken:
+                raise OSError("connection reset")
+            super().upload(key, path)
+
+    store = Broken(tmp_path / "store")
+
+    def mended() -> None:
+        store.broken = False
+
+    done = run_attempt(tmp_path, store, "pod-1", held_out=5, eval_steps=6, events={16: mended})
+    same(done, undisturbed)
+    assert "could not be written, the next one will be tried: connection reset" in caplog.text
+    assert 18 in [ref.step for ref in done.progress.checkpoints or ()]
+
+
+def test_by_time_where_steps_do_not_say(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    often = open_attempt(tmp_path, store, "pod-1", checkpoint_seconds=0.0)
+    run_attempt(tmp_path, store, "pod-1", run=often, save_steps=None, save_total_limit=100, events={16: "kill"})
+    seldom = open_attempt(tmp_path, store, "pod-2", checkpoint_seconds=3600.0)
+    done = run_attempt(tmp_path, store, "pod-2", run=seldom, save_steps=None, save_total_limit=100)
+    assert (done.progress.resumed_from or 0) > 0
+    own = [ref.step for ref in done.progress.checkpoints or () if ref.attempt == "pod-2"]
+    assert own == [18]
+
+
+def test_speed_and_time_left_are_of_this_attempt(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    run_attempt(tmp_path, store, "pod-1", events={20: "term"})
+    done = run_attempt(tmp_path, store, "pod-2")
+    assert done.watch is not None
+    # All of the steps before the resume would have gone by within the first one, if they counted.
+    assert done.watch.pace._marks[0][1] >= 10
+    assert done.watch.seconds > 0

@@ -1,0 +1,81 @@
+"""How good an answer is (PURE): each score is from 0 to 1, the best over the answers that are right."""
+
+import functools
+import logging
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+Score = Callable[[str, str], float]
+
+
+def normalise(answer: str) -> str:
+    """Lower case, one space between words."""
+    return " ".join(answer.lower().split())
+
+
+def matches(answer: str, expected: str) -> float:
+    """1 when both are equal, case and white space aside."""
+    return float(normalise(answer) == normalise(expected))
+
+
+def squad_tokens(text: str) -> list[str]:
+    """Words as SQuAD's script counts them: lower case, without punctuation and articles."""
+    return ARTICLES.sub(" ", text.lower().translate(WITHOUT_PUNCTUATION)).split()
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall over words, as evaluate-v2.0.py of SQuAD (Rajpurkar et al. 2018) has it."""
+    given, wanted = squad_tokens(answer), squad_tokens(expected)
+    if not given or not wanted:
+        return float(given == wanted)
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * shared / (len(given) + len(wanted))
+
+
+def rouge(kind: str) -> Score:
+    """ROUGE-1, -2 or -L (Lin 2004) as the F-measure of the package rouge-score, words stemmed."""
+    scorer = _rouge_scorer(kind)
+    return lambda answer, expected: float(scorer.score(expected, answer)[kind].fmeasure)
+
+
+@functools.cache
+def _rouge_scorer(kind: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    logging.getLogger("absl").setLevel(logging.WARNING)  # each scorer would tell its tokenizer
+
+    return RougeScorer([kind], use_stemmer=True)
+
+
+SCORES: dict[str, Callable[[], Score]] = {
+    "exactMatch": lambda: matches,
+    "f1": lambda: token_f1,
+    "rouge1": lambda: rouge("rouge1"),
+    "rouge2": lambda: rouge("rouge2"),
+    "rougeL": lambda: rouge("rougeL"),
+}
+
+
+def mean_score(metric: str, answers: Sequence[str], expected: Sequence[Sequence[str]]) -> float:
+    """The metric over all answers, each against what is right for it, of which the best counts."""
+    score = SCORES[metric]()
+    best = (max(score(answer, right) for right in rights) for answer, rights in zip(answers, expected, strict=True))
+    return sum(best) / len(answers)
+
+
+def accuracy(likelihoods: Sequence[Sequence[float]], right: Sequence[int]) -> float:
+    """Share of the questions whose right choice has the greatest log-likelihood per token; a tie is no hit."""
+    hits = sum(
+        all(values[label] > value for index, value in enumerate(values) if index != label)
+        for values, label in zip(likelihoods, right, strict=True)
+    )
+    return hits / len(right)
+
+
+def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
+    return mean_score("exactMatch", answers, [[right] for right in expected])

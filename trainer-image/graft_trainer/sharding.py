@@ -1,0 +1,46 @@
+"""A model whose weights are spread over the processes (FSDP2), put together again in the first one."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from graft_trainer.resolve import Device
+
+
+def shell(model: nn.Module) -> nn.Module:
+    """The model without the memory of its weights, made before it is sharded: sharding changes modules for good."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """All weights in host memory, whole, where `keep`; every process must take part, one weight after another."""
+    whole = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            whole[name] = value.cpu()
+    return whole
+
+
+def refill(model: nn.Module, hollow: nn.Module, weights: dict[str, Tensor], device: Device) -> None:
+    """Turn the sharded `model` into the plain one: it becomes its shell, with the weights."""
+    filled = {
+        id(parameter): nn.Parameter(weights[name], parameter.requires_grad)
+        for name, parameter in hollow.named_parameters()
+    }
+    for module in hollow.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # a tied weight is the same one in both places
+                module._parameters[name] = filled[id(parameter)]
+    # Whoever holds the model has the plain one from here on.
+    model.__class__ = hollow.__class__
+    model.__dict__ = hollow.__dict__
+    model.to(device.kind)

@@ -13,7 +13,7 @@ from graft.artifacts.manifest import Manifest, digest
 from graft.contracts import Progress, Reason
 from graft_trainer import analysis
 from graft_trainer import train as train_module
-from graft_trainer.evaluate import exact_match, mean_loss, normalise, stop_tokens
+from graft_trainer.evaluate import mean_loss, stop_tokens
 from graft_trainer.failures import Failure
 from graft_trainer.pipeline import train_evaluate_publish
 from graft_trainer.prepare import prepare
@@ -265,11 +265,6 @@ def test_an_answer_that_was_lost_after_the_manifest_was_written_is_no_failure(ba
     run, store = prepared(tmp_path, base, LosesTheAnswer(), evaluation={"maxSamples": 0})
     train_evaluate_publish(run)
     assert last_progress(run, store).manifest_digest == digest(store.kept[PREFIX + "manifest.json"])
-
-
-def test_exact_match_ignores_case_and_white_space() -> None:
-    assert normalise("  It is\n BLUE. ") == "it is blue."
-    assert exact_match(["It is  blue.", "no"], ["it is blue.", "yes"]) == 0.5
 
 
 def test_the_loss_is_a_mean_over_tokens_whatever_the_batches(base: Path) -> None:

@@ -45,7 +45,7 @@ class Reading:
     problems: list[str] = field(default_factory=list)  # what is wrong with the first of them
 
 
-class _Bad(Exception):
+class BadLine(Exception):
     """What is wrong with a line."""
 
 
@@ -75,7 +75,7 @@ def read_examples(
     `role` is train or eval, for the messages. Empty lines are passed over. Of a file with more than `most` examples so many
     are kept, each with the same probability (Vitter 1985, algorithm R), so that the memory is bounded.
     """
-    parse, skip, draw = _parser(spec), spec.on_invalid == "skip", random.Random(0)  # noqa: S311 - a reproducible draw
+    parse, skip, draw = parser_of(spec), spec.on_invalid == "skip", random.Random(0)  # noqa: S311 - a reproducible draw
     kept: list[Example] = []
     problems: list[str] = []
     good = bad = 0
@@ -86,11 +86,11 @@ def read_examples(
         if limit is not None and good + (0 if skip else bad) >= limit:
             break
         try:
-            example = parse(number, _record(content))
-        except _Bad as error:
+            example = parse(number, record_of(content))
+        except BadLine as error:
             bad += 1
             if len(problems) < SHOWN:
-                problems.append(f"line {number}: {error} — {_excerpt(content)}")
+                problems.append(f"line {number}: {error} — {excerpt(content)}")
             continue
         good += 1
         if most is None or len(kept) < most:
@@ -158,7 +158,7 @@ def fill(template: str, instruction: str, further: str) -> str:
     return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
-def _parser(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
+def parser_of(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
     columns = spec.columns or Columns()
     if spec.format == "chat":
         return lambda line, record: _chat(line, record, columns.messages or "messages")
@@ -167,48 +167,48 @@ def _parser(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
     return lambda line, record: Example(line, text=_string(record, columns.text or "text"))
 
 
-def _record(raw: bytes) -> dict[str, Any]:
+def record_of(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise _Bad(f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})") from error
+        raise BadLine(f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})") from error
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _Bad(f"not JSON ({error.msg} at column {error.colno})") from error
+        raise BadLine(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
-        raise _Bad("nested too deeply") from error
+        raise BadLine("nested too deeply") from error
     if not isinstance(record, dict):
-        raise _Bad(f"a JSON {_kind(record)}, not an object")
+        raise BadLine(f"a JSON {_kind(record)}, not an object")
     if "\\u" in text:  # an escape can stand for half a character, which no tokenizer takes
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise _Bad("an unpaired surrogate escape (\\ud800 to \\udfff)") from error
+            raise BadLine("an unpaired surrogate escape (\\ud800 to \\udfff)") from error
     return record
 
 
 def _chat(line: int, record: dict[str, Any], column: str) -> Example:
     messages = _field(record, column)
     if not isinstance(messages, list) or not messages:
-        raise _Bad(f"{column} must be a list of messages that is not empty")
+        raise BadLine(f"{column} must be a list of messages that is not empty")
     for index, message in enumerate(messages):
         where = f"{column}[{index}]"
         if not isinstance(message, dict):
-            raise _Bad(f"{where} is a {_kind(message)}, not an object with role and content")
+            raise BadLine(f"{where} is a {_kind(message)}, not an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise _Bad(f"{where}.role is {json.dumps(role, ensure_ascii=False)}, not one of {', '.join(ROLES)}")
+            raise BadLine(f"{where}.role is {json.dumps(role, ensure_ascii=False)}, not one of {', '.join(ROLES)}")
         if role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]:
             continue
         if not isinstance(content, str) or not content.strip():
             problem = "is empty" if isinstance(content, str) else f"is a {_kind(content)}, not a text"
-            raise _Bad(f"{where}.content {problem if 'content' in message else 'is missing'}")
+            raise BadLine(f"{where}.content {problem if 'content' in message else 'is missing'}")
     last = messages[-1]
     if last["role"] != "assistant":
-        raise _Bad(f"the last message is from {last['role']}, not from assistant: there is no answer to learn")
+        raise BadLine(f"the last message is from {last['role']}, not from assistant: there is no answer to learn")
     if all(message["role"] in {"assistant", "system"} for message in messages):
-        raise _Bad("there is no user message before the answer")
+        raise BadLine("there is no user message before the answer")
     return Example(line, messages=tuple(messages), answer=last.get("content") or "")
 
 
@@ -220,7 +220,7 @@ def _instruction(line: int, record: dict[str, Any], columns: Columns, template: 
     if further is None:
         further = ""
     if not isinstance(further, str):
-        raise _Bad(f"{name} is a {_kind(further)}, not a text")
+        raise BadLine(f"{name} is a {_kind(further)}, not a text")
     if template is not None:
         return Example(line, prompt=fill(template, instruction, further), answer=answer, asked=(instruction, further))
     question = f"{instruction}\n\n{further}" if further.strip() else instruction
@@ -231,16 +231,16 @@ def _instruction(line: int, record: dict[str, Any], columns: Columns, template: 
 def _field(record: dict[str, Any], name: str) -> Any:
     if name not in record:
         found = ", ".join(sorted(record)[:8]) or "none"
-        raise _Bad(f"there is no field {name} (fields: {found})")
+        raise BadLine(f"there is no field {name} (fields: {found})")
     return record[name]
 
 
 def _string(record: dict[str, Any], name: str) -> str:
     value = _field(record, name)
     if not isinstance(value, str):
-        raise _Bad(f"{name} is a {_kind(value)}, not a text")
+        raise BadLine(f"{name} is a {_kind(value)}, not a text")
     if not value.strip():
-        raise _Bad(f"{name} is empty")
+        raise BadLine(f"{name} is empty")
     return value
 
 
@@ -249,7 +249,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "null")
 
 
-def _excerpt(raw: bytes) -> str:
+def excerpt(raw: bytes) -> str:
     text = raw.decode(errors="replace").strip()
     return text if len(text) <= EXCERPT else text[:EXCERPT] + "…"
 

@@ -23,8 +23,6 @@ from graft_trainer.generate import stop_tokens
 from graft_trainer.likelihood import log_likelihoods
 from graft_trainer.measure import MEASURED_AT_ONCE, Measured, Questions, measure
 from graft_trainer.run import Run
-from graft_trainer.scores import exact_match as exact_match
-from graft_trainer.scores import normalise as normalise
 from graft_trainer.subject import NAMES, Meter, Subject
 from graft_trainer.suites import Task, chat_prompts, main_metric, metrics_of, read_suite, task_of
 from graft_trainer.tokens import Tokenised

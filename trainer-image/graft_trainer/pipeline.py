@@ -22,6 +22,7 @@ def train_evaluate_publish(run: Run) -> None:
             "Succeeded",
             percent=100,
             metrics=manifest.metrics,
+            rejected=manifest.rejected or None,
             training=manifest.hyperparameters,
             target_modules=manifest.target_modules,
             manifest_digest=digest,

@@ -75,7 +75,3 @@ def accuracy(likelihoods: Sequence[Sequence[float]], right: Sequence[int]) -> fl
         for values, label in zip(likelihoods, right, strict=True)
     )
     return hits / len(right)
-
-
-def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    return mean_score("exactMatch", answers, [[right] for right in expected])

@@ -12,7 +12,7 @@ from graft.api.evaluation import Metric, Suite
 from graft.api.recipe import Columns, Dataset
 from graft.contracts import Reason
 
-from graft_trainer.dataset import Example, Message, _Bad, _excerpt, _parser, _record
+from graft_trainer.dataset import BadLine, Example, Message, excerpt, parser_of, record_of
 from graft_trainer.failures import Failure
 
 Kind = Literal["answers", "choices", "text"]
@@ -133,14 +133,16 @@ def read_suite(
             break
         seen += 1
         try:
-            task = _task(number, _record(content), dataset)
+            task = _task(number, record_of(content), dataset)
             if tasks and task.kind != tasks[0].kind:
-                raise _Bad(f"has {task.kind}, line {tasks[0].line} has {tasks[0].kind}; a suite has lines of one kind")
+                raise BadLine(
+                    f"has {task.kind}, line {tasks[0].line} has {tasks[0].kind}; a suite has lines of one kind"
+                )
             tasks.append(task)
-        except _Bad as error:
+        except BadLine as error:
             count += 1
             if len(bad) < SHOWN:
-                bad.append(f"line {number}: {error} — {_excerpt(content)}")
+                bad.append(f"line {number}: {error} — {excerpt(content)}")
     where = f"evaluation.suites {suite.name} ({suite.uri})"
     if count:
         more = f"; and {count - len(bad)} more" if count > len(bad) else ""
@@ -182,14 +184,14 @@ def _task(line: int, record: dict[str, Any], dataset: Dataset) -> Task:
         choices, label = _choices(record)
         return Task(line, messages, prompt, (choices[label],), choices)
     if _own_format(record, dataset):
-        task = task_of(_parser(dataset)(line, record))
+        task = task_of(parser_of(dataset)(line, record))
         if task.text is None and not task.answers[0].strip():
-            raise _Bad("the last message has no text to compare an answer with")
+            raise BadLine("the last message has no text to compare an answer with")
         return task
     messages, prompt = _question(record)
     if messages is not None and messages[-1]["role"] == "assistant" and not {"answer", "answers"} & record.keys():
         if len(messages) == 1:
-            raise _Bad("there is no message before the answer")
+            raise BadLine("there is no message before the answer")
         return Task(line, messages[:-1], answers=(str(messages[-1]["content"]),))
     return Task(line, messages, prompt, _answers(record))
 
@@ -207,15 +209,17 @@ def _question(record: dict[str, Any]) -> tuple[tuple[Message, ...] | None, str |
     found = [name for name in ("prompt", "messages") if name in record]
     if len(found) != 1:
         fields = ", ".join(sorted(record)[:8]) or "none"
-        raise _Bad("has both prompt and messages" if found else f"has neither prompt nor messages (fields: {fields})")
+        raise BadLine(
+            "has both prompt and messages" if found else f"has neither prompt nor messages (fields: {fields})"
+        )
     if found == ["prompt"]:
         return None, _text(record["prompt"], "prompt")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
-        raise _Bad("messages must be a list that is not empty")
+        raise BadLine("messages must be a list that is not empty")
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ASKING:
-            raise _Bad(f"messages[{index}] must be an object with a role of {', '.join(ASKING)}")
+            raise BadLine(f"messages[{index}] must be an object with a role of {', '.join(ASKING)}")
         _text(message.get("content"), f"messages[{index}].content")
     return tuple(messages), None
 
@@ -223,7 +227,7 @@ def _question(record: dict[str, Any]) -> tuple[tuple[Message, ...] | None, str |
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     found = [name for name in ("answer", "answers") if name in record]
     if len(found) != 1:
-        raise _Bad("has both answer and answers" if found else "has neither answer, answers nor choices")
+        raise BadLine("has both answer and answers" if found else "has neither answer, answers nor choices")
     if found == ["answer"]:
         return (_text(record["answer"], "answer"),)
     return _texts(record["answers"], "answers", 1)
@@ -232,28 +236,30 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 def _choices(record: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     choices = _texts(record["choices"], "choices", 2)
     if len(set(choices)) != len(choices):
-        raise _Bad("choices has the same text twice")
+        raise BadLine("choices has the same text twice")
     if "label" not in record:
-        raise _Bad("there is no label, the index (from 0) or the text of the right choice")
+        raise BadLine("there is no label, the index (from 0) or the text of the right choice")
     label = record["label"]
     if isinstance(label, str):
         if label not in choices:
-            raise _Bad(f"label {json.dumps(label, ensure_ascii=False)} is none of the choices")
+            raise BadLine(f"label {json.dumps(label, ensure_ascii=False)} is none of the choices")
         return choices, choices.index(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        raise _Bad(f"label is {json.dumps(label)}, not the text of a choice or an index from 0 to {len(choices) - 1}")
+        raise BadLine(
+            f"label is {json.dumps(label)}, not the text of a choice or an index from 0 to {len(choices) - 1}"
+        )
     return choices, label
 
 
 def _texts(value: Any, name: str, least: int) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < least:
-        raise _Bad(f"{name} must be a list of at least {least} text{'s' if least > 1 else ''}")
+        raise BadLine(f"{name} must be a list of at least {least} text{'s' if least > 1 else ''}")
     return tuple(_text(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _Bad(f"{name} is not a text")
+        raise BadLine(f"{name} is not a text")
     if not value.strip():
-        raise _Bad(f"{name} is empty")
+        raise BadLine(f"{name} is empty")
     return value

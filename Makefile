@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all bench-train bench-train-cluster binaries crds lock images clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -44,6 +44,14 @@ test-cluster: venv binaries ## the operator against a real API server and a real
 
 test-e2e: venv binaries ## real pods: the quickstart's path
 	$(PYTEST) tests/e2e
+
+bench-train: binaries ## training against the plain libraries, as ratios (build/bench/)
+	@tests/venv.sh build/venv-bench requirements/bench.txt
+	build/venv-bench/bin/python -m benchmarks.train
+
+bench-train-cluster: binaries ## from apply to Ready against script and copy (root)
+	@tests/venv.sh build/venv-bench requirements/bench.txt
+	build/venv-bench/bin/python -m benchmarks.train.apply_to_ready
 
 images: venv ## build the images
 	@$(PY) -c 'from testbed import product; product.build()'

@@ -45,7 +45,7 @@ def report(access: Access, name: str) -> Object:
 
 
 def losses(access: Access, name: str) -> list[float]:
-    return [record["loss"] for record in report(access, name)["lossCurve"]]
+    return [record["loss"] for record in report(access, name)["lossCurve"] if "loss" in record]
 
 
 def step(access: Access, name: str) -> int:

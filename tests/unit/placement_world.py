@@ -15,7 +15,7 @@ def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> di
         "num_key_value_heads": kv_heads,
         "vocab_size": 32000,
         "max_position_embeddings": 4096,
-        "torch_dtype": "float16",
+        "torch_dtype": "bfloat16",
     }
 
 

@@ -114,7 +114,7 @@ def test_everything_that_the_config_says_is_a_fact() -> None:
         "vocabSize": 32000,
         "tiedEmbeddings": False,
         "architecture": "LlamaForCausalLM",
-        "dtype": "float16",
+        "dtype": "bfloat16",
         "contextLength": 4096,
         "license": "llama2",
     }

@@ -1,6 +1,6 @@
 """The table of GPUs per model size that platform teams plan with comes out of the estimate.
 
-What the table leaves unsaid, and is taken here: Llama 2; training is LoRA (rank 16, all linear layers) in bf16 with 8
+What the table leaves unsaid, and is taken here: Llama 2 with its weights in bf16; training is LoRA (rank 16, all linear layers) in bf16 with 8
 examples per GPU of up to 2048 tokens; serving holds the weights in 8 bits, 4 adapters of rank 16, and the cache of one
 request of 4096 tokens. The cluster offers every GPU that the table names, so the choice is the placement's.
 """

@@ -11,9 +11,10 @@ import torch
 from graft.api.recipe import Method
 from graft.contracts import Reason
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from graft_trainer.basemodel import context_of
 from graft_trainer.failures import Failure, out_of_memory
 from graft_trainer.resolve import Device, Limits, ModelFacts
 from graft_trainer.targets import Projection
@@ -39,25 +40,6 @@ class BaseModel:
     facts: ModelFacts
     projections: list[Projection]
     embeddings: list[Projection]  # the tables that the blocks read the tokens from
-
-
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """The base model's tokenizer."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise _cannot_load(name, "tokenizer", error) from error
-
-
-def context_of(config: Any) -> int | None:
-    """Longest sequence that the model was made for, in tokens."""
-    text = config.get_text_config()
-    if hasattr(text, "relative_attention_num_buckets"):
-        return None  # T5 and its kin: positions are distances, so there is no longest sequence
-    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        if isinstance(value := getattr(text, field, None), int) and value > 0:
-            return value
-    return None
 
 
 def stored_dtype(config: Any) -> torch.dtype:

@@ -8,7 +8,7 @@ from graft.artifacts.layout import run_prefix
 from graft_trainer import distributed
 from graft_trainer.checkpoint import complete
 from graft_trainer.download import patiently
-from graft_trainer.run import Run, already_published, memory_halvings
+from graft_trainer.run import Prepared, Run, already_published, memory_halvings
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def train_evaluate_publish(run: Run) -> None:
             distributed.join()
         elif not distributed.is_main():
             return  # the first process goes on alone
-    run.progress.stage("Training")
+    run.progress.stage("Training", dataset=Prepared.read(run.settings.prepared_file).statistics)
     run.halvings = distributed.from_main(patiently(lambda: memory_halvings(run), run.settings.storage_patience))
     quieten()
     # Imported here because torch takes seconds to load, and a published version needs none of it.

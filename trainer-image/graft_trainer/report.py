@@ -83,7 +83,7 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
         metrics=finite(evaluated.metrics),
         samples=evaluated.samples
         + [{"suite": suite.name} | sample for suite in evaluated.suites for sample in suite.samples[:SUITE_SAMPLES]],
-        loss_curve=[finite(record) for record in trained.curve],
+        loss_curve=sorted(map(finite, [*trained.curve, *trained.held_out_curve]), key=lambda record: record["step"]),
         tokens=trained.tokens,
         seconds={name: round(value, 2) for name, value in trained.seconds.items()},
         resources=Resources(

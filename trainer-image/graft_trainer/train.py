@@ -15,14 +15,15 @@ from accelerate.utils import extract_model_from_parallel
 from graft.api.recipe import MethodName
 from graft.contracts import Reason
 from graft.cpus import cpu_limit
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
+from graft_trainer.basemodel import context_of, load_config, load_tokenizer
 from graft_trainer.dataset import Example
 from graft_trainer.distributed import world_size
 from graft_trainer.failures import Failure
 from graft_trainer.loop import run_loop
 from graft_trainer.methods import as_published, make_tunable, settle
-from graft_trainer.model import BaseModel, context_of, load_base_model, load_tokenizer, stored_dtype, this_device
+from graft_trainer.model import BaseModel, load_base_model, stored_dtype, this_device
 from graft_trainer.packing import PackCollator, check_packing, pack
 from graft_trainer.resolve import Device, Resolved, limits, resolve
 from graft_trainer.run import Prepared, Run, load_examples
@@ -49,7 +50,8 @@ class Trained:
     train_examples: list[Example]
     held_out: Tokenisation | None
     held_out_examples: list[Example]
-    curve: list[dict[str, float]]
+    curve: list[dict[str, float]]  # {step, loss, learningRate}
+    held_out_curve: list[dict[str, float]]  # {step, evalLoss}
     train_loss: float | None  # mean over the last tenth of the records
     eval_loss: float | None  # when it was measured after the last step
     tokens: int
@@ -73,7 +75,7 @@ def train(run: Run) -> Trained:
     device, world, memory = this_device(), world_size(), PeakMemory()
 
     tokenizer = load_tokenizer(folder, name)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder, name)
     known = limits(job, device, context_of(config), world)
     train_examples, held_out_examples = load_examples(run)
     learned = tokenise(train_examples, tokenizer, known.max_length, role="train", task=job.task)
@@ -151,6 +153,7 @@ def train(run: Run) -> Trained:
         held_out=held_out,
         held_out_examples=held_out_examples,
         curve=watch.curve,
+        held_out_curve=watch.held_out_curve(),
         train_loss=sum(record["loss"] for record in last) / len(last) if last else None,
         eval_loss=watch.last_eval_loss,
         tokens=collator.tokens,

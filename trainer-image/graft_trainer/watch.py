@@ -140,6 +140,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 f"  {eta} s left" if eta is not None else "",
             )
 
+    def held_out_curve(self) -> list[dict[str, float]]:
+        """The held-out losses, {step, evalLoss}, in the order in which they were measured."""
+        return [{"step": event["step"], "evalLoss": event["evalLoss"]} for event in self.events if "evalLoss" in event]
+
     def precise(self) -> bool:
         """In fp16 the scaler skips steps whose gradients overflow; an infinite norm is no sign of divergence there."""
         return self.resolved.precision != "fp16"

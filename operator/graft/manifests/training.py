@@ -42,7 +42,7 @@ METHOD_LABEL = "graft.dev/method"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 GRACE_SECONDS = 120  # for the last checkpoint; clouds give spot nodes 30 to 120 seconds
-PREPARE_RESOURCES = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
+PREPARE_RESOURCES = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Geometry:
     vocab: int
     tied: bool
     architecture: str
+    dtype: str  # of the weights in the files
 
     @property
     def embeddings(self) -> int:
@@ -88,6 +89,7 @@ def geometry(facts: ModelFacts) -> Geometry:
         vocab=vocab,
         tied=bool(facts.tied_embeddings),
         architecture=facts.architecture or "",
+        dtype=facts.dtype or "",
     )
 
 

@@ -157,10 +157,10 @@ def _doublings(limit: int) -> set[int]:
 
 
 def host_memory(recipe: Recipe, setup: Setup, gpus: int) -> int:
-    """Bytes that a pod with GPUs needs beside them: the weights once, as they are read or gathered, and a checkpoint (trained
+    """Bytes that a pod with GPUs needs beside them: the weights as they are loaded, and a checkpoint (trained
     weights and the optimizer's state) on its way to storage. Whole GiB."""
     checkpoint = 12 * trained_parameters(recipe.shape, setup) // max(1, setup.shards) * max(1, gpus)
-    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup) + checkpoint
+    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup, max(1, gpus)) + checkpoint
     return -(-needed // GIB) * GIB
 
 

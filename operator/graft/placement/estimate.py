@@ -17,6 +17,8 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "adafactor": 0.05
 # offset (Dettmers et al. 2023, QLoRA, section 3).
 QUANT_BLOCK, SECOND_BLOCK = 64, 256
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 CUDA_CONTEXT = 700 * MIB  # the context, the kernels of torch and cuBLAS's workspaces
 NCCL = GIB  # buffers of the channels between GPUs
 FRAGMENTATION = 0.05  # of what is allocated: the caching allocator's blocks that are not full
@@ -72,6 +74,12 @@ def trained_parameters(shape: Geometry, setup: Setup) -> int:
     return shape.parameters
 
 
-def loaded_bytes(shape: Geometry, setup: Setup) -> int:
-    """Bytes of the whole model as it is loaded, before it is quantised or spread."""
-    return shape.parameters * (4 if setup.method.full is not None else WIDTH[setup.precision])
+def loaded_bytes(shape: Geometry, setup: Setup, processes: int) -> int:
+    """Bytes of host memory that the weights of a pod's processes take while they are loaded.
+
+    A process maps the files, which all share, and hands the weights to its GPU one by one; with fsdp it holds the whole
+    model first, and where the type is another than the files' that is a copy of its own.
+    """
+    dtype = "float32" if setup.method.full is not None else DTYPES[setup.precision]
+    copies = processes if setup.sharding == "fsdp" and shape.dtype != dtype else 1
+    return shape.parameters * WIDTH[dtype] * copies

@@ -24,6 +24,7 @@ from graft.reconcile.access import Trouble
 from graft.status import condition, duration, find
 
 KIND = "FineTuneJob"
+MUCH_TRUNCATED = 0.1  # share of the examples
 STAGES = ("Preparing", "Training", "Evaluating", "Publishing")
 
 
@@ -177,7 +178,7 @@ def _succeeded(world: World) -> Condition:
         # The file is the init container's until the first record of training.
         stage = world.progress.stage if world.progress is not None else _stage_before(world)
         stage = stage if stage in STAGES[1:] else "Training"
-        return condition(KIND, "Succeeded", "Unknown", stage, f"pod {pods.name(newest)}")
+        return condition(KIND, "Succeeded", "Unknown", stage, f"{_truncation(world)}pod {pods.name(newest)}")
     if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
         return condition(KIND, "Succeeded", "Unknown", "Preparing", "dataset, access and base model are checked")
     return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
@@ -195,6 +196,13 @@ def _held(world: World) -> Condition | None:
     where = f"the checkpoint of step {kept[-1].step}" if kept else "the beginning: there is no checkpoint yet"
     text = f"spec.suspend is true; set to false it goes on from {where}"
     return condition(KIND, "Succeeded", "Unknown", "Suspended", text)
+
+
+def _truncation(world: World) -> str:
+    """A word on examples that lose their end, while there is time to stop the run."""
+    found = world.progress.dataset if world.progress is not None else world.job.status.dataset
+    share = found.truncated_share if found is not None else 0.0
+    return f"{share:.0%} of the examples are cut to training.maxLength; " if share > MUCH_TRUNCATED else ""
 
 
 def _stage_before(world: World) -> str:

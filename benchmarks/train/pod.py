@@ -1,0 +1,36 @@
+"""The training pod's second container, python -m graft_trainer train, with the clock beside it.
+
+python -m benchmarks.train.pod CLOCK.jsonl, with the environment of runs.Pod.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import graft_trainer.__main__ as container
+
+
+def with_clock(path: str, stage: Callable[[str], Callable[[Any], None]]) -> Callable[[str], Callable[[Any], None]]:
+    def clocked(command: str) -> Callable[[Any], None]:
+        run_stage = stage(command)
+
+        def run(attempt: Any) -> None:
+            # Only now: the container has set the libraries' environment.
+            from transformers import trainer
+
+            from benchmarks.train.clock import StepClock
+
+            trainer.DEFAULT_CALLBACKS.append(StepClock(path))
+            run_stage(attempt)
+
+        return run
+
+    return clocked
+
+
+if __name__ == "__main__":
+    container.stage = with_clock(sys.argv[1], container.stage)  # type: ignore[assignment]
+    code = container.main(["train"])
+    sys.stdout.flush()
+    os._exit(code)

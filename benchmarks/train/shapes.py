@@ -1,0 +1,44 @@
+"""Models of random weights in the shapes that the benchmarks need; what they learn does not matter, what they cost does."""
+
+import json
+import shutil
+from pathlib import Path
+
+from benchmarks.train.recipe import MODEL
+
+# hidden size, intermediate size, layers, attention heads, key-value heads
+SMALL = (512, 1408, 6, 8, 8)  # 20 million parameters: a checkpoint of full tuning has 240 MB
+SEVEN = (4096, 11008, 32, 32, 32)  # Llama 2 7B
+
+
+def make(folder: Path, shape: tuple[int, int, int, int, int], *, dtype: str = "float32") -> Path:
+    """A Llama with random weights and the quickstart's tokenizer; in the 7B shape with Llama 2's vocabulary and context, for
+    the head's share of the work."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, shared = shape
+    config = LlamaConfig.from_dict(
+        json.loads((MODEL / "config.json").read_text())
+        | {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": shared,
+            "head_dim": hidden // heads,
+            "dtype": dtype,
+        }
+    )
+    if shape == SEVEN:
+        config.vocab_size, config.max_position_embeddings, config.tie_word_embeddings = 32000, 4096, False
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        LlamaForCausalLM(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(previous)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder

@@ -1,0 +1,63 @@
+"""Steps per second of the training pod, with progress and checkpoints, against a plain transformers and peft script and
+against trl's SFTTrainer: the same recipe, seed and machine, interleaved."""
+
+import statistics
+from typing import Any
+
+from benchmarks.train.recipe import Recipe
+from benchmarks.train.results import ratio, show, spread, verdict, write
+from benchmarks.train.runs import Timeline, World, difference
+
+LEAST = 0.98
+CLOSE = {"fp32": 1e-4, "bf16": 1e-2}  # largest difference of two loss curves; in bf16 trl rounds the adapter, too
+
+
+def measure(world: World, recipe: Recipe, rounds: int, name: str = "train-steps") -> dict[str, Any]:
+    """Run all variants `rounds` times; what was found."""
+    world.provide(recipe)
+    variants = {
+        "graft": lambda: world.pod(recipe, save_steps=max(1, recipe.max_steps // 3)),
+        "transformers + peft": lambda: world.plain(recipe, "benchmarks.train.plain"),
+        "trl": lambda: world.plain(recipe, "benchmarks.train.plain_trl"),
+    }
+    found: dict[str, list[Timeline]] = {variant: [] for variant in variants}
+    for number in range(rounds):
+        # Each goes first in turn: what a run leaves warm or hot is not always the next one's.
+        order = list(variants)[number % 3 :] + list(variants)[: number % 3]
+        for variant in order:
+            found[variant].append(variants[variant]())
+            print(
+                f"  round {number + 1}/{rounds}  {variant}: {found[variant][-1].steps_per_second:.3f} steps/s",
+                flush=True,
+            )
+    speeds = {variant: [run.steps_per_second for run in runs] for variant, runs in found.items()}
+    cpu = {variant: [run.cpu_per_step for run in runs] for variant, runs in found.items()}
+    others = [variant for variant in variants if variant != "graft"]
+    ratios = {variant: ratio(speeds["graft"], speeds[variant]) for variant in others}
+    apart = {
+        variant: max(difference(*pair) for pair in zip(found["graft"], found[variant], strict=True))
+        for variant in others
+    }
+    result = {
+        "recipe": vars(recipe),
+        "stepsPerSecond": speeds,
+        "cpuSecondsPerStep": cpu,
+        "medians": {variant: statistics.median(values) for variant, values in speeds.items()},
+        "ratios": ratios,
+        "largestLossDifference": apart,
+        "met": all(value >= LEAST for value in ratios.values())
+        and all(value <= CLOSE[recipe.precision] for value in apart.values()),
+    }
+    write(name, result)
+    rows = [(f"{variant}, steps/s", spread(values)) for variant, values in speeds.items()]
+    rows += [(f"{variant}, CPU seconds a step", spread(values)) for variant, values in cpu.items()]
+    for variant in others:
+        rows.append((f"graft / {variant}", verdict(ratios[variant], LEAST, least=True)))
+        rows.append(
+            (
+                f"losses, graft and {variant}",
+                f"differ by at most {apart[variant]:.2e}, wanted at most {CLOSE[recipe.precision]:.0e}",
+            )
+        )
+    show(f"Steps per second ({recipe.method}, {recipe.max_steps} steps, {rounds} rounds)", rows)
+    return result

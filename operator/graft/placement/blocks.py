@@ -42,10 +42,6 @@ class Geometry:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
-    def head(self) -> int:
-        return self.vocab * self.hidden
-
-    @property
     def largest_block(self) -> int:
         """Values of one block, the unit that fully sharded training gathers."""
         return (self.parameters - self.embeddings) // (self.layers + self.encoder_layers)

@@ -182,5 +182,5 @@ def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:
             kind = GpuKind("GPU", memory, bf16=True)
             setup = recipe.setup(kind, gpus, 1, "fsdp" if gpus > 1 else None)
             if setup is not None and fit(recipe, setup, kind.usable) is not None:
-                return [*ways, f"it would fit on {gpus} GPU{'s' if gpus > 1 else ''} of {gigabytes} GB"]
+                return [*ways, f"the job would fit on {gpus} GPU{'s' if gpus > 1 else ''} of {gigabytes} GB"]
     return ways

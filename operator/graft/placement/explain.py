@@ -56,7 +56,7 @@ def too_small(recipe: Recipe, available: Sequence[NodeOffer]) -> str:
     """What is needed, what the cluster has, and what would do."""
     method, size = METHODS[recipe.method.name], recipe.shape.parameters / 1e9
     ways = alternatives(recipe, available)
-    remedy = "; ".join([*ways, "or lower training.maxLength, or say the resources in spec.resources"])
+    remedy = "; ".join([*ways, "else lower training.maxLength, or say the resources in spec.resources"])
     return f"{method} of {size:.1f} billion parameters {_need(recipe, available)}; {remedy}"
 
 

@@ -38,7 +38,6 @@ def train_evaluate_publish(run: Run) -> None:
     quieten()
     # Imported here because torch takes seconds to load, and a published version needs none of it.
     from graft_trainer.evaluate import evaluate
-    from graft_trainer.publish import publish
     from graft_trainer.train import train
 
     try:
@@ -46,6 +45,8 @@ def train_evaluate_publish(run: Run) -> None:
     except distributed.PartDone:
         return
     evaluated = evaluate(run, trained)
+    from graft_trainer.publish import publish  # with matplotlib, whose first import takes seconds that a GPU would wait
+
     publish(run, trained, evaluated)
 
 

@@ -6,14 +6,15 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, ManifestJob, digest
-from graft.artifacts.store import ObjectInfo, StoreError
+from graft.artifacts.store import StoreError
 from graft.contracts import WantedAdapter, engine_name
+from graft_server.agent.objects import Stream
 from kubernetes.aio.client import ApiClient, Configuration
 
 NAMESPACE = "team-a"
@@ -154,8 +155,17 @@ def _status(code: int, message: str) -> web.Response:
     return web.json_response({"kind": "Status", "code": code, "message": message}, status=code)
 
 
+def safetensors(seed: str, rank: int = 8, size: int = 1280) -> bytes:
+    """A LoRA of one module, whose bytes depend on the seed."""
+    inputs = max(1, size // (4 * rank))
+    data = (hashlib.sha256(seed.encode()).digest() * (rank * inputs // 8 + 1))[: rank * inputs * 4]
+    name = "base_model.model.layers.0.q_proj.lora_A.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [rank, inputs], "data_offsets": [0, len(data)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
 class MemoryStore:
-    """S3Store's read methods over a dict."""
+    """The agent's view of the object store, over a dict."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -163,6 +173,7 @@ class MemoryStore:
         self.cut: set[str] = set()  # keys whose bytes stop half way
         self.slow = 0.0  # seconds per chunk
         self.reads: list[str] = []
+        self.starts: list[tuple[str, int]] = []  # file, first byte
 
     def _at(self, key: str, bucket: str | None) -> bytes:
         assert bucket == "bucket"
@@ -176,26 +187,37 @@ class MemoryStore:
     def get(self, key: str, bucket: str | None = None) -> bytes:
         return self._at(key, bucket)
 
-    def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
-        return ObjectInfo(key, len(self._at(key, bucket)), "etag")
-
-    def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
+    def stream(self, key: str, bucket: str, start: int = 0) -> Stream:
         data = self._at(key, bucket)
-        data = data[: len(data) // 2] if key in self.cut else data
-        for start in range(0, len(data), 64):
+        self.starts.append((key.rpartition("/")[2], start))
+        return Stream(start, len(data), self._chunks(key, data, start))
+
+    def _chunks(self, key: str, data: bytes, start: int) -> Generator[bytes, None, None]:
+        end = start + (len(data) - start) // 2 if key in self.cut else len(data)
+        step = max(64, (end - start) // 20)
+        for first in range(start, end, step):
             if self.slow:
                 time.sleep(self.slow)
-            yield data[start : start + 64]
+            yield data[first : min(end, first + step)]
+        if key in self.cut:
+            raise StoreError("unavailable", f"{key}: the connection was cut")
 
     def publish(
-        self, name: str, *, rank: int = 8, config: dict[str, Any] | None = None, files: dict[str, bytes] | None = None
+        self,
+        name: str,
+        *,
+        rank: int | None = 8,
+        config: dict[str, Any] | None = None,
+        files: dict[str, bytes] | None = None,
+        size: int = 1280,
+        fields: dict[str, Any] | None = None,
     ) -> WantedAdapter:
-        """Puts a version there; what the operator would say is wanted."""
+        """Puts a version there, `fields` of its manifest changed; what the operator would say is wanted."""
         prefix = f"{NAMESPACE}/adapters/{name}/1.0.0/"
         document = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
         files = files or {
             "adapter_config.json": json.dumps({**document, "surprise": 1, **(config or {})}).encode(),
-            "adapter_model.safetensors": hashlib.sha256(name.encode()).digest() * 40,
+            "adapter_model.safetensors": safetensors(name, rank or 8, size),
         }
         manifest = Manifest(
             adapter=name,
@@ -212,7 +234,7 @@ class MemoryStore:
                 for key, data in files.items()
             ],
             created_at="2026-01-01T00:00:00Z",
-        )
+        ).model_copy(update=fields or {})
         for key, data in files.items():
             self.objects[prefix + key] = data
         self.objects[prefix + "manifest.json"] = manifest.to_bytes()
@@ -233,6 +255,9 @@ class FakeEngine:
         self.flat_errors = False
         self.refuse: dict[str, tuple[int, str]] = {}  # name -> status, message
         self.forget_answer: set[str] = set()  # loads that happen, but whose answer is lost
+        self.hang: set[str] = set()  # names whose load is never answered, and does not happen
+        self.awake = asyncio.Event()  # while it is not set no probe is answered
+        self.awake.set()
         self.running: list[str] = []
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []
@@ -261,6 +286,7 @@ class FakeEngine:
         return web.json_response({"object": "error", **error} if self.flat_errors else {"error": error}, status=status)
 
     async def _health(self, _: web.Request) -> web.Response:
+        await self.awake.wait()
         return web.Response(status=200 if self.healthy else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
@@ -287,6 +313,8 @@ class FakeEngine:
         body = await request.json()
         name, path = body["lora_name"], body["lora_path"]
         self.calls.append(f"load {name}")
+        if name in self.hang:
+            await asyncio.Event().wait()
         if name in self.refuse:
             return self.error(*self.refuse[name])
         if name in self.adapters:

@@ -1,13 +1,27 @@
 """What the agent decides, without anything running."""
 
+from dataclasses import replace
+
 import pytest
 from graft.contracts import Wanted, WantedAdapter, engine_name
 from graft_server.agent.adapterconfig import ConfigRejected, check_tokenizer_config, reduced_config
-from graft_server.agent.decide import Delete, Download, Load, Observed, Unload, decide
-from graft_server.agent.download import OnDisk
+from graft_server.agent.decide import (
+    Delete,
+    Discard,
+    Download,
+    Inspect,
+    Load,
+    Observed,
+    OnDisk,
+    Refuse,
+    Unload,
+    decide,
+)
 from graft_server.agent.engine import active_adapters, error_message
 from graft_server.agent.memory import Failures, Idleness, Readiness
+from graft_server.agent.reasons import AdapterReason
 from graft_server.agent.residency import resident_adapters
+from graft_server.agent.room import Capacity
 
 DIR = "/adapters"
 
@@ -30,29 +44,44 @@ def at(one: WantedAdapter) -> dict[str, str]:
     return {one.engine_name: f"{DIR}/{one.engine_name}"}
 
 
-def on(one: WantedAdapter) -> dict[str, str]:
-    return {one.engine_name: one.digest}
+def on(one: WantedAdapter, size: int = 0, used_at: float = 0) -> dict[str, OnDisk]:
+    return {one.engine_name: OnDisk(one.digest, size, used_at)}
+
+
+def sizes(*adapters: WantedAdapter, size: int = 10) -> dict[str, int]:
+    return {one.engine_name: size for one in adapters}
 
 
 @pytest.mark.parametrize(
     ("want", "seen", "actions"),
     [
         ([], Observed({}, {}), []),
-        ([A], Observed({}, {}), [Download(A)]),
-        ([A], Observed({}, None), [Download(A)]),  # the engine still loads its model: fetch meanwhile
+        ([A], Observed({}, {}), [Inspect(A)]),
+        ([A], Observed({}, {}, sizes=sizes(A)), [Download(A)]),
+        ([A], Observed({}, None, sizes=sizes(A)), [Download(A)]),  # the engine still loads its model: fetch meanwhile
         ([A], Observed(on(A), None), []),
         ([A], Observed(on(A), {}), [Load(A)]),
         ([A], Observed(on(A), at(A)), []),
-        ([A], Observed({}, at(A)), [Download(A)]),  # its files are lost, and an eviction would read them again
-        ([A], Observed({A.engine_name: "sha256:other"}, {}), [Download(A)]),
+        ([A], Observed({}, at(A), sizes=sizes(A)), [Download(A)]),  # an eviction would read its files again
+        ([A], Observed({A.engine_name: OnDisk("sha256:other")}, {}, sizes=sizes(A)), [Download(A)]),
         ([A], Observed(on(A), {A.engine_name: "/elsewhere"}), [Unload(A.engine_name)]),
-        ([A, B], Observed({}, {}, held_back=[A.engine_name]), [Download(B)]),
-        ([A, B], Observed({}, {}, busy=[A.engine_name]), [Download(B)]),
+        ([A], Observed({}, {A.engine_name: "/elsewhere"}), [Unload(A.engine_name)]),
+        ([A, B], Observed({}, {}, held_back=[A.engine_name], sizes=sizes(A, B)), [Download(B)]),
+        ([A, B], Observed({}, {}, busy=[A.engine_name], sizes=sizes(A, B)), [Download(B)]),
+        ([A, B], Observed({}, {}, sizes=sizes(B)), [Inspect(A), Download(B)]),  # there is enough room for both
         ([], Observed(on(A), at(A)), []),  # draining
         ([], Observed(on(A), at(A), drained=[A.engine_name]), [Unload(A.engine_name)]),
         ([], Observed(on(A), at(A), drained=[A.engine_name], busy=[A.engine_name]), []),
-        ([], Observed(on(A), {}), [Delete(A.engine_name)]),
-        ([], Observed(on(A), None), []),  # what the engine still reads is unknown
+        ([], Observed(on(A), {}), []),  # kept for a quick way back
+        ([], Observed(on(A, 10), {}, capacity=Capacity(9, 9)), [Delete(A.engine_name)]),
+        ([], Observed(on(A, 10), at(A), capacity=Capacity(9, 9)), []),  # the engine may read it again
+        ([], Observed(on(A, 10), None, capacity=Capacity(9, 9)), []),  # what the engine still reads is unknown
+        ([A], Observed(on(B, 10), {}, sizes=sizes(A), capacity=Capacity(15, 15)), [Delete(B.engine_name)]),
+        ([A], Observed(on(B, 10), None, sizes=sizes(A), capacity=Capacity(15, 15)), []),  # there will be room
+        ([A], Observed(on(B, 10), at(B), sizes=sizes(A), capacity=Capacity(15, 15)), []),  # when it has drained
+        ([], Observed({}, {}, partial=[A.engine_name]), [Discard(A.engine_name)]),
+        ([A], Observed({}, {}, partial=[A.engine_name], sizes=sizes(A)), [Download(A)]),
+        ([A], Observed(on(A), at(A), partial=[A.engine_name]), [Discard(A.engine_name)]),
         ([], Observed({}, {"base": "/models/base", "someone-elses": "/x"}, drained=["someone-elses"]), []),
     ],
 )
@@ -60,10 +89,64 @@ def test_decisions(want: list[WantedAdapter], seen: Observed, actions: list[obje
     assert decide(wanted(*want), seen, DIR) == actions
 
 
+def names(actions: list[object], kind: type) -> list[str]:
+    return [action.name for action in actions if isinstance(action, kind)]  # type: ignore[attr-defined]
+
+
+def test_the_last_ones_do_not_fit_and_no_other_suffers() -> None:
+    c = adapter("c", "c")
+    gib = 1 << 30
+    seen = Observed(on(A, gib), at(A), sizes=sizes(B, c, size=gib), capacity=Capacity(5 * gib // 2, 0))
+    actions = decide(wanted(A, B, c), seen, DIR)
+    assert names(actions, Download) == [B.engine_name] and names(actions, Refuse) == [c.engine_name]
+    refusal = next(action for action in actions if isinstance(action, Refuse))
+    assert refusal.message.startswith("it needs 1.00 GiB, and 0.50 GiB of 2.50 GiB are left for it: attach fewer")
+
+
+def test_where_room_is_short_nobody_takes_that_of_one_before_it() -> None:
+    seen = Observed({}, {}, sizes=sizes(B), capacity=Capacity(15, 15))
+    assert decide(wanted(A, B), seen, DIR) == [Inspect(A)]  # it may be as large, and it is wanted first
+    failed = Observed(
+        {}, {}, sizes=sizes(B), capacity=Capacity(15, 15), failed=[A.engine_name], held_back=[A.engine_name]
+    )
+    assert decide(wanted(A, B), failed, DIR) == [Download(B)]  # but nobody waits for one that cannot be had
+
+
+def test_kept_versions_make_room_the_least_recently_used_first() -> None:
+    old, older, loaded_one = adapter("old", "1"), adapter("older", "2"), adapter("loaded", "3")
+    there = {**on(old, 10, used_at=200), **on(older, 10, used_at=100), **on(loaded_one, 10, used_at=1)}
+    room = Observed(there, at(loaded_one), sizes=sizes(A), capacity=Capacity(35, 35))
+    assert decide(wanted(A), room, DIR) == [Delete(older.engine_name)]  # first the room, then the download
+    then = Observed({**on(old, 10), **on(loaded_one, 10)}, at(loaded_one), sizes=sizes(A), capacity=Capacity(35, 35))
+    assert decide(wanted(A), then, DIR) == [Download(A)]
+    assert decide(wanted(old), then, DIR) == [Load(old)]  # a roll-back needs no download
+
+
+def test_one_deletion_is_seen_before_the_next_is_decided() -> None:
+    going, kept = adapter("going", "1"), adapter("kept", "2")
+    seen = Observed(
+        {**on(going, 10), **on(kept, 10)}, {}, busy=[going.engine_name], sizes=sizes(A), capacity=Capacity(25, 25)
+    )
+    assert decide(wanted(A), replace(seen, deleting=True), DIR) == []
+    assert decide(wanted(A), replace(seen, busy=()), DIR) == [Delete(going.engine_name)]
+
+
+def test_nothing_is_deleted_for_an_adapter_that_does_not_fit_even_then() -> None:
+    kept = adapter("kept", "1")
+    seen = Observed(on(kept, 10), {}, sizes=sizes(A, size=50), capacity=Capacity(40, 40))
+    actions = decide(wanted(A), seen, DIR)
+    assert names(actions, Refuse) == [A.engine_name] and names(actions, Delete) == []
+
+
+def test_room_that_a_running_download_will_fill_is_taken() -> None:
+    seen = Observed({}, {}, busy=[A.engine_name], sizes=sizes(A, B), capacity=Capacity(15, 15))
+    assert names(decide(wanted(A, B), seen, DIR), Refuse) == [B.engine_name]
+
+
 def test_a_new_version_is_loaded_while_the_old_one_drains() -> None:
     old, new = adapter("a", "1"), adapter("a", "2")
     seen = Observed({**on(old)}, at(old))
-    assert decide(wanted(new), seen, DIR) == [Download(new)]
+    assert decide(wanted(new), seen, DIR) == [Inspect(new)]
 
 
 CONFIG = b'{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"%s}'
@@ -85,7 +168,8 @@ def test_a_config_is_reduced_to_known_keys() -> None:
         (b', "auto_map": {"AutoModel": "x.Y"}', "auto_map"),
         (b', "use_dora": true', "DoRA"),
         (b', "bias": "all"', "bias"),
-        (b', "peft_type": "PROMPT_TUNING"', "only LORA"),
+        (b', "peft_type": "IA3"', "LORA and PROMPT_TUNING"),
+        (b', "peft_type": "PROMPT_TUNING"', "num_virtual_tokens is None"),
         (b', "r": 4', "manifest.json says rank 8"),
         (b', "r": true', "not a rank"),
         (b', "rank_pattern": {"q_proj": 64}', "rank 64 is above"),
@@ -96,6 +180,13 @@ def test_a_config_is_reduced_to_known_keys() -> None:
 def test_a_config_that_may_not_be_served(more: bytes, words: str) -> None:
     with pytest.raises(ConfigRejected, match=words):
         reduced_config(CONFIG % more, 8, 16)
+
+
+def test_a_tuned_prompts_config_is_reduced_too() -> None:
+    config = (
+        b'{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8, "prompt_tuning_init": "TEXT", "tokenizer_kwargs": {}}'
+    )
+    assert reduced_config(config, None, 8) == {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
 
 
 def test_a_tokenizer_that_names_code_is_refused() -> None:
@@ -132,13 +223,30 @@ def test_both_shapes_of_errors(body: bytes, message: str) -> None:
 
 def test_back_off_per_adapter() -> None:
     failures = Failures()
-    waits = [failures.add("a", "R", "m", permanent=False, now=0).retry_at for _ in range(9)]
+    waits = [failures.add("a", AdapterReason.STORAGE_UNAVAILABLE, "m", 0).retry_at for _ in range(9)]
     assert 0.7 <= waits[0] <= 1 and 21 <= waits[-1] <= 30
-    failures.add("b", "R", "m", permanent=True, now=0)
-    assert failures.held_back(5) == {"a", "b"} and failures.held_back(100) == frozenset()
+    seldom = [failures.add("b", AdapterReason.DIGEST_MISMATCH, "m", 0).retry_at for _ in range(9)]
+    assert 7 <= seldom[0] <= 10 and 420 <= seldom[-1] <= 600
+    assert failures.held_back(5) == {"a", "b"} and failures.held_back(700) == frozenset()
+    failures.retry_now({AdapterReason.DIGEST_MISMATCH})
+    assert failures.held_back(0) == {"a"}
     failures.retry_now()
     assert failures.held_back(0) == frozenset()
     assert failures.get("b") is not None  # still to be told
+    assert failures.add("a", AdapterReason.STORAGE_UNAVAILABLE, "m", 0).retry_at <= 1  # from the start again
+
+
+def test_a_store_that_asks_for_patience_gets_it_within_reason() -> None:
+    failures = Failures()
+    assert failures.add("a", AdapterReason.STORAGE_THROTTLED, "m", 0, retry_after=17).retry_at == 17
+    assert failures.add("b", AdapterReason.STORAGE_THROTTLED, "m", 0, retry_after=86400).retry_at == 120
+
+
+def test_what_is_found_at_every_look_is_news_once() -> None:
+    failures = Failures()
+    assert failures.note("a", AdapterReason.DISK_FULL, "needs 10, has 5")
+    assert not failures.note("a", AdapterReason.DISK_FULL, "needs 10, has 6")
+    assert failures.held_back(0) == frozenset()
 
 
 def test_idle_means_idle_all_the_time() -> None:
@@ -172,16 +280,18 @@ def test_readiness_is_latched_per_start_of_the_engine() -> None:
 
 def test_an_adapter_that_failed_for_good_does_not_keep_the_pod_from_serving_the_others() -> None:
     failures = Failures()
-    failures.add(B.engine_name, "StorageUnavailable", "m", permanent=False, now=0)
+    failures.add(B.engine_name, AdapterReason.STORAGE_UNAVAILABLE, "m", 0)
     one = Readiness()
     assert not ready(one, wanted(A, B), at(A), failures)
-    failures.add(B.engine_name, "DigestMismatch", "m", permanent=True, now=0)
+    failures.add(B.engine_name, AdapterReason.CREDENTIALS_INVALID, "m", 0)
+    assert not ready(one, wanted(A, B), at(A), failures)  # it would take the place of a pod that has its adapters
+    failures.add(B.engine_name, AdapterReason.DIGEST_MISMATCH, "m", 0)
     assert ready(one, wanted(A, B), at(A), failures)
 
 
 def test_residency_says_what_is_so() -> None:
     failures = Failures()
-    failures.add(B.engine_name, "DigestMismatch", "changed", permanent=True, now=0)
+    failures.add(B.engine_name, AdapterReason.DIGEST_MISMATCH, "changed", 0)
     gone, fresh = adapter("gone", "c"), adapter("fresh", "d")
     listed = resident_adapters(
         wanted(A, B, fresh),

@@ -12,8 +12,8 @@ from engine_world import BASE, expected, make_adapter, make_base, running
 from graft.contracts import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget, Wanted, WantedAdapter
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.settings import Settings
-from serving_world import eventually, listening
-from test_agent_loop import Pod
+from unit.agent_world import Pod
+from unit.serving_world import eventually, listening
 
 PROMPT = {"prompt": "hello", "temperature": 0, "max_tokens": 12}
 
@@ -70,7 +70,7 @@ async def test_from_storage_to_the_clients_answer(tmp_path: Path) -> None:
                 await pod.state(support, "Draining")
                 text = await response.read()
                 assert text.rstrip().endswith(b"data: [DONE]") and b'"error"' not in text
-            await eventually(lambda: not list(pod.dir.iterdir()))
+            await eventually(lambda: pod.one(support) is None)
             async with session.post(url, json=body) as response:
                 assert response.status == 503 and response.headers["Retry-After"]
         await pod.kill()

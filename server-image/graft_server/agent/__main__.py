@@ -10,9 +10,9 @@ import aiohttp
 from aiohttp import web
 
 from graft_server.agent.agent import Agent
-from graft_server.agent.download import Storage
 from graft_server.agent.engine import EngineClient
 from graft_server.agent.fetchbase import fetch_base
+from graft_server.agent.objects import Storage
 from graft_server.agent.residency import Publisher
 from graft_server.agent.server import application
 from graft_server.agent.settings import Settings, parse
@@ -30,6 +30,8 @@ def main() -> None:
         sys.exit(fetch_base(arguments[1:]))
     settings = parse(arguments)
     logging.getLogger().setLevel(settings.log_level)
+    # boto3 keeps ten connections and warns of each further one that it closes after use.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     code = asyncio.run(serve(settings))
     sys.stdout.flush()
     os._exit(code)  # a download's thread that waits for the network would hold the exit back
@@ -45,15 +47,19 @@ async def serve(settings: Settings) -> int:
     client = await api_client()
     configmaps = ConfigMaps(client, settings.namespace)
     publisher = Publisher(configmaps, settings.residency_configmap, settings.pod_name)
+    storage = Storage(settings.storage_dir, stall_seconds=settings.stall_seconds)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         agent = Agent(
             pod=settings.pod_name,
             pod_uid=settings.pod_uid,
             adapters_dir=settings.adapters_dir,
             base_model_name=settings.base_model_name,
-            engine=EngineClient(session, settings.engine_url),
-            open_store=Storage(settings.storage_dir),
+            engine=EngineClient(session, settings.engine_url, load_seconds=settings.load_timeout_seconds),
+            open_store=storage,
+            storage_changed=storage.changed,
             publish=publisher.publish,
+            cache_bytes=settings.cache_bytes,
+            max_adapter_bytes=settings.max_adapter_bytes,
         )
         selector = {"fieldSelector": f"metadata.name={settings.wanted_configmap}"}
         follower = Follower(configmaps, selector, agent.want)

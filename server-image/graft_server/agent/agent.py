@@ -1,43 +1,35 @@
 """The agent's loop: look at what is wanted and what is there, decide, act. Level-triggered: an event only wakes it.
 
-It can be killed after any instruction. Nothing it remembers is needed to go on: the files on disk are complete or are
-cleaned away, and what is loaded is asked of the engine.
+It can be killed after any instruction. Nothing it remembers is needed to go on: the files on disk are complete, or the part of a
+download, or are cleaned away, and what is loaded is asked of the engine.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
-from graft.artifacts.store import S3Store
 from graft.contracts import WANTED_KEY, Residency, Wanted, WantedAdapter
 from pydantic import ValidationError
 
-from graft_server.agent import decide as decisions
-from graft_server.agent.decide import Action, Delete, Download, Load, Observed, Unload, decide, path_of
-from graft_server.agent.download import (
-    AdapterError,
-    NotWanted,
-    clean_partials,
-    complete_folders,
-    delete_adapter,
-    fetch_adapter,
-)
-from graft_server.agent.engine import EngineClient, EngineDown, EngineRefused, active_adapters, process_start
-from graft_server.agent.memory import Failures, Idleness, Readiness
+from graft_server.agent.decide import Observed, decide, loaded, unwanted_in_engine
+from graft_server.agent.engine import EngineClient
+from graft_server.agent.engineview import EngineView
+from graft_server.agent.folders import Contents, Folders
+from graft_server.agent.memory import Failures, Idleness
 from graft_server.agent.metrics import Metrics
+from graft_server.agent.objects import Objects
+from graft_server.agent.reasons import OF_STORAGE
 from graft_server.agent.residency import resident_adapters
+from graft_server.agent.room import Capacity, capacity
+from graft_server.agent.settings import MAX_ADAPTER_BYTES
+from graft_server.agent.work import Work
 from graft_server.configmaps import Snapshot
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-PARALLEL = 4  # downloads at once, and as many loads
-TOLERATED_MISSES = 3  # answers that may time out in a row before the operator is told that the engine is away
 
 
 class Agent:
@@ -51,39 +43,40 @@ class Agent:
         adapters_dir: Path,
         base_model_name: str | None,
         engine: EngineClient,
-        open_store: Callable[[], S3Store],
+        open_store: Callable[[], Objects],
+        storage_changed: Callable[[], bool],
         publish: Callable[[Residency], None],
+        cache_bytes: int | None = None,
+        max_adapter_bytes: int = MAX_ADAPTER_BYTES,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.metrics = Metrics()
         self._pod, self._pod_uid = pod, pod_uid
-        self._dir = adapters_dir
-        self._base = base_model_name
-        self._engine = engine
-        self._open_store = open_store
+        self._dir = str(adapters_dir)
+        self._storage_changed = storage_changed
         self._publish = publish
+        self._cache_bytes = cache_bytes
         self._poll = poll_seconds
         self._wanted: Wanted | None = None
-        self._models: dict[str, str] | None = None  # what the engine listed last
-        self._answering = False
-        self._why_not = "the engine was not asked yet"
-        self._gone = False
-        self._misses = 0
-        self._process: float | None = None
-        self._engine_started: str | None = None
+        self._folders = Folders(adapters_dir)
+        self._contents = Contents()
         self._failures = Failures()
         self._idleness = Idleness()
-        self._readiness = Readiness()
-        self._began: dict[str, float] = {}
-        self._load_seconds: dict[str, float] = {}
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._engine = EngineView(engine, base_model_name, self._dir, self.metrics, self._failures)
         self._wake = asyncio.Event()
-        self._observing = asyncio.Lock()
-        self._observed_at = float("-inf")
         self._looped_at = time.monotonic()
-        self._threads = ThreadPoolExecutor(PARALLEL, thread_name_prefix="download")
-        self._loads = asyncio.Semaphore(PARALLEL)
-        self._stopping = False
+        self._work = Work(
+            self._folders,
+            engine,
+            open_store,
+            max_adapter_bytes,
+            self.metrics,
+            self._failures,
+            still_wanted=self._still_wanted,
+            max_rank=lambda: self._wanted.max_lora_rank if self._wanted else 0,
+            engine_died=self._engine.died,
+            ended=self._wake.set,
+        )
 
     # What wakes it
 
@@ -99,15 +92,16 @@ class Agent:
             if wanted != self._wanted:
                 names = [adapter.engine_name for adapter in wanted.adapters]
                 log.info("%d adapters are wanted", len(names), extra={"adapters": names})
+                if self._wanted is None or wanted.max_lora_rank != self._wanted.max_lora_rank:
+                    self._work.forget_all_but(())  # they were inspected for another rank
                 self._wanted = wanted
                 self._failures.retry_now()
                 self._wake.set()
 
     async def run(self) -> None:
         """Loops until it is cancelled."""
-        self._dir.mkdir(parents=True, exist_ok=True)
-        if leftovers := clean_partials(self._dir):
-            log.info("removed what an earlier run left behind", extra={"folders": leftovers})
+        if graves := self._folders.open():
+            log.info("finished deletions that an earlier run began", extra={"folders": graves})
         while True:
             self._wake.clear()
             try:
@@ -124,11 +118,8 @@ class Agent:
                 continue
 
     def stop(self) -> None:
-        """Let no download go on."""
-        self._stopping = True
-        for task in self._running.values():
-            task.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Let nothing go on."""
+        self._work.stop()
 
     # What others ask
 
@@ -139,219 +130,97 @@ class Agent:
 
     async def not_ready(self) -> str | None:
         """Why the pod may get no traffic, asked of the engine now; None when it may."""
-        if time.monotonic() - self._observed_at > 0.5:
-            await self.observe()
+        if self._engine.stale:
+            await self._observe()
         if self._wanted is None:
             return "what is wanted was not read yet"
-        if not self._answering:
-            return self._why_not
-        if not self._ready:
-            return "waiting for adapters: " + ", ".join(self._missing())
+        if not self._engine.answering:
+            return self._engine.why_not
+        if not self._engine.ready(self._wanted):
+            missing = [a.adapter for a in self._wanted.adapters if not loaded(a, self._engine.models, self._dir)]
+            return "waiting for adapters: " + ", ".join(missing)
         return None
 
     # One round
 
     async def tick(self) -> None:
         """Look, decide, start what is to be done, tell."""
-        busy = set(self._running)  # before looking: what ends meanwhile may not be in the picture yet
-        await self.observe()
-        wanted, engine = self._wanted, self._models if self._answering else None
-        if wanted is not None:
-            on_disk = complete_folders(self._dir)
-            now = time.monotonic()
-            leaving = decisions.unwanted_in_engine(wanted, engine or {})
-            self._idleness.see(leaving, await self._active() if leaving else frozenset(), now)
-            self._failures.keep_only(
-                {adapter.engine_name for adapter in wanted.adapters} | set(on_disk) | set(self._models or {})
-            )
-            seen = Observed(
-                on_disk={name: folder.digest for name, folder in on_disk.items()},
-                engine=engine,
-                busy=busy | set(self._running),
-                held_back=self._failures.held_back(now),
-                drained=self._idleness.drained(wanted.drain_seconds, now),
-            )
-            for action in decide(wanted, seen, str(self._dir)):
-                self._start(action)
-        self._tell()
+        busy, deleting = (
+            self._work.running,
+            self._work.deleting,
+        )  # what ends during the look may not be in the picture yet
+        await self._observe()
+        self._contents = self._folders.contents()
+        room = self._capacity()
+        if self._storage_changed():
+            log.info("the storage Secret has changed; what failed for it is tried again")
+            self._failures.retry_now(OF_STORAGE)
+        if self._wanted is not None:
+            await self._step(self._wanted, busy, deleting, room)
+        self._tell(room)
 
-    async def observe(self) -> None:
-        """Ask the engine what it is and has."""
-        async with self._observing:
-            before = (self._ready, self._engine_started)
-            try:
-                models = await self._engine.models()
-            except EngineDown as error:
-                self._answering, self._why_not = False, f"the engine does not answer: {error}"
-                self._gone = self._gone or error.gone
-                self._misses += 1
-                if error.gone or self._misses >= TOLERATED_MISSES:
-                    self._models = None
-            else:
-                await self._see(models)
-            self._observed_at = time.monotonic()
-            self.metrics.engine_up.set(self._answering)
-            if before != (self._ready, self._engine_started):
-                self._wake.set()
-
-    async def _see(self, models: dict[str, str]) -> None:
-        other = self._gone and await self._another_process()
-        if self._readiness.restarted(self._wanted, models, str(self._dir), self._running, other):
-            self._process = await self._process_start()
-            started = datetime.fromtimestamp(self._process or time.time(), UTC).isoformat(timespec="milliseconds")
-            log.info("the engine started", extra={"engine_started": started, "models": sorted(models)})
-            self.metrics.restarts.inc()
-            self._readiness.start()
-            self._engine_started = started
-            self._load_seconds.clear()
-        self._gone, self._misses, self._models = False, 0, models
-        self._answering = self._base is None or self._base in models
-        if not self._answering:
-            self._why_not = f"the engine does not serve {self._base}: it lists {', '.join(sorted(models)) or 'nothing'}"
-        self._readiness.see(self._wanted, models, str(self._dir), self._failures)
-
-    async def _process_start(self) -> float | None:
-        try:
-            return process_start(await self._engine.exposition())
-        except (EngineDown, ValueError):
-            return None
-
-    async def _another_process(self) -> bool:
-        now = await self._process_start()
-        return now is None or now != self._process
-
-    async def _active(self) -> frozenset[str] | None:
-        try:
-            return active_adapters(await self._engine.exposition())
-        except (EngineDown, ValueError) as error:
-            log.warning("what runs in the engine is not known, so nothing is unloaded: %s", error)
-            return None
-
-    @property
-    def _ready(self) -> bool:
-        if self._models is None or self._wanted is None or (self._base is not None and self._base not in self._models):
-            return False
-        return self._readiness.complete
-
-    def _missing(self) -> list[str]:
-        adapters = self._wanted.adapters if self._wanted else []
-        return [a.adapter for a in adapters if not decisions.loaded(a, self._models, str(self._dir))]
-
-    def _tell(self) -> None:
-        on_disk = complete_folders(self._dir)
-        adapters = resident_adapters(
-            self._wanted, self._models, str(self._dir), on_disk, self._running, self._failures, self._load_seconds
+    async def _step(self, wanted: Wanted, busy: frozenset[str], deleting: bool, room: Capacity) -> None:
+        engine = self._engine.models if self._engine.answering else None
+        there = self._contents
+        now = time.monotonic()
+        leaving = unwanted_in_engine(wanted, engine or {})
+        self._idleness.see(leaving, await self._engine.active() if leaving else frozenset(), now)
+        names = {adapter.engine_name for adapter in wanted.adapters}
+        self._failures.keep_only(names | set(there.complete) | set(self._engine.models or {}))
+        self._work.forget_all_but(names)
+        seen = Observed(
+            on_disk=there.complete,
+            engine=engine,
+            busy=busy | self._work.running,
+            held_back=self._failures.held_back(now),
+            failed=self._failures.names,
+            drained=self._idleness.drained(wanted.drain_seconds, now),
+            sizes={name: version.size_bytes for name, version in self._work.versions.items()},
+            partial=there.partial,
+            capacity=room,
+            deleting=deleting,
         )
+        for action in decide(wanted, seen, self._dir):
+            self._work.start(action)
+
+    async def _observe(self) -> None:
+        if await self._engine.observe(self._wanted, self._work.running):
+            self._wake.set()
+
+    def _capacity(self) -> Capacity:
+        free, disk = self._folders.free_bytes()
+        return capacity(self._cache_bytes, self._contents.bytes, free, disk)
+
+    def _tell(self, room: Capacity) -> None:
+        wanted, there = self._wanted, self._contents
+        adapters = resident_adapters(
+            wanted,
+            self._engine.models,
+            self._dir,
+            there.complete,
+            self._work.running,
+            self._failures,
+            self._work.load_seconds,
+        )
+        names = {adapter.engine_name for adapter in wanted.adapters} if wanted else set()
+        kept = sum(folder.size_bytes for name, folder in there.complete.items() if name not in names)
         self.metrics.show(adapters)
-        self.metrics.ready.set(self._ready)
-        if self._wanted is None:
+        self.metrics.cache_bytes.labels("kept").set(kept)
+        self.metrics.cache_bytes.labels("wanted").set(there.bytes - kept)
+        self.metrics.cache_limit.set(room.total)
+        ready = self._engine.ready(wanted)
+        self.metrics.ready.set(ready)
+        if wanted is None:
             return
         self._publish(
             Residency(
                 pod=self._pod,
                 pod_uid=self._pod_uid,
-                ready=self._ready,
-                engine_started=self._engine_started,
+                ready=ready,
+                engine_started=self._engine.started,
                 adapters=adapters,
             )
         )
 
-    # Actions
-
-    def _start(self, action: Action) -> None:
-        name = action.name
-        task = asyncio.create_task(self._run(action), name=f"{type(action).__name__} {name}")
-        self._running[name] = task
-
-        def ended(_: asyncio.Task[None]) -> None:
-            self._running.pop(name, None)
-            self._wake.set()
-
-        task.add_done_callback(ended)
-
-    async def _run(self, action: Action) -> None:
-        name, verb = action.name, type(action).__name__.lower()
-        started = time.monotonic()
-        try:
-            await self._act(action)
-        except NotWanted:
-            log.info("%s is not wanted any more; its download ended", name)
-            return
-        except AdapterError as error:
-            self._failed(name, verb, error.reason, str(error), permanent=error.permanent)
-        except EngineDown as error:
-            self._failed(name, verb, "EngineUnavailable", str(error), permanent=False)
-        except EngineRefused as error:
-            down = await self._engine_died() if error.status >= 500 else None
-            if down:
-                self._failed(name, verb, "EngineUnavailable", f"{error}; then {down}", permanent=False)
-            else:
-                self._failed(name, verb, "EngineRejected", f"{error.status} {error}", permanent=True)
-        except Exception as error:
-            log.exception("%s of %s failed", verb, name)
-            self._failed(name, verb, "InternalError", repr(error), permanent=False)
-        else:
-            self._failures.clear(name)
-            seconds = round(time.monotonic() - started, 3)
-            log.info("%s of %s is done", verb, name, extra={"action": verb, "adapter": name, "seconds": seconds})
-
-    async def _engine_died(self) -> str | None:
-        try:
-            await self._engine.models()
-        except EngineDown as error:
-            return str(error)
-        return None
-
-    async def _act(self, action: Action) -> None:
-        started = time.monotonic()
-        match action:
-            case Download(adapter):
-                self._began.setdefault(action.name, started)
-                work = partial(
-                    fetch_adapter,
-                    self._open_store,
-                    adapter,
-                    self._wanted.max_lora_rank if self._wanted else 0,
-                    self._dir,
-                    partial(self._still_wanted, adapter),
-                )
-                folder = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-                self.metrics.bytes.inc(folder.size_bytes)
-                self.metrics.load_seconds.labels("download").observe(time.monotonic() - started)
-            case Load(adapter):
-                began = self._began.setdefault(action.name, started)
-                async with self._loads:
-                    await self._engine.load(action.name, path_of(str(self._dir), action.name))
-                now = time.monotonic()
-                self.metrics.load_seconds.labels("load").observe(now - started)
-                self.metrics.load_seconds.labels("all").observe(now - began)
-                self._load_seconds[action.name] = round(now - began, 3)
-                self._began.pop(action.name, None)
-            case Unload(name):
-                await self._engine.unload(name)
-                self.metrics.unloads.inc()
-                self._load_seconds.pop(name, None)
-            case Delete(name):
-                delete_adapter(self._dir, name)
-                self._began.pop(name, None)
-
     def _still_wanted(self, adapter: WantedAdapter) -> bool:
-        return not self._stopping and self._wanted is not None and adapter in self._wanted.adapters
-
-    def _failed(self, name: str, verb: str, reason: str, message: str, *, permanent: bool) -> None:
-        self.metrics.failures.labels(reason).inc()
-        failure = self._failures.add(name, reason, message, permanent=permanent, now=time.monotonic())
-        log.warning(
-            "%s of %s failed: %s",
-            verb,
-            name,
-            message,
-            extra={
-                "action": verb,
-                "adapter": name,
-                "reason": reason,
-                "permanent": permanent,
-                "attempt": failure.attempts,
-                "retry_seconds": round(failure.retry_at - time.monotonic(), 1),
-            },
-        )
+        return self._wanted is not None and adapter in self._wanted.adapters

@@ -8,7 +8,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5, sock_connect=2)
-CHANGE_TIMEOUT = aiohttp.ClientTimeout(total=300, sock_connect=2)  # the first load compiles kernels
+LOAD_SECONDS = 300.0  # the first load compiles kernels
 INFO = "vllm:lora_requests_info"
 ACTIVE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
@@ -19,6 +19,10 @@ class EngineDown(Exception):
     def __init__(self, message: str, *, gone: bool = False) -> None:
         super().__init__(message)
         self.gone = gone
+
+
+class EngineSlow(Exception):
+    """A change was asked for and the answer has not come in time. It may have been made, or may be later."""
 
 
 class EngineRefused(Exception):
@@ -78,9 +82,10 @@ def process_start(exposition: str) -> float | None:
 class EngineClient:
     """One engine."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, *, load_seconds: float = LOAD_SECONDS) -> None:
         self._session = session
         self._url = url.rstrip("/")
+        self._load_seconds = load_seconds
 
     async def models(self) -> dict[str, str]:
         """Healthy, and this is what it lists: name -> root path. EngineDown otherwise."""
@@ -124,10 +129,15 @@ class EngineClient:
         return body
 
     async def _change(self, path: str, body: Mapping[str, Any]) -> None:
+        limits = aiohttp.ClientTimeout(total=self._load_seconds, sock_connect=2)
         try:
-            async with self._session.post(self._url + path, json=body, timeout=CHANGE_TIMEOUT) as response:
+            async with self._session.post(self._url + path, json=body, timeout=limits) as response:
                 answer = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except aiohttp.ServerTimeoutError as error:
+            raise EngineDown(f"{path}: {error!r}") from error
+        except TimeoutError as error:
+            raise EngineSlow(f"{path}: the engine has not answered within {self._load_seconds:.0f} s") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise EngineDown(f"{path}: {error!r}") from error
         if response.status == 200:
             return

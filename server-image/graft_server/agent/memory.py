@@ -7,20 +7,26 @@ from dataclasses import dataclass, field
 from graft.contracts import Wanted
 
 from graft_server.agent.decide import loaded
+from graft_server.agent.reasons import FAILED, SELDOM, AdapterReason
 
-TRANSIENT = (1.0, 30.0)  # seconds before the first retry, and at most
-PERMANENT = (10.0, 60.0)
+SOON = (1.0, 30.0)  # seconds before the first retry, and at most
+LATE = (10.0, 600.0)  # where nothing changes by itself, but for bytes that something on the way has changed
+LONGEST_ASKED = 120.0  # of the seconds that a store asks for
 
 
 @dataclass
 class Failure:
     """The last failure of an adapter, kept until it succeeds: a retry that runs does not hide it."""
 
-    reason: str
+    reason: AdapterReason
     message: str
-    permanent: bool
     attempts: int
     retry_at: float
+
+    @property
+    def final(self) -> bool:
+        """Whether waiting does not help: nobody waits for the adapter."""
+        return self.reason in FAILED
 
 
 class Failures:
@@ -32,15 +38,30 @@ class Failures:
     def get(self, name: str) -> Failure | None:
         return self._by_name.get(name)
 
-    def add(self, name: str, reason: str, message: str, *, permanent: bool, now: float) -> Failure:
-        """Note a failure and when to try again."""
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._by_name)
+
+    def add(
+        self, name: str, reason: AdapterReason, message: str, now: float, *, retry_after: float | None = None
+    ) -> Failure:
+        """Note a failed action and when to try again: later each time, and not all pods at once."""
         before = self._by_name.get(name)
-        attempts = before.attempts + 1 if before and before.permanent == permanent else 1
-        first, most = PERMANENT if permanent else TRANSIENT
+        attempts = before.attempts + 1 if before and (before.reason in SELDOM) == (reason in SELDOM) else 1
+        first, most = LATE if reason in SELDOM else SOON
         delay = min(most, first * 2 ** min(attempts - 1, 10)) * random.uniform(0.7, 1.0)  # noqa: S311
-        failure = Failure(reason, message[:1000], permanent, attempts, now + delay)
+        delay = max(delay, min(retry_after or 0.0, LONGEST_ASKED))
+        failure = Failure(reason, message[:1000], attempts, now + delay)
         self._by_name[name] = failure
         return failure
+
+    def note(self, name: str, reason: AdapterReason, message: str) -> bool:
+        """Note what is found at every look, so nothing is held back for it; whether it is new."""
+        before = self._by_name.get(name)
+        if before is not None and before.reason == reason:
+            return False  # the first message stays: figures that change by the second would be news each time
+        self._by_name[name] = Failure(reason, message[:1000], 0, 0.0)
+        return True
 
     def clear(self, name: str) -> None:
         self._by_name.pop(name, None)
@@ -49,10 +70,11 @@ class Failures:
         """Forget all others."""
         self._by_name = {name: failure for name, failure in self._by_name.items() if name in names}
 
-    def retry_now(self) -> None:
-        """Something changed that may have cured them: no one waits any longer."""
+    def retry_now(self, reasons: Collection[AdapterReason] | None = None) -> None:
+        """Something changed that may have cured them, or those of such reasons: they wait no longer."""
         for failure in self._by_name.values():
-            failure.attempts, failure.retry_at = 0, 0.0
+            if reasons is None or failure.reason in reasons:
+                failure.attempts, failure.retry_at = 0, 0.0
 
     def held_back(self, now: float) -> frozenset[str]:
         """Names whose time to try again has not come."""
@@ -131,7 +153,7 @@ class Readiness:
             waiting = [
                 name
                 for name in self.required & set(by_name)
-                if name not in self.had and not ((failure := failures.get(name)) and failure.permanent)
+                if name not in self.had and not ((failure := failures.get(name)) and failure.final)
             ]
             self.complete = not waiting
         return self.complete

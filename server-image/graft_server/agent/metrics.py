@@ -25,6 +25,25 @@ class Metrics:
         self.bytes = Counter(
             "graft_agent_downloaded_bytes", "Bytes of verified adapters fetched.", registry=self.registry
         )
+        self.resumed_bytes = Counter(
+            "graft_agent_resumed_bytes", "Bytes that an earlier attempt had left on disk.", registry=self.registry
+        )
+        self.downloads = Counter(
+            "graft_agent_downloads",
+            "Downloads of versions that ended; result done, failed, or abandoned when no longer wanted.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.cache_bytes = Gauge(
+            "graft_agent_cache_bytes",
+            "Bytes on disk; use wanted, or kept of versions that are not wanted any more.",
+            ["use"],
+            registry=self.registry,
+        )
+        self.cache_limit = Gauge("graft_agent_cache_limit_bytes", "What the disk holds.", registry=self.registry)
+        self.evictions = Counter(
+            "graft_agent_evictions", "Kept versions that were deleted to make room.", registry=self.registry
+        )
         self.failures = Counter(
             "graft_agent_failures", "Actions that failed, by reason.", ["reason"], registry=self.registry
         )

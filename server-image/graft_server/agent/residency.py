@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 
 from graft.contracts import AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
 
-from graft_server.agent.decide import OUR_NAME, loaded, unwanted_in_engine
-from graft_server.agent.download import OnDisk
+from graft_server.agent.decide import OUR_NAME, OnDisk, loaded, unwanted_in_engine
 from graft_server.agent.memory import Failures
 from graft_server.configmaps import ConfigMaps, KubeError
 
@@ -35,7 +34,7 @@ def resident_adapters(
         state: AdapterState = "Pending"
         if loaded(adapter, engine, adapters_dir):
             state, failure = "Loaded", None
-        elif failure and failure.permanent:
+        elif failure and failure.final:
             state = "Failed"
         elif name in busy or name in on_disk:
             state = "Loading"

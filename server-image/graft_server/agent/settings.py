@@ -7,6 +7,11 @@ from pathlib import Path
 
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, STORAGE_DIR
 
+from graft_server.agent.engine import LOAD_SECONDS
+from graft_server.agent.objects import STALL_SECONDS
+
+MAX_ADAPTER_BYTES = 16 << 30
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -22,6 +27,10 @@ class Settings:
     storage_dir: Path
     port: int
     base_model_name: str | None
+    cache_bytes: int | None
+    max_adapter_bytes: int
+    stall_seconds: float
+    load_timeout_seconds: float
     log_level: str
 
 
@@ -43,6 +52,14 @@ def parse(arguments: list[str]) -> Settings:
     flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
     flag("port", str(AGENT_PORT), "of /readyz, /livez and /metrics")
     flag("base-model-name", "", "model that the engine must list to be ready; empty: not checked")
+    flag(
+        "cache-bytes",
+        "",
+        "limit of the adapters' files, kept older versions included; empty: what the disk has room for",
+    )
+    flag("max-adapter-bytes", str(MAX_ADAPTER_BYTES), "size from which a version is refused")
+    flag("stall-seconds", str(STALL_SECONDS), "without a byte after which a transfer is given up and resumed")
+    flag("load-timeout-seconds", str(LOAD_SECONDS), "that the engine has to load an adapter")
     flag("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR")
     values = vars(parser.parse_args(arguments))
     return Settings(
@@ -52,5 +69,9 @@ def parse(arguments: list[str]) -> Settings:
             "storage_dir": Path(values["storage_dir"]),
             "port": int(values["port"]),
             "base_model_name": values["base_model_name"] or None,
+            "cache_bytes": int(values["cache_bytes"]) if values["cache_bytes"] else None,
+            "max_adapter_bytes": int(values["max_adapter_bytes"]),
+            "stall_seconds": float(values["stall_seconds"]),
+            "load_timeout_seconds": float(values["load_timeout_seconds"]),
         }
     )

@@ -1,0 +1,241 @@
+"""Carrying out what was decided: each action in a task of its own, each failure with its reason."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from graft.artifacts.manifest import ManifestFile
+from graft.contracts import WantedAdapter
+
+from graft_server.agent.decide import Action, Delete, Discard, Download, Inspect, Load, Refuse, Unload
+from graft_server.agent.download import NotWanted, Version, fetch_file, finish, inspect
+from graft_server.agent.engine import EngineClient, EngineDown, EngineRefused, EngineSlow
+from graft_server.agent.folders import Folders
+from graft_server.agent.memory import Failures
+from graft_server.agent.metrics import Metrics
+from graft_server.agent.objects import Objects
+from graft_server.agent.reasons import FAILED, AdapterError, AdapterReason
+from graft_server.agent.slots import Slots
+
+log = logging.getLogger(__name__)
+
+ADAPTERS = 6  # versions on their way at once
+FILES = 4  # of one version at once: the weights, and what lies beside them
+INSPECTIONS = 12
+LOADS = 4
+FOR_NEW = 2  # of each of them are for adapters that have not failed before
+THREADS = INSPECTIONS + ADAPTERS * FILES + 4
+
+T = TypeVar("T")
+
+
+class Work:
+    """The actions that run, one per adapter, and what is remembered of them."""
+
+    def __init__(
+        self,
+        folders: Folders,
+        engine: EngineClient,
+        open_store: Callable[[], Objects],
+        max_adapter_bytes: int,
+        metrics: Metrics,
+        failures: Failures,
+        *,
+        still_wanted: Callable[[WantedAdapter], bool],
+        max_rank: Callable[[], int],
+        engine_died: Callable[[], Awaitable[str | None]],
+        ended: Callable[[], None],
+    ) -> None:
+        self._folders = folders
+        self._engine = engine
+        self._open_store = open_store
+        self._max_adapter_bytes = max_adapter_bytes
+        self._metrics = metrics
+        self._failures = failures
+        self._still_wanted = still_wanted
+        self._max_rank = max_rank
+        self._engine_died = engine_died
+        self._ended = ended
+        self._actions: dict[str, Action] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="download")
+        self._downloads = Slots(ADAPTERS, ADAPTERS - FOR_NEW)
+        self._inspections = Slots(INSPECTIONS, INSPECTIONS - FOR_NEW)
+        self._loads = Slots(LOADS, LOADS - FOR_NEW)
+        self._began: dict[str, float] = {}
+        self._stopping = False
+        self.versions: dict[str, Version] = {}  # inspected ones
+        self.load_seconds: dict[str, float] = {}
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Names that an action runs for."""
+        return frozenset(self._actions)
+
+    @property
+    def deleting(self) -> bool:
+        """Whether room is being made."""
+        return any(isinstance(action, Delete) for action in self._actions.values())
+
+    def start(self, action: Action) -> None:
+        """Begin what was decided; `ended` is called when it is over."""
+        name = action.name
+        if isinstance(action, Refuse):
+            self._refuse(action)
+            return
+        failure = self._failures.get(name)
+        if isinstance(action, Download) and failure and failure.reason == AdapterReason.DISK_FULL:
+            self._failures.clear(name)  # it fits now
+        task = asyncio.create_task(self._run(action), name=f"{type(action).__name__} {name}")
+        self._actions[name] = action
+        self._tasks.add(task)
+
+        def over(task: asyncio.Task[None]) -> None:
+            self._actions.pop(name, None)
+            self._tasks.discard(task)
+            self._ended()
+
+        task.add_done_callback(over)
+
+    def stop(self) -> None:
+        """Let nothing go on."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def forget_all_but(self, names: Collection[str]) -> None:
+        """Forget what is remembered of other adapters."""
+        self.versions = {name: version for name, version in self.versions.items() if name in names}
+
+    async def _run(self, action: Action) -> None:
+        name, verb = action.name, type(action).__name__.lower()
+        started = time.monotonic()
+        try:
+            await self._act(action)
+        except NotWanted:
+            self._metrics.downloads.labels("abandoned").inc()
+            log.info("%s is not wanted any more; its download ended", name)
+        except AdapterError as error:
+            self._failed(name, verb, error.reason, str(error), retry_after=error.retry_after)
+        except EngineDown as error:
+            self._failed(name, verb, AdapterReason.ENGINE_UNAVAILABLE, str(error))
+        except EngineSlow as error:
+            self._failed(name, verb, AdapterReason.ENGINE_TIMEOUT, str(error))
+        except EngineRefused as error:
+            if error.status >= 500 and (died := await self._engine_died()):
+                self._failed(name, verb, AdapterReason.ENGINE_UNAVAILABLE, f"{error}; then {died}")
+            else:
+                self._failed(name, verb, AdapterReason.ENGINE_REJECTED, f"{error.status} {error}")
+        except Exception as error:
+            log.exception("%s of %s failed", verb, name)
+            self._failed(name, verb, AdapterReason.INTERNAL_ERROR, repr(error))
+        else:
+            if not isinstance(action, Inspect):  # the download may fail for the same reason
+                self._failures.clear(name)
+            seconds = round(time.monotonic() - started, 3)
+            log.info("%s of %s is done", verb, name, extra={"action": verb, "adapter": name, "seconds": seconds})
+
+    async def _act(self, action: Action) -> None:
+        name, again = action.name, self._failures.get(action.name) is not None
+        match action:
+            case Inspect(adapter):
+                self._began.setdefault(name, time.monotonic())
+                async with self._inspections.turn(again=again):
+                    self.versions[name] = await self._thread(
+                        inspect, self._open_store, adapter, self._max_rank(), self._max_adapter_bytes
+                    )
+            case Download():
+                async with self._downloads.turn(again=again):
+                    await self._download(self.versions[name])
+            case Load():
+                async with self._loads.turn(again=again):
+                    await self._load(name)
+            case Unload():
+                await self._engine.unload(name)
+                self._metrics.unloads.inc()
+                self.load_seconds.pop(name, None)
+                await self._thread(self._folders.touch, name)
+            case Delete():
+                await self._thread(self._folders.delete, name)
+                self._metrics.evictions.inc()
+            case Discard():
+                await self._thread(self._folders.discard, name)
+                self._began.pop(name, None)
+
+    async def _download(self, version: Version) -> None:
+        name, started = version.adapter.engine_name, time.monotonic()
+        folder = await self._thread(self._folders.partial, name)
+        hopeless: list[AdapterError] = []
+        width = asyncio.Semaphore(FILES)
+
+        def going_on() -> bool:
+            return not hopeless and not self._stopping and self._still_wanted(version.adapter)
+
+        async def one(file: ManifestFile) -> None:
+            async with width:
+                try:
+                    moved = await self._thread(fetch_file, self._open_store, version, file, folder, going_on)
+                except AdapterError as error:
+                    hopeless.extend([error] if error.reason in FAILED else [])
+                    raise
+            self._metrics.resumed_bytes.inc(moved.kept)
+
+        largest_first = sorted(version.files, key=lambda file: -file.size)
+        try:
+            # All of them end before anything else happens: a thread cannot be stopped, and it writes into the folder.
+            ended = await asyncio.gather(*(one(file) for file in largest_first), return_exceptions=True)
+            errors = [error for error in ended if error is not None]
+            for error in sorted(
+                errors, key=lambda error: isinstance(error, NotWanted)
+            ):  # the cause before what it ended
+                raise error
+            await self._thread(finish, self._folders, version)
+        except AdapterError as error:
+            self._metrics.downloads.labels("failed").inc()
+            if error.reason in FAILED:
+                await self._thread(self._folders.discard, name)
+            raise
+        self._metrics.downloads.labels("done").inc()
+        self._metrics.bytes.inc(version.size_bytes)
+        self._metrics.load_seconds.labels("download").observe(time.monotonic() - started)
+
+    async def _load(self, name: str) -> None:
+        started = time.monotonic()
+        await self._engine.load(name, str(self._folders.place(name)))
+        now = time.monotonic()
+        began = self._began.pop(name, started)
+        self._metrics.load_seconds.labels("load").observe(now - started)
+        self._metrics.load_seconds.labels("all").observe(now - began)
+        self.load_seconds[name] = round(now - began, 3)
+
+    async def _thread(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))
+
+    def _refuse(self, action: Refuse) -> None:
+        if self._failures.note(action.name, AdapterReason.DISK_FULL, action.message):
+            self._metrics.failures.labels(AdapterReason.DISK_FULL).inc()
+            log.warning("%s does not fit: %s", action.name, action.message, extra={"adapter": action.name})
+
+    def _failed(
+        self, name: str, verb: str, reason: AdapterReason, message: str, *, retry_after: float | None = None
+    ) -> None:
+        self._metrics.failures.labels(reason).inc()
+        failure = self._failures.add(name, reason, message, time.monotonic(), retry_after=retry_after)
+        log.warning(
+            "%s of %s failed: %s",
+            verb,
+            name,
+            message,
+            extra={
+                "action": verb,
+                "adapter": name,
+                "reason": reason,
+                "attempt": failure.attempts,
+                "retry_seconds": round(failure.retry_at - time.monotonic(), 1),
+            },
+        )

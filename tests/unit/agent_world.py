@@ -29,6 +29,7 @@ class Pod:
         self.told: list[Residency] = []
         self.cache_bytes: int | None = 1 << 30
         self.load_seconds = 20.0
+        self.namespace = NAMESPACE
         self.trusted: dict[str, dict[str, str]] | None = (
             TRUSTED  # the ConfigMap with the keys; None: it was not read yet
         )
@@ -50,7 +51,7 @@ class Pod:
             publish=self.told.append,
             cache_bytes=self.cache_bytes,
             poll_seconds=0.05,
-            trust=Trust(NAMESPACE),
+            trust=Trust(self.namespace),
         )
         if self.trusted is not None:
             self.agent.trusted_keys(self.trusted)

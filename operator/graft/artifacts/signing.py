@@ -101,7 +101,7 @@ def _private(name: str, pem: bytes) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None  # the parser's own words might quote what it read
     if not isinstance(key, Ed25519PrivateKey):
-        raise KeysInvalid(f"{name} is no Ed25519 private key in PEM without a password") from None
+        raise KeysInvalid(f"{name} is no Ed25519 private key in PEM without a password")
     return key
 
 
@@ -111,7 +111,7 @@ def _public(name: str, pem: bytes) -> Ed25519PublicKey:
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise KeysInvalid(f"{name} is no Ed25519 public key in PEM") from None
+        raise KeysInvalid(f"{name} is no Ed25519 public key in PEM")
     return key
 
 

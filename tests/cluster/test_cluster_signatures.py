@@ -2,12 +2,16 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster_api import Api, Object, Refused
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fleet import Fleet
 from graft.api.adapter import AdapterSignature
 from graft.artifacts.signing import Keys, Statement, generate, key_id, read_keys, trusted_keys, verify
@@ -15,6 +19,7 @@ from graft.contracts import TRUSTED_KEYS, WantedAdapter
 from graft_server.agent.objects import Storage
 from operator_process import ACCOUNT, SYSTEM, OperatorProcess
 from tenant import Tenant
+from testbed.controlplane import ControlPlane
 from unit.agent_world import serving
 from unit.serving_world import eventually, safetensors
 
@@ -280,3 +285,40 @@ async def test_the_agent_takes_what_the_operator_signed_and_nothing_else(tenant:
         pod.want(real)
         assert (await pod.state(real, "Failed")).reason == "DigestMismatch"
         assert pod.engine.calls == []
+
+
+def test_an_auditor_verifies_a_version_with_a_public_key(tenant: Tenant, plane: ControlPlane, tmp_path: Path) -> None:
+    name = tenant.trained("first")
+    keys = secret_keys(tenant.api)
+    until_signed_by(tenant, name, keys.key_id)
+
+    def graft_verify(private: Keys) -> tuple[int, str]:
+        pem = private.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / "key.pub").write_bytes(pem)
+        command = [sys.executable, "-m", "graft.cli", "verify", name, "-n", tenant.name, "--key", tmp_path / "key.pub"]
+        environment = os.environ | {"KUBECONFIG": str(plane.kubeconfig)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = graft_verify(keys)
+    assert code == 0, text
+    assert f"signed by {keys.key_id}" in text and "2 files" in text and "every SHA-256 verified" in text
+    code, text = graft_verify(read_keys({"a.key": generate()}))
+    assert code == 1 and "is NOT what was verified" in text and "not trusted" in text
+
+    prefix = tenant.get("Adapter", name)["spec"]["artifact"]["uri"].removeprefix("s3://graft/")
+    stored = tenant.store.get(prefix + "manifest.sig.json")
+    for key, data, words in (
+        ("adapter_model.safetensors", b"tampered", "adapter_model.safetensors has 8 bytes"),
+        ("manifest.json", tenant.store.get(prefix + "manifest.json") + b" ", "is not of support 1.0.0"),
+        ("manifest.sig.json", stored.replace(keys.key_id.encode(), b"0" * 16), "not trusted"),
+        ("manifest.sig.json", b"{}", "makes no sense"),
+    ):
+        before = tenant.store.get(prefix + key)
+        tenant.store.put(prefix + key, data)
+        code, text = graft_verify(keys)
+        assert code == 1 and words in text, text
+        tenant.store.put(prefix + key, before)
+    tenant.store.delete(prefix + "manifest.sig.json")
+    code, text = graft_verify(keys)
+    assert code == 1 and "has a signature once its Adapter is Ready" in text

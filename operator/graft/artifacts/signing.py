@@ -85,11 +85,9 @@ def read_keys(entries: Mapping[str, bytes]) -> Keys:
         if name.endswith(PRIVATE):
             signing = _private(name, entries[name])
             raw = _raw(signing.public_key())
+            public[key_id(raw)] = raw
         elif name.endswith(PUBLIC):
-            raw = _raw(_public(name, entries[name]))
-        else:
-            continue
-        public[key_id(raw)] = raw
+            public |= read_public(name, entries[name])
     if signing is None:
         raise KeysInvalid(f"there is no entry with the ending {PRIVATE}")
     return Keys(key_id(_raw(signing.public_key())), public, signing)
@@ -105,14 +103,16 @@ def _private(name: str, pem: bytes) -> Ed25519PrivateKey:
     return key
 
 
-def _public(name: str, pem: bytes) -> Ed25519PublicKey:
+def read_public(name: str, pem: bytes) -> dict[str, bytes]:
+    """A public key in PEM (SubjectPublicKeyInfo): key id -> raw. KeysInvalid names the file or entry."""
     try:
         key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise KeysInvalid(f"{name} is no Ed25519 public key in PEM")
-    return key
+    raw = _raw(key)
+    return {key_id(raw): raw}
 
 
 def _raw(key: Ed25519PublicKey) -> bytes:

@@ -52,6 +52,7 @@ class World:
     trouble: Trouble | None
     base_model: BaseModelRef | None
     resolutions: list[serving.Resolution]
+    adapters: list[Adapter] = field(default_factory=list)
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
     residency: dict[str, Residency] = field(default_factory=dict)
@@ -112,6 +113,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         trouble=trouble,
         base_model=None if isinstance(base, Trouble) else base.ref,
         resolutions=serving.resolve(spec, adapters),
+        adapters=adapters,
     )
     world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
     world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
@@ -183,7 +185,8 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes
     resolved = [serving.wanted_adapter(tenant, item.adapter) for item in world.resolutions if item.adapter is not None]
-    wanted = serving.plan_wanted(spec, resolved, world.wanted, routes)
+    known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
+    wanted = serving.plan_wanted(spec, resolved, world.wanted, routes, known)
     if wanted != world.wanted and (world.trouble is None or world.wanted is not None):
         try:
             await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))

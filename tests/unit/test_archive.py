@@ -64,7 +64,12 @@ def test_there_and_back_the_digests_are_the_same(store: S3Store, version: tuple[
     size = manifest.files[1].size
     stored = archive.compress(store, PREFIX, manifest, never)
     assert 0 < stored < 0.9 * size
-    assert keys(store) == {"adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.xz", "manifest.json"}
+    assert keys(store) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.safetensors.xz",
+        "manifest.json",
+    }
     assert archive.leftovers(store, PREFIX, manifest) and not archive.is_archived(store, PREFIX, manifest)
     verify(store, PREFIX, digest)
 

@@ -58,7 +58,7 @@ def in_force(
         return InForce(current, after)
     if live.identity == current.identity:
         # The same files: another name for their version is no reason to make the pods anew.
-        return InForce(live, after)
+        return InForce(current.model_copy(update={"version": live.version}), after)
     before = resolve(deployment, adapters, live)
     lost = [new for old, new in zip(before, after, strict=True) if old.adapter is not None and new.adapter is None]
     if not lost:

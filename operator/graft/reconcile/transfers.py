@@ -5,11 +5,12 @@ A look that took as long as gigabytes take would count as hanging. Nothing is re
 
 import asyncio
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-# The coder keeps one core busy; a second file at the same time would only take it from the operator itself.
-_turn = asyncio.Semaphore(1)
+# One of a kind at a time: the coder keeps a core busy. A restoration, which somebody waits for, does not queue behind the others.
+_turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
 
 
 class Transfer:
@@ -21,7 +22,7 @@ class Transfer:
         self._task = asyncio.create_task(self._run(call, *arguments), name=what)
 
     async def _run(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        async with _turn:
+        async with _turns[self.what]:
             return await asyncio.to_thread(call, *arguments, self._stop.is_set)
 
     def stop(self) -> None:

@@ -16,9 +16,10 @@ def until_stopped(stopped: Callable[[], bool]) -> str:
 
 
 async def finished(transfers: Transfers, uid: str) -> None:
-    async with asyncio.timeout(10):
-        while (transfer := transfers.find(uid)) is not None and not transfer.done:
-            await asyncio.sleep(0.01)
+    transfer = transfers.find(uid)
+    assert transfer is not None
+    await asyncio.wait({transfer._task}, timeout=10)
+    assert transfer.done
 
 
 async def test_a_result_waits_for_the_next_look() -> None:

@@ -9,20 +9,18 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-# One of a kind at a time: the coder keeps a core busy. A restoration, which somebody waits for, does not queue behind the others.
-_turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
-
 
 class Transfer:
     """One piece of work in a thread. `call` gets its arguments and a function that says whether to stop."""
 
-    def __init__(self, what: str, call: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, what: str, turn: asyncio.Semaphore, call: Callable[..., Any], *arguments: Any) -> None:
         self.what = what
+        self._turn = turn
         self._stop = threading.Event()
         self._task = asyncio.create_task(self._run(call, *arguments), name=what)
 
     async def _run(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        async with _turns[self.what]:
+        async with self._turn:
             return await asyncio.to_thread(call, *arguments, self._stop.is_set)
 
     def stop(self) -> None:
@@ -43,11 +41,13 @@ class Transfers:
 
     def __init__(self) -> None:
         self._running: dict[str, Transfer] = {}
+        # One of a kind at a time: the coder keeps a core busy. A restoration, which somebody waits for, does not queue behind others.
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
 
     def start(self, uid: str, what: str, call: Callable[..., Any], *arguments: Any) -> None:
         """Start it; whatever there was for the resource is done and no longer of interest."""
         assert uid not in self._running or self._running[uid].done  # noqa: S101
-        self._running[uid] = Transfer(what, call, *arguments)
+        self._running[uid] = Transfer(what, self._turns[what], call, *arguments)
 
     def find(self, uid: str) -> Transfer | None:
         return self._running.get(uid)

@@ -7,11 +7,12 @@ import time
 from typing import Any
 
 import pytest
-from cluster_api import Object, Refused
+from cluster_api import MERGE, Object, Refused
 from fleet import Fleet
 from graft.artifacts import archive
 from graft.artifacts.versions import read_manifest, verify
-from operator_process import OperatorProcess
+from graft.kube import KINDS
+from operator_process import BUCKET, OperatorProcess
 from tenant import Tenant
 from tenants import make_base_model
 from test_cluster_crashes import settled
@@ -123,7 +124,7 @@ def test_an_adapter_that_promises_to_fit_newer_versions_of_its_base_model(tenant
     # The newest of those that fit.
     resolves("support-1.0.0")
     found = tenant.status("Adapter", "support-1.0.0")["compatibility"]
-    assert found == [{"name": base, "version": "1.1.0", "digest": new}]
+    assert {"name": base, "version": "1.1.0", "digest": new} in found
     template = tenant.get("Deployment", "chat")["spec"]["template"]["spec"]["initContainers"][0]["command"]
     assert new in template, "the pods roll: everything that they serve fits the new files"
     fleet.until("Accepted", "Resolved")
@@ -336,3 +337,30 @@ def test_killed_while_it_compresses_and_while_it_restores(tenant: Tenant, runnin
     fleet.until_wanted("support-1.0.0")
     assert files(tenant, "1.0.0") == WHOLE
     verify(tenant.store, prefix(tenant, "1.0.0"), digest)
+
+
+def test_who_names_a_version_just_before_its_originals_are_deleted_finds_them(
+    tenant: Tenant, running: OperatorProcess
+) -> None:
+    tenant.trained("first", output=output(retention={"compressAfter": "1h"}))
+    tenant.trained("second", output=output(retention={"compressAfter": "1h"}))
+    running.stop()
+    # The operator had made the copies and written Archived, and died; a deployment was made meanwhile.
+    digest = tenant.get("Adapter", "support-1.0.0")["spec"]["artifact"]["digest"]
+    manifest, _ = read_manifest(tenant.store, prefix(tenant, "1.0.0"), digest)
+    archive.compress(tenant.store, prefix(tenant, "1.0.0"), manifest, lambda: False)
+    status = tenant.status("Adapter", "support-1.0.0")
+    for item in status["conditions"]:
+        if item["type"] == "Ready":
+            item |= {"status": "False", "reason": "Archived", "message": "unused"}
+    path = KINDS["Adapter"].path(tenant.name, "support-1.0.0", "status")
+    tenant.api.call("PATCH", path, {"status": status | {"stage": "Archived"}}, MERGE)
+    weights = f"{prefix(tenant, '1.0.0')}adapter_model.safetensors"
+    written = tenant.store.client.head_object(Bucket=BUCKET, Key=weights)["LastModified"]
+    fleet = Fleet(tenant, "chat")
+    fleet.deploy(["support@1.0.0"])
+
+    running.start()
+    fleet.until_wanted("support-1.0.0")
+    assert tenant.store.client.head_object(Bucket=BUCKET, Key=weights)["LastModified"] == written
+    assert files(tenant, "1.0.0") == WHOLE

@@ -243,7 +243,7 @@ def needed_by_hand(versions: list[Adapter], deployments: list[AdapterDeployment]
 
 def test_whatever_the_scenario_nothing_that_is_needed_is_touched() -> None:
     counted = dict.fromkeys(("keep", "archive", "prune"), 0)
-    for seed in range(2000):
+    for seed in range(500):
         versions, deployments, raws = scenario(random.Random(seed))
         needed, by_hand = needs(versions, raws), needed_by_hand(versions, deployments)
         for item in versions:
@@ -257,4 +257,4 @@ def test_whatever_the_scenario_nothing_that_is_needed_is_touched() -> None:
             assert [(item.adapter, item.restoring) for item in before] == [
                 (item.adapter, item.restoring) for item in after
             ]
-    assert min(counted.values()) > 100, f"the scenarios see everything: {counted}"
+    assert min(counted.values()) > 50, f"the scenarios see everything: {counted}"

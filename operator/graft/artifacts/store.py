@@ -206,6 +206,8 @@ class S3Store:
         try:
             found = self.client.list_multipart_uploads(Bucket=self.config.bucket, Prefix=key).get("Uploads", [])
         except ClientError as error:
+            if _trouble(error) == "denied":
+                return  # a key that may write need not be one that may list uploads; the bucket's own rules clear them
             raise StoreError(_trouble(error), f"uploads to {key}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"uploads to {key}: {error}") from error

@@ -10,9 +10,8 @@ reconcile/retention.py decides. Two orders keep a version from being taken away 
 - before a deletion everything is listed anew as well, and files that an exact reference names by then are left where they are.
 """
 
-import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graft.api import Adapter, BaseModel
@@ -27,14 +26,13 @@ from graft.manifests.adapter import ADAPTER_LABEL
 from graft.metrics import LIFECYCLE
 from graft.reconcile import retention
 from graft.reconcile.compatibility import compatible_bases
-from graft.reconcile.context import SOON, WAITING, Context
+from graft.reconcile.context import WAITING, Context
 from graft.reconcile.retention import Plan
 from graft.status import condition, find, now
 
-log = logging.getLogger(__name__)
-
 KIND = "Adapter"
 QUIET = 600.0
+POLL = 2.0  # seconds until a look at work that goes on
 KEEP = Plan("keep")
 
 
@@ -109,13 +107,13 @@ async def attend(look: Look, verdict: Condition) -> float | None:
         return QUIET
     transfer, prefix = look.ctx.transfers.find(look.uid), _own_prefix(look.ctx, look.adapter)
     if transfer is not None and not transfer.done:
-        return SOON
+        return POLL
     if prefix is not None and await look.ctx.blocking(_leftovers, look.ctx.store, prefix, look.adapter):
         _, needed = await _everything(look)
         if look.adapter.metadata.name in needed:
             return await _restore(look, verdict)
         _start(look, "finish", _finish)
-        return SOON
+        return POLL
     await look.write(verdict, plan)
     return plan.next_look or QUIET
 
@@ -220,16 +218,17 @@ async def _archive(look: Look, verdict: Condition, plan: Plan) -> float | None:
         if look.ctx.transfers.forget(look.uid):
             _start(look, "compress", _compress)
         await look.write(verdict, plan)
-        return SOON
+        return POLL
     if not transfer.done:
-        return SOON
+        return POLL
     look.ctx.transfers.forget(look.uid)
     try:
         stored = transfer.result()
     except archive.Interrupted:
-        return SOON
+        return POLL
     except StoreError as error:
-        log.warning("not compressed, tried again: %s", error, extra={"resource": look.adapter.metadata.name})
+        text = f"{plan.message}; compressing it failed and is tried again: {error}"
+        await look.write(verdict, replace(plan, message=text))
         return WAITING
     except InvalidArtifact as error:
         return await _broken(look, plan, error)
@@ -245,7 +244,7 @@ async def _restore(look: Look, verdict: Condition) -> float | None:
         try:
             transfer.result()
         except archive.Interrupted:
-            return SOON
+            return POLL
         except StoreError as error:
             text = f"its files are not restored yet, this is tried again: {error}"
             await look.write(condition(KIND, "Ready", "False", "Restoring", text), KEEP, stage="Restoring")
@@ -256,12 +255,12 @@ async def _restore(look: Look, verdict: Condition) -> float | None:
         return None
     if transfer is None or transfer.what != "restore":
         if not look.ctx.transfers.forget(look.uid):
-            return SOON
+            return POLL
         _start(look, "restore", _decompress)
     used = {"last_used_time": now()} if verdict.reason == "Archived" else {}
     text = "wanted again: its weights are decompressed and verified"
     await look.write(condition(KIND, "Ready", "False", "Restoring", text), KEEP, stage="Restoring", **used)
-    return SOON
+    return POLL
 
 
 async def _broken(look: Look, plan: Plan, error: InvalidArtifact) -> float | None:

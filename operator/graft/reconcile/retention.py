@@ -16,7 +16,7 @@ from graft.api import Adapter
 from graft.api.retention import Retention, seconds
 from graft.manifests.common import Manifest
 from graft.reconcile.versions import matches, parse
-from graft.status import duration, find
+from graft.status import find
 
 NOTICE = 3600  # seconds from the announcement to the deletion, where the policy itself is not shorter
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -200,9 +200,8 @@ def _keep_or_prune(adapter: Adapter, versions: list[Adapter], policy: Retention,
         text = f"deleted with its files: unused since {_text(since)}, for more than {policy.unused_for} (retention.unusedFor)"
         return Plan("prune", "Pruned", text, _text(promised))
     text = (
-        f"unused since {_text(since)}; it is deleted with its files after {_text(promised)} (retention.unusedFor is {policy.unused_for}, "
-        f"{duration(promised - since)} in all): to keep it name it in an AdapterDeployment, or change retention on "
-        f"{_newest_ready(versions)}"
+        f"unused since {_text(since)}; it is deleted with its files after {_text(promised)} (retention.unusedFor is "
+        f"{policy.unused_for}): to keep it name it in an AdapterDeployment, or change retention on {_newest_ready(versions)}"
     )
     return Plan("keep", "Expiring", text, _text(promised))
 

@@ -252,6 +252,10 @@ def test_an_inactive_version_is_compressed_and_restored_when_it_is_wanted(tenant
     tenant.api.delete("AdapterDeployment", tenant.name, "chat")
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
 
+    # Without the newer version it is the newest, which is always ready to be served and compared with.
+    tenant.api.delete("Adapter", tenant.name, "support-1.0.1")
+    tenant.until("Adapter", "support-1.0.0", "Ready", "Verified")
+
 
 def test_what_answers_goes_on_answering_while_a_newer_version_is_restored(tenant: Tenant) -> None:
     policy = {"compressAfter": "3s"}

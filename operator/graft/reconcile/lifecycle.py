@@ -98,23 +98,36 @@ async def follow(look: Look, verdict: Condition) -> float | None:
 
 async def attend(look: Look, verdict: Condition) -> float | None:
     """A version that is Archived or Restoring: the seconds until the next look, or None once its files are back, unverified."""
-    wanted = retention.users(look.adapter.metadata.name, look.deployments)
+    plan = await _plan(look)
+    wanted = retention.users(look.adapter.metadata.name, look.deployments) or retention.is_newest(
+        look.adapter, look.versions
+    )
     if wanted or verdict.reason == "Restoring" or await _is_parent(look):
         return await _restore(look, verdict)
-    plan = await _plan(look)
     if plan.action == "prune":
         await _prune(look, verdict, plan)
         return QUIET
     transfer, prefix = look.ctx.transfers.find(look.uid), _own_prefix(look.ctx, look.adapter)
     if transfer is not None and not transfer.done:
         return POLL
+    if look.ctx.transfers.forget(look.uid) and transfer is not None:
+        try:
+            transfer.result()
+        except StoreError as error:
+            text = f"{verdict.message.partition(';')[0]}; its originals are deleted later: {error}"
+            await look.write(verdict.model_copy(update={"message": text}), plan)
+            return WAITING
+        except InvalidArtifact as error:
+            return await _broken(look, plan, error) or QUIET
+        except archive.Interrupted:
+            return POLL
     if prefix is not None and await look.ctx.blocking(_leftovers, look.ctx.store, prefix, look.adapter):
         _, needed = await _everything(look)
         if look.adapter.metadata.name in needed:
             return await _restore(look, verdict)
         _start(look, "finish", _finish)
         return POLL
-    await look.write(verdict, plan)
+    await look.write(archived_condition(), plan)
     return plan.next_look or QUIET
 
 

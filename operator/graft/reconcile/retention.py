@@ -120,10 +120,17 @@ def needs(
         if item.spec.artifact.digest in set(compared):
             need(item, "a running FineTuneJob compares its own version with it")
     ready = [item for item in present if state(item) == "ready"]
-    for newest in (present[-1:], ready[-1:]):
+    for newest in (present[-1:], servable[-1:], ready[-1:]):
         for item in newest:
             need(item, "it is the newest")
     return needed
+
+
+def is_newest(adapter: Adapter, versions: list[Adapter]) -> bool:
+    """Whether it is the newest that may be served: jobs compare their own version with that one."""
+    present = [item for item in versions if not item.metadata.deletion_timestamp]
+    servable = [item for item in present if state(item) in {"ready", "archived"}]
+    return bool(servable) and max(servable, key=number).metadata.name == adapter.metadata.name
 
 
 def _needed_for_rollback(present: list[Adapter], servable: list[Adapter], used: set[str], need: Any) -> None:

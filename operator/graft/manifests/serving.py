@@ -20,6 +20,7 @@ from graft.settings import Settings
 
 DEFAULT_MAX_LORAS = 8
 MODELS_DIR = "/models"
+BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -233,7 +234,10 @@ def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, 
             "selector": {"matchLabels": pod_selector(deployment)},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "template": {
-                "metadata": {"labels": labels(deployment, "serving")},
+                "metadata": {
+                    "labels": labels(deployment, "serving"),
+                    "annotations": {BASE_MODEL: base_model.json_text()},
+                },
                 "spec": {
                     **pod_defaults(settings, deployment.spec),
                     "serviceAccountName": agent_account(deployment),

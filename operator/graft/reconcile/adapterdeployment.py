@@ -36,7 +36,7 @@ from graft.manifests.serving import (
     serving_name,
     wanted_name,
 )
-from graft.reconcile import pods, serving
+from graft.reconcile import compatibility, pods, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.status import condition, find
@@ -53,6 +53,8 @@ class World:
     base_model: BaseModelRef | None
     resolutions: list[serving.Resolution]
     adapters: list[Adapter] = field(default_factory=list)
+    current: BaseModelRef | None = None  # the BaseModel as it is now; base_model is what the pods are made with
+    held: str | None = None  # why these differ
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
     residency: dict[str, Residency] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class World:
                 address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
                 ready=pods.is_ready(pod),
                 residency=_own(self.residency.get(pods.name(pod)), pod),
+                unfit=compatibility.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
             )
             for pod in self.pods
             if not pod["metadata"].get("deletionTimestamp") and pods.phase(pod) not in {"Failed", "Succeeded"}
@@ -108,14 +111,13 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     base = await gather_base_model(ctx, spec.spec.base_model, namespace)
     trouble = base if isinstance(base, Trouble) else await ensure_credentials(ctx, namespace)
     adapters = [Adapter.model_validate(item) for item in await ctx.kube.list("Adapter", namespace)]
+    deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
+    current = None if isinstance(base, Trouble) else base.ref
+    live = compatibility.base_of(deployment["spec"]["template"]) if deployment else None
+    chosen = compatibility.in_force(spec, adapters, current, live)
     world = World(
-        spec=spec,
-        trouble=trouble,
-        base_model=None if isinstance(base, Trouble) else base.ref,
-        resolutions=serving.resolve(spec, adapters),
-        adapters=adapters,
+        spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
     )
-    world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
     world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
     world.wanted = _parse(Wanted, await ctx.kube.get("ConfigMap", namespace, wanted_name(spec)), WANTED_KEY)
     world.routes = _parse(
@@ -255,9 +257,12 @@ def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
     items = [
         LoadedAdapter(adapter=item.adapter, state=item.state, reason=item.reason, message=item.message)
         for item in seen.values()
+        if item.engine_name not in replica.unfit
     ]
     items += [
-        LoadedAdapter(adapter=item.adapter, state="Pending") for item in wanted.adapters if item.engine_name not in seen
+        LoadedAdapter(adapter=item.adapter, state="Pending")
+        for item in wanted.adapters
+        if item.engine_name not in seen and item.engine_name not in replica.unfit
     ]
     return Replica(
         pod=replica.pod, ready=replica.ready, adapters=sorted(items, key=lambda item: (item.adapter, item.state))
@@ -265,8 +270,9 @@ def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
 
 
 def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.ReplicaView]) -> ResolvedAdapter:
+    restoring = item.restoring.metadata.name if item.restoring else None
     if item.adapter is None:
-        return ResolvedAdapter(ref=item.ref, message=item.message)
+        return ResolvedAdapter(ref=item.ref, restoring=restoring, message=item.message)
     digest = item.adapter.spec.artifact.digest
     name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
     loaded = sum(replica.has(name) for replica in replicas)
@@ -276,6 +282,8 @@ def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.R
         version=item.adapter.spec.version,
         digest=digest,
         loaded=f"{loaded}/{len(replicas)}",
+        restoring=restoring,
+        message=item.message or None,
     )
 
 
@@ -298,6 +306,8 @@ def _accepted(world: World) -> Condition:
     if missing:
         text = "; ".join(item.message for item in missing)
         return condition(KIND, "Accepted", "False", missing[0].reason, text)
+    if world.held is not None:
+        return condition(KIND, "Accepted", "True", "BaseModelHeld", world.held)
     names = ", ".join(item.adapter.metadata.name for item in world.resolutions if item.adapter) or "no adapters"
     return condition(KIND, "Accepted", "True", "Resolved", f"{names} on {world.spec.spec.base_model}")
 

@@ -10,6 +10,8 @@ from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, verify
 from graft.kube import Manifest
+from graft.reconcile import adapterjob
+from graft.reconcile.access import Trouble
 from graft.reconcile.context import WAITING, Context
 from graft.status import condition, find, now
 
@@ -36,6 +38,10 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if done and ready is not None and ready.reason not in RETRIED:
         await ctx.write_status(raw, adapter.status.model_copy(update={"used_by": used_by}), [ready, in_use(used_by)])
         return None
+    if adapter.artifact is None:
+        step = await adapterjob.make(ctx, adapter)
+        await ctx.write_status(raw, step.status.model_copy(update={"used_by": used_by}), [step.ready, in_use(used_by)])
+        return step.again
     checked = await _verify(ctx, adapter)
     status, verdict = observe(adapter, checked)
     await ctx.write_status(raw, status.model_copy(update={"used_by": used_by}), [verdict, in_use(used_by)])
@@ -43,22 +49,21 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 
 async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:
-    bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+    artifact = adapter.published
+    bucket, prefix = layout.split_s3_uri(artifact.uri)
     if (
         not prefix.startswith(layout.tenant_prefix(layout.tenant_of(adapter.metadata.namespace)))
         and bucket == ctx.store.config.bucket
     ):
-        return InvalidArtifact(
-            "OutsideNamespace", f"{adapter.spec.artifact.uri} is outside of this namespace's part of the bucket"
-        )
+        return InvalidArtifact("OutsideNamespace", f"{artifact.uri} is outside of this namespace's part of the bucket")
     try:
         async with _verifying:
-            return await ctx.blocking(verify, ctx.store, prefix, adapter.spec.artifact.digest, bucket)
+            return await ctx.blocking(verify, ctx.store, prefix, artifact.digest, bucket)
     except InvalidArtifact as error:
         return error
     except StoreError as error:
         if error.trouble == "missing":
-            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {adapter.spec.artifact.uri}")
+            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {artifact.uri}")
         return error
 
 
@@ -66,7 +71,7 @@ def observe(
     adapter: Adapter, checked: AdapterManifest | InvalidArtifact | StoreError
 ) -> tuple[AdapterStatus, Condition]:
     """The status after a verification (PURE)."""
-    before = adapter.status
+    before = adapter.status.model_copy(update={"artifact": adapter.artifact})
     if isinstance(checked, StoreError):
         verdict = condition(KIND, "Ready", "Unknown", "StorageUnavailable", str(checked))
         return before.model_copy(update={"stage": "Verifying"}), verdict
@@ -142,8 +147,18 @@ async def _clean_up(ctx: Context, raw: Manifest, adapter: Adapter, used_by: list
         status = adapter.status.model_copy(update={"stage": "Deleting", "used_by": used_by})
         await ctx.write_status(raw, status, ([ready] if ready else []) + [in_use(used_by)])
         return WAITING
-    if adapter.spec.deletion_policy == "Delete":
-        bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+    artifact = adapter.artifact
+    if adapter.spec.artifact is None:
+        left = await adapterjob.stop(ctx, adapter)
+        if isinstance(left, Trouble):
+            unbound = condition(KIND, "Ready", "Unknown", left.reason, left.message)
+            await ctx.write_status(raw, adapter.status, [unbound, in_use(used_by)])
+            return WAITING
+        if left is not None:
+            return left
+        artifact = artifact or await adapterjob.unseen(ctx, adapter)
+    if adapter.spec.deletion_policy == "Delete" and artifact is not None:
+        bucket, prefix = layout.split_s3_uri(artifact.uri)
         own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
         if bucket == ctx.store.config.bucket and prefix.startswith(own):
             await ctx.blocking(ctx.store.delete_prefix, prefix)

@@ -264,7 +264,7 @@ def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
 def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.ReplicaView]) -> ResolvedAdapter:
     if item.adapter is None:
         return ResolvedAdapter(ref=item.ref, message=item.message)
-    digest = item.adapter.spec.artifact.digest
+    digest = item.adapter.published.digest
     name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
     loaded = sum(replica.has(name) for replica in replicas)
     return ResolvedAdapter(

@@ -96,6 +96,7 @@ class Maker:
             "GRAFT_WORK_DIR": str(folder / "work"),
             "GRAFT_TERMINATION_FILE": str(folder / "termination"),
             "GRAFT_STORAGE_PATIENCE": "5",
+            "OMP_NUM_THREADS": "1",  # threads that wait for each other on shared CPUs take many times as long
         }
         done = subprocess.run(
             [sys.executable, "-m", "graft_trainer", self.command],

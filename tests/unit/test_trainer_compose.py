@@ -21,6 +21,8 @@ from composition_world import (
 )
 from graft.artifacts.manifest import ManifestBaseModel
 from graft.contracts import Reason
+from graft_server.agent.adapterconfig import reduced_config as agent_config
+from graft_server.agent.weights import check_weights
 from graft_trainer.failures import Failure, explain
 from graft_trainer.shapes import base_of_shapes
 from peft import PeftModel
@@ -89,6 +91,9 @@ def test_cat_is_the_exact_weighted_sum_whatever_ranks_modules_and_scales(
     assert {item.name for item in manifest.files} == {"adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == BASE and str(tmp_path) not in json.dumps(config)
+    # The agent takes it, too.
+    assert agent_config((folder / "adapter_config.json").read_bytes(), manifest.rank, 64)["r"] == 20
+    check_weights(folder / "adapter_model.safetensors", 64)
 
 
 def test_linear_of_a_version_with_itself_is_its_scaled_update(

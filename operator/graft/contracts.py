@@ -6,6 +6,7 @@ the whole traffic between the parts. A reader ignores what it does not know, so 
 | message      | written by    | read by       | where                                                            |
 |--------------|---------------|---------------|------------------------------------------------------------------|
 | JobFile      | operator      | training pod  | ConfigMap key job.json, mounted at /etc/graft/job.json           |
+| VersionFile  | operator      | training pod  | the same, for a pod that composes or imports a version           |
 | Progress     | training pod  | operator      | object storage, runs/<job-uid>/<attempt>/progress.json           |
 | Termination  | training pod  | operator      | the container's termination message, and Progress.failure        |
 | Wanted       | operator      | agent         | ConfigMap <deployment>-wanted, key wanted.json                   |
@@ -21,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from graft.api.adapter import AdapterSignature
+from graft.api.composition import CompositionMethod
 from graft.api.evaluation import Evaluation
-from graft.api.recipe import Dataset, Method, Training
+from graft.api.recipe import Dataset, Method, MethodName, Training
 
 # Mounts and ports of the pods.
 JOB_FILE = "/etc/graft/job.json"
@@ -69,6 +71,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"  # at the smallest micro-batch
     MEMORY_EXCEEDED = "MemoryExceeded"  # the next attempt halves the micro-batch
     PEER_LOST = "PeerLost"  # another pod of the same run ended
+    ADAPTER_INVALID = "AdapterInvalid"  # what is imported or composed; of no FineTuneJob
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     INTERRUPTED = "Interrupted"
     INTERNAL_ERROR = "InternalError"
@@ -86,6 +89,7 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.VERSION_EXISTS: 16,
     Reason.STORAGE_DENIED: 17,
     Reason.OUT_OF_MEMORY: 18,
+    Reason.ADAPTER_INVALID: 19,
     Reason.MEMORY_EXCEEDED: 20,
     Reason.PEER_LOST: 21,
     Reason.STORAGE_UNAVAILABLE: 30,
@@ -176,6 +180,44 @@ class JobFile(Message):
     choice: Choice = Field(default_factory=Choice)
     halvings: int = 0  # how often the micro-batch is to be halved: attempts of this run that ran out of memory
     current: CurrentVersion | None = None
+    hf_endpoint: str | None = None
+    trainer_image: str = ""
+
+
+class ParentVersion(Message):
+    """A version that is composed with others."""
+
+    name: str  # of the Adapter resource
+    version: str
+    uri: str
+    digest: str  # of manifest.json
+    weight: float
+
+
+class Composition(Message):
+    """How versions become one."""
+
+    parents: list[ParentVersion]
+    method: CompositionMethod
+    density: float | None = None
+    svd_rank: int | None = None
+    majority_sign: Literal["total", "frequency"] = "total"
+    seed: int = 0
+    into: Literal["adapter", "base"] = "adapter"
+
+
+class VersionFile(Message):
+    """Everything that a pod knows which makes a version without training: composed, or imported."""
+
+    schema_version: int = 1
+    job: JobIdentity  # the Adapter
+    tenant: str
+    base_model: BaseModelRef
+    output: OutputRef
+    method: MethodName
+    task: Literal["causal", "seq2seq"] = "causal"
+    composition: Composition | None = None
+    source: str | None = None  # what is imported: hf://… or s3://…/
     hf_endpoint: str | None = None
     trainer_image: str = ""
 

@@ -273,7 +273,7 @@ def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.R
     restoring = item.restoring.metadata.name if item.restoring else None
     if item.adapter is None:
         return ResolvedAdapter(ref=item.ref, restoring=restoring, message=item.message)
-    digest = item.adapter.spec.artifact.digest
+    digest = item.adapter.published.digest
     name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
     loaded = sum(replica.has(name) for replica in replicas)
     return ResolvedAdapter(

@@ -154,11 +154,11 @@ def _is_ready(adapter: Adapter) -> bool:
 
 def wanted_adapter(tenant: str, adapter: Adapter) -> WantedAdapter:
     """What the agents are told about a version."""
-    digest = adapter.spec.artifact.digest
+    digest = adapter.published.digest
     return WantedAdapter(
         engine_name=engine_name(tenant, adapter.metadata.name, digest),
         adapter=adapter.metadata.name,
-        uri=adapter.spec.artifact.uri,
+        uri=adapter.published.uri,
         digest=digest,
         signature=adapter.status.signature,
     )

@@ -44,7 +44,8 @@ class SamplingDefaults:
 class BaseModel:
     """A loaded base model. `modules` has every module an adapter may target, by its full name.
 
-    `start_token` is what an encoder-decoder's answer begins with, and None for a causal model.
+    `start_token` is what an encoder-decoder's answer begins with, and None for a causal model. `longest_token`: characters
+    of the longest token there is.
     """
 
     network: Any
@@ -53,13 +54,23 @@ class BaseModel:
     vocab_size: int
     hidden_size: int
     start_token: int | None
+    longest_token: int
     eos_ids: frozenset[int]
     defaults: SamplingDefaults
     modules: Mapping[str, ModuleShape]
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a completion prompt, special tokens of the tokenizer included."""
-        return list(self.tokenizer.encode(text))
+        """The token ids of a completion prompt, special tokens of the tokenizer included. Raises PromptError if too long."""
+        return self._encode(text, special_tokens=True)
+
+    def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        """A text that cannot fit is not read at all: megabytes would keep the tokenizer from everybody else for seconds."""
+        if len(text) > (limit := self.max_model_len * self.longest_token):
+            raise PromptError(
+                f"This model's maximum context length is {self.max_model_len} tokens, which hold at most {limit} characters. "
+                f"However, your prompt contains {len(text)} characters. Please reduce the length of the prompt."
+            )
+        return list(self.tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -87,7 +98,7 @@ class BaseModel:
             )
         except Exception as error:  # a template is a program: it may fail in any way on what a client sends
             raise PromptError(f"messages: the chat template refused them: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(text, special_tokens=False)
 
 
 def load_base_model(settings: Settings) -> BaseModel:
@@ -121,6 +132,7 @@ def load_base_model(settings: Settings) -> BaseModel:
         max_model_len=length,
         vocab_size=network.get_input_embeddings().num_embeddings,
         hidden_size=network.get_input_embeddings().embedding_dim,
+        longest_token=max(map(len, tokenizer.get_vocab())),
         start_token=_start_token(network) if network.config.is_encoder_decoder else None,
         eos_ids=frozenset(_ids(generation.eos_token_id) + _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)),
         defaults=_sampling_defaults(generation) if settings.generation_config == "auto" else SamplingDefaults(),

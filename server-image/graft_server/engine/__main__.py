@@ -27,7 +27,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _leave)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpu_limit()))
-    base = load_base_model(settings)
+    try:
+        base = load_base_model(settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        log.debug("loading failed", exc_info=True)
+        sys.exit(f"the model at {settings.model} cannot be served: {error}")
     asyncio.run(serve(settings, base))
 
 

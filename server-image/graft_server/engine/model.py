@@ -79,14 +79,11 @@ class BaseModel:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_arguments: Mapping[str, Any]) -> list[int]:
         """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
 
-        An encoder-decoder without a template was trained on bare inputs: it gets the last message of the user.
+        An encoder-decoder without a template gets plain text, as it was trained on.
         Raises PromptError where the template is missing, refuses the messages, or the arguments are reserved.
         """
         if not self.tokenizer.chat_template and self.start_token is not None:
-            asked = [message["content"] for message in messages if message["role"] == "user"]
-            if not asked:
-                raise PromptError("messages: the model has no chat template and there is no message of the user")
-            return self.encode(asked[-1])
+            return self.encode(_plain(messages))
         if not self.tokenizer.chat_template:
             raise PromptError("messages: the model has no chat template; use /v1/completions or --chat-template")
         reserved = set(signature(self.tokenizer.apply_chat_template).parameters) & set(template_arguments)
@@ -101,19 +98,44 @@ class BaseModel:
         return self._encode(text, special_tokens=False)
 
 
+def _plain(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What is asked, as the trainer writes it: the system's messages and the user's, with an empty line between.
+
+    It trains on no turns before the question, so of a longer conversation only what follows the last answer counts.
+    """
+    answered = max((at for at, message in enumerate(messages) if message["role"] in ("assistant", "tool")), default=-1)
+    asked = [
+        message for at, message in enumerate(messages) if at > answered or message["role"] in ("system", "developer")
+    ]
+    if not any(message["role"] not in ("system", "developer") for message in asked):
+        raise PromptError("messages: the model has no chat template and there is no message of the user")
+    return "\n\n".join(str(message["content"]) for message in asked)
+
+
 def load_base_model(settings: Settings) -> BaseModel:
     """Loads the model that the settings name. Only safetensors are read and no code of the model's is run.
 
-    Raises OSError or ValueError where the directory holds no such model.
+    Raises OSError or ValueError where the directory holds no such model, or not all of its weights.
     """
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if not (Path(settings.model) / "config.json").is_file():
+        raise FileNotFoundError("there is no config.json")
     local = {"trust_remote_code": False, "local_files_only": True}
     config = AutoConfig.from_pretrained(settings.model, **local)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    network = kind.from_pretrained(
-        settings.model, dtype=dtype, use_safetensors=True, quantization_config=_quantization(settings, dtype), **local
-    ).eval()
-    network.requires_grad_(False)
+    quantized = _quantization(settings, dtype)
+    network, found = kind.from_pretrained(
+        settings.model,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        # Given as None it would hide what the config of a base that was saved in 4 bits says.
+        **({"quantization_config": quantized} if quantized else {}),
+        **local,
+    )
+    if missing := sorted(map(str, found["missing_keys"])):  # transformers makes them up at random, with a warning
+        raise ValueError(f"{settings.model} lacks {len(missing)} weights of its config.json, the first is {missing[0]}")
+    network.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False, local_files_only=True)
     if settings.chat_template:
         tokenizer.chat_template = _chat_template(settings.chat_template)
@@ -153,7 +175,7 @@ def adaptable_modules(network: Any) -> dict[str, ModuleShape]:
     return shapes
 
 
-def _quantization(settings: Settings, dtype: torch.dtype) -> Any:
+def _quantization(settings: Settings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """4-bit weights as in QLoRA (Dettmers et al., arXiv:2305.14314): nf4, its scales quantized too."""
     if settings.quantization is None:
         return None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 from engine_world import BASE, Api, make_adapter, make_base, running
+from graft_server.engine import __main__ as program
 from graft_server.engine.adapters import AdapterWeights
 from graft_server.engine.generation import Engine
 
@@ -222,3 +226,36 @@ async def test_an_engine_whose_thread_ends_says_so(api: Api, monkeypatch: pytest
     assert (await api.get("/health"))[0] == 503
     assert (await api.post(COMPLETIONS, model=BASE, prompt="x"))[0] == 503
     assert (await api.load("x", "/nowhere"))[0] in (404, 503)
+
+
+def start(monkeypatch: pytest.MonkeyPatch, model: str) -> Any:
+    """Runs the program until it exits; its exit code, or what it says."""
+    monkeypatch.setattr(sys, "argv", ["engine", "--model", model])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit:
+            program.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return exit.value.code
+
+
+def test_a_model_that_cannot_be_served_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert start(monkeypatch, "/nowhere") == "the model at /nowhere cannot be served: there is no config.json"
+    (tmp_path / "config.json").write_text("{}")
+    said = start(monkeypatch, str(tmp_path))
+    assert said.startswith(f"the model at {tmp_path} cannot be served: ") and "model_type" in said
+
+
+def test_sigterm_while_the_model_is_read_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first process of a container, which ignores signals that it has no handler for."""
+
+    def reads_long(_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(program, "load_base_model", reads_long)
+    started = time.monotonic()
+    assert start(monkeypatch, "/model") == 0
+    assert time.monotonic() - started < 10

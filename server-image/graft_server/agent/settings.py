@@ -25,6 +25,7 @@ class Settings:
     engine_url: str
     adapters_dir: Path
     storage_dir: Path
+    listen_address: str | None
     port: int
     base_model_name: str | None
     cache_bytes: int | None
@@ -50,6 +51,7 @@ def parse(arguments: list[str]) -> Settings:
     flag("engine-url", f"http://127.0.0.1:{ENGINE_PORT}", "the engine beside it")
     flag("adapters-dir", ADAPTERS_DIR, "shared with the engine, which reads it at the same path")
     flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
+    flag("listen-address", "", "address to listen on; empty: all")
     flag("port", str(AGENT_PORT), "of /readyz, /livez and /metrics")
     flag("base-model-name", "", "model that the engine must list to be ready; empty: not checked")
     flag(
@@ -67,6 +69,7 @@ def parse(arguments: list[str]) -> Settings:
             **values,
             "adapters_dir": Path(values["adapters_dir"]),
             "storage_dir": Path(values["storage_dir"]),
+            "listen_address": values["listen_address"] or None,
             "port": int(values["port"]),
             "base_model_name": values["base_model_name"] or None,
             "cache_bytes": int(values["cache_bytes"]) if values["cache_bytes"] else None,

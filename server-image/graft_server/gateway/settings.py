@@ -16,6 +16,7 @@ class Settings:
     """What one gateway was started with. Times in seconds."""
 
     namespace: str = "default"
+    listen_address: str = ""
     port: int = GATEWAY_PORT
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout: float = 60.0  # to receive a request's body
@@ -44,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
     here = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None
     flag("namespace", str, "where the routes ConfigMaps are", os.environ.get("POD_NAMESPACE") or here)
+    flag("listen-address", str, "address to listen on; empty: all")
     flag("port", int, "port of everything, metrics included")
     flag("max-body-bytes", int, "largest request body")
     flag("body-timeout", float, "to receive a request's body")

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -50,6 +50,9 @@ class Call:
     target: RouteTarget
     payload: dict[str, Any]
     began: float
+    before: list[dict[str, Any]] = field(default_factory=list)  # of a sequence: the steps that have answered
+    spent: dict[str, int] = field(default_factory=dict)  # their tokens
+    for_client: bool = True  # else the answer is the next step's question
 
     @property
     def words(self) -> Words:
@@ -61,8 +64,15 @@ class Call:
                 "version": self.target.version,
                 "deployment": self.model.deployment,
                 "namespace": self.model.namespace,
+                **({"steps": [*self.before, self.step]} if self.before else {}),
             },
+            self.spent,
         )
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """This call as a step of a sequence."""
+        return {"adapter": self.target.adapter, "version": self.target.version}
 
 
 class Proxy:
@@ -179,7 +189,8 @@ class Proxy:
             body = rewrite_answer(body, call.words)
         except (ValueError, RecursionError) as error:
             raise upstream_broke(f"the engine's answer makes no sense: {error}") from error
-        self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+        if call.for_client:
+            self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
         return web.Response(
             body=body, status=upstream.status, content_type="application/json", headers=self._headers(call)
         )

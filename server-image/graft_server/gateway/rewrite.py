@@ -10,12 +10,28 @@ LINE_LIMIT = 1 << 20  # a line longer than this is passed on as it is
 DONE = b"[DONE]"
 
 
-class Words:
-    """What is put in: the name the client asked for, and the `graft` object."""
+TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
-    def __init__(self, model: str, graft: dict[str, Any]) -> None:
+
+class Words:
+    """What is put in: the name the client asked for, the `graft` object, and the tokens of earlier steps."""
+
+    def __init__(self, model: str, graft: dict[str, Any], spent: dict[str, int] | None = None) -> None:
         self.model = model
         self.graft = graft
+        self.spent = spent or {}
+
+    def rename(self, event: dict[str, Any]) -> None:
+        """The client's name of the model, and all tokens that the answer took."""
+        event["model"] = self.model
+        usage = event.get("usage")
+        if self.spent and isinstance(usage, dict):
+            event["usage"] = add_usage(usage, self.spent)
+
+
+def add_usage(usage: dict[str, Any], spent: dict[str, int]) -> dict[str, Any]:
+    """OpenAI's usage object with the counts of another one added."""
+    return usage | {name: int(usage.get(name) or 0) + spent.get(name, 0) for name in TOKENS}
 
 
 def rewrite_answer(body: bytes, words: Words) -> bytes:
@@ -23,7 +39,7 @@ def rewrite_answer(body: bytes, words: Words) -> bytes:
     answer = json.loads(body)
     if not isinstance(answer, dict):
         raise ValueError("the engine's answer is no JSON object")
-    answer["model"] = words.model
+    words.rename(answer)
     answer["graft"] = words.graft
     return _dump(answer)
 
@@ -71,7 +87,7 @@ class StreamRewriter:
             return line
         if not isinstance(event, dict) or "error" in event:
             return line
-        event["model"] = self._words.model
+        self._words.rename(event)
         if self._first:
             self._first = False
             event["graft"] = self._words.graft

@@ -48,10 +48,12 @@ class Container:
         self._start = start
         self.restarts = -1
         self.pid = 0
+        self.since = 0.0  # of the monotonic clock
         self._born: str | None = None
         self.start()
 
     def start(self) -> None:
+        self.since = time.monotonic()
         self.pid = self._start()
         self._born = start_time(self.pid)
         self.restarts += 1

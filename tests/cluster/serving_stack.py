@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster_api import Api
+from cluster_api import Api, Object
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store
@@ -29,22 +29,24 @@ BASE = "tiny-llama"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def make_real_base(api: Api, store: S3Store) -> str:
-    """A BaseModel with the files of the tiny model of the examples."""
-    for path in MODEL.iterdir():
-        store.upload(f"models/{BASE}/{path.name}", path)
-    if api.get("BaseModel", None, BASE) is None:
-        spec = {"source": f"s3://{BUCKET}/models/{BASE}"}
-        api.create({"apiVersion": API, "kind": "BaseModel", "metadata": {"name": BASE}, "spec": spec})
-    return BASE
+def make_real_base(api: Api, store: S3Store, name: str = BASE, folder: Path = MODEL) -> str:
+    """A BaseModel with these files, those of the tiny model of the examples unless told otherwise."""
+    for path in folder.iterdir():
+        store.upload(f"models/{name}/{path.name}", path)
+    if api.get("BaseModel", None, name) is None:
+        spec = {"source": f"s3://{BUCKET}/models/{name}"}
+        api.create({"apiVersion": API, "kind": "BaseModel", "metadata": {"name": name}, "spec": spec})
+    return name
 
 
-def upload_version(store: S3Store, tenant: str, folder: Path, adapter: str, version: str, rank: int) -> tuple[str, str]:
+def upload_version(
+    store: S3Store, tenant: str, folder: Path, adapter: str, version: str, rank: int, base: str = BASE
+) -> tuple[str, str]:
     """Put a version into the store; its URI and the digest of its manifest."""
     files = {name: folder / name for name in FILES}
     made = Manifest(
         adapter=adapter, version=version, method="lora",
-        base_model=ManifestBaseModel(name=BASE, uri=f"s3://{BUCKET}/models/{BASE}"),
+        base_model=ManifestBaseModel(name=base, uri=f"s3://{BUCKET}/models/{base}"),
         job=ManifestJob(name=f"{adapter}-{version}", namespace=tenant, uid=f"{adapter}-{version}", attempt="1"),
         recipe="random", hyperparameters={}, rank=rank, target_modules=["q_proj"], files=describe_files(files),
         created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -53,14 +55,19 @@ def upload_version(store: S3Store, tenant: str, folder: Path, adapter: str, vers
     return layout.s3_uri(BUCKET, prefix), publish(store, prefix, files, made)
 
 
+def adapter_manifest(tenant: Tenant, uri: str, digest: str, adapter: str, version: str, base: str = BASE) -> Object:
+    """The Adapter of a version that is in the store."""
+    spec = {
+        "adapter": adapter, "version": version, "baseModel": base, "method": "lora",
+        "artifact": {"uri": uri, "digest": digest},
+    }  # fmt: skip
+    return tenant.resource("Adapter", f"{adapter}-{version}", spec)
+
+
 def publish_version(tenant: Tenant, folder: Path, adapter: str, version: str, rank: int = 4) -> str:
     """A version in the store and its Adapter; the Adapter's name."""
     uri, digest = upload_version(tenant.store, tenant.name, folder, adapter, version, rank)
-    spec = {
-        "adapter": adapter, "version": version, "baseModel": BASE, "method": "lora",
-        "artifact": {"uri": uri, "digest": digest},
-    }  # fmt: skip
-    tenant.api.create(tenant.resource("Adapter", f"{adapter}-{version}", spec))
+    tenant.api.create(adapter_manifest(tenant, uri, digest, adapter, version))
     return f"{adapter}-{version}"
 
 

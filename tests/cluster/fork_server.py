@@ -39,6 +39,7 @@ class ForkServer:
     def end(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
+        self._process.kill()  # it may still import; what it forked is ended by who asked for it
         self._process.wait(10)
 
 

@@ -59,7 +59,7 @@ class Story:
     def model(self, route: str) -> str:
         return f"{self.tenant.name}/{route}"
 
-    def until(self, predicate: object, what: str, seconds: float = 90) -> None:
+    def until(self, predicate: object, what: str, seconds: float = 240) -> None:
         """Wait; the first failed request ends it."""
 
         def there() -> object:
@@ -91,6 +91,7 @@ class Story:
         return self.node.of(self.tenant.name)
 
 
+@pytest.mark.timeout(900)  # it takes two minutes where nothing else runs
 def test_no_request_fails_while_everything_changes(
     tenant: Tenant, node: LoopbackNode, plane: ControlPlane, tmp_path: Path
 ) -> None:
@@ -131,9 +132,9 @@ def test_no_request_fails_while_everything_changes(
         story.until_answered("support", "1.0.1")
         story.until(lambda: fleet.wanted_names() == ["sales-1.0.0", "support-1.0.1"], "the old version is not wanted")
 
-        # An engine is killed without a word. What it has begun to stream nobody else can end, so nothing is streamed then.
-        load.streamed = 0
-        story.until(lambda: load.streams == 0, "no stream runs")
+        # An engine is killed without a word, in the middle of streams: another replica takes them over.
+        load.streamed = 1.0
+        story.until(lambda: load.streams > load.clients / 2, "streams run in both pods")
         victim = story.pods()[0]
         victim.engine.signal(signal.SIGKILL)
         story.until(lambda: victim.engine.restarts == 1, "the engine was started again")

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster_api import MERGE, Api, Object
+from cluster_api import MERGE, Api, Object, Refused
 from graft.contracts import AGENT_PORT, ENGINE_PORT
 from testbed.processes import start_time
 from testbed.shell import wait_for
@@ -77,7 +77,8 @@ class LoopbackPod:
         self.ready = False
         self.deleted = threading.Event()
         self.over = threading.Event()
-        self._told: Object | None = None
+        self._abandoned = False
+        self._told: tuple[bool, int] | None = None
         folder.mkdir(parents=True)
         (folder / "adapters").mkdir()
         self._write_secret()
@@ -123,17 +124,34 @@ class LoopbackPod:
                         container.start()
                 self.ready = self._answers(ENGINE_PORT, "/health") and self._answers(AGENT_PORT, "/readyz")
                 self._tell()
+            if self._abandoned:
+                return
             self.ready = False
             self._tell()
             time.sleep(self._pause)
             self.engine.signal(signal.SIGTERM)
             self._ended(self.engine, 60)
         finally:
-            self.kill()
+            self._kill()
             self.over.set()
-        self.api.call("DELETE", f"/api/v1/namespaces/{self.namespace}/pods/{self.name}", {"gracePeriodSeconds": 0})
+        self._call("DELETE", f"/api/v1/namespaces/{self.namespace}/pods/{self.name}", {"gracePeriodSeconds": 0})
 
-    def kill(self) -> None:
+    def _call(self, method: str, path: str, body: Object) -> None:
+        """A call about this pod, which may be gone: somebody has deleted it without grace."""
+        try:
+            self.api.call(method, path, body, MERGE if method == "PATCH" else "application/json")
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def abandon(self) -> None:
+        """End the processes; the pod's object is left to others."""
+        self._abandoned = True
+        self.deleted.set()
+        self._thread.join(10)
+        self._kill()
+
+    def _kill(self) -> None:
         for container in (self.agent, self.engine):
             container.signal(signal.SIGKILL)
             self._ended(container, 10)
@@ -168,10 +186,10 @@ class LoopbackPod:
             ],
         }
         told = (self.ready, self.engine.restarts)
-        if self._told is None or self._told["told"] != told:
+        if self._told != told:
             path = f"/api/v1/namespaces/{self.namespace}/pods/{self.name}/status"
-            self.api.call("PATCH", path, {"status": new}, MERGE)
-            self._told = {"told": told}
+            self._call("PATCH", path, {"status": new})
+            self._told = told
 
 
 def _arguments(container: Object) -> list[str]:
@@ -242,8 +260,7 @@ class LoopbackNode:
         self._end.set()
         self._thread.join(20)
         for pod in self.pods.values():
-            pod.deleted.set()
-            pod.kill()
+            pod.abandon()
         self._api.call("DELETE", f"/api/v1/nodes/{NODE}")
 
     def _heartbeat(self, more: Object | None = None) -> None:

@@ -337,10 +337,16 @@ class RouteTarget(Message):
 
 
 class RouteEntry(Message):
-    """One model name that clients use."""
+    """One model name that clients use; `steps` are those of a sequence, which has no targets."""
 
     model: str  # <namespace>/<route>
     targets: list[RouteTarget]
+    steps: list[RouteTarget] = Field(default_factory=list)  # each one's answer is the next one's question
+
+    @property
+    def leads_to(self) -> list[RouteTarget]:
+        """Everything that a request may be answered by."""
+        return [*self.targets, *self.steps]
 
 
 class Backend(Message):

@@ -23,6 +23,16 @@ class Route(Schema):
         max_length=40,
         description="The adapter that answers, one of those in adapters; the bare base model when absent.",
     )
+    sequence: list[str] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=4,
+        description="Instead of adapter: adapters that work on a request one after the other; each one's answer is the next one's question.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "atomic",
+            "items": {"type": "string", "pattern": DNS_LABEL, "maxLength": 40},
+        },
+    )
 
 
 class EngineLimits(Schema):
@@ -119,7 +129,12 @@ class RoutedModel(Status):
 
     model: str = Field(description="The name that clients use.")
     adapter: str | None = Field(default=None, description="The Adapter resource that answers; none for the base model.")
-    replicas: int = Field(default=0, description="Replicas that can answer.")
+    sequence: list[str] | None = Field(
+        default=None,
+        description="The Adapter resources of a sequence's steps.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    replicas: int = Field(default=0, description="Replicas that can answer; of a sequence, its scarcest step.")
 
 
 class AdapterDeploymentStatus(Status):
@@ -189,6 +204,14 @@ CRD: dict[str, Any] = {
         (
             "!has(self.routes) || self.routes.all(r, !has(r.adapter) || self.adapters.exists(a, a.startsWith(r.adapter + '@')))",
             "each route's adapter must be one of adapters",
+        ),
+        (
+            "!has(self.routes) || self.routes.all(r, !has(r.sequence) || r.sequence.all(s, self.adapters.exists(a, a.startsWith(s + '@'))))",
+            "each adapter of a route's sequence must be one of adapters",
+        ),
+        (
+            "!has(self.routes) || self.routes.all(r, !has(r.adapter) || !has(r.sequence))",
+            "a route has an adapter or a sequence, not both; neither means the base model",
         ),
         (
             "self.adapters.all(a, self.adapters.exists_one(b, b.startsWith(a.split('@')[0] + '@')))",

@@ -152,7 +152,10 @@ def serving(adapter: Adapter, deployments: list[Manifest]) -> list[str]:
             if item.get("state") not in {"Failed", "Pending"}
         }
         resolved = {item.get("name") for item in status.get("adapters", [])}
-        routed = {item.get("adapter") for item in status.get("models", [])}
+        models = status.get("models", [])
+        routed = {item.get("adapter") for item in models} | {
+            step for item in models for step in item.get("sequence", [])
+        }
         if name in loaded | resolved | routed:
             users.append(raw["metadata"]["name"])
     return sorted(users)

@@ -291,6 +291,11 @@ def _routed(world: World, ready: list[serving.ReplicaView]) -> list[RoutedModel]
     routed = []
     for entry in world.routes.routes if world.routes else []:
         target = entry.targets[0] if entry.targets else None
+        if entry.steps:
+            counts = [sum(replica.has(step.engine_model) for replica in ready) for step in entry.steps]
+            names = [step.adapter for step in entry.steps if step.adapter]
+            routed.append(RoutedModel(model=entry.model, sequence=names, replicas=min(counts)))
+            continue
         if target is None:
             routed.append(RoutedModel(model=entry.model, adapter=None, replicas=0))
             continue

@@ -178,7 +178,7 @@ def plan_wanted(
     """
     signed = {item.engine_name: item for item in known if item.signature is not None}
     names = {item.engine_name for item in resolved}
-    routed = {target.engine_model for entry in (routes.routes if routes else []) for target in entry.targets}
+    routed = {target.engine_model for entry in (routes.routes if routes else []) for target in entry.leads_to}
     kept = [
         signed.get(item.engine_name, item)
         for item in (previous.adapters if previous else [])
@@ -215,13 +215,19 @@ def plan_routes(
     entries = []
     for route in effective_routes(deployment):
         model = f"{namespace}/{route.model}"
+        if route.sequence:
+            earlier = before[model].steps if model in before else []
+            entries.append(
+                RouteEntry(model=model, targets=[], steps=_steps(route.sequence, by_name, tenant, ready, earlier))
+            )
+            continue
         if route.adapter is None:
             entries.append(RouteEntry(model=model, targets=[RouteTarget(engine_model=deployment.spec.base_model)]))
             continue
         old = before[model].targets[0] if model in before and before[model].targets else None
         target = _target(by_name.get(route.adapter), tenant, ready, old)
         entries.append(RouteEntry(model=model, targets=[target] if target else []))
-    models = {target.engine_model for entry in entries for target in entry.targets}
+    models = {target.engine_model for entry in entries for target in entry.leads_to}
     backends = [
         Backend(
             pod=replica.pod,
@@ -238,6 +244,25 @@ def plan_routes(
         routes=entries,
         backends=backends,
     )
+
+
+def _steps(
+    names: list[str],
+    by_name: dict[str, Resolution],
+    tenant: str,
+    ready: list[ReplicaView],
+    before: list[RouteTarget],
+) -> list[RouteTarget]:
+    """The steps of a sequence, each moved to a new version on its own; none as long as one of them resolves to nothing."""
+    steps = []
+    for name in names:
+        resolution = by_name.get(name)
+        old = next((step for step in before if step.adapter and step.adapter.rpartition("-")[0] == name), None)
+        step = _target(resolution, tenant, ready, old)
+        if step is None:
+            return []
+        steps.append(step)
+    return steps
 
 
 def _target(

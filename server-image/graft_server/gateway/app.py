@@ -17,6 +17,7 @@ from graft_server.configmaps import Snapshot
 from graft_server.gateway.errors import ApiError, bad_request, no_route, too_large, unavailable, unknown_model
 from graft_server.gateway.metrics import UNKNOWN, Metrics
 from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
+from graft_server.gateway.sequence import answer_in_steps
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Model, Table, read_parts
 
@@ -154,7 +155,7 @@ class Gateway:
     def _card(self, model: Model) -> dict[str, Any]:
         reason = model.why_not
         target = model.targets[0] if model.targets else None
-        replicas = {backend.pod for one in model.targets for backend in model.replicas(one)}
+        replicas = {backend.pod for one in (*model.targets, *model.steps) for backend in model.replicas(one)}
         return {
             "id": model.name,
             "object": "model",
@@ -163,6 +164,11 @@ class Gateway:
             "graft": {
                 "adapter": target.adapter if target else None,
                 "version": target.version if target else None,
+                **(
+                    {"steps": [{"adapter": one.adapter, "version": one.version} for one in model.steps]}
+                    if model.steps
+                    else {}
+                ),
                 "deployment": model.deployment,
                 "namespace": model.namespace,
                 "base_model": model.base_model,
@@ -191,6 +197,11 @@ class Gateway:
             raise bad_request("The request names no model: give model as <namespace>/<route>.", "model")
         model = self._find(name)
         request[MODEL] = model.name
+        if model.steps:
+            call = Call(request, model, model.steps[0], payload, began)
+            return await answer_in_steps(
+                self._proxy, call, lambda: self._table.models.get(model.name), self._settings.step_tokens
+            )
         target = model.pick(self._chance)
         if target is None:
             raise unavailable(model.name, model.why_not or "no replica has it loaded")

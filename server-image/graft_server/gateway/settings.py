@@ -16,6 +16,7 @@ class Settings:
     """What one gateway was started with. Times in seconds."""
 
     namespace: str = "default"
+    listen_address: str = ""
     port: int = GATEWAY_PORT
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout: float = 60.0  # to receive a request's body
@@ -23,6 +24,7 @@ class Settings:
     idle_timeout: float = 300.0  # without a byte from the engine; a plain answer comes only when all of it is there
     total_timeout: float = 3600.0
     attempts: int = 3
+    step_tokens: int = 512  # of a sequence's answers before the last, where the request has no limit
     avoid_seconds: float = 5.0  # a replica that could not be reached
     stale_seconds: float = 120.0  # table age from which the log says so
     shutdown_delay: float = 5.0  # unready, still accepting: until Services have noticed
@@ -44,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
     here = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None
     flag("namespace", str, "where the routes ConfigMaps are", os.environ.get("POD_NAMESPACE") or here)
+    flag("listen-address", str, "address to listen on; empty: all")
     flag("port", int, "port of everything, metrics included")
     flag("max-body-bytes", int, "largest request body")
     flag("body-timeout", float, "to receive a request's body")
@@ -51,6 +54,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
     flag("idle-timeout", float, "longest silence of an engine")
     flag("total-timeout", float, "longest answer")
     flag("attempts", int, "replicas tried for one request")
+    flag(
+        "step-tokens", int, "longest answer of a sequence's steps before the last, where the request sets no max_tokens"
+    )
     flag("avoid-seconds", float, "how long an unreachable replica is avoided")
     flag("stale-seconds", float, "table age from which the log says so")
     flag("shutdown-delay", float, "between SIGTERM and the end of accepting")

@@ -19,6 +19,7 @@ class Model:
     targets: tuple[RouteTarget, ...]
     backends: tuple[Backend, ...]
     unavailable: str | None
+    steps: tuple[RouteTarget, ...] = ()  # of a sequence, which has no targets
 
     def replicas(self, target: RouteTarget) -> tuple[Backend, ...]:
         """The backends that have the target loaded."""
@@ -33,13 +34,17 @@ class Model:
 
     @property
     def why_not(self) -> str | None:
-        """Why no backend can answer now; None when one can."""
+        """Why no backend can answer now; None when one can. A sequence needs one for each of its steps."""
+        if self.steps and all(self.replicas(step) for step in self.steps):
+            return None
         if any(target.weight > 0 and self.replicas(target) for target in self.targets):
             return None
         if self.unavailable:
             return self.unavailable
         if not self.backends:
             return f"AdapterDeployment {self.deployment} has no ready replica"
+        if missing := [str(step.adapter) for step in self.steps if not self.replicas(step)]:
+            return f"no ready replica of AdapterDeployment {self.deployment} has {', '.join(missing)} loaded yet"
         return (
             f"none of the {len(self.backends)} ready replicas of AdapterDeployment {self.deployment} has it loaded yet"
         )
@@ -76,6 +81,7 @@ class Table:
                         targets=tuple(route.targets),
                         backends=tuple(part.backends),
                         unavailable=part.unavailable,
+                        steps=tuple(route.steps),
                     )
         return cls(models), problems
 

@@ -164,9 +164,7 @@ def test_an_adapter_of_another_base_model_does_not_fit(store: MemoryStore, tmp_p
     assert "is [4, 32], on tiny it would be [4, 64]" in text and "spec.baseModel" in text
 
 
-def test_a_source_that_is_not_there_or_not_readable_is_refused(
-    theirs: Path, store: MemoryStore, tmp_path: Path
-) -> None:
+def test_a_folder_without_an_adapter_says_what_it_looks_like(theirs: Path, store: MemoryStore, tmp_path: Path) -> None:
     (theirs / "adapter_config.json").rename(theirs / "config.json")
     assert "set spec.method to full" in refused(tmp_path, store, theirs)
 

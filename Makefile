@@ -6,6 +6,8 @@ LIGHT := build/venv-demo
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 export PYTHONUNBUFFERED := 1
+# Threads of torch that wait by spinning slow down whatever else runs: the suites start many processes on few cores.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all bench-train bench-train-cluster bench-serve binaries crds lock images clean
 

@@ -2,7 +2,8 @@
 
 import pytest
 from graft.api.meta import Placement
-from graft.placement.offers import GpuKind, offers, quantity
+from graft.api.quantity import quantity
+from graft.placement.offers import GpuKind, offers
 from placement_world import gpu_node, node
 
 GIB = 2**30

@@ -214,7 +214,7 @@ class Story:
 CAPACITIES = [Capacity(adapters=1), Capacity(adapters=3), Capacity(bytes=20), Capacity(adapters=4, bytes=30)]
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(48))
 def test_whatever_happens(seed: int) -> None:
     story = Story(random.Random(seed), CAPACITIES[seed % len(CAPACITIES)])
     for _ in range(40):
@@ -234,7 +234,7 @@ def test_whatever_happens(seed: int) -> None:
         assert story.homes == again  # a plan gives itself
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(48))
 def test_two_copies_wherever_there_is_the_room(seed: int) -> None:
     slots = seed % 4 + 1
     story = Story(random.Random(seed), Capacity(adapters=slots))

@@ -22,9 +22,14 @@ class Remedies:
 
 def enough(items: Sequence[Item], replicas: int, capacity: Capacity) -> bool:
     """Whether so many empty replicas would take them all, as often as they are to be there; but for those of too high a rank."""
-    pods = [ReplicaPod(f"{number:04d}") for number in range(replicas)]
     fitting = [item for item in items if capacity.max_rank is None or item.rank <= capacity.max_rank]
-    return replicas > 0 and not plan(fitting, pods, capacity, {}, fill=False).short
+    slots, limit = capacity.adapters, capacity.bytes
+    if slots is not None and _copies(fitting, replicas) > slots * replicas:
+        return False
+    if limit is not None and max([_total(fitting, replicas) / replicas, *(item.bytes for item in fitting)]) > limit:
+        return False
+    pods = [ReplicaPod(f"{number:04d}") for number in range(replicas)]
+    return not plan(fitting, pods, capacity, {}, fill=False).short
 
 
 def remedies(items: Sequence[Item], replicas: int, capacity: Capacity) -> Remedies:

@@ -5,7 +5,7 @@ Where everything fits everywhere, everything is everywhere. Else each adapter ge
 1. What was somewhere stays there, while the replica is alive and has the room.
 2. First copies before second ones, in the order of the adapters. Where no replica has room, copies that are to spare give way, and
    after these a copy moves.
-3. An adapter that no ready replica is to have gets one that is ready.
+3. An adapter that no ready replica is to have gets one that is ready. One that answers only where it was to leave stays there.
 4. Room that is left takes further copies, of what has the fewest first: a new replica shares the load at once.
 
 No copy gives way that is the last one loaded, so whatever answers goes on answering: it is loaded elsewhere, seen loaded, and then
@@ -43,14 +43,19 @@ class Item:
 
 @dataclass(frozen=True)
 class ReplicaPod:
-    """A replica that is alive, and the adapters that its engine has."""
+    """A replica that is alive, the adapters that its engine has, and those that it has still, but was told to unload."""
 
     name: str
     ready: bool = True
     loaded: frozenset[str] = frozenset()
+    draining: frozenset[str] = frozenset()
 
     def answers(self, name: str) -> bool:
         return self.ready and name in self.loaded
+
+    def has(self, name: str) -> bool:
+        """Whether it could go on answering."""
+        return self.ready and (name in self.loaded or name in self.draining)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def plan(
         return Plan(None)
     board = _Board({item.name: item for item in items}, {pod.name: pod for pod in pods}, capacity)
     board.keep(previous)
-    # One step may make room for another. It ends: each gives a first copy, else a second, else a ready one, else a further one,
-    # and takes none of a kind before it.
+    # One step may make room for another. It ends: each makes one more adapter answer, else gives it a first copy, else a second,
+    # else a ready one, else a further one, and undoes nothing of a kind before its own.
     while board.spread() or (fill and board.fill()):
         pass
     board.hold(previous)
@@ -123,6 +128,10 @@ class _Board:
     def spread(self) -> bool:
         """First copies, second copies, ready ones; whether anything changed."""
         changed = False
+        for item in self.items.values():
+            still = [name for name, pod in self.pods.items() if pod.has(item.name)]
+            if not self.homes[item.name] & set(still):
+                changed |= self._add_on(item, 0, still)
         for level in range(1, COPIES + 1):
             for item in self.items.values():
                 if len(self.homes[item.name]) < min(level, item.copies(len(self.pods))):
@@ -138,20 +147,21 @@ class _Board:
         if self.capacity.max_rank is not None and item.rank > self.capacity.max_rank:
             return False
         others = [pod for pod in among if pod not in self.homes[item.name]]
-        free = [pod for pod in others if self._room(item, pod)]
+        return self._add_on(item, level, others) or self._move_for(item, others)
+
+    def _add_on(self, item: Item, level: int, among: Sequence[str]) -> bool:
+        free = [pod for pod in among if self._room(item, pod)]
         if free:
             self._put(item.name, min(free, key=self._share))
             return True
-        ways = [
-            (len(given), self._share(pod), pod, given) for pod in others if (given := self._given(item, pod, level))
-        ]
-        if ways:
-            _, _, pod, given = min(ways)
-            for name in given:
-                self._take(name, pod)
-            self._put(item.name, pod)
-            return True
-        return self._move_for(item, others)
+        ways = [(len(given), self._share(pod), pod, given) for pod in among if (given := self._given(item, pod, level))]
+        if not ways:
+            return False
+        _, _, pod, given = min(ways)
+        for name in given:
+            self._take(name, pod)
+        self._put(item.name, pod)
+        return True
 
     def fill(self) -> bool:
         """Further copies of what has the fewest, while there is room; whether there were any."""
@@ -177,7 +187,8 @@ class _Board:
         """What gives way to it on the replica; [] where that is not enough."""
         given: list[str] = []
         for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
-            if len(self.homes[name]) > (1 if self.items[name].leaving else level) and self._may_leave(name, pod):
+            needed = min(level, 1) if self.items[name].leaving else level
+            if len(self.homes[name]) > needed and self._may_leave(name, pod, at_once=level == 0):
                 given.append(name)
                 if self._room(item, pod, given):
                     break
@@ -202,12 +213,12 @@ class _Board:
                     return True
         return False
 
-    def _may_leave(self, name: str, pod: str) -> bool:
+    def _may_leave(self, name: str, pod: str, *, at_once: bool = False) -> bool:
         """Whether nothing is lost: it answers elsewhere, or does not answer here and has another replica that is as ready."""
         here, others = self.pods[pod], [self.pods[other] for other in self.homes[name] if other != pod]
-        if here.answers(name):
+        if here.has(name):
             return any(other.answers(name) for other in others)
-        return not here.ready or any(other.ready for other in others)
+        return at_once or not here.ready or any(other.ready for other in others)
 
     def _spare(self, name: str, pod: str) -> tuple[int, bool, bool, int]:
         """How well the replica can do without it: the greatest goes first."""

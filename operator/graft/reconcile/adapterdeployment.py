@@ -20,7 +20,7 @@ from graft.manifests.common import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
-from graft.reconcile import pods, serving
+from graft.reconcile import assignment, pods, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.deploymentstatus import KIND, World, observe, why_unavailable
@@ -62,6 +62,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         trouble=trouble,
         base_model=None if isinstance(base, Trouble) else base.ref,
         resolutions=serving.resolve(spec, adapters),
+        adapters=adapters,
     )
     world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
     world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
@@ -128,12 +129,15 @@ def _owner(manifest: Manifest) -> str | None:
 async def _apply_adapters(ctx: Context, world: World) -> None:
     """The gateway's table, then what the agents load: an adapter leaves the table before it is drained."""
     spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
-    routes = serving.plan_routes(spec, world.resolutions, tenant, world.replicas, world.routes, why_unavailable(world))
+    routes = serving.plan_routes(
+        spec, world.resolutions, tenant, world.replicas, world.routes, why_unavailable(world), world.wanted
+    )
+    wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes)
+    wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
+    routes = assignment.leave_out_moved(routes, wanted)
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes
-    resolved = [serving.wanted_adapter(tenant, item.adapter) for item in world.resolutions if item.adapter is not None]
-    wanted = serving.plan_wanted(spec, resolved, world.wanted, routes)
     if wanted != world.wanted and (world.trouble is None or world.wanted is not None):
         try:
             await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))

@@ -54,7 +54,8 @@ class Context:
         for item in conditions.transitions(old, merged):
             if item.type == "InUse":
                 continue
-            bad = item.status == "False" and item.reason not in {"Complete", "ScaledToZero", "NotServed"}
+            wrong = "True" if item.type == "Degraded" else "False"
+            bad = item.status == wrong and item.reason not in {"Complete", "ScaledToZero", "NotServed"}
             log.info(
                 "condition",
                 extra={"resource": _name(raw), "type": item.type, "status": item.status, "reason": item.reason},

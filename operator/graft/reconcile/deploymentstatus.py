@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from graft.api import AdapterDeployment
+from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import (
     AdapterDeploymentStatus,
     LoadedAdapter,
@@ -11,10 +11,11 @@ from graft.api.adapterdeployment import (
     RoutedModel,
 )
 from graft.api.meta import Condition
-from graft.contracts import ENGINE_PORT, BaseModelRef, Residency, Routes, Wanted
+from graft.artifacts.layout import tenant_of
+from graft.contracts import ENGINE_PORT, BaseModelRef, Residency, ResidentAdapter, Routes, Wanted, WantedAdapter
 from graft.kube import Manifest
 from graft.manifests.serving import engine_of, pod_selector
-from graft.reconcile import pods, serving
+from graft.reconcile import assignment, pods, serving
 from graft.reconcile.access import Trouble
 from graft.status import condition
 
@@ -29,11 +30,18 @@ class World:
     trouble: Trouble | None
     base_model: BaseModelRef | None
     resolutions: list[serving.Resolution]
+    adapters: list[Adapter] = field(default_factory=list)  # of the namespace
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
     residency: dict[str, Residency] = field(default_factory=dict)
     wanted: Wanted | None = None
     routes: Routes | None = None
+
+    @property
+    def resolved(self) -> list[WantedAdapter]:
+        """The versions that spec.adapters stands for, in its order."""
+        tenant = tenant_of(self.spec.metadata.namespace)
+        return [serving.wanted_adapter(tenant, item.adapter) for item in self.resolutions if item.adapter is not None]
 
     @property
     def replicas(self) -> list[serving.ReplicaView]:
@@ -72,20 +80,17 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
     wanted = world.wanted or Wanted(base_model=spec.spec.base_model, max_lora_rank=0)
     replicas, ready = world.replicas, [replica for replica in world.replicas if replica.ready]
     shown = [_replica(replica, wanted) for replica in replicas]
-    loaded_everywhere = [
-        item for item in wanted.adapters if replicas and all(r.has(item.engine_name) for r in replicas)
-    ]
     resolved = [_resolved(item, wanted, replicas) for item in world.resolutions]
+    complete = [item for item in resolved if item.loaded and _all_of(item.loaded)]
     routed = _routed(world, ready)
     accepted = _accepted(world)
     available = _available(world, ready, routed)
     progressing = _progressing(world, wanted, shown)
-    answered = [item for item in routed if item.replicas > 0]
-    if available.status == "True":
-        healthy = accepted.status == "True" and progressing.reason != "AdapterFailed"
-        stage = "Progressing" if progressing.status == "True" else "Available" if healthy else "Degraded"
-    elif answered:
+    degraded = _degraded(world, wanted, shown, routed, accepted, progressing)
+    if degraded.status == "True" and any(item.replicas for item in routed):
         stage = "Degraded"
+    elif available.status == "True":
+        stage = "Progressing" if progressing.status == "True" else "Available"
     elif world.trouble is not None and not world.pods:
         stage = "Waiting"
     else:
@@ -96,7 +101,7 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
             "replicas": len(replicas),
             "ready_replicas": len(ready),
             "ready_text": f"{len(ready)}/{spec.spec.replicas}",
-            "adapters_text": f"{len(loaded_everywhere)}/{len(spec.spec.adapters)}",
+            "adapters_text": f"{len(complete)}/{len(spec.spec.adapters)}",
             "selector": ",".join(f"{key}={value}" for key, value in pod_selector(spec).items()),
             "engine": engine_of(spec),
             "endpoint": gateway_url or None,
@@ -105,20 +110,34 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
             "replica_status": shown,
         }
     )
-    return status, [accepted, available, progressing]
+    return status, [accepted, available, progressing, degraded]
 
 
 def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
     seen = {item.engine_name: item for item in (replica.residency.adapters if replica.residency else [])}
-    items = [
-        LoadedAdapter(adapter=item.adapter, state=item.state, reason=item.reason, message=item.message)
-        for item in seen.values()
-    ]
+    items = [_loaded(item) for item in seen.values()]
     items += [
-        LoadedAdapter(adapter=item.adapter, state="Pending") for item in wanted.adapters if item.engine_name not in seen
+        _loaded(
+            ResidentAdapter(engine_name=item.engine_name, adapter=item.adapter, digest=item.digest, state="Pending")
+        )
+        for item in wanted.adapters
+        if item.engine_name not in seen and item.is_for(replica.pod)
     ]
     return Replica(
         pod=replica.pod, ready=replica.ready, adapters=sorted(items, key=lambda item: (item.adapter, item.state))
+    )
+
+
+def _loaded(item: ResidentAdapter) -> LoadedAdapter:
+    return LoadedAdapter(
+        adapter=item.adapter,
+        version=item.adapter.rpartition("-")[2],  # an Adapter is named <adapter>-<version>
+        digest=item.digest.removeprefix("sha256:")[:12],
+        state=item.state,
+        reason=item.reason,
+        message=item.message,
+        load_seconds=item.load_seconds,
+        size_bytes=item.size_bytes,
     )
 
 
@@ -127,14 +146,21 @@ def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.R
         return ResolvedAdapter(ref=item.ref, message=item.message)
     digest = item.adapter.spec.artifact.digest
     name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
-    loaded = sum(replica.has(name) for replica in replicas)
+    homes = [replica for replica in replicas if wanted.is_for(name, replica.pod)]
+    loaded = sum(replica.has(name) for replica in homes)
     return ResolvedAdapter(
         ref=item.ref,
         name=item.adapter.metadata.name,
         version=item.adapter.spec.version,
         digest=digest,
-        loaded=f"{loaded}/{len(replicas)}",
+        loaded=f"{loaded}/{len(homes)}",
+        message="it has no room on any replica; see the condition Degraded" if replicas and not homes else None,
     )
+
+
+def _all_of(loaded: str) -> bool:
+    count, _, homes = loaded.partition("/")
+    return count == homes != "0"
 
 
 def _routed(world: World, ready: list[serving.ReplicaView]) -> list[RoutedModel]:
@@ -198,7 +224,62 @@ def _progressing(world: World, wanted: Wanted, shown: list[Replica]) -> Conditio
         return condition(
             KIND, "Progressing", "False", "AdapterFailed", f"{item.adapter} in pod {pod}: {item.reason}: {item.message}"
         )
-    return condition(KIND, "Progressing", "False", "Complete", "everything that is wanted is loaded everywhere")
+    return condition(KIND, "Progressing", "False", "Complete", "everything that is wanted is loaded")
+
+
+def _degraded(
+    world: World,
+    wanted: Wanted,
+    shown: list[Replica],
+    routed: list[RoutedModel],
+    accepted: Condition,
+    progressing: Condition,
+) -> Condition:
+    """Whether less is served than the spec asks for and time alone does not help; a first start or a change is no such thing."""
+    replicas, ready = world.spec.spec.replicas, sum(replica.ready for replica in shown)
+    if replicas == 0 or not world.pods:
+        return condition(KIND, "Degraded", "False", "AsExpected", "there is nothing that could serve yet")
+    problems: list[tuple[str, str]] = []
+    if accepted.status == "False":
+        problems.append(("NotAccepted", accepted.message))
+    failed = [(replica.pod, item) for replica in shown for item in replica.adapters if item.state == "Failed"]
+    if failed:
+        pod, item = failed[0]
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        problems.append(("AdapterFailed", f"{item.adapter} in pod {pod}: {item.reason}: {item.message}{more}"))
+    names = {replica.pod for replica in shown}
+    short = assignment.shortage(world.spec, wanted, world.resolved, world.adapters, names)
+    if short is not None and not (short.passing and progressing.status == "True"):
+        problems.append(("NoRoom", short.message))
+    settled = _settled(world.spec)
+    if ready < replicas and (settled or _given_up(world)):
+        problems.append(("ReplicaUnavailable", f"{ready} of {replicas} replicas are ready{_why_not_ready(world)}"))
+    silent = [item.model for item in routed if item.replicas == 0]
+    if silent and (settled or progressing.status == "False"):
+        problems.append(("RouteUnavailable", f"no replica answers {', '.join(silent)}"))
+    if not problems:
+        return condition(KIND, "Degraded", "False", "AsExpected", "nothing is wrong")
+    return condition(KIND, "Degraded", "True", problems[0][0], "; ".join(text for _, text in problems))
+
+
+def _settled(spec: AdapterDeployment) -> bool:
+    """Whether all was served once since the spec last changed, so that what is missing now was lost."""
+    now = {item.type: item for item in spec.status.conditions if item.observed_generation == spec.metadata.generation}
+    if "Degraded" in now and now["Degraded"].status == "True":
+        return True
+    started = "Available" in now and now["Available"].reason in {"Serving", "RouteUnavailable"}
+    return started and "Progressing" in now and now["Progressing"].status == "False"
+
+
+def _given_up(world: World) -> bool:
+    """Whether the Deployment says that its rollout makes no progress any more."""
+    conditions = (world.deployment or {}).get("status", {}).get("conditions", [])
+    return any(item["type"] == "Progressing" and item["status"] == "False" for item in conditions)
+
+
+def _why_not_ready(world: World) -> str:
+    stuck = [message for pod in world.pods if (message := pods.waiting_message(pod)) is not None]
+    return f": {stuck[0]}" if stuck else ""
 
 
 def _rolled_out(world: World) -> bool:

@@ -3,7 +3,7 @@
 The order of a change: load -> seen loaded -> shift traffic -> drain -> unload. An adapter's engine name holds its digest, so old and new
 version are two names and can be loaded side by side:
 - `wanted` names what is resolved now, and what routes still lead to;
-- a route moves to the new version when every ready replica has it (or the old one is loaded nowhere);
+- a route moves to the new version when every ready replica that is to have it has it (or the old one is loaded nowhere);
 - what no route leads to any more leaves `wanted`, and the agents drain and unload it.
 """
 
@@ -13,6 +13,7 @@ from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Route
 from graft.api.meta import Condition
 from graft.contracts import (
+    AdapterState,
     Backend,
     Residency,
     RouteEntry,
@@ -48,6 +49,11 @@ class ReplicaView:
     address: str
     ready: bool
     residency: Residency | None
+
+    def in_state(self, state: AdapterState) -> frozenset[str]:
+        """The adapters that its agent says are in a state."""
+        adapters = self.residency.adapters if self.residency else []
+        return frozenset(item.engine_name for item in adapters if item.state == state)
 
     def has(self, engine_model: str) -> bool:
         """Whether a request for the adapter can go there."""
@@ -157,8 +163,9 @@ def plan_routes(
     replicas: list[ReplicaView],
     previous: Routes | None,
     unavailable: str | None,
+    told: Wanted | None = None,
 ) -> Routes:
-    """This deployment's part of the gateway's table."""
+    """This deployment's part of the gateway's table. `told`: what the agents were told, so where a version is to be."""
     namespace = deployment.metadata.namespace
     ready = [replica for replica in replicas if replica.ready and replica.address]
     by_name = {item.name: item for item in resolutions}
@@ -170,7 +177,7 @@ def plan_routes(
             entries.append(RouteEntry(model=model, targets=[RouteTarget(engine_model=deployment.spec.base_model)]))
             continue
         old = before[model].targets[0] if model in before and before[model].targets else None
-        target = _target(by_name.get(route.adapter), tenant, ready, old)
+        target = _target(by_name.get(route.adapter), tenant, ready, old, told)
         entries.append(RouteEntry(model=model, targets=[target] if target else []))
     models = {target.engine_model for entry in entries for target in entry.targets}
     backends = [
@@ -192,7 +199,11 @@ def plan_routes(
 
 
 def _target(
-    resolution: Resolution | None, tenant: str, ready: list[ReplicaView], old: RouteTarget | None
+    resolution: Resolution | None,
+    tenant: str,
+    ready: list[ReplicaView],
+    old: RouteTarget | None,
+    told: Wanted | None,
 ) -> RouteTarget | None:
     if resolution is None or resolution.adapter is None:
         # The entry resolves to nothing (its Adapter is being deleted, say): what answers now goes on answering.
@@ -204,7 +215,8 @@ def _target(
     )
     if old is None or old.engine_model == new.engine_model or old.adapter is None:
         return new
-    if ready and all(replica.has(new.engine_model) for replica in ready):
+    homes = [replica for replica in ready if told is None or told.is_for(new.engine_model, replica.pod)]
+    if homes and all(replica.has(new.engine_model) for replica in homes):
         return new
     old_answers = any(replica.has(old.engine_model) for replica in ready)
     new_answers = any(replica.has(new.engine_model) for replica in ready)

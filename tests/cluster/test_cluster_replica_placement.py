@@ -1,7 +1,7 @@
 """Adapters on a part of the replicas, because not all fit on each: two copies, what is lost comes back, room is asked for by name."""
 
 import pytest
-from cluster_api import ApiError, Object
+from cluster_api import Object, Refused
 from fleet import Fleet
 from tenant import Tenant
 
@@ -71,7 +71,9 @@ def test_a_replica_that_goes_takes_no_adapter_with_it(tenant: Tenant) -> None:
     assert fleet.until("Available", "Serving")["status"] == "True"  # every adapter had a second replica
     load(fleet, now)
     fleet.until("Progressing", "Complete")
-    tenant.wait(lambda: {len(item.loaded) for item in fleet.routes().backends} == {4}, "three adapters and the base each")
+    tenant.wait(
+        lambda: {len(item.loaded) for item in fleet.routes().backends} == {4}, "three adapters and the base each"
+    )
 
 
 def test_a_replica_that_is_not_ready_any_more_is_told(tenant: Tenant) -> None:
@@ -144,5 +146,5 @@ def test_a_limit_that_makes_no_sense_is_refused(tenant: Tenant) -> None:
         ({"adapterBytesPerReplica": "10m"}, "at least 1Mi"),
         ({"adaptersPerReplica": 0}, "should be greater than or equal to 1"),
     ):
-        with pytest.raises(ApiError, match=words):
+        with pytest.raises(Refused, match=words):
             Fleet(tenant, "chat").deploy(["red@latest"], limits=limits)

@@ -125,9 +125,10 @@ def shortage(
     short = [item for item in each if not item.leaving and placed[item.name] < item.copies(len(pods))]
     if not short:
         return None
+    there = f"{len(pods)} replica{'s' if len(pods) > 1 else ''}"
     replicas, limits = max(len(pods), deployment.spec.replicas), capacity(deployment)
     lacking = [
-        f"{names[item.name]} has no room on {len(pods)} replicas"
+        f"{names[item.name]} has no room on {there}"
         if placed[item.name] == 0
         else f"{names[item.name]} is on {placed[item.name]} replica instead of {item.copies(len(pods))}"
         for item in short[:SHOWN]

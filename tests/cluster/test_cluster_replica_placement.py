@@ -43,7 +43,8 @@ def serve(tenant: Tenant, adapters: list[str], replicas: int, slots: int) -> tup
     fleet.deploy(adapters, replicas=replicas, limits={"adaptersPerReplica": slots})
     pods = fleet.pods(replicas)
     tenant.wait(lambda: len(fleet.wanted_names()) == len(adapters), f"{len(adapters)} adapters are wanted")
-    known(fleet, pods)
+    if len(adapters) > slots:
+        known(fleet, pods)
     load(fleet, pods)
     fleet.until("Progressing", "Complete")
     return fleet, pods

@@ -130,6 +130,19 @@ def test_an_adapter_whose_replicas_are_all_away_gets_one_that_is_ready() -> None
     assert found["x"] == ("a", "b", "e")
 
 
+def test_what_answers_only_where_it_was_to_leave_goes_back_there() -> None:
+    """x was to move from a to the replica that has died meanwhile; y has just come to a and is not loaded yet."""
+    before = {"x": ["gone", "b"], "y": ["a"], "z": ["b"]}
+    there = [
+        ReplicaPod("a", True, frozenset(), draining=frozenset({"x"})),
+        ReplicaPod("b", ready=False, loaded=frozenset({"z"})),
+    ]
+    found = homes(plan(items("x", "y", "z"), there, Capacity(adapters=2), before, fill=False))
+    assert found["x"] == ("a", "b")
+    tight = homes(plan(items("x", "y"), there[:1], Capacity(adapters=1), {"x": [], "y": ["a"]}))
+    assert tight == {"x": ("a",), "y": ()}
+
+
 @pytest.mark.parametrize(
     ("what", "replicas", "capacity", "expected"),
     [

@@ -82,6 +82,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "ManifestMismatch": "The manifest is of another adapter, version or base model than the spec says.",
             "OutsideNamespace": "The artifact lies in another tenant's part of the bucket.",
             "StorageUnavailable": "The object store did not answer; it is asked again.",
+            "SigningKeyUnavailable": "The operator has no usable key to sign verified versions with; it goes on when there is one.",
         },
         "InUse": {
             "Served": "AdapterDeployments serve it; a deletion waits for them.",

@@ -49,6 +49,11 @@ class Tenant:
     def resource(self, kind: str, name: str, spec: Object) -> Object:
         return {"apiVersion": API, "kind": kind, "metadata": {"name": name, "namespace": self.name}, "spec": spec}
 
+    def give_back(self) -> None:
+        """Delete the jobs, without waiting: what still runs holds GPUs that other stories need."""
+        for job in self.api.list("FineTuneJob", self.name):
+            self.api.delete("FineTuneJob", self.name, job["metadata"]["name"])
+
     # What the user sees.
 
     def get(self, kind: str, name: str) -> Object:
@@ -127,14 +132,18 @@ class Tenant:
         key = layout.attempt_prefix(file.tenant, file.job.uid, pod) + layout.PROGRESS
         self.tenant_store().put(key, message.json_text().encode())
 
-    def publish_as_trainer(self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None) -> str:
+    def publish_as_trainer(
+        self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None, weights: bytes | None = None
+    ) -> str:
         """Upload the files of the version and its manifest; its prefix in the bucket."""
         file = self.job_file(job)
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-            files["adapter_config.json"].write_text(json.dumps({"r": rank, "peft_type": "LORA"}))
-            files["adapter_model.safetensors"].write_bytes(hashlib.sha256(job.encode()).digest() * 512)
+            files["adapter_config.json"].write_text(
+                json.dumps({"r": rank, "peft_type": "LORA", "target_modules": ["q_proj"]})
+            )
+            files["adapter_model.safetensors"].write_bytes(weights or hashlib.sha256(job.encode()).digest() * 512)
             base = ManifestBaseModel(name=file.base_model.name, uri=file.base_model.uri, digest=file.base_model.digest)
             manifest = Manifest(
                 adapter=file.output.adapter, version=file.output.version, method=file.method.name, base_model=base,

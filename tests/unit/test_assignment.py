@@ -112,6 +112,19 @@ def test_a_new_version_gets_traffic_when_the_replicas_that_are_to_have_it_have_i
     assert operator.wanted.assigned is None and "x-1.0.0" not in operator.homes()  # all fit again
 
 
+def test_where_all_fit_again_an_older_version_is_for_every_replica_too() -> None:
+    x, y, newer = sized("x"), sized("y"), sized("x", "2.0.0")
+    operator = Operator(limited("x", "y", adaptersPerReplica=2), [x, y])
+    there = [replica("pod-1", x, y), replica("pod-2", x, y)]
+    operator.look(there)
+    operator.adapters.append(newer)
+    operator.look(there)
+    assert operator.homes()["x-1.0.0"] is not None
+    operator.spec = limited("x", "y", adaptersPerReplica=3)
+    operator.look(there)
+    assert operator.homes() == {"x-1.0.0": None, "x-2.0.0": None, "y-1.0.0": None}
+
+
 def test_what_leaves_a_replica_leaves_the_table_in_the_write_before() -> None:
     x, y = sized("x"), sized("y")
     operator = Operator(limited("x", "y", replicas=3, adaptersPerReplica=2), [x, y])

@@ -41,6 +41,13 @@ class AdapterSpec(Schema):
     )
 
 
+class AdapterSignature(Status):
+    """The operator's signature of a version that it has verified; docs/signatures.md has the format."""
+
+    key_id: str = Field(description="Which key signed: the first 16 hex digits of the SHA-256 of the public key.")
+    value: str = Field(description="Ed25519 signature, base64.")
+
+
 class AdapterStatus(Status):
     """What the operator verified."""
 
@@ -59,6 +66,9 @@ class AdapterStatus(Status):
     )
     score: str | None = Field(default=None, description="The main score as base -> adapter, for kubectl get.")
     verified_at: str | None = Field(default=None, description="When every digest was last verified.")
+    signature: AdapterSignature | None = Field(
+        default=None, description="The operator's signature; absent while the version is not Ready."
+    )
     used_by: list[str] | None = Field(default=None, description="AdapterDeployments that serve this version now.")
     conditions: Conditions
 

@@ -3,7 +3,7 @@
 from graft.api import AdapterDeployment
 from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
-from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, BaseModelRef
+from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
 from graft.manifests.common import (
     CONTAINER_SECURITY,
     OWNER_UID,
@@ -131,6 +131,8 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
             residency_name(deployment),
             "--base-model-name",
             deployment.spec.base_model,
+            "--trusted-keys",
+            f"{settings.namespace}/{TRUSTED_KEYS}",
             "--engine-url",
             f"http://127.0.0.1:{ENGINE_PORT}",
             "--port",

@@ -1,4 +1,4 @@
-"""An Adapter: verify what is in storage before it is Ready; hold its deletion while a deployment serves it."""
+"""An Adapter: verify what is in storage, and sign it, before it is Ready; hold its deletion while a deployment serves it."""
 
 import asyncio
 
@@ -10,12 +10,13 @@ from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, verify
 from graft.kube import Manifest
+from graft.reconcile import signing
 from graft.reconcile.context import WAITING, Context
 from graft.status import condition, find, now
 
 KIND = "Adapter"
 # Verdicts that may change without a change of the spec: the store may answer, and files may still come.
-RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing"}
+RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing", "SigningKeyUnavailable"}
 # Verification reads every byte; more at once would only share the same bandwidth.
 _verifying = asyncio.Semaphore(4)
 
@@ -33,11 +34,16 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return await _clean_up(ctx, raw, adapter, used_by)
     ready = find(adapter.status.conditions, "Ready")
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
-    if done and ready is not None and ready.reason not in RETRIED:
-        await ctx.write_status(raw, adapter.status.model_copy(update={"used_by": used_by}), [ready, in_use(used_by)])
-        return None
+    if done and ready is not None and ready.reason not in RETRIED and not signing.doubtful(ctx, adapter, ready):
+        status, again = await signing.renewed(ctx, adapter, ready)
+        await ctx.write_status(raw, status.model_copy(update={"used_by": used_by}), [ready, in_use(used_by)])
+        return again
+    if ctx.keys is None:  # reading every byte would be in vain
+        status = adapter.status.model_copy(update={"stage": "Verifying", "used_by": used_by})
+        await ctx.write_status(raw, status, [signing.unavailable(ctx), in_use(used_by)])
+        return WAITING
     checked = await _verify(ctx, adapter)
-    status, verdict = observe(adapter, checked)
+    status, verdict = await signing.signed(ctx, ctx.keys, adapter, *observe(adapter, checked))
     await ctx.write_status(raw, status.model_copy(update={"used_by": used_by}), [verdict, in_use(used_by)])
     return WAITING if verdict.reason in RETRIED else None
 

@@ -132,7 +132,8 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     routes = serving.plan_routes(
         spec, world.resolutions, tenant, world.replicas, world.routes, why_unavailable(world), world.wanted
     )
-    wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes)
+    known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
+    wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
     wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
     routes = assignment.leave_out_moved(routes, wanted)
     if routes != world.routes:

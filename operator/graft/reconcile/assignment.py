@@ -32,16 +32,13 @@ def assign(
         capacity(deployment),
         _previous(wanted, previous, replicas),
     )
-    if found.homes is None:
-        return wanted
-    return wanted.model_copy(
-        update={
-            "adapters": [
-                item.model_copy(update={"pods": list(found.homes[item.engine_name])}) for item in wanted.adapters
-            ],
-            "assigned": sorted(replica.pod for replica in replicas),
-        }
-    )
+    homes = found.homes
+    adapters_told = [
+        item.model_copy(update={"pods": None if homes is None else list(homes[item.engine_name])})
+        for item in wanted.adapters  # one that is kept says where it was so far
+    ]
+    assigned = None if homes is None else sorted(replica.pod for replica in replicas)
+    return wanted.model_copy(update={"adapters": adapters_told, "assigned": assigned})
 
 
 def capacity(deployment: AdapterDeployment) -> Capacity:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from graft import status as conditions
 from graft.api.meta import Condition, Resource, Status
 from graft.artifacts.identity import VersityIdentity
+from graft.artifacts.signing import Keys
 from graft.artifacts.store import S3Store
 from graft.kube import Kube, Manifest
 from graft.manifests.common import FINALIZER
@@ -31,6 +32,8 @@ class Context:
     store: S3Store
     identity: VersityIdentity | None
     locks: defaultdict[tuple[str, ...], asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    keys: Keys | None = None  # reconcile/signing.py reads them
+    keys_trouble: str = "they were not read yet"  # why there are none
     issued: set[str] = field(default_factory=set)  # tenants whose key was seen to work since the start
 
     async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:

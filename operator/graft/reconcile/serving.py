@@ -7,6 +7,7 @@ version are two names and can be loaded side by side:
 - what no route leads to any more leaves `wanted`, and the agents drain and unload it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from graft.api import Adapter, AdapterDeployment
@@ -127,17 +128,27 @@ def wanted_adapter(tenant: str, adapter: Adapter) -> WantedAdapter:
         adapter=adapter.metadata.name,
         uri=adapter.spec.artifact.uri,
         digest=digest,
+        signature=adapter.status.signature,
     )
 
 
 def plan_wanted(
-    deployment: AdapterDeployment, resolved: list[WantedAdapter], previous: Wanted | None, routes: Routes | None
+    deployment: AdapterDeployment,
+    resolved: list[WantedAdapter],
+    previous: Wanted | None,
+    routes: Routes | None,
+    known: Iterable[WantedAdapter] = (),
 ) -> Wanted:
-    """What every replica should have loaded: what is resolved, and what the gateway's table still leads to."""
+    """What every replica should have loaded: what is resolved, and what the gateway's table still leads to.
+
+    `known`: all versions of the namespace. What is only kept gets its newest signature, too: else an engine that restarts after
+    an old key was retired could not have it back.
+    """
+    signed = {item.engine_name: item for item in known if item.signature is not None}
     names = {item.engine_name for item in resolved}
     routed = {target.engine_model for entry in (routes.routes if routes else []) for target in entry.targets}
     kept = [
-        item
+        signed.get(item.engine_name, item)
         for item in (previous.adapters if previous else [])
         if item.engine_name in routed and item.engine_name not in names
     ]

@@ -118,7 +118,13 @@ class BaseModelRef(Message):
 
     name: str
     uri: str  # hf://org/name@<commit>, s3://… or pvc://…
-    digest: str | None = None  # of the listing for s3://, the commit for hf://
+    digest: str | None = None  # of the listing for s3://; an hf:// URI holds the commit itself
+    version: str | None = None  # the BaseModel's spec.version
+
+    @property
+    def identity(self) -> str:
+        """What tells these files from others; what an Adapter's status.baseModelDigest says of those it was tuned on."""
+        return self.digest or self.uri
 
 
 class OutputRef(Message):

@@ -93,6 +93,7 @@ async def stop(**_: Any) -> None:
     if operator.queue is not None:
         await operator.queue.stop()
     if operator.ctx is not None:
+        operator.ctx.transfers.stop()
         await operator.ctx.kube.close()
 
 
@@ -121,11 +122,14 @@ def _referring(kind: str, namespace: str, labels: dict[str, str], body: Manifest
     queue = operator.queue
     assert queue is not None  # noqa: S101
     if kind == "BaseModel":
-        return queue.keys("FineTuneJob") + queue.keys("AdapterDeployment")
+        return queue.keys("FineTuneJob") + queue.keys("AdapterDeployment") + queue.keys("Adapter")
     if kind == "Adapter":
         job = (body.get("spec", {}).get("job") or {}).get("name")
         jobs = [key for key in queue.keys("FineTuneJob", namespace) if labels.get(JOB_UID) and key[2] == job]
-        return jobs + queue.keys("AdapterDeployment", namespace)
+        versions = f"{body['spec']['adapter']}-"  # what is the newest, and what a rollback leads to, may have changed
+        own = body["metadata"]["name"]
+        siblings = [key for key in queue.keys("Adapter", namespace) if key[2].startswith(versions) and key[2] != own]
+        return jobs + siblings + queue.keys("AdapterDeployment", namespace)
     if kind == "AdapterDeployment":
         return queue.keys("Adapter", namespace)
     return []

@@ -143,7 +143,8 @@ class Tenant:
             files["adapter_config.json"].write_text(
                 json.dumps({"r": rank, "peft_type": "LORA", "target_modules": ["q_proj"]})
             )
-            files["adapter_model.safetensors"].write_bytes(weights or hashlib.sha256(job.encode()).digest() * 512)
+            data = weights if weights is not None else hashlib.sha256(job.encode()).digest() * 512
+            files["adapter_model.safetensors"].write_bytes(data)
             base = ManifestBaseModel(name=file.base_model.name, uri=file.base_model.uri, digest=file.base_model.digest)
             manifest = Manifest(
                 adapter=file.output.adapter, version=file.output.version, method=file.method.name, base_model=base,
@@ -175,11 +176,13 @@ class Tenant:
         text = Termination(reason=reason, message=message, remedy=remedy).json_text()
         self.end_pod(pod, EXIT_CODES[reason], text)
 
-    def trained(self, job: str, adapter: str = "support", rank: int = 8, **spec: Any) -> str:
+    def trained(
+        self, job: str, adapter: str = "support", rank: int = 8, weights: bytes | None = None, **spec: Any
+    ) -> str:
         """A whole run, from the job to its verified Adapter; the Adapter's name."""
         self.job(job, adapter, **spec)
         pod = self.running_pod(job)
-        self.publish_as_trainer(job, pod, rank)
+        self.publish_as_trainer(job, pod, rank, weights=weights)
         self.end_pod(pod)
         self.until("FineTuneJob", job, "Succeeded", "Published")
         return str(self.status("FineTuneJob", job)["adapterRef"]["name"])

@@ -64,6 +64,13 @@ def test_an_adapter_of_a_higher_rank_than_the_engines_take_is_put_nowhere() -> N
     assert (homes(found)["y"], found.short) == ((), ("y",))
 
 
+def test_an_adapter_goes_to_no_replica_whose_base_model_it_does_not_fit() -> None:
+    """While the base model is rolled over the pods differ."""
+    there = [*pods("a", "b"), ReplicaPod("c", unfit=frozenset({"x"})), ReplicaPod("d", unfit=frozenset({"x"}))]
+    found = homes(plan(items("x", "y", "z"), there, Capacity(adapters=2), {"x": ["b", "c"]}))
+    assert found["x"] == ("a", "b")
+
+
 def test_a_second_copy_can_need_a_move() -> None:
     before = {"x": ["a", "b"], "y": ["a", "b"], "z": ["c"]}
     found = plan(items("x", "y", "z"), pods("a", "b", "c", loaded=before), Capacity(adapters=2), before)

@@ -21,6 +21,7 @@ from graft.settings import Settings
 
 DEFAULT_MAX_LORAS = 8
 MODELS_DIR = "/models"
+BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
 VOLUME_SPARE = 256 << 20  # bytes of the adapters' volume beyond the adapters: the kubelet evicts a pod that uses more
 PROGRESS_SECONDS = 2400  # a little more than the engine has to start
 SPREAD_SECONDS = 15  # between two replicas of a rollout, for adapters of the one that went to be loaded elsewhere
@@ -244,7 +245,10 @@ def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, 
             "progressDeadlineSeconds": PROGRESS_SECONDS,
             **({"minReadySeconds": SPREAD_SECONDS} if limits.adapters_per_replica or limits.adapter_bytes else {}),
             "template": {
-                "metadata": {"labels": labels(deployment, "serving")},
+                "metadata": {
+                    "labels": labels(deployment, "serving"),
+                    "annotations": {BASE_MODEL: base_model.json_text()},
+                },
                 "spec": {
                     **pod_defaults(settings, deployment.spec),
                     "serviceAccountName": agent_account(deployment),

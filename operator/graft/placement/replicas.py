@@ -43,12 +43,15 @@ class Item:
 
 @dataclass(frozen=True)
 class ReplicaPod:
-    """A replica that is alive, the adapters that its engine has, and those that it has still, but was told to unload."""
+    """A replica that is alive, the adapters that its engine has, those that it has still, but was told to unload, and those
+    that do not fit its base model.
+    """
 
     name: str
     ready: bool = True
     loaded: frozenset[str] = frozenset()
     draining: frozenset[str] = frozenset()
+    unfit: frozenset[str] = frozenset()
 
     def answers(self, name: str) -> bool:
         return self.ready and name in self.loaded
@@ -119,7 +122,7 @@ class _Board:
         """What was somewhere stays; where that is too much by now, what has the most copies goes first."""
         for name in self.items:
             for pod in previous.get(name, ()):
-                if pod in self.pods:
+                if pod in self.pods and name not in self.pods[pod].unfit:
                     self._put(name, pod)
         for pod in self.pods:
             while not self._within(len(self.on[pod]), self.bytes[pod]):
@@ -226,6 +229,8 @@ class _Board:
         return len(self.homes[name]), item.leaving, self._may_leave(name, pod), self._rank[name]
 
     def _room(self, item: Item, pod: str, without: Sequence[str] = ()) -> bool:
+        if item.name in self.pods[pod].unfit:
+            return False
         freed = sum(self.items[name].bytes for name in without)
         return self._within(len(self.on[pod]) - len(without) + 1, self.bytes[pod] - freed + item.bytes)
 

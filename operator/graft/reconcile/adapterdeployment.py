@@ -20,7 +20,7 @@ from graft.manifests.common import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
-from graft.reconcile import assignment, pods, serving
+from graft.reconcile import assignment, compatibility, pods, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.deploymentstatus import KIND, World, observe, why_unavailable
@@ -57,14 +57,13 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     base = await gather_base_model(ctx, spec.spec.base_model, namespace)
     trouble = base if isinstance(base, Trouble) else await ensure_credentials(ctx, namespace)
     adapters = [Adapter.model_validate(item) for item in await ctx.kube.list("Adapter", namespace)]
+    deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
+    current = None if isinstance(base, Trouble) else base.ref
+    live = compatibility.base_of(deployment["spec"]["template"]) if deployment else None
+    chosen = compatibility.in_force(spec, adapters, current, live)
     world = World(
-        spec=spec,
-        trouble=trouble,
-        base_model=None if isinstance(base, Trouble) else base.ref,
-        resolutions=serving.resolve(spec, adapters),
-        adapters=adapters,
+        spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
     )
-    world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
     world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
     world.wanted = _parse(Wanted, await ctx.kube.get("ConfigMap", namespace, wanted_name(spec)), WANTED_KEY)
     world.routes = _parse(

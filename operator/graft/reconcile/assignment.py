@@ -28,7 +28,10 @@ def assign(
     """What is wanted, with the replicas that are to have it where not everything fits on each."""
     found = plan(
         items(wanted, resolved, adapters),
-        [ReplicaPod(item.pod, item.ready, item.in_state("Loaded"), item.in_state("Draining")) for item in replicas],
+        [
+            ReplicaPod(item.pod, item.ready, item.in_state("Loaded"), item.in_state("Draining"), item.unfit)
+            for item in replicas
+        ],
         capacity(deployment),
         _previous(wanted, previous, replicas),
     )

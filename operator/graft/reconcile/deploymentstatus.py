@@ -15,7 +15,7 @@ from graft.artifacts.layout import tenant_of
 from graft.contracts import ENGINE_PORT, BaseModelRef, Residency, ResidentAdapter, Routes, Wanted, WantedAdapter
 from graft.kube import Manifest
 from graft.manifests.serving import engine_of, pod_selector
-from graft.reconcile import assignment, pods, serving
+from graft.reconcile import assignment, compatibility, pods, serving
 from graft.reconcile.access import Trouble
 from graft.status import condition
 
@@ -31,6 +31,8 @@ class World:
     base_model: BaseModelRef | None
     resolutions: list[serving.Resolution]
     adapters: list[Adapter] = field(default_factory=list)  # of the namespace
+    current: BaseModelRef | None = None  # the BaseModel as it is now; base_model is what the pods are made with
+    held: str | None = None  # why these differ
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
     residency: dict[str, Residency] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class World:
                 address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
                 ready=pods.is_ready(pod),
                 residency=_own(self.residency.get(pods.name(pod)), pod),
+                unfit=compatibility.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
             )
             for pod in self.pods
             if not pod["metadata"].get("deletionTimestamp") and pods.phase(pod) not in {"Failed", "Succeeded"}
@@ -115,13 +118,13 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
 
 def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
     seen = {item.engine_name: item for item in (replica.residency.adapters if replica.residency else [])}
-    items = [_loaded(item) for item in seen.values()]
+    items = [_loaded(item) for item in seen.values() if item.engine_name not in replica.unfit]
     items += [
         _loaded(
             ResidentAdapter(engine_name=item.engine_name, adapter=item.adapter, digest=item.digest, state="Pending")
         )
         for item in wanted.adapters
-        if item.engine_name not in seen and item.is_for(replica.pod)
+        if item.engine_name not in seen and item.is_for(replica.pod) and item.engine_name not in replica.unfit
     ]
     return Replica(
         pod=replica.pod, ready=replica.ready, adapters=sorted(items, key=lambda item: (item.adapter, item.state))
@@ -142,8 +145,9 @@ def _loaded(item: ResidentAdapter) -> LoadedAdapter:
 
 
 def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.ReplicaView]) -> ResolvedAdapter:
+    restoring = item.restoring.metadata.name if item.restoring else None
     if item.adapter is None:
-        return ResolvedAdapter(ref=item.ref, message=item.message)
+        return ResolvedAdapter(ref=item.ref, restoring=restoring, message=item.message)
     digest = item.adapter.spec.artifact.digest
     name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
     homes = [replica for replica in replicas if wanted.is_for(name, replica.pod)]
@@ -154,7 +158,10 @@ def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.R
         version=item.adapter.spec.version,
         digest=digest,
         loaded=f"{loaded}/{len(homes)}",
-        message="it has no room on any replica; see the condition Degraded" if replicas and not homes else None,
+        restoring=restoring,
+        message="it has no room on any replica; see the condition Degraded"
+        if replicas and not homes
+        else item.message or None,
     )
 
 
@@ -182,6 +189,8 @@ def _accepted(world: World) -> Condition:
     if missing:
         text = "; ".join(item.message for item in missing)
         return condition(KIND, "Accepted", "False", missing[0].reason, text)
+    if world.held is not None:
+        return condition(KIND, "Accepted", "True", "BaseModelHeld", world.held)
     names = ", ".join(item.adapter.metadata.name for item in world.resolutions if item.adapter) or "no adapters"
     return condition(KIND, "Accepted", "True", "Resolved", f"{names} on {world.spec.spec.base_model}")
 

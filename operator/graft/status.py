@@ -135,8 +135,16 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
         "Progressing": {
             "RollingOut": "Pods or adapters are on their way.",
-            "Complete": "Everything that is wanted is loaded everywhere.",
+            "Complete": "Everything that is wanted is loaded.",
             "AdapterFailed": "An adapter cannot be loaded; the others are served.",
+        },
+        "Degraded": {
+            "AsExpected": "Everything that is asked for is served, or on its way after a change.",
+            "NotAccepted": "A part of what is asked for is missing; see Accepted. The rest is served.",
+            "AdapterFailed": "A replica cannot load an adapter; the message has the agent's reason. The others are served.",
+            "NoRoom": "Adapters are on fewer than two replicas, or on none, for lack of room; the message says what would make room.",
+            "ReplicaUnavailable": "Fewer replicas are ready than there were, or the rollout has stopped.",
+            "RouteUnavailable": "A route that was served has no replica that answers it.",
         },
     },
 }

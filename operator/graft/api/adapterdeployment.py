@@ -4,7 +4,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from graft.api.meta import DNS_LABEL, Conditions, Placement, Resource, Resources, Schema, Status, rules
+from graft.api.meta import (
+    DNS_LABEL,
+    QUANTITY,
+    Conditions,
+    Placement,
+    Resource,
+    Resources,
+    Schema,
+    Status,
+    rules,
+)
+from graft.api.quantity import quantity
 
 ADAPTER_REF = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?@(latest|\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2})$"
 
@@ -53,6 +64,27 @@ class EngineLimits(Schema):
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="Requests in one batch; the engine's default when absent."
     )
+    adapters_per_replica: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Adapters attached to one replica. Where not all fit, each is put on at least two replicas; all are on each when absent.",
+    )
+    adapter_bytes_per_replica: str | int | None = Field(
+        default=None,
+        description="Size of the adapters of one replica, for example 20Gi: the limit of the volume that holds them.",
+        json_schema_extra={
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "pattern": QUANTITY,
+        },
+    )
+
+    @property
+    def adapter_bytes(self) -> int | None:
+        """adapterBytesPerReplica as a number."""
+        given = self.adapter_bytes_per_replica
+        return None if given is None else int(quantity(given))
 
 
 class AdapterDeploymentSpec(Placement):
@@ -95,9 +127,15 @@ class LoadedAdapter(Status):
     """One adapter as one replica sees it."""
 
     adapter: str = Field(description="Name of the Adapter resource.")
+    version: str | None = Field(default=None, description="Its version.")
+    digest: str | None = Field(default=None, description="First 12 digits of its manifest's SHA-256.")
     state: str = Field(description="Pending, Loading, Loaded, Draining or Failed.")
     reason: str | None = Field(default=None, description="Why it failed.")
     message: str | None = Field(default=None, description="What happened and what to do.")
+    load_seconds: float | None = Field(
+        default=None, description="From the decision to fetch it until the engine had it."
+    )
+    size_bytes: int | None = Field(default=None, description="Bytes of its files on the replica.")
 
 
 class Replica(Status):
@@ -117,11 +155,11 @@ class ResolvedAdapter(Status):
     name: str | None = Field(default=None, description="The Adapter resource that it resolves to.")
     version: str | None = Field(default=None, description="The version.")
     digest: str | None = Field(default=None, description="Digest of its manifest.")
-    loaded: str | None = Field(default=None, description="Replicas that have it loaded, of all.")
+    loaded: str | None = Field(default=None, description="Replicas that have it loaded, of those that are to have it.")
     restoring: str | None = Field(
         default=None, description="The Adapter that it will resolve to once its compressed files are restored."
     )
-    message: str | None = Field(default=None, description="Why it does not resolve.")
+    message: str | None = Field(default=None, description="Why it does not resolve, or is on no replica.")
 
 
 class RoutedModel(Status):
@@ -147,7 +185,9 @@ class AdapterDeploymentStatus(Status):
     replicas: int = Field(default=0, description="Serving pods.")
     ready_replicas: int = Field(default=0, description="Serving pods that get traffic.")
     ready_text: str | None = Field(default=None, description="Ready of wanted replicas, for kubectl get.")
-    adapters_text: str | None = Field(default=None, description="Adapters loaded everywhere of all, for kubectl get.")
+    adapters_text: str | None = Field(
+        default=None, description="Adapters loaded wherever they are to be, of all, for kubectl get."
+    )
     selector: str | None = Field(default=None, description="Label selector of the serving pods, for autoscalers.")
     engine: str | None = Field(default=None, description="The engine in force.")
     endpoint: str | None = Field(default=None, description="URL of the gateway inside the cluster.")
@@ -216,6 +256,11 @@ CRD: dict[str, Any] = {
         (
             "self.adapters.all(a, self.adapters.exists_one(b, b.startsWith(a.split('@')[0] + '@')))",
             "adapters: name each adapter once",
+        ),
+        (
+            "!has(self.limits) || !has(self.limits.adapterBytesPerReplica) || "
+            "quantity(string(self.limits.adapterBytesPerReplica)).compareTo(quantity('1Mi')) >= 0",
+            "limits.adapterBytesPerReplica must be at least 1Mi",
         ),
         ("self.adapters.size() > 0 || has(self.routes)", "serve something: give adapters, or routes to the base model"),
     ),

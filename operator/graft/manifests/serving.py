@@ -1,6 +1,7 @@
 """AdapterDeployment -> its Deployment of serving pods: base model, agent (native sidecar), engine."""
 
 from graft.api import AdapterDeployment
+from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
 from graft.manifests.common import (
@@ -21,6 +22,9 @@ from graft.settings import Settings
 DEFAULT_MAX_LORAS = 8
 MODELS_DIR = "/models"
 BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
+VOLUME_SPARE = 256 << 20  # bytes of the adapters' volume beyond the adapters: the kubelet evicts a pod that uses more
+PROGRESS_SECONDS = 2400  # a little more than the engine has to start
+SPREAD_SECONDS = 15  # between two replicas of a rollout, for adapters of the one that went to be loaded elsewhere
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -134,6 +138,7 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
             f"http://127.0.0.1:{ENGINE_PORT}",
             "--port",
             str(AGENT_PORT),
+            *(["--cache-bytes", str(size)] if (size := deployment.spec.limits.adapter_bytes) else []),
         ],
         "env": [
             field_env("POD_NAME", "metadata.name"),
@@ -203,12 +208,16 @@ def _fetch_base(base_model: BaseModelRef, settings: Settings) -> Manifest:
 
 def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, settings: Settings) -> Manifest:
     """The apps/v1 Deployment. Adapters are no part of the pod template: attaching one restarts nothing."""
+    limits = deployment.spec.limits
     init: list[Manifest] = []
     volumes: list[Manifest] = [
         storage_volume(),
         huggingface_volume(),
         {"name": "models", "emptyDir": {}},
-        {"name": "adapters", "emptyDir": {}},
+        {
+            "name": "adapters",
+            "emptyDir": {"sizeLimit": binary(limits.adapter_bytes + VOLUME_SPARE)} if limits.adapter_bytes else {},
+        },
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}},
         API_VOLUME,
@@ -233,6 +242,8 @@ def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, 
             "replicas": deployment.spec.replicas,
             "selector": {"matchLabels": pod_selector(deployment)},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "progressDeadlineSeconds": PROGRESS_SECONDS,
+            **({"minReadySeconds": SPREAD_SECONDS} if limits.adapters_per_replica or limits.adapter_bytes else {}),
             "template": {
                 "metadata": {
                     "labels": labels(deployment, "serving"),

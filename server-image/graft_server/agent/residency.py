@@ -33,9 +33,9 @@ def resident_adapters(
     longest = max(LEAST_CHARS, MESSAGES_CHARS // max(1, len(failures.names)))
 
     def words(failure: Failure | None) -> str | None:
-        if failure is None or len(failure.message) <= longest:
-            return failure and failure.message
-        return failure.message[: longest - 1] + "…"
+        if failure is None:
+            return None
+        return failure.message if len(failure.message) <= longest else failure.message[: longest - 1] + "…"
 
     def one(adapter: WantedAdapter) -> ResidentAdapter:
         name = adapter.engine_name

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import yaml
 from graft.api import AdapterDeployment, FineTuneJob
+from graft.api.adapterdeployment import ServingSizing
 from graft.contracts import BaseModelRef, Wanted, WantedAdapter
-from graft.manifests import agent, network, serving, training
+from graft.manifests import agent, network, scaling, serving, training
+from graft.placement import engine
+from graft.placement.facts import facts_of
 from graft.settings import Images, Settings
+from placement_world import LLAMA_2, gpu_node
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = Settings(
@@ -20,7 +24,14 @@ SETTINGS = Settings(
 BASES = {
     "tiny": BaseModelRef(name="tiny", uri="s3://graft/models/tiny", digest="sha256:" + "a" * 64),
     "big": BaseModelRef(name="big", uri="pvc://weights/llama"),
+    "llama-7b": BaseModelRef(name="llama-7b", uri="hf://meta-llama/Llama-2-7b-hf@" + "c" * 40, digest="c" * 40),
+    "llama-70b": BaseModelRef(name="llama-70b", uri="s3://graft/models/llama-70b", digest="sha256:" + "b" * 64),
 }
+FACTS = {"llama-7b": facts_of(LLAMA_2["7B"]), "llama-70b": facts_of(LLAMA_2["70B"])}
+NODES = [
+    gpu_node("l4", "NVIDIA-L4", 23034, gpus=2),
+    gpu_node("a100", "NVIDIA-A100-SXM4-80GB", 81920, gpus=8),
+]
 
 
 def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,8 +67,16 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         agent.wanted_config_map(deployment, wanted),
         agent.residency_config_map(deployment),
         network.serving_policy(deployment, SETTINGS),
-        serving.serving_deployment(deployment, base, SETTINGS),
+        serving.serving_deployment(deployment, base, SETTINGS, sizing(deployment), deployment.spec.replicas),
+        *([scaling.disruption_budget(deployment)] if scaling.can_have_several(deployment) else []),
+        *([mover] if (mover := scaling.autoscaler(deployment)) is not None else []),
     ]
+
+
+def sizing(deployment: AdapterDeployment) -> ServingSizing:
+    """As the operator places it, on a cluster with L4s and A100s."""
+    facts = FACTS.get(deployment.spec.base_model)
+    return engine.serving(facts, deployment.spec, task="causal", nodes=NODES, vllm=True)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))

@@ -1,6 +1,6 @@
 """The life of an AdapterDeployment.
 
-    wait for the base model and the key -> agents' identity and ConfigMaps -> Deployment of serving pods
+    wait for the base model and the key -> sizing -> agents' identity and ConfigMaps -> Deployment of serving pods, and what scales it
     -> residency (what each agent has loaded) -> the gateway's routes -> status per replica and per adapter
 
 Adapters come and go through the wanted ConfigMap and never touch the pods; reconcile/serving.py decides the order of a change.
@@ -19,6 +19,7 @@ from graft.api.adapterdeployment import (
     Replica,
     ResolvedAdapter,
     RoutedModel,
+    ServingSizing,
 )
 from graft.api.meta import Condition
 from graft.artifacts.layout import tenant_of
@@ -29,16 +30,16 @@ from graft.manifests.common import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
 from graft.manifests.serving import (
-    engine_of,
     pod_selector,
     residency_name,
     serving_deployment,
     serving_name,
     wanted_name,
 )
-from graft.reconcile import pods, serving
+from graft.reconcile import autoscaling, pods, scaling, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
+from graft.reconcile.placing import place_engine
 from graft.status import condition, find
 
 KIND = "AdapterDeployment"
@@ -57,6 +58,8 @@ class World:
     residency: dict[str, Residency] = field(default_factory=dict)
     wanted: Wanted | None = None
     routes: Routes | None = None
+    sizing: ServingSizing | None = None
+    scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
 
     @property
     def replicas(self) -> list[serving.ReplicaView]:
@@ -86,20 +89,22 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if spec.metadata.deletion_timestamp:
         # Traffic first; the pods then go with their owner, and finish what they are answering.
         await ctx.kube.delete("ConfigMap", ctx.settings.namespace, routes_name(spec))
+        await autoscaling.forget(ctx, spec)
         await ctx.remove_finalizer(spec, KIND)
         return None
     if await ctx.add_finalizer(spec, KIND):
         return 0
     world = await _gather(ctx, spec)
+    claimed = world.deployment is not None and await autoscaling.scale(ctx, spec, world.scale, world.deployment)
     if world.trouble is None and world.base_model is not None:
-        world.trouble = await _apply_pods(ctx, world, world.base_model)
+        world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
     await _apply_adapters(ctx, world)
     status, observed = observe(world, ctx.settings.gateway_url)
     await ctx.write_status(raw, status, observed)
     if world.trouble is not None:
         return WAITING
     progressing = find(observed, "Progressing")
-    return SOON if progressing is not None and progressing.status == "True" else None
+    return SOON if progressing is not None and progressing.status == "True" else world.scale.look_again
 
 
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
@@ -114,6 +119,14 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         resolutions=serving.resolve(spec, adapters),
     )
     world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
+    world.sizing = spec.status.sizing
+    if not isinstance(base, Trouble):
+        placed = await place_engine(ctx, spec, base)
+        if isinstance(placed, Trouble):
+            world.trouble = world.trouble or placed
+        else:
+            world.sizing = placed
+    world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
     world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
     world.wanted = _parse(Wanted, await ctx.kube.get("ConfigMap", namespace, wanted_name(spec)), WANTED_KEY)
     world.routes = _parse(
@@ -143,8 +156,9 @@ def _parse(model: type[Any], config_map: Manifest | None, key: str) -> Any:
     return parsed
 
 
-async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble | None:
-    spec = world.spec
+async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:
+    spec, sizing = world.spec, world.sizing or ServingSizing()
+    replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
     if world.deployment is not None and _owner(world.deployment) != spec.metadata.uid:
         return Trouble(
             "CreationFailed", f"a Deployment {serving_name(spec)} that is not of this AdapterDeployment is in the way"
@@ -155,18 +169,20 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble
         agent_manifests.role_binding(spec),
         agent_manifests.residency_config_map(spec),
         serving_policy(spec, ctx.settings),
-        serving_deployment(spec, base, ctx.settings),
+        serving_deployment(spec, base, ctx.settings, sizing, replicas),
     ]
     try:
         for child in children:
             await ctx.kube.ensure(child)
+        if claimed:
+            await ctx.kube.apply(children[-1])
+        return await autoscaling.apply_guards(ctx, spec)
     except KubeError as error:
         if error.status == 403 and "quota" not in str(error):
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, spec.metadata.namespace)} ({error})")
         if error.status in {403, 409, 422}:
             return Trouble("CreationFailed", str(error))
         raise
-    return None
 
 
 def _owner(manifest: Manifest) -> str | None:
@@ -179,6 +195,9 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     """The gateway's table, then what the agents load: an adapter leaves the table before it is drained."""
     spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
     routes = serving.plan_routes(spec, world.resolutions, tenant, world.replicas, world.routes, _why_unavailable(world))
+    if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
+        assert spec.spec.autoscaling is not None  # noqa: S101
+        routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes
@@ -197,6 +216,8 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
 def _why_unavailable(world: World) -> str | None:
     if world.spec.spec.replicas == 0:
         return "the deployment is scaled to zero"
+    if world.scale.asleep:
+        return "it is asleep; a request wakes it"
     if any(replica.ready for replica in world.replicas):
         return None
     if world.trouble is not None and not world.pods:
@@ -220,7 +241,9 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
     available = _available(world, ready, routed)
     progressing = _progressing(world, wanted, shown)
     answered = [item for item in routed if item.replicas > 0]
-    if available.status == "True":
+    if world.scale.asleep and accepted.status == "True":
+        stage = "Asleep"
+    elif available.status == "True":
         healthy = accepted.status == "True" and progressing.reason != "AdapterFailed"
         stage = "Progressing" if progressing.status == "True" else "Available" if healthy else "Degraded"
     elif answered:
@@ -234,10 +257,11 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
             "stage": stage,
             "replicas": len(replicas),
             "ready_replicas": len(ready),
-            "ready_text": f"{len(ready)}/{spec.spec.replicas}",
+            "ready_text": f"{len(ready)}/{world.scale.replicas}",
             "adapters_text": f"{len(loaded_everywhere)}/{len(spec.spec.adapters)}",
             "selector": ",".join(f"{key}={value}" for key, value in pod_selector(spec).items()),
-            "engine": engine_of(spec),
+            "engine": world.sizing.engine if world.sizing is not None else None,
+            "sizing": world.sizing,
             "endpoint": gateway_url or None,
             "adapters": resolved,
             "models": routed,
@@ -302,6 +326,9 @@ def _accepted(world: World) -> Condition:
 def _available(world: World, ready: list[serving.ReplicaView], routed: list[RoutedModel]) -> Condition:
     if world.spec.spec.replicas == 0:
         return condition(KIND, "Available", "False", "ScaledToZero", "spec.replicas is 0; raise it to serve")
+    if world.scale.asleep:
+        text = "idle, so no pod runs; a request to one of its models wakes it, and waits until a pod is ready"
+        return condition(KIND, "Available", "True", "Asleep", text)
     if world.trouble is not None and not world.pods:
         return condition(KIND, "Available", "False", "NotAccepted", world.trouble.message)
     if not ready:
@@ -328,7 +355,7 @@ def _progressing(world: World, wanted: Wanted, shown: list[Replica]) -> Conditio
         if item.state not in {"Loaded", "Failed"}
     ]
     if not _rolled_out(world):
-        text = f"{sum(r.ready for r in shown)} of {world.spec.spec.replicas} replicas are ready"
+        text = f"{sum(r.ready for r in shown)} of {world.scale.replicas} replicas are ready"
         return condition(KIND, "Progressing", "True", "RollingOut", text)
     if moving:
         return condition(KIND, "Progressing", "True", "RollingOut", ", ".join(sorted(set(moving))))
@@ -344,7 +371,7 @@ def _rolled_out(world: World) -> bool:
     if world.deployment is None:
         return False
     status, metadata = world.deployment.get("status", {}), world.deployment["metadata"]
-    replicas = world.spec.spec.replicas
+    replicas = world.scale.replicas
     return bool(
         status.get("observedGeneration", 0) >= metadata.get("generation", 0)
         and status.get("updatedReplicas", 0) == replicas

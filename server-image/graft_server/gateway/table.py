@@ -19,6 +19,7 @@ class Model:
     targets: tuple[RouteTarget, ...]
     backends: tuple[Backend, ...]
     unavailable: str | None
+    idle_seconds: int | None = None  # its deployment may sleep
 
     def replicas(self, target: RouteTarget) -> tuple[Backend, ...]:
         """The backends that have the target loaded."""
@@ -76,8 +77,14 @@ class Table:
                         targets=tuple(route.targets),
                         backends=tuple(part.backends),
                         unavailable=part.unavailable,
+                        idle_seconds=part.idle_seconds,
                     )
         return cls(models), problems
+
+    @property
+    def sleepers(self) -> set[tuple[str, str]]:
+        """Namespace and name of the deployments that may sleep."""
+        return {(model.namespace, model.deployment) for model in self.models.values() if model.idle_seconds is not None}
 
     @property
     def addresses(self) -> frozenset[str]:

@@ -59,6 +59,7 @@ class World:
     wanted: Wanted | None = None
     routes: Routes | None = None
     sizing: ServingSizing | None = None
+    unscaled: Trouble | None = None  # why nothing moves the replicas; the pods serve all the same
     scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
 
     @property
@@ -101,7 +102,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     await _apply_adapters(ctx, world)
     status, observed = observe(world, ctx.settings.gateway_url)
     await ctx.write_status(raw, status, observed)
-    if world.trouble is not None:
+    if world.trouble is not None or world.unscaled is not None:
         return WAITING
     progressing = find(observed, "Progressing")
     return SOON if progressing is not None and progressing.status == "True" else world.scale.look_again
@@ -176,13 +177,14 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
             await ctx.kube.ensure(child)
         if claimed:
             await ctx.kube.apply(children[-1])
-        return await autoscaling.apply_guards(ctx, spec)
+        world.unscaled = await autoscaling.apply_guards(ctx, spec)
     except KubeError as error:
         if error.status == 403 and "quota" not in str(error):
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, spec.metadata.namespace)} ({error})")
         if error.status in {403, 409, 422}:
             return Trouble("CreationFailed", str(error))
         raise
+    return None
 
 
 def _owner(manifest: Manifest) -> str | None:
@@ -319,6 +321,8 @@ def _accepted(world: World) -> Condition:
     if missing:
         text = "; ".join(item.message for item in missing)
         return condition(KIND, "Accepted", "False", missing[0].reason, text)
+    if world.unscaled is not None:
+        return condition(KIND, "Accepted", "False", world.unscaled.reason, world.unscaled.message)
     names = ", ".join(item.adapter.metadata.name for item in world.resolutions if item.adapter) or "no adapters"
     return condition(KIND, "Accepted", "True", "Resolved", f"{names} on {world.spec.spec.base_model}")
 

@@ -121,12 +121,14 @@ def tenant(
     bind(tenant)
     yield tenant
     lines = running.log.read_text(errors="replace").splitlines()
+    tenant.give_back()
     assert not [line for line in lines if tenant.name in line and '"level": "error"' in line]
 
 
 @pytest.fixture
-def calm(tenant: Tenant, request: pytest.FixtureRequest) -> Tenant:
+def calm(tenant: Tenant, request: pytest.FixtureRequest) -> Iterator[Tenant]:
     """A second namespace."""
     other = new_tenant(tenant.api, tenant.store, request)
     bind(other)
-    return other
+    yield other
+    other.give_back()

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from testbed import images
+from testbed import images, packages
 from testbed.binaries import binary
 from testbed.node import Node
 
@@ -16,6 +16,7 @@ BASE_IMAGE = os.environ.get("GRAFT_BASE_IMAGE", "")
 
 def build() -> None:
     """All images; what did not change is not built again."""
+    packages.install(packages.NODE)
     base = BASE_IMAGE or images.build_base()
     given = {"BASE_IMAGE": base}
     code = ("operator/graft",)

@@ -19,6 +19,7 @@ from graft_server.gateway.demand import Reporter
 from graft_server.gateway.settings import Settings
 from kubernetes.aio.client import ApiClient, Configuration
 from operator_process import SYSTEM
+from testbed.shell import wait_for
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -56,6 +57,9 @@ class FrontDoor:
         self.url = url
         self._pool = urllib3.PoolManager(retries=False, timeout=60)
 
+    def ready(self) -> bool:
+        return self._pool.request("GET", f"{self.url}/readyz").status == 200
+
     def ask(self, model: str) -> urllib3.BaseHTTPResponse:
         return self._pool.request("POST", f"{self.url}/v1/completions", json={"model": model, "prompt": "hello"})
 
@@ -92,7 +96,9 @@ def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
     thread.start()
     try:
         assert started.wait(30), "the gateway did not start"
-        yield FrontDoor(urls[0])
+        door = FrontDoor(urls[0])
+        wait_for(door.ready, 30, "the gateway has read its table")
+        yield door
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)

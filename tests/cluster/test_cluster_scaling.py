@@ -151,7 +151,8 @@ def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> No
     assert asleep["status"] == "True" and "wakes it" in asleep["message"]
     fleet.pods(0)
     tenant.wait(lambda: fleet.status()["stage"] == "Asleep", "the stage is Asleep")
-    assert fleet.status()["readyText"] == "0/0" and fleet.status()["sizing"]["strategy"] == "serverless"
+    tenant.wait(lambda: fleet.status()["readyText"] == "0/0", "no pod is left")
+    assert fleet.status()["sizing"]["strategy"] == "serverless"
     assert fleet.routes().idle_seconds == 5 and fleet.routes().backends == []
     assert fleet.targets() == {"support": "support-1.0.0"}
 
@@ -159,7 +160,7 @@ def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> No
     with engine(address, ENGINE_PORT), front_door(tenant.api, "gw-1") as door, ThreadPoolExecutor() as clients:
         first = clients.submit(door.ask, f"{tenant.name}/support")
         (pod,) = fleet.pods(1)  # the operator heard of it from the gateway's ConfigMap
-        assert not first.done()
+        assert not first.done(), first.result().data
         path = f"/api/v1/namespaces/{tenant.name}/pods/{pod['metadata']['name']}/status"
         where = {"status": {"podIP": address, "podIPs": [{"ip": address}]}}
         tenant.api.call("PATCH", path, where, "application/merge-patch+json")
@@ -192,7 +193,8 @@ def test_an_operator_that_was_away_wakes_what_was_asked_for(tenant: Tenant, runn
     running.kill9()
     with front_door(tenant.api, "gw-2", hold_seconds=5.0) as door:
         answer = door.ask(f"{tenant.name}/base")
-        assert answer.status == 503 and answer.headers["Retry-After"] == "10"
+        assert answer.status == 503, answer.data
+        assert answer.headers["Retry-After"] == "10"
     running.start()
     fleet.pods(1)
 

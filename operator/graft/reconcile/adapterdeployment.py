@@ -200,6 +200,8 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
         assert spec.spec.autoscaling is not None  # noqa: S101
         routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
+    if world.scale.asleep:  # its last pods finish what they answer, and get nothing new
+        routes = routes.model_copy(update={"backends": []})
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes

@@ -123,3 +123,46 @@ def test_attaching_an_adapter_leaves_the_pod_template_alone() -> None:
     before = pods(build(manifest))
     manifest["spec"]["adapters"].append("product@latest")
     assert pods(build(manifest)) == before
+
+
+def test_another_base_model_or_limit_is_another_pod_template() -> None:
+    """What rolls the pods: Kubernetes replaces them when their template changes."""
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
+    deployment = AdapterDeployment.model_validate(manifest)
+
+    def template(base: BaseModelRef, **spec: Any) -> Any:
+        changed = AdapterDeployment.model_validate(manifest | {"spec": manifest["spec"] | spec})
+        return serving.serving_deployment(changed, base, SETTINGS, sizing(changed), 1)["spec"]["template"]
+
+    base = BASES["tiny"]
+    same = template(base)
+    assert template(base, replicas=3, autoscaling={"minReplicas": 0, "maxReplicas": 1}) == same
+    assert template(base.model_copy(update={"digest": "sha256:" + "f" * 64})) != same
+    assert template(base.model_copy(update={"uri": "hf://org/tiny@" + "f" * 40})) != same
+    assert template(base, limits={"maxLoras": 3}) != same
+    assert "replicas" not in serving.serving_deployment(deployment, base, SETTINGS, sizing(deployment), None)["spec"]
+
+
+def test_a_pod_has_the_time_that_its_engine_takes_to_finish() -> None:
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm-70b.yaml").read_text())
+    (pod,) = pods(build(manifest))
+    (container,) = pod["containers"]
+    drain = int(container["command"][container["command"].index("--shutdown-timeout") + 1])
+    asleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert drain == 600 and pod["terminationGracePeriodSeconds"] > asleep + drain
+
+
+def test_the_engine_for_cpus_knows_every_flag_that_it_is_given() -> None:
+    from graft_server.engine.settings import parse
+
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
+    manifest["spec"] |= {
+        "quantization": "int4",
+        "engine": "transformers",
+        "limits": {"maxModelLen": 64, "maxNumSeqs": 4},
+    }
+    (pod,) = pods(build(manifest))
+    command = pod["containers"][0]["command"]
+    assert command[:3] == ["python", "-m", "graft_server.engine"]
+    settings = parse(command[3:])
+    assert (settings.quantization, settings.shutdown_timeout, settings.max_num_seqs) == ("bitsandbytes", 120.0, 4)

@@ -2,7 +2,7 @@
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
-from graft.api.meta import Placement
+from graft.api.meta import Placement, Toleration
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, BaseModelRef
 from graft.manifests.common import (
@@ -21,6 +21,7 @@ from graft.manifests.common import (
 from graft.settings import Settings
 
 DEFAULT_MAX_LORAS = 8
+GPU = "nvidia.com/gpu"
 HOST_SLOTS = (32, 64, 128)
 # vLLM quantises while it loads: 4 bits by bitsandbytes, 8 by its fp8. Ours has bitsandbytes only.
 QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
@@ -101,7 +102,7 @@ def _resources(deployment: AdapterDeployment, sizing: ServingSizing) -> Manifest
     memory = f"{sizing.memory_bytes // 2**30}Gi"
     return {
         "requests": {"cpu": str(sizing.cpus), "memory": memory},
-        "limits": {"memory": memory, "nvidia.com/gpu": str(sizing.gpus)},
+        "limits": {"memory": memory, GPU: str(sizing.gpus)},
     }
 
 
@@ -222,10 +223,13 @@ def _fetch_base(base_model: BaseModelRef, settings: Settings) -> Manifest:
 
 
 def _placement(deployment: AdapterDeployment, sizing: ServingSizing) -> Placement:
-    """The spec's, on the nodes that have the GPU which placement chose."""
-    chosen = sizing.node_selector if deployment.spec.resources is None else None
-    selector = (chosen or {}) | (deployment.spec.node_selector or {})
-    return deployment.spec.model_copy(update={"node_selector": selector or None})
+    """The spec's, and where placement chose a GPU, the nodes that have it, with the usual taint of GPU nodes."""
+    spec = deployment.spec
+    if spec.resources is not None or not sizing.gpus:
+        return spec
+    selector = (sizing.node_selector or {}) | (spec.node_selector or {})
+    tolerations = [*(spec.tolerations or []), Toleration(key=GPU, operator="Exists", effect="NoSchedule")]
+    return spec.model_copy(update={"node_selector": selector or None, "tolerations": tolerations})
 
 
 def serving_deployment(

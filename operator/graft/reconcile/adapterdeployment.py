@@ -96,7 +96,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if await ctx.add_finalizer(spec, KIND):
         return 0
     world = await _gather(ctx, spec)
-    claimed = world.deployment is not None and await autoscaling.scale(ctx, spec, world.scale, world.deployment)
+    claimed = await _scale(ctx, world)
     if world.trouble is None and world.base_model is not None:
         world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
     await _apply_adapters(ctx, world)
@@ -155,6 +155,20 @@ def _parse(model: type[Any], config_map: Manifest | None, key: str) -> Any:
     except ValidationError:
         return None  # written by hand, or by a version to come: what should be there is written anew
     return parsed
+
+
+async def _scale(ctx: Context, world: World) -> bool:
+    """Make the replicas what was decided, even while something else is in trouble: a request may wait for a pod."""
+    live = world.deployment
+    if live is None or _owner(live) != world.spec.metadata.uid:
+        return False
+    try:
+        return await autoscaling.scale(ctx, world.spec, world.scale, live)
+    except KubeError as error:
+        if error.status != 403:
+            raise
+        world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, world.spec.metadata.namespace))
+        return False
 
 
 async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:

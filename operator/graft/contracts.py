@@ -10,6 +10,7 @@ the whole traffic between the parts. A reader ignores what it does not know, so 
 | Termination  | training pod  | operator      | the container's termination message, and Progress.failure        |
 | Wanted       | operator      | agent         | ConfigMap <deployment>-wanted, key wanted.json                   |
 | Residency    | agent         | operator      | ConfigMap <deployment>-residency, one key per pod                |
+| Trusted keys | operator      | agents        | ConfigMap graft-trusted-keys of the operator's namespace: key id -> key   |
 | Routes       | operator      | gateway       | ConfigMaps labelled graft.dev/component=routes, key routes.json  |
 | Demand       | gateway       | operator      | ConfigMap graft-demand, one key per deployment and gateway       |
 """
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from graft.api.adapter import AdapterSignature
 from graft.api.evaluation import Evaluation
 from graft.api.recipe import Dataset, Method, Training
 
@@ -38,6 +40,7 @@ GATEWAY_PORT = 8080
 STORAGE_SECRET = "graft-storage"  # noqa: S105 - a name
 HF_SECRET = "graft-huggingface"  # noqa: S105 - a name
 
+TRUSTED_KEYS = "graft-trusted-keys"  # public keys, in the operator's namespace
 WANTED_KEY = "wanted.json"
 ROUTES_KEY = "routes.json"
 ROUTES_COMPONENT = "routes"
@@ -118,7 +121,13 @@ class BaseModelRef(Message):
 
     name: str
     uri: str  # hf://org/name@<commit>, s3://… or pvc://…
-    digest: str | None = None  # of the listing for s3://, the commit for hf://
+    digest: str | None = None  # of the listing for s3://; an hf:// URI holds the commit itself
+    version: str | None = None  # the BaseModel's spec.version
+
+    @property
+    def identity(self) -> str:
+        """What tells these files from others; what an Adapter's status.baseModelDigest says of those it was tuned on."""
+        return self.digest or self.uri
 
 
 class OutputRef(Message):
@@ -235,6 +244,11 @@ class WantedAdapter(Message):
     adapter: str  # name of the Adapter resource
     uri: str
     digest: str  # of manifest.json
+    signature: AdapterSignature | None = None  # by the operator, of all of the above; graft.artifacts.signing
+
+    def same_files(self, other: "WantedAdapter") -> bool:
+        """Whether they differ in the signature at most: a version that is signed anew is the same version."""
+        return self == other.model_copy(update={"signature": self.signature})
 
 
 class Wanted(Message):

@@ -25,7 +25,7 @@ from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, STORAGE_DIR
 from graft.kube import Kube, Manifest
 from graft.manifests.adapter import JOB_UID
 from graft.manifests.common import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
-from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, scaling
+from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, scaling, signing
 from graft.reconcile.context import Context
 from graft.reconcile.queue import Queue
 from graft.settings import load as load_settings
@@ -75,12 +75,14 @@ async def _start_operator() -> None:
     if config.storage.issue_credentials:
         identity = VersityIdentity(store, config.storage.admin_url or store.config.endpoint)
     ctx = Context(await Kube.connect(), config, store, identity)
+    await signing.refresh(ctx)
     operator.ctx = ctx
     operator.queue = Queue({kind: partial(reconcile, ctx) for kind, reconcile in RECONCILERS.items()})
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
     operator.tasks = [asyncio.create_task(_follow(kind), name=f"watch {kind}") for kind in CHILDREN]
     operator.tasks.append(asyncio.create_task(_follow_demand(), name="watch demand"))
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
+    operator.tasks.append(asyncio.create_task(_signing_keys(), name="signing keys"))
 
 
 @kopf.on.cleanup()
@@ -92,6 +94,7 @@ async def stop(**_: Any) -> None:
     if operator.queue is not None:
         await operator.queue.stop()
     if operator.ctx is not None:
+        operator.ctx.transfers.stop()
         await operator.ctx.kube.close()
 
 
@@ -120,11 +123,14 @@ def _referring(kind: str, namespace: str, labels: dict[str, str], body: Manifest
     queue = operator.queue
     assert queue is not None  # noqa: S101
     if kind == "BaseModel":
-        return queue.keys("FineTuneJob") + queue.keys("AdapterDeployment")
+        return queue.keys("FineTuneJob") + queue.keys("AdapterDeployment") + queue.keys("Adapter")
     if kind == "Adapter":
         job = (body.get("spec", {}).get("job") or {}).get("name")
         jobs = [key for key in queue.keys("FineTuneJob", namespace) if labels.get(JOB_UID) and key[2] == job]
-        return jobs + queue.keys("AdapterDeployment", namespace)
+        versions = f"{body['spec']['adapter']}-"  # what is the newest, and what a rollback leads to, may have changed
+        own = body["metadata"]["name"]
+        siblings = [key for key in queue.keys("Adapter", namespace) if key[2].startswith(versions) and key[2] != own]
+        return jobs + siblings + queue.keys("AdapterDeployment", namespace)
     if kind == "AdapterDeployment":
         return queue.keys("Adapter", namespace)
     return []
@@ -193,6 +199,17 @@ async def _housekeeping() -> None:
             log.warning("housekeeping failed, tried again: %s", error)
             pause = min(pause * 2, 60.0)
         await asyncio.sleep(pause)
+
+
+async def _signing_keys() -> None:
+    """Follow the Secret, which only a GET by name may read; all versions are signed anew when its keys have changed."""
+    ctx, queue = operator.ctx, operator.queue
+    assert ctx is not None and queue is not None  # noqa: S101
+    while True:
+        await asyncio.sleep(float(os.environ.get("GRAFT_KEYS_SECONDS", signing.KEYS_SECONDS)))
+        if await signing.refresh(ctx):
+            for key in queue.keys("Adapter"):
+                queue.wake(*key)
 
 
 @kopf.on.probe(id="reconciler")

@@ -33,6 +33,13 @@ class Storage(_Part):
     admin_url: str = ""  # the identity service; the endpoint when empty
 
 
+class Signing(_Part):
+    """The Secret of the operator's namespace with the keys that sign verified versions."""
+
+    secret: str = "graft-signing"  # noqa: S105 - a name
+    create: bool = True  # where it is not there; else the platform team puts it there
+
+
 class Spot(_Part):
     """How nodes that may be taken away are known: pods of jobs with spec.spot prefer their labels and tolerate their taints."""
 
@@ -57,6 +64,7 @@ class Settings(_Part):
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: list[str] = Field(default_factory=list)
     storage: Storage = Field(default_factory=Storage)
+    signing: Signing = Field(default_factory=Signing)
     spot: Spot = Field(default_factory=Spot)
     gateway_url: str = ""
     gateway_selector: dict[str, str] = Field(default_factory=lambda: {"app.kubernetes.io/component": "gateway"})

@@ -55,6 +55,7 @@ class OperatorProcess:
             "GRAFT_STORAGE_DIR": str(self.secret_dir),
             "GRAFT_LIVENESS": f"http://127.0.0.1:{self.health_port}/healthz",
             "GRAFT_METRICS_PORT": str(self.metrics_port),
+            "GRAFT_KEYS_SECONDS": "1",
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

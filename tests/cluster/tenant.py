@@ -132,14 +132,19 @@ class Tenant:
         key = layout.attempt_prefix(file.tenant, file.job.uid, pod) + layout.PROGRESS
         self.tenant_store().put(key, message.json_text().encode())
 
-    def publish_as_trainer(self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None) -> str:
+    def publish_as_trainer(
+        self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None, weights: bytes | None = None
+    ) -> str:
         """Upload the files of the version and its manifest; its prefix in the bucket."""
         file = self.job_file(job)
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-            files["adapter_config.json"].write_text(json.dumps({"r": rank, "peft_type": "LORA"}))
-            files["adapter_model.safetensors"].write_bytes(hashlib.sha256(job.encode()).digest() * 512)
+            files["adapter_config.json"].write_text(
+                json.dumps({"r": rank, "peft_type": "LORA", "target_modules": ["q_proj"]})
+            )
+            data = weights if weights is not None else hashlib.sha256(job.encode()).digest() * 512
+            files["adapter_model.safetensors"].write_bytes(data)
             base = ManifestBaseModel(name=file.base_model.name, uri=file.base_model.uri, digest=file.base_model.digest)
             manifest = Manifest(
                 adapter=file.output.adapter, version=file.output.version, method=file.method.name, base_model=base,
@@ -171,11 +176,13 @@ class Tenant:
         text = Termination(reason=reason, message=message, remedy=remedy).json_text()
         self.end_pod(pod, EXIT_CODES[reason], text)
 
-    def trained(self, job: str, adapter: str = "support", rank: int = 8, **spec: Any) -> str:
+    def trained(
+        self, job: str, adapter: str = "support", rank: int = 8, weights: bytes | None = None, **spec: Any
+    ) -> str:
         """A whole run, from the job to its verified Adapter; the Adapter's name."""
         self.job(job, adapter, **spec)
         pod = self.running_pod(job)
-        self.publish_as_trainer(job, pod, rank)
+        self.publish_as_trainer(job, pod, rank, weights=weights)
         self.end_pod(pod)
         self.until("FineTuneJob", job, "Succeeded", "Published")
         return str(self.status("FineTuneJob", job)["adapterRef"]["name"])

@@ -22,7 +22,7 @@ from graft.contracts import WANTED_KEY, Residency, Wanted, WantedAdapter
 from testbed.faults import FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server
 from testbed.shell import tail
-from unit.serving_world import FakeEngine, FakeKube, MemoryStore, eventually, listening
+from unit.serving_world import TRUSTED, FakeEngine, FakeKube, MemoryStore, eventually, listening
 
 BUCKET = "bucket"
 MIB = 1 << 20
@@ -177,6 +177,7 @@ class Cell:
             *("--pod-name", "pod-1", "--pod-uid", f"start-{self._starts}", "--base-model-name", "base"),
             *("--engine-url", f"http://{self._addresses[1]}", "--adapters-dir", str(self.dir), "--port", str(port)),
             *("--storage-dir", str(self.root / "secret"), "--cache-bytes", str(5 * MIB // 2)),
+            *("--trusted-keys", "graft-system/graft-trusted-keys"),
         ]
         log = str(self.root / "agent.log")
         self.pid = self._zygote.start(arguments=arguments, log=log, kill_at=kill_at, below=str(self.dir))
@@ -223,6 +224,7 @@ class Cell:
 async def cell(root: Path, zygote: Zygote, s3: S3Server, proxy: FaultyProxy) -> AsyncIterator[Cell]:
     made = Cell(root, zygote, s3, proxy)
     made.kube.put("dep-residency", {})
+    made.kube.put("graft-trusted-keys", TRUSTED["graft-trusted-keys"])
     async with (
         listening(made.counted(made.kube.app())) as kube,
         listening(made.counted(made.engine.app())) as engine,

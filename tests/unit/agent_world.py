@@ -13,7 +13,8 @@ from graft.contracts import WANTED_KEY, Residency, ResidentAdapter, Wanted, Want
 from graft_server.agent.agent import Agent
 from graft_server.agent.engine import EngineClient
 from graft_server.agent.objects import Storage
-from unit.serving_world import FakeEngine, MemoryStore, eventually, listening
+from graft_server.agent.trust import Trust
+from unit.serving_world import NAMESPACE, TRUSTED, FakeEngine, MemoryStore, eventually, listening
 
 
 class Pod:
@@ -28,6 +29,10 @@ class Pod:
         self.told: list[Residency] = []
         self.cache_bytes: int | None = 1 << 30
         self.load_seconds = 20.0
+        self.namespace = NAMESPACE
+        self.trusted: dict[str, dict[str, str]] | None = (
+            TRUSTED  # the ConfigMap with the keys; None: it was not read yet
+        )
         self.agent: Agent = None  # type: ignore[assignment]
 
     def want(self, *adapters: WantedAdapter, **fields: Any) -> None:
@@ -46,7 +51,10 @@ class Pod:
             publish=self.told.append,
             cache_bytes=self.cache_bytes,
             poll_seconds=0.05,
+            trust=Trust(self.namespace),
         )
+        if self.trusted is not None:
+            self.agent.trusted_keys(self.trusted)
         self.task = asyncio.create_task(self.agent.run())
 
     async def kill(self) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 
 from aiohttp import web
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, ManifestJob, digest
+from graft.artifacts.signing import Keys, Statement, generate, published_keys, read_keys, sign
 from graft.artifacts.store import StoreError
 from graft.contracts import WantedAdapter, engine_name
 from graft_server.agent.objects import Stream
 from kubernetes.aio.client import ApiClient, Configuration
 
 NAMESPACE = "team-a"
+KEYS = read_keys({"2026-01-01.key": generate()})  # the operator's
+TRUSTED = {"graft-trusted-keys": published_keys(KEYS.public)}
 
 
 async def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
@@ -164,6 +167,19 @@ def safetensors(seed: str, rank: int = 8, size: int = 1280) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
+def signed(wanted: WantedAdapter, keys: Keys = KEYS, **fields: str) -> WantedAdapter:
+    """With the operator's signature; `fields` of the statement changed."""
+    name, _, version = wanted.adapter.rpartition("-")
+    statement = {
+        "namespace": NAMESPACE,
+        "adapter": name,
+        "version": version,
+        "uri": wanted.uri,
+        "digest": wanted.digest,
+    }
+    return wanted.model_copy(update={"signature": sign(keys, Statement(**statement | fields))})
+
+
 class MemoryStore:
     """The agent's view of the object store, over a dict."""
 
@@ -240,8 +256,13 @@ class MemoryStore:
         self.objects[prefix + "manifest.json"] = manifest.to_bytes()
         sha = digest(manifest.to_bytes())
         resource = f"{name}-1.0.0"
-        return WantedAdapter(
-            engine_name=engine_name(NAMESPACE, resource, sha), adapter=resource, uri=f"s3://bucket/{prefix}", digest=sha
+        return signed(
+            WantedAdapter(
+                engine_name=engine_name(NAMESPACE, resource, sha),
+                adapter=resource,
+                uri=f"s3://bucket/{prefix}",
+                digest=sha,
+            )
         )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from graft.contracts import WANTED_KEY, Residency
+from graft.contracts import WANTED_KEY, Residency, engine_name
 from graft_server.agent.fetchbase import fetch_base
 from graft_server.agent.residency import Publisher
 from graft_server.agent.server import application
 from graft_server.configmaps import ConfigMaps, Follower
 from unit.agent_world import Pod, serving
-from unit.serving_world import FakeKube, eventually, listening
+from unit.serving_world import NAMESPACE, FakeKube, eventually, listening, signed
 
 
 async def test_adapters_are_fetched_verified_loaded_and_told(tmp_path: Path) -> None:
@@ -43,11 +43,14 @@ async def test_a_bad_adapter_fails_with_its_reason_and_blocks_no_other(tmp_path:
             pod.store.publish("flipped"),
             pod.store.publish("high", rank=64),
         )
-        dora, other, absent = pod.store.publish("dora", config={"use_dora": True}), pod.store.publish("other"), None
+        dora, other = pod.store.publish("dora", config={"use_dora": True}), pod.store.publish("other")
+        absent = pod.store.publish("absent")
+        del pod.store.objects[absent.uri.removeprefix("s3://bucket/") + "manifest.json"]
         key = flipped.uri.removeprefix("s3://bucket/") + "adapter_model.safetensors"
         pod.store.objects[key] = pod.store.objects[key][:-1] + b"\0"
-        other = other.model_copy(update={"digest": "sha256:" + "0" * 64})
-        absent = good.model_copy(update={"engine_name": "t--absent--" + "0" * 12, "uri": "s3://bucket/team-a/none/"})
+        digest = "sha256:" + "0" * 64
+        name = engine_name(NAMESPACE, other.adapter, digest)
+        other = signed(other.model_copy(update={"digest": digest, "engine_name": name}))
         pod.want(flipped, high, dora, other, absent, good)
         await pod.state(good, "Loaded")
         for adapter, reason in (

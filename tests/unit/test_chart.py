@@ -10,9 +10,10 @@ import jsonschema
 import pytest
 import yaml
 from graft.artifacts.store import StorageConfig
+from graft.contracts import TRUSTED_KEYS
 from graft.crdgen import ROOT
 from graft.manifests.common import labels
-from graft.settings import Settings
+from graft.settings import Settings, Signing
 
 CHART = ROOT / "charts" / "graft"
 Manifest = dict[str, Any]
@@ -213,13 +214,14 @@ def test_no_role_has_a_wildcard_or_reads_secrets_of_the_cluster(template: Any, v
         assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"], name
         assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"]), name
         if "secrets" in rule["resources"]:
-            assert (kind, name) == ("ClusterRole", "graft-tenant")
-            assert rule["verbs"] == ["create"] or rule["resourceNames"] == ["graft-storage"]
+            named = {("ClusterRole", "graft-tenant"): ["graft-storage"], ("Role", "graft-operator"): ["graft-signing"]}
+            assert rule["verbs"] == ["create"] or rule["resourceNames"] == named[kind, name]
     for item in manifests:
         if item["kind"] == "ClusterRoleBinding":
             assert item["roleRef"]["name"] in {"graft-operator", "graft-uninstall"}
         if item["kind"] in {"ClusterRoleBinding", "RoleBinding"}:
-            assert {subject["kind"] for subject in item["subjects"]} == {"ServiceAccount"}
+            everybody = {"Group"} if item["metadata"]["name"] == "graft-trusted-keys" else {"ServiceAccount"}
+            assert {subject["kind"] for subject in item["subjects"]} == everybody
 
 
 def test_the_operator_writes_workloads_only_where_it_was_let_in(template: Any) -> None:
@@ -233,6 +235,40 @@ def test_the_operator_writes_workloads_only_where_it_was_let_in(template: Any) -
     for rule in find(manifests, "ClusterRole", "graft-operator")["rules"]:
         if {"", "apps", "batch"} & set(rule["apiGroups"]):
             assert set(rule["verbs"]) <= {"get", "list", "watch"}, rule
+
+
+def test_all_that_every_service_account_may_read_are_the_public_keys(template: Any) -> None:
+    manifests = template(EVERYTHING)
+    groups = [
+        (item["kind"], item["roleRef"], subject["name"])
+        for item in manifests
+        if item["kind"] in {"RoleBinding", "ClusterRoleBinding"}
+        for subject in item["subjects"]
+        if subject["kind"] != "ServiceAccount"
+    ]
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "graft-trusted-keys"}
+    assert groups == [("RoleBinding", role, "system:serviceaccounts")]
+    (rule,) = find(manifests, "Role", "graft-trusted-keys")["rules"]
+    assert rule == {
+        "apiGroups": [""],
+        "resources": ["configmaps"],
+        "resourceNames": [TRUSTED_KEYS],
+        "verbs": ["get", "list", "watch"],
+    }
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_the_signing_key_is_one_secret_of_the_operators_namespace(template: Any, create: bool) -> None:
+    manifests = template({"signing": {"secretName": "keys", "create": create}})
+    assert operator_settings(manifests).signing == Signing(secret="keys", create=create)
+    role = find(manifests, "Role", "graft-operator")
+    assert role["metadata"]["namespace"] == "graft-system"
+    secrets = [rule for rule in role["rules"] if "secrets" in rule["resources"]]
+    assert [(rule["verbs"], rule.get("resourceNames")) for rule in secrets] == [
+        (["get"], ["keys"]),
+        *([(["create"], None)] if create else []),
+    ]
+    assert not [item for item in manifests if item["kind"] == "Secret" and item["metadata"]["name"] == "keys"]
 
 
 def test_a_provided_key_is_never_written(template: Any) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from graft.api import Adapter, AdapterDeployment
+from graft.api.adapter import AdapterSignature
 from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
 from graft.reconcile.serving import (
     ReplicaView,
@@ -133,6 +134,17 @@ def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
     assert plan_wanted(
         spec, [], Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", V1)]), table
     ).adapters
+
+
+def test_a_version_that_is_only_kept_gets_its_newest_signature() -> None:
+    spec = deployment(adapters=["support@^2"])
+    old, new = (AdapterSignature(key_id=name, value="v") for name in ("old", "new"))
+    first = wanted_adapter("shop", V1).model_copy(update={"signature": old})
+    table = routes(spec, resolve(deployment(), [V1]), [replica("pod-1", V1)])
+    before = Wanted(base_model="tiny", max_lora_rank=64, adapters=[first])
+    again = first.model_copy(update={"signature": new})
+    assert plan_wanted(spec, [], before, table, [again]).adapters == [again]
+    assert plan_wanted(spec, [], before, table, [again.model_copy(update={"signature": None})]).adapters == [first]
 
 
 def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:

@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from graft.api.meta import DNS_LABEL, SEMVER, SHA256, Conditions, Resource, Schema, Status, rules
+from graft.api.meta import DNS_LABEL, SEMVER, SHA256, VERSION_RANGE, Conditions, Resource, Schema, Status, rules
 from graft.api.recipe import MethodName
+from graft.api.retention import Retention
 
 DeletionPolicy = Literal["Retain", "Delete"]
 
@@ -27,7 +28,7 @@ class JobReference(Schema):
 
 
 class AdapterSpec(Schema):
-    """Which version of which adapter this is; immutable but for deletionPolicy."""
+    """Which version of which adapter this is; immutable but for baseVersions, deletionPolicy and retention."""
 
     adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="The adapter that this is a version of.")
     version: str = Field(pattern=SEMVER, max_length=32, description="Semantic version, for example 1.4.2.")
@@ -39,6 +40,32 @@ class AdapterSpec(Schema):
         default="Retain",
         description="What deleting this resource does to the files in object storage: Retain keeps them, Delete removes them.",
     )
+    base_versions: str | None = Field(
+        default=None,
+        pattern=VERSION_RANGE,
+        max_length=32,
+        description="Versions of the BaseModel (its spec.version) that this adapter fits beside the very files that it was tuned on: "
+        "1.4.2, 1.4, ^1 or ^1.4.",
+    )
+    retention: Retention | None = Field(
+        default=None,
+        description="What happens to unused versions of the adapter; that of the newest Ready version is in force for all.",
+    )
+
+
+class CompatibleBase(Status):
+    """A BaseModel that the version fits now."""
+
+    name: str = Field(description="Name of the BaseModel.")
+    version: str | None = Field(default=None, description="Its spec.version.")
+    digest: str | None = Field(default=None, description="Digest or revision that it has now.")
+
+
+class AdapterSignature(Status):
+    """The operator's signature of a version that it has verified; docs/signatures.md has the format."""
+
+    key_id: str = Field(description="Which key signed: the first 16 hex digits of the SHA-256 of the public key.")
+    value: str = Field(description="Ed25519 signature, base64.")
 
 
 class AdapterStatus(Status):
@@ -46,7 +73,8 @@ class AdapterStatus(Status):
 
     observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
     stage: str | None = Field(
-        default=None, description="A summary of the conditions: Ready, Rejected, Invalid, Verifying, Deleting."
+        default=None,
+        description="A summary of the conditions: Ready, Rejected, Invalid, Verifying, Archived, Restoring, Deleting.",
     )
     base_model_digest: str | None = Field(
         default=None, description="Digest or revision of the base that it was tuned on."
@@ -59,7 +87,22 @@ class AdapterStatus(Status):
     )
     score: str | None = Field(default=None, description="The main score as base -> adapter, for kubectl get.")
     verified_at: str | None = Field(default=None, description="When every digest was last verified.")
+    signature: AdapterSignature | None = Field(
+        default=None, description="The operator's signature; absent while the version is not Ready."
+    )
     used_by: list[str] | None = Field(default=None, description="AdapterDeployments that serve this version now.")
+    compatibility: list[CompatibleBase] | None = Field(
+        default=None,
+        description="The BaseModels that the version fits now.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    last_used_time: str | None = Field(
+        default=None, description="When an AdapterDeployment last began or ceased to use it; absent when none ever did."
+    )
+    pruned_after: str | None = Field(
+        default=None, description="When the version is deleted if it is still unused then; see the condition Retained."
+    )
+    stored_bytes: int | None = Field(default=None, description="Size of its files as they are compressed in storage.")
     conditions: Conditions
 
 
@@ -85,6 +128,8 @@ CRD: dict[str, Any] = {
         ("Age", "date", ".metadata.creationTimestamp", 0),
         ("Job", "string", ".spec.job.name", 1),
         ("Used-By", "string", ".status.usedBy", 1),
+        ("Last-Used", "date", ".status.lastUsedTime", 1),
+        ("Pruned-After", "string", ".status.prunedAfter", 1),
         ("Digest", "string", ".spec.artifact.digest", 1),
     ],
     "rules": rules(
@@ -97,7 +142,7 @@ CRD: dict[str, Any] = {
             "self.spec.baseModel == oldSelf.spec.baseModel && self.spec.method == oldSelf.spec.method && "
             "self.spec.artifact == oldSelf.spec.artifact && has(self.spec.job) == has(oldSelf.spec.job) && "
             "(!has(self.spec.job) || self.spec.job == oldSelf.spec.job)",
-            "a published version never changes: only deletionPolicy may be edited; make a new version instead",
+            "a published version never changes: only baseVersions, deletionPolicy and retention may be edited; make a new version instead",
         ),
     ),
 }

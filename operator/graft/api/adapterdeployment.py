@@ -182,6 +182,9 @@ class ResolvedAdapter(Status):
     version: str | None = Field(default=None, description="The version.")
     digest: str | None = Field(default=None, description="Digest of its manifest.")
     loaded: str | None = Field(default=None, description="Replicas that have it loaded, of all.")
+    restoring: str | None = Field(
+        default=None, description="The Adapter that it will resolve to once its compressed files are restored."
+    )
     message: str | None = Field(default=None, description="Why it does not resolve.")
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from graft.api.meta import MODEL_URI, Conditions, Resource, Schema, Status, rules
+from graft.api.meta import MODEL_URI, SEMVER, Conditions, Resource, Schema, Status, rules
 
 
 class ModelFacts(Schema):
@@ -46,6 +46,12 @@ class BaseModelSpec(Schema):
     task: Literal["causal", "seq2seq"] = Field(
         default="causal",
         description="The kind of language model: causal (Llama, Qwen) goes on with a text, seq2seq (T5) answers one.",
+    )
+    version: str | None = Field(
+        default=None,
+        pattern=SEMVER,
+        max_length=32,
+        description="Semantic version of the files at the source, yours to give; Adapters name ranges of it in baseVersions.",
     )
     facts: ModelFacts | None = Field(default=None, description="Facts to take instead of those in config.json.")
     allowed_namespaces: list[str] | None = Field(
@@ -89,6 +95,7 @@ CRD = {
         ("Stage", "string", ".status.stage", 0),
         ("Parameters", "integer", ".status.facts.parameters", 0),
         ("Context", "integer", ".status.facts.contextLength", 0),
+        ("Version", "string", ".spec.version", 0),
         ("Source", "string", ".spec.source", 0),
         ("Age", "date", ".metadata.creationTimestamp", 0),
         ("Digest", "string", ".status.digest", 1),

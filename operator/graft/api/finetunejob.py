@@ -9,6 +9,7 @@ from graft.api.evaluation import Evaluation
 from graft.api.meta import (
     DNS_LABEL,
     SEMVER,
+    VERSION_RANGE,
     Conditions,
     Placement,
     Resource,
@@ -18,6 +19,7 @@ from graft.api.meta import (
     rules,
 )
 from graft.api.recipe import Dataset, Method, Training
+from graft.api.retention import Retention
 
 # What may be changed while a job runs: everything else is the run.
 MUTABLE = ("suspend", "ttlSecondsAfterFinished")
@@ -36,6 +38,16 @@ class Output(Schema):
     )
     deletion_policy: DeletionPolicy = Field(
         default="Retain", description="What deleting the published Adapter does to its files in object storage."
+    )
+    base_versions: str | None = Field(
+        default=None,
+        pattern=VERSION_RANGE,
+        max_length=32,
+        description="Versions of the BaseModel (its spec.version) that the adapter fits beside the very files that it is tuned on: "
+        "1.4.2, 1.4, ^1 or ^1.4.",
+    )
+    retention: Retention | None = Field(
+        default=None, description="What happens to versions of the adapter that nobody uses; copied to the Adapter."
     )
 
 

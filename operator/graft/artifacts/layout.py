@@ -1,12 +1,14 @@
 """Where things are in the bucket (PURE).
 
-<tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last
+<tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last. The operator adds manifest.sig.json,
+                                      once it has verified them all
 <tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl and
                                       checkpoints/step-000100/rank-0000.safetensors, rank-0000.json (the receipt, last)
 models/<name>/…                       base models, readable by all tenants
 """
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig.json"
 PROGRESS = "progress.json"
 EVENTS = "events.jsonl"
 MODELS_PREFIX = "models/"

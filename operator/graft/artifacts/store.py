@@ -4,8 +4,9 @@ Synchronous (boto3); the operator calls it through a thread. Credentials come fr
 from the environment.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
 CHUNK = 8 * 1024 * 1024
+PART = 32 * 1024 * 1024  # of a streamed upload; S3 takes 10,000 of them, of 5 MiB at least
 SMALL_OBJECT = 8 * 1024 * 1024  # JSON documents; larger ones are not read into memory
 
 
@@ -87,6 +89,17 @@ def _trouble(error: ClientError) -> Trouble:
     if status in {401, 403}:
         return "denied"
     return "unavailable"
+
+
+def _parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of PART; one that may be empty where there is nothing."""
+    buffer = bytearray()
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) > PART:
+            yield bytes(buffer[:PART])
+            del buffer[:PART]
+    yield bytes(buffer)
 
 
 class S3Store:
@@ -169,6 +182,38 @@ class S3Store:
             cause = error.__cause__ or error.__context__
             trouble = _trouble(cause) if isinstance(cause, ClientError) else "unavailable"
             raise StoreError(trouble, f"{key}: {error}") from error
+
+    def upload_stream(self, key: str, chunks: Iterable[bytes]) -> None:
+        """Write an object of any size from bytes that come one after the other, in parts with checksums. An error of the source
+        leaves no object; what earlier uploads to the key have left half done is cleared first."""
+        self._clear_uploads(key)
+        upload = self._call("create_multipart_upload", key, ChecksumAlgorithm="SHA256")["UploadId"]
+        try:
+            parts: list[dict[str, Any]] = []
+            for number, data in enumerate(_parts(chunks), start=1):
+                sent = self._call(
+                    "upload_part", key, UploadId=upload, PartNumber=number, Body=data, ChecksumAlgorithm="SHA256"
+                )
+                kept = {name: sent[name] for name in ("ETag", "ChecksumSHA256") if name in sent}
+                parts.append(kept | {"PartNumber": number})
+            self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts})
+        except BaseException:
+            with contextlib.suppress(StoreError):  # the next upload clears it
+                self._call("abort_multipart_upload", key, UploadId=upload)
+            raise
+
+    def _clear_uploads(self, key: str) -> None:
+        try:
+            found = self.client.list_multipart_uploads(Bucket=self.config.bucket, Prefix=key).get("Uploads", [])
+        except ClientError as error:
+            if _trouble(error) == "denied":
+                return  # a key that may write need not be one that may list uploads; the bucket's own rules clear them
+            raise StoreError(_trouble(error), f"uploads to {key}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"uploads to {key}: {error}") from error
+        for item in found:
+            if item["Key"] == key:
+                self._call("abort_multipart_upload", key, UploadId=item["UploadId"])
 
     def copy(self, source: str, key: str) -> None:
         """Copy an object of any size within the store, in parts where it is large."""

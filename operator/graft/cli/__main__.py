@@ -1,4 +1,4 @@
-"""graft compare JOB… | FILE…: the methods side by side, in the terminal and as a page."""
+"""graft compare JOB… | FILE…: the methods side by side. graft verify VERSION: a published version against its signature."""
 
 import argparse
 import json
@@ -13,6 +13,9 @@ EPILOG = """examples:
   graft compare support-full support-lora support-qlora -n shop
   graft compare full/report.json lora/report.json -o comparison.html
   graft compare support-full support-lora --endpoint http://localhost:9000   # through a port-forward to the store
+"""
+VERIFY_EPILOG = """examples:
+  graft verify support-1.0.0 -n shop --key 2026-11-25.pub
 """
 
 
@@ -35,10 +38,36 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"where the page goes; {PAGE} when absent")
     compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    compare.set_defaults(run=run_compare)
+    verify = commands.add_parser(
+        "verify",
+        help="check a published version against the operator's signature",
+        description="Read every byte of a published version and compare it with its manifest, and that with the operator's signature.",
+        epilog=VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("version", metavar="VERSION", help="name of an Adapter, for example support-1.0.0")
+    verify.add_argument(
+        "-k", "--key", type=Path, action="append", required=True, metavar="FILE",
+        help="a public key that you trust (PEM); may be given several times",
+    )  # fmt: skip
+    verify.add_argument("-n", "--namespace", help="of the Adapter; that of the kubeconfig's context when absent")
+    verify.add_argument("--context", help="the kubeconfig's context; its current one when absent")
+    verify.add_argument(
+        "--endpoint", help="URL of the object store, where the cluster's own is not reachable from here"
+    )
+    verify.set_defaults(run=run_verify)
     return root
 
 
-def compare(arguments: argparse.Namespace) -> None:
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Verify, and say what was verified."""
+    from graft.cli.verification import verify_version
+
+    print(verify_version(arguments.version, arguments.key, arguments.namespace, arguments.context, arguments.endpoint))
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
     """Read the reports, print the matrix, write the page."""
     # Imported here: --help needs neither matplotlib nor a cluster.
     from graft.cli.reports import read_reports
@@ -64,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 1 after a message on standard error."""
     arguments = parser().parse_args(argv)
     try:
-        compare(arguments)
+        arguments.run(arguments)
     except CliFailure as failure:
         print(f"graft: {failure}\n{failure.remedy}", file=sys.stderr)
         return 1

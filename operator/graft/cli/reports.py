@@ -4,10 +4,11 @@ import base64
 import binascii
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -16,6 +17,9 @@ from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.cli.failure import CliFailure
 from graft.contracts import STORAGE_SECRET
 from graft.report.document import Report
+
+if TYPE_CHECKING:
+    from graft.cli.cluster import Cluster
 
 REPORT = "report.json"
 STAGE_REMEDIES = {
@@ -106,6 +110,13 @@ def _of_jobs(names: Sequence[str], namespace: str | None, context: str | None, e
     cluster = Cluster(context)
     namespace = namespace or cluster.namespace
     versions = [published_version(cluster.job(namespace, name), name, namespace) for name in names]
+    with opened_store(cluster, namespace, endpoint) as store:
+        return [_fetch(store, namespace, version) for version in versions]
+
+
+@contextmanager
+def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> Iterator[S3Store]:
+    """The store, with the namespace's key."""
     with tempfile.TemporaryDirectory() as folder:  # 0700: it holds the key
         try:
             store = S3Store(
@@ -115,7 +126,7 @@ def _of_jobs(names: Sequence[str], namespace: str | None, context: str | None, e
             raise CliFailure(
                 f"the object store cannot be opened: {error}", f"Check the Secret {STORAGE_SECRET} and --endpoint."
             ) from error
-        return [_fetch(store, namespace, version) for version in versions]
+        yield store
 
 
 def _fetch(store: S3Store, namespace: str, version: Version) -> Report:

@@ -22,6 +22,8 @@ def adapter_name(adapter: str, version: str) -> str:
 def adapter(job: FineTuneJob, manifest: AdapterManifest, digest: str, bucket: str) -> Manifest:
     """The Adapter of a version that the job published; not owned by it, so it outlives the job."""
     tenant = tenant_of(job.metadata.namespace)
+    output = job.spec.output
+    lifecycle = {"baseVersions": output.base_versions, "retention": output.retention and output.retention.wire()}
     return {
         "apiVersion": API_VERSION,
         "kind": "Adapter",
@@ -46,7 +48,8 @@ def adapter(job: FineTuneJob, manifest: AdapterManifest, digest: str, bucket: st
                 "digest": digest,
             },
             "job": {"name": job.metadata.name, "uid": job.metadata.uid},
-            "deletionPolicy": job.spec.output.deletion_policy,
+            "deletionPolicy": output.deletion_policy,
+            **{key: value for key, value in lifecycle.items() if value is not None},
         },
     }
 

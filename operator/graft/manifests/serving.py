@@ -4,7 +4,7 @@ from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
 from graft.api.meta import Placement, Toleration
 from graft.artifacts.sources import split_pvc_uri
-from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, BaseModelRef
+from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
 from graft.manifests.common import (
     CONTAINER_SECURITY,
     OWNER_UID,
@@ -29,6 +29,7 @@ LEAVE_SECONDS = 10  # between the deletion of a pod and the last gateway's knowi
 EXIT_SECONDS = 10  # for the processes to end, after the requests have
 SPREAD = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
 MODELS_DIR = "/models"
+BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -151,6 +152,8 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
             residency_name(deployment),
             "--base-model-name",
             deployment.spec.base_model,
+            "--trusted-keys",
+            f"{settings.namespace}/{TRUSTED_KEYS}",
             "--engine-url",
             f"http://127.0.0.1:{ENGINE_PORT}",
             "--port",
@@ -273,7 +276,10 @@ def serving_deployment(
             "selector": selector,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "template": {
-                "metadata": {"labels": labels(deployment, "serving")},
+                "metadata": {
+                    "labels": labels(deployment, "serving"),
+                    "annotations": {BASE_MODEL: base_model.json_text()},
+                },
                 "spec": {
                     **pod_defaults(settings, _placement(deployment, sizing)),
                     "serviceAccountName": agent_account(deployment),

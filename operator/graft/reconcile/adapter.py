@@ -1,6 +1,7 @@
-"""An Adapter: verify what is in storage before it is Ready; hold its deletion while a deployment serves it."""
+"""An Adapter: verify what is in storage, and sign it, before it is Ready; hold its deletion while a deployment serves it."""
 
 import asyncio
+from dataclasses import replace
 
 from graft.api import Adapter
 from graft.api.adapter import AdapterStatus
@@ -10,12 +11,14 @@ from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, verify
 from graft.kube import Manifest
-from graft.reconcile.context import WAITING, Context
+from graft.reconcile import lifecycle, signing
+from graft.reconcile.context import SOON, WAITING, Context
+from graft.reconcile.serving import is_put_away
 from graft.status import condition, find, now
 
 KIND = "Adapter"
 # Verdicts that may change without a change of the spec: the store may answer, and files may still come.
-RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing"}
+RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing", "SigningKeyUnavailable"}
 # Verification reads every byte; more at once would only share the same bandwidth.
 _verifying = asyncio.Semaphore(4)
 
@@ -28,17 +31,36 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     adapter = Adapter.model_validate(raw)
     if not adapter.metadata.deletion_timestamp and await ctx.add_finalizer(adapter, KIND):
         return 0
-    used_by = serving(adapter, await ctx.kube.list("AdapterDeployment", namespace))
+    if not adapter.metadata.deletion_timestamp and await lifecycle.label(ctx, adapter):
+        return 0
+    deployments = await ctx.kube.list("AdapterDeployment", namespace)
+    used_by = serving(adapter, deployments)
     if adapter.metadata.deletion_timestamp:
-        return await _clean_up(ctx, raw, adapter, used_by)
+        return await _clean_up(ctx, raw, adapter, used_by, deployments)
     ready = find(adapter.status.conditions, "Ready")
+    look = lifecycle.Look(ctx, raw, adapter, deployments, used_by, in_use(used_by))
+    if ready is not None and is_put_away(adapter):
+        pause = await lifecycle.attend(look, ready)
+        if pause is not None:
+            return pause
+        ready = None  # its files are back, and are verified like new ones
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
-    if done and ready is not None and ready.reason not in RETRIED:
-        await ctx.write_status(raw, adapter.status.model_copy(update={"used_by": used_by}), [ready, in_use(used_by)])
-        return None
+    if done and ready is not None and ready.reason not in RETRIED and not signing.doubtful(ctx, adapter, ready):
+        status, again = await signing.renewed(ctx, adapter, ready)
+        pause = await lifecycle.follow(replace(look, adapter=adapter.model_copy(update={"status": status})), ready)
+        return min((item for item in (again, pause) if item is not None), default=None)
+    told = lifecycle.use(adapter, used_by) | {"stored_bytes": None}
+    if ctx.keys is None:  # reading every byte would be in vain
+        status = adapter.status.model_copy(update=told | {"stage": "Verifying"})
+        await ctx.write_status(raw, status, [signing.unavailable(ctx), in_use(used_by)])
+        return WAITING
     checked = await _verify(ctx, adapter)
-    status, verdict = observe(adapter, checked)
-    await ctx.write_status(raw, status.model_copy(update={"used_by": used_by}), [verdict, in_use(used_by)])
+    stored = await lifecycle.archived(ctx, adapter, checked)
+    status, verdict = observe(adapter, stored or checked)
+    if stored is not None and status.stage in {"Ready", "Rejected"}:
+        status, verdict = status.model_copy(update={"stage": "Archived"}), lifecycle.archived_condition()
+    status, verdict = await signing.signed(ctx, ctx.keys, adapter, status, verdict)
+    await ctx.write_status(raw, status.model_copy(update=told), [verdict, in_use(used_by)])
     return WAITING if verdict.reason in RETRIED else None
 
 
@@ -136,13 +158,17 @@ def in_use(used_by: list[str]) -> Condition:
     return condition(KIND, "InUse", "False", "NotServed", "no AdapterDeployment serves it")
 
 
-async def _clean_up(ctx: Context, raw: Manifest, adapter: Adapter, used_by: list[str]) -> float | None:
+async def _clean_up(
+    ctx: Context, raw: Manifest, adapter: Adapter, used_by: list[str], deployments: list[Manifest]
+) -> float | None:
     if used_by:
-        ready = find(adapter.status.conditions, "Ready")
+        kept = [item for item in adapter.status.conditions if item.type != "InUse"]
         status = adapter.status.model_copy(update={"stage": "Deleting", "used_by": used_by})
-        await ctx.write_status(raw, status, ([ready] if ready else []) + [in_use(used_by)])
+        await ctx.write_status(raw, status, [*kept, in_use(used_by)])
         return WAITING
-    if adapter.spec.deletion_policy == "Delete":
+    if not ctx.transfers.forget(adapter.metadata.uid):
+        return SOON
+    if lifecycle.removes_files(adapter, deployments):
         bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
         own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
         if bucket == ctx.store.config.bucket and prefix.startswith(own):

@@ -36,7 +36,7 @@ from graft.manifests.serving import (
     serving_name,
     wanted_name,
 )
-from graft.reconcile import autoscaling, pods, scaling, serving
+from graft.reconcile import autoscaling, compatibility, pods, scaling, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.placing import place_engine
@@ -53,6 +53,9 @@ class World:
     trouble: Trouble | None
     base_model: BaseModelRef | None
     resolutions: list[serving.Resolution]
+    adapters: list[Adapter] = field(default_factory=list)
+    current: BaseModelRef | None = None  # the BaseModel as it is now; base_model is what the pods are made with
+    held: str | None = None  # why these differ
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
     residency: dict[str, Residency] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class World:
                 address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
                 ready=pods.is_ready(pod),
                 residency=_own(self.residency.get(pods.name(pod)), pod),
+                unfit=compatibility.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
             )
             for pod in self.pods
             if not pod["metadata"].get("deletionTimestamp") and pods.phase(pod) not in {"Failed", "Succeeded"}
@@ -113,15 +117,16 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     base = await gather_base_model(ctx, spec.spec.base_model, namespace)
     trouble = base if isinstance(base, Trouble) else await ensure_credentials(ctx, namespace)
     adapters = [Adapter.model_validate(item) for item in await ctx.kube.list("Adapter", namespace)]
+    deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
+    current = None if isinstance(base, Trouble) else base.ref
+    live = compatibility.base_of(deployment["spec"]["template"]) if deployment else None
+    chosen = compatibility.in_force(spec, adapters, current, live)
     world = World(
-        spec=spec,
-        trouble=trouble,
-        base_model=None if isinstance(base, Trouble) else base.ref,
-        resolutions=serving.resolve(spec, adapters),
+        spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
     )
-    world.deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
     world.sizing = spec.status.sizing
-    if not isinstance(base, Trouble):
+    # Pods that are held on the old files of their base model keep their size as well.
+    if not isinstance(base, Trouble) and (world.held is None or world.sizing is None):
         placed = await place_engine(ctx, spec, base)
         if isinstance(placed, Trouble):
             world.trouble = world.trouble or placed
@@ -220,7 +225,8 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes
     resolved = [serving.wanted_adapter(tenant, item.adapter) for item in world.resolutions if item.adapter is not None]
-    wanted = serving.plan_wanted(spec, resolved, world.wanted, routes)
+    known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
+    wanted = serving.plan_wanted(spec, resolved, world.wanted, routes, known)
     if wanted != world.wanted and (world.trouble is None or world.wanted is not None):
         try:
             await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))
@@ -294,9 +300,12 @@ def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
     items = [
         LoadedAdapter(adapter=item.adapter, state=item.state, reason=item.reason, message=item.message)
         for item in seen.values()
+        if item.engine_name not in replica.unfit
     ]
     items += [
-        LoadedAdapter(adapter=item.adapter, state="Pending") for item in wanted.adapters if item.engine_name not in seen
+        LoadedAdapter(adapter=item.adapter, state="Pending")
+        for item in wanted.adapters
+        if item.engine_name not in seen and item.engine_name not in replica.unfit
     ]
     return Replica(
         pod=replica.pod, ready=replica.ready, adapters=sorted(items, key=lambda item: (item.adapter, item.state))
@@ -304,8 +313,9 @@ def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
 
 
 def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.ReplicaView]) -> ResolvedAdapter:
+    restoring = item.restoring.metadata.name if item.restoring else None
     if item.adapter is None:
-        return ResolvedAdapter(ref=item.ref, message=item.message)
+        return ResolvedAdapter(ref=item.ref, restoring=restoring, message=item.message)
     digest = item.adapter.spec.artifact.digest
     name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
     loaded = sum(replica.has(name) for replica in replicas)
@@ -315,6 +325,8 @@ def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.R
         version=item.adapter.spec.version,
         digest=digest,
         loaded=f"{loaded}/{len(replicas)}",
+        restoring=restoring,
+        message=item.message or None,
     )
 
 
@@ -339,6 +351,8 @@ def _accepted(world: World) -> Condition:
         return condition(KIND, "Accepted", "False", missing[0].reason, text)
     if world.unscaled is not None:
         return condition(KIND, "Accepted", "False", world.unscaled.reason, world.unscaled.message)
+    if world.held is not None:
+        return condition(KIND, "Accepted", "True", "BaseModelHeld", world.held)
     names = ", ".join(item.adapter.metadata.name for item in world.resolutions if item.adapter) or "no adapters"
     return condition(KIND, "Accepted", "True", "Resolved", f"{names} on {world.spec.spec.base_model}")
 

@@ -10,13 +10,19 @@ from typing import Any, TypeVar
 from graft import status as conditions
 from graft.api.meta import Condition, Resource, Status
 from graft.artifacts.identity import VersityIdentity
+from graft.artifacts.signing import Keys
 from graft.artifacts.store import S3Store
 from graft.kube import Kube, Manifest
 from graft.manifests.common import FINALIZER
+from graft.reconcile.transfers import Transfers
 from graft.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Reasons of a False that is no trouble: their Events are not warnings.
+EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "Expiring", "Pruned"}
+SILENT = {"InUse", "Needed", "Kept"}  # types and reasons that are worth no Event
 
 SOON = 5.0  # seconds until the next look while something is on its way
 WAITING = 20.0  # while something outside the cluster is waited for
@@ -31,6 +37,9 @@ class Context:
     store: S3Store
     identity: VersityIdentity | None
     locks: defaultdict[tuple[str, ...], asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    keys: Keys | None = None  # reconcile/signing.py reads them
+    keys_trouble: str = "they were not read yet"  # why there are none
+    transfers: Transfers = field(default_factory=Transfers)
     issued: set[str] = field(default_factory=set)  # tenants whose key was seen to work since the start
 
     async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -52,9 +61,9 @@ class Context:
             raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], metadata["uid"], after
         )
         for item in conditions.transitions(old, merged):
-            if item.type == "InUse":
+            if {item.type, item.reason} & SILENT:
                 continue
-            bad = item.status == "False" and item.reason not in {"Complete", "ScaledToZero", "NotServed"}
+            bad = item.status == "False" and item.reason not in EXPECTED
             log.info(
                 "condition",
                 extra={"resource": _name(raw), "type": item.type, "status": item.status, "reason": item.reason},

@@ -245,7 +245,9 @@ def _completion(world: World) -> Condition:
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", text)
     if ready is not None and ready.reason == "Rejected":
         return condition(KIND, "Succeeded", "False", "GateFailed", ready.message)
-    if ready is None or ready.reason in {"Verifying", "StorageUnavailable"}:
+    if ready is not None and ready.reason == "SigningKeyUnavailable":
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", ready.message)
+    if ready is None or ready.status == "Unknown":
         return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
     if ready.status != "True":
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", ready.message)

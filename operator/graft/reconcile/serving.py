@@ -7,6 +7,7 @@ version are two names and can be loaded side by side:
 - what no route leads to any more leaves `wanted`, and the agents drain and unload it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from graft.api import Adapter, AdapterDeployment
@@ -14,6 +15,7 @@ from graft.api.adapterdeployment import Route
 from graft.api.meta import Condition
 from graft.contracts import (
     Backend,
+    BaseModelRef,
     Residency,
     RouteEntry,
     Routes,
@@ -34,6 +36,7 @@ class Resolution:
     adapter: Adapter | None
     reason: str = ""
     message: str = ""
+    restoring: Adapter | None = None  # what it will stand for, once its compressed files are restored
 
     @property
     def name(self) -> str:
@@ -48,19 +51,33 @@ class ReplicaView:
     address: str
     ready: bool
     residency: Residency | None
+    unfit: frozenset[str] = frozenset()  # engine names of adapters that do not fit the base model of this very pod
 
     def has(self, engine_model: str) -> bool:
         """Whether a request for the adapter can go there."""
         states = {item.engine_name: item.state for item in (self.residency.adapters if self.residency else [])}
-        return states.get(engine_model) in {"Loaded", "Draining"}
+        return engine_model not in self.unfit and states.get(engine_model) in {"Loaded", "Draining"}
 
 
-def resolve(deployment: AdapterDeployment, adapters: list[Adapter]) -> list[Resolution]:
-    """The newest Ready version that satisfies each entry."""
-    return [_resolve_one(ref, deployment, adapters) for ref in deployment.spec.adapters]
+def fits(adapter: Adapter, base: BaseModelRef) -> bool:
+    """Whether an adapter may be served on these files of a base model; see reconcile/compatibility.py."""
+    spec, tuned_on = adapter.spec, adapter.status.base_model_digest
+    if tuned_on == base.identity:
+        return True
+    if spec.base_model != base.name:
+        return False
+    return tuned_on is None or bool(spec.base_versions and base.version and matches(spec.base_versions, base.version))
 
 
-def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter]) -> Resolution:
+def resolve(
+    deployment: AdapterDeployment, adapters: list[Adapter], base: BaseModelRef | None = None
+) -> list[Resolution]:
+    """The newest version that satisfies each entry and fits the base model; only the name counts where its files are not known."""
+    base = base or BaseModelRef(name=deployment.spec.base_model, uri="")
+    return [_resolve_one(ref, deployment, adapters, base) for ref in deployment.spec.adapters]
+
+
+def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter], base: BaseModelRef) -> Resolution:
     name, _, wanted = ref.partition("@")
     candidates = [
         item
@@ -71,9 +88,9 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
         return Resolution(
             ref, None, "AdapterMissing", f"{ref}: there is no such Adapter; this goes on when there is one"
         )
-    ready = [item for item in candidates if _is_ready(item)]
+    ready = [item for item in candidates if _is_ready(item) or is_put_away(item)]
     if not ready:
-        newest = max(candidates, key=lambda item: parse(item.spec.version) or (0, 0, 0))
+        newest = max(candidates, key=_number)
         why = find(newest.status.conditions, "Ready")
         return Resolution(
             ref,
@@ -81,12 +98,9 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
             "AdapterMissing",
             f"{ref}: Adapter {newest.metadata.name} is not Ready: {why.message if why else 'not verified yet'}",
         )
-    fitting = [item for item in ready if item.spec.base_model == deployment.spec.base_model]
+    fitting = [item for item in ready if (fits(item, base) if base.uri else item.spec.base_model == base.name)]
     if not fitting:
-        other = ready[-1].spec.base_model
-        return Resolution(
-            ref, None, "AdapterIncompatible", f"{ref} was tuned on {other}, not on {deployment.spec.base_model}"
-        )
+        return Resolution(ref, None, "AdapterIncompatible", _misfit(ref, max(ready, key=_number), base))
     low_rank = [item for item in fitting if item.spec.method in {"lora", "qlora"}]
     if not low_rank:
         method = fitting[-1].spec.method
@@ -96,7 +110,7 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
             "AdapterIncompatible",
             f"{ref} was tuned by {method}: only lora and qlora share a base model's pods",
         )
-    best = max(low_rank, key=lambda item: parse(item.spec.version) or (0, 0, 0))
+    best = max(low_rank, key=_number)
     limit = deployment.spec.limits.max_lora_rank
     if best.status.rank is not None and best.status.rank > limit:
         return Resolution(
@@ -105,7 +119,32 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
             "AdapterIncompatible",
             f"{ref}: rank {best.status.rank} is above limits.maxLoraRank {limit}; raise it",
         )
-    return Resolution(ref, best)
+    if not is_put_away(best):
+        return Resolution(ref, best)
+    text = f"{ref}: the files of Adapter {best.metadata.name} are compressed; they are restored, this goes on by itself"
+    served = [item for item in low_rank if not is_put_away(item) and (item.status.rank or 0) <= limit]
+    return Resolution(ref, max(served, key=_number, default=None), "AdapterMissing", text, restoring=best)
+
+
+def _number(adapter: Adapter) -> tuple[int, int, int]:
+    return parse(adapter.spec.version) or (0, 0, 0)
+
+
+def _misfit(ref: str, newest: Adapter, base: BaseModelRef) -> str:
+    name, tuned_on = newest.metadata.name, newest.status.base_model_digest
+    if newest.spec.base_model != base.name:
+        return f"{ref} was tuned on {newest.spec.base_model}, not on {base.name}"
+    version = f" (version {base.version})" if base.version else ""
+    return (
+        f"{ref}: {name} was tuned on {tuned_on}, and BaseModel {base.name} is now {base.identity}{version}: tune a version on it, "
+        f"or, if {name} fits it all the same, give the BaseModel a spec.version and name it in the Adapter's spec.baseVersions"
+    )
+
+
+def is_put_away(adapter: Adapter) -> bool:
+    """Whether only the compressed copy of the weights is sure to be there."""
+    ready = find(adapter.status.conditions, "Ready")
+    return ready is not None and ready.reason in {"Archived", "Restoring"}
 
 
 def _is_ready(adapter: Adapter) -> bool:
@@ -121,17 +160,27 @@ def wanted_adapter(tenant: str, adapter: Adapter) -> WantedAdapter:
         adapter=adapter.metadata.name,
         uri=adapter.spec.artifact.uri,
         digest=digest,
+        signature=adapter.status.signature,
     )
 
 
 def plan_wanted(
-    deployment: AdapterDeployment, resolved: list[WantedAdapter], previous: Wanted | None, routes: Routes | None
+    deployment: AdapterDeployment,
+    resolved: list[WantedAdapter],
+    previous: Wanted | None,
+    routes: Routes | None,
+    known: Iterable[WantedAdapter] = (),
 ) -> Wanted:
-    """What every replica should have loaded: what is resolved, and what the gateway's table still leads to."""
+    """What every replica should have loaded: what is resolved, and what the gateway's table still leads to.
+
+    `known`: all versions of the namespace. What is only kept gets its newest signature, too: else an engine that restarts after
+    an old key was retired could not have it back.
+    """
+    signed = {item.engine_name: item for item in known if item.signature is not None}
     names = {item.engine_name for item in resolved}
     routed = {target.engine_model for entry in (routes.routes if routes else []) for target in entry.targets}
     kept = [
-        item
+        signed.get(item.engine_name, item)
         for item in (previous.adapters if previous else [])
         if item.engine_name in routed and item.engine_name not in names
     ]
@@ -204,7 +253,9 @@ def _target(
     )
     if old is None or old.engine_model == new.engine_model or old.adapter is None:
         return new
-    if ready and all(replica.has(new.engine_model) for replica in ready):
+    # While the base model is rolled the old pods cannot have the new version; half of the pods can take over from the others.
+    able = [replica for replica in ready if new.engine_model not in replica.unfit]
+    if able and 2 * len(able) >= len(ready) and all(replica.has(new.engine_model) for replica in able):
         return new
     old_answers = any(replica.has(old.engine_model) for replica in ready)
     new_answers = any(replica.has(new.engine_model) for replica in ready)

@@ -16,6 +16,7 @@ from graft_server.agent.objects import Storage
 from graft_server.agent.residency import Publisher
 from graft_server.agent.server import application
 from graft_server.agent.settings import Settings, parse
+from graft_server.agent.trust import Trust
 from graft_server.configmaps import ConfigMaps, Follower, api_client
 from graft_server.logs import log_json
 
@@ -60,6 +61,7 @@ async def serve(settings: Settings) -> int:
             publish=publisher.publish,
             cache_bytes=settings.cache_bytes,
             max_adapter_bytes=settings.max_adapter_bytes,
+            trust=Trust(settings.namespace) if settings.trusted_keys else None,
         )
         selector = {"fieldSelector": f"metadata.name={settings.wanted_configmap}"}
         follower = Follower(configmaps, selector, agent.want)
@@ -73,6 +75,12 @@ async def serve(settings: Settings) -> int:
             asyncio.create_task(follower.run(), name="follower"),
             asyncio.create_task(publisher.run(), name="publisher"),
         ]
+        if settings.trusted_keys:
+            namespace, name = settings.trusted_keys
+            keys = Follower(
+                ConfigMaps(client, namespace), {"fieldSelector": f"metadata.name={name}"}, agent.trusted_keys
+            )
+            tasks.append(asyncio.create_task(keys.run(), name="trusted keys"))
         stopped = asyncio.create_task(stop.wait())
         ended, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
         code = 0

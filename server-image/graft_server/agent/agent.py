@@ -20,10 +20,11 @@ from graft_server.agent.folders import Contents, Folders
 from graft_server.agent.memory import Failures, Idleness
 from graft_server.agent.metrics import Metrics
 from graft_server.agent.objects import Objects
-from graft_server.agent.reasons import OF_STORAGE
+from graft_server.agent.reasons import OF_KEYS, OF_STORAGE
 from graft_server.agent.residency import resident_adapters
 from graft_server.agent.room import Capacity, capacity
 from graft_server.agent.settings import MAX_ADAPTER_BYTES
+from graft_server.agent.trust import Trust
 from graft_server.agent.work import Work
 from graft_server.configmaps import Snapshot
 
@@ -48,6 +49,7 @@ class Agent:
         publish: Callable[[Residency], None],
         cache_bytes: int | None = None,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
+        trust: Trust | None = None,  # None: signatures are not checked
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.metrics = Metrics()
@@ -56,6 +58,7 @@ class Agent:
         self._storage_changed = storage_changed
         self._publish = publish
         self._cache_bytes = cache_bytes
+        self._trust = trust
         self._poll = poll_seconds
         self._wanted: Wanted | None = None
         self._folders = Folders(adapters_dir)
@@ -76,6 +79,7 @@ class Agent:
             max_rank=lambda: self._wanted.max_lora_rank if self._wanted else 0,
             engine_died=self._engine.died,
             ended=self._wake.set,
+            check=trust.check if trust else None,
         )
 
     # What wakes it
@@ -97,6 +101,12 @@ class Agent:
                 self._wanted = wanted
                 self._failures.retry_now()
                 self._wake.set()
+
+    def trusted_keys(self, configmaps: Snapshot) -> None:
+        """Take what the ConfigMap with the public keys says."""
+        if self._trust is not None and self._trust.take(configmaps):
+            self._failures.retry_now(OF_KEYS)
+            self._wake.set()
 
     async def run(self) -> None:
         """Loops until it is cancelled."""
@@ -134,6 +144,8 @@ class Agent:
             await self._observe()
         if self._wanted is None:
             return "what is wanted was not read yet"
+        if self._trust is not None and not self._trust.read:
+            return "the keys that signatures are checked with were not read yet"
         if not self._engine.answering:
             return self._engine.why_not
         if not self._engine.ready(self._wanted):
@@ -155,7 +167,7 @@ class Agent:
         if self._storage_changed():
             log.info("the storage Secret has changed; what failed for it is tried again")
             self._failures.retry_now(OF_STORAGE)
-        if self._wanted is not None:
+        if self._wanted is not None and (self._trust is None or self._trust.read):
             await self._step(self._wanted, busy, deleting, room)
         self._tell(room)
 
@@ -223,4 +235,4 @@ class Agent:
         )
 
     def _still_wanted(self, adapter: WantedAdapter) -> bool:
-        return self._wanted is not None and adapter in self._wanted.adapters
+        return self._wanted is not None and any(adapter.same_files(item) for item in self._wanted.adapters)

@@ -21,10 +21,13 @@ class AdapterReason(StrEnum):
     CONFIG_INVALID = "ConfigInvalid"
     WEIGHTS_INVALID = "WeightsInvalid"
     STORAGE_DENIED = "StorageDenied"
+    SIGNATURE_INVALID = "SignatureInvalid"
     ENGINE_REJECTED = "EngineRejected"
     # The disk's: looked at again all the time, because space comes back when another adapter goes.
     DISK_FULL = "DiskFull"
     # The surroundings': every adapter of the pod may have it, and it passes.
+    SIGNATURE_MISSING = "SignatureMissing"
+    SIGNATURE_KEY_UNKNOWN = "SignatureKeyUnknown"
     CREDENTIALS_INVALID = "CredentialsInvalid"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     STORAGE_THROTTLED = "StorageThrottled"
@@ -49,13 +52,14 @@ FAILED = frozenset(
         AdapterReason.CONFIG_INVALID,
         AdapterReason.WEIGHTS_INVALID,
         AdapterReason.STORAGE_DENIED,
+        AdapterReason.SIGNATURE_INVALID,
         AdapterReason.ENGINE_REJECTED,
         AdapterReason.DISK_FULL,
     }
 )
 SELDOM = FAILED - {AdapterReason.DISK_FULL}  # tried again after minutes
 
-# What may be cured by another key in the storage Secret, and by another process of the engine.
+# What may be cured by another key in the storage Secret, by other public keys, and by another process of the engine.
 OF_STORAGE = frozenset(
     {
         AdapterReason.CREDENTIALS_INVALID,
@@ -64,6 +68,7 @@ OF_STORAGE = frozenset(
         AdapterReason.FILE_MISSING,  # another endpoint or bucket
     }
 )
+OF_KEYS = frozenset({AdapterReason.SIGNATURE_INVALID, AdapterReason.SIGNATURE_KEY_UNKNOWN})  # by other public keys
 OF_ENGINE = frozenset({AdapterReason.ENGINE_REJECTED, AdapterReason.ENGINE_UNAVAILABLE, AdapterReason.ENGINE_TIMEOUT})
 
 

@@ -27,6 +27,7 @@ class Settings:
     storage_dir: Path
     port: int
     base_model_name: str | None
+    trusted_keys: tuple[str, str] | None  # namespace, ConfigMap
     cache_bytes: int | None
     max_adapter_bytes: int
     stall_seconds: float
@@ -51,6 +52,11 @@ def parse(arguments: list[str]) -> Settings:
     flag("adapters-dir", ADAPTERS_DIR, "shared with the engine, which reads it at the same path")
     flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
     flag("port", str(AGENT_PORT), "of /readyz, /livez and /metrics")
+    flag(
+        "trusted-keys",
+        "",
+        "NAMESPACE/NAME of the ConfigMap with the public keys; empty: signatures are not checked",
+    )
     flag("base-model-name", "", "model that the engine must list to be ready; empty: not checked")
     flag(
         "cache-bytes",
@@ -62,12 +68,16 @@ def parse(arguments: list[str]) -> Settings:
     flag("load-timeout-seconds", str(LOAD_SECONDS), "that the engine has to load an adapter")
     flag("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR")
     values = vars(parser.parse_args(arguments))
+    keys_namespace, _, keys_name = values["trusted_keys"].partition("/")
+    if values["trusted_keys"] and not (keys_namespace and keys_name):
+        parser.error(f"--trusted-keys: {values['trusted_keys']} is no NAMESPACE/NAME")
     return Settings(
         **{
             **values,
             "adapters_dir": Path(values["adapters_dir"]),
             "storage_dir": Path(values["storage_dir"]),
             "port": int(values["port"]),
+            "trusted_keys": (keys_namespace, keys_name) if keys_name else None,
             "base_model_name": values["base_model_name"] or None,
             "cache_bytes": int(values["cache_bytes"]) if values["cache_bytes"] else None,
             "max_adapter_bytes": int(values["max_adapter_bytes"]),

@@ -49,6 +49,7 @@ class Work:
         max_rank: Callable[[], int],
         engine_died: Callable[[], Awaitable[str | None]],
         ended: Callable[[], None],
+        check: Callable[[WantedAdapter], None] | None = None,  # of signatures
     ) -> None:
         self._folders = folders
         self._engine = engine
@@ -60,6 +61,7 @@ class Work:
         self._max_rank = max_rank
         self._engine_died = engine_died
         self._ended = ended
+        self._check = check
         self._actions: dict[str, Action] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="download")
@@ -144,6 +146,7 @@ class Work:
         name, again = action.name, self._failures.get(action.name) is not None
         match action:
             case Inspect(adapter):
+                self._check_signature(adapter)
                 self._began.setdefault(name, time.monotonic())
                 async with self._inspections.turn(again=again):
                     self.versions[name] = await self._thread(
@@ -152,7 +155,8 @@ class Work:
             case Download():
                 async with self._downloads.turn(again=again):
                     await self._download(self.versions[name])
-            case Load():
+            case Load(adapter):
+                self._check_signature(adapter)  # the keys may be others than when it was fetched
                 async with self._loads.turn(again=again):
                     await self._load(name)
             case Unload():
@@ -166,6 +170,10 @@ class Work:
             case Discard():
                 await self._thread(self._folders.discard, name)
                 self._began.pop(name, None)
+
+    def _check_signature(self, adapter: WantedAdapter) -> None:
+        if self._check is not None:
+            self._check(adapter)
 
     async def _download(self, version: Version) -> None:
         name, started = version.adapter.engine_name, time.monotonic()

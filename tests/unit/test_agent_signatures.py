@@ -1,0 +1,181 @@
+"""The agent and signatures: what the operator did not verify is neither read nor loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from graft.artifacts.signing import Keys, generate, published_keys, read_keys
+from graft.contracts import WantedAdapter
+from graft_server.agent.settings import parse
+from unit.agent_world import serving
+from unit.serving_world import KEYS, TRUSTED, eventually, signed
+
+FOREIGN = read_keys({"a.key": generate()})
+NEW = read_keys({"b.key": generate()})
+
+
+def trusting(*keys: Keys) -> dict[str, dict[str, str]]:
+    """The ConfigMap with so many keys."""
+    return {"graft-trusted-keys": {name: text for one in keys for name, text in published_keys(one.public).items()}}
+
+
+def changed(wanted: WantedAdapter, **fields: object) -> WantedAdapter:
+    return wanted.model_copy(update=fields)
+
+
+FORGERIES: dict[str, tuple[Callable[[WantedAdapter, WantedAdapter], WantedAdapter], str, str]] = {
+    "none": (lambda bad, good: changed(bad, signature=None), "SignatureMissing", "Pending"),
+    "by a foreign key": (lambda bad, good: signed(bad, FOREIGN), "SignatureKeyUnknown", "Pending"),
+    "altered": (
+        lambda bad, good: changed(bad, signature=bad.signature.model_copy(update={"value": "A" * 86 + "=="})),  # type: ignore[union-attr]
+        "SignatureInvalid",
+        "Failed",
+    ),
+    "a foreign one under our key's name": (
+        lambda bad, good: changed(
+            bad,
+            signature=signed(bad, FOREIGN).signature.model_copy(update={"key_id": KEYS.key_id}),  # type: ignore[union-attr]
+        ),
+        "SignatureInvalid",
+        "Failed",
+    ),
+    "of another adapter": (lambda bad, good: changed(bad, signature=good.signature), "SignatureInvalid", "Failed"),
+    "of another version": (lambda bad, good: signed(bad, version="1.0.1"), "SignatureInvalid", "Failed"),
+    "of another namespace": (lambda bad, good: signed(bad, namespace="team-b"), "SignatureInvalid", "Failed"),
+    "of another place": (lambda bad, good: signed(bad, uri="s3://bucket/team-b/"), "SignatureInvalid", "Failed"),
+    "of other files": (lambda bad, good: signed(bad, digest=good.digest), "SignatureInvalid", "Failed"),
+    "another version's files under this name": (
+        lambda bad, good: changed(good, engine_name=bad.engine_name),
+        "SignatureInvalid",
+        "Failed",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FORGERIES)
+async def test_what_is_not_signed_is_never_read_or_loaded(tmp_path: Path, how: str) -> None:
+    forge, reason, state = FORGERIES[how]
+    async with serving(tmp_path) as (pod, _, _):
+        bad, good = pod.store.publish("bad"), pod.store.publish("good")
+        pod.want(good)
+        await pod.state(good, "Loaded")
+        pod.store.reads.clear()
+        forged = forge(bad, good)
+        pod.want(forged, good)
+        await eventually(lambda: (one := pod.one(forged)) and (one.reason, one.state) == (reason, state))
+        await pod.ready()  # it became ready before
+        assert pod.store.reads == [] and pod.engine.calls == [f"load {good.engine_name}"]
+        pod.want(bad, good)  # the operator has repaired it
+        await pod.state(bad, "Loaded")
+
+
+async def test_nothing_is_done_before_the_keys_are_read(tmp_path: Path) -> None:
+    async with serving(tmp_path, trusted=None) as (pod, _, _):
+        a = pod.store.publish("a")
+        pod.want(a)
+        await eventually(lambda: pod.engine.start_time and pod.told)
+        assert "keys that signatures are checked with" in str(await pod.ready(False))
+        assert pod.store.reads == [] and pod.one(a).reason is None  # type: ignore[union-attr]
+        pod.agent.trusted_keys(TRUSTED)
+        await pod.state(a, "Loaded")
+
+
+async def test_a_pod_without_keys_takes_nobodys_place(tmp_path: Path) -> None:
+    async with serving(tmp_path, trusted={}) as (pod, _, _):
+        a = pod.store.publish("a")
+        pod.want(a)
+        await eventually(lambda: (one := pod.one(a)) and one.reason == "SignatureKeyUnknown")
+        assert "waiting for adapters" in str(await pod.ready(False))
+        pod.agent.trusted_keys(TRUSTED)  # at once: the back-off ends
+        await pod.state(a, "Loaded")
+        pod.agent.trusted_keys({})  # a ConfigMap that is gone is no word about the keys
+        b = pod.store.publish("b")
+        pod.want(a, b)
+        await pod.state(b, "Loaded")
+
+
+async def test_a_rotation_restarts_and_reloads_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        a = pod.store.publish("a")
+        pod.want(a)
+        await pod.state(a, "Loaded")
+        pod.agent.trusted_keys(trusting(KEYS, NEW))
+        again = signed(a, NEW)
+        pod.want(again)
+        pod.agent.trusted_keys(trusting(NEW))
+        b = signed(pod.store.publish("b"), NEW)
+        pod.want(again, b)
+        await pod.state(b, "Loaded")
+        assert pod.engine.calls == [f"load {a.engine_name}", f"load {b.engine_name}"]
+
+        pod.engine.restart()  # what comes back is checked by the keys of today
+        await eventually(lambda: sorted(pod.engine.adapters) == sorted([a.engine_name, b.engine_name]))
+        c = pod.store.publish("c")
+        pod.want(again, b, c)
+        await eventually(lambda: (one := pod.one(c)) and one.reason == "SignatureKeyUnknown")
+
+
+async def test_a_version_that_is_signed_anew_meanwhile_goes_on_being_fetched(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        pod.agent.trusted_keys(trusting(KEYS, NEW))
+        pod.store.slow = 0.02
+        a = pod.store.publish("a", size=1 << 16)
+        pod.want(a)
+        await pod.state(a, "Loading")
+        pod.want(signed(a, NEW))
+        await pod.state(a, "Loaded")
+        assert 'graft_agent_downloads_total{result="abandoned"}' not in pod.agent.metrics.text().decode()
+        assert [key for key, start in pod.store.starts].count("adapter_model.safetensors") == 1
+
+
+async def test_files_on_disk_are_not_loaded_by_a_retired_key(tmp_path: Path) -> None:
+    """A key that was stolen and removed: what only it has signed does not come back with the engine's next start."""
+    async with serving(tmp_path) as (pod, _, _):
+        a, b = pod.store.publish("a"), pod.store.publish("b")
+        pod.want(a, b)
+        await pod.state(a, "Loaded")
+        await pod.state(b, "Loaded")
+        pod.agent.trusted_keys(trusting(NEW))
+        assert sorted(pod.engine.adapters) == sorted([a.engine_name, b.engine_name])  # the loaded ones stay
+        pod.want(a, signed(b, NEW))
+        pod.engine.restart()
+        await pod.state(b, "Loaded")
+        await eventually(lambda: (one := pod.one(a)) and one.reason == "SignatureKeyUnknown")
+        assert list(pod.engine.adapters) == [b.engine_name]
+
+
+async def test_validly_signed_files_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        a = pod.store.publish("a")
+        key = a.uri.removeprefix("s3://bucket/") + "manifest.json"
+        other = pod.store.publish("other")
+        pod.store.objects[key] = pod.store.objects[other.uri.removeprefix("s3://bucket/") + "manifest.json"]
+        pod.want(a)
+        failed = await pod.state(a, "Failed")
+        assert failed.reason == "DigestMismatch" and pod.engine.calls == []
+        assert list(pod.dir.iterdir()) == []
+
+
+def test_the_flag_names_one_configmap() -> None:
+    flags = [
+        "--namespace",
+        "n",
+        "--wanted-configmap",
+        "w",
+        "--residency-configmap",
+        "r",
+        "--pod-name",
+        "p",
+        "--pod-uid",
+        "u",
+    ]
+    assert parse(flags).trusted_keys is None
+    assert parse([*flags, "--trusted-keys", "graft-system/graft-trusted-keys"]).trusted_keys == (
+        "graft-system",
+        "graft-trusted-keys",
+    )
+    for wrong in ("graft-trusted-keys", "graft-system/", "/graft-trusted-keys"):
+        with pytest.raises(SystemExit):
+            parse([*flags, "--trusted-keys", wrong])

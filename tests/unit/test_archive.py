@@ -1,0 +1,217 @@
+"""Compressed versions in a real S3 server: the same bytes come back, and at no moment is there neither file nor copy."""
+
+import hashlib
+import lzma
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graft.artifacts import archive
+from graft.artifacts import store as store_module
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.versions import InvalidArtifact, describe_files, publish, verify
+from testbed.objectstore import s3_server
+
+PREFIX = "shop/adapters/support/1.0.0/"
+WEIGHTS = PREFIX + "adapter_model.safetensors"
+COPY = WEIGHTS + archive.SUFFIX
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[S3Store]:
+    with s3_server() as server:
+        store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
+        store.create_bucket()
+        yield store
+
+
+def weights(values: int) -> bytes:
+    """Like float32 weights: signs and exponents of a narrow range, mantissas at random."""
+    source = random.Random(7)
+    return b"".join(source.randbytes(3) + bytes([source.choice([60, 61, 188, 189])]) for _ in range(values))
+
+
+@pytest.fixture
+def version(store: S3Store, tmp_path: Path) -> tuple[Manifest, str]:
+    """A published version: its manifest and the manifest's digest."""
+    if list(store.objects("shop/")):
+        store.delete_prefix("shop/adapters/")
+        store.delete_prefix("shop/runs/")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights(50_000))
+    files = {path.name: path for path in tmp_path.iterdir()}
+    manifest = Manifest(
+        adapter="support", version="1.0.0", method="lora", base_model=ManifestBaseModel(name="tiny", uri="s3://b/m"),
+        job=ManifestJob(name="j", namespace="shop", uid="u", attempt="a"), recipe="r", hyperparameters={},
+        files=describe_files(files), created_at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    return manifest, publish(store, PREFIX, files, manifest)
+
+
+def never() -> bool:
+    return False
+
+
+def keys(store: S3Store) -> set[str]:
+    return {item.key.removeprefix(PREFIX) for item in store.objects(PREFIX)}
+
+
+def test_there_and_back_the_digests_are_the_same(store: S3Store, version: tuple[Manifest, str]) -> None:
+    manifest, digest = version
+    size = manifest.files[1].size
+    stored = archive.compress(store, PREFIX, manifest, never)
+    assert 0 < stored < 0.9 * size
+    assert keys(store) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.safetensors.xz",
+        "manifest.json",
+    }
+    assert archive.leftovers(store, PREFIX, manifest) and not archive.is_archived(store, PREFIX, manifest)
+    verify(store, PREFIX, digest)
+
+    archive.drop_originals(store, PREFIX, manifest)
+    assert keys(store) == {"adapter_config.json", "adapter_model.safetensors.xz", "manifest.json"}
+    assert archive.is_archived(store, PREFIX, manifest) and not archive.leftovers(store, PREFIX, manifest)
+    # Anybody's xz reads it, without Graft.
+    plain = lzma.decompress(store.get(COPY))
+    assert hashlib.sha256(plain).hexdigest() == manifest.files[1].sha256
+
+    archive.restore(store, PREFIX, manifest, never)
+    assert keys(store) == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    verify(store, PREFIX, digest)
+
+
+def test_an_original_that_is_not_what_the_manifest_says_stays_as_it_is(
+    store: S3Store, version: tuple[Manifest, str]
+) -> None:
+    manifest, _ = version
+    store.put(WEIGHTS, b"something else")
+    with pytest.raises(InvalidArtifact) as found:
+        archive.compress(store, PREFIX, manifest, never)
+    assert found.value.reason == "DigestMismatch"
+    assert COPY not in [item.key for item in store.objects(PREFIX)]
+    assert store.get(WEIGHTS) == b"something else"
+
+
+def test_a_copy_that_is_damaged_is_made_anew_while_there_is_an_original(
+    store: S3Store, version: tuple[Manifest, str]
+) -> None:
+    manifest, digest = version
+    archive.compress(store, PREFIX, manifest, never)
+    good = store.get(COPY)
+    for damaged in (good[:-20], good[:1000] + b"x" + good[1001:], lzma.compress(b"another file"), b""):
+        store.put(COPY, damaged)
+        archive.compress(store, PREFIX, manifest, never)
+        assert store.get(COPY) == good
+    verify(store, PREFIX, digest)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "another", "bomb", "empty"])
+def test_a_damaged_copy_is_told_and_kept(store: S3Store, version: tuple[Manifest, str], damage: str) -> None:
+    manifest, _ = version
+    archive.compress(store, PREFIX, manifest, never)
+    archive.drop_originals(store, PREFIX, manifest)
+    good = store.get(COPY)
+    data = {
+        "cut": good[:-20],
+        "flipped": good[:5000] + bytes([good[5000] ^ 1]) + good[5001:],
+        "another": lzma.compress(b"another file"),
+        "bomb": lzma.compress(bytes(50_000_000)),
+        "empty": b"",
+    }[damage]
+    store.put(COPY, data)
+    with pytest.raises(InvalidArtifact) as found:
+        archive.restore(store, PREFIX, manifest, never)
+    assert found.value.reason == "DigestMismatch"
+    assert store.get(COPY) == data and WEIGHTS not in [item.key for item in store.objects(PREFIX)]
+
+
+class Killed(Exception):
+    """The process ended here."""
+
+
+def killed_at(store: S3Store, call: int) -> Callable[..., Any]:
+    """The store's calls, of which one never happens, nor any after it."""
+    count, real = 0, S3Store._call.__get__(store)
+
+    def once(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > call:
+            raise Killed
+        return real(*arguments, **named)
+
+    return once
+
+
+def sound(store: S3Store, manifest: Manifest) -> bool:
+    """Whether the weights can be had: as the file or from its copy."""
+    (file,) = archive.weights(manifest)
+    there = {item.key for item in store.objects(PREFIX)}
+    if WEIGHTS in there and store.sha256(WEIGHTS) == (file.sha256, file.size):
+        return True
+    return COPY in there and hashlib.sha256(lzma.decompress(store.get(COPY))).hexdigest() == file.sha256
+
+
+def test_killed_before_each_call_of_the_store_nothing_is_lost(
+    store: S3Store, version: tuple[Manifest, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, digest = version
+
+    def put_away() -> None:
+        archive.compress(store, PREFIX, manifest, never)
+        archive.drop_originals(store, PREFIX, manifest)
+
+    for work in (put_away, lambda: archive.restore(store, PREFIX, manifest, never)):
+        for call in range(60):
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "_call", killed_at(store, call), raising=False)
+                try:
+                    work()
+                except Killed:
+                    done = False
+                else:
+                    done = True
+            assert sound(store, manifest), f"killed before call {call}"
+            if done:
+                break
+        assert done
+    verify(store, PREFIX, digest)
+
+
+def test_it_stops_when_it_is_asked_to(store: S3Store, version: tuple[Manifest, str]) -> None:
+    manifest, digest = version
+    with pytest.raises(archive.Interrupted):
+        archive.compress(store, PREFIX, manifest, lambda: True)
+    assert COPY not in [item.key for item in store.objects(PREFIX)]
+    verify(store, PREFIX, digest)
+
+
+def test_an_upload_that_was_left_half_done_is_cleared(store: S3Store, version: tuple[Manifest, str]) -> None:
+    manifest, _ = version
+    store._call("create_multipart_upload", COPY)
+    archive.compress(store, PREFIX, manifest, never)
+    assert store.client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []
+
+
+def test_a_stream_of_many_parts_and_of_none(store: S3Store) -> None:
+    source = random.Random(1)
+    data = source.randbytes(store_module.PART + 100)
+    store.upload_stream("shop/runs/x/big", (data[at : at + 1_000_000] for at in range(0, len(data), 1_000_000)))
+    assert store.sha256("shop/runs/x/big") == (hashlib.sha256(data).hexdigest(), len(data))
+    store.upload_stream("shop/runs/x/empty", iter(()))
+    assert store.get("shop/runs/x/empty") == b""
+
+    def broken() -> Iterator[bytes]:
+        yield data
+        raise OSError("the source ended")
+
+    with pytest.raises(OSError):
+        store.upload_stream("shop/runs/x/broken", broken())
+    with pytest.raises(StoreError):
+        store.head("shop/runs/x/broken")
+    assert store.client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []

@@ -1,0 +1,66 @@
+"""Work beside the looks: one for a resource, stopped when it is no longer wanted."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from graft.reconcile.transfers import Transfers
+
+
+def until_stopped(stopped: Callable[[], bool]) -> str:
+    while not stopped():
+        time.sleep(0.01)
+    return "stopped"
+
+
+async def finished(transfers: Transfers, uid: str) -> None:
+    transfer = transfers.find(uid)
+    assert transfer is not None
+    await asyncio.wait({transfer._task}, timeout=10)
+    assert transfer.done
+
+
+async def test_a_result_waits_for_the_next_look() -> None:
+    transfers = Transfers()
+    transfers.start("u", "compress", lambda number, stopped: number + 1, 41)
+    await finished(transfers, "u")
+    transfer = transfers.find("u")
+    assert transfer is not None and transfer.result() == 42
+    assert transfers.forget("u") and transfers.find("u") is None
+
+
+async def test_an_error_is_the_result() -> None:
+    def fails(stopped: Callable[[], bool]) -> None:
+        raise OSError("the store is away")
+
+    transfers = Transfers()
+    transfers.start("u", "compress", fails)
+    await finished(transfers, "u")
+    transfer = transfers.find("u")
+    assert transfer is not None
+    with pytest.raises(OSError, match="the store is away"):
+        transfer.result()
+
+
+async def test_what_is_not_wanted_any_more_is_stopped_and_only_then_forgotten() -> None:
+    transfers = Transfers()
+    transfers.start("u", "compress", until_stopped)
+    await asyncio.sleep(0.05)
+    assert not transfers.forget("u"), "its thread still writes"
+    await finished(transfers, "u")
+    assert transfers.forget("u")
+    assert transfers.forget("never heard of")
+
+
+async def test_a_restoration_does_not_wait_for_a_compression() -> None:
+    transfers, ended = Transfers(), threading.Event()
+    transfers.start("a", "compress", until_stopped)
+    transfers.start("b", "compress", lambda stopped: ended.set())
+    transfers.start("c", "restore", lambda stopped: "restored")
+    await finished(transfers, "c")
+    assert not ended.is_set(), "one compression at a time"
+    transfers.stop()
+    for uid in ("a", "b"):
+        await finished(transfers, uid)

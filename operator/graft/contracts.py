@@ -13,6 +13,7 @@ the whole traffic between the parts. A reader ignores what it does not know, so 
 | Residency    | agent         | operator      | ConfigMap <deployment>-residency, one key per pod                |
 | Trusted keys | operator      | agents        | ConfigMap graft-trusted-keys of the operator's namespace: key id -> key   |
 | Routes       | operator      | gateway       | ConfigMaps labelled graft.dev/component=routes, key routes.json  |
+| Demand       | gateway       | operator      | ConfigMap graft-demand, one key per deployment and gateway       |
 """
 
 from enum import StrEnum
@@ -45,6 +46,8 @@ TRUSTED_KEYS = "graft-trusted-keys"  # public keys, in the operator's namespace
 WANTED_KEY = "wanted.json"
 ROUTES_KEY = "routes.json"
 ROUTES_COMPONENT = "routes"
+DEMAND_CONFIGMAP = "graft-demand"  # in the operator's namespace
+DEMAND_COMPONENT = "demand"
 
 
 class Message(BaseModel):
@@ -386,8 +389,29 @@ class Routes(Message):
     deployment: str
     base_model: str
     unavailable: str | None = None  # why nothing can answer now, for the gateway's error
+    idle_seconds: int | None = (
+        None  # it sleeps when it is idle for so long, and a request wakes it; None: it never sleeps
+    )
     routes: list[RouteEntry] = Field(default_factory=list)
     backends: list[Backend] = Field(default_factory=list)
+
+
+class Demand(Message):
+    """That a deployment which may sleep is asked for, as one gateway sees it."""
+
+    namespace: str
+    deployment: str
+    at: str  # of the newest request that arrived or ran, as status.now() writes it
+
+
+def demand_key(namespace: str, deployment: str, gateway: str) -> str:
+    """The key of one deployment and gateway in graft-demand."""
+    return f"{namespace}.{deployment}.{gateway}"
+
+
+def demand_interval(idle_seconds: int) -> int:
+    """Seconds within which a gateway tells of a request, and which the operator therefore waits on top of idle_seconds."""
+    return min(30, max(2, idle_seconds // 4))
 
 
 def engine_name(tenant: str, adapter_resource: str, manifest_digest: str) -> str:

@@ -21,11 +21,11 @@ from graft import metrics
 from graft.api import GROUP, VERSION
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft.contracts import STORAGE_DIR
+from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, STORAGE_DIR
 from graft.kube import Kube, Manifest
 from graft.manifests.adapter import JOB_UID
-from graft.manifests.common import OWNER_KIND, OWNER_NAME, OWNER_UID
-from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, signing
+from graft.manifests.common import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
+from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, scaling, signing
 from graft.reconcile.context import Context
 from graft.reconcile.queue import Queue
 from graft.settings import load as load_settings
@@ -80,6 +80,7 @@ async def _start_operator() -> None:
     operator.queue = Queue({kind: partial(reconcile, ctx) for kind, reconcile in RECONCILERS.items()})
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
     operator.tasks = [asyncio.create_task(_follow(kind), name=f"watch {kind}") for kind in CHILDREN]
+    operator.tasks.append(asyncio.create_task(_follow_demand(), name="watch demand"))
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
     operator.tasks.append(asyncio.create_task(_signing_keys(), name="signing keys"))
 
@@ -161,6 +162,26 @@ async def _follow(kind: str) -> None:
         namespace = labels.get("graft.dev/namespace") or metadata.get("namespace", "")
         if (owner_kind, namespace, owner) in queue.keys(owner_kind, namespace):
             queue.wake(owner_kind, namespace, owner)
+
+
+async def _follow_demand() -> None:
+    """Wake the deployments that a gateway has news of: one that sleeps is started at once."""
+    ctx, queue = operator.ctx, operator.queue
+    assert ctx is not None and queue is not None  # noqa: S101
+    known: dict[str, str] = {}
+    async for event in ctx.kube.watch("ConfigMap", {COMPONENT: DEMAND_COMPONENT}):
+        operator.watching["demand"] = time.monotonic()
+        metadata = event["object"]["metadata"] if event is not None else {}
+        # Anybody may label a ConfigMap; only ours counts.
+        if event is None or (metadata["namespace"], metadata["name"]) != (ctx.settings.namespace, DEMAND_CONFIGMAP):
+            continue
+        data = event["object"].get("data") or {}
+        news = {key: text for key, text in data.items() if known.get(key) != text}
+        known = dict(data)
+        for demand in scaling.demands(news).values():
+            key = ("AdapterDeployment", demand.namespace, demand.deployment)
+            if key in queue.keys("AdapterDeployment", demand.namespace):
+                queue.wake(*key)
 
 
 async def _housekeeping() -> None:

@@ -58,6 +58,9 @@ KINDS: dict[str, Kind] = {
     "Event": Kind("events.k8s.io/v1", "events"),
     "Role": Kind("rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": Kind("rbac.authorization.k8s.io/v1", "rolebindings"),
+    "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),
+    "HorizontalPodAutoscaler": Kind("autoscaling/v2", "horizontalpodautoscalers"),
+    "ScaledObject": Kind("keda.sh/v1alpha1", "scaledobjects"),
     "NetworkPolicy": Kind("networking.k8s.io/v1", "networkpolicies"),
 }
 

@@ -124,10 +124,13 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "CredentialsMissing": "The namespace has no Secret graft-storage, and this installation does not issue it.",
             "NamespaceNotBound": "The operator may not write in this namespace: the RoleBinding to graft-tenant is missing.",
             "StorageUnavailable": "The object store did not answer.",
+            "DoesNotFit": "No GPU of this cluster has the memory that the estimate asks for; the message says what would do.",
+            "AutoscalerMissing": "autoscaling.provider is keda, and KEDA is not installed; the replicas stay as they are.",
             "CreationFailed": "A child was refused by the API server, for example by a quota; it is tried again.",
         },
         "Available": {
             "Serving": "Every route has a replica that answers it.",
+            "Asleep": "Idle for longer than autoscaling.idleSeconds; the next request wakes it.",
             "ScaledToZero": "spec.replicas is 0.",
             "NoReplicaReady": "No serving pod is ready; the message says why.",
             "RouteUnavailable": "A route has no replica that answers it.",

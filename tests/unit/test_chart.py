@@ -434,3 +434,16 @@ def test_another_release_name_renames_everything_alike(helm: str, tmp_path: Path
     assert settings.operator_service_account == "prod-graft-operator"
     assert settings.tenant_cluster_role == "prod-graft-tenant"
     assert set(pods(manifests)) == {f"prod-graft-{part}" for part in ("operator", "gateway", "store", "uninstall")}
+
+
+def test_the_gateway_writes_one_configmap_and_nothing_else(template: Any) -> None:
+    from graft.contracts import DEMAND_CONFIGMAP
+
+    manifests = template({"gateway": {"holdSeconds": 30}})
+    writing = [rule for rule in find(manifests, "Role", "graft-gateway")["rules"] if "patch" in rule["verbs"]]
+    assert [(rule["resources"], rule["resourceNames"], rule["verbs"]) for rule in writing] == [
+        (["configmaps"], [DEMAND_CONFIGMAP], ["patch"])
+    ]
+    (container,) = pods(manifests)["graft-gateway"]["spec"]["containers"]
+    assert container["command"][-2:] == ["--hold-seconds", "30"]
+    assert any(entry["name"] == "POD_NAME" for entry in container["env"]), "its keys carry its name"

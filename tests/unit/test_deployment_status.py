@@ -6,7 +6,7 @@ from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import AdapterDeploymentStatus
 from graft.api.meta import Condition
 from graft.contracts import Residency, ResidentAdapter
-from graft.reconcile import assignment
+from graft.reconcile import assignment, scaling
 from graft.reconcile.access import Trouble
 from graft.reconcile.deploymentstatus import World, observe
 from graft.reconcile.serving import plan_routes, plan_wanted, resolve, wanted_adapter
@@ -58,6 +58,7 @@ def world(
         status=AdapterDeploymentStatus(conditions=before or []),
     )
     found = World(resource, trouble, None, resolve(resource, [X, Y]), [X, Y])
+    found.scale = scaling.Decision(resource.spec.replicas, change=False)
     found.deployment = {"metadata": {"generation": 1}, "status": ROLLED_OUT | (rollout or {})}
     found.pods, found.residency = pods, {item.pod: item for item in residency}
     routes = plan_routes(resource, found.resolutions, "shop", found.replicas, None, None)

@@ -29,7 +29,7 @@ def table(made: World, *loaded: list[str], steps: list[RouteTarget] = STEPS) -> 
         routes=[RouteEntry(model=MODEL, targets=[], steps=steps)],
         backends=[
             Backend(pod=f"pod-{index}", address=address, loaded=["base", *names])
-            for index, (address, names) in enumerate(zip(made.addresses, loaded, strict=True))
+            for index, (address, names) in enumerate(zip(made.addresses, loaded, strict=bool(loaded)))
         ],
     )
 
@@ -183,3 +183,21 @@ async def test_a_step_that_begins_later_takes_the_version_that_is_routed_then() 
         async with ask(made) as response:
             answer = await response.json()
         assert [step["version"] for step in answer["graft"]["steps"]] == ["1.0.0", "2.1.0"]
+
+
+async def test_a_sequence_that_sleeps_is_waited_for_until_every_step_is_there() -> None:
+    async with world() as made:
+        for name in (FIRST, SECOND):
+            made.engines[0].adapters[name] = f"/adapters/{name}"
+        made.engines[0].answer = echo
+        asleep = {"idle_seconds": 60, "unavailable": "it is asleep; a request wakes it"}
+        made.update(table(made).model_copy(update=asleep))
+        waiting = asyncio.create_task(ask(made).__aenter__())
+        held = f'graft_gateway_held{{model="{MODEL}"}} '
+        await eventually(lambda: made.metric(held + "1.0"))
+        made.update(table(made, [FIRST]).model_copy(update=asleep))
+        assert await made.metric(held + "1.0") and not waiting.done()
+        made.update(table(made, [FIRST, SECOND]).model_copy(update=asleep))
+        response = await waiting
+        assert (await response.json())["choices"][0]["message"]["content"] == "qAB"
+        response.close()

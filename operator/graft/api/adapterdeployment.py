@@ -62,7 +62,7 @@ class EngineLimits(Schema):
         default=None, ge=16, description="Longest sequence, in tokens; the model's own when absent."
     )
     max_num_seqs: int | None = Field(
-        default=None, ge=1, description="Requests in one batch; the engine's default when absent."
+        default=None, ge=1, description="Requests in one batch; what the cache has room for, when absent."
     )
     adapters_per_replica: int | None = Field(
         default=None,
@@ -87,6 +87,54 @@ class EngineLimits(Schema):
         return None if given is None else int(quantity(given))
 
 
+class ScalingTarget(Schema):
+    """What the autoscaler holds by adding and removing replicas."""
+
+    requests_per_replica: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests of a replica that run or wait, on average over the replicas, as the gateway counts them.",
+    )
+    cpu_percent: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Use of the CPU that the engine requests, on average over the replicas.",
+    )
+
+
+class Autoscaling(Schema):
+    """How the number of replicas follows the load."""
+
+    min_replicas: int = Field(
+        default=1,
+        ge=0,
+        le=1000,
+        description="Fewest replicas. 0 lets the deployment sleep when it is idle; the next request wakes it.",
+    )
+    max_replicas: int = Field(ge=1, le=1000, description="Most replicas.")
+    target: ScalingTarget | None = Field(
+        default=None,
+        description="What is held; needed for more than one replica. The larger number wins where there are both.",
+    )
+    provider: Literal["hpa", "keda"] = Field(
+        default="hpa",
+        description="hpa: a HorizontalPodAutoscaler, which needs a metrics API. keda: a ScaledObject, which needs KEDA and Prometheus.",
+    )
+    prometheus_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s]+$",
+        max_length=512,
+        description="Of the Prometheus that scrapes the gateway; needed by keda for requestsPerReplica.",
+    )
+    idle_seconds: int = Field(
+        default=300,
+        ge=5,
+        le=86400,
+        description="With minReplicas 0: the deployment sleeps after so long without a request.",
+    )
+
+
 class AdapterDeploymentSpec(Placement):
     """What is served, with what."""
 
@@ -108,12 +156,38 @@ class AdapterDeploymentSpec(Placement):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["model"]},
     )
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        default="auto", description="auto: vllm where GPUs are asked for, else transformers (for CPUs and development)."
+        default="auto",
+        description="auto: vllm on GPUs, asked for or found, else transformers (for CPUs and development).",
     )
     limits: EngineLimits = Field(default_factory=EngineLimits, description="What one engine process holds.")
-    replicas: int = Field(default=1, ge=0, le=1000, description="Number of serving pods.")
+    replicas: int = Field(
+        default=1,
+        ge=0,
+        le=1000,
+        description="Number of serving pods. With autoscaling only 0 counts: it stops the deployment.",
+    )
+    autoscaling: Autoscaling | None = Field(
+        default=None, description="How the number of replicas follows the load; it is fixed when absent."
+    )
+    strategy: Literal["auto", "serverless", "dedicated", "distributed"] = Field(
+        default="auto",
+        description="serverless may sleep, dedicated stays up, distributed is spread over several GPUs by tensor parallelism. "
+        "auto: by the estimated memory, under 16 GB, under 64 GB, above.",
+    )
+    quantization: Literal["auto", "none", "int8", "int4"] = Field(
+        default="auto",
+        description="Weights of the base model. int8: 8 bits (vllm's fp8). int4: bitsandbytes. "
+        "auto: none, or int4 where only that fits the cluster's GPUs.",
+    )
     resources: Resources | None = Field(
-        default=None, description="Of the engine container; 1 CPU and 4Gi without a GPU when absent."
+        default=None,
+        description="Of the engine container. When absent: the smallest GPUs of the cluster that fit, or 1 CPU and 4Gi without GPUs.",
+    )
+    shutdown_seconds: int = Field(
+        default=120,
+        ge=0,
+        le=3600,
+        description="A pod that goes away finishes what it is answering for so long.",
     )
     drain_seconds: int = Field(
         default=10,
@@ -175,12 +249,42 @@ class RoutedModel(Status):
     replicas: int = Field(default=0, description="Replicas that can answer; of a sequence, its scarcest step.")
 
 
+class ServingSizing(Status):
+    """The memory that a replica needs per GPU (or in all, without one), itemised, and what was chosen for it."""
+
+    items: dict[str, int] = Field(default_factory=dict, description="Bytes by what needs them.")
+    total_bytes: int = Field(default=0, description="Sum of the items.")
+    strategy: str | None = Field(
+        default=None, description="serverless, dedicated or distributed; absent without an estimate."
+    )
+    engine: str = Field(default="transformers", description="vllm or transformers.")
+    gpu: str | None = Field(default=None, description="Product name of the GPU; absent on CPUs.")
+    gpu_memory_bytes: int | None = Field(default=None, description="Memory of one such GPU.")
+    gpus: int = Field(default=0, description="GPUs of each replica.")
+    cpus: int | None = Field(default=None, description="CPUs that each replica requests.")
+    memory_bytes: int | None = Field(default=None, description="Memory of each replica outside of the GPUs.")
+    node_selector: dict[str, str] | None = Field(default=None, description="Label of the nodes that have the GPU.")
+    quantization: str = Field(default="none", description="none, int8 or int4.")
+    dtype: str | None = Field(
+        default=None, description="Type of the weights that are not quantised; the model's own when absent."
+    )
+    max_model_len: int | None = Field(default=None, description="Longest sequence, in tokens.")
+    max_num_seqs: int | None = Field(default=None, description="Requests in one batch.")
+    gpu_memory_percent: int | None = Field(default=None, description="Of a GPU's memory that the engine takes.")
+    source: str = Field(default="estimate", description="estimate, spec when resources are explicit, or default.")
+    basis: str | None = Field(
+        default=None, description="Digest of what was decided from; the choice is kept while it is the same."
+    )
+    message: str | None = Field(default=None, description="The choice in words.")
+
+
 class AdapterDeploymentStatus(Status):
     """What is served."""
 
     observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
     stage: str | None = Field(
-        default=None, description="A summary of the conditions: Waiting, Progressing, Available, Degraded, Unavailable."
+        default=None,
+        description="A summary of the conditions: Waiting, Progressing, Available, Asleep, Degraded, Unavailable.",
     )
     replicas: int = Field(default=0, description="Serving pods.")
     ready_replicas: int = Field(default=0, description="Serving pods that get traffic.")
@@ -190,6 +294,7 @@ class AdapterDeploymentStatus(Status):
     )
     selector: str | None = Field(default=None, description="Label selector of the serving pods, for autoscalers.")
     engine: str | None = Field(default=None, description="The engine in force.")
+    sizing: ServingSizing | None = Field(default=None, description="What a replica needs, and what was chosen for it.")
     endpoint: str | None = Field(default=None, description="URL of the gateway inside the cluster.")
     adapters: list[ResolvedAdapter] | None = Field(
         default=None,
@@ -263,5 +368,32 @@ CRD: dict[str, Any] = {
             "limits.adapterBytesPerReplica must be at least 1Mi",
         ),
         ("self.adapters.size() > 0 || has(self.routes)", "serve something: give adapters, or routes to the base model"),
+        (
+            "!has(self.autoscaling) || self.autoscaling.minReplicas <= self.autoscaling.maxReplicas",
+            "autoscaling: minReplicas must not be above maxReplicas",
+        ),
+        (
+            "!has(self.autoscaling) || self.autoscaling.maxReplicas <= 1 || self.autoscaling.minReplicas == self.autoscaling.maxReplicas"
+            " || (has(self.autoscaling.target)"
+            " && (has(self.autoscaling.target.requestsPerReplica) || has(self.autoscaling.target.cpuPercent)))",
+            "autoscaling.target: give requestsPerReplica or cpuPercent",
+        ),
+        (
+            "!has(self.autoscaling) || self.autoscaling.provider != 'keda' || self.autoscaling.minReplicas >= 1",
+            "autoscaling: the operator scales to zero, not KEDA: give provider hpa, or minReplicas of at least 1",
+        ),
+        (
+            "!has(self.autoscaling) || self.autoscaling.provider != 'keda' || !has(self.autoscaling.target)"
+            " || !has(self.autoscaling.target.requestsPerReplica) || has(self.autoscaling.prometheusUrl)",
+            "autoscaling.prometheusUrl: KEDA asks Prometheus for the requests; say where it is",
+        ),
+        (
+            "self.strategy != 'serverless' || (has(self.autoscaling) && self.autoscaling.minReplicas == 0)",
+            "strategy serverless sleeps when it is idle: give autoscaling with minReplicas 0",
+        ),
+        (
+            "!has(self.autoscaling) || self.autoscaling.minReplicas > 0 || self.strategy in ['auto', 'serverless']",
+            "autoscaling.minReplicas 0 is for strategy serverless (or auto, where the model is small enough)",
+        ),
     ),
 }

@@ -1,6 +1,8 @@
 """AdapterDeployment -> its Deployment of serving pods: base model, agent (native sidecar), engine."""
 
 from graft.api import AdapterDeployment
+from graft.api.adapterdeployment import ServingSizing
+from graft.api.meta import Placement, Toleration
 from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
@@ -20,6 +22,13 @@ from graft.manifests.common import (
 from graft.settings import Settings
 
 DEFAULT_MAX_LORAS = 8
+GPU = "nvidia.com/gpu"
+HOST_SLOTS = (32, 64, 128)
+# vLLM quantises while it loads: 4 bits by bitsandbytes, 8 by its fp8. Ours has bitsandbytes only.
+QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
+LEAVE_SECONDS = 10  # between the deletion of a pod and the last gateway's knowing of it, with much to spare
+EXIT_SECONDS = 10  # for the processes to end, after the requests have
+SPREAD = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
 MODELS_DIR = "/models"
 BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
 VOLUME_SPARE = 256 << 20  # bytes of the adapters' volume beyond the adapters: the kubelet evicts a pod that uses more
@@ -45,20 +54,19 @@ def residency_name(deployment: AdapterDeployment) -> str:
     return f"{deployment.metadata.name}-residency"
 
 
-def engine_of(deployment: AdapterDeployment) -> str:
-    """The engine in force: auto means vLLM where GPUs are asked for."""
-    if deployment.spec.engine != "auto":
-        return deployment.spec.engine
-    resources = deployment.spec.resources
-    return "vllm" if resources is not None and resources.gpus() > 0 else "transformers"
-
-
 def pod_selector(deployment: AdapterDeployment) -> dict[str, str]:
     return {OWNER_UID: deployment.metadata.uid}
 
 
-def _engine_arguments(deployment: AdapterDeployment, model: str) -> list[str]:
-    """Flags that vLLM and our engine share (vLLM's names)."""
+def host_slots(deployment: AdapterDeployment) -> int:
+    """Adapters that vLLM keeps in the host's memory: room for all that are attached, in steps, so that attaching one rolls
+    no pods."""
+    attached = max(len(deployment.spec.adapters), deployment.spec.limits.max_loras or DEFAULT_MAX_LORAS)
+    return next((step for step in HOST_SLOTS if step >= attached), attached)
+
+
+def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: ServingSizing) -> list[str]:
+    """Flags that vLLM and our engine share (vLLM's names), and vLLM's own."""
     limits = deployment.spec.limits
     arguments = [
         "--served-model-name",
@@ -71,32 +79,48 @@ def _engine_arguments(deployment: AdapterDeployment, model: str) -> list[str]:
         str(limits.max_loras or DEFAULT_MAX_LORAS),
         "--max-lora-rank",
         str(limits.max_lora_rank),
+        "--shutdown-timeout",
+        str(deployment.spec.shutdown_seconds),
     ]
-    if limits.max_model_len:
-        arguments += ["--max-model-len", str(limits.max_model_len)]
-    if limits.max_num_seqs:
-        arguments += ["--max-num-seqs", str(limits.max_num_seqs)]
-    if engine_of(deployment) == "vllm":
-        gpus = deployment.spec.resources.gpus() if deployment.spec.resources else 0
-        return [
-            "vllm",
-            "serve",
-            model,
-            "--enable-lora",
-            *(["--tensor-parallel-size", str(gpus)] if gpus > 1 else []),
-            *arguments,
-        ]
-    return ["python", "-m", "graft_server.engine", "--model", model, *arguments]
+    if sizing.max_model_len:
+        arguments += ["--max-model-len", str(sizing.max_model_len)]
+    if sizing.max_num_seqs:
+        arguments += ["--max-num-seqs", str(sizing.max_num_seqs)]
+    if sizing.quantization != "none":
+        arguments += ["--quantization", QUANTIZATION[sizing.quantization]]
+    if sizing.dtype:
+        arguments += ["--dtype", sizing.dtype]
+    if sizing.engine == "transformers":
+        return ["python", "-m", "graft_server.engine", "--model", model, *arguments]
+    if sizing.gpus > 1:
+        arguments += ["--tensor-parallel-size", str(sizing.gpus)]
+    if sizing.gpu_memory_percent:
+        arguments += ["--gpu-memory-utilization", f"{sizing.gpu_memory_percent / 100:.2f}"]
+    arguments += ["--max-cpu-loras", str(host_slots(deployment))]
+    return ["vllm", "serve", model, "--enable-lora", *arguments]
 
 
-def _engine(deployment: AdapterDeployment, model: str, mounts: list[Manifest], settings: Settings) -> Manifest:
-    vllm = engine_of(deployment) == "vllm"
+def _resources(deployment: AdapterDeployment, sizing: ServingSizing) -> Manifest:
+    """The spec's, else what placement chose, else the API's default."""
+    if deployment.spec.resources is not None or sizing.memory_bytes is None:
+        return container_resources(deployment.spec.resources)
+    memory = f"{sizing.memory_bytes // 2**30}Gi"
+    return {
+        "requests": {"cpu": str(sizing.cpus), "memory": memory},
+        "limits": {"memory": memory, GPU: str(sizing.gpus)},
+    }
+
+
+def _engine(
+    deployment: AdapterDeployment, model: str, mounts: list[Manifest], settings: Settings, sizing: ServingSizing
+) -> Manifest:
+    vllm = sizing.engine == "vllm"
     probe = {"httpGet": {"path": "/health", "port": "engine"}}
     return {
         "name": "engine",
         "image": settings.images.vllm if vllm else settings.images.engine,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": _engine_arguments(deployment, model),
+        "command": _engine_arguments(deployment, model, sizing),
         "env": [
             {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "1"},
             {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
@@ -104,14 +128,14 @@ def _engine(deployment: AdapterDeployment, model: str, mounts: list[Manifest], s
             *([{"name": "VLLM_NO_USAGE_STATS", "value": "1"}] if vllm else []),
         ],
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
-        "resources": container_resources(deployment.spec.resources),
+        "resources": _resources(deployment, sizing),
         "securityContext": CONTAINER_SECURITY,
         # Loading a large model takes long: the start has half an hour, after that three missed probes are too many.
         "startupProbe": probe | {"periodSeconds": 2, "failureThreshold": 900, "timeoutSeconds": 5},
         "livenessProbe": probe | {"periodSeconds": 10, "failureThreshold": 6, "timeoutSeconds": 10},
         "readinessProbe": probe | {"periodSeconds": 3, "failureThreshold": 2, "timeoutSeconds": 5},
-        # The pod leaves the gateway's table while this sleeps, so no request meets a closed port.
-        "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
+        # The pod leaves the gateway's table while this sleeps, so no new request meets an engine that is shutting down.
+        "lifecycle": {"preStop": {"sleep": {"seconds": LEAVE_SECONDS}}},
         "volumeMounts": mounts,
     }
 
@@ -206,8 +230,25 @@ def _fetch_base(base_model: BaseModelRef, settings: Settings) -> Manifest:
     }  # fmt: skip
 
 
-def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, settings: Settings) -> Manifest:
-    """The apps/v1 Deployment. Adapters are no part of the pod template: attaching one restarts nothing."""
+def _placement(deployment: AdapterDeployment, sizing: ServingSizing) -> Placement:
+    """The spec's, and where placement chose a GPU, the nodes that have it, with the usual taint of GPU nodes."""
+    spec = deployment.spec
+    if spec.resources is not None or not sizing.gpus:
+        return spec
+    selector = (sizing.node_selector or {}) | (spec.node_selector or {})
+    tolerations = [*(spec.tolerations or []), Toleration(key=GPU, operator="Exists", effect="NoSchedule")]
+    return spec.model_copy(update={"node_selector": selector or None, "tolerations": tolerations})
+
+
+def serving_deployment(
+    deployment: AdapterDeployment,
+    base_model: BaseModelRef,
+    settings: Settings,
+    sizing: ServingSizing,
+    replicas: int | None,
+) -> Manifest:
+    """The apps/v1 Deployment. Adapters are no part of the pod template: attaching one restarts nothing. The base model's pinned
+    URI and digest are, so another one rolls the pods. Without `replicas` their number is somebody else's to say."""
     limits = deployment.spec.limits
     init: list[Manifest] = []
     volumes: list[Manifest] = [
@@ -236,11 +277,12 @@ def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, 
     else:
         model = f"{MODELS_DIR}/base"
         init.append(_fetch_base(base_model, settings))
+    selector = {"matchLabels": pod_selector(deployment)}
     manifest = child("apps/v1", "Deployment", serving_name(deployment), deployment, "serving")
     return manifest | {
         "spec": {
-            "replicas": deployment.spec.replicas,
-            "selector": {"matchLabels": pod_selector(deployment)},
+            **({} if replicas is None else {"replicas": replicas}),
+            "selector": selector,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "progressDeadlineSeconds": PROGRESS_SECONDS,
             **({"minReadySeconds": SPREAD_SECONDS} if limits.adapters_per_replica or limits.adapter_bytes else {}),
@@ -250,11 +292,20 @@ def serving_deployment(deployment: AdapterDeployment, base_model: BaseModelRef, 
                     "annotations": {BASE_MODEL: base_model.json_text()},
                 },
                 "spec": {
-                    **pod_defaults(settings, deployment.spec),
+                    **pod_defaults(settings, _placement(deployment, sizing)),
                     "serviceAccountName": agent_account(deployment),
-                    "terminationGracePeriodSeconds": 60,
+                    "terminationGracePeriodSeconds": LEAVE_SECONDS + deployment.spec.shutdown_seconds + EXIT_SECONDS,
+                    "topologySpreadConstraints": [
+                        {
+                            "maxSkew": 1,
+                            "topologyKey": key,
+                            "whenUnsatisfiable": "ScheduleAnyway",
+                            "labelSelector": selector,
+                        }
+                        for key in SPREAD
+                    ],
                     "initContainers": [*init, _agent(deployment, settings)],
-                    "containers": [_engine(deployment, model, mounts, settings)],
+                    "containers": [_engine(deployment, model, mounts, settings, sizing)],
                     "volumes": volumes,
                 },
             },

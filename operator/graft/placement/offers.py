@@ -45,6 +45,7 @@ class GpuKind:
     bf16: bool
     selector: dict[str, str] = field(default_factory=dict, compare=False)  # the label that its nodes carry
     shared: bool = False  # time-sliced or MPS: a pod gets one share, two could be of the same GPU
+    shares: int = 1  # of such a GPU
 
     @property
     def usable(self) -> int:
@@ -129,7 +130,8 @@ def _kind(labels: dict[str, str]) -> GpuKind | None:
         memory //= max(1, shares)
     major = labels.get("nvidia.com/gpu.compute.major", "")
     bf16 = int(major) >= 8 if major.isdigit() else not _named(plain, WITHOUT_BF16)
-    return GpuKind(product, memory, bf16, {label: product} if label else {}, shared)
+    selector = {label: product} if label else {}
+    return GpuKind(product, memory, bf16, selector, shared, max(1, shares) if shared else 1)
 
 
 def _memory_by_name(plain: str) -> int | None:

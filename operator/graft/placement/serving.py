@@ -74,8 +74,8 @@ def serving_memory(shape: Geometry, load: Load, gpus: int = 1) -> dict[str, int]
     return {name: round(size) for name, size in items.items() if round(size) > 0}
 
 
-def best_for_serving(shape: Geometry, load: Load, available: Sequence[NodeOffer]) -> ServingFit | None:
-    """The fewest GPUs of one node, and of those the smallest, that hold the load; None when none do.
+def best_for_serving(shape: Geometry, load: Load, available: Sequence[NodeOffer], fewest: int = 1) -> ServingFit | None:
+    """The fewest GPUs of one node (at least `fewest`), and of those the smallest, that hold the load; None when none do.
 
     Tensor parallelism splits the heads, so their number is a multiple of the GPUs'.
     """
@@ -83,7 +83,7 @@ def best_for_serving(shape: Geometry, load: Load, available: Sequence[NodeOffer]
     for gpus in (1, 2, 4, 8):
         for kind in sorted(kinds, key=lambda item: (item.memory, item.product)):
             most = 1 if kind.shared else max(offer.gpus for offer in available if offer.kind == kind)
-            if gpus > most or shape.heads % gpus:
+            if gpus < fewest or gpus > most or shape.heads % gpus:
                 continue
             items = serving_memory(shape, load, gpus)
             if sum(items.values()) <= SHARE * kind.memory:

@@ -1,6 +1,6 @@
 """The life of an AdapterDeployment.
 
-    wait for the base model and the key -> agents' identity and ConfigMaps -> Deployment of serving pods
+    wait for the base model and the key -> sizing -> agents' identity and ConfigMaps -> Deployment of serving pods, and what scales it
     -> residency (what each agent has loaded) -> the gateway's routes -> status per replica and per adapter
 
 Adapters come and go through the wanted ConfigMap and never touch the pods; reconcile/serving.py decides the order of a change.
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from graft.api import Adapter, AdapterDeployment
+from graft.api.adapterdeployment import ServingSizing
 from graft.artifacts.layout import tenant_of
 from graft.contracts import ROUTES_KEY, WANTED_KEY, BaseModelRef, Residency, Routes, Wanted
 from graft.kube import KubeError, Manifest
@@ -20,10 +21,11 @@ from graft.manifests.common import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
-from graft.reconcile import assignment, compatibility, pods, serving
+from graft.reconcile import assignment, autoscaling, compatibility, pods, scaling, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.deploymentstatus import KIND, World, observe, why_unavailable
+from graft.reconcile.placing import place_engine
 from graft.status import find
 
 
@@ -36,20 +38,22 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if spec.metadata.deletion_timestamp:
         # Traffic first; the pods then go with their owner, and finish what they are answering.
         await ctx.kube.delete("ConfigMap", ctx.settings.namespace, routes_name(spec))
+        await autoscaling.forget(ctx, spec)
         await ctx.remove_finalizer(spec, KIND)
         return None
     if await ctx.add_finalizer(spec, KIND):
         return 0
     world = await _gather(ctx, spec)
+    claimed = await _scale(ctx, world)
     if world.trouble is None and world.base_model is not None:
-        world.trouble = await _apply_pods(ctx, world, world.base_model)
+        world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
     await _apply_adapters(ctx, world)
     status, observed = observe(world, ctx.settings.gateway_url)
     await ctx.write_status(raw, status, observed)
-    if world.trouble is not None:
+    if world.trouble is not None or world.unscaled is not None:
         return WAITING
     progressing = find(observed, "Progressing")
-    return SOON if progressing is not None and progressing.status == "True" else None
+    return SOON if progressing is not None and progressing.status == "True" else world.scale.look_again
 
 
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
@@ -64,6 +68,15 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     world = World(
         spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
     )
+    world.sizing = spec.status.sizing
+    # Pods that are held on the old files of their base model keep their size as well.
+    if not isinstance(base, Trouble) and (world.held is None or world.sizing is None):
+        placed = await place_engine(ctx, spec, base)
+        if isinstance(placed, Trouble):
+            world.trouble = world.trouble or placed
+        else:
+            world.sizing = placed
+    world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
     world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
     world.wanted = _parse(Wanted, await ctx.kube.get("ConfigMap", namespace, wanted_name(spec)), WANTED_KEY)
     world.routes = _parse(
@@ -93,8 +106,23 @@ def _parse(model: type[Any], config_map: Manifest | None, key: str) -> Any:
     return parsed
 
 
-async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble | None:
-    spec = world.spec
+async def _scale(ctx: Context, world: World) -> bool:
+    """Make the replicas what was decided, even while something else is in trouble: a request may wait for a pod."""
+    live = world.deployment
+    if live is None or _owner(live) != world.spec.metadata.uid:
+        return False
+    try:
+        return await autoscaling.scale(ctx, world.spec, world.scale, live)
+    except KubeError as error:
+        if error.status != 403:
+            raise
+        world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, world.spec.metadata.namespace))
+        return False
+
+
+async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:
+    spec, sizing = world.spec, world.sizing or ServingSizing()
+    replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
     if world.deployment is not None and _owner(world.deployment) != spec.metadata.uid:
         return Trouble(
             "CreationFailed", f"a Deployment {serving_name(spec)} that is not of this AdapterDeployment is in the way"
@@ -105,11 +133,14 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble
         agent_manifests.role_binding(spec),
         agent_manifests.residency_config_map(spec),
         serving_policy(spec, ctx.settings),
-        serving_deployment(spec, base, ctx.settings),
+        serving_deployment(spec, base, ctx.settings, sizing, replicas),
     ]
     try:
         for child in children:
             await ctx.kube.ensure(child)
+        if claimed:
+            await ctx.kube.apply(children[-1])
+        world.unscaled = await autoscaling.apply_guards(ctx, spec)
     except KubeError as error:
         if error.status == 403 and "quota" not in str(error):
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, spec.metadata.namespace)} ({error})")
@@ -135,6 +166,11 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
     wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
     routes = assignment.leave_out_moved(routes, wanted)
+    if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
+        assert spec.spec.autoscaling is not None  # noqa: S101
+        routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
+    if world.scale.asleep:  # its last pods finish what they answer, and get nothing new
+        routes = routes.model_copy(update={"backends": []})
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes

@@ -9,13 +9,14 @@ from graft.api.adapterdeployment import (
     Replica,
     ResolvedAdapter,
     RoutedModel,
+    ServingSizing,
 )
 from graft.api.meta import Condition
 from graft.artifacts.layout import tenant_of
 from graft.contracts import ENGINE_PORT, BaseModelRef, Residency, ResidentAdapter, Routes, Wanted, WantedAdapter
 from graft.kube import Manifest
-from graft.manifests.serving import engine_of, pod_selector
-from graft.reconcile import assignment, compatibility, pods, serving
+from graft.manifests.serving import pod_selector
+from graft.reconcile import assignment, compatibility, pods, scaling, serving
 from graft.reconcile.access import Trouble
 from graft.status import condition
 
@@ -38,6 +39,9 @@ class World:
     residency: dict[str, Residency] = field(default_factory=dict)
     wanted: Wanted | None = None
     routes: Routes | None = None
+    sizing: ServingSizing | None = None
+    unscaled: Trouble | None = None  # why nothing moves the replicas; the pods serve all the same
+    scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
 
     @property
     def resolved(self) -> list[WantedAdapter]:
@@ -69,6 +73,8 @@ def why_unavailable(world: World) -> str | None:
     """Why no replica can answer now; None when one can."""
     if world.spec.spec.replicas == 0:
         return "the deployment is scaled to zero"
+    if world.scale.asleep:
+        return "it is asleep; a request wakes it"
     if any(replica.ready for replica in world.replicas):
         return None
     if world.trouble is not None and not world.pods:
@@ -90,7 +96,9 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
     available = _available(world, ready, routed)
     progressing = _progressing(world, wanted, shown)
     degraded = _degraded(world, wanted, shown, routed, accepted, progressing)
-    if degraded.status == "True" and any(item.replicas for item in routed):
+    if world.scale.asleep and accepted.status == "True":
+        stage = "Asleep"
+    elif degraded.status == "True" and any(item.replicas for item in routed):
         stage = "Degraded"
     elif available.status == "True":
         stage = "Progressing" if progressing.status == "True" else "Available"
@@ -103,10 +111,11 @@ def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, li
             "stage": stage,
             "replicas": len(replicas),
             "ready_replicas": len(ready),
-            "ready_text": f"{len(ready)}/{spec.spec.replicas}",
+            "ready_text": f"{len(ready)}/{world.scale.replicas}",
             "adapters_text": f"{len(complete)}/{len(spec.spec.adapters)}",
             "selector": ",".join(f"{key}={value}" for key, value in pod_selector(spec).items()),
-            "engine": engine_of(spec),
+            "engine": world.sizing.engine if world.sizing is not None else None,
+            "sizing": world.sizing,
             "endpoint": gateway_url or None,
             "adapters": resolved,
             "models": routed,
@@ -194,6 +203,8 @@ def _accepted(world: World) -> Condition:
     if missing:
         text = "; ".join(item.message for item in missing)
         return condition(KIND, "Accepted", "False", missing[0].reason, text)
+    if world.unscaled is not None:
+        return condition(KIND, "Accepted", "False", world.unscaled.reason, world.unscaled.message)
     if world.held is not None:
         return condition(KIND, "Accepted", "True", "BaseModelHeld", world.held)
     names = ", ".join(item.adapter.metadata.name for item in world.resolutions if item.adapter) or "no adapters"
@@ -203,6 +214,9 @@ def _accepted(world: World) -> Condition:
 def _available(world: World, ready: list[serving.ReplicaView], routed: list[RoutedModel]) -> Condition:
     if world.spec.spec.replicas == 0:
         return condition(KIND, "Available", "False", "ScaledToZero", "spec.replicas is 0; raise it to serve")
+    if world.scale.asleep:
+        text = "idle, so no pod runs; a request to one of its models wakes it, and waits until a pod is ready"
+        return condition(KIND, "Available", "True", "Asleep", text)
     if world.trouble is not None and not world.pods:
         return condition(KIND, "Available", "False", "NotAccepted", world.trouble.message)
     if not ready:
@@ -229,7 +243,7 @@ def _progressing(world: World, wanted: Wanted, shown: list[Replica]) -> Conditio
         if item.state not in {"Loaded", "Failed"}
     ]
     if not _rolled_out(world):
-        text = f"{sum(r.ready for r in shown)} of {world.spec.spec.replicas} replicas are ready"
+        text = f"{sum(r.ready for r in shown)} of {world.scale.replicas} replicas are ready"
         return condition(KIND, "Progressing", "True", "RollingOut", text)
     if moving:
         return condition(KIND, "Progressing", "True", "RollingOut", ", ".join(sorted(set(moving))))
@@ -250,7 +264,7 @@ def _degraded(
     progressing: Condition,
 ) -> Condition:
     """Whether less is served than the spec asks for and time alone does not help; a first start or a change is no such thing."""
-    replicas, ready = world.spec.spec.replicas, sum(replica.ready for replica in shown)
+    replicas, ready = world.scale.replicas, sum(replica.ready for replica in shown)
     if replicas == 0 or not world.pods:
         return condition(KIND, "Degraded", "False", "AsExpected", "there is nothing that could serve yet")
     problems: list[tuple[str, str]] = []
@@ -300,7 +314,7 @@ def _rolled_out(world: World) -> bool:
     if world.deployment is None:
         return False
     status, metadata = world.deployment.get("status", {}), world.deployment["metadata"]
-    replicas = world.spec.spec.replicas
+    replicas = world.scale.replicas
     return bool(
         status.get("observedGeneration", 0) >= metadata.get("generation", 0)
         and status.get("updatedReplicas", 0) == replicas

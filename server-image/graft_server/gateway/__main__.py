@@ -11,6 +11,7 @@ from graft.contracts import ROUTES_COMPONENT
 
 from graft_server.configmaps import ConfigMaps, Follower, api_client
 from graft_server.gateway.app import Gateway
+from graft_server.gateway.demand import Reporter
 from graft_server.gateway.settings import Settings, parse
 from graft_server.logs import log_json
 
@@ -41,7 +42,9 @@ async def serve(settings: Settings) -> int:
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
         gateway = Gateway(session, settings, lambda: follower.age)
-        follower = Follower(ConfigMaps(client, settings.namespace), SELECTOR, gateway.update)
+        configmaps = ConfigMaps(client, settings.namespace)
+        follower = Follower(configmaps, SELECTOR, gateway.update)
+        reporter = Reporter(configmaps, gateway.waiting, settings.name)
         runner = web.AppRunner(
             gateway.application(),
             handler_cancellation=True,
@@ -54,20 +57,21 @@ async def serve(settings: Settings) -> int:
 
         following = asyncio.create_task(follower.run(), name="follower")
         watching = asyncio.create_task(warn_when_stale(follower, settings.stale_seconds), name="staleness")
+        reporting = asyncio.create_task(reporter.run(), name="reporter")
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({following, watching, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({following, watching, reporting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
-        for task in (following, watching):
-            if task.done():  # neither ever ends: this is a bug, and a restart is the cure
+        for task in (following, watching, reporting):
+            if task.done():  # none of them ever ends: this is a bug, and a restart is the cure
                 log.error("%s ended", task.get_name(), exc_info=task.exception())
                 code = 1
 
         log.info("finishing %d requests", gateway.in_flight)
-        gateway.draining = True
+        gateway.drain()
         finish = asyncio.create_task(drain(gateway, runner, settings.shutdown_delay))
         impatient = asyncio.create_task(again.wait())
         await asyncio.wait({finish, impatient}, return_when=asyncio.FIRST_COMPLETED)
-        for left in (following, watching, stopped, finish, impatient):
+        for left in (following, watching, reporting, stopped, finish, impatient):
             left.cancel()
         await client.close()
     return code

@@ -7,13 +7,15 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
 from aiohttp import web
-from graft.contracts import Routes
+from graft.contracts import Backend, Routes, RouteTarget
 
 from graft_server.configmaps import Snapshot
+from graft_server.gateway.demand import Waiting
 from graft_server.gateway.errors import ApiError, bad_request, no_route, too_large, unavailable, unknown_model
 from graft_server.gateway.metrics import UNKNOWN, Metrics
 from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
@@ -40,6 +42,7 @@ class Gateway:
         self._settings = settings
         self._table_age = table_age
         self._proxy = Proxy(session, settings, self.metrics)
+        self.waiting = Waiting(settings, self.metrics)
         self._table = Table()
         self._parts: dict[str, Routes] = {}
         self._synced = False
@@ -56,8 +59,15 @@ class Gateway:
             log.info("the table has %d models", len(table.models), extra={"models": len(table.models)})
         self._table, self._synced = table, True
         self._proxy.balancer.keep_only(table.addresses)
+        self.waiting.keep_only(table.sleepers)
+        self.waiting.table_changed()
         self.metrics.models.set(len(table.models))
         self.metrics.problems.set(len(problems) + len(more))
+
+    def drain(self) -> None:
+        """No new requests are expected; those that wait for a deployment to wake are told to come again."""
+        self.draining = True
+        self.waiting.close()
 
     def application(self) -> web.Application:
         """Run it with handler_cancellation: a client that leaves then ends the engine's work for it."""
@@ -155,6 +165,7 @@ class Gateway:
     def _card(self, model: Model) -> dict[str, Any]:
         reason = model.why_not
         target = model.targets[0] if model.targets else None
+        asleep = model.idle_seconds is not None and not model.backends
         replicas = {backend.pod for one in (*model.targets, *model.steps) for backend in model.replicas(one)}
         return {
             "id": model.name,
@@ -172,7 +183,7 @@ class Gateway:
                 "deployment": model.deployment,
                 "namespace": model.namespace,
                 "base_model": model.base_model,
-                "state": "unavailable" if reason else "available",
+                "state": "asleep" if asleep else "unavailable" if reason else "available",
                 "reason": reason,
                 "replicas": len(replicas),
             },
@@ -197,20 +208,35 @@ class Gateway:
             raise bad_request("The request names no model: give model as <namespace>/<route>.", "model")
         model = self._find(name)
         request[MODEL] = model.name
-        if model.steps:
-            call = Call(request, model, model.steps[0], payload, began)
-            return await answer_in_steps(
-                self._proxy, call, lambda: self._table.models.get(model.name), self._settings.step_tokens
-            )
+        with self.waiting.counted(model):
+            model, target = await self._target(model)
+            call = Call(request, model, target, payload, began)
+            if model.steps:
+                newest = partial(self._table_model, model.name)
+                return await answer_in_steps(self._proxy, call, newest, self._settings.step_tokens)
+
+            def replicas() -> tuple[Backend, ...]:
+                newest = self._table_model(model.name)
+                return newest.replicas(target) if newest else ()
+
+            return await self._proxy.answer(call, replicas)
+
+    def _table_model(self, name: str) -> Model | None:
+        return self._table.models.get(name)
+
+    async def _target(self, model: Model) -> tuple[Model, RouteTarget]:
+        """What answers now (of a sequence its first step); of a deployment that sleeps, when it has woken."""
         target = model.pick(self._chance)
-        if target is None:
+        if target is not None:
+            return model, target
+        if model.idle_seconds is None:
             raise unavailable(model.name, model.why_not or "no replica has it loaded")
 
-        def replicas() -> Any:
-            newest = self._table.models.get(model.name)
-            return newest.replicas(target) if newest else ()
+        def find() -> tuple[Model, RouteTarget | None]:
+            newest = self._find(model.name)
+            return newest, newest.pick(self._chance)
 
-        return await self._proxy.answer(Call(request, model, target, payload, began), replicas)
+        return await self.waiting.hold(model, find)
 
     async def _payload(self, request: web.Request) -> dict[str, Any]:
         if (request.content_length or 0) > self._settings.max_body_bytes:

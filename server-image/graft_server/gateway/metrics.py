@@ -33,6 +33,15 @@ class Metrics:
             registry=registry,
         )
         self.in_flight = Gauge("graft_gateway_in_flight", "Requests being answered.", registry=registry)
+        self.deployment_in_flight = Gauge(
+            "graft_gateway_deployment_in_flight",
+            "Requests that are being answered or wait, by AdapterDeployment; autoscalers scale by it.",
+            ["deployment_namespace", "deployment"],
+            registry=registry,
+        )
+        self.held = Gauge(
+            "graft_gateway_held", "Requests that wait for a deployment to wake, by model.", ["model"], registry=registry
+        )
         self.retries = Counter(
             "graft_gateway_retries", "Attempts that went to another replica, by reason.", ["reason"], registry=registry
         )

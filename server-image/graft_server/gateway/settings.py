@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class Settings:
     attempts: int = 3
     step_tokens: int = 512  # of a sequence's answers before the last, where the request has no limit
     avoid_seconds: float = 5.0  # a replica that could not be reached
+    name: str = "gateway"  # the pod's: whose keys of graft-demand are its own
+    hold_seconds: float = 120.0  # that a request waits for a deployment which sleeps
+    max_held: int = 64  # such requests, by model
     stale_seconds: float = 120.0  # table age from which the log says so
     shutdown_delay: float = 5.0  # unready, still accepting: until Services have noticed
     drain_seconds: float = 60.0
@@ -58,6 +62,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "step-tokens", int, "longest answer of a sequence's steps before the last, where the request sets no max_tokens"
     )
     flag("avoid-seconds", float, "how long an unreachable replica is avoided")
+    flag("name", str, "name of this gateway", os.environ.get("POD_NAME") or socket.gethostname())
+    flag("hold-seconds", float, "that a request waits for a deployment which sleeps")
+    flag("max-held", int, "requests that wait so, by model")
     flag("stale-seconds", float, "table age from which the log says so")
     flag("shutdown-delay", float, "between SIGTERM and the end of accepting")
     flag("drain-seconds", float, "for requests in flight at the end")

@@ -20,13 +20,16 @@ class Model:
     backends: tuple[Backend, ...]
     unavailable: str | None
     steps: tuple[RouteTarget, ...] = ()  # of a sequence, which has no targets
+    idle_seconds: int | None = None  # its deployment may sleep
 
     def replicas(self, target: RouteTarget) -> tuple[Backend, ...]:
         """The backends that have the target loaded."""
         return tuple(backend for backend in self.backends if target.engine_model in backend.loaded)
 
     def pick(self, chance: random.Random) -> RouteTarget | None:
-        """A target by weight, among those that a backend can answer; None when there is none."""
+        """A target by weight, among those that a backend can answer; of a sequence its first step. None when none can."""
+        if self.steps:
+            return self.steps[0] if self.why_not is None else None
         able = [target for target in self.targets if target.weight > 0 and self.replicas(target)]
         if not able:
             return None
@@ -82,8 +85,14 @@ class Table:
                         backends=tuple(part.backends),
                         unavailable=part.unavailable,
                         steps=tuple(route.steps),
+                        idle_seconds=part.idle_seconds,
                     )
         return cls(models), problems
+
+    @property
+    def sleepers(self) -> set[tuple[str, str]]:
+        """Namespace and name of the deployments that may sleep."""
+        return {(model.namespace, model.deployment) for model in self.models.values() if model.idle_seconds is not None}
 
     @property
     def addresses(self) -> frozenset[str]:

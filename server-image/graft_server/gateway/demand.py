@@ -1,0 +1,181 @@
+"""Deployments that may sleep: their requests wait here until a pod is ready, and the operator is told that there are any.
+
+The gateway starts nothing itself. It writes when it was last asked for a deployment into its own keys of one ConfigMap, at once
+while requests wait, otherwise within `demand_interval`; the operator scales by that.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from graft.contracts import DEMAND_CONFIGMAP, Demand, demand_interval, demand_key
+from graft.status import now
+
+from graft_server.configmaps import ConfigMaps, KubeError
+from graft_server.gateway.errors import unavailable
+from graft_server.gateway.metrics import Metrics
+from graft_server.gateway.settings import Settings
+from graft_server.gateway.table import Model
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Key = tuple[str, str]  # namespace, deployment
+TICK_SECONDS = 1.0
+URGENT_SECONDS = 2.0  # between two writes for a deployment whose requests wait
+RETRY_SECONDS = 3.0  # after a write that failed
+RETRY_AFTER = 10  # seconds that clients are told
+
+
+class Activity:
+    """What one deployment was asked for lately. Times are of time.monotonic()."""
+
+    def __init__(self, idle_seconds: int) -> None:
+        self.idle_seconds = idle_seconds
+        self.newest = 0.0
+        self.told = 0.0  # the newest request that the operator knows of
+        self.written: float | None = None  # when
+
+    def due(self, moment: float, *, waiting: bool) -> bool:
+        """Whether it is time to write: there is news, and the last write is long enough ago."""
+        if self.newest <= self.told:
+            return False
+        pause = URGENT_SECONDS if waiting else demand_interval(self.idle_seconds)
+        return self.written is None or moment - self.written >= pause
+
+
+class Waiting:
+    """The requests that are held, and the activity of all deployments that may sleep."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._held: Counter[str] = Counter()  # by model
+        self._waiting: Counter[Key] = Counter()  # by deployment
+        self._running: Counter[Key] = Counter()
+        self.activity: dict[Key, Activity] = {}
+        self._changed = asyncio.Event()
+        self.news = asyncio.Event()  # somebody waits: write now
+        self._closed = False
+
+    def table_changed(self) -> None:
+        """Those who wait look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def close(self) -> None:
+        """The gateway ends: nobody is kept waiting any longer."""
+        self._closed = True
+        self.table_changed()
+
+    @contextmanager
+    def counted(self, model: Model) -> Iterator[None]:
+        """A request that is being answered, or waits."""
+        key = (model.namespace, model.deployment)
+        gauge = self._metrics.deployment_in_flight.labels(*key)
+        self._running[key] += 1
+        gauge.inc()
+        self._touch(model, key)
+        try:
+            yield
+        finally:
+            self._running[key] -= 1
+            gauge.dec()
+            self._touch(model, key)
+
+    def _touch(self, model: Model, key: Key) -> None:
+        if model.idle_seconds is not None:
+            known = self.activity.setdefault(key, Activity(model.idle_seconds))
+            known.idle_seconds, known.newest = model.idle_seconds, time.monotonic()
+
+    async def hold(self, model: Model, find: Callable[[], tuple[Model, T | None]]) -> tuple[Model, T]:
+        """Wait until `find` finds what can answer, for hold_seconds at most. `find` sees the newest table."""
+        limit = self._settings.max_held
+        if self._held[model.name] >= limit:
+            raise unavailable(model.name, f"it is being started, and {limit} requests wait for it", RETRY_AFTER)
+        key = (model.namespace, model.deployment)
+        self._held[model.name] += 1
+        self._waiting[key] += 1
+        self._metrics.held.labels(model.name).inc()
+        self.news.set()
+        deadline = time.monotonic() + self._settings.hold_seconds
+        try:
+            while True:
+                changed = self._changed
+                newest, found = find()
+                if found is not None:
+                    return newest, found
+                left = deadline - time.monotonic()
+                if newest.idle_seconds is None or self._closed or left <= 0:
+                    reason = newest.why_not or "no replica has it loaded"
+                    if left <= 0:
+                        reason = f"no pod was ready within {self._settings.hold_seconds:.0f} s of the request: {reason}"
+                    raise unavailable(model.name, reason, RETRY_AFTER)
+                try:
+                    await asyncio.wait_for(changed.wait(), left)
+                except TimeoutError:
+                    continue
+        finally:
+            self._held[model.name] -= 1
+            self._waiting[key] -= 1
+            self._metrics.held.labels(model.name).dec()
+
+    def due(self) -> list[Key]:
+        """The deployments that the operator should hear of now."""
+        moment = time.monotonic()
+        for key, known in self.activity.items():
+            if self._running[key] > 0:
+                known.newest = moment  # a long answer is no idleness
+        return [key for key, known in self.activity.items() if known.due(moment, waiting=self._waiting[key] > 0)]
+
+    def keep_only(self, deployments: set[Key]) -> None:
+        """Forget deployments that are gone, or may not sleep any more."""
+        self.activity = {key: known for key, known in self.activity.items() if key in deployments}
+
+
+class Reporter:
+    """Writes the activity into this gateway's keys."""
+
+    def __init__(self, configmaps: ConfigMaps, waiting: Waiting, name: str) -> None:
+        self._configmaps = configmaps
+        self._waiting = waiting
+        self._name = name
+        self._uid: str | None = None  # of the ConfigMap, which the operator makes
+
+    async def run(self) -> None:
+        """Until it is cancelled. What cannot be written is tried again: the activity stays due."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._waiting.news.wait(), TICK_SECONDS)
+            self._waiting.news.clear()
+            try:
+                for key in self._waiting.due():
+                    await self._write(key)
+            except KubeError as error:
+                self._uid = None
+                log.warning("the demand was not written, tried again: %s", error, extra={"status": error.status})
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _write(self, key: Key) -> None:
+        known = self._waiting.activity[key]
+        told = known.newest
+        if self._uid is None:
+            self._uid = str((await self._configmaps.get(DEMAND_CONFIGMAP))["metadata"]["uid"])
+        namespace, deployment = key
+        entry = demand_key(namespace, deployment, self._name)
+        demand = Demand(namespace=namespace, deployment=deployment, at=now())
+        known.written = time.monotonic()  # a write that fails counts, too: the API server is not to be hammered
+        await self._configmaps.apply_key(
+            DEMAND_CONFIGMAP,
+            self._uid,
+            entry,
+            demand.json_text(),
+            # A manager for each key: what a manager leaves out of an apply, it takes away.
+            manager=f"graft-gateway-{hashlib.sha256(entry.encode()).hexdigest()[:16]}",
+        )
+        known.told = told

@@ -1,0 +1,102 @@
+"""How many replicas there are, and when a deployment sleeps (PURE)."""
+
+from typing import Any
+
+import pytest
+from graft.api import AdapterDeployment
+from graft.api.adapterdeployment import Autoscaling, ServingSizing
+from graft.contracts import Demand, demand_interval
+from graft.manifests.scaling import autoscaler, can_have_several
+from graft.reconcile.scaling import Decision, decide, demands, idle_seconds, may_sleep
+from graft.status import now
+
+SLEEPS = Autoscaling(min_replicas=0, max_replicas=4, idle_seconds=100)
+WAIT = 100 + demand_interval(100)
+
+
+def deployment(**spec: Any) -> AdapterDeployment:
+    full = {"baseModel": "tiny", "adapters": ["support@latest"]} | spec
+    return AdapterDeployment.model_validate({"metadata": {"name": "chat", "namespace": "team"}, "spec": full})
+
+
+def choose(live: int | None, idle: float | None = None, steady: float = 1e6, **changes: Any) -> Decision:
+    autoscaling = changes.pop("autoscaling", SLEEPS)
+    return decide(
+        autoscaling, **{"sleeps": True, "stopped": False, "live": live, "idle": idle, "steady": steady} | changes
+    )
+
+
+def test_a_new_deployment_starts_awake() -> None:
+    assert choose(None, steady=0) == Decision(1, change=True)
+    fixed = Autoscaling(min_replicas=3, max_replicas=5)
+    assert choose(None, autoscaling=fixed, sleeps=False) == Decision(3, change=True)
+
+
+def test_it_falls_asleep_when_nobody_asks_and_only_then() -> None:
+    assert choose(1, idle=WAIT - 1) == Decision(1, change=False, look_again=1.0)
+    assert choose(1, idle=20) == Decision(1, change=False, look_again=WAIT - 20)
+    assert choose(1, idle=WAIT) == Decision(0, change=True, asleep=True)
+    assert choose(3, idle=WAIT) == Decision(0, change=True, asleep=True)
+    assert choose(1, idle=None) == Decision(0, change=True, asleep=True)
+
+
+def test_one_that_was_woken_stays_up_for_as_long() -> None:
+    assert choose(1, idle=WAIT + 50, steady=5).replicas == 1
+    assert choose(1, idle=None, steady=5) == Decision(1, change=False, look_again=WAIT - 5)
+
+
+def test_a_request_wakes_it_and_an_old_one_does_not() -> None:
+    assert choose(0, idle=1) == Decision(1, change=True)
+    assert choose(0, idle=100) == Decision(0, change=False, asleep=True)
+    assert choose(0, idle=None) == Decision(0, change=False, asleep=True)
+
+
+@pytest.mark.parametrize("idle", [0.0, 50.0, 99.0, 100.0, 110.0, 125.0, 1000.0])
+def test_it_never_wakes_and_falls_asleep_for_the_same_request(idle: float) -> None:
+    if choose(0, idle=idle).replicas == 1:
+        assert not choose(1, idle=idle).asleep
+
+
+def test_the_autoscaler_moves_it_within_its_bounds() -> None:
+    bounds = Autoscaling(min_replicas=2, max_replicas=5)
+    for live, replicas in ((1, 2), (2, 2), (4, 4), (9, 5), (0, 2)):
+        assert choose(live, autoscaling=bounds, sleeps=False) == Decision(replicas, change=live != replicas)
+
+
+def test_a_model_that_is_too_large_never_sleeps() -> None:
+    spec = deployment(autoscaling={"minReplicas": 0, "maxReplicas": 1})
+    assert may_sleep(spec, ServingSizing(strategy="serverless")) and may_sleep(spec, None)
+    assert not may_sleep(spec, ServingSizing(strategy="dedicated"))
+    assert not may_sleep(deployment(), None)
+    assert not may_sleep(deployment(replicas=0, autoscaling={"minReplicas": 0, "maxReplicas": 1}), None)
+    assert choose(0, sleeps=False) == Decision(1, change=True)
+
+
+def test_replicas_zero_stops_it_whatever_is_asked() -> None:
+    assert choose(2, idle=1, stopped=True) == Decision(0, change=True)
+    assert choose(0, idle=1, stopped=True) == Decision(0, change=False)
+
+
+def test_what_gateways_write_is_read_with_care() -> None:
+    good = Demand(namespace="team", deployment="chat", at=now()).json_text()
+    found = demands({"a": good, "b": "{", "c": '{"namespace": "team", "deployment": "chat", "at": "yesterday"}'})
+    assert list(found) == ["a"]
+    assert idle_seconds([]) is None
+    ahead = Demand(namespace="team", deployment="chat", at="2999-01-01T00:00:00Z")
+    old = Demand(namespace="team", deployment="chat", at="2020-01-01T00:00:00Z")
+    assert idle_seconds([old, ahead]) == 0.0
+    assert (idle_seconds([old]) or 0) > 1e8
+
+
+def test_a_budget_and_an_autoscaler_are_made_where_they_have_something_to_do() -> None:
+    target = {"cpuPercent": 70}
+    assert not can_have_several(deployment()) and can_have_several(deployment(replicas=2))
+    assert can_have_several(deployment(autoscaling={"maxReplicas": 2, "target": target}))
+    assert not can_have_several(deployment(replicas=3, autoscaling={"minReplicas": 0, "maxReplicas": 1}))
+    assert autoscaler(deployment(replicas=2)) is None
+    assert autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 1})) is None
+    assert autoscaler(deployment(replicas=0, autoscaling={"maxReplicas": 2, "target": target})) is None
+    found = autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 2, "target": target}))
+    assert found is not None and found["spec"]["minReplicas"] == 1  # an HPA with 0 would need an alpha feature
+    (metric,) = found["spec"]["metrics"]
+    assert metric["containerResource"]["target"] == {"type": "Utilization", "averageUtilization": 70}

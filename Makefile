@@ -6,8 +6,10 @@ LIGHT := build/venv-demo
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 export PYTHONUNBUFFERED := 1
+# Threads of torch that wait by spinning slow down whatever else runs: the suites start many processes on few cores.
+export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all bench-train bench-train-cluster binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all bench-train bench-train-cluster bench-serve binaries crds lock images clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -52,6 +54,9 @@ bench-train: binaries ## training against the plain libraries, as ratios (build/
 bench-train-cluster: binaries ## from apply to Ready against script and copy (root)
 	@tests/venv.sh build/venv-bench requirements/bench.txt
 	build/venv-bench/bin/python -m benchmarks.train.apply_to_ready
+
+bench-serve: venv binaries ## serving against its references, as ratios (build/bench/)
+	PYTHONPATH=tests/cluster $(PY) -m benchmarks.serve
 
 images: venv ## build the images
 	@$(PY) -c 'from testbed import product; product.build()'

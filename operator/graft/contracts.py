@@ -6,6 +6,7 @@ the whole traffic between the parts. A reader ignores what it does not know, so 
 | message      | written by    | read by       | where                                                            |
 |--------------|---------------|---------------|------------------------------------------------------------------|
 | JobFile      | operator      | training pod  | ConfigMap key job.json, mounted at /etc/graft/job.json           |
+| VersionFile  | operator      | training pod  | the same, for a pod that composes or imports a version           |
 | Progress     | training pod  | operator      | object storage, runs/<job-uid>/<attempt>/progress.json           |
 | Termination  | training pod  | operator      | the container's termination message, and Progress.failure        |
 | Wanted       | operator      | agent         | ConfigMap <deployment>-wanted, key wanted.json                   |
@@ -22,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from graft.api.adapter import AdapterSignature
+from graft.api.composition import CompositionMethod
 from graft.api.evaluation import Evaluation
-from graft.api.recipe import Dataset, Method, Training
+from graft.api.recipe import Dataset, Method, MethodName, Training
 
 # Mounts and ports of the pods.
 JOB_FILE = "/etc/graft/job.json"
@@ -72,6 +74,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"  # at the smallest micro-batch
     MEMORY_EXCEEDED = "MemoryExceeded"  # the next attempt halves the micro-batch
     PEER_LOST = "PeerLost"  # another pod of the same run ended
+    ADAPTER_INVALID = "AdapterInvalid"  # what is imported or composed; of no FineTuneJob
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     INTERRUPTED = "Interrupted"
     INTERNAL_ERROR = "InternalError"
@@ -89,6 +92,7 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.VERSION_EXISTS: 16,
     Reason.STORAGE_DENIED: 17,
     Reason.OUT_OF_MEMORY: 18,
+    Reason.ADAPTER_INVALID: 19,
     Reason.MEMORY_EXCEEDED: 20,
     Reason.PEER_LOST: 21,
     Reason.STORAGE_UNAVAILABLE: 30,
@@ -183,6 +187,44 @@ class JobFile(Message):
     trainer_image: str = ""
 
 
+class ParentVersion(Message):
+    """A version that is composed with others."""
+
+    name: str  # of the Adapter resource
+    version: str
+    uri: str
+    digest: str  # of manifest.json
+    weight: float
+
+
+class Composition(Message):
+    """How versions become one."""
+
+    parents: list[ParentVersion]
+    method: CompositionMethod
+    density: float | None = None
+    svd_rank: int | None = None
+    majority_sign: Literal["total", "frequency"] = "total"
+    seed: int = 0
+    into: Literal["adapter", "base"] = "adapter"
+
+
+class VersionFile(Message):
+    """Everything that a pod knows which makes a version without training: composed, or imported."""
+
+    schema_version: int = 1
+    job: JobIdentity  # the Adapter
+    tenant: str
+    base_model: BaseModelRef
+    output: OutputRef
+    method: MethodName
+    task: Literal["causal", "seq2seq"] = "causal"
+    composition: Composition | None = None
+    source: str | None = None  # what is imported: hf://… or s3://…/
+    hf_endpoint: str | None = None
+    trainer_image: str = ""
+
+
 TrainingStage = Literal["Preparing", "Training", "Evaluating", "Publishing", "Succeeded", "Failed"]
 
 
@@ -238,13 +280,18 @@ class Progress(Message):
 
 
 class WantedAdapter(Message):
-    """One adapter that every replica should have loaded."""
+    """One adapter that replicas should have loaded."""
 
     engine_name: str  # <tenant>--<adapter>-<version>--<digest12>
     adapter: str  # name of the Adapter resource
     uri: str
     digest: str  # of manifest.json
     signature: AdapterSignature | None = None  # by the operator, of all of the above; graft.artifacts.signing
+    pods: list[str] | None = None  # those that are to have it; None: every replica
+
+    def is_for(self, pod: str) -> bool:
+        """Whether the pod is to have it."""
+        return self.pods is None or pod in self.pods
 
     def same_files(self, other: "WantedAdapter") -> bool:
         """Whether they differ in the signature at most: a version that is signed anew is the same version."""
@@ -252,13 +299,29 @@ class WantedAdapter(Message):
 
 
 class Wanted(Message):
-    """What the replicas of a deployment should have loaded."""
+    """What the replicas of a deployment should have loaded.
+
+    Where not everything fits on every replica each adapter names its pods, and `assigned` all pods that were thought of. A pod
+    that is not among them waits to be: to be ready without its adapters would end the pods that have them.
+    """
 
     schema_version: int = 1
     base_model: str
     max_lora_rank: int
     drain_seconds: int = 10
     adapters: list[WantedAdapter] = Field(default_factory=list)
+    assigned: list[str] | None = None  # None: there is no assignment, every pod takes everything
+
+    def is_for(self, engine_name: str, pod: str) -> bool:
+        """Whether the pod is to have the adapter; one that is not wanted yet is for every pod."""
+        return all(item.is_for(pod) for item in self.adapters if item.engine_name == engine_name)
+
+    def for_pod(self, pod: str) -> "Wanted | None":
+        """A pod's part, the others' pods left out of it; None while the pod has no part yet."""
+        if self.assigned is not None and pod not in self.assigned:
+            return None
+        mine = [item.model_copy(update={"pods": None}) for item in self.adapters if item.is_for(pod)]
+        return self.model_copy(update={"adapters": mine, "assigned": None})
 
 
 AdapterState = Literal["Pending", "Loading", "Loaded", "Draining", "Failed"]
@@ -298,10 +361,16 @@ class RouteTarget(Message):
 
 
 class RouteEntry(Message):
-    """One model name that clients use."""
+    """One model name that clients use; `steps` are those of a sequence, which has no targets."""
 
     model: str  # <namespace>/<route>
     targets: list[RouteTarget]
+    steps: list[RouteTarget] = Field(default_factory=list)  # each one's answer is the next one's question
+
+    @property
+    def leads_to(self) -> list[RouteTarget]:
+        """Everything that a request may be answered by."""
+        return [*self.targets, *self.steps]
 
 
 class Backend(Message):

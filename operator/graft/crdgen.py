@@ -44,7 +44,7 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
     if "description" in node:
         out["description"] = " ".join(node["description"].split())
     if node.get("x-kubernetes-int-or-string"):
-        return out | {key: value for key, value in node.items() if key != "title"}
+        return out | {key: value for key, value in node.items() if key != "title" and value is not None}
     if "const" in node:
         node["enum"] = [node["const"]]
     out |= {key: node[key] for key in SAME if key in node}

@@ -103,26 +103,29 @@ class Tenant:
         found = self.api.list("Pod", self.name, f"{OWNER_UID}={owner['metadata']['uid']}")
         return sorted(found, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
-    def running_pod(self, job: str, but: tuple[str, ...] = ()) -> str:
+    def running_pod(self, job: str, but: tuple[str, ...] = (), kind: str = "FineTuneJob") -> str:
         """Wait for a pod of the job that runs; its name."""
-        owner = self.get("FineTuneJob", job)
+        owner = self.get(kind, job)
 
         def running() -> list[str]:
             found = [pod for pod in self.pods(owner) if pod.get("status", {}).get("phase") == "Running"]
             return [pod["metadata"]["name"] for pod in found if pod["metadata"]["name"] not in but]
 
-        self.wait(running, f"a pod of {job} runs", explain=lambda: json.dumps(self.status("FineTuneJob", job)))
+        self.wait(running, f"a pod of {job} runs", explain=lambda: json.dumps(self.status(kind, job)))
         return running()[0]
 
     def job_file(self, job: str) -> JobFile:
         return JobFile.model_validate_json(self.get("ConfigMap", f"{job}-job")["data"]["job.json"])
 
+    def mount_storage(self, folder: Path) -> None:
+        """Write the Secret graft-storage as the kubelet mounts it."""
+        for key, value in self.get("Secret", "graft-storage")["data"].items():
+            (folder / key).write_bytes(base64.b64decode(value))
+
     def tenant_store(self) -> S3Store:
         """The store as the pods open it: with the namespace's key."""
-        data = {key: base64.b64decode(value) for key, value in self.get("Secret", "graft-storage")["data"].items()}
         with tempfile.TemporaryDirectory() as folder:
-            for key, value in data.items():
-                (Path(folder) / key).write_bytes(value)
+            self.mount_storage(Path(folder))
             return S3Store(StorageConfig.from_dir(folder))
 
     def progress(self, job: str, pod: str, **fields: Any) -> None:
@@ -155,19 +158,21 @@ class Tenant:
             publish(self.tenant_store(), prefix, files, manifest)
         return prefix
 
-    def end_pod(self, pod: str, exit_code: int = 0, message: str = "", reason: str = "") -> None:
-        """The training container ends; the real Job controller draws the conclusions."""
+    def end_pod(
+        self, pod: str, exit_code: int = 0, message: str = "", reason: str = "", container: str = "train"
+    ) -> None:
+        """The pod's container ends; the real Job controller draws the conclusions."""
         phase = "Failed" if exit_code else "Succeeded"
         now = self.api.get("Pod", self.name, pod)
         assert now is not None
         started = now["status"]["startTime"]
         terminated = {"exitCode": exit_code, "startedAt": started, "finishedAt": started, "message": message}
         terminated["reason"] = reason or ("Error" if exit_code else "Completed")
-        container = {"name": "train", "ready": False, "restartCount": 0, "image": "x", "imageID": "", "started": False}
+        ended = {"name": container, "ready": False, "restartCount": 0, "image": "x", "imageID": "", "started": False}
         status = {
             "phase": phase,
             "conditions": [{"type": "Ready", "status": "False"}],
-            "containerStatuses": [container | {"state": {"running": None, "terminated": terminated}}],
+            "containerStatuses": [ended | {"state": {"running": None, "terminated": terminated}}],
         }
         self.api.patch_status("Pod", self.name, pod, status)
 

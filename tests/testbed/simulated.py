@@ -22,7 +22,7 @@ def add_nodes(plane: ControlPlane, count: int = 2) -> None:
             binary("kwok"),
             f"--kubeconfig={plane.kubeconfig}",
             f"--config={STAGES}",
-            "--manage-all-nodes",
+            "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
             "--node-lease-duration-seconds=40",
         ],
     )

@@ -73,7 +73,8 @@ def make_seq2seq(directory: Path, kind: Any = T5Config, **config: Any) -> Path:
 def load_network(directory: Path) -> Any:
     """The network as plain transformers loads it."""
     seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
-    return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(directory).eval()
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    return kind.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def make_network(directory: Path, kind: Any, **config: Any) -> Path:

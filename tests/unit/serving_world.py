@@ -275,6 +275,8 @@ class FakeEngine:
         self.healthy = True
         self.flat_errors = False
         self.refuse: dict[str, tuple[int, str]] = {}  # name -> status, message
+        self.unknown_status = 404  # of an unload of nothing; older engines say 400
+        self.keep: set[str] = set()  # names whose unload fails
         self.forget_answer: set[str] = set()  # loads that happen, but whose answer is lost
         self.hang: set[str] = set()  # names whose load is never answered, and does not happen
         self.awake = asyncio.Event()  # while it is not set no probe is answered
@@ -350,8 +352,10 @@ class FakeEngine:
     async def _unload(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
         self.calls.append(f"unload {name}")
+        if name in self.keep:
+            return self.error(500, "unload failed", "InternalServerError")
         if self.adapters.pop(name, None) is None:
-            return self.error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
+            return self.error(self.unknown_status, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

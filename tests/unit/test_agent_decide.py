@@ -310,3 +310,17 @@ def test_residency_says_what_is_so() -> None:
     ]
     assert (listed[0].load_seconds, listed[0].size_bytes) == (1.5, 7)
     assert listed[3].digest == "sha256:" + "c" * 12
+
+
+def test_many_long_messages_fit_into_one_configmap() -> None:
+    many = [adapter(f"a{number}", f"{number % 16:x}") for number in range(128)]
+    failures = Failures()
+    for one in many:
+        failures.add(one.engine_name, AdapterReason.STORAGE_UNAVAILABLE, "m" * 5000, 0)
+
+    def told() -> list[str]:
+        return [one.message or "" for one in resident_adapters(wanted(*many), {}, DIR, {}, (), failures, {})]
+
+    assert {len(message) for message in told()} == {125} and told()[0].endswith("m…")
+    failures.keep_only([many[0].engine_name])
+    assert [len(message) for message in told()[:2]] == [1000, 0]

@@ -12,7 +12,7 @@ from aiohttp import web
 from graft_server.agent import engine as engine_module
 from graft_server.agent.engine import EngineClient, EngineDown, EngineRefused, EngineSlow
 from unit.agent_world import Pod, serving
-from unit.serving_world import eventually, listening
+from unit.serving_world import FakeEngine, eventually, listening
 
 
 async def told(pod: Pod, adapter: object, reason: str) -> None:
@@ -47,6 +47,37 @@ async def test_what_the_engine_answers_to_a_load(
         pod.engine.refuse.clear()
         pod.want(bad, good, drain_seconds=1)
         assert (await pod.state(bad, "Loaded")).reason is None
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("status", [404, 400])  # older engines say 400
+async def test_what_the_engine_answers_to_an_unload(flat: bool, status: int) -> None:
+    engine = FakeEngine()
+    engine.flat_errors, engine.unknown_status = flat, status
+    engine.adapters = {"x": "/adapters/x", "y": "/adapters/y"}
+    engine.keep = {"y"}
+    async with listening(engine.app()) as address, aiohttp.ClientSession() as session:
+        client = EngineClient(session, f"http://{address}")
+        await client.unload("x")
+        assert engine.adapters == {"y": "/adapters/y"}
+        await client.unload("x")  # the answer to the first one may have been lost: gone is gone
+        with pytest.raises(EngineRefused, match="unload failed"):
+            await client.unload("y")
+
+
+async def test_an_unload_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        a, b = pod.store.publish("a"), pod.store.publish("b")
+        pod.want(a, b)
+        await pod.ready()
+        pod.engine.keep.add(a.engine_name)
+        pod.want(b)
+        await told(pod, a, "EngineRejected")
+        assert pod.one(a).state == "Draining" and "unload failed" in str(pod.one(a).message)  # type: ignore[union-attr]
+        assert (pod.dir / a.engine_name).exists() and await pod.agent.not_ready() is None
+        pod.engine.keep.clear()
+        pod.want(b, drain_seconds=1)  # a change ends the back-off
+        await eventually(lambda: pod.one(a) is None)
 
 
 async def test_a_load_that_hangs_keeps_no_other_waiting(tmp_path: Path) -> None:

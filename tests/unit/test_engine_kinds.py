@@ -25,9 +25,20 @@ from graft_server.engine.lora import Row
 from graft_server.engine.model import load_base_model
 from graft_server.engine.network import Network, Step
 from graft_server.engine.settings import Settings, parse
+from graft_trainer.dataset import Example
+from graft_trainer.tokens import Task, prompt_ids
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BartConfig, BitsAndBytesConfig, BloomConfig, Gemma3TextConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BitsAndBytesConfig,
+    BloomConfig,
+    Gemma3TextConfig,
+)
 
+TINY_LLAMA, TINY_T5 = (Path(__file__).parents[2] / f"examples/{name}/model" for name in ("tiny-llama", "tiny-t5"))
 PROMPTS = ["hello", "a much longer prompt, so that lengths differ", "x", "What is the capital of France?"]
 
 
@@ -86,20 +97,53 @@ async def test_an_encoder_decoder_with_lora_and_tuned_prompts(tmp_path: Path) ->
     async with running(base) as api:
         assert api.engine.network.by_rows
         messages = [
-            {"role": "system", "content": "not read"},
+            {"role": "system", "content": "short"},
             {"role": "user", "content": "first"},
             {"role": "assistant", "content": "answer"},
             {"role": "user", "content": "hello"},
         ]
         ask = {"messages": messages, "temperature": 0, "max_tokens": 20}
         _, answer = await api.post("/v1/chat/completions", **ask)
-        assert answer["choices"][0]["message"]["content"] == expected(base, None, "hello", 20)
-        assert answer["usage"]["prompt_tokens"] == 5
+        wanted = expected(base, None, "short\n\nhello", 20)  # the question as the trainer writes it
+        assert answer["choices"][0]["message"]["content"] == wanted
+        assert answer["usage"]["prompt_tokens"] == len("short\n\nhello")
         chunks = await api.stream("/v1/chat/completions", **ask)
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-        assert text == expected(base, None, "hello", 20)
+        assert text == wanted
         status, answer = await api.post("/v1/chat/completions", messages=messages[:1])
         assert status == 400 and "no chat template" in answer["error"]["message"]
+
+
+async def test_the_example_encoder_decoder(tmp_path: Path) -> None:
+    """A trained one, with a tokenizer that ends every prompt with a token of its own."""
+    adapters = {
+        "attention": make_adapter(TINY_T5, tmp_path / "a", seed=1, target_modules=["q", "v"]),
+        "all": make_adapter(TINY_T5, tmp_path / "b", seed=2, target_modules="all-linear", r=8),
+        "prompt": make_prompt(TINY_T5, tmp_path / "c", seed=3),
+    }
+    await compare(TINY_T5, adapters, tokens=12)
+    async with running(TINY_T5) as api:
+        assert api.engine.network.by_rows
+        seeded = {"model": BASE, "prompt": "What is the price of red?", "seed": 4, "temperature": 1.5, "max_tokens": 12}
+        await api.load("all", adapters["all"])
+        _, alone = await api.post("/v1/completions", **seeded, logprobs=2)
+        others = [asyncio.create_task(api.complete("How much?", name, temperature=1)) for name in ("all", BASE) * 3]
+        _, again = await api.post("/v1/completions", **seeded, logprobs=2)
+        assert again["choices"] == alone["choices"]
+        await asyncio.gather(*others)
+
+
+@pytest.mark.parametrize("model", [TINY_LLAMA, TINY_T5], ids=["causal", "seq2seq"])
+def test_a_question_is_asked_as_the_trainer_taught_it(model: Path) -> None:
+    served = load_base_model(Settings(str(model), ("m",)))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is red worth?"}
+    answer = {"role": "assistant", "content": "12"}
+    task: Task = "seq2seq" if model == TINY_T5 else "causal"
+    for asked in ([user], [system, user]):
+        example = Example(1, messages=(*asked, answer), answer="12")
+        assert served.encode_chat(asked, {}) == prompt_ids(example, tokenizer, task)
+    assert served.encode("red is") == prompt_ids(Example(1, prompt="red is", answer="12"), tokenizer, task)
 
 
 async def test_an_encoder_decoders_limit_counts_prompt_and_answer_apart(tmp_path: Path) -> None:
@@ -228,6 +272,7 @@ async def test_a_base_in_four_bits_with_mixed_adapters(tmp_path: Path) -> None:
     make_network(base, type(load_network(base).config), hidden_size=64, intermediate_size=128)
     adapters: dict[str, Path | None] = {"a": make_adapter(base, tmp_path / "a", 1), BASE: None}
     adapters["b"] = make_adapter(base, tmp_path / "b", 2, target_modules="all-linear", r=8)
+    adapters["prompt"] = make_prompt(base, tmp_path / "p", 3)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -241,8 +286,8 @@ async def test_a_base_in_four_bits_with_mixed_adapters(tmp_path: Path) -> None:
         ids = torch.tensor([[5, 6, 7]])
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
-        )
-        return [int(token) for token in output[0, 3:]]
+        )[0].tolist()
+        return [int(token) for token in (output[3:] if output[:3] == [5, 6, 7] else output)]
 
     async with running(base, quantization="bitsandbytes") as api:
         kinds = {type(module).__name__ for module in api.server._base.network.modules()}
@@ -254,9 +299,28 @@ async def test_a_base_in_four_bits_with_mixed_adapters(tmp_path: Path) -> None:
             *(api.complete([5, 6, 7], name, max_tokens=12) for name in adapters)  # type: ignore[arg-type]
         )
         tokenizer = api.server._base.tokenizer
-        assert found == [tokenizer.decode(plain(path), skip_special_tokens=True) for path in adapters.values()]
-        assert len(set(found)) == 3
+        wanted = [tokenizer.decode(plain(path), skip_special_tokens=True) for path in adapters.values()]
+        assert found == wanted and len(set(found)) == 4
+    saved = tmp_path / "saved"
+    make_tokenizer(saved)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32).save_pretrained(saved)
+    async with running(saved) as api:  # a base saved in 4 bits needs no flag
+        assert "Linear4bit" in {type(module).__name__ for module in api.server._base.network.modules()}
+        await api.load("a", adapters["a"] or "")
+        assert [await api.complete([5, 6, 7], name, max_tokens=12) for name in ("a", BASE)] == wanted[:2]  # type: ignore[arg-type]
     assert parse(["--model", "m", "--quantization", "bitsandbytes"], {}).quantization == "bitsandbytes"
+
+
+def test_a_model_that_lacks_weights_is_not_made_up(base: Path, tmp_path: Path) -> None:
+    """transformers fills the gaps at random and warns."""
+    path = Path(shutil.copytree(base, tmp_path / "gaps"))
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 weights of its config.json, the first is model.layers.1.mlp.up_proj"
+    ):
+        load_base_model(Settings(str(path), ("m",)))
 
 
 async def test_a_tuned_model_is_the_base_of_its_own_engine_and_no_adapter(base: Path, tmp_path: Path) -> None:

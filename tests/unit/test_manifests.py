@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
-from graft.api import AdapterDeployment, FineTuneJob
+from graft.api import Adapter, AdapterDeployment, FineTuneJob
 from graft.api.adapterdeployment import ServingSizing
+from graft.api.basemodel import BaseModelStatus
 from graft.contracts import BaseModelRef, Wanted, WantedAdapter
-from graft.manifests import agent, network, scaling, serving, training
+from graft.manifests import adapterjob, agent, network, scaling, serving, training
 from graft.placement import engine
 from graft.placement.facts import facts_of
 from graft.settings import Images, Settings
@@ -46,6 +47,16 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             network.training_policy(job),
             *peers,
             training.training_job(job, base, SETTINGS, shape),
+        ]
+    if manifest["kind"] == "Adapter":
+        adapter = Adapter.model_validate(manifest)
+        facts = BaseModelStatus.model_validate(
+            {"sizeBytes": 2_000_000_000, "facts": {"hiddenSize": 2048, "intermediateSize": 8192}}
+        )
+        return [
+            adapterjob.config_map(adapter, adapterjob.version_file(adapter, base, "causal", SETTINGS)),
+            adapterjob.policy(adapter),
+            adapterjob.job(adapter, base, SETTINGS, adapterjob.resources(adapter, facts, 40_000_000)),
         ]
     deployment = AdapterDeployment.model_validate(manifest)
     wanted = Wanted(
@@ -99,7 +110,7 @@ def test_every_pod_meets_pod_security_restricted(name: str) -> None:
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in [*pod["initContainers"], *pod["containers"]]:
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
             security = container["securityContext"]
             assert security["allowPrivilegeEscalation"] is False
             assert security["readOnlyRootFilesystem"] is True

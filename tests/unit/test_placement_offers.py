@@ -2,7 +2,8 @@
 
 import pytest
 from graft.api.meta import Placement
-from graft.placement.offers import GpuKind, offers, quantity
+from graft.api.quantity import binary, quantity
+from graft.placement.offers import GpuKind, offers
 from placement_world import gpu_node, node
 
 GIB = 2**30
@@ -96,3 +97,10 @@ def test_quantities(text: str | int, value: float) -> None:
 def test_what_is_no_quantity_is_refused() -> None:
     with pytest.raises(ValueError, match="'lots' is no quantity"):
         quantity("lots")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1, "1Mi"), (4352 << 20, "4352Mi"), (5 << 30, "5Gi"), (2 << 40, "2Ti"), (3000 << 40, "3000Ti")]
+)
+def test_bytes_are_written_as_the_api_server_writes_them(size: int, text: str) -> None:
+    assert binary(size) == text

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from graft.api.meta import Placement
+from graft.api.quantity import quantity
 from graft.api.recipe import Method, Training
 from graft.placement import training
 from graft.placement.blocks import geometry
 from graft.placement.facts import facts_of
-from graft.placement.offers import offers, quantity
+from graft.placement.offers import offers
 from graft.placement.serving import Load, best_for_serving, serving_host_memory
 from placement_world import LLAMA_2, gpu_node
 

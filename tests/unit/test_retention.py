@@ -182,6 +182,8 @@ def test_parents_and_what_a_job_compares_with_are_kept() -> None:
     done = running | {"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "Verified"}]}}
     assert retention.composing([running, {"spec": {}}]) == {"support@1.0.0"}
     assert retention.composing([done]) == set()
+    failed = running | {"status": {"stage": "Failed", "conditions": []}}
+    assert retention.composing([failed]) == set()  # it never takes its parents any more
 
 
 def scenario(source: random.Random) -> tuple[list[Adapter], list[AdapterDeployment], list[dict[str, Any]]]:

@@ -160,3 +160,35 @@ def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:
 def test_without_routes_each_adapter_is_a_model() -> None:
     table = routes(deployment(), resolve(deployment(), [V1]), [])
     assert [entry.model for entry in table.routes] == ["shop/support"]
+
+
+SEQUENCE = {
+    "adapters": ["support@latest", "tone@latest"],
+    "routes": [{"model": "both", "sequence": ["support", "tone"]}],
+}
+
+
+def test_a_sequence_leads_through_every_step_and_each_moves_on_its_own() -> None:
+    spec, tone = deployment(**SEQUENCE), adapter("1.0.0", name="tone")
+    old = routes(spec, resolve(spec, [V1, tone]), [replica("pod-1", V1, tone)])
+    assert (old.routes[0].targets, [step.adapter for step in old.routes[0].steps]) == (
+        [],
+        ["support-1.0.0", "tone-1.0.0"],
+    )
+    assert len(old.backends[0].loaded) == 3
+
+    newer = resolve(spec, [V1, V2, tone])
+    half = routes(spec, newer, [replica("pod-1", V1, tone)], old)
+    assert [step.adapter for step in half.routes[0].steps] == ["support-1.0.0", "tone-1.0.0"]
+    wanted = [wanted_adapter("shop", item) for item in (V2, tone)]
+    first = Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", item) for item in (V1, tone)])
+    kept = plan_wanted(spec, wanted, first, half)
+    assert {item.adapter for item in kept.adapters} == {"support-1.0.0", "support-1.1.0", "tone-1.0.0"}
+    full = routes(spec, newer, [replica("pod-1", V1, V2, tone)], half)
+    assert [step.adapter for step in full.routes[0].steps] == ["support-1.1.0", "tone-1.0.0"]
+
+
+def test_a_sequence_without_one_of_its_steps_leads_nowhere() -> None:
+    spec = deployment(**SEQUENCE)
+    table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    assert (table.routes[0].targets, table.routes[0].steps) == ([], [])

@@ -1,4 +1,4 @@
-"""The container's command: python -m graft_trainer prepare | train. The only place where a run's failure is handled."""
+"""The container's command: python -m graft_trainer prepare | train | compose | import. The only place where a run's failure is handled."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ FINAL_PATIENCE = 60.0  # seconds for the last progress.json of any other run
 
 def main(arguments: list[str]) -> int:
     """Run one stage; the exit code."""
-    if len(arguments) != 1 or arguments[0] not in {"prepare", "train"}:
-        print("usage: python -m graft_trainer prepare|train", file=sys.stderr)
+    if len(arguments) != 1 or arguments[0] not in {"prepare", "train", "compose", "import"}:
+        print("usage: python -m graft_trainer prepare|train|compose|import", file=sys.stderr)
         return 2
     command = arguments[0]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
@@ -35,6 +35,12 @@ def main(arguments: list[str]) -> int:
 
     run: Run | None = None
     try:
+        if command in {"compose", "import"}:
+            without_bitsandbytes()
+            from graft_trainer.make_version import make_version
+
+            make_version(settings)
+            return 0
         job = read_job(settings.job_file)
         if command == "train" and "RANK" not in os.environ:
             if job.pods.processes_per_node > 1:
@@ -50,8 +56,7 @@ def main(arguments: list[str]) -> int:
         )
         run.interruption = interruption
         if not needs_bitsandbytes(job):
-            # peft imports bitsandbytes wherever it is installed, and that torch's compiler: a fifth of train's start.
-            sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+            without_bitsandbytes()
         with run.cleanup:
             stage(command)(run)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is done is not undone by the last upload's interruption
@@ -63,6 +68,11 @@ def main(arguments: list[str]) -> int:
 
 def needs_bitsandbytes(job: JobFile) -> bool:
     return job.method.qlora is not None or job.training.optim == "adamw8bit"
+
+
+def without_bitsandbytes() -> None:
+    """peft imports bitsandbytes wherever it is installed, and that torch's compiler: a fifth of train's start."""
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
 def stage(command: str) -> Callable[[Run], None]:

@@ -13,16 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.store import StoreError
-from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
+from graft.artifacts.versions import InvalidArtifact
 from graft.contracts import CurrentVersion
 from peft import PeftModel
 from transformers import AutoTokenizer
 
 from graft_trainer.basemodel import TOKENIZERS
-from graft_trainer.download import patiently
+from graft_trainer.download import fetch_version
 from graft_trainer.failures import out_of_memory
 from graft_trainer.model import AUTO_CLASSES
 from graft_trainer.run import Run
@@ -69,20 +68,8 @@ def current_version(run: Run, trained: "Trained", current: CurrentVersion, tuned
 
 
 def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
-    bucket, key = split_s3_uri(current.uri)
-    prefix = key.rstrip("/") + "/"
     try:
-        manifest, _ = patiently(
-            lambda: read_manifest(run.store, prefix, current.digest, bucket), run.settings.storage_patience
-        )
-        folder.mkdir(parents=True)
-        for file in manifest.files:
-            if file.name.startswith("report."):
-                continue
-            path = folder / file.name
-            patiently(lambda: _copy(run, prefix + file.name, bucket, path), run.settings.storage_patience)  # noqa: B023
-            if (file_sha256(path), path.stat().st_size) != (file.sha256, file.size):
-                raise InvalidArtifact("DigestMismatch", f"{file.name} is not what the manifest says")
+        manifest = fetch_version(run.store, current.uri, current.digest, folder, run.settings.storage_patience)
     except InvalidArtifact as error:
         raise NotComparable(f"{current.version} is damaged: {error}; publish it again") from error
     except StoreError as error:
@@ -91,12 +78,6 @@ def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
         raise NotComparable(f"{current.version} cannot be read: {error}") from error
     log.info("current version: %s %s, %s", manifest.adapter, manifest.version, manifest.method)
     return manifest
-
-
-def _copy(run: Run, key: str, bucket: str, path: Path) -> None:
-    with path.open("wb") as stream:
-        for chunk in run.store.chunks(key, bucket):
-            stream.write(chunk)
 
 
 def _whole_model(folder: Path, trained: "Trained", tuned: Subject) -> Subject:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from graft.artifacts.layout import split_s3_uri
+from graft.artifacts.manifest import Manifest
 from graft.artifacts.sources import Report, SourceError, pvc_path
 from graft.artifacts.store import CHUNK, S3Store, StoreError
+from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
 from graft.contracts import Reason
 
 from graft_trainer.failures import Failure
@@ -104,6 +106,28 @@ def patiently(call: Callable[[], T], patience: float) -> T:
             log.warning("the store did not answer, trying again in %.0f s: %s", pause, error)
         time.sleep(pause)
         pause = min(2 * pause, 15.0)
+
+
+def fetch_version(store: S3Store, uri: str, digest: str, folder: Path, patience: float) -> Manifest:
+    """Copy a published version but for its report to `folder`, every digest verified; its manifest. InvalidArtifact, StoreError."""
+    bucket, key = split_s3_uri(uri)
+    prefix = key.rstrip("/") + "/"
+    manifest, _ = patiently(lambda: read_manifest(store, prefix, digest, bucket), patience)
+    folder.mkdir(parents=True)
+    for file in manifest.files:
+        if file.name.startswith("report."):
+            continue
+        path = folder / file.name
+        patiently(lambda: copy_object(store, prefix + file.name, bucket, path), patience)  # noqa: B023 - called at once
+        if (file_sha256(path), path.stat().st_size) != (file.sha256, file.size):
+            raise InvalidArtifact("DigestMismatch", f"{file.name} is not what the manifest says")
+    return manifest
+
+
+def copy_object(store: S3Store, key: str, bucket: str, path: Path) -> None:
+    with path.open("wb") as stream:
+        for chunk in store.chunks(key, bucket):
+            stream.write(chunk)
 
 
 def split_dataset_uri(uri: str) -> tuple[str, str, str]:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from graft.api.composition import Compose, Import
 from graft.api.meta import DNS_LABEL, SEMVER, SHA256, VERSION_RANGE, Conditions, Resource, Schema, Status, rules
 from graft.api.recipe import MethodName
 from graft.api.retention import Retention
@@ -34,7 +35,13 @@ class AdapterSpec(Schema):
     version: str = Field(pattern=SEMVER, max_length=32, description="Semantic version, for example 1.4.2.")
     base_model: str = Field(max_length=63, description="The BaseModel that it was tuned on.")
     method: MethodName = Field(description="How it was tuned.")
-    artifact: AdapterArtifact = Field(description="Where the files are and what they must be.")
+    artifact: AdapterArtifact | None = Field(
+        default=None, description="Files that are published already: where they are and what they must be."
+    )
+    compose: Compose | None = Field(default=None, description="Make the version from other versions.")
+    import_: Import | None = Field(
+        default=None, alias="import", description="Make the version from files that were tuned elsewhere."
+    )
     job: JobReference | None = Field(default=None, description="The FineTuneJob that made it.")
     deletion_policy: DeletionPolicy = Field(
         default="Retain",
@@ -68,13 +75,30 @@ class AdapterSignature(Status):
     value: str = Field(description="Ed25519 signature, base64.")
 
 
+class ResolvedParent(Status):
+    """A version that the composition takes; decided once."""
+
+    name: str = Field(description="The Adapter.")
+    version: str = Field(description="Its version.")
+    weight: float = Field(description="What its update is multiplied with.")
+    uri: str = Field(description="Where its files are.")
+    digest: str = Field(description="sha256:… of its manifest.json.")
+
+
 class AdapterStatus(Status):
     """What the operator verified."""
 
     observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
     stage: str | None = Field(
         default=None,
-        description="A summary of the conditions: Ready, Rejected, Invalid, Verifying, Archived, Restoring, Deleting.",
+        description="A summary of the conditions: Ready, Rejected, Invalid, Verifying, Archived, Restoring, Deleting; of composed "
+        "and imported versions before that Waiting, Composing, Importing, Failed.",
+    )
+    artifact: AdapterArtifact | None = Field(
+        default=None, description="Where the files are and what they must be: the spec's, or what the Job published."
+    )
+    parents: list[ResolvedParent] | None = Field(
+        default=None, description="What the references in spec.compose.parents stand for."
     )
     base_model_digest: str | None = Field(
         default=None, description="Digest or revision of the base that it was tuned on."
@@ -112,6 +136,17 @@ class Adapter(Resource):
     spec: AdapterSpec
     status: AdapterStatus = Field(default_factory=lambda: AdapterStatus(conditions=[]))
 
+    @property
+    def artifact(self) -> AdapterArtifact | None:
+        """Where the files are; None while the version is composed or imported."""
+        return self.spec.artifact or self.status.artifact
+
+    @property
+    def published(self) -> AdapterArtifact:
+        """Where the files of a version that is Ready are."""
+        assert self.artifact is not None, f"{self.metadata.name} has no files yet"  # noqa: S101 - Ready comes after them
+        return self.artifact
+
 
 CRD: dict[str, Any] = {
     "kind": "Adapter",
@@ -130,9 +165,24 @@ CRD: dict[str, Any] = {
         ("Used-By", "string", ".status.usedBy", 1),
         ("Last-Used", "date", ".status.lastUsedTime", 1),
         ("Pruned-After", "string", ".status.prunedAfter", 1),
-        ("Digest", "string", ".spec.artifact.digest", 1),
+        ("Digest", "string", ".status.artifact.digest", 1),
     ],
+    "spec_rules": rules(
+        (
+            "(has(self.artifact) ? 1 : 0) + (has(self.compose) ? 1 : 0) + (has(self.__import__) ? 1 : 0) == 1",
+            "give exactly one of artifact (published files), compose and import",
+        ),
+        (
+            "!has(self.compose) || self.method == (self.compose.into == 'base' ? 'full' : 'lora')",
+            "a composed version has method: lora, or method: full with compose.into: base",
+        ),
+        ("!has(self.job) || has(self.artifact)", "job goes with artifact: a composed or imported version has none"),
+    ),
     "rules": rules(
+        (
+            "has(self.spec.artifact) || self.metadata.name.size() <= 52",
+            "metadata.name of a composed or imported version must be at most 52 characters: its Job carries it in its name",
+        ),
         (
             "self.metadata.name == self.spec.adapter + '-' + self.spec.version",
             "metadata.name must be <adapter>-<version>, for example support-1.0.0",
@@ -140,7 +190,12 @@ CRD: dict[str, Any] = {
         (
             "self.spec.adapter == oldSelf.spec.adapter && self.spec.version == oldSelf.spec.version && "
             "self.spec.baseModel == oldSelf.spec.baseModel && self.spec.method == oldSelf.spec.method && "
-            "self.spec.artifact == oldSelf.spec.artifact && has(self.spec.job) == has(oldSelf.spec.job) && "
+            "has(self.spec.artifact) == has(oldSelf.spec.artifact) && "
+            "(!has(self.spec.artifact) || self.spec.artifact == oldSelf.spec.artifact) && "
+            "has(self.spec.compose) == has(oldSelf.spec.compose) && "
+            "(!has(self.spec.compose) || self.spec.compose == oldSelf.spec.compose) && "
+            "has(self.spec.__import__) == has(oldSelf.spec.__import__) && "
+            "(!has(self.spec.__import__) || self.spec.__import__ == oldSelf.spec.__import__) && has(self.spec.job) == has(oldSelf.spec.job) && "
             "(!has(self.spec.job) || self.spec.job == oldSelf.spec.job)",
             "a published version never changes: only baseVersions, deletionPolicy and retention may be edited; make a new version instead",
         ),

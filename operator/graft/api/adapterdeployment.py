@@ -4,7 +4,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from graft.api.meta import DNS_LABEL, Conditions, Placement, Resource, Resources, Schema, Status, rules
+from graft.api.meta import (
+    DNS_LABEL,
+    QUANTITY,
+    Conditions,
+    Placement,
+    Resource,
+    Resources,
+    Schema,
+    Status,
+    rules,
+)
+from graft.api.quantity import quantity
 
 ADAPTER_REF = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?@(latest|\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2})$"
 
@@ -22,6 +33,16 @@ class Route(Schema):
         pattern=DNS_LABEL,
         max_length=40,
         description="The adapter that answers, one of those in adapters; the bare base model when absent.",
+    )
+    sequence: list[str] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=4,
+        description="Instead of adapter: adapters that work on a request one after the other; each one's answer is the next one's question.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "atomic",
+            "items": {"type": "string", "pattern": DNS_LABEL, "maxLength": 40},
+        },
     )
 
 
@@ -43,6 +64,27 @@ class EngineLimits(Schema):
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="Requests in one batch; what the cache has room for, when absent."
     )
+    adapters_per_replica: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Adapters attached to one replica. Where not all fit, each is put on at least two replicas; all are on each when absent.",
+    )
+    adapter_bytes_per_replica: str | int | None = Field(
+        default=None,
+        description="Size of the adapters of one replica, for example 20Gi: the limit of the volume that holds them.",
+        json_schema_extra={
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "pattern": QUANTITY,
+        },
+    )
+
+    @property
+    def adapter_bytes(self) -> int | None:
+        """adapterBytesPerReplica as a number."""
+        given = self.adapter_bytes_per_replica
+        return None if given is None else int(quantity(given))
 
 
 class ScalingTarget(Schema):
@@ -159,9 +201,15 @@ class LoadedAdapter(Status):
     """One adapter as one replica sees it."""
 
     adapter: str = Field(description="Name of the Adapter resource.")
+    version: str | None = Field(default=None, description="Its version.")
+    digest: str | None = Field(default=None, description="First 12 digits of its manifest's SHA-256.")
     state: str = Field(description="Pending, Loading, Loaded, Draining or Failed.")
     reason: str | None = Field(default=None, description="Why it failed.")
     message: str | None = Field(default=None, description="What happened and what to do.")
+    load_seconds: float | None = Field(
+        default=None, description="From the decision to fetch it until the engine had it."
+    )
+    size_bytes: int | None = Field(default=None, description="Bytes of its files on the replica.")
 
 
 class Replica(Status):
@@ -181,11 +229,11 @@ class ResolvedAdapter(Status):
     name: str | None = Field(default=None, description="The Adapter resource that it resolves to.")
     version: str | None = Field(default=None, description="The version.")
     digest: str | None = Field(default=None, description="Digest of its manifest.")
-    loaded: str | None = Field(default=None, description="Replicas that have it loaded, of all.")
+    loaded: str | None = Field(default=None, description="Replicas that have it loaded, of those that are to have it.")
     restoring: str | None = Field(
         default=None, description="The Adapter that it will resolve to once its compressed files are restored."
     )
-    message: str | None = Field(default=None, description="Why it does not resolve.")
+    message: str | None = Field(default=None, description="Why it does not resolve, or is on no replica.")
 
 
 class RoutedModel(Status):
@@ -193,7 +241,12 @@ class RoutedModel(Status):
 
     model: str = Field(description="The name that clients use.")
     adapter: str | None = Field(default=None, description="The Adapter resource that answers; none for the base model.")
-    replicas: int = Field(default=0, description="Replicas that can answer.")
+    sequence: list[str] | None = Field(
+        default=None,
+        description="The Adapter resources of a sequence's steps.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    replicas: int = Field(default=0, description="Replicas that can answer; of a sequence, its scarcest step.")
 
 
 class ServingSizing(Status):
@@ -236,7 +289,9 @@ class AdapterDeploymentStatus(Status):
     replicas: int = Field(default=0, description="Serving pods.")
     ready_replicas: int = Field(default=0, description="Serving pods that get traffic.")
     ready_text: str | None = Field(default=None, description="Ready of wanted replicas, for kubectl get.")
-    adapters_text: str | None = Field(default=None, description="Adapters loaded everywhere of all, for kubectl get.")
+    adapters_text: str | None = Field(
+        default=None, description="Adapters loaded wherever they are to be, of all, for kubectl get."
+    )
     selector: str | None = Field(default=None, description="Label selector of the serving pods, for autoscalers.")
     engine: str | None = Field(default=None, description="The engine in force.")
     sizing: ServingSizing | None = Field(default=None, description="What a replica needs, and what was chosen for it.")
@@ -296,8 +351,21 @@ CRD: dict[str, Any] = {
             "each route's adapter must be one of adapters",
         ),
         (
+            "!has(self.routes) || self.routes.all(r, !has(r.sequence) || r.sequence.all(s, self.adapters.exists(a, a.startsWith(s + '@'))))",
+            "each adapter of a route's sequence must be one of adapters",
+        ),
+        (
+            "!has(self.routes) || self.routes.all(r, !has(r.adapter) || !has(r.sequence))",
+            "a route has an adapter or a sequence, not both; neither means the base model",
+        ),
+        (
             "self.adapters.all(a, self.adapters.exists_one(b, b.startsWith(a.split('@')[0] + '@')))",
             "adapters: name each adapter once",
+        ),
+        (
+            "!has(self.limits) || !has(self.limits.adapterBytesPerReplica) || "
+            "quantity(string(self.limits.adapterBytesPerReplica)).compareTo(quantity('1Mi')) >= 0",
+            "limits.adapterBytesPerReplica must be at least 1Mi",
         ),
         ("self.adapters.size() > 0 || has(self.routes)", "serve something: give adapters, or routes to the base model"),
         (

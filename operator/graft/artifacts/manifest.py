@@ -62,6 +62,15 @@ class ManifestJob(_Part):
     attempt: str
 
 
+class ManifestParent(_Part):
+    """A version that went into a composed one."""
+
+    adapter: str
+    version: str
+    digest: str
+    weight: float
+
+
 class Manifest(_Part):
     """The contents of manifest.json, schema version 1."""
 
@@ -81,7 +90,12 @@ class Manifest(_Part):
     rejected: list[str] = []  # the gates that the version missed, in words; such a version is never served
     files: list[ManifestFile]
     image: str = ""
-    parents: list[str] = []
+    parents: list[ManifestParent] = []
+    composition: dict[str, Any] | None = None  # how the parents became one: method and what it took
+    imported_from: str | None = (
+        None  # pinned: hf://org/name@<commit>, or s3://bucket/prefix/ as listed in source_digest
+    )
+    source_digest: str | None = None
     created_at: str
 
     @field_validator("schema_version")

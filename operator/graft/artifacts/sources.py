@@ -101,9 +101,9 @@ def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token:
 
 
 @contextlib.contextmanager
-def _hub_errors(uri: str) -> Iterator[None]:
+def hub_errors(uri: str) -> Iterator[None]:
     """What the hub's errors mean: SourceError, transient where asking again may help."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         yield
@@ -112,7 +112,7 @@ def _hub_errors(uri: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
-    except OSError as error:
+    except (OSError, HTTPError) as error:  # HTTPError: no answer at all, of the library that the hub's is built on
         raise SourceError(f"{uri}: {error}", transient=True) from error
 
 
@@ -121,7 +121,7 @@ def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Descripti
 
     repo, revision = split_hf_uri(uri)
     api = HfApi(endpoint=endpoint, token=token or False)
-    with _hub_errors(uri):
+    with hub_errors(uri):
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
         siblings = [file for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)]
         if not any(file.rfilename.endswith(".safetensors") for file in siblings):
@@ -195,7 +195,7 @@ def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None) -
     from huggingface_hub import snapshot_download
 
     repo, revision = split_hf_uri(uri)
-    with _hub_errors(uri):
+    with hub_errors(uri):
         return Path(
             snapshot_download(
                 repo,

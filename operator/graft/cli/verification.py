@@ -15,7 +15,7 @@ from graft.artifacts.versions import verify as verify_files
 from graft.cli.failure import CliFailure
 from graft.cli.reports import opened_store
 
-SAFE = "Do not use the files. Compare the Adapter's status.signature and spec.artifact.digest, and see who may write the bucket."
+SAFE = "Do not use the files. Compare the Adapter's status.signature and status.artifact.digest, and see who may write the bucket."
 
 
 def verify_version(

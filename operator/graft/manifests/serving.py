@@ -3,6 +3,7 @@
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
 from graft.api.meta import Placement, Toleration
+from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
 from graft.manifests.common import (
@@ -30,6 +31,9 @@ EXIT_SECONDS = 10  # for the processes to end, after the requests have
 SPREAD = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
 MODELS_DIR = "/models"
 BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
+VOLUME_SPARE = 256 << 20  # bytes of the adapters' volume beyond the adapters: the kubelet evicts a pod that uses more
+PROGRESS_SECONDS = 2400  # a little more than the engine has to start
+SPREAD_SECONDS = 15  # between two replicas of a rollout, for adapters of the one that went to be loaded elsewhere
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -158,6 +162,7 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
             f"http://127.0.0.1:{ENGINE_PORT}",
             "--port",
             str(AGENT_PORT),
+            *(["--cache-bytes", str(size)] if (size := deployment.spec.limits.adapter_bytes) else []),
         ],
         "env": [
             field_env("POD_NAME", "metadata.name"),
@@ -244,12 +249,16 @@ def serving_deployment(
 ) -> Manifest:
     """The apps/v1 Deployment. Adapters are no part of the pod template: attaching one restarts nothing. The base model's pinned
     URI and digest are, so another one rolls the pods. Without `replicas` their number is somebody else's to say."""
+    limits = deployment.spec.limits
     init: list[Manifest] = []
     volumes: list[Manifest] = [
         storage_volume(),
         huggingface_volume(),
         {"name": "models", "emptyDir": {}},
-        {"name": "adapters", "emptyDir": {}},
+        {
+            "name": "adapters",
+            "emptyDir": {"sizeLimit": binary(limits.adapter_bytes + VOLUME_SPARE)} if limits.adapter_bytes else {},
+        },
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}},
         API_VOLUME,
@@ -275,6 +284,8 @@ def serving_deployment(
             **({} if replicas is None else {"replicas": replicas}),
             "selector": selector,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "progressDeadlineSeconds": PROGRESS_SECONDS,
+            **({"minReadySeconds": SPREAD_SECONDS} if limits.adapters_per_replica or limits.adapter_bytes else {}),
             "template": {
                 "metadata": {
                     "labels": labels(deployment, "serving"),

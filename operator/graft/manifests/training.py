@@ -44,6 +44,14 @@ INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 GRACE_SECONDS = 120  # for the last checkpoint; clouds give spot nodes 30 to 120 seconds
 PREPARE_RESOURCES = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
 
+FAILURE_POLICY: Manifest = {
+    "rules": [
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FATAL_EXIT_CODES}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": FREE_EXIT_CODES}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -141,9 +149,8 @@ def data_uris(job: FineTuneJob) -> list[tuple[str, str]]:
     return named
 
 
-def _data_volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest], list[Manifest]]:
+def mounted_volumes(uris: list[str]) -> tuple[list[Manifest], list[Manifest]]:
     """Volumes and mounts of the claims and ConfigMaps that the URIs name."""
-    uris = [base_model.uri] + [uri for _, uri in data_uris(job)]
     claims = sorted({split_pvc_uri(uri)[0] for uri in uris if uri.startswith("pvc://")})
     maps = sorted(
         {uri.removeprefix("configMap://").partition("/")[0] for uri in uris if uri.startswith("configMap://")}
@@ -177,7 +184,7 @@ def _spot(spot: Spot) -> Manifest:
 def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings, shape: Shape) -> Manifest:
     """The batch/v1 Job: prepare as an init container without a GPU, then train; an Indexed Job for several pods."""
     spec = job.spec
-    data_volumes, data_mounts = _data_volumes(job, base_model)
+    data_volumes, data_mounts = mounted_volumes([base_model.uri] + [uri for _, uri in data_uris(job)])
     mounts: list[Manifest] = [
         {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
         *STORAGE_MOUNTS,
@@ -239,13 +246,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
         "parallelism": shape.nodes,
         "completionMode": "Indexed" if shape.nodes > 1 else "NonIndexed",
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FATAL_EXIT_CODES}},
-                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": FREE_EXIT_CODES}},
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            ]
-        },
+        "podFailurePolicy": FAILURE_POLICY,
         "template": {"metadata": {"labels": pod_labels}, "spec": pod},
     }
     if spec.active_deadline_seconds is not None:

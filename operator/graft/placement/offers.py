@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graft.api.meta import Placement, Toleration
+from graft.api.quantity import quantity
 
 Node = dict[str, Any]
 GPU = "nvidia.com/gpu"
@@ -30,12 +31,6 @@ MEMORY_BY_PRODUCT = (
 WITHOUT_BF16 = ("t4", "v100", "p100", "p40", "p4", "k80", "rtx-8000", "rtx-2080", "titan")  # before Ampere
 SHOWN = 0.94  # of the size in a name is what the device shows: a T4 of 16 GB 15360 MiB, an A10 of 24 GB 23028 MiB
 USABLE = 0.98  # of what it shows: the driver keeps a part
-
-SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "Ki": 2.0**10} | {
-    letter + suffix: base**power
-    for power, letter in enumerate("MGTPE", start=2)
-    for suffix, base in (("", 1e3), ("i", 2.0**10))
-}
 
 # The API server's ExtendedResourceToleration gives pods that ask for GPUs this toleration; so do we, where it is not on.
 GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
@@ -81,14 +76,6 @@ def offers(nodes: Iterable[Node], placement: Placement, spot_taints: Sequence[st
         if _usable(node, placement.node_selector or {}, tolerations):
             found.append(_offer(node, gpus))
     return found
-
-
-def quantity(text: str | int | float) -> float:
-    """A resource quantity as a number: 500m is 0.5, 4Gi is 4294967296. ValueError when it is none."""
-    match = re.fullmatch(r"\+?([0-9.]+(?:[eE][+-]?[0-9]+)?)([a-zA-Z]*)", str(text).strip())
-    if match is None or match[2] not in SCALES:
-        raise ValueError(f"{text!r} is no quantity")
-    return float(match[1]) * SCALES[match[2]]
 
 
 def _allocatable(node: Node) -> dict[str, Any]:

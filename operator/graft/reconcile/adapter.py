@@ -11,7 +11,8 @@ from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, verify
 from graft.kube import Manifest
-from graft.reconcile import lifecycle, signing
+from graft.reconcile import adapterjob, lifecycle, signing
+from graft.reconcile.access import Trouble
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.serving import is_put_away
 from graft.status import condition, find, now
@@ -45,7 +46,14 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
             return pause
         ready = None  # its files are back, and are verified like new ones
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
-    if done and ready is not None and ready.reason not in RETRIED and not signing.doubtful(ctx, adapter, ready):
+    settled = done and ready is not None and ready.reason not in RETRIED
+    if adapter.artifact is None:
+        if settled:  # it failed, and stays so
+            return None
+        step = await adapterjob.make(ctx, adapter)
+        await ctx.write_status(raw, step.status.model_copy(update={"used_by": used_by}), [step.ready, in_use(used_by)])
+        return step.again
+    if settled and ready is not None and not signing.doubtful(ctx, adapter, ready):
         status, again = await signing.renewed(ctx, adapter, ready)
         pause = await lifecycle.follow(replace(look, adapter=adapter.model_copy(update={"status": status})), ready)
         return min((item for item in (again, pause) if item is not None), default=None)
@@ -65,22 +73,21 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 
 async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:
-    bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+    artifact = adapter.published
+    bucket, prefix = layout.split_s3_uri(artifact.uri)
     if (
         not prefix.startswith(layout.tenant_prefix(layout.tenant_of(adapter.metadata.namespace)))
         and bucket == ctx.store.config.bucket
     ):
-        return InvalidArtifact(
-            "OutsideNamespace", f"{adapter.spec.artifact.uri} is outside of this namespace's part of the bucket"
-        )
+        return InvalidArtifact("OutsideNamespace", f"{artifact.uri} is outside of this namespace's part of the bucket")
     try:
         async with _verifying:
-            return await ctx.blocking(verify, ctx.store, prefix, adapter.spec.artifact.digest, bucket)
+            return await ctx.blocking(verify, ctx.store, prefix, artifact.digest, bucket)
     except InvalidArtifact as error:
         return error
     except StoreError as error:
         if error.trouble == "missing":
-            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {adapter.spec.artifact.uri}")
+            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {artifact.uri}")
         return error
 
 
@@ -88,7 +95,7 @@ def observe(
     adapter: Adapter, checked: AdapterManifest | InvalidArtifact | StoreError
 ) -> tuple[AdapterStatus, Condition]:
     """The status after a verification (PURE)."""
-    before = adapter.status
+    before = adapter.status.model_copy(update={"artifact": adapter.artifact})
     if isinstance(checked, StoreError):
         verdict = condition(KIND, "Ready", "Unknown", "StorageUnavailable", str(checked))
         return before.model_copy(update={"stage": "Verifying"}), verdict
@@ -145,7 +152,10 @@ def serving(adapter: Adapter, deployments: list[Manifest]) -> list[str]:
             if item.get("state") not in {"Failed", "Pending"}
         }
         resolved = {item.get("name") for item in status.get("adapters", [])}
-        routed = {item.get("adapter") for item in status.get("models", [])}
+        models = status.get("models", [])
+        routed = {item.get("adapter") for item in models} | {
+            step for item in models for step in item.get("sequence", [])
+        }
         if name in loaded | resolved | routed:
             users.append(raw["metadata"]["name"])
     return sorted(users)
@@ -166,10 +176,20 @@ async def _clean_up(
         status = adapter.status.model_copy(update={"stage": "Deleting", "used_by": used_by})
         await ctx.write_status(raw, status, [*kept, in_use(used_by)])
         return WAITING
+    artifact = adapter.artifact
+    if adapter.spec.artifact is None:
+        left = await adapterjob.stop(ctx, adapter)
+        if isinstance(left, Trouble):
+            unbound = condition(KIND, "Ready", "Unknown", left.reason, left.message)
+            await ctx.write_status(raw, adapter.status, [unbound, in_use(used_by)])
+            return WAITING
+        if left is not None:
+            return left
+        artifact = artifact or await adapterjob.unseen(ctx, adapter)
     if not ctx.transfers.forget(adapter.metadata.uid):
         return SOON
-    if lifecycle.removes_files(adapter, deployments):
-        bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+    if lifecycle.removes_files(adapter, deployments) and artifact is not None:
+        bucket, prefix = layout.split_s3_uri(artifact.uri)
         own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
         if bucket == ctx.store.config.bucket and prefix.startswith(own):
             await ctx.blocking(ctx.store.delete_prefix, prefix)

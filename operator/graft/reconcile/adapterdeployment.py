@@ -7,82 +7,26 @@ Adapters come and go through the wanted ConfigMap and never touch the pods; reco
 A deployment whose base model or key goes away later keeps serving what it serves.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from graft.api import Adapter, AdapterDeployment
-from graft.api.adapterdeployment import (
-    AdapterDeploymentStatus,
-    LoadedAdapter,
-    Replica,
-    ResolvedAdapter,
-    RoutedModel,
-    ServingSizing,
-)
-from graft.api.meta import Condition
+from graft.api.adapterdeployment import ServingSizing
 from graft.artifacts.layout import tenant_of
-from graft.contracts import ENGINE_PORT, ROUTES_KEY, WANTED_KEY, BaseModelRef, Residency, Routes, Wanted
+from graft.contracts import ROUTES_KEY, WANTED_KEY, BaseModelRef, Residency, Routes, Wanted
 from graft.kube import KubeError, Manifest
 from graft.manifests import agent as agent_manifests
 from graft.manifests.common import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
-from graft.manifests.serving import (
-    pod_selector,
-    residency_name,
-    serving_deployment,
-    serving_name,
-    wanted_name,
-)
-from graft.reconcile import autoscaling, compatibility, pods, scaling, serving
+from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
+from graft.reconcile import assignment, autoscaling, compatibility, pods, scaling, serving
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
+from graft.reconcile.deploymentstatus import KIND, World, observe, why_unavailable
 from graft.reconcile.placing import place_engine
-from graft.status import condition, find
-
-KIND = "AdapterDeployment"
-
-
-@dataclass
-class World:
-    """What exists for a deployment now."""
-
-    spec: AdapterDeployment
-    trouble: Trouble | None
-    base_model: BaseModelRef | None
-    resolutions: list[serving.Resolution]
-    adapters: list[Adapter] = field(default_factory=list)
-    current: BaseModelRef | None = None  # the BaseModel as it is now; base_model is what the pods are made with
-    held: str | None = None  # why these differ
-    deployment: Manifest | None = None
-    pods: list[Manifest] = field(default_factory=list)
-    residency: dict[str, Residency] = field(default_factory=dict)
-    wanted: Wanted | None = None
-    routes: Routes | None = None
-    sizing: ServingSizing | None = None
-    unscaled: Trouble | None = None  # why nothing moves the replicas; the pods serve all the same
-    scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
-
-    @property
-    def replicas(self) -> list[serving.ReplicaView]:
-        return [
-            serving.ReplicaView(
-                pod=pods.name(pod),
-                address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
-                ready=pods.is_ready(pod),
-                residency=_own(self.residency.get(pods.name(pod)), pod),
-                unfit=compatibility.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
-            )
-            for pod in self.pods
-            if not pod["metadata"].get("deletionTimestamp") and pods.phase(pod) not in {"Failed", "Succeeded"}
-        ]
-
-
-def _own(residency: Residency | None, pod: Manifest) -> Residency | None:
-    """A pod's key counts only if that very pod wrote it."""
-    return residency if residency is not None and residency.pod_uid == pod["metadata"]["uid"] else None
+from graft.status import find
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
@@ -215,7 +159,13 @@ def _owner(manifest: Manifest) -> str | None:
 async def _apply_adapters(ctx: Context, world: World) -> None:
     """The gateway's table, then what the agents load: an adapter leaves the table before it is drained."""
     spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
-    routes = serving.plan_routes(spec, world.resolutions, tenant, world.replicas, world.routes, _why_unavailable(world))
+    routes = serving.plan_routes(
+        spec, world.resolutions, tenant, world.replicas, world.routes, why_unavailable(world), world.wanted
+    )
+    known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
+    wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
+    wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
+    routes = assignment.leave_out_moved(routes, wanted)
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
         assert spec.spec.autoscaling is not None  # noqa: S101
         routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
@@ -224,9 +174,6 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes
-    resolved = [serving.wanted_adapter(tenant, item.adapter) for item in world.resolutions if item.adapter is not None]
-    known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
-    wanted = serving.plan_wanted(spec, resolved, world.wanted, routes, known)
     if wanted != world.wanted and (world.trouble is None or world.wanted is not None):
         try:
             await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))
@@ -235,180 +182,3 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
                 raise
             world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, spec.metadata.namespace))
     world.wanted = wanted
-
-
-def _why_unavailable(world: World) -> str | None:
-    if world.spec.spec.replicas == 0:
-        return "the deployment is scaled to zero"
-    if world.scale.asleep:
-        return "it is asleep; a request wakes it"
-    if any(replica.ready for replica in world.replicas):
-        return None
-    if world.trouble is not None and not world.pods:
-        return world.trouble.message
-    stuck = [message for pod in world.pods if (message := pods.waiting_message(pod)) is not None]
-    return stuck[0] if stuck else "its replicas are starting"
-
-
-def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, list[Condition]]:
-    """Status and conditions (PURE)."""
-    spec = world.spec
-    wanted = world.wanted or Wanted(base_model=spec.spec.base_model, max_lora_rank=0)
-    replicas, ready = world.replicas, [replica for replica in world.replicas if replica.ready]
-    shown = [_replica(replica, wanted) for replica in replicas]
-    loaded_everywhere = [
-        item for item in wanted.adapters if replicas and all(r.has(item.engine_name) for r in replicas)
-    ]
-    resolved = [_resolved(item, wanted, replicas) for item in world.resolutions]
-    routed = _routed(world, ready)
-    accepted = _accepted(world)
-    available = _available(world, ready, routed)
-    progressing = _progressing(world, wanted, shown)
-    answered = [item for item in routed if item.replicas > 0]
-    if world.scale.asleep and accepted.status == "True":
-        stage = "Asleep"
-    elif available.status == "True":
-        healthy = accepted.status == "True" and progressing.reason != "AdapterFailed"
-        stage = "Progressing" if progressing.status == "True" else "Available" if healthy else "Degraded"
-    elif answered:
-        stage = "Degraded"
-    elif world.trouble is not None and not world.pods:
-        stage = "Waiting"
-    else:
-        stage = "Progressing" if progressing.status == "True" else "Unavailable"
-    status = spec.status.model_copy(
-        update={
-            "stage": stage,
-            "replicas": len(replicas),
-            "ready_replicas": len(ready),
-            "ready_text": f"{len(ready)}/{world.scale.replicas}",
-            "adapters_text": f"{len(loaded_everywhere)}/{len(spec.spec.adapters)}",
-            "selector": ",".join(f"{key}={value}" for key, value in pod_selector(spec).items()),
-            "engine": world.sizing.engine if world.sizing is not None else None,
-            "sizing": world.sizing,
-            "endpoint": gateway_url or None,
-            "adapters": resolved,
-            "models": routed,
-            "replica_status": shown,
-        }
-    )
-    return status, [accepted, available, progressing]
-
-
-def _replica(replica: serving.ReplicaView, wanted: Wanted) -> Replica:
-    seen = {item.engine_name: item for item in (replica.residency.adapters if replica.residency else [])}
-    items = [
-        LoadedAdapter(adapter=item.adapter, state=item.state, reason=item.reason, message=item.message)
-        for item in seen.values()
-        if item.engine_name not in replica.unfit
-    ]
-    items += [
-        LoadedAdapter(adapter=item.adapter, state="Pending")
-        for item in wanted.adapters
-        if item.engine_name not in seen and item.engine_name not in replica.unfit
-    ]
-    return Replica(
-        pod=replica.pod, ready=replica.ready, adapters=sorted(items, key=lambda item: (item.adapter, item.state))
-    )
-
-
-def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.ReplicaView]) -> ResolvedAdapter:
-    restoring = item.restoring.metadata.name if item.restoring else None
-    if item.adapter is None:
-        return ResolvedAdapter(ref=item.ref, restoring=restoring, message=item.message)
-    digest = item.adapter.spec.artifact.digest
-    name = next((entry.engine_name for entry in wanted.adapters if entry.digest == digest), "")
-    loaded = sum(replica.has(name) for replica in replicas)
-    return ResolvedAdapter(
-        ref=item.ref,
-        name=item.adapter.metadata.name,
-        version=item.adapter.spec.version,
-        digest=digest,
-        loaded=f"{loaded}/{len(replicas)}",
-        restoring=restoring,
-        message=item.message or None,
-    )
-
-
-def _routed(world: World, ready: list[serving.ReplicaView]) -> list[RoutedModel]:
-    routed = []
-    for entry in world.routes.routes if world.routes else []:
-        target = entry.targets[0] if entry.targets else None
-        if target is None:
-            routed.append(RoutedModel(model=entry.model, adapter=None, replicas=0))
-            continue
-        count = sum(1 for replica in ready if target.adapter is None or replica.has(target.engine_model))
-        routed.append(RoutedModel(model=entry.model, adapter=target.adapter, replicas=count))
-    return routed
-
-
-def _accepted(world: World) -> Condition:
-    if world.trouble is not None:
-        return condition(KIND, "Accepted", "False", world.trouble.reason, world.trouble.message)
-    missing = [item for item in world.resolutions if item.adapter is None]
-    if missing:
-        text = "; ".join(item.message for item in missing)
-        return condition(KIND, "Accepted", "False", missing[0].reason, text)
-    if world.unscaled is not None:
-        return condition(KIND, "Accepted", "False", world.unscaled.reason, world.unscaled.message)
-    if world.held is not None:
-        return condition(KIND, "Accepted", "True", "BaseModelHeld", world.held)
-    names = ", ".join(item.adapter.metadata.name for item in world.resolutions if item.adapter) or "no adapters"
-    return condition(KIND, "Accepted", "True", "Resolved", f"{names} on {world.spec.spec.base_model}")
-
-
-def _available(world: World, ready: list[serving.ReplicaView], routed: list[RoutedModel]) -> Condition:
-    if world.spec.spec.replicas == 0:
-        return condition(KIND, "Available", "False", "ScaledToZero", "spec.replicas is 0; raise it to serve")
-    if world.scale.asleep:
-        text = "idle, so no pod runs; a request to one of its models wakes it, and waits until a pod is ready"
-        return condition(KIND, "Available", "True", "Asleep", text)
-    if world.trouble is not None and not world.pods:
-        return condition(KIND, "Available", "False", "NotAccepted", world.trouble.message)
-    if not ready:
-        return condition(
-            KIND, "Available", "False", "NoReplicaReady", _why_unavailable(world) or "its replicas are starting"
-        )
-    silent = [item.model for item in routed if item.replicas == 0]
-    if silent:
-        text = f"no replica answers {', '.join(silent)} yet; see status.adapters and status.replicaStatus"
-        return condition(KIND, "Available", "False", "RouteUnavailable", text)
-    return condition(
-        KIND, "Available", "True", "Serving", f"{len(routed)} models: {', '.join(item.model for item in routed)}"
-    )
-
-
-def _progressing(world: World, wanted: Wanted, shown: list[Replica]) -> Condition:
-    if world.trouble is not None and not world.pods:
-        return condition(KIND, "Progressing", "False", "Complete", "nothing is on its way")
-    failed = [(replica.pod, item) for replica in shown for item in replica.adapters if item.state == "Failed"]
-    moving = [
-        f"{item.adapter} {item.state.lower()}"
-        for r in shown
-        for item in r.adapters
-        if item.state not in {"Loaded", "Failed"}
-    ]
-    if not _rolled_out(world):
-        text = f"{sum(r.ready for r in shown)} of {world.scale.replicas} replicas are ready"
-        return condition(KIND, "Progressing", "True", "RollingOut", text)
-    if moving:
-        return condition(KIND, "Progressing", "True", "RollingOut", ", ".join(sorted(set(moving))))
-    if failed:
-        pod, item = failed[0]
-        return condition(
-            KIND, "Progressing", "False", "AdapterFailed", f"{item.adapter} in pod {pod}: {item.reason}: {item.message}"
-        )
-    return condition(KIND, "Progressing", "False", "Complete", "everything that is wanted is loaded everywhere")
-
-
-def _rolled_out(world: World) -> bool:
-    if world.deployment is None:
-        return False
-    status, metadata = world.deployment.get("status", {}), world.deployment["metadata"]
-    replicas = world.scale.replicas
-    return bool(
-        status.get("observedGeneration", 0) >= metadata.get("generation", 0)
-        and status.get("updatedReplicas", 0) == replicas
-        and status.get("replicas", 0) == replicas
-        and status.get("readyReplicas", 0) == replicas
-    )

@@ -78,5 +78,7 @@ def unfit(tenant: str, adapters: list[Adapter], pod: Manifest, current: BaseMode
     if current is not None and current.identity == base.identity:
         base = current  # the version may have been given, or changed, since the pod was made
     return frozenset(
-        engine_name(tenant, item.metadata.name, item.spec.artifact.digest) for item in adapters if not fits(item, base)
+        engine_name(tenant, item.metadata.name, item.published.digest)
+        for item in adapters
+        if item.artifact is not None and not fits(item, base)
     )

@@ -63,7 +63,8 @@ class Context:
         for item in conditions.transitions(old, merged):
             if {item.type, item.reason} & SILENT:
                 continue
-            bad = item.status == "False" and item.reason not in EXPECTED
+            wrong = "True" if item.type == "Degraded" else "False"
+            bad = item.status == wrong and item.reason not in EXPECTED
             log.info(
                 "condition",
                 extra={"resource": _name(raw), "type": item.type, "status": item.status, "reason": item.reason},

@@ -93,7 +93,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     found = await ctx.kube.list("Pod", namespace, labels)
     world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
     if not world.pods:
-        world.refusal = await _refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
+        world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
         world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]))
     resolved = job.status.resolved
@@ -134,7 +134,7 @@ async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | N
     return None
 
 
-async def _refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
+async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
     """What the Job controller says when a quota or an admission policy refuses the pod: only an Event tells it."""
     try:
         events = await ctx.kube.events_of(namespace, job_uid)
@@ -231,7 +231,7 @@ async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | N
     if not ready:
         return None
     newest = max(ready, key=lambda item: versions.parse(item.spec.version) or (0, 0, 0))
-    artifact = newest.spec.artifact
+    artifact = newest.published
     return CurrentVersion(version=newest.spec.version, uri=artifact.uri, digest=artifact.digest)
 
 

@@ -240,8 +240,10 @@ def _completion(world: World) -> Condition:
         return condition(KIND, "Succeeded", "False", "ResultMissing", text)
     manifest, digest = world.published
     ready = find(world.adapter.status.conditions, "Ready") if world.adapter is not None else None
-    if world.adapter is not None and world.adapter.spec.artifact.digest != digest:
-        text = f"Adapter {world.adapter.metadata.name} is of another artifact, {world.adapter.spec.artifact.digest}"
+    artifact = world.adapter.artifact if world.adapter is not None else None
+    if world.adapter is not None and (artifact is None or artifact.digest != digest):
+        other = artifact.digest if artifact is not None else "one that is composed or imported"
+        text = f"Adapter {world.adapter.metadata.name} is of another artifact, {other}"
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", text)
     if ready is not None and ready.reason == "Rejected":
         return condition(KIND, "Succeeded", "False", "GateFailed", ready.message)

@@ -136,7 +136,7 @@ async def archived(ctx: Context, adapter: Adapter, error: object) -> AdapterMani
     prefix = _own_prefix(ctx, adapter)
     if prefix is None or not isinstance(error, InvalidArtifact) or error.reason != "FileMissing":
         return None
-    manifest, _ = await ctx.blocking(read_manifest, ctx.store, prefix, adapter.spec.artifact.digest)
+    manifest, _ = await ctx.blocking(read_manifest, ctx.store, prefix, adapter.published.digest)
     return manifest if await ctx.blocking(archive.is_archived, ctx.store, prefix, manifest) else None
 
 
@@ -213,7 +213,7 @@ async def _is_parent(look: Look) -> bool:
 
 def _own_prefix(ctx: Context, adapter: Adapter) -> str | None:
     """Where the files are, if that is a place of this adapter in our bucket: nothing else is ever written or deleted."""
-    bucket, prefix = layout.split_s3_uri(adapter.spec.artifact.uri)
+    bucket, prefix = layout.split_s3_uri(adapter.published.uri)
     own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
     return prefix if bucket == ctx.store.config.bucket and prefix.startswith(own) else None
 
@@ -288,7 +288,7 @@ def _start(look: Look, what: str, call: Any) -> None:
 
 
 def _read(store: S3Store, prefix: str, adapter: Adapter) -> AdapterManifest:
-    return read_manifest(store, prefix, adapter.spec.artifact.digest)[0]
+    return read_manifest(store, prefix, adapter.published.digest)[0]
 
 
 def _compress(store: S3Store, prefix: str, adapter: Adapter, stopped: archive.Stopped) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from graft import metrics
+from graft.kube import KubeError
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ RESYNC = 600.0
 BACKOFF_FIRST = 1.0
 BACKOFF_LAST = 60.0
 CONCURRENCY = 16
+CONFLICT = 409  # a write that names the resourceVersion it was decided on
 
 
 class Queue:
@@ -91,8 +93,13 @@ class Queue:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                metrics.RECONCILES.labels(kind, "error").inc()
-                log.exception("reconcile failed", extra={"resource": "/".join(key), "error": str(error)})
+                told = {"resource": "/".join(key), "error": str(error)}
+                if isinstance(error, KubeError) and error.status == CONFLICT:
+                    metrics.RECONCILES.labels(kind, "conflict").inc()
+                    log.info("changed by somebody else meanwhile, looked at again", extra=told)
+                else:
+                    metrics.RECONCILES.labels(kind, "error").inc()
+                    log.exception("reconcile failed", extra=told)
                 return None
             finally:
                 self.busy.pop(key, None)

@@ -76,8 +76,9 @@ def composing(adapters: Iterable[Manifest]) -> set[str]:
 
 
 def _settled(raw: Manifest) -> bool:
-    conditions = raw.get("status", {}).get("conditions", [])
-    return any(
+    status = raw.get("status", {})
+    conditions = status.get("conditions", [])
+    return status.get("stage") == "Failed" or any(
         item["type"] == "Ready"
         and (item["status"] == "True" or item["reason"] in {"Archived", "Restoring", "Rejected"})
         for item in conditions
@@ -117,7 +118,7 @@ def needs(
             if item.metadata.name == parent:
                 need(item, "it is being composed into another one")
     for item in present:
-        if item.spec.artifact.digest in set(compared):
+        if item.artifact is not None and item.artifact.digest in set(compared):
             need(item, "a running FineTuneJob compares its own version with it")
     ready = [item for item in present if state(item) == "ready"]
     for newest in (present[-1:], servable[-1:], ready[-1:]):

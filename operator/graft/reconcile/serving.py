@@ -3,7 +3,7 @@
 The order of a change: load -> seen loaded -> shift traffic -> drain -> unload. An adapter's engine name holds its digest, so old and new
 version are two names and can be loaded side by side:
 - `wanted` names what is resolved now, and what routes still lead to;
-- a route moves to the new version when every ready replica has it (or the old one is loaded nowhere);
+- a route moves to the new version when every ready replica that is to have it has it (or the old one is loaded nowhere);
 - what no route leads to any more leaves `wanted`, and the agents drain and unload it.
 """
 
@@ -14,6 +14,7 @@ from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Route
 from graft.api.meta import Condition
 from graft.contracts import (
+    AdapterState,
     Backend,
     BaseModelRef,
     Residency,
@@ -52,6 +53,11 @@ class ReplicaView:
     ready: bool
     residency: Residency | None
     unfit: frozenset[str] = frozenset()  # engine names of adapters that do not fit the base model of this very pod
+
+    def in_state(self, state: AdapterState) -> frozenset[str]:
+        """The adapters that its agent says are in a state."""
+        adapters = self.residency.adapters if self.residency else []
+        return frozenset(item.engine_name for item in adapters if item.state == state) - self.unfit
 
     def has(self, engine_model: str) -> bool:
         """Whether a request for the adapter can go there."""
@@ -154,11 +160,11 @@ def _is_ready(adapter: Adapter) -> bool:
 
 def wanted_adapter(tenant: str, adapter: Adapter) -> WantedAdapter:
     """What the agents are told about a version."""
-    digest = adapter.spec.artifact.digest
+    digest = adapter.published.digest
     return WantedAdapter(
         engine_name=engine_name(tenant, adapter.metadata.name, digest),
         adapter=adapter.metadata.name,
-        uri=adapter.spec.artifact.uri,
+        uri=adapter.published.uri,
         digest=digest,
         signature=adapter.status.signature,
     )
@@ -178,7 +184,7 @@ def plan_wanted(
     """
     signed = {item.engine_name: item for item in known if item.signature is not None}
     names = {item.engine_name for item in resolved}
-    routed = {target.engine_model for entry in (routes.routes if routes else []) for target in entry.targets}
+    routed = {target.engine_model for entry in (routes.routes if routes else []) for target in entry.leads_to}
     kept = [
         signed.get(item.engine_name, item)
         for item in (previous.adapters if previous else [])
@@ -206,8 +212,9 @@ def plan_routes(
     replicas: list[ReplicaView],
     previous: Routes | None,
     unavailable: str | None,
+    told: Wanted | None = None,
 ) -> Routes:
-    """This deployment's part of the gateway's table."""
+    """This deployment's part of the gateway's table. `told`: what the agents were told, so where a version is to be."""
     namespace = deployment.metadata.namespace
     ready = [replica for replica in replicas if replica.ready and replica.address]
     by_name = {item.name: item for item in resolutions}
@@ -215,13 +222,19 @@ def plan_routes(
     entries = []
     for route in effective_routes(deployment):
         model = f"{namespace}/{route.model}"
+        if route.sequence:
+            earlier = before[model].steps if model in before else []
+            entries.append(
+                RouteEntry(model=model, targets=[], steps=_steps(route.sequence, by_name, tenant, ready, earlier, told))
+            )
+            continue
         if route.adapter is None:
             entries.append(RouteEntry(model=model, targets=[RouteTarget(engine_model=deployment.spec.base_model)]))
             continue
         old = before[model].targets[0] if model in before and before[model].targets else None
-        target = _target(by_name.get(route.adapter), tenant, ready, old)
+        target = _target(by_name.get(route.adapter), tenant, ready, old, told)
         entries.append(RouteEntry(model=model, targets=[target] if target else []))
-    models = {target.engine_model for entry in entries for target in entry.targets}
+    models = {target.engine_model for entry in entries for target in entry.leads_to}
     backends = [
         Backend(
             pod=replica.pod,
@@ -240,8 +253,32 @@ def plan_routes(
     )
 
 
+def _steps(
+    names: list[str],
+    by_name: dict[str, Resolution],
+    tenant: str,
+    ready: list[ReplicaView],
+    before: list[RouteTarget],
+    told: Wanted | None,
+) -> list[RouteTarget]:
+    """The steps of a sequence, each moved to a new version on its own; none as long as one of them resolves to nothing."""
+    steps = []
+    for name in names:
+        resolution = by_name.get(name)
+        old = next((step for step in before if step.adapter and step.adapter.rpartition("-")[0] == name), None)
+        step = _target(resolution, tenant, ready, old, told)
+        if step is None:
+            return []
+        steps.append(step)
+    return steps
+
+
 def _target(
-    resolution: Resolution | None, tenant: str, ready: list[ReplicaView], old: RouteTarget | None
+    resolution: Resolution | None,
+    tenant: str,
+    ready: list[ReplicaView],
+    old: RouteTarget | None,
+    told: Wanted | None,
 ) -> RouteTarget | None:
     if resolution is None or resolution.adapter is None:
         # The entry resolves to nothing (its Adapter is being deleted, say): what answers now goes on answering.
@@ -254,8 +291,9 @@ def _target(
     if old is None or old.engine_model == new.engine_model or old.adapter is None:
         return new
     # While the base model is rolled the old pods cannot have the new version; half of the pods can take over from the others.
-    able = [replica for replica in ready if new.engine_model not in replica.unfit]
-    if able and 2 * len(able) >= len(ready) and all(replica.has(new.engine_model) for replica in able):
+    homes = [replica for replica in ready if told is None or told.is_for(new.engine_model, replica.pod)]
+    able = [replica for replica in homes if new.engine_model not in replica.unfit]
+    if able and 2 * len(able) >= len(homes) and all(replica.has(new.engine_model) for replica in able):
         return new
     old_answers = any(replica.has(old.engine_model) for replica in ready)
     new_answers = any(replica.has(new.engine_model) for replica in ready)

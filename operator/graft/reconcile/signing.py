@@ -38,7 +38,7 @@ KEYS_SECONDS = 15.0  # between two looks at the Secret: a rotation is noticed wi
 
 def statement_of(adapter: Adapter) -> Statement:
     """What a signature of the Adapter says (PURE)."""
-    spec, artifact = adapter.spec, adapter.spec.artifact
+    spec, artifact = adapter.spec, adapter.published
     return Statement(adapter.metadata.namespace, spec.adapter, spec.version, artifact.uri, artifact.digest)
 
 

@@ -67,7 +67,7 @@ async def serve(settings: Settings) -> int:
         follower = Follower(configmaps, selector, agent.want)
         runner = web.AppRunner(application(agent, lambda: follower.age), access_log=None, shutdown_timeout=1.0)
         await runner.setup()
-        await web.TCPSite(runner, None, settings.port).start()
+        await web.TCPSite(runner, settings.listen_address, settings.port).start()
         log.info("the agent listens on port %d", settings.port, extra={"pod": settings.pod_name})
 
         tasks = [

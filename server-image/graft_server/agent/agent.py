@@ -60,7 +60,8 @@ class Agent:
         self._cache_bytes = cache_bytes
         self._trust = trust
         self._poll = poll_seconds
-        self._wanted: Wanted | None = None
+        self._wanted: Wanted | None = None  # this pod's part of it
+        self._why_nothing = "what is wanted was not read yet"
         self._folders = Folders(adapters_dir)
         self._contents = Contents()
         self._failures = Failures()
@@ -85,15 +86,18 @@ class Agent:
     # What wakes it
 
     def want(self, configmaps: Snapshot) -> None:
-        """Take what the wanted ConfigMap says. One that is gone or unreadable changes nothing."""
+        """Take this pod's part of what the wanted ConfigMap says. One that is gone, unreadable or without the pod changes nothing."""
         for data in configmaps.values():
             try:
-                wanted = Wanted.model_validate_json(data.get(WANTED_KEY) or "")
+                everything = Wanted.model_validate_json(data.get(WANTED_KEY) or "")
             except ValidationError as error:
                 self.metrics.failures.labels("WantedInvalid").inc()
                 log.error("%s makes no sense and is ignored: %s", WANTED_KEY, error.errors()[0]["msg"])
                 continue
-            if wanted != self._wanted:
+            wanted = everything.for_pod(self._pod)
+            if wanted is None:
+                self._why_nothing = "waiting for the operator to say which adapters are this pod's"
+            elif wanted != self._wanted:
                 names = [adapter.engine_name for adapter in wanted.adapters]
                 log.info("%d adapters are wanted", len(names), extra={"adapters": names})
                 if self._wanted is None or wanted.max_lora_rank != self._wanted.max_lora_rank:
@@ -143,7 +147,7 @@ class Agent:
         if self._engine.stale:
             await self._observe()
         if self._wanted is None:
-            return "what is wanted was not read yet"
+            return self._why_nothing
         if self._trust is not None and not self._trust.read:
             return "the keys that signatures are checked with were not read yet"
         if not self._engine.answering:

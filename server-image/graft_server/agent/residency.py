@@ -8,12 +8,14 @@ from collections.abc import Collection, Mapping
 from graft.contracts import AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
 
 from graft_server.agent.decide import OUR_NAME, OnDisk, loaded, unwanted_in_engine
-from graft_server.agent.memory import Failures
+from graft_server.agent.memory import Failure, Failures
 from graft_server.configmaps import ConfigMaps, KubeError
 
 log = logging.getLogger(__name__)
 
 MISSING_SECONDS = 2.0  # between two looks for a ConfigMap that the operator has yet to make
+# A ConfigMap holds 1 MiB for all pods, and a deployment up to 128 adapters: where many fail their messages are cut short.
+MESSAGES_CHARS, LEAST_CHARS = 16_000, 100
 CHECK_SECONDS = 60.0  # how often the key is read back, for a ConfigMap that was made anew
 
 
@@ -27,6 +29,13 @@ def resident_adapters(
     load_seconds: Mapping[str, float],
 ) -> list[ResidentAdapter]:
     """The adapters in this pod: the wanted ones in their order, then those that drain."""
+
+    longest = max(LEAST_CHARS, MESSAGES_CHARS // max(1, len(failures.names)))
+
+    def words(failure: Failure | None) -> str | None:
+        if failure is None:
+            return None
+        return failure.message if len(failure.message) <= longest else failure.message[: longest - 1] + "…"
 
     def one(adapter: WantedAdapter) -> ResidentAdapter:
         name = adapter.engine_name
@@ -44,7 +53,7 @@ def resident_adapters(
             digest=adapter.digest,
             state=state,
             reason=failure.reason if failure else None,
-            message=failure.message if failure else None,
+            message=words(failure),
             load_seconds=load_seconds.get(name) if state == "Loaded" else None,
             size_bytes=on_disk[name].size_bytes if name in on_disk else None,
         )
@@ -59,7 +68,7 @@ def resident_adapters(
             digest=on_disk[name].digest if name in on_disk else f"sha256:{parts['digest']}",
             state="Draining",
             reason=failure.reason if failure else None,
-            message=failure.message if failure else None,
+            message=words(failure),
             size_bytes=on_disk[name].size_bytes if name in on_disk else None,
         )
 

@@ -25,6 +25,7 @@ class Settings:
     engine_url: str
     adapters_dir: Path
     storage_dir: Path
+    listen_address: str | None
     port: int
     base_model_name: str | None
     trusted_keys: tuple[str, str] | None  # namespace, ConfigMap
@@ -51,6 +52,7 @@ def parse(arguments: list[str]) -> Settings:
     flag("engine-url", f"http://127.0.0.1:{ENGINE_PORT}", "the engine beside it")
     flag("adapters-dir", ADAPTERS_DIR, "shared with the engine, which reads it at the same path")
     flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
+    flag("listen-address", "", "address to listen on; empty: all")
     flag("port", str(AGENT_PORT), "of /readyz, /livez and /metrics")
     flag(
         "trusted-keys",
@@ -76,6 +78,7 @@ def parse(arguments: list[str]) -> Settings:
             **values,
             "adapters_dir": Path(values["adapters_dir"]),
             "storage_dir": Path(values["storage_dir"]),
+            "listen_address": values["listen_address"] or None,
             "port": int(values["port"]),
             "trusted_keys": (keys_namespace, keys_name) if keys_name else None,
             "base_model_name": values["base_model_name"] or None,

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import os
 import signal
+import sys
+from typing import NoReturn
 
 import torch
 from aiohttp import web
@@ -21,10 +23,21 @@ log = logging.getLogger("graft_server.engine")
 def main() -> None:
     """Runs the engine until SIGTERM or SIGINT."""
     settings = parse()
+    # The first process of a container ignores signals that it has no handler for, and a large model takes minutes to load.
+    signal.signal(signal.SIGTERM, _leave)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpu_limit()))
-    base = load_base_model(settings)
+    try:
+        base = load_base_model(settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        log.debug("loading failed", exc_info=True)
+        sys.exit(f"the model at {settings.model} cannot be served: {error}")
     asyncio.run(serve(settings, base))
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """Nothing runs yet that would have to end in order."""
+    sys.exit(0)
 
 
 async def serve(settings: Settings, base: BaseModel) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,7 +133,12 @@ def read_adapter(path: str, limits: Limits) -> AdapterWeights:
     Raises AdapterNotFoundError where a file is missing and AdapterInvalidError where the engine cannot serve it.
     """
     directory = Path(path)
-    raw = _read_config(directory)
+    try:
+        raw = _read_config(directory)
+    except OSError as error:
+        if error.errno == ENAMETOOLONG:
+            raise AdapterNotFoundError(f"No adapter found for {path[:200]}…") from error
+        raise
     kind = raw.get("peft_type")
     if kind == "PROMPT_TUNING":
         return _prompt(_valid(_PromptConfig, raw), _read_tensors(directory), limits)

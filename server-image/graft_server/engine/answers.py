@@ -126,15 +126,12 @@ class Generator:
         self._max_sequences = max_sequences  # that can be in the engine at once
         self._request_timeout = request_timeout
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # off the loop, one at a time
+        self._arriving = 0  # requests that are or wait there
 
     async def start(self, request: Request) -> Answers:
         """Queues a request. Raises ApiError where it cannot be served."""
         self._entry(request.model)  # an unknown model is refused before any work
-        loop = asyncio.get_running_loop()
-        try:
-            prompts = await loop.run_in_executor(self._tokenizing, self._tokenize, request)
-        except PromptError as error:
-            raise bad_request(str(error)) from error
+        prompts = await self._prompts(request)
         n = request.n or 1
         if len(prompts) * n > self._max_sequences:
             raise bad_request(f"prompt and n ask for {len(prompts) * n} answers; at most {self._max_sequences} can run")
@@ -151,6 +148,18 @@ class Generator:
         answers.prompt_tokens = sum(len(prompt) for prompt in prompts)
         answers.start()
         return answers
+
+    async def _prompts(self, request: Request) -> list[list[int]]:
+        """The request's prompts as token ids. Requests that wait for the tokenizer are bounded like those in the queue."""
+        if self._arriving >= self._max_sequences:
+            raise unavailable("the server is overloaded: too many requests arrive at once")
+        self._arriving += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokenize, request)
+        except PromptError as error:
+            raise bad_request(str(error)) from error
+        finally:
+            self._arriving -= 1
 
     def _entry(self, name: str | None) -> Registered | None:
         if not name or name in self._base_names:
@@ -211,13 +220,17 @@ class Generator:
         self, request: Request, prompt: list[int], adapter: Adapter | None, max_tokens: int, choice: int
     ) -> Sequence:
         echoes_logprobs = isinstance(request, CompletionRequest) and request.echo and request.alternatives is not None
+        sampling = self._sampling(request, choice)
         ends = frozenset() if request.ignore_eos else self._base.eos_ids
+        ends |= frozenset(request.stop_token_ids or ())
+        if request.min_tokens and len(ends) >= self._base.vocab_size:
+            raise bad_request("min_tokens: stop_token_ids leave no other token to begin with", "min_tokens")
         return Sequence(
             prompt=prompt,
             adapter=adapter,
-            sampling=self._sampling(request, choice),
+            sampling=sampling,
             max_tokens=max_tokens,
-            eos_ids=ends | frozenset(request.stop_token_ids or ()),
+            eos_ids=ends,
             text=TextStream(self._base.tokenizer, prompt, request.stop_strings),
             emit=_nobody,
             wants_prompt_logprobs=bool(echoes_logprobs),
@@ -226,10 +239,9 @@ class Generator:
 
     def _sampling(self, request: Request, choice: int) -> Sampling:
         defaults = self._base.defaults
-        tokens = [*(request.logit_bias or {}), *(request.stop_token_ids or [])]
-        if not all(0 <= token < self._base.vocab_size for token in tokens):
-            field = "logit_bias" if request.logit_bias else "stop_token_ids"
-            raise bad_request(f"{field}: token ids must be from 0 to {self._base.vocab_size - 1}", field)
+        for field, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+            if not all(0 <= token < self._base.vocab_size for token in tokens or ()):
+                raise bad_request(f"{field}: token ids must be from 0 to {self._base.vocab_size - 1}", field)
         return Sampling(
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=defaults.top_p if request.top_p is None else request.top_p,

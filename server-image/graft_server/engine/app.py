@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MAX_BODY_BYTES = 16 << 20
+REQUEST_ID = re.compile(r"[!-~]{1,128}")  # what a client may call its request; it becomes part of the answer's id
 
 
 class Server:
@@ -121,6 +123,9 @@ class Server:
         except web.HTTPException as error:
             wrapped = ApiError(error.status, error.reason, error.reason)
             return web.json_response(wrapped.body, status=error.status)
+        except web.RequestPayloadError as error:  # a body that is not what its headers say
+            wrapped = ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", f"the body cannot be read: {error}")
+            return web.json_response(wrapped.body, status=HTTPStatus.BAD_REQUEST)
         except ConnectionError:
             raise  # the caller is gone; aiohttp knows
         except Exception as error:
@@ -149,7 +154,7 @@ class Server:
         if not self._settings.api_keys:
             return True
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        given = key.strip().encode()
+        given = key.strip().encode(errors="surrogateescape")  # a header may hold any bytes
         matches = [hmac.compare_digest(given, known.encode()) for known in self._settings.api_keys]
         return scheme.lower() == "bearer" and any(matches)
 
@@ -194,7 +199,8 @@ class Server:
         return await self._generate(request, body)
 
     async def _generate(self, request: web.Request, body: ChatRequest | CompletionRequest) -> web.StreamResponse:
-        request_id = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
+        asked = request.headers.get("X-Request-Id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         model = body.model or self._settings.served_model_names[0]
         shapes = Shapes(isinstance(body, ChatRequest), request_id, model, self._token_texts)
         async with await self._generator.start(body) as answers:

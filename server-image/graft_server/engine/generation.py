@@ -166,7 +166,7 @@ class Engine:
     def _next_turn(self) -> bool:
         """Waits for work and runs what `call` asked for. False when the engine stops."""
         with self._wake:
-            while not (self._stopping or self._calls or self._waiting or self._running()):
+            while not (self._stopping or self._calls or self._waiting or self._running() or self._any_read()):
                 self._wake.wait()
             if not (self._stopping or self._calls or self._running()) and self._all_loading():
                 self._wake.wait(QUEUE_POLL)
@@ -176,6 +176,9 @@ class Engine:
         for call in calls:
             call()
         return True
+
+    def _any_read(self) -> bool:
+        return any(future.done() for future in self._loading.values())
 
     def _all_loading(self) -> bool:
         loading = [self._loading.get(sequence.adapter) for sequence in self._waiting if sequence.adapter]
@@ -331,6 +334,9 @@ class Engine:
         with self._wake:
             running = {sequence.adapter for sequence in self._running() if sequence.adapter}
             waiting = {sequence.adapter for sequence in self._waiting if sequence.adapter}
+        for adapter in [adapter for adapter, future in self._loading.items() if future.done()]:
+            if adapter not in waiting:  # whoever asked for it has left: its weights would stay for nobody
+                del self._loading[adapter]
         self.residency.trim(running, waiting)
         if not self.residency.names():
             self.network.hooks.forget()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -19,6 +19,9 @@ class Metrics:
 
     def __init__(self, model_name: str, max_loras: int, activity: Callable[[], Activity]) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(
+            registry=self._registry
+        )  # its start, by which the agent tells one process from the next; its memory
         self._registry.register(_ActivityCollector(model_name, max_loras, activity))
         self._model = model_name
         labels = ["model_name"]

@@ -44,7 +44,8 @@ class SamplingDefaults:
 class BaseModel:
     """A loaded base model. `modules` has every module an adapter may target, by its full name.
 
-    `start_token` is what an encoder-decoder's answer begins with, and None for a causal model.
+    `start_token` is what an encoder-decoder's answer begins with, and None for a causal model. `longest_token`: characters
+    of the longest token there is.
     """
 
     network: Any
@@ -53,13 +54,23 @@ class BaseModel:
     vocab_size: int
     hidden_size: int
     start_token: int | None
+    longest_token: int
     eos_ids: frozenset[int]
     defaults: SamplingDefaults
     modules: Mapping[str, ModuleShape]
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a completion prompt, special tokens of the tokenizer included."""
-        return list(self.tokenizer.encode(text))
+        """The token ids of a completion prompt, special tokens of the tokenizer included. Raises PromptError if too long."""
+        return self._encode(text, special_tokens=True)
+
+    def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        """A text that cannot fit is not read at all: megabytes would keep the tokenizer from everybody else for seconds."""
+        if len(text) > (limit := self.max_model_len * self.longest_token):
+            raise PromptError(
+                f"This model's maximum context length is {self.max_model_len} tokens, which hold at most {limit} characters. "
+                f"However, your prompt contains {len(text)} characters. Please reduce the length of the prompt."
+            )
+        return list(self.tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -68,14 +79,11 @@ class BaseModel:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_arguments: Mapping[str, Any]) -> list[int]:
         """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
 
-        An encoder-decoder without a template was trained on bare inputs: it gets the last message of the user.
+        An encoder-decoder without a template gets plain text, as it was trained on.
         Raises PromptError where the template is missing, refuses the messages, or the arguments are reserved.
         """
         if not self.tokenizer.chat_template and self.start_token is not None:
-            asked = [message["content"] for message in messages if message["role"] == "user"]
-            if not asked:
-                raise PromptError("messages: the model has no chat template and there is no message of the user")
-            return self.encode(asked[-1])
+            return self.encode(_plain(messages))
         if not self.tokenizer.chat_template:
             raise PromptError("messages: the model has no chat template; use /v1/completions or --chat-template")
         reserved = set(signature(self.tokenizer.apply_chat_template).parameters) & set(template_arguments)
@@ -87,22 +95,47 @@ class BaseModel:
             )
         except Exception as error:  # a template is a program: it may fail in any way on what a client sends
             raise PromptError(f"messages: the chat template refused them: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(text, special_tokens=False)
+
+
+def _plain(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What is asked, as the trainer writes it: the system's messages and the user's, with an empty line between.
+
+    It trains on no turns before the question, so of a longer conversation only what follows the last answer counts.
+    """
+    answered = max((at for at, message in enumerate(messages) if message["role"] in ("assistant", "tool")), default=-1)
+    asked = [
+        message for at, message in enumerate(messages) if at > answered or message["role"] in ("system", "developer")
+    ]
+    if not any(message["role"] not in ("system", "developer") for message in asked):
+        raise PromptError("messages: the model has no chat template and there is no message of the user")
+    return "\n\n".join(str(message["content"]) for message in asked)
 
 
 def load_base_model(settings: Settings) -> BaseModel:
     """Loads the model that the settings name. Only safetensors are read and no code of the model's is run.
 
-    Raises OSError or ValueError where the directory holds no such model.
+    Raises OSError or ValueError where the directory holds no such model, or not all of its weights.
     """
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if not (Path(settings.model) / "config.json").is_file():
+        raise FileNotFoundError("there is no config.json")
     local = {"trust_remote_code": False, "local_files_only": True}
     config = AutoConfig.from_pretrained(settings.model, **local)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    network = kind.from_pretrained(
-        settings.model, dtype=dtype, use_safetensors=True, quantization_config=_quantization(settings, dtype), **local
-    ).eval()
-    network.requires_grad_(False)
+    quantized = _quantization(settings, dtype)
+    network, found = kind.from_pretrained(
+        settings.model,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        # Given as None it would hide what the config of a base that was saved in 4 bits says.
+        **({"quantization_config": quantized} if quantized else {}),
+        **local,
+    )
+    if missing := sorted(map(str, found["missing_keys"])):  # transformers makes them up at random, with a warning
+        raise ValueError(f"{settings.model} lacks {len(missing)} weights of its config.json, the first is {missing[0]}")
+    network.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False, local_files_only=True)
     if settings.chat_template:
         tokenizer.chat_template = _chat_template(settings.chat_template)
@@ -121,6 +154,7 @@ def load_base_model(settings: Settings) -> BaseModel:
         max_model_len=length,
         vocab_size=network.get_input_embeddings().num_embeddings,
         hidden_size=network.get_input_embeddings().embedding_dim,
+        longest_token=max(map(len, tokenizer.get_vocab())),
         start_token=_start_token(network) if network.config.is_encoder_decoder else None,
         eos_ids=frozenset(_ids(generation.eos_token_id) + _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)),
         defaults=_sampling_defaults(generation) if settings.generation_config == "auto" else SamplingDefaults(),
@@ -141,7 +175,7 @@ def adaptable_modules(network: Any) -> dict[str, ModuleShape]:
     return shapes
 
 
-def _quantization(settings: Settings, dtype: torch.dtype) -> Any:
+def _quantization(settings: Settings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """4-bit weights as in QLoRA (Dettmers et al., arXiv:2305.14314): nf4, its scales quantized too."""
     if settings.quantization is None:
         return None

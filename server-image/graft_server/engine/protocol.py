@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # prompts in one request
 MAX_LOGPROBS = 20  # alternatives reported beside a token
+MAX_STOPS = 64  # stop strings: each of them is looked for after every token, on the engine's thread
+MAX_TEMPERATURE = 100  # beyond it, and beyond these penalties, logits leave the range of floats
+PENALTIES = (0.01, 100)
+
+MAX_MESSAGES = 20  # faults of one request that are told
+ALTERNATIVE = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")  # pydantic's names for the types of a union
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
@@ -19,18 +26,33 @@ M = TypeVar("M", bound=BaseModel)
 # nothing. Ignoring any other value would be a silently wrong answer. best_of is gone from OpenAI's API and from vLLM's.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
+    "allowed_token_ids": (None,),
     "audio": (None,),
+    "bad_words": (None, []),
     "best_of": (None, 1),
+    "chat_template": (None,),
     "continue_final_message": (None, False),
+    "documents": (None, []),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "include_stop_str_in_output": (None, False),
+    "logits_processors": (None, []),
+    "modalities": (None, ["text"]),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "skip_special_tokens": (None, True),
     "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
+    "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
 
@@ -84,21 +106,22 @@ class GenerationRequest(BaseModel):
     """What both kinds of request share. Unknown fields are ignored, as in vLLM; unsupported ones are refused."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, ge=PENALTIES[0], le=PENALTIES[1])
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     min_tokens: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    stop: Text | list[Text] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -108,11 +131,11 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, neutral in UNSUPPORTED.items():
+            for name, neutral in cls.unsupported.items():
                 # `in` compares with ==, for which 0 is False and 1 is True: logprobs 0 asks for something.
                 value = data.get(name)
                 if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
-                    raise ValueError(f"{name}: this engine does not support it")
+                    raise bad_request(f"{name}: this engine does not support it", name)
         return data
 
     @property
@@ -152,6 +175,8 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
+    unsupported = {**UNSUPPORTED, "add_special_tokens": (None, False), "echo": (None, False)}
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
@@ -161,7 +186,7 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: it needs logprobs to be true")
+            raise bad_request("top_logprobs: it needs logprobs to be true", "top_logprobs")
         return self
 
     @property
@@ -172,6 +197,8 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. A prompt is text or token ids; several prompts get `n` answers each."""
+
+    unsupported = {**UNSUPPORTED, "add_special_tokens": (None, True)}
 
     prompt: Text | list[int] | list[Text] | list[list[int]] = Field(min_length=1)
     echo: bool | None = None
@@ -201,10 +228,9 @@ def parse_body(model: type[M], content_type: str, body: bytes) -> M:
         return model.model_validate_json(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
-        messages = []
-        for detail in details:
-            field = ".".join(str(part) for part in detail["loc"])
-            text = detail["msg"].removeprefix("Value error, ")
-            messages.append(f"{field}: {text}" if field else text)
+        messages: dict[str, None] = {}  # in order, each once
+        for detail in details[:MAX_MESSAGES]:
+            field = ".".join(str(part) for part in detail["loc"] if not ALTERNATIVE.fullmatch(str(part)))
+            messages[f"{field}: {detail['msg']}" if field else detail["msg"]] = None
         param = str(details[0]["loc"][0]) if details[0]["loc"] else None
         raise ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", "; ".join(messages), param) from error

@@ -50,7 +50,9 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), end_ids: frozenset[int] = frozenset()) -> None:
         self._sampling = sampling
         self._prompt = prompt
-        self._end_ids = sorted(end_ids)
+        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
+        self._biased_ids = torch.tensor([*sampling.logit_bias], dtype=torch.long)
+        self._biases = torch.tensor([*sampling.logit_bias.values()], dtype=torch.float32)
         self._generated: list[int] = []
         self._generator = torch.Generator()
         if sampling.seed is None:
@@ -64,8 +66,8 @@ class Sampler:
         Raises ValueError where the logits are not numbers, as with an adapter whose weights have overflowed.
         """
         logits = logits.float()
-        if torch.isnan(logits).any():
-            raise ValueError("the model's output is not a number")
+        if not torch.isfinite(logits.max()):  # the highest of a NaN and a number is NaN
+            raise ValueError("the model's output is not a number: the weights of the adapter or the model overflow")
         token = self._choose(logits)
         self._generated.append(token)
         if self._sampling.logprobs is None:
@@ -101,9 +103,8 @@ class Sampler:
         if (sampling.frequency_penalty or sampling.presence_penalty) and self._generated:
             counts = torch.bincount(torch.tensor(self._generated), minlength=len(copied))
             copied -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
-        for token, bias in sampling.logit_bias.items():
-            copied[token] += bias
-        if len(self._generated) < sampling.min_tokens and self._end_ids:
+        copied[self._biased_ids] += self._biases
+        if len(self._generated) < sampling.min_tokens:
             copied[self._end_ids] = float("-inf")
         return copied
 

@@ -52,7 +52,7 @@ async def serve(settings: Settings) -> int:
             shutdown_timeout=settings.drain_seconds,
         )
         await runner.setup()
-        await web.TCPSite(runner, None, settings.port).start()
+        await web.TCPSite(runner, settings.listen_address or None, settings.port).start()
         log.info("the gateway listens on port %d", settings.port, extra={"namespace": settings.namespace})
 
         following = asyncio.create_task(follower.run(), name="follower")

@@ -18,6 +18,7 @@ from graft_server.gateway.demand import Waiting
 from graft_server.gateway.errors import ApiError, bad_request, no_route, too_large, unavailable, unknown_model
 from graft_server.gateway.metrics import UNKNOWN, Metrics
 from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
+from graft_server.gateway.sequence import answer_in_steps
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Model, Table, read_parts
 
@@ -164,7 +165,7 @@ class Gateway:
         reason = model.why_not
         target = model.targets[0] if model.targets else None
         asleep = model.idle_seconds is not None and not model.backends
-        replicas = {backend.pod for one in model.targets for backend in model.replicas(one)}
+        replicas = {backend.pod for one in (*model.targets, *model.steps) for backend in model.replicas(one)}
         return {
             "id": model.name,
             "object": "model",
@@ -173,6 +174,11 @@ class Gateway:
             "graft": {
                 "adapter": target.adapter if target else None,
                 "version": target.version if target else None,
+                **(
+                    {"steps": [{"adapter": one.adapter, "version": one.version} for one in model.steps]}
+                    if model.steps
+                    else {}
+                ),
                 "deployment": model.deployment,
                 "namespace": model.namespace,
                 "base_model": model.base_model,
@@ -202,6 +208,11 @@ class Gateway:
         model = self._find(name)
         request[MODEL] = model.name
         with self.waiting.counted(model):
+            if model.steps:
+                call = Call(request, await self._awake(model), model.steps[0], payload, began)
+                return await answer_in_steps(
+                    self._proxy, call, lambda: self._table.models.get(model.name), self._settings.step_tokens
+                )
             model, target = await self._target(model)
 
             def replicas() -> Any:
@@ -209,6 +220,17 @@ class Gateway:
                 return newest.replicas(target) if newest else ()
 
             return await self._proxy.answer(Call(request, model, target, payload, began), replicas)
+
+    async def _awake(self, model: Model) -> Model:
+        """The model of a sequence; of a deployment that sleeps, when each step can be answered."""
+        if model.idle_seconds is None or model.why_not is None:
+            return model
+
+        def find() -> tuple[Model, Model | None]:
+            newest = self._find(model.name)
+            return newest, newest if newest.why_not is None else None
+
+        return (await self.waiting.hold(model, find))[0]
 
     async def _target(self, model: Model) -> tuple[Model, RouteTarget]:
         """What answers now; of a deployment that sleeps, when it has woken."""

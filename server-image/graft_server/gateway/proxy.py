@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -15,7 +15,7 @@ from graft.contracts import Backend, RouteTarget
 
 from graft_server.gateway.errors import ApiError, engine_error, timed_out, unavailable, upstream_broke
 from graft_server.gateway.metrics import Metrics
-from graft_server.gateway.rewrite import StreamRewriter, Words, error_event, rewrite_answer
+from graft_server.gateway.rewrite import Differs, StreamRewriter, Words, error_event, rewrite_answer
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Balancer, Model
 
@@ -50,6 +50,16 @@ class Call:
     target: RouteTarget
     payload: dict[str, Any]
     began: float
+    before: list[dict[str, Any]] = field(default_factory=list)  # of a sequence: the steps that have answered
+    spent: dict[str, int] = field(default_factory=dict)  # their tokens
+    for_client: bool = True  # else the answer is the next step's question
+    sending: "Sending | None" = None  # once the client has been sent the first bytes of a stream
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether every replica gives the same answer, so that one can go on where another broke off."""
+        fixed = self.payload.get("temperature") == 0 or self.payload.get("seed") is not None
+        return fixed and not any(self.payload.get(name) for name in ("logprobs", "tools", "functions"))
 
     @property
     def words(self) -> Words:
@@ -61,8 +71,23 @@ class Call:
                 "version": self.target.version,
                 "deployment": self.model.deployment,
                 "namespace": self.model.namespace,
+                **({"steps": [*self.before, self.step]} if self.before else {}),
             },
+            self.spent,
         )
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """This call as a step of a sequence."""
+        return {"adapter": self.target.adapter, "version": self.target.version}
+
+
+@dataclass
+class Sending:
+    """A stream on its way to the client."""
+
+    response: web.StreamResponse
+    rewriter: StreamRewriter
 
 
 class Proxy:
@@ -78,7 +103,23 @@ class Proxy:
         )
 
     async def answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
-        """The answer, from the first replica that gives one. `replicas` is asked anew each time: the table may change."""
+        """The answer, from the first replica that gives one. `replicas` is asked anew each time: the table may change.
+
+        A stream that breaks after its first bytes goes on with another replica's answer if that must be the same; else it ends with an
+        error event.
+        """
+        try:
+            return await self._answer(call, replicas)
+        except ApiError as error:
+            if call.sending is None:
+                raise
+            call.request[BROKEN] = True
+            log.warning("%s: %s", call.model.name, error)
+            await call.sending.response.write(call.sending.rewriter.gap() + error_event(error.body))
+            await call.sending.response.write_eof()
+            return call.sending.response
+
+    async def _answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
         tried: set[str] = set()
         again = True
         failure: Elsewhere | None = None
@@ -117,6 +158,8 @@ class Proxy:
                 await self._refused(call, upstream)
             if upstream.content_type == "text/event-stream":
                 return await self._stream(call, upstream)
+            if call.sending is not None:
+                raise upstream_broke("the stream broke off, and another replica does not stream")
             return await self._plain(call, upstream)
         finally:
             if upstream is not None and not upstream.closed:
@@ -179,7 +222,8 @@ class Proxy:
             body = rewrite_answer(body, call.words)
         except (ValueError, RecursionError) as error:
             raise upstream_broke(f"the engine's answer makes no sense: {error}") from error
-        self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+        if call.for_client:
+            self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
         return web.Response(
             body=body, status=upstream.status, content_type="application/json", headers=self._headers(call)
         )
@@ -187,11 +231,8 @@ class Proxy:
     async def _stream(self, call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
         """Passes on what arrives as it arrives. Nothing is sent before the engine's first bytes, so that until then
         another replica can take over."""
-        rewriter = StreamRewriter(call.words)
-        response = web.StreamResponse(headers=self._headers(call))
-        response.content_type = "text/event-stream"
-        response.headers["Cache-Control"] = "no-cache"
-        response.headers["X-Accel-Buffering"] = "no"  # nginx in front would buffer
+        sending = call.sending or self._new_stream(call)
+        response, rewriter = sending.response, sending.rewriter
         chunks = upstream.content.iter_any()
         while True:
             broken: ApiError | None = None
@@ -203,22 +244,35 @@ class Proxy:
                 chunk, broken = b"", timed_out(call.model.name, "the engine fell silent in the middle of its answer")
             except (aiohttp.ClientError, OSError):
                 chunk, broken = b"", upstream_broke("the stream broke off before the answer was complete")
-            if not response.prepared:
-                if broken is not None:
-                    if broken.status == 504:
+            if broken is not None:
+                if broken.status == 504:
+                    raise broken
+                if response.prepared:
+                    if not (call.repeatable and rewriter.can_begin_again):
                         raise broken
-                    raise Elsewhere("broken", str(broken), again=False)
+                    if gap := rewriter.begin_again():
+                        await response.write(gap)
+                raise Elsewhere("broken", str(broken), again=False)
+            if not response.prepared:
                 self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+                call.sending = sending
                 await response.prepare(call.request)
-            out = rewriter.feed(chunk) if chunk else error_event(broken.body) if broken else rewriter.rest()
+            try:
+                out = rewriter.feed(chunk) if chunk else rewriter.rest()
+            except Differs as error:
+                raise upstream_broke("the stream broke off, and another replica's answer is not the same") from error
             if out:
                 await response.write(out)
             if not chunk:
-                if broken is not None:
-                    call.request[BROKEN] = True
-                    log.warning("%s: %s", call.model.name, broken)
                 await response.write_eof()
                 return response
+
+    def _new_stream(self, call: Call) -> Sending:
+        response = web.StreamResponse(headers=self._headers(call))
+        response.content_type = "text/event-stream"
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"  # nginx in front would buffer
+        return Sending(response, StreamRewriter(call.words))
 
 
 async def _read(upstream: aiohttp.ClientResponse, limit: int) -> bytes:

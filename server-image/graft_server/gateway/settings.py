@@ -17,6 +17,7 @@ class Settings:
     """What one gateway was started with. Times in seconds."""
 
     namespace: str = "default"
+    listen_address: str = ""
     port: int = GATEWAY_PORT
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout: float = 60.0  # to receive a request's body
@@ -24,6 +25,7 @@ class Settings:
     idle_timeout: float = 300.0  # without a byte from the engine; a plain answer comes only when all of it is there
     total_timeout: float = 3600.0
     attempts: int = 3
+    step_tokens: int = 512  # of a sequence's answers before the last, where the request has no limit
     avoid_seconds: float = 5.0  # a replica that could not be reached
     name: str = "gateway"  # the pod's: whose keys of graft-demand are its own
     hold_seconds: float = 120.0  # that a request waits for a deployment which sleeps
@@ -48,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
     here = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None
     flag("namespace", str, "where the routes ConfigMaps are", os.environ.get("POD_NAMESPACE") or here)
+    flag("listen-address", str, "address to listen on; empty: all")
     flag("port", int, "port of everything, metrics included")
     flag("max-body-bytes", int, "largest request body")
     flag("body-timeout", float, "to receive a request's body")
@@ -55,6 +58,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
     flag("idle-timeout", float, "longest silence of an engine")
     flag("total-timeout", float, "longest answer")
     flag("attempts", int, "replicas tried for one request")
+    flag(
+        "step-tokens", int, "longest answer of a sequence's steps before the last, where the request sets no max_tokens"
+    )
     flag("avoid-seconds", float, "how long an unreachable replica is avoided")
     flag("name", str, "name of this gateway", os.environ.get("POD_NAME") or socket.gethostname())
     flag("hold-seconds", float, "that a request waits for a deployment which sleeps")

@@ -20,6 +20,7 @@ class Model:
     backends: tuple[Backend, ...]
     unavailable: str | None
     idle_seconds: int | None = None  # its deployment may sleep
+    steps: tuple[RouteTarget, ...] = ()  # of a sequence, which has no targets
 
     def replicas(self, target: RouteTarget) -> tuple[Backend, ...]:
         """The backends that have the target loaded."""
@@ -34,13 +35,17 @@ class Model:
 
     @property
     def why_not(self) -> str | None:
-        """Why no backend can answer now; None when one can."""
+        """Why no backend can answer now; None when one can. A sequence needs one for each of its steps."""
+        if self.steps and all(self.replicas(step) for step in self.steps):
+            return None
         if any(target.weight > 0 and self.replicas(target) for target in self.targets):
             return None
         if self.unavailable:
             return self.unavailable
         if not self.backends:
             return f"AdapterDeployment {self.deployment} has no ready replica"
+        if missing := [str(step.adapter) for step in self.steps if not self.replicas(step)]:
+            return f"no ready replica of AdapterDeployment {self.deployment} has {', '.join(missing)} loaded yet"
         return (
             f"none of the {len(self.backends)} ready replicas of AdapterDeployment {self.deployment} has it loaded yet"
         )
@@ -78,6 +83,7 @@ class Table:
                         backends=tuple(part.backends),
                         unavailable=part.unavailable,
                         idle_seconds=part.idle_seconds,
+                        steps=tuple(route.steps),
                     )
         return cls(models), problems
 

@@ -1,0 +1,28 @@
+"""python -m benchmarks.serve [mix|ready|memory]… [--rounds N]: serving, as ratios to references, in one run each.
+
+Results go to build/bench/ as JSON; the exit code is 1 when a bound is missed.
+"""
+
+import argparse
+import importlib
+import sys
+
+NAMES = ("mix", "ready", "memory")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all when absent")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each variant (default: 5)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    results = []
+    for name in arguments.names or NAMES:
+        print(f"==> {name}", flush=True)
+        results.append(importlib.import_module(f"benchmarks.serve.{name}").measure(arguments.rounds))
+    return 0 if all(result["met"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""How long after an Adapter is Ready a running deployment answers with it, to the first token at the client.
+
+In each round, beside each other in time:
+  attach    a new version of an adapter that is served as @latest: from the moment its condition Ready is seen in a watch to the
+            first token of the new version through the gateway
+  bare      a GET of the version's weights and safetensors' load, nothing else: what moving the bytes costs at least
+  restart   engine and agent of the pod begin anew with an empty disk: from their start to the first token through the gateway
+Real: API server, operator, object store, agent, engine, gateway. The kubelet is the one of tests/cluster/loopback.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import safetensors.torch
+import torch
+import urllib3
+from cluster_api import Api
+from graft.artifacts.store import S3Store, StorageConfig
+from loopback import PLACEMENT, LoopbackNode, loopback_node
+from operator_process import BUCKET, OperatorProcess, install_rights, new_operator
+from serving_stack import adapter_manifest, gateway, make_real_base, upload_version, write_kubeconfig
+from tenant import Tenant
+from tenants import bind
+from testbed.controlplane import ControlPlane, control_plane
+from testbed.objectstore import S3Server, s3_server
+from testbed.shell import REPOSITORY, Failed, wait_for
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.serve.adapters import TINY, make_adapters
+from benchmarks.train.results import ratio, show, spread, verdict, write
+
+MOST_OVER_BARE, MOST_OVER_RESTART = 1.2, 0.05
+PATIENCE = 180.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A base model and adapters for it. The bounds are held against the last of SIZES."""
+
+    name: str
+    hidden: int | None  # None: the tiny model of the examples
+    rank: int
+
+
+# The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters.
+SIZES = (Size("small", None, 16), Size("large", 2048, 512))
+
+
+def make_base(size: Size, folder: Path) -> Path:
+    if size.hidden is None:
+        return TINY
+    shutil.copytree(TINY, folder)
+    tiny = json.loads((TINY / "config.json").read_text())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tiny["vocab_size"], hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=1,
+        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=256, eos_token_id=2, bos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+class Client:
+    """Asks one model through the gateway, one request after the other."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.address, self.model = urlsplit(url).netloc, model
+
+    def first_token(self, version: str) -> float:
+        """Ask until this version answers; when its first token was there."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if (at := self._ask(version)) is not None:
+                return at
+            time.sleep(0.01)
+        raise Failed(f"{self.model} has not answered as {version} within {PATIENCE:.0f} s")
+
+    def _ask(self, version: str) -> float | None:
+        connection = http.client.HTTPConnection(self.address, timeout=60)
+        body = {"model": self.model, "prompt": "What do you sell?", "max_tokens": 2, "stream": True, "temperature": 0}
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            if answer.status != 200:
+                return None
+            line = answer.readline()
+            at = time.monotonic()
+            if not line.startswith(b"data: {"):
+                return None
+            found = json.loads(line[6:]).get("graft", {}).get("version")
+            answer.read()
+            return at if found == version else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+
+def ready_at(api: Api, namespace: str, name: str) -> float:
+    """Watch until the Adapter is Ready; when that was seen."""
+    certificates = {name: str(api.pki / f"admin.{end}") for name, end in (("cert_file", "crt"), ("key_file", "key"))}
+    pool = urllib3.PoolManager(ca_certs=str(api.pki / "ca.crt"), **certificates)
+    path = f"/apis/graft.dev/v1alpha1/namespaces/{namespace}/adapters?watch=true&fieldSelector=metadata.name%3D{name}"
+    answer = pool.request("GET", api.server + path, preload_content=False, timeout=PATIENCE)
+    rest = b""
+    try:
+        for data in answer.stream(amt=None):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                conditions = json.loads(line)["object"].get("status", {}).get("conditions", [])
+                if any(item["type"] == "Ready" and item["status"] == "True" for item in conditions):
+                    return time.monotonic()
+    finally:
+        answer.close()
+    raise Failed(f"the watch ended before {name} was Ready")
+
+
+class Rig:
+    """A running deployment of one replica."""
+
+    def __init__(self, tenant: Tenant, node: LoopbackNode, client: Client, base: str, store: S3Store) -> None:
+        self.tenant, self.node, self.client, self.base, self.store = tenant, node, client, base, store
+        self.version = ""
+
+    def upload(self, folder: Path, number: int, rank: int) -> tuple[str, str, str]:
+        version = f"1.0.{number}"
+        uri, digest = upload_version(self.tenant.store, self.tenant.name, folder, "bench", version, rank, self.base)
+        return version, uri, digest
+
+    def attach(self, version: str, uri: str, digest: str) -> float:
+        """Seconds from Ready to the first token."""
+        name = f"bench-{version}"
+        seen: list[float] = []
+        watching = threading.Thread(
+            target=lambda: seen.append(ready_at(self.tenant.api, self.tenant.name, name)), daemon=True
+        )
+        watching.start()
+        self.tenant.api.create(adapter_manifest(self.tenant, uri, digest, "bench", version, self.base))
+        first = self.client.first_token(version)
+        watching.join(10)
+        self.version = version
+        return first - seen[0]
+
+    def bare(self, uri: str) -> float:
+        """Seconds of the GET and of the load."""
+        key = uri.removeprefix(f"s3://{BUCKET}/") + "adapter_model.safetensors"
+        began = time.monotonic()
+        data = self.store.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        tensors = safetensors.torch.load(data)
+        assert tensors
+        return time.monotonic() - began
+
+    def restart(self) -> float:
+        """Seconds from the start of the containers to the first token."""
+        (pod,) = self.node.of(self.tenant.name)
+        before = (pod.engine.since, pod.agent.since)
+        for container in (pod.agent, pod.engine):
+            container.signal(signal.SIGKILL)
+        for path in (pod.folder / "adapters").iterdir():
+            shutil.rmtree(path)
+        wait_for(lambda: pod.engine.since > before[0] and pod.agent.since > before[1], 30, "the containers start again")
+        return self.client.first_token(self.version) - min(pod.engine.since, pod.agent.since)
+
+
+@contextlib.contextmanager
+def rig(plane: ControlPlane, api: Api, store: S3Store, size: Size, folder: Path) -> Iterator[Rig]:
+    """A deployment of this size, answering with version 1.0.0."""
+    tenant = Tenant(api, f"bench-{size.name}", store)
+    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": tenant.name}})
+    bind(tenant)
+    model = make_base(size, folder / "base")
+    base = make_real_base(api, store, f"bench-{size.name}", model)
+    agents = folder / "agents.kubeconfig"
+
+    def spawn(program: str, arguments: list[str], environment: dict[str, str], log: Path) -> int:
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"graft_server.{program}", *arguments],
+                env=os.environ | environment | {"KUBECONFIG": str(agents), "HF_HUB_OFFLINE": "1"},
+                stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+            ).pid  # fmt: skip
+
+    (first,) = make_adapters(model, folder / "first", 1, size.rank)
+    uri, digest = upload_version(store, tenant.name, first, "bench", "1.0.0", size.rank, base)
+    api.create(adapter_manifest(tenant, uri, digest, "bench", "1.0.0", base))
+    with loopback_node(api, folder / "pods", model, spawn) as node:
+        spec = {"baseModel": base, "adapters": ["bench@latest"], "limits": {"maxLoraRank": 512}, **PLACEMENT}
+        # The account's token is there before the first agent asks for it.
+        api.create(tenant.resource("AdapterDeployment", "chat", spec | {"replicas": 0}))
+        tenant.wait(lambda: api.get("ServiceAccount", tenant.name, "chat-agent"), "the agent has an account")
+        write_kubeconfig(plane, agents, api.token(tenant.name, "chat-agent"))
+        api.patch("AdapterDeployment", tenant.name, "chat", {"spec": {"replicas": 1}})
+        with gateway(plane, api, folder, node.address()) as url:
+            made = Rig(tenant, node, Client(url, f"{tenant.name}/bench"), base, tenant.store)
+            made.client.first_token("1.0.0")
+            made.version = "1.0.0"
+            yield made
+        api.delete("AdapterDeployment", tenant.name, "chat")
+
+
+def rounds_of(plane: ControlPlane, api: Api, store: S3Store, size: Size, rounds: int) -> dict[str, Any]:
+    """All three, `rounds` times."""
+    found: dict[str, list[float]] = {"attach": [], "bare": [], "restart": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with rig(plane, api, store, size, folder) as made:
+            paths = make_adapters(folder / "base" if size.hidden else TINY, folder / "new", rounds, size.rank)
+            sizes = sum(path.stat().st_size for path in paths[0].iterdir())
+            for number, path in enumerate(paths, start=1):
+                version, uri, digest = made.upload(path, number, size.rank)
+                for way in ("attach", "bare") if number % 2 else ("bare", "attach"):
+                    found[way].append(made.bare(uri) if way == "bare" else made.attach(version, uri, digest))
+                found["restart"].append(made.restart())
+                last = ", ".join(f"{way} {values[-1]:.3f} s" for way, values in found.items())
+                print(f"  {size.name} {number}/{rounds}: {last}", flush=True)
+    return {"adapterBytes": sizes, "seconds": found}
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[tuple[ControlPlane, Api, S3Server, OperatorProcess]]:
+    """Control plane, store and operator."""
+    with control_plane() as plane, s3_server() as s3:
+        plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
+        plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))
+        api = Api(plane.server, plane.state / "pki")
+        operator = new_operator(plane.state, install_rights(plane, api), s3)
+        operator.start()
+        try:
+            yield plane, api, s3, operator
+        finally:
+            operator.stop()
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Both sizes; what was found."""
+    sizes: dict[str, Any] = {}
+    rows: list[tuple[str, str]] = []
+    over_bare = over_restart = 0.0
+    with cluster() as (plane, api, s3, _):
+        store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
+        wait_for(
+            lambda: BUCKET in [item["Name"] for item in store.client.list_buckets()["Buckets"]],
+            30,
+            "the bucket is there",
+        )
+        for size in SIZES:
+            sizes[size.name] = found = rounds_of(plane, api, store, size, rounds)
+            seconds = found["seconds"]
+            over_bare, over_restart = (
+                ratio(seconds["attach"], seconds["bare"]),
+                ratio(seconds["attach"], seconds["restart"]),
+            )
+            found |= {"overBare": over_bare, "overRestart": over_restart}
+            rows += [
+                (
+                    f"{size.name}: adapter of {found['adapterBytes'] / 1e6:.1f} MB, Ready to first token, s",
+                    spread(seconds["attach"]),
+                ),
+                (f"{size.name}: bare GET and load, s", spread(seconds["bare"])),
+                (f"{size.name}: restart of the pod's containers, s", spread(seconds["restart"])),
+                (f"{size.name}: Ready to first token / bare", verdict(over_bare, MOST_OVER_BARE, least=False)),
+                (f"{size.name}: Ready to first token / restart", verdict(over_restart, MOST_OVER_RESTART, least=False)),
+            ]
+    result = {
+        "sizes": sizes, "overBare": over_bare, "overRestart": over_restart,
+        "met": over_bare <= MOST_OVER_BARE and over_restart <= MOST_OVER_RESTART,
+    }  # fmt: skip
+    write("serve-ready", result)
+    show(f"From Ready to the first token ({rounds} rounds)", rows)
+    return result

@@ -1,0 +1,182 @@
+"""Adapter that is composed or imported -> the ConfigMap with what is to be done, the Job that does it, and its NetworkPolicy."""
+
+from graft.api import Adapter
+from graft.api.basemodel import BaseModelStatus
+from graft.api.composition import Compose, Import
+from graft.api.meta import Resources
+from graft.artifacts.layout import tenant_of
+from graft.contracts import (
+    JOB_FILE,
+    WORK_DIR,
+    BaseModelRef,
+    Composition,
+    JobIdentity,
+    OutputRef,
+    ParentVersion,
+    VersionFile,
+)
+from graft.manifests.common import (
+    CONTAINER_SECURITY,
+    OWNER_UID,
+    STORAGE_MOUNTS,
+    Manifest,
+    child,
+    field_env,
+    huggingface_volume,
+    labels,
+    pod_defaults,
+    storage_volume,
+)
+from graft.manifests.network import EGRESS
+from graft.manifests.training import FAILURE_POLICY, mounted_volumes
+from graft.settings import Settings
+
+RETRIES = 3
+KEPT_SECONDS = 86400  # after its end, for the log; what it made is in storage and in the Adapter's status
+GRACE_SECONDS = 10  # nothing is kept of a pod that ends early
+MIB = 1024**2
+LIBRARIES = 2048 * MIB  # torch, transformers and peft, with some room to work
+DISK = 1024 * MIB  # caches of the libraries and small files
+
+
+def command(adapter: Adapter) -> str:
+    """What the trainer image is to do: compose or import."""
+    return "compose" if adapter.spec.compose is not None else "import"
+
+
+def job_name(adapter: Adapter) -> str:
+    """Of the Job, its ConfigMap and its NetworkPolicy."""
+    return f"{adapter.metadata.name}-{command(adapter)}"
+
+
+def making(adapter: Adapter) -> Compose | Import:
+    """How the version is made."""
+    how = adapter.spec.compose or adapter.spec.import_
+    if how is None:
+        raise ValueError(f"{adapter.metadata.name} is neither composed nor imported")
+    return how
+
+
+def version_file(adapter: Adapter, base_model: BaseModelRef, task: str, settings: Settings) -> VersionFile:
+    """What the pod is told; the parents as they are resolved in the status."""
+    spec, meta = adapter.spec, adapter.metadata
+    composition = None
+    if spec.compose is not None:
+        given = spec.compose.model_dump(
+            include={"method", "density", "svd_rank", "majority_sign", "seed", "into"}, exclude_none=True
+        )
+        parents = [ParentVersion.model_validate(item.model_dump()) for item in adapter.status.parents or []]
+        composition = Composition(parents=parents, **given)
+    return VersionFile.model_validate(
+        {
+            "job": JobIdentity(name=meta.name, namespace=meta.namespace, uid=meta.uid),
+            "tenant": tenant_of(meta.namespace),
+            "base_model": base_model,
+            "output": OutputRef(adapter=spec.adapter, version=spec.version),
+            "method": spec.method,
+            "task": task,
+            "composition": composition,
+            "source": spec.import_.uri if spec.import_ is not None else None,
+            "hf_endpoint": settings.huggingface_endpoint,
+            "trainer_image": settings.images.trainer,
+        }
+    )
+
+
+def config_map(adapter: Adapter, file: VersionFile) -> Manifest:
+    """The ConfigMap that holds job.json."""
+    return child("v1", "ConfigMap", job_name(adapter), adapter, command(adapter)) | {
+        "data": {"job.json": file.json_text()}
+    }
+
+
+def policy(adapter: Adapter) -> Manifest:
+    """No way in; out to anything but the cloud's metadata address."""
+    return child("networking.k8s.io/v1", "NetworkPolicy", job_name(adapter), adapter, "network") | {
+        "spec": {
+            "podSelector": {"matchLabels": {OWNER_UID: adapter.metadata.uid}},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [],
+            "egress": EGRESS,
+        }
+    }
+
+
+def resources(adapter: Adapter, base: BaseModelStatus, parents_bytes: int) -> Resources:
+    """What the pod needs (PURE): no GPU; memory and disk by the sizes of what is read, held and written."""
+    how, facts = making(adapter), base.facts
+    if how.resources is not None:
+        return how.resources
+    whole = adapter.spec.method == "full"
+    base_bytes = (base.size_bytes or 4 * (facts.parameters or 0 if facts else 0)) if whole else 0
+    memory, disk = LIBRARIES, DISK + 2 * base_bytes
+    if isinstance(how, Compose):
+        # The parents as read and in float32, and the result; 16-bit files take twice their size in float32.
+        memory += 6 * parents_bytes + base_bytes + base_bytes // 4
+        disk += 3 * parents_bytes
+        if (how.method.lower().endswith("svd") or whole) and facts is not None:
+            width = max(facts.intermediate_size or 0, facts.hidden_size or 0)
+            # One whole update per parent, their sum and its decomposition, float32.
+            memory += 4 * (facts.hidden_size or 0) * width * (len(how.parents) + 4)
+    else:
+        memory += LIBRARIES  # an adapter's size is not known before it is downloaded
+        disk += 8 * DISK
+    return Resources(
+        requests={"cpu": "1", "memory": _mebibytes(memory), "ephemeral-storage": _mebibytes(disk)},
+        limits={"memory": _mebibytes(memory)},
+    )
+
+
+def _mebibytes(amount: int) -> str:
+    return f"{-(-amount // (64 * MIB)) * 64}Mi"
+
+
+def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: Resources) -> Manifest:
+    """The batch/v1 Job with one container."""
+    volumes, mounts = mounted_volumes([base_model.uri])
+    container: Manifest = {
+        "name": command(adapter),
+        "image": settings.images.trainer,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python", "-m", "graft_trainer", command(adapter)],
+        "env": [
+            field_env("POD_NAME", "metadata.name"),
+            {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
+            {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
+        ],
+        "resources": needs.wire(),
+        "securityContext": CONTAINER_SECURITY,
+        "terminationMessagePolicy": "File",
+        "volumeMounts": [
+            {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
+            *STORAGE_MOUNTS,
+            {"name": "work", "mountPath": WORK_DIR},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
+            *mounts,
+        ],
+    }
+    pod = {
+        **pod_defaults(settings, making(adapter)),
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "containers": [container],
+        "volumes": [
+            {"name": "job", "configMap": {"name": job_name(adapter)}},
+            storage_volume(),
+            huggingface_volume(),
+            {"name": "work", "emptyDir": {}},
+            {"name": "tmp", "emptyDir": {}},
+            *volumes,
+        ],
+    }
+    return child("batch/v1", "Job", job_name(adapter), adapter, command(adapter)) | {
+        "spec": {
+            "backoffLimit": RETRIES,
+            "completions": 1,
+            "parallelism": 1,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": FAILURE_POLICY,
+            "ttlSecondsAfterFinished": KEPT_SECONDS,
+            "template": {"metadata": {"labels": labels(adapter, command(adapter))}, "spec": pod},
+        }
+    }

@@ -1,0 +1,257 @@
+"""Which adapters go to which replicas when not all fit in all (PURE).
+
+Where everything fits everywhere, everything is everywhere. Else each adapter gets two replicas where there are two:
+
+1. What was somewhere stays there, while the replica is alive and has the room.
+2. First copies before second ones, in the order of the adapters. Where no replica has room, copies that are to spare give way, and
+   after these a copy moves.
+3. An adapter that no ready replica is to have gets one that is ready. One that answers only where it was to leave stays there.
+4. Room that is left takes further copies, of what has the fewest first: a new replica shares the load at once.
+
+No copy gives way that is the last one loaded, so whatever answers goes on answering: it is loaded elsewhere, seen loaded, and then
+leaves. The same picture gives the same plan, and a plan that was carried out gives itself.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+COPIES = 2
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one replica takes; None: whatever comes."""
+
+    adapters: int | None = None
+    bytes: int | None = None
+    max_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One adapter. `leaving`: an older version that still answers; it needs no second replica."""
+
+    name: str
+    bytes: int = 0
+    rank: int = 0
+    leaving: bool = False
+
+    def copies(self, replicas: int) -> int:
+        """How many replicas it is to have of so many."""
+        return min(1 if self.leaving else COPIES, replicas)
+
+
+@dataclass(frozen=True)
+class ReplicaPod:
+    """A replica that is alive, the adapters that its engine has, those that it has still, but was told to unload, and those
+    that do not fit its base model.
+    """
+
+    name: str
+    ready: bool = True
+    loaded: frozenset[str] = frozenset()
+    draining: frozenset[str] = frozenset()
+    unfit: frozenset[str] = frozenset()
+
+    def answers(self, name: str) -> bool:
+        return self.ready and name in self.loaded
+
+    def has(self, name: str) -> bool:
+        """Whether it could go on answering."""
+        return self.ready and (name in self.loaded or name in self.draining)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Adapter -> its replicas, sorted; None: every adapter on every replica. `short`: those with fewer than they are to have."""
+
+    homes: Mapping[str, tuple[str, ...]] | None
+    short: tuple[str, ...] = ()
+
+
+def fits_everywhere(items: Collection[Item], capacity: Capacity) -> bool:
+    """Whether one replica takes them all."""
+    return (capacity.adapters is None or len(items) <= capacity.adapters) and (
+        capacity.bytes is None or sum(item.bytes for item in items) <= capacity.bytes
+    )
+
+
+def plan(
+    items: Sequence[Item],
+    pods: Iterable[ReplicaPod],
+    capacity: Capacity,
+    previous: Mapping[str, Collection[str]],
+    *,
+    fill: bool = True,
+) -> Plan:
+    """Where each adapter is to be. `items`: the most important first. `previous`: adapter -> the replicas that were to have it."""
+    if fits_everywhere(items, capacity):
+        return Plan(None)
+    board = _Board({item.name: item for item in items}, {pod.name: pod for pod in pods}, capacity)
+    board.keep(previous)
+    # One step may make room for another. It ends: each makes one more adapter answer, else gives it a first copy, else a second,
+    # else a ready one, else a further one, and undoes nothing of a kind before its own.
+    while board.spread() or (fill and board.fill()):
+        pass
+    board.hold(previous)
+    return Plan(
+        homes={name: tuple(sorted(homes)) for name, homes in board.homes.items()},
+        short=tuple(i.name for i in items if len(board.homes[i.name]) < i.copies(len(board.pods))),
+    )
+
+
+@dataclass
+class _Board:
+    """A plan that is being made."""
+
+    items: dict[str, Item]  # the most important first
+    pods: dict[str, ReplicaPod]
+    capacity: Capacity
+    homes: dict[str, set[str]] = field(default_factory=dict)
+    on: dict[str, set[str]] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pods = dict(sorted(self.pods.items()))
+        self.homes = {name: set() for name in self.items}
+        self.on = {name: set() for name in self.pods}
+        self.bytes = dict.fromkeys(self.pods, 0)
+        self._rank = {name: number for number, name in enumerate(self.items)}
+
+    def keep(self, previous: Mapping[str, Collection[str]]) -> None:
+        """What was somewhere stays; where that is too much by now, what has the most copies goes first."""
+        for name in self.items:
+            for pod in previous.get(name, ()):
+                if pod in self.pods and name not in self.pods[pod].unfit:
+                    self._put(name, pod)
+        for pod in self.pods:
+            while not self._within(len(self.on[pod]), self.bytes[pod]):
+                self._take(max(self.on[pod], key=lambda name: self._spare(name, pod)), pod)
+
+    def spread(self) -> bool:
+        """First copies, second copies, ready ones; whether anything changed."""
+        changed = False
+        for item in self.items.values():
+            still = [name for name, pod in self.pods.items() if pod.has(item.name)]
+            if not self.homes[item.name] & set(still):
+                changed |= self._add_on(item, 0, still)
+        for level in range(1, COPIES + 1):
+            for item in self.items.values():
+                if len(self.homes[item.name]) < min(level, item.copies(len(self.pods))):
+                    changed |= self._add(item, level, self.pods)
+        ready = {name for name, pod in self.pods.items() if pod.ready}
+        for item in self.items.values():
+            if ready and not self.homes[item.name] & ready:
+                changed |= self._add(item, COPIES, sorted(ready))
+        return changed
+
+    def _add(self, item: Item, level: int, among: Collection[str]) -> bool:
+        """One more copy of it, in the emptiest place; what has more than `level` copies gives way. Whether there was a place."""
+        if self.capacity.max_rank is not None and item.rank > self.capacity.max_rank:
+            return False
+        others = [pod for pod in among if pod not in self.homes[item.name]]
+        return self._add_on(item, level, others) or self._move_for(item, others)
+
+    def _add_on(self, item: Item, level: int, among: Sequence[str]) -> bool:
+        free = [pod for pod in among if self._room(item, pod)]
+        if free:
+            self._put(item.name, min(free, key=self._share))
+            return True
+        ways = [(len(given), self._share(pod), pod, given) for pod in among if (given := self._given(item, pod, level))]
+        if not ways:
+            return False
+        _, _, pod, given = min(ways)
+        for name in given:
+            self._take(name, pod)
+        self._put(item.name, pod)
+        return True
+
+    def fill(self) -> bool:
+        """Further copies of what has the fewest, while there is room; whether there were any."""
+        changed = False
+        open_ = [name for name, item in self.items.items() if not item.leaving and self.homes[name]]
+        while open_:
+            name = min(open_, key=lambda name: (len(self.homes[name]), self._rank[name]))
+            free = [pod for pod in self.pods if pod not in self.homes[name] and self._room(self.items[name], pod)]
+            if free:
+                self._put(name, min(free, key=self._share))
+                changed = True
+            else:
+                open_.remove(name)
+        return changed
+
+    def hold(self, previous: Mapping[str, Collection[str]]) -> None:
+        """What moves stays where it answers until it answers in its new place, also where a limit was lowered."""
+        for name, homes in self.homes.items():
+            if homes and not any(self.pods[pod].answers(name) for pod in homes):
+                homes |= {pod for pod in previous.get(name, ()) if pod in self.pods and self.pods[pod].answers(name)}
+
+    def _given(self, item: Item, pod: str, level: int) -> list[str]:
+        """What gives way to it on the replica; [] where that is not enough."""
+        given: list[str] = []
+        for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
+            needed = min(level, 1) if self.items[name].leaving else level
+            if len(self.homes[name]) > needed and self._may_leave(name, pod, at_once=level == 0):
+                given.append(name)
+                if self._room(item, pod, given):
+                    break
+        else:
+            return []
+        for name in list(given):  # a large one may have made a small one's going needless
+            if self._room(item, pod, rest := [other for other in given if other != name]):
+                given = rest
+        return given
+
+    def _move_for(self, item: Item, others: Iterable[str]) -> bool:
+        """Move one copy of another adapter from a replica to one that has room for it."""
+        for pod in others:
+            for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
+                if not self._room(item, pod, [name]) or not self._may_leave(name, pod):
+                    continue
+                free = [to for to in self.pods if to not in self.homes[name] and self._room(self.items[name], to)]
+                if free:
+                    self._take(name, pod)
+                    self._put(name, min(free, key=self._share))
+                    self._put(item.name, pod)
+                    return True
+        return False
+
+    def _may_leave(self, name: str, pod: str, *, at_once: bool = False) -> bool:
+        """Whether nothing is lost: it answers elsewhere, or does not answer here and has another replica that is as ready."""
+        here, others = self.pods[pod], [self.pods[other] for other in self.homes[name] if other != pod]
+        if here.has(name):
+            return any(other.answers(name) for other in others)
+        return at_once or not here.ready or any(other.ready for other in others)
+
+    def _spare(self, name: str, pod: str) -> tuple[int, bool, bool, int]:
+        """How well the replica can do without it: the greatest goes first."""
+        item = self.items[name]
+        return len(self.homes[name]), item.leaving, self._may_leave(name, pod), self._rank[name]
+
+    def _room(self, item: Item, pod: str, without: Sequence[str] = ()) -> bool:
+        if item.name in self.pods[pod].unfit:
+            return False
+        freed = sum(self.items[name].bytes for name in without)
+        return self._within(len(self.on[pod]) - len(without) + 1, self.bytes[pod] - freed + item.bytes)
+
+    def _within(self, adapters: int, size: int) -> bool:
+        slots, limit = self.capacity.adapters, self.capacity.bytes
+        return (slots is None or adapters <= slots) and (limit is None or size <= limit)
+
+    def _share(self, pod: str) -> tuple[float, int, str]:
+        """How full it is, then how many adapters it has; by name where two are alike."""
+        slots, limit = self.capacity.adapters, self.capacity.bytes
+        shares = [len(self.on[pod]) / slots] if slots else []
+        shares += [self.bytes[pod] / limit] if limit else []
+        return max(shares, default=0.0), len(self.on[pod]), pod
+
+    def _put(self, name: str, pod: str) -> None:
+        if pod not in self.homes[name]:
+            self.homes[name].add(pod)
+            self.on[pod].add(name)
+            self.bytes[pod] += self.items[name].bytes
+
+    def _take(self, name: str, pod: str) -> None:
+        self.homes[name].remove(pod)
+        self.on[pod].remove(name)
+        self.bytes[pod] -= self.items[name].bytes

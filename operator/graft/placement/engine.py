@@ -62,8 +62,9 @@ def serving(
 
 def basis_of(facts: ModelFacts | None, spec: AdapterDeploymentSpec, *, task: Task, vllm: bool) -> str:
     """A digest of what a choice is made from, but for the nodes. Adapters, routes and replicas never roll the pods."""
+    limits = spec.limits.model_copy(update={"adapters_per_replica": None, "adapter_bytes_per_replica": None})
     parts = [
-        facts.wire() if facts is not None else {}, spec.limits.wire(), spec.engine, spec.strategy, spec.quantization,
+        facts.wire() if facts is not None else {}, limits.wire(), spec.engine, spec.strategy, spec.quantization,
         spec.node_selector or {}, [item.wire() for item in spec.tolerations or []],
         spec.resources.wire() if spec.resources is not None else {}, task, vllm,
     ]  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from engine_world import BASE, expected, make_adapter, make_base, running
 from graft.contracts import Backend, RouteEntry, Routes, RouteTarget
 from serving_world import FakeEngine, eventually
 from unit.test_gateway_http import World, events, refused, sse, world
@@ -201,3 +203,24 @@ async def test_a_sequence_that_sleeps_is_waited_for_until_every_step_is_there() 
         response = await waiting
         assert (await response.json())["choices"][0]["message"]["content"] == "qAB"
         response.close()
+
+
+async def test_two_real_adapters_of_one_engine(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    first, second = (make_adapter(base, tmp_path / name, seed) for seed, name in ((1, "first"), (2, "second")))
+    between = expected(base, first, "hello", 12)
+    async with running(base, max_lora_rank=8) as api, world(engines=0) as made:
+        await api.load(FIRST, first)
+        await api.load(SECOND, second)
+        made.addresses.append(f"{api.client.host}:{api.client.port}")
+        part = table(made, [FIRST, SECOND])
+        made.update(part.model_copy(update={"base_model": BASE}))
+        body = {"model": MODEL, "prompt": "hello", "temperature": 0, "max_tokens": 12}
+        async with made.post(body, "/v1/completions") as response:
+            answer = await response.json()
+        assert answer["choices"][0]["text"] == expected(base, second, between, 12)
+        assert answer["usage"]["completion_tokens"] == 24
+        async with made.post({**body, "stream": True}, "/v1/completions") as response:
+            found = events(await response.read())
+        streamed = "".join(choice["text"] for item in found[:-1] for choice in item["choices"])
+        assert streamed == answer["choices"][0]["text"] and found[-1] == "[DONE]"

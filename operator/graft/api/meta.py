@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 GROUP = "graft.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
+GPU = "nvidia.com/gpu"  # the device plugin's name of the resource, and the usual taint's
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class Resources(Schema):
 
     def gpus(self) -> int:
         """The number of GPUs asked for (limits, as the device plugin wants it)."""
-        return int((self.limits or {}).get("nvidia.com/gpu", 0))
+        return int((self.limits or {}).get(GPU, 0))
 
 
 class Toleration(Schema):
@@ -125,6 +126,11 @@ class Toleration(Schema):
         default=None, description="The taint's effect; empty matches all."
     )
     toleration_seconds: int | None = Field(default=None, description="For NoExecute: how long it is tolerated.")
+
+
+# The usual taint of GPU nodes. The API server's ExtendedResourceToleration gives pods that ask for GPUs this toleration; so do we,
+# where it is not on.
+GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
 
 class Placement(Schema):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft.api.meta import API_VERSION, Placement, Resource, Resources
+from graft.api.meta import API_VERSION, GPU_TOLERATION, Placement, Resource, Resources
 from graft.contracts import HF_SECRET, STORAGE_DIR, STORAGE_SECRET
 from graft.settings import Settings
 
@@ -69,7 +69,7 @@ CONTAINER_SECURITY = {
 }
 
 
-def pod_defaults(settings: Settings, placement: Placement) -> Manifest:
+def pod_defaults(settings: Settings, placement: Placement, *, gpus: int = 0) -> Manifest:
     """The part of a pod's spec that all our pods share; no service account token, no service links."""
     spec: Manifest = {
         "automountServiceAccountToken": False,
@@ -80,8 +80,11 @@ def pod_defaults(settings: Settings, placement: Placement) -> Manifest:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
     if placement.node_selector:
         spec["nodeSelector"] = placement.node_selector
-    if placement.tolerations:
-        spec["tolerations"] = [item.wire() for item in placement.tolerations]
+    tolerations = list(placement.tolerations or [])
+    if gpus and GPU_TOLERATION not in tolerations:
+        tolerations.append(GPU_TOLERATION)
+    if tolerations:
+        spec["tolerations"] = [item.wire() for item in tolerations]
     if placement.priority_class_name:
         spec["priorityClassName"] = placement.priority_class_name
     if placement.runtime_class_name:

@@ -2,7 +2,7 @@
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
-from graft.api.meta import Placement, Toleration
+from graft.api.meta import GPU, Placement
 from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
@@ -22,7 +22,6 @@ from graft.manifests.common import (
 from graft.settings import Settings
 
 DEFAULT_MAX_LORAS = 8
-GPU = "nvidia.com/gpu"
 HOST_SLOTS = (32, 64, 128)
 # vLLM quantises while it loads: 4 bits by bitsandbytes, 8 by its fp8. Ours has bitsandbytes only.
 QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
@@ -231,13 +230,12 @@ def _fetch_base(base_model: BaseModelRef, settings: Settings) -> Manifest:
 
 
 def _placement(deployment: AdapterDeployment, sizing: ServingSizing) -> Placement:
-    """The spec's, and where placement chose a GPU, the nodes that have it, with the usual taint of GPU nodes."""
+    """The spec's, and where placement chose a GPU, the nodes that have it."""
     spec = deployment.spec
     if spec.resources is not None or not sizing.gpus:
         return spec
     selector = (sizing.node_selector or {}) | (spec.node_selector or {})
-    tolerations = [*(spec.tolerations or []), Toleration(key=GPU, operator="Exists", effect="NoSchedule")]
-    return spec.model_copy(update={"node_selector": selector or None, "tolerations": tolerations})
+    return spec.model_copy(update={"node_selector": selector or None})
 
 
 def serving_deployment(
@@ -278,6 +276,8 @@ def serving_deployment(
         model = f"{MODELS_DIR}/base"
         init.append(_fetch_base(base_model, settings))
     selector = {"matchLabels": pod_selector(deployment)}
+    explicit = deployment.spec.resources
+    gpus = explicit.gpus() if explicit is not None else sizing.gpus
     manifest = child("apps/v1", "Deployment", serving_name(deployment), deployment, "serving")
     return manifest | {
         "spec": {
@@ -292,7 +292,7 @@ def serving_deployment(
                     "annotations": {BASE_MODEL: base_model.json_text()},
                 },
                 "spec": {
-                    **pod_defaults(settings, _placement(deployment, sizing)),
+                    **pod_defaults(settings, _placement(deployment, sizing), gpus=gpus),
                     "serviceAccountName": agent_account(deployment),
                     "terminationGracePeriodSeconds": LEAVE_SECONDS + deployment.spec.shutdown_seconds + EXIT_SECONDS,
                     "topologySpreadConstraints": [

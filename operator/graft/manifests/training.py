@@ -223,7 +223,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
         }
 
     pod = {
-        **pod_defaults(settings, spec),
+        **pod_defaults(settings, spec, gpus=shape.gpus),
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "initContainers": [container("prepare", PREPARE_RESOURCES)],

@@ -6,7 +6,7 @@ from typing import Literal
 
 from graft.api.basemodel import ModelFacts
 from graft.api.finetunejob import Sizing
-from graft.api.meta import Placement, Resources
+from graft.api.meta import GPU, Placement, Resources
 from graft.api.quantity import quantity
 from graft.api.recipe import Method, Training
 from graft.contracts import Choice
@@ -25,7 +25,7 @@ from graft.placement.choose import (
 from graft.placement.estimate import GIB, training_memory
 from graft.placement.explain import gib, too_small, warning
 from graft.placement.explain import sizing as sizing_of
-from graft.placement.offers import GPU, GpuKind, Node, NodeOffer, offers
+from graft.placement.offers import GpuKind, Node, NodeOffer, offers
 
 LARGEST_ON_CPU = 1_000_000_000  # parameters; above it a CPU takes days where a GPU takes an hour
 CPU_TOKENS = 8192  # of a micro-batch on a CPU, the trainer's

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft.api.meta import Placement, Toleration
+from graft.api.meta import GPU, GPU_TOLERATION, Placement, Toleration
 from graft.api.quantity import quantity
 
 Node = dict[str, Any]
-GPU = "nvidia.com/gpu"
 
 # GPU feature discovery's labels; GKE's and Karpenter's where it does not run.
 PRODUCT_LABELS = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator", "karpenter.k8s.aws/instance-gpu-name")
@@ -31,9 +30,6 @@ MEMORY_BY_PRODUCT = (
 WITHOUT_BF16 = ("t4", "v100", "p100", "p40", "p4", "k80", "rtx-8000", "rtx-2080", "titan")  # before Ampere
 SHOWN = 0.94  # of the size in a name is what the device shows: a T4 of 16 GB 15360 MiB, an A10 of 24 GB 23028 MiB
 USABLE = 0.98  # of what it shows: the driver keeps a part
-
-# The API server's ExtendedResourceToleration gives pods that ask for GPUs this toleration; so do we, where it is not on.
-GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
 
 @dataclass(frozen=True)

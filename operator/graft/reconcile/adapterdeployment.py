@@ -64,15 +64,15 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     namespace, kube = spec.metadata.namespace, ctx.kube
-    base, credentials, listed, deployment, found_pods, wanted, routes, residency = await asyncio.gather(
-        gather_base_model(ctx, spec.spec.base_model, namespace),
-        ensure_credentials(ctx, namespace),
-        kube.list("Adapter", namespace),
-        kube.get("Deployment", namespace, serving_name(spec)),
-        kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid}),
-        kube.get("ConfigMap", namespace, wanted_name(spec)),
-        kube.get("ConfigMap", ctx.settings.namespace, routes_name(spec)),
-        kube.get("ConfigMap", namespace, residency_name(spec)),
+    (base, credentials), (listed, found_pods), (deployment, wanted, routes, residency) = await asyncio.gather(
+        asyncio.gather(gather_base_model(ctx, spec.spec.base_model, namespace), ensure_credentials(ctx, namespace)),
+        asyncio.gather(kube.list("Adapter", namespace), kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})),
+        asyncio.gather(
+            kube.get("Deployment", namespace, serving_name(spec)),
+            kube.get("ConfigMap", namespace, wanted_name(spec)),
+            kube.get("ConfigMap", ctx.settings.namespace, routes_name(spec)),
+            kube.get("ConfigMap", namespace, residency_name(spec)),
+        ),
     )
     trouble = base if isinstance(base, Trouble) else credentials
     adapters = [Adapter.model_validate(item) for item in listed]

@@ -94,7 +94,7 @@ class Client:
 
     def _ask(self, version: str) -> float | None:
         connection = http.client.HTTPConnection(self.address, timeout=60)
-        body = {"model": self.model, "prompt": "What do you sell?", "max_tokens": 2, "stream": True, "temperature": 0}
+        body = {"model": self.model, "prompt": "What do you sell?", "max_tokens": 1, "stream": True, "temperature": 0}
         try:
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()

@@ -224,12 +224,17 @@ class Kube:
             "PATCH", path, manifest, {"fieldManager": manager, "force": "true"}, "application/apply-patch+yaml"
         )
 
-    async def ensure(self, manifest: Manifest) -> None:
-        """Apply, but only when the live object differs in a field that the manifest names: an idle operator writes nothing."""
+    async def ensure(self, *manifests: Manifest) -> None:
+        """Apply, in their order, those whose live object differs in a field that the manifest names: an idle operator writes
+        nothing, and waits for one answer only."""
+        live = await asyncio.gather(*(self._live(manifest) for manifest in manifests))
+        for manifest, found in zip(manifests, live, strict=True):
+            if found is None or not covers(found, manifest):
+                await self.apply(manifest)
+
+    async def _live(self, manifest: Manifest) -> Manifest | None:
         metadata = manifest["metadata"]
-        live = await self.get(manifest["kind"], metadata.get("namespace"), metadata["name"])
-        if live is None or not covers(live, manifest):
-            await self.apply(manifest)
+        return await self.get(manifest["kind"], metadata.get("namespace"), metadata["name"])
 
     async def create(self, manifest: Manifest) -> None:
         """Create an object whose spec is immutable. One of the same owner that is there already is fine, another's is a 409."""

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cluster_api import Api, Object
-from graft.artifacts import layout
+from graft.artifacts import layout, sources
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files, publish
@@ -44,9 +44,10 @@ def upload_version(
 ) -> tuple[str, str]:
     """Put a version into the store; its URI and the digest of its manifest."""
     files = {name: folder / name for name in FILES}
+    model = f"s3://{BUCKET}/models/{base}"
     made = Manifest(
         adapter=adapter, version=version, method="lora",
-        base_model=ManifestBaseModel(name=base, uri=f"s3://{BUCKET}/models/{base}"),
+        base_model=ManifestBaseModel(name=base, uri=model, digest=sources.describe(model, store, None).digest),
         job=ManifestJob(name=f"{adapter}-{version}", namespace=tenant, uid=f"{adapter}-{version}", attempt="1"),
         recipe="random", hyperparameters={}, rank=rank, target_modules=["q_proj"], files=describe_files(files),
         created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -3,10 +3,12 @@
     wait for the base model and the key -> sizing -> agents' identity and ConfigMaps -> Deployment of serving pods, and what scales it
     -> residency (what each agent has loaded) -> the gateway's routes -> status per replica and per adapter
 
-Adapters come and go through the wanted ConfigMap and never touch the pods; reconcile/serving.py decides the order of a change.
+Adapters come and go through the wanted ConfigMap and never touch the pods; reconcile/serving.py decides the order of a change. Where
+pods were made before it comes first: a new version does not wait for a look at everything that they need.
 A deployment whose base model or key goes away later keeps serving what it serves.
 """
 
+import asyncio
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -45,9 +47,13 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return 0
     world = await _gather(ctx, spec)
     claimed = await _scale(ctx, world)
+    running = world.wanted is not None
+    if running:
+        await _apply_adapters(ctx, world)
     if world.trouble is None and world.base_model is not None:
         world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
-    await _apply_adapters(ctx, world)
+    if not running:
+        await _apply_adapters(ctx, world)
     status, observed = observe(world, ctx.settings.gateway_url)
     await ctx.write_status(raw, status, observed)
     if world.trouble is not None or world.unscaled is not None:
@@ -57,11 +63,19 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
-    namespace = spec.metadata.namespace
-    base = await gather_base_model(ctx, spec.spec.base_model, namespace)
-    trouble = base if isinstance(base, Trouble) else await ensure_credentials(ctx, namespace)
-    adapters = [Adapter.model_validate(item) for item in await ctx.kube.list("Adapter", namespace)]
-    deployment = await ctx.kube.get("Deployment", namespace, serving_name(spec))
+    namespace, kube = spec.metadata.namespace, ctx.kube
+    (base, credentials), (listed, found_pods), (deployment, wanted, routes, residency) = await asyncio.gather(
+        asyncio.gather(gather_base_model(ctx, spec.spec.base_model, namespace), ensure_credentials(ctx, namespace)),
+        asyncio.gather(kube.list("Adapter", namespace), kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})),
+        asyncio.gather(
+            kube.get("Deployment", namespace, serving_name(spec)),
+            kube.get("ConfigMap", namespace, wanted_name(spec)),
+            kube.get("ConfigMap", ctx.settings.namespace, routes_name(spec)),
+            kube.get("ConfigMap", namespace, residency_name(spec)),
+        ),
+    )
+    trouble = base if isinstance(base, Trouble) else credentials
+    adapters = [Adapter.model_validate(item) for item in listed]
     current = None if isinstance(base, Trouble) else base.ref
     live = compatibility.base_of(deployment["spec"]["template"]) if deployment else None
     chosen = compatibility.in_force(spec, adapters, current, live)
@@ -77,12 +91,9 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         else:
             world.sizing = placed
     world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
-    world.pods = await ctx.kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})
-    world.wanted = _parse(Wanted, await ctx.kube.get("ConfigMap", namespace, wanted_name(spec)), WANTED_KEY)
-    world.routes = _parse(
-        Routes, await ctx.kube.get("ConfigMap", ctx.settings.namespace, routes_name(spec)), ROUTES_KEY
-    )
-    residency = await ctx.kube.get("ConfigMap", namespace, residency_name(spec))
+    world.pods = found_pods
+    world.wanted = _parse(Wanted, wanted, WANTED_KEY)
+    world.routes = _parse(Routes, routes, ROUTES_KEY)
     keys = (residency or {}).get("data") or {}
     alive = {pods.name(pod) for pod in world.pods}
     for key in keys:
@@ -91,7 +102,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
             world.residency[key] = found
     gone = sorted(set(keys) - alive)
     if gone:
-        await ctx.kube.merge_patch("ConfigMap", namespace, residency_name(spec), {"data": dict.fromkeys(gone)})
+        await kube.merge_patch("ConfigMap", namespace, residency_name(spec), {"data": dict.fromkeys(gone)})
     return world
 
 
@@ -136,8 +147,7 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
         serving_deployment(spec, base, ctx.settings, sizing, replicas),
     ]
     try:
-        for child in children:
-            await ctx.kube.ensure(child)
+        await ctx.kube.ensure(*children)
         if claimed:
             await ctx.kube.apply(children[-1])
         world.unscaled = await autoscaling.apply_guards(ctx, spec)

@@ -1,5 +1,7 @@
 """An AdapterDeployment's replicas and what moves them: the demand that gateways tell of, the autoscaler, the disruption budget."""
 
+import asyncio
+
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
 from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
@@ -107,23 +109,26 @@ async def apply_guards(ctx: Context, spec: AdapterDeployment) -> Trouble | None:
     wanted = [disruption_budget(spec)] if can_have_several(spec) else []
     moving = autoscaler(spec)
     wanted += [moving] if moving is not None else []
-    trouble = None
-    for kind in KINDS:
-        manifest = next((item for item in wanted if item["kind"] == kind), None)
-        if manifest is None:
-            await _remove(ctx, spec, kind)
-            continue
-        try:
-            await ctx.kube.ensure(manifest)
-        except KubeError as error:
-            if kind != "ScaledObject" or error.status != 404:
-                raise
-            trouble = Trouble(
-                "AutoscalerMissing",
-                "the cluster has no kind ScaledObject (keda.sh/v1alpha1): install KEDA, or set autoscaling.provider to hpa; "
-                "until then the number of replicas stays as it is",
-            )
-    return trouble
+    by_kind = {manifest["kind"]: manifest for manifest in wanted}
+    troubles = await asyncio.gather(*(_guard(ctx, spec, kind, by_kind.get(kind)) for kind in KINDS))
+    return next((trouble for trouble in troubles if trouble is not None), None)
+
+
+async def _guard(ctx: Context, spec: AdapterDeployment, kind: str, manifest: Manifest | None) -> Trouble | None:
+    if manifest is None:
+        await _remove(ctx, spec, kind)
+        return None
+    try:
+        await ctx.kube.ensure(manifest)
+    except KubeError as error:
+        if kind != "ScaledObject" or error.status != 404:
+            raise
+        return Trouble(
+            "AutoscalerMissing",
+            "the cluster has no kind ScaledObject (keda.sh/v1alpha1): install KEDA, or set autoscaling.provider to hpa; "
+            "until then the number of replicas stays as it is",
+        )
+    return None
 
 
 async def _remove(ctx: Context, spec: AdapterDeployment, kind: str) -> None:

@@ -263,9 +263,10 @@ def _check_tensors(tensors: Mapping[str, Any], config: _LoraConfig, modules: Map
 
 
 def _pairs(tensors: Mapping[str, Any], config: _LoraConfig) -> dict[str, Pair]:
-    """The matrices by module. The modules are those that have tensors: a pattern of the config's is never evaluated."""
+    """The matrices by module, scaled in place. The modules are those that have tensors: a pattern of the config's is never
+    evaluated."""
     found: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if match := TENSOR.fullmatch(name.removeprefix(PREFIX)):
             found.setdefault(match["module"], {})[match["part"][-1]] = tensor
-    return {module: Pair(parts["A"], parts["B"] * config.scale(module)) for module, parts in found.items()}
+    return {module: Pair(parts["A"], parts["B"].mul_(config.scale(module))) for module, parts in found.items()}

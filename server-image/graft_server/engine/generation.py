@@ -61,7 +61,7 @@ class Activity:
 
 
 class Engine:
-    """Runs sequences. `submit`, `cancel`, `call` and `activity` may be called from any thread."""
+    """Runs sequences. `submit`, `cancel`, `keep`, `call` and `activity` may be called from any thread."""
 
     def __init__(
         self, network: Network, residency: Residency, load: Callable[[str], AdapterWeights], capacity: Capacity
@@ -115,6 +115,11 @@ class Engine:
             for sequence in sequences:
                 sequence.cancelled = True
             self._wake.notify()
+
+    def keep(self, adapter: Adapter, weights: AdapterWeights) -> None:
+        """Takes an adapter that was read. It does not wait for the turn under way, which a long prompt may make last."""
+        self.residency.put(adapter, weights)
+        self.call(lambda: None)  # a turn, at whose end those beyond the limit are evicted
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Runs a function on the engine's thread between two turns, where nothing else touches the model."""

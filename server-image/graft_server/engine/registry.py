@@ -61,7 +61,7 @@ class AdapterRegistry:
             adapter = Adapter(name, path)
             try:
                 weights = await asyncio.to_thread(self._read, path)
-                await asyncio.wrap_future(self._engine.call(lambda: self._engine.residency.put(adapter, weights)))
+                self._engine.keep(adapter, weights)
             except AdapterNotFoundError as error:
                 message = f"Loading lora {name} failed: No adapter found for {path}"
                 raise ApiError(HTTPStatus.NOT_FOUND, "NotFoundError", message) from error

@@ -182,8 +182,40 @@ def test_parents_and_what_a_job_compares_with_are_kept() -> None:
     done = running | {"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "Verified"}]}}
     assert retention.composing([running, {"spec": {}}]) == {"support@1.0.0"}
     assert retention.composing([done]) == set()
+    chosen = running | {"status": {"parents": [{"name": "support-1.0.0", "uri": "s3://b/p/"}], "conditions": []}}
+    assert retention.composing([chosen]) == {"support@1.0.0", "support-1.0.0"}
     failed = running | {"status": {"stage": "Failed", "conditions": []}}
     assert retention.composing([failed]) == set()  # it never takes its parents any more
+
+
+def test_a_parent_that_was_chosen_stays_when_a_newer_version_comes() -> None:
+    """The reference means the newer one by then, but the Job reads the files of the older one."""
+    newer, told = adapter("1.5.0"), announced(OLD, NOW - 1)
+    parents = {"spec": {"compose": {"parents": [{"adapter": "support@^1"}]}}, "status": {"conditions": []}}
+    before = retention.composing([parents])
+    assert plan(told, [told, newer, NEW], parents=before).action == "prune"
+    parents["status"] = {"parents": [{"name": told.metadata.name}], "conditions": []}
+    assert plan(told, [told, newer, NEW], parents=retention.composing([parents])).reason == "Needed"
+
+
+@pytest.mark.parametrize(
+    ("reference", "back"),
+    [
+        ("support@1.0.0", "1.0.0"),
+        ("support@1.1.0", "1.1.0"),
+        ("support-1.0.0", "1.0.0"),
+        ("support@^1", "1.1.0"),
+        ("support@1", "1.1.0"),
+        ("support@latest", None),  # 2.0.0 is Ready
+        ("support@^2", None),
+        ("sales@^1", None),
+        ("cat", None),
+    ],
+)
+def test_a_composition_has_the_version_restored_that_it_waits_for(reference: str, back: str | None) -> None:
+    versions = [adapter("1.0.0", reason="Archived"), adapter("1.1.0", reason="Archived"), adapter("2.0.0")]
+    restored = [item.spec.version for item in versions[:2] if retention.awaited(item, versions, {reference})]
+    assert restored == ([back] if back else [])
 
 
 def scenario(source: random.Random) -> tuple[list[Adapter], list[AdapterDeployment], list[dict[str, Any]]]:

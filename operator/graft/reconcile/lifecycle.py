@@ -206,9 +206,8 @@ def _compares(job: Manifest, adapter: str) -> bool:
 
 
 async def _is_parent(look: Look) -> bool:
-    spec, metadata = look.adapter.spec, look.adapter.metadata
-    names = retention.composing(await look.ctx.kube.list(KIND, metadata.namespace))
-    return bool({metadata.name, f"{spec.adapter}@{spec.version}"} & names)
+    adapters = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace)
+    return retention.awaited(look.adapter, look.versions, retention.composing(adapters))
 
 
 def _own_prefix(ctx: Context, adapter: Adapter) -> str | None:

@@ -71,8 +71,34 @@ def texts(value: Any) -> set[str]:
 
 
 def composing(adapters: Iterable[Manifest]) -> set[str]:
-    """What the compositions that are not done yet name: their parents."""
-    return set().union(*(texts(raw["spec"].get("compose")) for raw in adapters if not _settled(raw)))
+    """What the compositions that are not done yet name: references to their parents, and the parents once they are chosen: a
+    newer version may be there by then, which the reference means now."""
+    named: set[str] = set()
+    for raw in adapters:
+        if not _settled(raw):
+            named |= texts(raw["spec"].get("compose"))
+            named |= {parent["name"] for parent in raw.get("status", {}).get("parents") or []}
+    return named
+
+
+def awaited(adapter: Adapter, versions: list[Adapter], parents: Iterable[str]) -> bool:
+    """Whether a composition cannot go on before this Archived version is back: it was chosen, or a reference means it and no
+    version that is Ready."""
+    present = [item for item in versions if not item.metadata.deletion_timestamp]
+    for parent in parents:
+        if parent == adapter.metadata.name:
+            return True
+        name, at, wanted = parent.partition("@")
+        if not at or name != adapter.spec.adapter or not _is_reference(wanted):
+            continue
+        meant = [
+            item for item in present if matches(wanted, item.spec.version) and state(item) in {"ready", "archived"}
+        ]
+        if meant and all(state(item) == "archived" for item in meant):
+            newest = max(meant, key=number)
+            if newest.metadata.name == adapter.metadata.name:
+                return True
+    return False
 
 
 def _settled(raw: Manifest) -> bool:

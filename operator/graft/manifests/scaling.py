@@ -118,4 +118,10 @@ def replicas_patch(deployment: AdapterDeployment, replicas: int, at: str) -> Man
     }
 
 
+def let_go_patch(deployment: AdapterDeployment) -> Manifest:
+    """The same, of a deployment that is not scaled any more: the number is somebody else's, and the time goes."""
+    name, namespace = serving_name(deployment), deployment.metadata.namespace
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": namespace}}
+
+
 SCALED_AT = "graft.dev/scaled-at"

@@ -184,6 +184,8 @@ def test_parents_and_what_a_job_compares_with_are_kept() -> None:
     assert retention.composing([done]) == set()
     chosen = running | {"status": {"parents": [{"name": "support-1.0.0", "uri": "s3://b/p/"}], "conditions": []}}
     assert retention.composing([chosen]) == {"support@1.0.0", "support-1.0.0"}
+    broken = {"type": "Ready", "status": "False", "reason": "DigestMismatch"}
+    assert retention.composing([running | {"status": {"artifact": {"uri": "u"}, "conditions": [broken]}}]) == set()
     failed = running | {"status": {"stage": "Failed", "conditions": []}}
     assert retention.composing([failed]) == set()  # it never takes its parents any more
 

@@ -104,7 +104,9 @@ def awaited(adapter: Adapter, versions: list[Adapter], parents: Iterable[str]) -
 def _settled(raw: Manifest) -> bool:
     status = raw.get("status", {})
     conditions = status.get("conditions", [])
-    return status.get("stage") == "Failed" or any(
+    if status.get("stage") == "Failed" or status.get("artifact"):  # it never takes its parents' files any more
+        return True
+    return any(
         item["type"] == "Ready"
         and (item["status"] == "True" or item["reason"] in {"Archived", "Restoring", "Rejected"})
         for item in conditions

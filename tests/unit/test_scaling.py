@@ -104,6 +104,20 @@ def test_a_budget_and_an_autoscaler_are_made_where_they_have_something_to_do() -
     assert metric["containerResource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
 
 
+def test_replicas_that_have_a_part_of_the_adapters_go_one_by_one() -> None:
+    scaled: dict[str, Any] = {"maxReplicas": 4, "target": {"cpuPercent": 70}}
+    everything = autoscaler(deployment(autoscaling=scaled))
+    assert everything is not None and "behavior" not in everything["spec"]
+    parts = {"adaptersPerReplica": 10}
+    found = autoscaler(deployment(autoscaling=scaled, limits=parts))
+    assert found is not None
+    assert found["spec"]["behavior"]["scaleDown"]["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 60}]
+    keda = autoscaler(deployment(autoscaling=scaled | {"provider": "keda"}, limits=parts))
+    assert keda is not None
+    behaviour = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behaviour == found["spec"]["behavior"]
+
+
 async def test_what_is_claimed_twice_is_written_once() -> None:
     """Our own manifest lets go of the replicas when it is applied next, which a missing base model puts off: for each look until
     then to write the time anew would wake the next one."""

@@ -190,6 +190,17 @@ def test_parents_and_what_a_job_compares_with_are_kept() -> None:
     assert retention.composing([failed]) == set()  # it never takes its parents any more
 
 
+@pytest.mark.parametrize("end", ["", "/", "/model"])
+def test_what_a_base_model_is_made_of_is_kept(end: str) -> None:
+    told = announced(OLD, NOW - 1)
+    assert told.spec.artifact is not None
+    models = [{"metadata": {"name": "merged"}, "spec": {"source": told.spec.artifact.uri.rstrip("/") + end}}]
+    other = [{"metadata": {"name": "tiny"}, "spec": {"source": "s3://graft/shop/adapters/support/1.0.0-rc"}}]
+    kept = plan(told, [told, NEW], models=models)
+    assert (kept.reason, kept.message) == ("Needed", "kept: its files are those of BaseModel merged")
+    assert plan(told, [told, NEW], models=other).action == "prune"
+
+
 def test_a_parent_that_was_chosen_stays_when_a_newer_version_comes() -> None:
     """The reference means the newer one by then, but the Job reads the files of the older one."""
     newer, told = adapter("1.5.0"), announced(OLD, NOW - 1)

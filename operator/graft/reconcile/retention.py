@@ -118,11 +118,23 @@ def users(name: str, deployments: Iterable[Manifest]) -> list[str]:
     return sorted(raw["metadata"]["name"] for raw in deployments if name in texts(raw.get("status")))
 
 
+def read_by(adapter: Adapter, models: Iterable[Manifest]) -> list[str]:
+    """The BaseModels whose files are those of the version: it was merged into its base, or imported whole."""
+    uri = adapter.artifact.uri if adapter.artifact is not None else None
+    return sorted(
+        raw["metadata"]["name"] for raw in models if uri and f"{raw['spec']['source'].rstrip('/')}/".startswith(uri)
+    )
+
+
 def needs(
-    versions: list[Adapter], deployments: list[Manifest], parents: Iterable[str] = (), compared: Iterable[str] = ()
+    versions: list[Adapter],
+    deployments: list[Manifest],
+    parents: Iterable[str] = (),
+    compared: Iterable[str] = (),
+    models: Iterable[Manifest] = (),
 ) -> dict[str, str]:
     """Adapter -> why it must be there. `versions` are those of one adapter; `parents` are names or references, `compared` the digests
-    of the versions that running jobs compare theirs with."""
+    of the versions that running jobs compare theirs with, `models` the BaseModels."""
     needed: dict[str, str] = {}
     present = sorted((item for item in versions if not item.metadata.deletion_timestamp), key=number)
     if not present:
@@ -148,6 +160,8 @@ def needs(
     for item in present:
         if item.artifact is not None and item.artifact.digest in set(compared):
             need(item, "a running FineTuneJob compares its own version with it")
+        if names := read_by(item, models):
+            need(item, f"its files are those of BaseModel {', '.join(names)}")
     ready = [item for item in present if state(item) == "ready"]
     for newest in (present[-1:], servable[-1:], ready[-1:]):
         for item in newest:

@@ -25,7 +25,7 @@ from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, STORAGE_DIR
 from graft.kube import Kube, Manifest
 from graft.manifests.adapter import JOB_UID
 from graft.manifests.common import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
-from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, scaling, signing
+from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, retention, scaling, signing
 from graft.reconcile.context import Context
 from graft.reconcile.queue import Queue
 from graft.settings import load as load_settings
@@ -130,7 +130,10 @@ def _referring(kind: str, namespace: str, labels: dict[str, str], body: Manifest
         versions = f"{body['spec']['adapter']}-"  # what is the newest, and what a rollback leads to, may have changed
         own = body["metadata"]["name"]
         siblings = [key for key in queue.keys("Adapter", namespace) if key[2].startswith(versions) and key[2] != own]
-        return jobs + siblings + queue.keys("AdapterDeployment", namespace)
+        # What a composition waits for may be Archived, and is restored for it.
+        parents = {ref.partition("@")[0] for ref in retention.composing([body]) if "@" in ref}
+        awaited = [key for key in queue.keys("Adapter", namespace) if key[2].rpartition("-")[0] in parents]
+        return jobs + siblings + awaited + queue.keys("AdapterDeployment", namespace)
     if kind == "AdapterDeployment":
         return queue.keys("Adapter", namespace)
     return []

@@ -96,6 +96,11 @@ def test_a_failure_is_told_in_the_pods_words_and_not_tried_again(tenant: Tenant,
     Maker(tenant, "other").create(**{"import": {"uri": "hf://org/name"}}).until("Importing")
     assert theirs.until("ImportInvalid") == failed and theirs.jobs() == ["other-1.0.0-import"], job
 
+    # Nor does an edit of what may be edited.
+    tenant.api.patch("Adapter", tenant.name, theirs.name, {"spec": {"deletionPolicy": "Delete"}})
+    tenant.wait(lambda: theirs.status()["observedGeneration"] == 2, "the edit was seen")
+    assert theirs.status()["stage"] == "Failed" and theirs.jobs() == ["other-1.0.0-import"]
+
 
 def test_a_pod_that_was_lost_is_followed_by_another(tenant: Tenant) -> None:
     theirs = Maker(tenant, "theirs").create(**{"import": {"uri": "hf://org/name"}})

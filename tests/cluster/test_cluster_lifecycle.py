@@ -12,6 +12,7 @@ from fleet import Fleet
 from graft.artifacts import archive
 from graft.artifacts.versions import read_manifest, verify
 from graft.kube import KINDS
+from maker import Maker
 from operator_process import BUCKET, OperatorProcess
 from tenant import Tenant
 from tenants import make_base_model
@@ -47,8 +48,8 @@ def files(tenant: Tenant, version: str) -> list[str]:
     return sorted(item.key.removeprefix(place) for item in tenant.store.objects(place))
 
 
-WHOLE = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
-ARCHIVED = ["adapter_config.json", "adapter_model.safetensors.xz", "manifest.json"]
+WHOLE = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "manifest.sig.json"]
+ARCHIVED = ["adapter_config.json", "adapter_model.safetensors.xz", "manifest.json", "manifest.sig.json"]
 
 
 def output(**more: Any) -> Object:
@@ -176,7 +177,8 @@ def test_unused_versions_are_announced_and_then_deleted_with_their_files(tenant:
         told = tenant.until("Adapter", f"support-{version}", "Retained", "Expiring")
         announced = tenant.status("Adapter", f"support-{version}")["prunedAfter"]
         assert announced in told["message"] and "retention on support-1.0.4" in told["message"]
-        assert files(tenant, version) == WHOLE
+        # A rejected version is not signed.
+        assert files(tenant, version) == [item for item in WHOLE if "sig" not in item or version != "1.0.3"]
     for version in doomed:
         tenant.gone("Adapter", f"support-{version}")
         assert files(tenant, version) == []
@@ -273,6 +275,21 @@ def test_what_answers_goes_on_answering_while_a_newer_version_is_restored(tenant
     assert fleet.targets() == {"support": "support-1.0.0"}
     fleet.agent_says(pod)
     fleet.until_targets(support="support-1.0.1")
+
+
+def test_a_composition_has_its_archived_parent_restored(tenant: Tenant) -> None:
+    tenant.trained("first")
+    tenant.trained("other", adapter="returns")
+    tenant.trained("second", output=output(version="2.0.0", retention={"compressAfter": "3s"}))
+    tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
+    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the original is gone")
+    both = Maker(tenant, "desk").compose("support@^1", "returns@1.0.0")
+    both.until("Composing")
+    assert files(tenant, "1.0.0") == WHOLE
+    assert [item["name"] for item in both.status()["parents"]] == ["support-1.0.0", "returns-1.0.0"]
+    assert tenant.until("Adapter", "support-1.0.0", "Retained", "Needed")["message"].endswith(
+        "composed into another one"
+    )
 
 
 def test_a_compressed_version_whose_resource_is_made_anew(tenant: Tenant) -> None:

@@ -91,9 +91,16 @@ def test_an_autoscaler_has_the_replicas_and_the_operator_leaves_them_alone(tenan
     )
     scale(tenant, 4)
     fleet.pods(4)
-    fleet.change(limits={"maxLoras": 4})  # the pods are rolled, their number is not touched
+    # The pods are rolled, their number is not touched.
+    fleet.change(limits={"maxLoras": 4, "adaptersPerReplica": 4})
     tenant.wait(lambda: "4" in engine_flags(tenant), "the new limit is in the pods")
     assert replicas(tenant) == 4
+    tenant.wait(
+        lambda: "behavior" in tenant.get("HorizontalPodAutoscaler", "chat")["spec"],
+        "replicas of an adapter do not go together",
+    )
+    (policy,) = tenant.get("HorizontalPodAutoscaler", "chat")["spec"]["behavior"]["scaleDown"]["policies"]
+    assert policy["value"] == 1
     fleet.pods(4)
     tenant.wait(lambda: fleet.status()["readyText"] == "4/4", "all are ready", explain=lambda: str(fleet.status()))
 

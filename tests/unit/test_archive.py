@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from graft.artifacts import archive
 from graft.artifacts import store as store_module
+from graft.artifacts.layout import SIGNATURE
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.signing import Statement, document, generate, read_keys, sign
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.artifacts.versions import InvalidArtifact, describe_files, publish, verify
+from graft.cli.failure import CliFailure
+from graft.cli.verification import check
 from testbed.objectstore import s3_server
 
 PREFIX = "shop/adapters/support/1.0.0/"
@@ -57,6 +61,23 @@ def never() -> bool:
 
 def keys(store: S3Store) -> set[str]:
     return {item.key.removeprefix(PREFIX) for item in store.objects(PREFIX)}
+
+
+def test_an_auditor_can_verify_what_is_compressed(store: S3Store, version: tuple[Manifest, str]) -> None:
+    manifest, digest = version
+    key = read_keys({"a.key": generate()})
+    statement = Statement("shop", "support", "1.0.0", f"s3://{store.config.bucket}/{PREFIX}", digest)
+    store.put(PREFIX + SIGNATURE, document(statement, sign(key, statement)))
+    assert check(store, "shop", "support", "1.0.0", key.public).endswith("every SHA-256 verified")
+    archive.compress(store, PREFIX, manifest, never)
+    archive.drop_originals(store, PREFIX, manifest)
+    assert check(store, "shop", "support", "1.0.0", key.public).endswith("verified; the weights are compressed")
+    store.put(COPY, lzma.compress(b"other weights"))
+    with pytest.raises(CliFailure, match=r"NOT what was verified: adapter_model\.safetensors has 13 bytes"):
+        check(store, "shop", "support", "1.0.0", key.public)
+    store.delete(COPY)
+    with pytest.raises(CliFailure, match=r"adapter_model\.safetensors is not in storage"):
+        check(store, "shop", "support", "1.0.0", key.public)
 
 
 def test_there_and_back_the_digests_are_the_same(store: S3Store, version: tuple[Manifest, str]) -> None:

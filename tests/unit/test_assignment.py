@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from graft.api import Adapter, AdapterDeployment
+from graft.api.adapterdeployment import Autoscaling, ScalingTarget
 from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
 from graft.reconcile import assignment
 from graft.reconcile.serving import ReplicaView, plan_routes, plan_wanted, resolve, wanted_adapter
@@ -46,7 +47,8 @@ class Operator:
     def short(self, *pods: str) -> assignment.Shortage | None:
         assert self.wanted is not None
         resolved = [wanted_adapter("shop", i.adapter) for i in resolve(self.spec, self.adapters) if i.adapter]
-        return assignment.shortage(self.spec, self.wanted, resolved, self.adapters, pods)
+        planned = self.spec.spec.autoscaling.min_replicas if self.spec.spec.autoscaling else self.spec.spec.replicas
+        return assignment.shortage(self.spec, self.wanted, resolved, self.adapters, pods, planned)
 
 
 def test_without_limits_every_replica_has_everything() -> None:
@@ -170,6 +172,32 @@ def test_replicas_that_are_to_come_make_room_by_themselves() -> None:
     operator.look([replica("pod-1")])
     short = operator.short("pod-1")
     assert short is not None and short.passing and "x-1.0.0 has no room on 1 replica" in short.message
+
+
+def test_with_autoscaling_the_remedy_is_what_counts_there() -> None:
+    names = ("u", "v", "w", "x")
+    target = {"requestsPerReplica": 4}
+    found = [sized(name) for name in names]
+    spec = limited(*names, replicas=1, adaptersPerReplica=3)
+
+    def scaled(least: int, most: int) -> AdapterDeployment:
+        autoscaling = Autoscaling(min_replicas=least, max_replicas=most, target=ScalingTarget.model_validate(target))
+        return spec.model_copy(update={"spec": spec.spec.model_copy(update={"autoscaling": autoscaling})})
+
+    operator = Operator(scaled(2, 4), found)
+    operator.look([replica("pod-1"), replica("pod-2")])
+    short = operator.short("pod-1", "pod-2")
+    assert short is not None and not short.passing
+    assert short.message.endswith(
+        ": raise autoscaling.minReplicas to 3, or raise limits.adaptersPerReplica to 4, or attach fewer adapters"
+    )
+    operator.spec = scaled(2, 2)
+    short = operator.short("pod-1", "pod-2")
+    assert short is not None and "raise autoscaling.minReplicas to 3 and maxReplicas to 3," in short.message
+    operator = Operator(scaled(3, 4), found)
+    operator.look([replica("pod-1")])
+    short = operator.short("pod-1")
+    assert short is not None and short.passing
 
 
 @dataclass

@@ -160,6 +160,28 @@ async def test_what_could_not_be_written_is_written_later(monkeypatch: Any) -> N
     assert json.loads(kube.patches[0]["data"]["team-a.dep.gw-1"])["deployment"] == "dep"
 
 
+async def test_a_deployment_that_goes_while_another_is_written_ends_nothing() -> None:
+    kube = FakeKube()
+    kube.put(DEMAND_CONFIGMAP, {})
+    waiting = Waiting(Settings(), Metrics())
+
+    class TableChanges(ConfigMaps):
+        async def apply_key(self, *args: Any, **kwargs: Any) -> None:
+            await super().apply_key(*args, **kwargs)
+            waiting.keep_only({("team-a", "dep"), ("team-a", "third")})
+
+    async with listening(kube.app()) as address:
+        client = kube.client(address)
+        with waiting.counted(model()), waiting.counted(model("second")), waiting.counted(model("third")):
+            waiting.news.set()
+            reporter = asyncio.create_task(Reporter(TableChanges(client, "graft-system"), waiting, "gw-1").run())
+            await eventually(lambda: reporter.done() or len(kube.patches) == 2)
+            assert not reporter.done()
+        reporter.cancel()
+        await client.close()
+    assert set(kube.items[DEMAND_CONFIGMAP]["data"]) == {"team-a.dep.gw-1", "team-a.third.gw-1"}
+
+
 def test_a_long_answer_is_no_idleness() -> None:
     waiting = Waiting(Settings(), Metrics())
     with waiting.counted(model()):

@@ -182,8 +182,53 @@ def test_parents_and_what_a_job_compares_with_are_kept() -> None:
     done = running | {"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "Verified"}]}}
     assert retention.composing([running, {"spec": {}}]) == {"support@1.0.0"}
     assert retention.composing([done]) == set()
+    chosen = running | {"status": {"parents": [{"name": "support-1.0.0", "uri": "s3://b/p/"}], "conditions": []}}
+    assert retention.composing([chosen]) == {"support@1.0.0", "support-1.0.0"}
+    broken = {"type": "Ready", "status": "False", "reason": "DigestMismatch"}
+    assert retention.composing([running | {"status": {"artifact": {"uri": "u"}, "conditions": [broken]}}]) == set()
     failed = running | {"status": {"stage": "Failed", "conditions": []}}
     assert retention.composing([failed]) == set()  # it never takes its parents any more
+
+
+@pytest.mark.parametrize("end", ["", "/", "/model"])
+def test_what_a_base_model_is_made_of_is_kept(end: str) -> None:
+    told = announced(OLD, NOW - 1)
+    assert told.spec.artifact is not None
+    models = [{"metadata": {"name": "merged"}, "spec": {"source": told.spec.artifact.uri.rstrip("/") + end}}]
+    other = [{"metadata": {"name": "tiny"}, "spec": {"source": "s3://graft/shop/adapters/support/1.0.0-rc"}}]
+    kept = plan(told, [told, NEW], models=models)
+    assert (kept.reason, kept.message) == ("Needed", "kept: its files are those of BaseModel merged")
+    assert plan(told, [told, NEW], models=other).action == "prune"
+
+
+def test_a_parent_that_was_chosen_stays_when_a_newer_version_comes() -> None:
+    """The reference means the newer one by then, but the Job reads the files of the older one."""
+    newer, told = adapter("1.5.0"), announced(OLD, NOW - 1)
+    parents = {"spec": {"compose": {"parents": [{"adapter": "support@^1"}]}}, "status": {"conditions": []}}
+    before = retention.composing([parents])
+    assert plan(told, [told, newer, NEW], parents=before).action == "prune"
+    parents["status"] = {"parents": [{"name": told.metadata.name}], "conditions": []}
+    assert plan(told, [told, newer, NEW], parents=retention.composing([parents])).reason == "Needed"
+
+
+@pytest.mark.parametrize(
+    ("reference", "back"),
+    [
+        ("support@1.0.0", "1.0.0"),
+        ("support@1.1.0", "1.1.0"),
+        ("support-1.0.0", "1.0.0"),
+        ("support@^1", "1.1.0"),
+        ("support@1", "1.1.0"),
+        ("support@latest", None),  # 2.0.0 is Ready
+        ("support@^2", None),
+        ("sales@^1", None),
+        ("cat", None),
+    ],
+)
+def test_a_composition_has_the_version_restored_that_it_waits_for(reference: str, back: str | None) -> None:
+    versions = [adapter("1.0.0", reason="Archived"), adapter("1.1.0", reason="Archived"), adapter("2.0.0")]
+    restored = [item.spec.version for item in versions[:2] if retention.awaited(item, versions, {reference})]
+    assert restored == ([back] if back else [])
 
 
 def scenario(source: random.Random) -> tuple[list[Adapter], list[AdapterDeployment], list[dict[str, Any]]]:

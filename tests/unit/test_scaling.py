@@ -1,5 +1,6 @@
 """How many replicas there are, and when a deployment sleeps (PURE)."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ServingSizing
 from graft.contracts import Demand, demand_interval
 from graft.manifests.scaling import autoscaler, can_have_several
+from graft.reconcile import autoscaling
 from graft.reconcile.scaling import Decision, decide, demands, idle_seconds, may_sleep
 from graft.status import now
 
@@ -100,3 +102,48 @@ def test_a_budget_and_an_autoscaler_are_made_where_they_have_something_to_do() -
     assert found is not None and found["spec"]["minReplicas"] == 1  # an HPA with 0 would need an alpha feature
     (metric,) = found["spec"]["metrics"]
     assert metric["containerResource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
+
+
+def test_replicas_that_have_a_part_of_the_adapters_go_one_by_one() -> None:
+    scaled: dict[str, Any] = {"maxReplicas": 4, "target": {"cpuPercent": 70}}
+    everything = autoscaler(deployment(autoscaling=scaled))
+    assert everything is not None and "behavior" not in everything["spec"]
+    parts = {"adaptersPerReplica": 10}
+    found = autoscaler(deployment(autoscaling=scaled, limits=parts))
+    assert found is not None
+    assert found["spec"]["behavior"]["scaleDown"]["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 60}]
+    keda = autoscaler(deployment(autoscaling=scaled | {"provider": "keda"}, limits=parts))
+    assert keda is not None
+    behaviour = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behaviour == found["spec"]["behavior"]
+
+
+async def test_what_is_claimed_twice_is_written_once() -> None:
+    """Our own manifest lets go of the replicas when it is applied next, which a missing base model puts off: for each look until
+    then to write the time anew would wake the next one."""
+    applied: list[tuple[str, int | None]] = []
+
+    class Api:
+        async def apply(self, manifest: dict[str, Any], *, manager: str) -> None:
+            applied.append((manager, manifest.get("spec", {}).get("replicas")))
+
+    def live(*managers: str) -> dict[str, Any]:
+        fields = {"f:spec": {"f:replicas": {}}}
+        claims = [{"manager": name, "operation": "Apply", "fieldsV1": fields} for name in managers]
+        return {"metadata": {"managedFields": claims}, "spec": {"replicas": 1}}
+
+    ctx: Any = SimpleNamespace(kube=Api())
+    scaled = deployment(autoscaling={"minReplicas": 0, "maxReplicas": 1})
+    keep, wake = Decision(1, change=False), Decision(2, change=True)
+    assert await autoscaling.scale(ctx, scaled, keep, live("graft-operator"))
+    assert applied == [("graft-scaling", 1)]
+    assert await autoscaling.scale(ctx, scaled, keep, live("graft-operator", "graft-scaling"))
+    assert applied == [("graft-scaling", 1)]
+    assert await autoscaling.scale(ctx, scaled, wake, live("graft-operator", "graft-scaling"))
+    assert not await autoscaling.scale(ctx, scaled, keep, live("graft-scaling"))
+    assert applied == [("graft-scaling", 1), ("graft-scaling", 2)]
+    # Without autoscaling it lets go, so that another time begins with the time of then.
+    assert not await autoscaling.scale(ctx, deployment(), keep, live("graft-operator", "graft-scaling"))
+    assert not await autoscaling.scale(ctx, deployment(), keep, live("graft-operator"))
+    assert not await autoscaling.scale(ctx, deployment(), keep, live("graft-scaling"))
+    assert applied[2:] == [("graft-scaling", None)]

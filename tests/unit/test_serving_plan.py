@@ -126,6 +126,20 @@ def test_when_the_old_version_is_gone_everywhere_the_new_one_answers_where_it_ca
     assert target(table) == "support-1.1.0"
 
 
+def test_a_deployment_without_pods_leads_to_the_new_version_at_once() -> None:
+    """Else a version that is deleted while it sleeps would be held until the next request, and be loaded once more then."""
+    spec = deployment()
+    before = routes(spec, resolve(spec, [V1]), [])
+    after = resolve(spec, [V1, V2])
+    assert target(routes(spec, after, [], before)) == "support-1.0.0", "pods may be on their way, and have the old one"
+    asleep = plan_routes(spec, after, "shop", [], before, "it is asleep", stopped=True)
+    assert target(asleep) == "support-1.1.0"
+    wanted = plan_wanted(spec, [wanted_adapter("shop", V2)], Wanted(base_model="tiny", max_lora_rank=8), asleep)
+    assert [item.adapter for item in wanted.adapters] == ["support-1.1.0"]
+    gone = plan_routes(spec, resolve(spec, []), "shop", [], asleep, "it is asleep", stopped=True)
+    assert target(gone) == "support-1.1.0"
+
+
 def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
     spec = deployment()
     old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])

@@ -81,6 +81,18 @@ def is_archived(store: S3Store, prefix: str, manifest: Manifest) -> bool:
     return bool(missing) and all(name + SUFFIX in there for name in missing)
 
 
+def verify(store: S3Store, prefix: str, manifest: Manifest) -> None:
+    """Compare every file with the manifest, a compressed one as it would be restored. InvalidArtifact says what differs."""
+    there = {item.key for item in store.objects(prefix)}
+    for file in manifest.files:
+        key = prefix + file.name
+        if key not in there and key + SUFFIX not in there:
+            raise InvalidArtifact("FileMissing", f"{file.name} is not in storage")
+        chunks = store.chunks(key) if key in there else _decompressed(store, key, file)
+        for _ in _Sum(file).following(chunks):
+            pass
+
+
 def leftovers(store: S3Store, prefix: str, manifest: Manifest) -> bool:
     """Whether an original is there beside its copy: somebody was killed between the two."""
     there = {item.key.removeprefix(prefix) for item in store.objects(prefix)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.artifacts.layout import split_s3_uri
+from graft.artifacts.layout import SIGNATURE, split_s3_uri
 from graft.artifacts.store import ObjectInfo, S3Store, StoreError
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -67,7 +67,12 @@ def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
     try:
-        files = [item for item in store.objects(prefix, bucket) if item.key.endswith(MODEL_FILES)]
+        # Of a version that serves as a model: its signature is written later, and anew with each key.
+        files = [
+            item
+            for item in store.objects(prefix, bucket)
+            if item.key.endswith(MODEL_FILES) and item.key != prefix + SIGNATURE
+        ]
     except StoreError as error:
         raise SourceError(str(error), transient=error.trouble == "unavailable") from error
     names = {item.key.removeprefix(prefix) for item in files}

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from graft.api.adapter import AdapterSignature
+from graft.artifacts import archive
 from graft.artifacts.layout import SIGNATURE, adapter_prefix, s3_uri, tenant_of
 from graft.artifacts.signing import KeysInvalid, SignatureInvalid, Statement, read_public, verify
 from graft.artifacts.store import S3Store, StoreError
@@ -55,10 +56,14 @@ def check(store: S3Store, namespace: str, adapter: str, version: str, trusted: d
     what = f"{adapter} {version} in {namespace}"
     try:
         signature = AdapterSignature.model_validate(json.loads(store.get(prefix + SIGNATURE)))
-        _, digest = read_manifest(store, prefix, None)
+        manifest, digest = read_manifest(store, prefix, None)
         uri = s3_uri(store.config.bucket, prefix)
         verify(signature, Statement(namespace, adapter, version, uri, digest), trusted)
-        manifest = verify_files(store, prefix, digest)
+        compressed = archive.is_archived(store, prefix, manifest)
+        if compressed:  # the version is Archived, and no less what was verified
+            archive.verify(store, prefix, manifest)
+        else:
+            verify_files(store, prefix, digest)
     except (SignatureInvalid, InvalidArtifact) as error:
         raise CliFailure(f"{what} is NOT what was verified: {error}", SAFE) from error
     except (ValidationError, ValueError) as error:
@@ -75,4 +80,5 @@ def check(store: S3Store, namespace: str, adapter: str, version: str, trusted: d
     return (
         f"{what}: signed by {signature.key_id}, {digest}\n"
         f"{len(manifest.files)} files, {manifest.size_bytes} bytes, every SHA-256 verified"
+        f"{'; the weights are compressed' if compressed else ''}"
     )

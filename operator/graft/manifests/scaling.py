@@ -3,12 +3,14 @@
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ScalingTarget
 from graft.manifests.common import Manifest, child
-from graft.manifests.serving import pod_selector, serving_name
+from graft.manifests.serving import has_parts, pod_selector, serving_name
 
 # Of the gateway: requests that it holds, or that run or wait in the engines. Counted there because the engines' own metrics are
 # behind the NetworkPolicy, and do not know of the requests that a sleeping deployment keeps waiting.
 REQUESTS_METRIC = "graft_gateway_deployment_in_flight"
 KEDA_POLLING_SECONDS = 15
+# For adapters on a part of the replicas: the two that have one must not go together, and the next needs time to load it.
+ONE_BY_ONE: Manifest = {"scaleDown": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]}}
 
 
 def can_have_several(deployment: AdapterDeployment) -> bool:
@@ -69,6 +71,7 @@ def _horizontal(deployment: AdapterDeployment, autoscaling: Autoscaling, target:
             "minReplicas": fewest(autoscaling),
             "maxReplicas": autoscaling.max_replicas,
             "metrics": metrics,
+            **({"behavior": ONE_BY_ONE} if has_parts(deployment) else {}),
         }
     }
 
@@ -103,6 +106,11 @@ def _scaled_object(deployment: AdapterDeployment, autoscaling: Autoscaling, targ
             "minReplicaCount": fewest(autoscaling),
             "maxReplicaCount": autoscaling.max_replicas,
             "triggers": triggers,
+            **(
+                {"advanced": {"horizontalPodAutoscalerConfig": {"behavior": ONE_BY_ONE}}}
+                if has_parts(deployment)
+                else {}
+            ),
         }
     }
 
@@ -116,6 +124,12 @@ def replicas_patch(deployment: AdapterDeployment, replicas: int, at: str) -> Man
         "metadata": {"name": name, "namespace": namespace, "annotations": {SCALED_AT: at}},
         "spec": {"replicas": replicas},
     }
+
+
+def let_go_patch(deployment: AdapterDeployment) -> Manifest:
+    """The same, of a deployment that is not scaled any more: the number is somebody else's, and the time goes."""
+    name, namespace = serving_name(deployment), deployment.metadata.namespace
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": namespace}}
 
 
 SCALED_AT = "graft.dev/scaled-at"

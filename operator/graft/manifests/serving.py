@@ -57,6 +57,12 @@ def pod_selector(deployment: AdapterDeployment) -> dict[str, str]:
     return {OWNER_UID: deployment.metadata.uid}
 
 
+def has_parts(deployment: AdapterDeployment) -> bool:
+    """Whether a replica may have a part of the adapters only."""
+    limits = deployment.spec.limits
+    return bool(limits.adapters_per_replica or limits.adapter_bytes)
+
+
 def host_slots(deployment: AdapterDeployment) -> int:
     """Adapters that vLLM keeps in the host's memory: room for all that are attached, in steps, so that attaching one rolls
     no pods."""
@@ -285,7 +291,7 @@ def serving_deployment(
             "selector": selector,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "progressDeadlineSeconds": PROGRESS_SECONDS,
-            **({"minReadySeconds": SPREAD_SECONDS} if limits.adapters_per_replica or limits.adapter_bytes else {}),
+            **({"minReadySeconds": SPREAD_SECONDS} if has_parts(deployment) else {}),
             "template": {
                 "metadata": {
                     "labels": labels(deployment, "serving"),

@@ -48,7 +48,9 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
     settled = done and ready is not None and ready.reason not in RETRIED
     if adapter.artifact is None:
-        if settled:  # it failed, and stays so
+        if ready is not None and adapter.status.stage == "Failed":  # it stays so, whatever of its spec was edited since
+            status = adapter.status.model_copy(update={"used_by": used_by})
+            await ctx.write_status(raw, status, [ready, in_use(used_by)])
             return None
         step = await adapterjob.make(ctx, adapter)
         await ctx.write_status(raw, step.status.model_copy(update={"used_by": used_by}), [step.ready, in_use(used_by)])

@@ -170,7 +170,14 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     """The gateway's table, then what the agents load: an adapter leaves the table before it is drained."""
     spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
     routes = serving.plan_routes(
-        spec, world.resolutions, tenant, world.replicas, world.routes, why_unavailable(world), world.wanted
+        spec,
+        world.resolutions,
+        tenant,
+        world.replicas,
+        world.routes,
+        why_unavailable(world),
+        world.wanted,
+        stopped=world.scale.replicas == 0 and not world.pods,
     )
     known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
     wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)

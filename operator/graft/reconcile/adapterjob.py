@@ -20,7 +20,6 @@ from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts import BaseModelRef, Reason
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapterjob as manifests
-from graft.manifests.adapter import ADAPTER_LABEL
 from graft.manifests.common import OWNER_UID
 from graft.reconcile import pods
 from graft.reconcile.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
@@ -100,10 +99,6 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
 
 
 async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Adapter]) -> None:
-    meta = adapter.metadata
-    if meta.labels.get(ADAPTER_LABEL) != adapter.spec.adapter:  # by which FineTuneJobs find the versions that are taken
-        patch = {"metadata": {"labels": {ADAPTER_LABEL: adapter.spec.adapter}}}
-        await ctx.kube.merge_patch(KIND, meta.namespace, meta.name, patch)
     names = {item.name for item in adapter.status.parents or []}
     sizes = sum(item.status.size_bytes or 0 for item in adapters if item.metadata.name in names)
     needs = manifests.resources(adapter, base.model.status, sizes)

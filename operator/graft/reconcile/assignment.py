@@ -115,8 +115,9 @@ def shortage(
     resolved: Collection[WantedAdapter],
     adapters: Iterable[Adapter],
     pods: Collection[str],
+    planned: int,
 ) -> Shortage | None:
-    """What has no room on the replicas that are there, and what would make room."""
+    """What has no room on the replicas that are there, and what would make room. `planned`: replicas that there are to be."""
     if wanted.assigned is None:
         return None
     placed = {item.engine_name: sum(pod in pods for pod in item.pods or ()) for item in wanted.adapters}
@@ -126,7 +127,7 @@ def shortage(
     if not short:
         return None
     there = f"{len(pods)} replica{'s' if len(pods) > 1 else ''}"
-    replicas, limits = max(len(pods), deployment.spec.replicas), capacity(deployment)
+    replicas, limits = max(len(pods), planned), capacity(deployment)
     lacking = [
         f"{names[item.name]} has no room on {there}"
         if placed[item.name] == 0
@@ -137,15 +138,19 @@ def shortage(
     changing = " (older versions count until the new ones answer)" if any(item.leaving for item in each) else ""
     found = remedies(each, replicas, limits)
     return Shortage(
-        message=f"{', '.join(lacking + more)}{changing}: {_remedy(found)}",
+        message=f"{', '.join(lacking + more)}{changing}: {_remedy(found, deployment)}",
         passing=enough(each, replicas, limits),
     )
 
 
-def _remedy(found: Remedies) -> str:
+def _remedy(found: Remedies, deployment: AdapterDeployment) -> str:
     ways = []
-    if found.replicas is not None:
+    autoscaling = deployment.spec.autoscaling
+    if found.replicas is not None and autoscaling is None:
         ways.append(f"replicas to {found.replicas}")
+    elif found.replicas is not None and autoscaling is not None:
+        most = f" and maxReplicas to {found.replicas}" if found.replicas > autoscaling.max_replicas else ""
+        ways.append(f"autoscaling.minReplicas to {found.replicas}{most}")
     if found.adapters is not None:
         ways.append(f"limits.adaptersPerReplica to {found.adapters}")
     if found.bytes is not None:

@@ -7,7 +7,7 @@ from graft.api.adapterdeployment import ServingSizing
 from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
 from graft.kube import FIELD_MANAGER, KubeError, Manifest
 from graft.manifests.common import COMPONENT, OWNER_UID
-from graft.manifests.scaling import autoscaler, can_have_several, disruption_budget, replicas_patch
+from graft.manifests.scaling import autoscaler, can_have_several, disruption_budget, let_go_patch, replicas_patch
 from graft.manifests.serving import serving_name
 from graft.reconcile import scaling
 from graft.reconcile.access import Trouble
@@ -88,19 +88,22 @@ def replicas_to_apply(spec: AdapterDeployment, decision: scaling.Decision, live:
 async def scale(ctx: Context, spec: AdapterDeployment, decision: scaling.Decision, live: Manifest) -> bool:
     """Make the replicas what was decided, as their own field manager. True when our own manifest still claims the field and
     has to be applied without it: a field that its only manager leaves out would fall back to its default."""
+    claimed, held = _claims_replicas(live, FIELD_MANAGER), _claims_replicas(live, SCALER)
     if spec.spec.autoscaling is None:
+        if claimed and held:
+            await ctx.kube.apply(let_go_patch(spec), manager=SCALER)
         return False
-    claimed = _claims_replicas(live)
-    if claimed or decision.change:
+    # While something else is in trouble our own claim stays: written once, not at each look.
+    if decision.change or (claimed and not held):
         await ctx.kube.apply(replicas_patch(spec, decision.replicas, now()), manager=SCALER)
     return claimed
 
 
-def _claims_replicas(live: Manifest) -> bool:
+def _claims_replicas(live: Manifest, manager: str) -> bool:
     return any(
         "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
         for entry in live["metadata"].get("managedFields", [])
-        if entry["manager"] == FIELD_MANAGER and entry["operation"] == "Apply"
+        if entry["manager"] == manager and entry["operation"] == "Apply"
     )
 
 

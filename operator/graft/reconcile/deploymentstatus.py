@@ -276,7 +276,7 @@ def _degraded(
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         problems.append(("AdapterFailed", f"{item.adapter} in pod {pod}: {item.reason}: {item.message}{more}"))
     names = {replica.pod for replica in shown}
-    short = assignment.shortage(world.spec, wanted, world.resolved, world.adapters, names)
+    short = assignment.shortage(world.spec, wanted, world.resolved, world.adapters, names, replicas)
     if short is not None and not (short.passing and progressing.status == "True"):
         problems.append(("NoRoom", short.message))
     settled = _settled(world.spec)

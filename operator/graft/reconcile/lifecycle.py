@@ -102,7 +102,7 @@ async def attend(look: Look, verdict: Condition) -> float | None:
     wanted = retention.users(look.adapter.metadata.name, look.deployments) or retention.is_newest(
         look.adapter, look.versions
     )
-    if wanted or verdict.reason == "Restoring" or await _is_parent(look):
+    if wanted or verdict.reason == "Restoring" or await _is_awaited(look):
         return await _restore(look, verdict)
     if plan.action == "prune":
         await _prune(look, verdict, plan)
@@ -176,7 +176,7 @@ async def _plan(look: Look) -> Plan:
 
 
 async def _everything(look: Look) -> tuple[list[Adapter], dict[str, str]]:
-    """The versions, and why they are needed: with compositions and the gates of running jobs."""
+    """The versions, and why they are needed: with compositions, BaseModels and the gates of running jobs."""
     kube, namespace, name = look.ctx.kube, look.adapter.metadata.namespace, look.adapter.spec.adapter
     deployments = await kube.list("AdapterDeployment", namespace)
     adapters = await kube.list(KIND, namespace)
@@ -189,7 +189,8 @@ async def _everything(look: Look) -> tuple[list[Adapter], dict[str, str]]:
         if file is not None and file.current is not None:
             compared.add(file.current.digest)
     versions = [Adapter.model_validate(item) for item in adapters if item["spec"]["adapter"] == name]
-    return versions, retention.needs(versions, deployments, retention.composing(adapters), compared)
+    models = await kube.list("BaseModel")
+    return versions, retention.needs(versions, deployments, retention.composing(adapters), compared, models)
 
 
 def _compares(job: Manifest, adapter: str) -> bool:
@@ -205,10 +206,12 @@ def _compares(job: Manifest, adapter: str) -> bool:
     )
 
 
-async def _is_parent(look: Look) -> bool:
-    spec, metadata = look.adapter.spec, look.adapter.metadata
-    names = retention.composing(await look.ctx.kube.list(KIND, metadata.namespace))
-    return bool({metadata.name, f"{spec.adapter}@{spec.version}"} & names)
+async def _is_awaited(look: Look) -> bool:
+    """Whether a composition or a BaseModel takes its files."""
+    if retention.read_by(look.adapter, await look.ctx.kube.list("BaseModel")):
+        return True
+    adapters = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace)
+    return retention.awaited(look.adapter, look.versions, retention.composing(adapters))
 
 
 def _own_prefix(ctx: Context, adapter: Adapter) -> str | None:

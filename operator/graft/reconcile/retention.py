@@ -71,14 +71,42 @@ def texts(value: Any) -> set[str]:
 
 
 def composing(adapters: Iterable[Manifest]) -> set[str]:
-    """What the compositions that are not done yet name: their parents."""
-    return set().union(*(texts(raw["spec"].get("compose")) for raw in adapters if not _settled(raw)))
+    """What the compositions that are not done yet name: references to their parents, and the parents once they are chosen: a
+    newer version may be there by then, which the reference means now."""
+    named: set[str] = set()
+    for raw in adapters:
+        if not _settled(raw):
+            named |= texts(raw["spec"].get("compose"))
+            named |= {parent["name"] for parent in raw.get("status", {}).get("parents") or []}
+    return named
+
+
+def awaited(adapter: Adapter, versions: list[Adapter], parents: Iterable[str]) -> bool:
+    """Whether a composition cannot go on before this Archived version is back: it was chosen, or a reference means it and no
+    version that is Ready."""
+    present = [item for item in versions if not item.metadata.deletion_timestamp]
+    for parent in parents:
+        if parent == adapter.metadata.name:
+            return True
+        name, at, wanted = parent.partition("@")
+        if not at or name != adapter.spec.adapter or not _is_reference(wanted):
+            continue
+        meant = [
+            item for item in present if matches(wanted, item.spec.version) and state(item) in {"ready", "archived"}
+        ]
+        if meant and all(state(item) == "archived" for item in meant):
+            newest = max(meant, key=number)
+            if newest.metadata.name == adapter.metadata.name:
+                return True
+    return False
 
 
 def _settled(raw: Manifest) -> bool:
     status = raw.get("status", {})
     conditions = status.get("conditions", [])
-    return status.get("stage") == "Failed" or any(
+    if status.get("stage") == "Failed" or status.get("artifact"):  # it never takes its parents' files any more
+        return True
+    return any(
         item["type"] == "Ready"
         and (item["status"] == "True" or item["reason"] in {"Archived", "Restoring", "Rejected"})
         for item in conditions
@@ -90,11 +118,23 @@ def users(name: str, deployments: Iterable[Manifest]) -> list[str]:
     return sorted(raw["metadata"]["name"] for raw in deployments if name in texts(raw.get("status")))
 
 
+def read_by(adapter: Adapter, models: Iterable[Manifest]) -> list[str]:
+    """The BaseModels whose files are those of the version: it was merged into its base, or imported whole."""
+    uri = adapter.artifact.uri if adapter.artifact is not None else None
+    return sorted(
+        raw["metadata"]["name"] for raw in models if uri and f"{raw['spec']['source'].rstrip('/')}/".startswith(uri)
+    )
+
+
 def needs(
-    versions: list[Adapter], deployments: list[Manifest], parents: Iterable[str] = (), compared: Iterable[str] = ()
+    versions: list[Adapter],
+    deployments: list[Manifest],
+    parents: Iterable[str] = (),
+    compared: Iterable[str] = (),
+    models: Iterable[Manifest] = (),
 ) -> dict[str, str]:
     """Adapter -> why it must be there. `versions` are those of one adapter; `parents` are names or references, `compared` the digests
-    of the versions that running jobs compare theirs with."""
+    of the versions that running jobs compare theirs with, `models` the BaseModels."""
     needed: dict[str, str] = {}
     present = sorted((item for item in versions if not item.metadata.deletion_timestamp), key=number)
     if not present:
@@ -120,6 +160,8 @@ def needs(
     for item in present:
         if item.artifact is not None and item.artifact.digest in set(compared):
             need(item, "a running FineTuneJob compares its own version with it")
+        if names := read_by(item, models):
+            need(item, f"its files are those of BaseModel {', '.join(names)}")
     ready = [item for item in present if state(item) == "ready"]
     for newest in (present[-1:], servable[-1:], ready[-1:]):
         for item in newest:

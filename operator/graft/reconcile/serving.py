@@ -3,7 +3,8 @@
 The order of a change: load -> seen loaded -> shift traffic -> drain -> unload. An adapter's engine name holds its digest, so old and new
 version are two names and can be loaded side by side:
 - `wanted` names what is resolved now, and what routes still lead to;
-- a route moves to the new version when every ready replica that is to have it has it (or the old one is loaded nowhere);
+- a route moves to the new version when every ready replica that is to have it has it (or the old one is loaded nowhere), and
+  at once while no pod runs and none is to;
 - what no route leads to any more leaves `wanted`, and the agents drain and unload it.
 """
 
@@ -213,8 +214,11 @@ def plan_routes(
     previous: Routes | None,
     unavailable: str | None,
     told: Wanted | None = None,
+    *,
+    stopped: bool = False,
 ) -> Routes:
-    """This deployment's part of the gateway's table. `told`: what the agents were told, so where a version is to be."""
+    """This deployment's part of the gateway's table. `told`: what the agents were told, so where a version is to be.
+    `stopped`: no pod runs and none is to, so nothing is lost by leading to the new versions at once."""
     namespace = deployment.metadata.namespace
     ready = [replica for replica in replicas if replica.ready and replica.address]
     by_name = {item.name: item for item in resolutions}
@@ -225,14 +229,18 @@ def plan_routes(
         if route.sequence:
             earlier = before[model].steps if model in before else []
             entries.append(
-                RouteEntry(model=model, targets=[], steps=_steps(route.sequence, by_name, tenant, ready, earlier, told))
+                RouteEntry(
+                    model=model,
+                    targets=[],
+                    steps=_steps(route.sequence, by_name, tenant, ready, earlier, told, stopped=stopped),
+                )
             )
             continue
         if route.adapter is None:
             entries.append(RouteEntry(model=model, targets=[RouteTarget(engine_model=deployment.spec.base_model)]))
             continue
         old = before[model].targets[0] if model in before and before[model].targets else None
-        target = _target(by_name.get(route.adapter), tenant, ready, old, told)
+        target = _target(by_name.get(route.adapter), tenant, ready, old, told, stopped=stopped)
         entries.append(RouteEntry(model=model, targets=[target] if target else []))
     models = {target.engine_model for entry in entries for target in entry.leads_to}
     backends = [
@@ -260,13 +268,15 @@ def _steps(
     ready: list[ReplicaView],
     before: list[RouteTarget],
     told: Wanted | None,
+    *,
+    stopped: bool,
 ) -> list[RouteTarget]:
     """The steps of a sequence, each moved to a new version on its own; none as long as one of them resolves to nothing."""
     steps = []
     for name in names:
         resolution = by_name.get(name)
         old = next((step for step in before if step.adapter and step.adapter.rpartition("-")[0] == name), None)
-        step = _target(resolution, tenant, ready, old, told)
+        step = _target(resolution, tenant, ready, old, told, stopped=stopped)
         if step is None:
             return []
         steps.append(step)
@@ -279,6 +289,8 @@ def _target(
     ready: list[ReplicaView],
     old: RouteTarget | None,
     told: Wanted | None,
+    *,
+    stopped: bool,
 ) -> RouteTarget | None:
     if resolution is None or resolution.adapter is None:
         # The entry resolves to nothing (its Adapter is being deleted, say): what answers now goes on answering.
@@ -288,7 +300,7 @@ def _target(
     new = RouteTarget(
         engine_model=wanted.engine_name, adapter=wanted.adapter, version=adapter.spec.version, digest=wanted.digest
     )
-    if old is None or old.engine_model == new.engine_model or old.adapter is None:
+    if old is None or old.engine_model == new.engine_model or old.adapter is None or stopped:
         return new
     # While the base model is rolled the old pods cannot have the new version; half of the pods can take over from the others.
     homes = [replica for replica in ready if told is None or told.is_for(new.engine_model, replica.pod)]

@@ -162,10 +162,12 @@ class Reporter:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _write(self, key: Key) -> None:
-        known = self._waiting.activity[key]
-        told = known.newest
         if self._uid is None:
             self._uid = str((await self._configmaps.get(DEMAND_CONFIGMAP))["metadata"]["uid"])
+        known = self._waiting.activity.get(key)
+        if known is None:
+            return  # the deployment went, or may not sleep any more, during an earlier write
+        told = known.newest
         namespace, deployment = key
         entry = demand_key(namespace, deployment, self._name)
         demand = Demand(namespace=namespace, deployment=deployment, at=now())

@@ -1,0 +1,36 @@
+"""What a base model is at its source, in a real S3 server."""
+
+from collections.abc import Iterator
+
+import pytest
+from graft.artifacts.layout import SIGNATURE
+from graft.artifacts.sources import describe
+from graft.artifacts.store import S3Store, StorageConfig
+from testbed.objectstore import s3_server
+
+PREFIX = "shop/adapters/whole/1.0.0/"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[S3Store]:
+    with s3_server() as server:
+        store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
+        store.create_bucket()
+        yield store
+
+
+def test_a_new_signature_makes_no_other_model_of_a_version(store: S3Store) -> None:
+    """A whole model that was composed or imported is a BaseModel's source; its keys are rotated like others."""
+    uri = f"s3://{store.config.bucket}/{PREFIX}"
+
+    def digest() -> str | None:
+        return describe(uri, store, None).digest
+
+    store.put(PREFIX + "config.json", b"{}")
+    store.put(PREFIX + "model.safetensors", b"weights")
+    published = digest()
+    for signature in (b"by the old key", b"by the new key"):
+        store.put(PREFIX + SIGNATURE, signature)
+        assert digest() == published
+    store.put(PREFIX + "model.safetensors", b"others")
+    assert digest() != published

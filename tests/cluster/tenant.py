@@ -50,9 +50,10 @@ class Tenant:
         return {"apiVersion": API, "kind": kind, "metadata": {"name": name, "namespace": self.name}, "spec": spec}
 
     def give_back(self) -> None:
-        """Delete the jobs, without waiting: what still runs holds GPUs that other stories need."""
-        for job in self.api.list("FineTuneJob", self.name):
-            self.api.delete("FineTuneJob", self.name, job["metadata"]["name"])
+        """Delete jobs and deployments, without waiting: their pods hold what other stories need."""
+        for kind in ("FineTuneJob", "AdapterDeployment"):
+            for item in self.api.list(kind, self.name):
+                self.api.delete(kind, self.name, item["metadata"]["name"])
 
     # What the user sees.
 

@@ -86,7 +86,9 @@ def test_a_replica_that_is_not_ready_any_more_is_told(tenant: Tenant) -> None:
     assert fleet.until("Available", "Serving") and fleet.status()["stage"] == "Degraded"
     fleet.ready(pods[0], True)
     fleet.until("Degraded", "AsExpected")
-    tenant.wait(lambda: fleet.status()["stage"] == "Available", "it is whole again", explain=lambda: str(fleet.status()))
+    tenant.wait(
+        lambda: fleet.status()["stage"] == "Available", "it is whole again", explain=lambda: str(fleet.status())
+    )
 
 
 def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None:

@@ -55,7 +55,7 @@ def world(
     resource = AdapterDeployment(
         metadata=resource.metadata.model_copy(update={"generation": 1}),
         spec=resource.spec,
-        status=AdapterDeploymentStatus(conditions=before or []),
+        status=AdapterDeploymentStatus(conditions=before or [], ready_replicas=2 if before else 0),
     )
     found = World(resource, trouble, None, resolve(resource, [X, Y]), [X, Y])
     found.scale = scaling.Decision(resource.spec.replicas, change=False)
@@ -112,6 +112,21 @@ def test_a_replica_that_was_there_and_is_not_is_one() -> None:
     assert seen(found)[1]["Degraded"].reason == "ReplicaUnavailable"  # until it is back
     found.spec.metadata.generation = 2
     assert seen(found)[1]["Degraded"].status == "False"  # a change of the spec is a start
+
+
+def test_a_replica_that_an_autoscaler_has_added_is_on_its_way() -> None:
+    _, before = seen(HEALTHY)
+    autoscaling = {"minReplicas": 1, "maxReplicas": 4, "target": {"cpuPercent": 70}}
+    found = world(
+        [pod("a"), pod("b"), pod("c", ready=False)],
+        [told("a", X, Y), told("b", X, Y)],
+        before=list(before.values()),
+        rollout={"replicas": 3, "updatedReplicas": 3},
+        autoscaling=autoscaling,
+    )
+    found.scale = scaling.Decision(3, change=False)
+    status, conditions = seen(found)
+    assert conditions["Degraded"].reason == "AsExpected" and status.stage == "Progressing"
 
 
 def test_a_rollout_that_has_stopped_is_one() -> None:

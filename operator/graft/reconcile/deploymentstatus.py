@@ -280,7 +280,9 @@ def _degraded(
     if short is not None and not (short.passing and progressing.status == "True"):
         problems.append(("NoRoom", short.message))
     settled = _settled(world.spec)
-    if ready < replicas and (settled or _given_up(world)):
+    # Those that an autoscaler has just added are on their way; those that were ready, or are missed since, are lost.
+    lost = ready < world.spec.status.ready_replicas or _was_degraded(world.spec)
+    if ready < replicas and ((settled and lost) or _given_up(world)):
         problems.append(("ReplicaUnavailable", f"{ready} of {replicas} replicas are ready{_why_not_ready(world)}"))
     silent = [item.model for item in routed if item.replicas == 0]
     if silent and (settled or progressing.status == "False"):
@@ -293,10 +295,18 @@ def _degraded(
 def _settled(spec: AdapterDeployment) -> bool:
     """Whether all was served once since the spec last changed, so that what is missing now was lost."""
     now = {item.type: item for item in spec.status.conditions if item.observed_generation == spec.metadata.generation}
-    if "Degraded" in now and now["Degraded"].status == "True":
+    if _was_degraded(spec):
         return True
     started = "Available" in now and now["Available"].reason in {"Serving", "RouteUnavailable"}
     return started and "Progressing" in now and now["Progressing"].status == "False"
+
+
+def _was_degraded(spec: AdapterDeployment) -> bool:
+    """Whether it was Degraded at the last look, and the spec is the same."""
+    return any(
+        item.type == "Degraded" and item.status == "True" and item.observed_generation == spec.metadata.generation
+        for item in spec.status.conditions
+    )
 
 
 def _given_up(world: World) -> bool:

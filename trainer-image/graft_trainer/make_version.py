@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from graft_trainer.download import patiently
 from graft_trainer.failures import Failure, store_failure
 from graft_trainer.progress import now
+from graft_trainer.run import read_message
 from graft_trainer.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Made:
 
 def make_version(settings: Settings) -> str:
     """The digest of the version's manifest. Failure says what to do."""
-    file = read_file(settings.job_file)
+    file = read_message(settings.job_file, VersionFile)
     try:
         store = S3Store(StorageConfig.from_dir(settings.storage_dir))
     except ValueError as error:  # botocore's word for an endpoint that is no URL
@@ -92,20 +93,6 @@ def run(making: Making) -> str:
             "Set ephemeral-storage in spec.compose.resources or spec.import.resources above twice the size of what is read.",
         ) from error
     return publish(making, made)
-
-
-def read_file(path: Path) -> VersionFile:
-    """What is to be made. Failure when the operator that wrote it is not this image's."""
-    try:
-        return VersionFile.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise Failure(
-            Reason.INTERNAL_ERROR,
-            f"{path} cannot be read: {where}: {first['msg']}",
-            "Use a trainer image of the operator's own version.",
-        ) from error
 
 
 def published_before(making: Making) -> str | None:

@@ -5,13 +5,13 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from graft.api.recipe import DatasetSource
 from graft.artifacts.layout import MANIFEST, PROGRESS, adapter_prefix, attempt_prefix, run_prefix
 from graft.artifacts.manifest import Manifest, digest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft.contracts import DatasetStatistics, JobFile, Progress, Reason
+from graft.contracts import DatasetStatistics, JobFile, Message, Progress, Reason
 from pydantic import ValidationError
 
 from graft_trainer.dataset import Example, Reading, held_out_size, read_examples, split, vary
@@ -20,6 +20,8 @@ from graft_trainer.failures import Failure
 from graft_trainer.interruption import Interruption
 from graft_trainer.progress import ProgressReporter, now
 from graft_trainer.settings import Settings
+
+M = TypeVar("M", bound=Message)
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,13 @@ class Prepared:
 
 def read_job(path: Path) -> JobFile:
     """The job. Failure when the operator that wrote it is not this image's."""
+    return read_message(path, JobFile)
+
+
+def read_message(path: Path, kind: type[M]) -> M:
+    """What the operator wrote. Failure when it is not this image's."""
     try:
-        return JobFile.model_validate_json(path.read_text())
+        return kind.model_validate_json(path.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -27,7 +27,7 @@ HOST_SLOTS = (32, 64, 128)
 QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
 LEAVE_SECONDS = 10  # between the deletion of a pod and the last gateway's knowing of it, with much to spare
 EXIT_SECONDS = 10  # for the processes to end, after the requests have
-SPREAD = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
+NODE, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
 MODELS_DIR = "/models"
 BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
 VOLUME_SPARE = 256 << 20  # bytes of the adapters' volume beyond the adapters: the kubelet evicts a pod that uses more
@@ -301,19 +301,25 @@ def serving_deployment(
                     **pod_defaults(settings, _placement(deployment, sizing), gpus=gpus),
                     "serviceAccountName": agent_account(deployment),
                     "terminationGracePeriodSeconds": LEAVE_SECONDS + deployment.spec.shutdown_seconds + EXIT_SECONDS,
-                    "topologySpreadConstraints": [
-                        {
-                            "maxSkew": 1,
-                            "topologyKey": key,
-                            "whenUnsatisfiable": "ScheduleAnyway",
-                            "labelSelector": selector,
-                        }
-                        for key in SPREAD
-                    ],
+                    **_spread(selector),
                     "initContainers": [*init, _agent(deployment, settings)],
                     "containers": [_engine(deployment, model, mounts, settings, sizing)],
                     "volumes": volumes,
                 },
             },
         }
+    }
+
+
+def _spread(selector: Manifest) -> Manifest:
+    """The parts of a pod's spec that put replicas on several nodes and zones, where that is possible.
+
+    The scheduler leaves out a node that lacks the key of any soft constraint, so one on the zone would end the spreading
+    over nodes in clusters whose nodes name none; an affinity does not have that effect.
+    """
+    constraint = {"maxSkew": 1, "topologyKey": NODE, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector}
+    away = {"weight": 100, "podAffinityTerm": {"topologyKey": ZONE, "labelSelector": selector}}
+    return {
+        "topologySpreadConstraints": [constraint],
+        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [away]}},
     }

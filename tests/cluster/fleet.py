@@ -29,8 +29,8 @@ class Fleet:
     def status(self) -> Object:
         return self.tenant.status("AdapterDeployment", self.name)
 
-    def until(self, type_: str, reason: str, timeout: float = 45) -> Object:
-        return self.tenant.until("AdapterDeployment", self.name, type_, reason, timeout)
+    def until(self, type_: str, reason: str, timeout: float = 45, **message: str) -> Object:
+        return self.tenant.until("AdapterDeployment", self.name, type_, reason, timeout, **message)
 
     def pods(self, count: int) -> list[Object]:
         """Wait until so many pods run."""

@@ -73,15 +73,19 @@ class Tenant:
                 return dict(item)
         return {}
 
-    def until(self, kind: str, name: str, type_: str, reason: str, timeout: float = 45) -> Object:
-        """Wait for a condition's reason; the condition."""
+    def until(
+        self, kind: str, name: str, type_: str, reason: str, timeout: float = 45, *, says: str = "", not_: str = ""
+    ) -> Object:
+        """Wait for a condition's reason, and for what its message has to say and not to say; the condition."""
         seen: Object = {}
 
         def there() -> bool:
             seen.update({"kept": self.condition(kind, name, type_)})
-            return bool(seen["kept"].get("reason") == reason)
+            text = seen["kept"].get("message", "")
+            return seen["kept"].get("reason") == reason and says in text and not (not_ and not_ in text)
 
-        self.wait(there, f"{kind} {name}: {type_} has reason {reason}", timeout, lambda: f"it is {seen.get('kept')}")
+        what = f"{kind} {name}: {type_} has reason {reason}" + (f" and says {says!r}" if says else "")
+        self.wait(there, what, timeout, lambda: f"it is {seen.get('kept')}")
         return dict(seen["kept"])
 
     def wait(
@@ -96,6 +100,14 @@ class Tenant:
         """The reasons of the Events about a resource."""
         found = self.api.list("CoreEvent", self.name)
         return [item["reason"] for item in found if item["involvedObject"]["name"] == name]
+
+    def until_events(self, name: str, *reasons: str) -> None:
+        """Wait for Events about a resource: they are written beside its status, not with it."""
+        self.wait(
+            lambda: set(reasons) <= set(self.events(name)),
+            f"there are Events {reasons} about {name}",
+            explain=lambda: f"there are {self.events(name)}",
+        )
 
     # The training pod, played by the test.
 

@@ -85,7 +85,8 @@ def test_a_failure_is_told_in_the_pods_words_and_not_tried_again(tenant: Tenant,
     theirs.fail_pod(theirs.running_pod(), Reason.ADAPTER_INVALID, "auto_map names code to run.", "Use others.")
     failed = theirs.until("ImportInvalid")
     assert (failed["status"], failed["message"]) == ("False", "auto_map names code to run. Use others.")
-    assert theirs.status()["stage"] == "Failed" and "ImportInvalid" in tenant.events(theirs.name)
+    assert theirs.status()["stage"] == "Failed"
+    tenant.until_events(theirs.name, "ImportInvalid")
     job = tenant.get("Job", "theirs-1.0.0-import")["metadata"]["uid"]
 
     # Neither a restart nor the Job's own end of life starts it again.

@@ -59,7 +59,7 @@ def test_an_adapter_that_is_served_waits_for_its_deployment(tenant: Tenant) -> N
 
     tenant.api.delete("Adapter", tenant.name, "support-1.0.0")
     tenant.wait(lambda: tenant.status("Adapter", "support-1.0.0")["stage"] == "Deleting", "the deletion waits")
-    assert tenant.condition("Adapter", "support-1.0.0", "InUse")["message"].startswith("served by chat")
+    tenant.until("Adapter", "support-1.0.0", "InUse", "Served", says="served by chat")
     assert fleet.targets()["support"] == "support-1.0.0"
     assert "manifest.json" in keys(tenant.store, f"{tenant.name}/adapters/support/1.0.0/")
 

@@ -42,7 +42,7 @@ def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
     adapter = tenant.get("Adapter", "support-1.0.0")
     assert adapter["status"]["stage"] == "Ready" and adapter["status"]["score"] == "0.12 -> 0.91"
     assert adapter["spec"]["artifact"]["uri"] == f"s3://graft/{tenant.name}/adapters/support/1.0.0/"
-    assert "Published" in tenant.events("first")
+    tenant.until_events("first", "Published")
 
 
 def test_an_adapter_is_served(tenant: Tenant) -> None:

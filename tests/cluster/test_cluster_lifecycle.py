@@ -182,7 +182,7 @@ def test_unused_versions_are_announced_and_then_deleted_with_their_files(tenant:
     for version in doomed:
         tenant.gone("Adapter", f"support-{version}")
         assert files(tenant, version) == []
-        assert {"Expiring", "Pruned"} <= set(tenant.events(f"support-{version}"))
+        tenant.until_events(f"support-{version}", "Expiring", "Pruned")
     settled(tenant)
     assert [tenant.condition("Adapter", f"support-{item}", "Retained")["reason"] for item in ("1.0.2", "1.0.4")] == [
         "Needed"
@@ -243,14 +243,14 @@ def test_an_inactive_version_is_compressed_and_restored_when_it_is_wanted(tenant
     fleet.until_wanted("support-1.0.0")
     assert files(tenant, "1.0.0") == WHOLE
     verify(tenant.store, prefix(tenant, "1.0.0"), digest)
-    assert {"Archived", "Restoring", "Verified"} <= set(tenant.events("support-1.0.0"))
+    tenant.until_events("support-1.0.0", "Archived", "Restoring", "Verified")
     fleet.agent_says(pod)
     fleet.until("Available", "Serving")
     seen = tenant.status("Adapter", "support-1.0.0")
     assert seen["stage"] == "Ready" and "storedBytes" not in seen and seen["lastUsedTime"]
 
     # It is Needed for as long as it is named, and goes back some time after.
-    assert tenant.until("Adapter", "support-1.0.0", "Retained", "Needed")["message"] == "kept: used by chat"
+    tenant.until("Adapter", "support-1.0.0", "Retained", "Needed", says="kept: used by chat")
     tenant.api.delete("AdapterDeployment", tenant.name, "chat")
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
 
@@ -287,9 +287,7 @@ def test_a_composition_has_its_archived_parent_restored(tenant: Tenant) -> None:
     both.until("Composing")
     assert files(tenant, "1.0.0") == WHOLE
     assert [item["name"] for item in both.status()["parents"]] == ["support-1.0.0", "returns-1.0.0"]
-    assert tenant.until("Adapter", "support-1.0.0", "Retained", "Needed")["message"].endswith(
-        "composed into another one"
-    )
+    tenant.until("Adapter", "support-1.0.0", "Retained", "Needed", says="composed into another one")
 
 
 def test_a_compressed_version_whose_resource_is_made_anew(tenant: Tenant) -> None:

@@ -81,8 +81,8 @@ def test_a_replica_that_is_not_ready_any_more_is_told(tenant: Tenant) -> None:
     fleet, pods = serve(tenant, trained(tenant, "red", "green"), replicas=2, slots=2)
     fleet.until("Degraded", "AsExpected")
     fleet.ready(pods[0], False)
-    degraded = fleet.until("Degraded", "ReplicaUnavailable")
-    assert degraded["status"] == "True" and "1 of 2 replicas are ready" in degraded["message"]
+    degraded = fleet.until("Degraded", "ReplicaUnavailable", says="1 of 2 replicas are ready")
+    assert degraded["status"] == "True"
     assert fleet.until("Available", "Serving") and fleet.status()["stage"] == "Degraded"
     fleet.ready(pods[0], True)
     fleet.until("Degraded", "AsExpected")
@@ -93,9 +93,8 @@ def test_a_replica_that_is_not_ready_any_more_is_told(tenant: Tenant) -> None:
 
 def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None:
     fleet, pods = serve(tenant, trained(tenant, *NAMES), replicas=2, slots=3)
-    told = fleet.until("Degraded", "NoRoom")
+    told = fleet.until("Degraded", "NoRoom", says="is on 1 replica instead of 2")
     assert told["status"] == "True"
-    assert "is on 1 replica instead of 2" in told["message"]
     assert "raise replicas to 3, or raise limits.adaptersPerReplica to 4" in told["message"]
     assert fleet.until("Available", "Serving")  # each of them has one
 
@@ -110,8 +109,8 @@ def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None
     (left,) = fleet.pods(1)
     known(fleet, [left])
     load(fleet, [left])
-    told = fleet.until("Degraded", "NoRoom")
-    assert "has no room on 1 replica: raise replicas to 3, or raise limits.adaptersPerReplica to 4" in told["message"]
+    remedy = "raise replicas to 3, or raise limits.adaptersPerReplica to 4"
+    fleet.until("Degraded", "NoRoom", says=f"has no room on 1 replica: {remedy}")
     fleet.until("Available", "RouteUnavailable")
     fleet.change(limits={"adaptersPerReplica": 4})
     tenant.wait(lambda: fleet.wanted().assigned is None, "everything is for every replica")

@@ -27,8 +27,7 @@ def test_a_sequence_serves_when_every_step_is_loaded(tenant: Tenant) -> None:
     (pod,) = fleet.pods(1)
     fleet.until_wanted("support-1.0.0", "tone-1.0.0")
     fleet.agent_says(pod, {"support-1.0.0": "Loaded", "tone-1.0.0": "Loading"})
-    said = fleet.until("Available", "RouteUnavailable")
-    assert "/polite" in said["message"] and "/support" not in said["message"]
+    fleet.until("Available", "RouteUnavailable", says="/polite", not_="/support")
 
     fleet.agent_says(pod)
     fleet.until("Available", "Serving")

@@ -6,9 +6,13 @@ would show the allocator, too, which on a CPU is malloc and on a GPU torch's own
 torch.cuda.max_memory_allocated() says on a GPU, without the framework's share.
 
     python benchmarks/placement_memory.py [case...]      # one line per case, and build/bench/placement_memory.json
+
+With --gpu the models have the shapes of Llama 2 7B and Llama 3.2 1B (with Llama 2's vocabulary), and the peak is all that the
+process takes of the GPU's memory, context and allocator included, against the whole estimate. Needs 40 GB.
 """
 
 import argparse
+import gc
 import json
 import tempfile
 import weakref
@@ -36,11 +40,13 @@ class Case:
     name: str
     method: dict[str, Any]
     model: Literal["llama", "gpt2", "t5", "gemma2"] = "llama"
-    size: Literal["small", "large"] = "large"
+    size: Literal["small", "large", "1b", "7b"] = "large"
     precision: Literal["bf16", "fp32"] = "bf16"
     micro_batch: int = 2
     length: int = 256
     checkpointing: bool = False
+    gpu: bool = False
+    liger: bool = False
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -60,6 +66,15 @@ CASES = [
     for checkpointing in (False, True)
     for batch in batches
 ]  # fmt: skip
+GPU_CASES = [
+    Case(f"{size}-{method}-b{batch}{'-checkpointing' if checkpointing else ''}{'-liger' if liger else ''}", METHODS[method],
+         size=size, micro_batch=batch, length=1024, checkpointing=checkpointing, gpu=True, liger=liger)
+    for size, method, batch, checkpointing, liger in (
+        ("7b", "lora", 1, False, False), ("7b", "lora", 4, False, False), ("7b", "lora", 4, False, True),
+        ("7b", "lora", 4, True, False), ("7b", "qlora", 1, False, False), ("7b", "qlora", 4, True, False),
+        ("7b", "promptTuning", 2, False, False), ("1b", "full", 2, False, False), ("1b", "full", 4, True, False),
+    )
+]  # fmt: skip
 
 # Small enough for a CPU, with the parts of the memory in proportions like those of large models.
 MODELS: dict[tuple[str, str], dict[str, Any]] = {
@@ -67,6 +82,10 @@ MODELS: dict[tuple[str, str], dict[str, Any]] = {
                          "num_attention_heads": 8, "num_key_value_heads": 4},
     ("llama", "small"): {"vocab_size": 1024, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
                          "num_attention_heads": 6, "num_key_value_heads": 2},
+    ("llama", "1b"): {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                      "num_attention_heads": 32, "num_key_value_heads": 8},
+    ("llama", "7b"): {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                      "num_attention_heads": 32, "num_key_value_heads": 32},
     ("gemma2", "large"): {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
                           "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
     ("gpt2", "large"): {"vocab_size": 4096, "n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": 512},
@@ -110,14 +129,16 @@ def make_model(case: Case, folder: Path) -> None:
 
     auto = AutoModelForSeq2SeqLM if case.model == "t5" else AutoModelForCausalLM
     config = CONFIG_MAPPING[case.model](**MODELS[case.model, case.size])
-    auto.from_config(config).save_pretrained(folder)
+    with torch.device("cuda" if case.gpu else "cpu"):
+        model = auto.from_config(config, dtype=torch.bfloat16 if case.gpu else torch.float32)
+    model.save_pretrained(folder)
 
 
 def measured(case: Case, folder: Path) -> int:
-    """Peak bytes of the live tensors in two steps of training."""
+    """Peak bytes of two steps of training: of the live tensors, or of the GPU's memory."""
     from graft.contracts import JobFile
     from graft_trainer.methods import make_tunable
-    from graft_trainer.model import load_base_model
+    from graft_trainer.model import load_base_model, this_device
     from graft_trainer.resolve import Device, limits
     from transformers import Trainer, TrainingArguments
 
@@ -130,14 +151,25 @@ def measured(case: Case, folder: Path) -> int:
             "baseModel": {"name": case.model, "uri": "s3://models/size"},
             "dataset": {"train": {"uri": "s3://bench/train.jsonl"}},
             "method": case.method,
-            "training": {"precision": case.precision, "maxLength": case.length},
+            "training": {
+                "precision": case.precision,
+                "maxLength": case.length,
+                "perDeviceTrainBatchSize": case.micro_batch,
+                "gradientAccumulationSteps": ACCUMULATION,
+                "maxSteps": STEPS,
+                "gradientCheckpointing": case.checkpointing,
+                "useLigerKernel": case.liger,
+            },
             "evaluation": {},
             "output": {"adapter": "size", "version": "1.0.0"},
             "recipe": "sha256:0",
             "task": task,
         }
     )
-    device = Device("cpu")
+    device = this_device() if case.gpu else Device("cpu")
+    outside = (
+        torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved() if case.gpu else 0
+    )
     base = load_base_model(folder, case.model, task, job.method, limits(job, device, None), device)
     model = make_tunable(job, base, folder, lambda: base.model).model
     rows = []
@@ -153,14 +185,18 @@ def measured(case: Case, folder: Path) -> int:
         bf16=case.precision == "bf16",
         activation_checkpointing=case.checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if case.checkpointing else None,
-        optim="adamw_torch",
-        use_cpu=True,
+        optim="adamw_torch_fused" if case.gpu else "adamw_torch",
+        use_liger_kernel=case.liger,
+        use_cpu=not case.gpu,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    if case.gpu:
+        trainer.train()
+        return outside + torch.cuda.max_memory_reserved()
     peak = PeakOfLiveTensors()
     for tensor in [*model.parameters(), *model.buffers()]:
         peak.hold(tensor.data)
@@ -174,7 +210,7 @@ def measured(case: Case, folder: Path) -> int:
 
 
 def estimated(case: Case, folder: Path) -> dict[str, int]:
-    """The estimate for the same, without the share of the framework, which is no tensor."""
+    """The estimate for the same; on a CPU without the share of the framework, which is no tensor."""
     method = Method.model_validate(case.method)
     virtual = method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0
     shape = geometry(facts_of(json.loads((folder / "config.json").read_text())))
@@ -186,17 +222,22 @@ def estimated(case: Case, folder: Path) -> dict[str, int]:
             length=case.length + virtual,
             micro_batch=case.micro_batch,
             checkpointing=case.checkpointing,
-            device="cpu",
+            device="cuda" if case.gpu else "cpu",
         ),
     )
-    return {name: size for name, size in items.items() if name != "framework"}
+    return {name: size for name, size in items.items() if case.gpu or name != "framework"}
 
 
-def compare(case: Case) -> dict[str, Any]:
-    """Both, and the ratio of the estimate to the measured peak."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(case, Path(folder))
-        items, peak = estimated(case, Path(folder)), measured(case, Path(folder))
+def compare(case: Case, folder: Path) -> dict[str, Any]:
+    """Both, and the ratio of the estimate to the measured peak. Models are made in `folder` once."""
+    model = folder / f"{case.model}-{case.size}"
+    if not model.exists():
+        make_model(case, model)
+    if case.gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    items, peak = estimated(case, model), measured(case, model)
     total = sum(items.values())
     return asdict(case) | {"items": items, "estimated": total, "measured": peak, "ratio": round(total / peak, 3)}
 
@@ -204,15 +245,17 @@ def compare(case: Case) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="parts of names of cases; all of them when absent")
-    chosen = parser.parse_args().cases
-    results = []
-    for case in CASES:
-        if chosen and not any(part in case.name for part in chosen):
-            continue
-        result = compare(case)
-        results.append(result)
-        peak = result["measured"] / 2**20
-        print(f"{case.name:40s} measured {peak:6.1f} MiB  estimate/measured {result['ratio']:.2f}", flush=True)
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, with models of 1 and 7 billion parameters")
+    arguments = parser.parse_args()
+    chosen, results = arguments.cases, []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in GPU_CASES if arguments.gpu else CASES:
+            if chosen and not any(part in case.name for part in chosen):
+                continue
+            result = compare(case, Path(folder))
+            results.append(result)
+            peak = result["measured"] / 2**20
+            print(f"{case.name:40s} measured {peak:8.1f} MiB  estimate/measured {result['ratio']:.2f}", flush=True)
     ratios = [result["ratio"] for result in results]
     summary = {"cases": len(results), "lowest": min(ratios), "highest": max(ratios), "results": results}
     RESULT.parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 
 class StepClock(TrainerCallback):
     """Writes begin, step, saved, loss and end; each line at once, so that a killed run leaves what it did."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, leave: bool = False) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.leave = leave  # end the process after the last step: what follows is not measured
 
     def _write(self, event: str, step: int, **more: Any) -> None:
         record = {"event": event, "step": step, "time": time.monotonic(), "cpu": time.process_time()} | more
@@ -34,4 +36,7 @@ class StepClock(TrainerCallback):
             self._write("loss", state.global_step, loss=logs["loss"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write("end", state.global_step)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        self._write("end", state.global_step, peak=peak)
+        if self.leave:
+            os._exit(0)

@@ -1,6 +1,6 @@
 """The training pod's second container, python -m graft_trainer train, with the clock beside it.
 
-python -m benchmarks.train.pod CLOCK.jsonl, with the environment of runs.Pod.
+python -m benchmarks.train.pod CLOCK.jsonl [leave], with the environment of runs.Pod; with leave it ends after the last step.
 """
 
 import os
@@ -11,7 +11,9 @@ from typing import Any
 import graft_trainer.__main__ as container
 
 
-def with_clock(path: str, stage: Callable[[str], Callable[[Any], None]]) -> Callable[[str], Callable[[Any], None]]:
+def with_clock(
+    path: str, leave: bool, stage: Callable[[str], Callable[[Any], None]]
+) -> Callable[[str], Callable[[Any], None]]:
     def clocked(command: str) -> Callable[[Any], None]:
         run_stage = stage(command)
 
@@ -21,7 +23,7 @@ def with_clock(path: str, stage: Callable[[str], Callable[[Any], None]]) -> Call
 
             from benchmarks.train.clock import StepClock
 
-            trainer.DEFAULT_CALLBACKS.append(StepClock(path))
+            trainer.DEFAULT_CALLBACKS.append(StepClock(path, leave))
             run_stage(attempt)
 
         return run
@@ -30,7 +32,7 @@ def with_clock(path: str, stage: Callable[[str], Callable[[Any], None]]) -> Call
 
 
 if __name__ == "__main__":
-    container.stage = with_clock(sys.argv[1], container.stage)  # type: ignore[assignment]
+    container.stage = with_clock(sys.argv[1], sys.argv[2:] == ["leave"], container.stage)  # type: ignore[assignment]
     code = container.main(["train"])
     sys.stdout.flush()
     os._exit(code)

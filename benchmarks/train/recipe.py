@@ -30,6 +30,7 @@ class Recipe:
     seed: int = 42
     precision: Literal["fp32", "bf16"] = "fp32"
     gpu: bool = False
+    liger: bool = False
 
     @property
     def warmup_steps(self) -> int:
@@ -56,6 +57,7 @@ class Recipe:
             "optim": "adamw_torch_fused" if self.gpu else "adamw_torch",
             "bf16": self.precision == "bf16",
             "use_cpu": not self.gpu,
+            "use_liger_kernel": self.liger,
             "seed": self.seed,
             "data_seed": self.seed,
             "logging_steps": 1,
@@ -82,6 +84,7 @@ class Recipe:
                 "maxLength": self.max_length,
                 "precision": self.precision,
                 "gradientCheckpointing": False,
+                "useLigerKernel": self.liger,
                 "loggingSteps": 1,
                 "seed": self.seed,
             }

@@ -58,6 +58,12 @@ class Timeline:
         return (float(end[clock]) - float(steps[0][clock])) / (len(steps) - 1)
 
     @property
+    def peak_bytes(self) -> int | None:
+        """Of the GPU's memory, as torch's allocator counts it."""
+        peak = self._of("end")[-1].get("peak")
+        return None if peak is None else int(peak)
+
+    @property
     def steps_done(self) -> int:
         """Of all attempts, those that were lost included."""
         return len(self._of("step"))
@@ -108,8 +114,11 @@ class World:
         self._wait(self._start(command, folder, {}), folder)
         return self._read_and_remove(folder)
 
-    def pod(self, recipe: Recipe, save_steps: int | None = None, kill: "Kill | None" = None) -> Timeline:
-        """A run of the pod's two containers; with `kill` it is ended and started again as the Job would."""
+    def pod(
+        self, recipe: Recipe, save_steps: int | None = None, kill: "Kill | None" = None, leave: bool = False
+    ) -> Timeline:
+        """A run of the pod's two containers; with `kill` it is ended and started again as the Job would, with `leave` it
+        ends after the last step."""
         folder, number = self._new_folder(), next(self.numbers)
         (folder / "job.json").write_text(json.dumps(recipe.job(number, save_steps)))
         for attempt in itertools.count():
@@ -117,7 +126,8 @@ class World:
             shutil.rmtree(folder / "work", ignore_errors=True)  # a new pod has a new emptyDir
             (folder / "work").mkdir()
             self._wait(self._start(["-m", "graft_trainer", "prepare"], folder, environment), folder)
-            process = self._start(["-m", "benchmarks.train.pod", folder / "clock.jsonl"], folder, environment)
+            command = ["-m", "benchmarks.train.pod", folder / "clock.jsonl", *(["leave"] if leave else [])]
+            process = self._start(command, folder, environment)
             if kill is not None and kill.one(process, folder / "clock.jsonl"):
                 continue
             self._wait(process, folder)

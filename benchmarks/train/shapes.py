@@ -36,7 +36,9 @@ def make(folder: Path, shape: tuple[int, int, int, int, int], *, dtype: str = "f
     previous = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        LlamaForCausalLM(config).save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(config)
+        model.save_pretrained(folder)
     finally:
         torch.set_default_dtype(previous)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -16,7 +16,7 @@ def measure(world: World, recipe: Recipe, rounds: int, name: str = "train-steps"
     """Run all variants `rounds` times; what was found."""
     world.provide(recipe)
     variants = {
-        "graft": lambda: world.pod(recipe, save_steps=max(1, recipe.max_steps // 3)),
+        "graft": lambda: world.pod(recipe, save_steps=max(1, recipe.max_steps // 3), leave=recipe.gpu),
         "transformers + peft": lambda: world.plain(recipe, "benchmarks.train.plain"),
         "trl": lambda: world.plain(recipe, "benchmarks.train.plain_trl"),
     }
@@ -42,6 +42,7 @@ def measure(world: World, recipe: Recipe, rounds: int, name: str = "train-steps"
         "recipe": vars(recipe),
         "stepsPerSecond": speeds,
         "cpuSecondsPerStep": cpu,
+        "peakBytes": {variant: [run.peak_bytes for run in runs] for variant, runs in found.items()},
         "medians": {variant: statistics.median(values) for variant, values in speeds.items()},
         "ratios": ratios,
         "largestLossDifference": apart,

@@ -30,7 +30,7 @@ RESOLVED = Resolved(
     num_train_epochs=3.0, max_steps=18, learning_rate=0.05, per_device_train_batch_size=2, gradient_accumulation_steps=2,
     world_size=1, optim="adamw", lr_scheduler_type="cosine", warmup_steps=3, weight_decay=0.01, adam_beta1=0.9,
     adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0, max_length=32, packing=False, precision="fp32",
-    gradient_checkpointing=False, sharding=None, logging_steps=1, eval_steps=None, save_steps=4, save_total_limit=2, seed=7,
+    gradient_checkpointing=False, use_liger_kernel=False, sharding=None, logging_steps=1, eval_steps=None, save_steps=4, save_total_limit=2, seed=7,
 )  # fmt: skip
 
 

@@ -39,8 +39,8 @@ def benchmark() -> Iterator[ModuleType]:
         "t5-lora-bf16-b2",
     ],
 )
-def test_the_estimate_is_close_to_the_measured_peak(name: str, benchmark: ModuleType) -> None:
-    result = benchmark.compare(next(case for case in benchmark.CASES if case.name == name))
+def test_the_estimate_is_close_to_the_measured_peak(name: str, benchmark: ModuleType, tmp_path: Path) -> None:
+    result = benchmark.compare(next(case for case in benchmark.CASES if case.name == name), tmp_path)
     assert 0.90 <= result["ratio"] <= 1.25, result
 
 

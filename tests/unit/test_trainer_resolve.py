@@ -1,6 +1,7 @@
 """What is derived where the spec leaves it open, and what is refused."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_nothing_given_on_a_cpu() -> None:
         "maxLength": 512,
         "precision": "fp32",
         "gradientCheckpointing": False,
+        "useLigerKernel": False,
         "loggingSteps": 10,
         "evalSteps": 63,
         "seed": 42,
@@ -100,6 +102,31 @@ def test_a_gpu_takes_what_fits_beside_the_weights() -> None:
     assert 1 <= long.per_device_train_batch_size < short.per_device_train_batch_size == 16
     small = resolved(device=T4, model=LLAMA_8B, longest=2048)
     assert small.per_device_train_batch_size == 1
+
+
+KNOWN = replace(LLAMA_8B, liger=True)
+
+
+def test_fused_kernels_are_used_where_liger_knows_the_architecture() -> None:
+    assert resolved(device=H100, model=KNOWN).use_liger_kernel
+    assert not resolved(device=H100, model=LLAMA_8B).use_liger_kernel
+    assert not resolved({"useLigerKernel": False}, device=H100, model=KNOWN).use_liger_kernel
+    assert not resolved(device=H100, model=KNOWN, method={"full": {}}, world=8).use_liger_kernel, "it is sharded"
+    assert resolved({"useLigerKernel": True}, device=H100, model=KNOWN, method={"full": {}}, world=8).use_liger_kernel
+
+
+def test_without_the_logits_more_examples_fit() -> None:
+    without = resolved({"useLigerKernel": False}, device=H100, model=KNOWN, longest=1400)
+    assert resolved(device=H100, model=KNOWN, longest=1400).per_device_train_batch_size > (
+        without.per_device_train_batch_size
+    )
+
+
+@pytest.mark.parametrize(("device", "words"), [(CPU, "needs a GPU"), (H100, "no kernels for the base model")])
+def test_fused_kernels_that_cannot_be_had_are_refused(device: Device, words: str) -> None:
+    with pytest.raises(Failure, match=words) as caught:
+        resolved({"useLigerKernel": True}, device=device)
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
 
 
 @pytest.mark.parametrize(("device", "precision"), [(CPU, "fp32"), (H100, "bf16"), (T4, "fp16")])

@@ -64,6 +64,7 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
         seed=resolved.seed,
         data_seed=resolved.seed,
         optim=optimizer,
+        use_liger_kernel=resolved.use_liger_kernel,
         use_cpu=device.kind == "cpu",
         save_strategy="no",
         eval_strategy="no",

@@ -86,7 +86,8 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
             )
     if device.kind == "cpu":
         keep_differentiable(model)
-    return BaseModel(model, facts_of(model), projections_of(model), embeddings_of(model))
+    facts = facts_of(model, liger=device.kind == "cuda" and has_liger(model.config.model_type))
+    return BaseModel(model, facts, projections_of(model), embeddings_of(model))
 
 
 def keep_differentiable(model: Any) -> None:
@@ -100,7 +101,14 @@ def keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def facts_of(model: Any) -> ModelFacts:
+def has_liger(model_type: str) -> bool:
+    """Whether Liger has kernels for an architecture. They are Triton's, so a GPU is needed to ask."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def facts_of(model: Any, liger: bool = False) -> ModelFacts:
     text = model.config.get_text_config()
     return ModelFacts(
         context=context_of(model.config),
@@ -108,6 +116,7 @@ def facts_of(model: Any) -> ModelFacts:
         hidden_size=int(getattr(text, "hidden_size", 1)),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         parameters=int(model.num_parameters()),
+        liger=liger,
     )
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from graft.api.recipe import Method, MethodName, Training
+from graft.api.recipe import MethodName, Training
 from graft.contracts import JobFile, Reason
 from pydantic.alias_generators import to_camel
 
@@ -49,6 +49,7 @@ class ModelFacts:
     hidden_size: int
     vocab_size: int
     parameters: int
+    liger: bool = False  # Liger has kernels for the architecture
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Resolved:
     packing: bool
     precision: Precision
     gradient_checkpointing: bool
+    use_liger_kernel: bool
     sharding: Sharding | None  # None: one process
     logging_steps: int
     eval_steps: int | None  # None: nothing is held out
@@ -111,6 +113,12 @@ def limits(job: JobFile, device: Device, context: int | None, world: int = 1) ->
             Reason.CONFIGURATION_INVALID,
             "training.optim is adamw8bit, which needs a GPU; the job has none",
             "Use adamw or adafactor, or ask for nvidia.com/gpu in resources.limits.",
+        )
+    if training.use_liger_kernel and device.kind == "cpu":
+        raise Failure(
+            Reason.CONFIGURATION_INVALID,
+            "training.useLigerKernel is true, which needs a GPU; the job has none",
+            "Leave training.useLigerKernel out, or ask for nvidia.com/gpu in resources.limits.",
         )
     room, taken = context, ""
     if context is not None and method.prompt_tuning is not None:
@@ -197,6 +205,7 @@ def resolve(
         packing=training.packing,
         precision=known.precision,
         gradient_checkpointing=checkpointing,
+        use_liger_kernel=_liger(training, known, device, model),
         sharding=known.sharding,
         logging_steps=training.logging_steps,
         eval_steps=(training.eval_steps or per_epoch) if held_out else None,
@@ -278,6 +287,19 @@ def _precision(training: Training, device: Device) -> Precision:
     return wanted
 
 
+def _liger(training: Training, known: Limits, device: Device, model: ModelFacts) -> bool:
+    if training.use_liger_kernel and not model.liger:
+        raise Failure(
+            Reason.CONFIGURATION_INVALID,
+            "training.useLigerKernel is true, but Liger has no kernels for the base model's architecture",
+            "Leave training.useLigerKernel out, or set it to false.",
+        )
+    if training.use_liger_kernel is not None:
+        return training.use_liger_kernel
+    # Its loss reads the head's weights past the head, which is not what a sharded head expects.
+    return device.kind == "cuda" and model.liger and known.sharding != "fsdp"
+
+
 def _gradient_checkpointing(
     job: JobFile, known: Limits, device: Device, model: ModelFacts, longest: int, world: int
 ) -> bool:
@@ -287,7 +309,7 @@ def _gradient_checkpointing(
             return given
     if device.kind == "cpu" or device.free_bytes is None:
         return False
-    return _token_budget(job.method, known, device, model, False, world) < longest
+    return _token_budget(job, known, device, model, False, world) < longest
 
 
 def _batch(
@@ -301,7 +323,7 @@ def _batch(
         if job.choice.micro_batch is not None:
             batch = min(most, job.choice.micro_batch)
         else:
-            tokens = _token_budget(job.method, known, device, model, checkpointing, world)
+            tokens = _token_budget(job, known, device, model, checkpointing, world)
             batch = most
             while batch > 1 and batch * longest > tokens:
                 batch //= 2
@@ -311,13 +333,14 @@ def _batch(
 
 
 def _token_budget(
-    method: Method, known: Limits, device: Device, model: ModelFacts, checkpointing: bool, world: int
+    job: JobFile, known: Limits, device: Device, model: ModelFacts, checkpointing: bool, world: int
 ) -> int:
     """Tokens of a micro-batch that fit beside the weights and what is kept for each of them.
 
     `full` keeps float32 weights and gradients and two moments, 16 bytes per parameter, which fsdp spreads over the
-    processes. Logits and their gradient are float32.
+    processes. Logits and their gradient are float32; Liger holds so many at once as the last layer has outputs.
     """
+    method = job.method
     if device.kind == "cpu" or device.free_bytes is None:
         return CPU_TOKENS
     wide = 2 if known.precision == "fp32" else 1
@@ -325,5 +348,8 @@ def _token_budget(
     weights = model.parameters * per_parameter / (world if known.sharding == "fsdp" else 1)
     per_layer = (GRADIENT_CHECKPOINTING_KEEPS if checkpointing else ACTIVATIONS) * wide * model.hidden_size
     extra = ACTIVATIONS * wide * model.hidden_size if checkpointing else 0  # the layer that is being recomputed
-    per_token = model.layers * per_layer + extra + 3 * 4 * model.vocab_size
+    logits = (
+        min(model.hidden_size, model.vocab_size) if _liger(job.training, known, device, model) else model.vocab_size
+    )
+    per_token = model.layers * per_layer + extra + 3 * 4 * logits
     return max(1, int((0.8 * device.free_bytes - weights) / per_token))

@@ -207,6 +207,11 @@ class Training(Schema):
         default=None,
         description="Recompute activations: less memory, about 30 % slower. When absent, only where it would not fit otherwise.",
     )
+    use_liger_kernel: bool | None = Field(
+        default=None,
+        description="Liger's fused kernels for norms, rotary positions, MLP and loss: faster, and the logits of a whole batch are "
+        "never held. When absent, on GPUs wherever Liger knows the model's architecture and nothing is sharded.",
+    )
     sharding: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
         description="With more than one GPU: ddp keeps the whole model on each, fsdp spreads it over all. auto: fsdp for full, and "

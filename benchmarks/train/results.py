@@ -26,8 +26,12 @@ def spread(values: Sequence[float]) -> str:
 
 def write(name: str, found: dict[str, Any]) -> None:
     """build/bench/<name>.json, with where and when."""
+    import torch
+
     FOLDER.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    machine: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
     record = {"benchmark": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **machine, **found}
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 

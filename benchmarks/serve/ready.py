@@ -78,19 +78,30 @@ def make_base(size: Size, folder: Path) -> Path:
 
 
 class Client:
-    """Asks one model through the gateway, one request after the other."""
+    """Asks one model through the gateway as soon as it lists the version: asking before would keep the engine busy."""
 
     def __init__(self, url: str, model: str) -> None:
         self.address, self.model = urlsplit(url).netloc, model
 
     def first_token(self, version: str) -> float:
-        """Ask until this version answers; when its first token was there."""
+        """Wait until this version is listed, and ask; when its first token was there."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            if (at := self._ask(version)) is not None:
+            if self._listed(version) and (at := self._ask(version)) is not None:
                 return at
-            time.sleep(0.01)
+            time.sleep(0.005)
         raise Failed(f"{self.model} has not answered as {version} within {PATIENCE:.0f} s")
+
+    def _listed(self, version: str) -> bool:
+        connection = http.client.HTTPConnection(self.address, timeout=60)
+        try:
+            connection.request("GET", f"/v1/models/{self.model}")
+            found = json.loads(connection.getresponse().read()).get("graft", {})
+            return found.get("version") == version and found.get("state") == "available"
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def _ask(self, version: str) -> float | None:
         connection = http.client.HTTPConnection(self.address, timeout=60)

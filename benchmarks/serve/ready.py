@@ -51,15 +51,18 @@ PATIENCE = 180.0
 
 @dataclass(frozen=True)
 class Size:
-    """A base model and adapters for it. The bounds are held against the last of SIZES."""
+    """A base model and adapters for it."""
 
     name: str
     hidden: int | None  # None: the tiny model of the examples
     rank: int
+    layers: int = 1
 
 
-# The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters.
-SIZES = (Size("small", None, 16), Size("large", 2048, 512))
+# The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters; those of
+# the third are as large as one of a model with 70 billion parameters. The bounds are held against the second.
+SIZES = (Size("small", None, 16), Size("large", 2048, 512), Size("larger", 2048, 512, layers=4))
+HELD = "large"
 
 
 def make_base(size: Size, folder: Path) -> Path:
@@ -69,7 +72,7 @@ def make_base(size: Size, folder: Path) -> Path:
     tiny = json.loads((TINY / "config.json").read_text())
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tiny["vocab_size"], hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=1,
+        vocab_size=tiny["vocab_size"], hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=256, eos_token_id=2, bos_token_id=1,
         pad_token_id=0,
     )  # fmt: skip
@@ -263,7 +266,6 @@ def measure(rounds: int) -> dict[str, Any]:
     """Both sizes; what was found."""
     sizes: dict[str, Any] = {}
     rows: list[tuple[str, str]] = []
-    over_bare = over_restart = 0.0
     with cluster() as (plane, api, s3, _):
         store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
         wait_for(
@@ -274,10 +276,7 @@ def measure(rounds: int) -> dict[str, Any]:
         for size in SIZES:
             sizes[size.name] = found = rounds_of(plane, api, store, size, rounds)
             seconds = found["seconds"]
-            over_bare, over_restart = (
-                ratio(seconds["attach"], seconds["bare"]),
-                ratio(seconds["attach"], seconds["restart"]),
-            )
+            over_bare, over_restart = (ratio(seconds["attach"], seconds[way]) for way in ("bare", "restart"))
             found |= {"overBare": over_bare, "overRestart": over_restart}
             rows += [
                 (
@@ -289,6 +288,7 @@ def measure(rounds: int) -> dict[str, Any]:
                 (f"{size.name}: Ready to first token / bare", verdict(over_bare, MOST_OVER_BARE, least=False)),
                 (f"{size.name}: Ready to first token / restart", verdict(over_restart, MOST_OVER_RESTART, least=False)),
             ]
+    over_bare, over_restart = (sizes[HELD][name] for name in ("overBare", "overRestart"))
     result = {
         "sizes": sizes, "overBare": over_bare, "overRestart": over_restart,
         "met": over_bare <= MOST_OVER_BARE and over_restart <= MOST_OVER_RESTART,

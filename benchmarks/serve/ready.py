@@ -51,15 +51,18 @@ PATIENCE = 180.0
 
 @dataclass(frozen=True)
 class Size:
-    """A base model and adapters for it. The bounds are held against the last of SIZES."""
+    """A base model and adapters for it."""
 
     name: str
     hidden: int | None  # None: the tiny model of the examples
     rank: int
+    layers: int = 1
 
 
-# The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters.
-SIZES = (Size("small", None, 16), Size("large", 2048, 512))
+# The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters; those of
+# the third are as large as one of a model with 70 billion parameters. The bounds are held against the second.
+SIZES = (Size("small", None, 16), Size("large", 2048, 512), Size("larger", 2048, 512, layers=4))
+HELD = "large"
 
 
 def make_base(size: Size, folder: Path) -> Path:
@@ -69,7 +72,7 @@ def make_base(size: Size, folder: Path) -> Path:
     tiny = json.loads((TINY / "config.json").read_text())
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tiny["vocab_size"], hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=1,
+        vocab_size=tiny["vocab_size"], hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=256, eos_token_id=2, bos_token_id=1,
         pad_token_id=0,
     )  # fmt: skip
@@ -78,19 +81,30 @@ def make_base(size: Size, folder: Path) -> Path:
 
 
 class Client:
-    """Asks one model through the gateway, one request after the other."""
+    """Asks one model through the gateway as soon as it lists the version: asking before would keep the engine busy."""
 
     def __init__(self, url: str, model: str) -> None:
         self.address, self.model = urlsplit(url).netloc, model
 
     def first_token(self, version: str) -> float:
-        """Ask until this version answers; when its first token was there."""
+        """Wait until this version is listed, and ask; when its first token was there."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            if (at := self._ask(version)) is not None:
+            if self._listed(version) and (at := self._ask(version)) is not None:
                 return at
-            time.sleep(0.01)
+            time.sleep(0.005)
         raise Failed(f"{self.model} has not answered as {version} within {PATIENCE:.0f} s")
+
+    def _listed(self, version: str) -> bool:
+        connection = http.client.HTTPConnection(self.address, timeout=60)
+        try:
+            connection.request("GET", f"/v1/models/{self.model}")
+            found = json.loads(connection.getresponse().read()).get("graft", {})
+            return found.get("version") == version and found.get("state") == "available"
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def _ask(self, version: str) -> float | None:
         connection = http.client.HTTPConnection(self.address, timeout=60)
@@ -252,7 +266,6 @@ def measure(rounds: int) -> dict[str, Any]:
     """Both sizes; what was found."""
     sizes: dict[str, Any] = {}
     rows: list[tuple[str, str]] = []
-    over_bare = over_restart = 0.0
     with cluster() as (plane, api, s3, _):
         store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
         wait_for(
@@ -263,10 +276,7 @@ def measure(rounds: int) -> dict[str, Any]:
         for size in SIZES:
             sizes[size.name] = found = rounds_of(plane, api, store, size, rounds)
             seconds = found["seconds"]
-            over_bare, over_restart = (
-                ratio(seconds["attach"], seconds["bare"]),
-                ratio(seconds["attach"], seconds["restart"]),
-            )
+            over_bare, over_restart = (ratio(seconds["attach"], seconds[way]) for way in ("bare", "restart"))
             found |= {"overBare": over_bare, "overRestart": over_restart}
             rows += [
                 (
@@ -278,6 +288,7 @@ def measure(rounds: int) -> dict[str, Any]:
                 (f"{size.name}: Ready to first token / bare", verdict(over_bare, MOST_OVER_BARE, least=False)),
                 (f"{size.name}: Ready to first token / restart", verdict(over_restart, MOST_OVER_RESTART, least=False)),
             ]
+    over_bare, over_restart = (sizes[HELD][name] for name in ("overBare", "overRestart"))
     result = {
         "sizes": sizes, "overBare": over_bare, "overRestart": over_restart,
         "met": over_bare <= MOST_OVER_BARE and over_restart <= MOST_OVER_RESTART,

@@ -311,6 +311,8 @@ class Wanted(Message):
     drain_seconds: int = 10
     adapters: list[WantedAdapter] = Field(default_factory=list)
     assigned: list[str] | None = None  # None: there is no assignment, every pod takes everything
+    # Wanted as soon as they are verified: their files are brought where there is room, and nothing of them is loaded.
+    expected: list[WantedAdapter] = Field(default_factory=list)
 
     def is_for(self, engine_name: str, pod: str) -> bool:
         """Whether the pod is to have the adapter; one that is not wanted yet is for every pod."""

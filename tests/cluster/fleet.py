@@ -47,11 +47,17 @@ class Fleet:
         """What the agents are told."""
         return Wanted.model_validate_json(self.tenant.get("ConfigMap", f"{self.name}-wanted")["data"]["wanted.json"])
 
+    def told(self) -> bool:
+        """Whether the agents are told anything yet."""
+        return self.tenant.api.get("ConfigMap", self.tenant.name, f"{self.name}-wanted") is not None
+
     def wanted_names(self) -> list[str]:
-        """Names of the Adapters in it; none while it is not there."""
-        if self.tenant.api.get("ConfigMap", self.tenant.name, f"{self.name}-wanted") is None:
-            return []
-        return sorted(item.adapter for item in self.wanted().adapters)
+        """Names of the Adapters that are wanted."""
+        return sorted(item.adapter for item in self.wanted().adapters) if self.told() else []
+
+    def expected_names(self) -> list[str]:
+        """Names of the Adapters that will be wanted once they are verified."""
+        return sorted(item.adapter for item in self.wanted().expected) if self.told() else []
 
     def until_wanted(self, *names: str) -> None:
         self.tenant.wait(

@@ -198,9 +198,17 @@ def test_the_operator_says_what_is_wrong_with_its_keys_and_goes_on(
     tenant.wait(lambda: tenant.api.get("Adapter", tenant.name, "support-1.0.0"), "there is an Adapter")
     told = tenant.until("Adapter", "support-1.0.0", "Ready", "SigningKeyUnavailable")
     assert told["status"] == "Unknown" and f"{SYSTEM}/{SECRET}" in told["message"] and "1.key" in told["message"]
+    fleet = Fleet(tenant, "chat")
+    fleet.deploy(["support@latest"])
+    tenant.wait(
+        lambda: fleet.expected_names() == ["support-1.0.0"], "agents expect it", explain=lambda: str(fleet.status())
+    )
+    assert fleet.wanted_names() == []
     patch_keys(tenant.api, **{"1_key": generate()})
     tenant.until("Adapter", "support-1.0.0", "Ready", "Verified")
     tenant.until("FineTuneJob", "first", "Succeeded", "Published")
+    fleet.until_wanted("support-1.0.0")
+    assert fleet.expected_names() == []
     log = running.log.read_text()
     assert "SECRETWORD" not in log and "PRIVATE KEY" not in log
 

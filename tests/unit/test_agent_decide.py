@@ -89,6 +89,35 @@ def test_decisions(want: list[WantedAdapter], seen: Observed, actions: list[obje
     assert decide(wanted(*want), seen, DIR) == actions
 
 
+@pytest.mark.parametrize(
+    ("want", "seen", "actions"),
+    [
+        ([], Observed({}, {}), [Inspect(B, expected=True)]),
+        ([], Observed({}, None), [Inspect(B, expected=True)]),
+        ([], Observed({}, {}, sizes=sizes(B)), [Download(B)]),
+        ([], Observed({}, {}, sizes=sizes(B), partial=[B.engine_name]), [Download(B)]),
+        ([], Observed({}, {}, busy=[B.engine_name]), []),
+        ([], Observed({}, {}, held_back=[B.engine_name], partial=[B.engine_name]), []),
+        ([], Observed(on(B), {}), []),  # it is not loaded
+        ([A], Observed({}, {}, sizes=sizes(B)), [Inspect(A)]),  # what is wanted comes first
+        ([A], Observed(on(A), {}, sizes=sizes(B)), [Load(A), Download(B)]),
+        (
+            [A],
+            Observed(on(A, 10), at(A), sizes=sizes(B), capacity=Capacity(19, 30)),
+            [],
+        ),  # it is refused without a word
+        ([A], Observed(on(A, 10), at(A), sizes=sizes(B), capacity=Capacity(30, 19)), []),  # it would go again at once
+        ([], Observed(on(A, 10), {}, sizes=sizes(B), capacity=Capacity(15, 15)), []),  # nothing goes for it
+        ([A], Observed(on(B, 10), {}, sizes=sizes(A), capacity=Capacity(15, 15)), [Delete(B.engine_name)]),
+        ([A, B], Observed({**on(A), **on(B)}, at(A)), [Load(B)]),
+    ],
+)
+def test_what_is_expected_is_brought_and_not_loaded(
+    want: list[WantedAdapter], seen: Observed, actions: list[object]
+) -> None:
+    assert decide(wanted(*want).model_copy(update={"expected": [B]}), seen, DIR) == actions
+
+
 def names(actions: list[object], kind: type) -> list[str]:
     return [action.name for action in actions if isinstance(action, kind)]  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from graft.contracts import WANTED_KEY, Residency, engine_name
+from graft.contracts import WANTED_KEY, AdapterState, Residency, ResidentAdapter, engine_name
 from graft_server.agent.fetchbase import fetch_base
 from graft_server.agent.residency import Publisher
 from graft_server.agent.server import application
@@ -363,6 +363,34 @@ async def test_residency_is_one_key_written_when_it_changed() -> None:
         publisher.publish(residency.model_copy(update={"ready": True}))
         await eventually(lambda: len(kube.patches) == 2)
         assert kube.items["dep-residency"]["data"]["pod-2"] == "theirs"
+        task.cancel()
+
+
+async def test_what_is_on_its_way_is_told_with_its_end() -> None:
+    async with kubernetes() as (kube, configmaps):
+        kube.put("dep-residency", {})
+        publisher = Publisher(configmaps, "dep-residency", "pod-1")
+        task = asyncio.create_task(publisher.run())
+
+        def tell(state: AdapterState) -> str:
+            one = ResidentAdapter(engine_name="t--a--0", adapter="a", digest="d", state=state)
+            residency = Residency(pod="pod-1", pod_uid="u", ready=True, adapters=[one])
+            publisher.publish(residency)
+            return residency.json_text()
+
+        def written() -> list[str]:
+            return [patch["data"]["pod-1"] for patch in kube.patches]
+
+        first = tell("Pending")
+        await eventually(lambda: written() == [first])
+        tell("Loading")
+        await asyncio.sleep(0.05)
+        second = tell("Loaded")
+        await eventually(lambda: written() == [first, second])
+        third = tell("Pending")
+        await eventually(lambda: written() == [first, second, third])
+        fourth = tell("Loading")  # it is not lost, only late
+        await eventually(lambda: written() == [first, second, third, fourth])
         task.cancel()
 
 

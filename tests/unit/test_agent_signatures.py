@@ -54,6 +54,39 @@ FORGERIES: dict[str, tuple[Callable[[WantedAdapter, WantedAdapter], WantedAdapte
 }
 
 
+async def test_what_is_expected_is_there_when_it_is_signed(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        good, early = pod.store.publish("good"), pod.store.publish("early")
+        pod.want(good, expected=[changed(early, signature=None)])
+        await pod.state(good, "Loaded")
+        await eventually(lambda: early.engine_name in [path.name for path in pod.dir.iterdir()])
+        await pod.ready()
+        assert pod.one(early) is None and early.engine_name not in pod.engine.adapters
+        read = len(pod.store.reads)
+        pod.want(good, changed(early, signature=None), expected=[])
+        assert (await pod.state(early, "Loading")).reason in {None, "SignatureMissing"}
+        await eventually(lambda: (item := pod.one(early)) is not None and item.reason == "SignatureMissing")
+        assert early.engine_name not in pod.engine.adapters
+        pod.want(good, early)
+        await pod.state(early, "Loaded")
+        assert len(pod.store.reads) == read, "nothing is read again"
+
+
+async def test_what_is_expected_and_cannot_be_had_is_told_when_it_is_wanted(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        good, early = pod.store.publish("good"), pod.store.publish("early")
+        key = early.uri.removeprefix("s3://bucket/") + "adapter_model.safetensors"
+        whole = pod.store.objects.pop(key)
+        pod.want(good, expected=[changed(early, signature=None)])
+        await pod.state(good, "Loaded")
+        await eventually(lambda: pod.store.reads.count(key) > 0)
+        await pod.ready()
+        assert pod.one(early) is None
+        pod.store.objects[key] = whole
+        pod.want(good, early, expected=[])
+        await pod.state(early, "Loaded")
+
+
 @pytest.mark.parametrize("how", FORGERIES)
 async def test_what_is_not_signed_is_never_read_or_loaded(tmp_path: Path, how: str) -> None:
     forge, reason, state = FORGERIES[how]

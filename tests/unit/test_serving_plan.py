@@ -8,6 +8,7 @@ from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
 from graft.reconcile.serving import (
     ReplicaView,
     Resolution,
+    expected,
     plan_routes,
     plan_wanted,
     resolve,
@@ -159,6 +160,38 @@ def test_a_version_that_is_only_kept_gets_its_newest_signature() -> None:
     again = first.model_copy(update={"signature": new})
     assert plan_wanted(spec, [], before, table, [again]).adapters == [again]
     assert plan_wanted(spec, [], before, table, [again.model_copy(update={"signature": None})]).adapters == [first]
+
+
+def coming(version: str, **changes: Any) -> Adapter:
+    """A version that nobody has verified yet."""
+    found = adapter(version, **changes)
+    found.status.conditions.clear()
+    return found
+
+
+def test_a_version_that_is_being_verified_is_expected() -> None:
+    spec, new = deployment(), coming("1.2.0")
+
+    def names(*adapters: Adapter) -> list[str]:
+        found = expected(spec, resolve(spec, list(adapters)), list(adapters), "shop")
+        return [item.adapter for item in found]
+
+    assert names(V1, V2, new) == ["support-1.2.0"]
+    assert names(new) == ["support-1.2.0"], "also the first of all"
+    assert names(V1, coming("1.1.0"), new) == ["support-1.2.0"], "the newest alone"
+    assert names(V2, coming("1.0.5")) == [], "it would not be taken"
+    assert names(V1, adapter("1.2.0", ready=False)) == [], "it was refused"
+    assert names(V1, coming("1.2.0", name="other")) == [], "nobody names it"
+    assert names(V1, coming("1.2.0", base="other")) == []
+    unknown = adapter("1.2.0")
+    unknown.status.conditions[0].status = "Unknown"
+    assert names(V1, unknown) == ["support-1.2.0"], "the store did not answer the operator"
+    unknown.status.conditions[0].reason = "Restoring"
+    assert names(V1, unknown) == [], "its files are compressed"
+    away = coming("1.2.0")
+    assert away.spec.artifact is not None
+    away.spec.artifact.uri = "s3://graft/other/adapters/support/1.2.0/"
+    assert names(V1, away) == [], "it lies in another tenant's part"
 
 
 def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:

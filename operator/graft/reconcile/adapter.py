@@ -11,7 +11,7 @@ from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, verify
 from graft.kube import Manifest
-from graft.reconcile import adapterjob, lifecycle, signing
+from graft.reconcile import adapterjob, ending, lifecycle, signing
 from graft.reconcile.access import Trouble
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.serving import is_put_away
@@ -180,7 +180,7 @@ async def _clean_up(
         return WAITING
     artifact = adapter.artifact
     if adapter.spec.artifact is None:
-        left = await adapterjob.stop(ctx, adapter)
+        left = await ending.stop(ctx, adapter)
         if isinstance(left, Trouble):
             unbound = condition(KIND, "Ready", "Unknown", left.reason, left.message)
             await ctx.write_status(raw, adapter.status, [unbound, in_use(used_by)])

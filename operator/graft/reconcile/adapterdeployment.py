@@ -182,6 +182,9 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
     wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
     wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
+    if wanted.assigned is None:
+        coming = serving.expected(spec, world.resolutions, world.adapters, tenant)
+        wanted = wanted.model_copy(update={"expected": coming})
     routes = assignment.leave_out_moved(routes, wanted)
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
         assert spec.spec.autoscaling is not None  # noqa: S101

@@ -293,25 +293,6 @@ def _told(ending: pods.Ending) -> str:
     return ending.text
 
 
-async def stop(ctx: Context, adapter: Adapter) -> float | Trouble | None:
-    """End the Job of an Adapter that is deleted, pods first, and clear its folder; the seconds until the next look, or None
-    when nobody writes any more."""
-    namespace, labels = adapter.metadata.namespace, {OWNER_UID: adapter.metadata.uid}
-    for child in await ctx.kube.list("Job", namespace, labels):
-        if child["metadata"].get("deletionTimestamp"):
-            continue
-        try:
-            await ctx.kube.delete("Job", namespace, child["metadata"]["name"], child["metadata"]["uid"], "Foreground")
-        except KubeError as error:
-            if error.status != 403:
-                raise
-            return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
-    if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
-        return SOON
-    await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(layout.tenant_of(namespace), adapter.metadata.uid))
-    return None
-
-
 async def unseen(ctx: Context, adapter: Adapter) -> AdapterArtifact | None:
     """What the Job has published of an Adapter that was deleted before its status said so. StoreError."""
     found = await _published(ctx, adapter)

@@ -30,7 +30,7 @@ from graft.manifests.training import (
     peers_service,
     training_job,
 )
-from graft.reconcile import pods, versions
+from graft.reconcile import ending, pods, versions
 from graft.reconcile.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.jobstatus import (
@@ -305,23 +305,14 @@ def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
 
 
 async def _clean_up(ctx: Context, raw: Manifest, job: FineTuneJob) -> float | None:
-    """A deleted job leaves its Adapter and nothing else: pods first, so that nobody writes any more, then its runs/ prefix."""
-    namespace, labels = job.metadata.namespace, {OWNER_UID: job.metadata.uid}
-    for child in await ctx.kube.list("Job", namespace, labels):
-        if child["metadata"].get("deletionTimestamp"):
-            continue
-        try:
-            await ctx.kube.delete("Job", namespace, child["metadata"]["name"], child["metadata"]["uid"], "Foreground")
-        except KubeError as error:
-            if error.status != 403:
-                raise
-            # The RoleBinding was taken away, or the namespace goes and took it along before the Job.
-            unbound = condition(KIND, "Accepted", "False", "NamespaceNotBound", not_bound(ctx, namespace))
-            kept = [item for item in job.status.conditions if item.type != "Accepted"]
-            await ctx.write_status(raw, job.status, [unbound, *kept])
-            return WAITING
-    if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
-        return SOON
-    await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(layout.tenant_of(namespace), job.metadata.uid))
+    """A deleted job leaves its Adapter and nothing else."""
+    left = await ending.stop(ctx, job)
+    if isinstance(left, Trouble):
+        unbound = condition(KIND, "Accepted", "False", left.reason, left.message)
+        kept = [item for item in job.status.conditions if item.type != "Accepted"]
+        await ctx.write_status(raw, job.status, [unbound, *kept])
+        return WAITING
+    if left is not None:
+        return left
     await ctx.remove_finalizer(job, KIND)
     return None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Route
 from graft.api.meta import Condition
+from graft.artifacts.layout import split_s3_uri, tenant_prefix
 from graft.contracts import (
     AdapterState,
     Backend,
@@ -197,6 +198,39 @@ def plan_wanted(
         drain_seconds=deployment.spec.drain_seconds,
         adapters=sorted([*resolved, *kept], key=lambda item: item.engine_name),
     )
+
+
+def expected(
+    deployment: AdapterDeployment, resolutions: list[Resolution], adapters: list[Adapter], tenant: str
+) -> list[WantedAdapter]:
+    """Versions that entries will stand for once they are verified: agents may bring their files meanwhile.
+
+    Only what lies in the tenant's own part of a bucket: nobody has looked at the others yet.
+    """
+    found = {}
+    for resolution in resolutions:
+        _, _, versions = resolution.ref.partition("@")
+        coming = [
+            item
+            for item in adapters
+            if item.spec.adapter == resolution.name
+            and matches(versions, item.spec.version)
+            and item.spec.base_model == deployment.spec.base_model
+            and item.spec.method in {"lora", "qlora"}
+            and not item.metadata.deletion_timestamp
+            and _is_being_verified(item, tenant)
+        ]
+        newest = max(coming, key=_number, default=None)
+        if newest and (resolution.adapter is None or _number(newest) > _number(resolution.adapter)):
+            found[newest.metadata.name] = wanted_adapter(tenant, newest)
+    return [found[name] for name in sorted(found)]
+
+
+def _is_being_verified(adapter: Adapter, tenant: str) -> bool:
+    ready = find(adapter.status.conditions, "Ready")
+    if adapter.artifact is None or is_put_away(adapter) or (ready is not None and ready.status != "Unknown"):
+        return False
+    return split_s3_uri(adapter.artifact.uri)[1].startswith(tenant_prefix(tenant))
 
 
 def effective_routes(deployment: AdapterDeployment) -> list[Route]:

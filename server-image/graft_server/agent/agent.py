@@ -102,6 +102,8 @@ class Agent:
                 log.info("%d adapters are wanted", len(names), extra={"adapters": names})
                 if self._wanted is None or wanted.max_lora_rank != self._wanted.max_lora_rank:
                     self._work.forget_all_but(())  # they were inspected for another rank
+                for early in self._wanted.expected if self._wanted else ():
+                    self._failures.clear(early.engine_name)  # now it counts, and is begun anew
                 self._wanted = wanted
                 self._failures.retry_now()
                 self._wake.set()
@@ -181,7 +183,7 @@ class Agent:
         now = time.monotonic()
         leaving = unwanted_in_engine(wanted, engine or {})
         self._idleness.see(leaving, await self._engine.active() if leaving else frozenset(), now)
-        names = {adapter.engine_name for adapter in wanted.adapters}
+        names = {adapter.engine_name for adapter in (*wanted.adapters, *wanted.expected)}
         self._failures.keep_only(names | set(there.complete) | set(self._engine.models or {}))
         self._work.forget_all_but(names)
         seen = Observed(
@@ -239,4 +241,5 @@ class Agent:
         )
 
     def _still_wanted(self, adapter: WantedAdapter) -> bool:
-        return self._wanted is not None and any(adapter.same_files(item) for item in self._wanted.adapters)
+        wanted = self._wanted
+        return wanted is not None and any(adapter.same_files(item) for item in (*wanted.adapters, *wanted.expected))

@@ -14,9 +14,11 @@ OUR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*--(?P<adapter>[A-Za-z0-9._-]+)
 
 @dataclass(frozen=True)
 class Inspect:
-    """Read a version's manifest: whether it can be served at all, and how large it is."""
+    """Read a version's manifest: whether it can be served at all, and how large it is. One that is only expected is not
+    signed yet."""
 
     adapter: WantedAdapter
+    expected: bool = False
 
     @property
     def name(self) -> str:
@@ -179,9 +181,27 @@ def _on_disk(wanted: Wanted, seen: Observed, absent: list[WantedAdapter]) -> lis
     held = sum(folder.size_bytes for name, folder in seen.on_disk.items() if name not in kept and name not in by_name)
     soon = sum(folder.size_bytes for name, folder in seen.on_disk.items() if name not in names and name not in kept)
     share = share_out(asked, kept, held, soon, seen.capacity)
+    coming = {adapter.engine_name: adapter for adapter in wanted.expected if adapter.engine_name not in names}
     return [
         *(Download(by_name[name]) for name in share.fetch),
         *(Refuse(name, message) for name, message in share.refuse.items()),
         *(Delete(name) for name in share.evict if not seen.deleting),
-        *(Discard(name) for name in sorted(seen.partial) if name not in by_name and name not in blocked),
+        *(Discard(name) for name in sorted(seen.partial) if name not in by_name | coming and name not in blocked),
+        *([] if absent or share.evict else _ahead(coming, seen, blocked)),
     ]
+
+
+def _ahead(coming: Mapping[str, WantedAdapter], seen: Observed, blocked: Collection[str]) -> list[Action]:
+    """What is brought before it is wanted, when nothing that is wanted is missing: only into room that nobody else uses."""
+    actions: list[Action] = []
+    there = sum(folder.size_bytes for folder in seen.on_disk.values())
+    for name, adapter in coming.items():
+        if name in blocked or name in seen.on_disk:
+            continue
+        size = seen.sizes.get(name)
+        if size is None:
+            actions.append(Inspect(adapter, expected=True))
+        elif name in seen.partial or there + size <= min(seen.capacity.kept, seen.capacity.total):
+            there += size
+            actions.append(Download(adapter))
+    return actions

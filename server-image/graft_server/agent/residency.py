@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 MISSING_SECONDS = 2.0  # between two looks for a ConfigMap that the operator has yet to make
 # A ConfigMap holds 1 MiB for all pods, and a deployment up to 128 adapters: where many fail their messages are cut short.
 MESSAGES_CHARS, LEAST_CHARS = 16_000, 100
+# What is only on its way waits so long for its end: the operator looks at the deployment for each write, and would be busy
+# with that when the end comes.
+SETTLE_SECONDS = 0.3
 CHECK_SECONDS = 60.0  # how often the key is read back, for a ConfigMap that was made anew
 
 
@@ -90,15 +93,21 @@ class Publisher:
         self._pod = pod
         self._backoff = backoff
         self._wake = asyncio.Event()
+        self._pressing = asyncio.Event()
         self._newest: str | None = None
+        self._outcome: object = None
         self.writes = 0
 
     def publish(self, residency: Residency) -> None:
         """Take note; it is written when it differs from what is there."""
         text = residency.json_text()
-        if text != self._newest:
-            self._newest = text
-            self._wake.set()
+        if text == self._newest:
+            return
+        self._newest = text
+        if (outcome := _outcome(residency)) != self._outcome:
+            self._outcome = outcome
+            self._pressing.set()
+        self._wake.set()
 
     async def run(self) -> None:
         """Writes until it is cancelled. A missing ConfigMap is the operator's to make: wait for it."""
@@ -106,6 +115,7 @@ class Publisher:
         while True:
             try:
                 self._wake.clear()
+                self._pressing.clear()
                 await self._write()
                 failed = 0
             except KubeError as error:
@@ -120,6 +130,8 @@ class Publisher:
             try:
                 async with asyncio.timeout(CHECK_SECONDS):
                     await self._wake.wait()
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    await self._pressing.wait()
             except TimeoutError:
                 continue
 
@@ -132,3 +144,11 @@ class Publisher:
         uid = there["metadata"]["uid"]
         await self._configmaps.apply_key(self._configmap, uid, self._pod, text, f"graft-agent-{self._pod}"[:128])
         self.writes += 1
+
+
+def _outcome(residency: Residency) -> object:
+    """What of it somebody waits for: all but what is only on its way."""
+    settled = [
+        (item.engine_name, item.state) for item in residency.adapters if item.state not in {"Pending", "Loading"}
+    ]
+    return residency.ready, residency.engine_started, settled

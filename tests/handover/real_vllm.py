@@ -1,0 +1,103 @@
+"""Real vLLM: its build for CPUs, started by the command and the environment that the operator gives a pod."""
+
+import os
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from graft.api import AdapterDeployment
+from graft.api.adapterdeployment import ServingSizing
+from graft.contracts import BaseModelRef
+from graft.manifests.serving import serving_deployment
+from graft.settings import Images, Settings
+from testbed.controlplane import free_port
+from testbed.shell import REPOSITORY, tail, wait_for
+from transformers import LlamaConfig
+from unit.engine_world import make_network, make_tokenizer
+
+PYTHON = REPOSITORY / "build" / "venv-vllm" / "bin" / "python"
+COMMAND = [str(PYTHON), str(Path(__file__).parent / "vllm_cpu.py")]
+SETTINGS = Settings(
+    namespace="graft-system", images=Images(trainer="r/t:1", engine="r/e:1", agent="r/a:1", vllm="r/v:1")
+)
+MODEL = "weights/llama"
+MAX_RANK = 8
+
+
+class Vllm:
+    """One vLLM, which can be ended and started again over the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_tokenizer(folder / "base")
+        # Heads of 64: vLLM's kernels for CPUs take no smaller ones than 32.
+        self.base = make_network(
+            folder / "base", LlamaConfig, hidden_size=256, intermediate_size=256, num_attention_heads=4
+        )
+        self.port = free_port()
+        self.log = folder / "vllm.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        container = engine_container()
+        replaced = {f"/mnt/pvc/{MODEL}": str(self.base), "0.0.0.0": "127.0.0.1", "8000": str(self.port)}
+        arguments = [replaced.get(item, item) for item in container["command"][1:]]
+        environment = {item["name"]: item["value"] for item in container["env"]} | {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [*COMMAND, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+        wait_for(self._answers, 240, "vLLM answers", lambda: tail(self.log))
+
+    def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, tail(self.log)
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return int(answer.status) == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def terminate(self) -> None:
+        """What the kubelet does first."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and its workers at once."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def engine_container() -> dict[str, Any]:
+    """The engine's container as the operator makes it, for weights in float32, so that answers can be compared."""
+    deployment = AdapterDeployment.model_validate(
+        {
+            "metadata": {"name": "desk", "namespace": "shop", "uid": "u"},
+            "spec": {
+                "baseModel": "big",
+                "adapters": ["support@^1"],
+                "limits": {"maxLoras": 2, "maxLoraRank": MAX_RANK},
+                "shutdownSeconds": 60,
+            },
+        }
+    )
+    sizing = ServingSizing(
+        engine="vllm", dtype="float32", max_model_len=256, max_num_seqs=8, gpu_memory_percent=50, gpus=1
+    )
+    manifest = serving_deployment(deployment, BaseModelRef(name="big", uri=f"pvc://{MODEL}"), SETTINGS, sizing, 1)
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    return dict(container)

@@ -1,0 +1,187 @@
+"""The agent and the operator's flags with real vLLM: what the contract says, and whose answers come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from graft.contracts import Wanted, WantedAdapter
+from handover.real_vllm import COMMAND, MAX_RANK, Vllm
+from unit.agent_world import Pod
+from unit.engine_world import expected, make_adapter
+from unit.serving_world import eventually
+
+GOLDEN = Path(__file__).parents[1] / "unit" / "golden" / "output"
+BASE = "big"
+TOKENS = 12
+
+
+def golden_commands() -> list[list[str]]:
+    """Of every pod with vLLM that the golden tests hold."""
+    found = []
+    for path in sorted(GOLDEN.glob("adapterdeployment-*.yaml")):
+        for item in yaml.safe_load_all(path.read_text()):
+            if item["kind"] == "Deployment":
+                (container,) = item["spec"]["template"]["spec"]["containers"]
+                found += [container["command"]] if container["command"][0] == "vllm" else []
+    return found
+
+
+def test_vllm_knows_every_flag_of_every_pod() -> None:
+    commands = golden_commands()
+    assert len(commands) >= 4
+    done = subprocess.run([*COMMAND, "parse"], input=json.dumps(commands), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    understood = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for command, found in zip(commands, understood, strict=True):
+        flags = dict(pairwise(command))
+        for flag, name, kind in (
+            ("--max-loras", "max_loras", int),
+            ("--max-lora-rank", "max_lora_rank", int),
+            ("--max-cpu-loras", "max_cpu_loras", int),
+            ("--max-num-seqs", "max_num_seqs", int),
+            ("--max-model-len", "max_model_len", int),
+            ("--tensor-parallel-size", "tensor_parallel_size", int),
+            ("--gpu-memory-utilization", "gpu_memory_utilization", float),
+            ("--quantization", "quantization", str),
+            ("--shutdown-timeout", "shutdown_timeout", int),
+        ):
+            if flag in flags:
+                assert found[name] == kind(flags[flag]), (flag, command)
+        assert found["enable_lora"] is True
+
+
+@pytest.fixture(scope="module")
+def folders(vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters, each of which changes every answer; `wide` has a rank that vLLM was not started for."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        "a": make_adapter(vllm.base, root / "a", seed=1),
+        "b": make_adapter(vllm.base, root / "b", seed=2, target_modules="all-linear"),
+        "c": make_adapter(vllm.base, root / "c", seed=3),
+        "wide": make_adapter(vllm.base, root / "wide", seed=4, r=2 * MAX_RANK),
+    }
+
+
+async def post(session: aiohttp.ClientSession, vllm: Vllm, path: str, **body: Any) -> tuple[int, Any]:
+    async with session.post(vllm.url + path, json=body) as answer:
+        text = await answer.text()
+        return answer.status, json.loads(text) if answer.content_type == "application/json" else text
+
+
+async def ask(session: aiohttp.ClientSession, vllm: Vllm, model: str, prompt: str = "hello") -> str:
+    body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+    status, answer = await post(session, vllm, "/v1/completions", **body)
+    assert status == 200, answer
+    return str(answer["choices"][0]["text"])
+
+
+async def test_the_contract(vllm: Vllm, folders: dict[str, Path]) -> None:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    async with aiohttp.ClientSession() as session:
+
+        async def case(path: str, status: int, kind: str, words: str, **body: Any) -> None:
+            found, answer = await post(session, vllm, path, **body)
+            error = answer["error"]
+            assert (found, error["type"]) == (status, kind) and words in error["message"], (body, found, answer)
+
+        a = {"lora_name": "contract", "lora_path": str(folders["a"])}
+        assert await post(session, vllm, load, **a) == (200, "Success: LoRA adapter 'contract' added successfully.")
+        await case(load, 400, "InvalidUserInput", "has already been loaded", **a)
+        await case(load, 400, "InvalidUserInput", "must be provided", lora_name="", lora_path="")
+        await case(load, 400, "InvalidUserInput", "conflicts with a served base model", **(a | {"lora_name": BASE}))
+        await case(load, 400, "Bad Request", "Field required", lora_name="x")
+        await case(load, 404, "NotFoundError", "No adapter found for", lora_name="x", lora_path="/nowhere")
+        wide = {"lora_name": "x", "lora_path": str(folders["wide"])}
+        await case(load, 500, "InternalServerError", f"greater than max_lora_rank {MAX_RANK}", **wide)
+        await case(unload, 404, "NotFoundError", "cannot be found", lora_name="x")
+        await case("/v1/completions", 404, "NotFoundError", "does not exist", model="x", prompt="hello")
+        async with session.get(f"{vllm.url}/v1/models") as answer:
+            models = {item["id"]: item for item in (await answer.json())["data"]}
+        assert models["contract"]["root"] == str(folders["a"]) and models["contract"]["parent"] == BASE
+        assert models[BASE]["parent"] is None and models[BASE]["max_model_len"] == 256
+        assert await post(session, vllm, unload, lora_name="contract") == (
+            200,
+            "Success: LoRA adapter 'contract' removed successfully.",
+        )
+
+
+def publish(pod: Pod, folders: dict[str, Path], name: str, rank: int = 4) -> WantedAdapter:
+    files = {key: (folders[name] / key).read_bytes() for key in ("adapter_config.json", "adapter_model.safetensors")}
+    return pod.store.publish(name, rank=rank, files=files)
+
+
+async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path: Path) -> None:
+    answers = {name: expected(vllm.base, folders[name], "hello", TOKENS) for name in ("a", "b", "c")}
+    bare = expected(vllm.base, None, "hello", TOKENS)
+    assert len({bare, *answers.values()}) == 4
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        pod = Pod(tmp_path / "adapters")
+        pod.wanted = Wanted(base_model=BASE, max_lora_rank=64, drain_seconds=0)
+        pod.load_seconds = 120.0
+        await pod.start(session, vllm.url, base_model_name=BASE)
+        try:
+            wanted = {name: publish(pod, folders, name) for name in ("a", "b", "c")}
+            wide = publish(pod, folders, "wide", 2 * MAX_RANK)
+
+            async def until(state: str, *adapters: WantedAdapter) -> None:
+                await eventually(lambda: all((one := pod.one(x)) and one.state == state for x in adapters), seconds=200)
+
+            pod.want(*wanted.values(), wide)
+            await until("Loaded", *wanted.values())
+            await until("Failed", wide)
+            refused = pod.one(wide)
+            assert refused is not None and refused.reason == "EngineRejected"
+            assert f"greater than max_lora_rank {MAX_RANK}" in str(refused.message)  # in vLLM's words
+
+            # More adapters than max_loras at once: each has its own answer. The base model is asked alone: on CPUs vLLM
+            # gives a row without an adapter that of its last place (lora_indices of -1 in lora/ops/torch_ops).
+            async def check() -> None:
+                names = [item.engine_name for item in wanted.values()] * 3
+                found = await asyncio.gather(*(ask(session, vllm, name) for name in names))
+                assert found == [*answers.values()] * 3
+                assert await ask(session, vllm, BASE) == bare
+
+            await check()
+
+            # A version that is wanted no more is unloaded, and nothing answers under its name.
+            pod.want(wanted["a"], wanted["b"])
+            await eventually(lambda: pod.one(wanted["c"]) is None, seconds=60)
+            status, _ = await post(
+                session, vllm, "/v1/completions", model=wanted["c"].engine_name, prompt="hello", max_tokens=1
+            )
+            assert status == 404
+            pod.want(*wanted.values())
+            await until("Loaded", wanted["c"])
+
+            # Another process of the engine has nothing; the agent loads everything again.
+            before = pod.told[-1].engine_started
+            vllm.kill()
+            await eventually(lambda: not pod.told[-1].ready, seconds=60)
+            await asyncio.to_thread(vllm.start)
+            await until("Loaded", *wanted.values())
+            assert pod.told[-1].engine_started != before
+            await check()
+        finally:
+            await pod.kill()
+
+
+async def test_what_runs_is_answered_before_vllm_ends(vllm: Vllm) -> None:
+    body = {"model": BASE, "prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{vllm.url}/v1/completions", json=body) as answer:
+            await answer.content.readline()
+            vllm.terminate()
+            text = await answer.text()
+        assert text.rstrip().endswith("data: [DONE]") and '"error"' not in text
+        assert text.count("data: {") > 100
+    assert vllm.process is not None
+    assert await asyncio.to_thread(vllm.process.wait, 60) == 0

@@ -29,7 +29,11 @@ def write(name: str, found: dict[str, Any]) -> None:
     import torch
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    machine: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    machine: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     record = {"benchmark": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **machine, **found}

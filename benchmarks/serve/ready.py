@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +39,7 @@ from serving_stack import adapter_manifest, gateway, make_real_base, upload_vers
 from tenant import Tenant
 from tenants import bind
 from testbed.controlplane import ControlPlane, control_plane
+from testbed.faults import Fault, faulty_proxy
 from testbed.objectstore import S3Server, s3_server
 from testbed.shell import REPOSITORY, Failed, wait_for
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -57,11 +59,18 @@ class Size:
     hidden: int | None  # None: the tiny model of the examples
     rank: int
     layers: int = 1
+    bytes_per_second: float | None = None  # that the store gives a connection; None: what this machine gives
 
 
 # The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters; those of
-# the third are as large as one of a model with 70 billion parameters. The bounds are held against the second.
-SIZES = (Size("small", None, 16), Size("large", 2048, 512), Size("larger", 2048, 512, layers=4))
+# the third are as large as one of a model with 70 billion parameters. The fourth has a store that is not on the same machine: so much is
+# what object stores give a connection. The bounds are held against the second.
+SIZES = (
+    Size("small", None, 16),
+    Size("large", 2048, 512),
+    Size("larger", 2048, 512, layers=4),
+    Size("remote", 2048, 512, bytes_per_second=60e6),
+)
 HELD = "large"
 
 
@@ -247,10 +256,35 @@ def rounds_of(plane: ControlPlane, api: Api, store: S3Store, size: Size, rounds:
     return {"adapterBytes": sizes, "seconds": found}
 
 
+def limit(upstream: str, bytes_per_second: float, port: Any) -> None:
+    """A store's bandwidth, in a process of its own: until it is ended."""
+    with faulty_proxy(upstream) as proxy:
+        proxy.inject(Fault(bytes_per_second=bytes_per_second))
+        port.send(urlsplit(proxy.endpoint).port)
+        threading.Event().wait()
+
+
 @contextlib.contextmanager
-def cluster() -> Iterator[tuple[ControlPlane, Api, S3Server, OperatorProcess]]:
+def seen_through(s3: S3Server, bytes_per_second: float | None) -> Iterator[S3Server]:
+    """The store as the cluster and the reference see it."""
+    if bytes_per_second is None:
+        yield s3
+        return
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=limit, args=(s3.endpoint, bytes_per_second, there), daemon=True)
+    process.start()
+    try:
+        yield replace(s3, port=here.recv())
+    finally:
+        process.terminate()
+        process.join()
+
+
+@contextlib.contextmanager
+def cluster(bytes_per_second: float | None = None) -> Iterator[tuple[ControlPlane, Api, S3Server, OperatorProcess]]:
     """Control plane, store and operator."""
-    with control_plane() as plane, s3_server() as s3:
+    with control_plane() as plane, s3_server() as server, seen_through(server, bytes_per_second) as s3:
         plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
         plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))
         api = Api(plane.server, plane.state / "pki")
@@ -266,14 +300,14 @@ def measure(rounds: int) -> dict[str, Any]:
     """Both sizes; what was found."""
     sizes: dict[str, Any] = {}
     rows: list[tuple[str, str]] = []
-    with cluster() as (plane, api, s3, _):
-        store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
-        wait_for(
-            lambda: BUCKET in [item["Name"] for item in store.client.list_buckets()["Buckets"]],
-            30,
-            "the bucket is there",
-        )
-        for size in SIZES:
+    for size in SIZES:
+        with cluster(size.bytes_per_second) as (plane, api, s3, _):
+            store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
+            wait_for(
+                lambda store=store: BUCKET in [item["Name"] for item in store.client.list_buckets()["Buckets"]],  # type: ignore[misc]
+                30,
+                "the bucket is there",
+            )
             sizes[size.name] = found = rounds_of(plane, api, store, size, rounds)
             seconds = found["seconds"]
             over_bare, over_restart = (ratio(seconds["attach"], seconds[way]) for way in ("bare", "restart"))

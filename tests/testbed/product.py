@@ -43,7 +43,7 @@ def build() -> None:
     images.build(
         TAGS["trainer"], "trainer-image/Dockerfile",
         ("requirements/trainer.txt", "requirements/uv.txt", *code, "trainer-image/graft_trainer"),
-        base=TAGS["ml"], target="trainer", arguments=given,
+        base=TAGS["ml"], target="trainer", arguments=given | {"COMPILER": ""},
     )  # fmt: skip
     images.build(
         TAGS["engine"],

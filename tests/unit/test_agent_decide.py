@@ -110,12 +110,37 @@ def test_decisions(want: list[WantedAdapter], seen: Observed, actions: list[obje
         ([], Observed(on(A, 10), {}, sizes=sizes(B), capacity=Capacity(15, 15)), []),  # nothing goes for it
         ([A], Observed(on(B, 10), {}, sizes=sizes(A), capacity=Capacity(15, 15)), [Delete(B.engine_name)]),
         ([A, B], Observed({**on(A), **on(B)}, at(A)), [Load(B)]),
+        # What is wanted and missing ends it, and has its room when it is gone.
+        ([A], Observed({}, {}, sizes=sizes(A, B), partial=[B.engine_name]), [Download(A), Discard(B.engine_name)]),
+        (
+            [A],
+            Observed({}, {}, sizes=sizes(A, B), partial=[B.engine_name], capacity=Capacity(15, 15)),
+            [Discard(B.engine_name)],
+        ),
+        ([A], Observed({}, {}, sizes=sizes(A, B), busy=[B.engine_name], capacity=Capacity(15, 15)), []),
+        # One that cannot be had is not waited for.
+        ([A], Observed({}, {}, sizes=sizes(B), failed=[A.engine_name], held_back=[A.engine_name]), [Download(B)]),
     ],
 )
 def test_what_is_expected_is_brought_and_not_loaded(
     want: list[WantedAdapter], seen: Observed, actions: list[object]
 ) -> None:
     assert decide(wanted(*want).model_copy(update={"expected": [B]}), seen, DIR) == actions
+
+
+def test_what_is_expected_comes_one_at_a_time_and_is_counted_on_its_way() -> None:
+    c = adapter("c", "c")
+    want = wanted(A).model_copy(update={"expected": [B, c]})
+
+    def actions(**seen: object) -> list[object]:
+        picture = Observed(on(A, 10), at(A), sizes=sizes(B, c), capacity=Capacity(25, 25))
+        return list(decide(want, replace(picture, **seen), DIR))  # type: ignore[arg-type]
+
+    assert actions() == [Download(B)]
+    assert actions(busy=[B.engine_name], partial=[B.engine_name]) == []
+    assert actions(held_back=[B.engine_name], partial=[B.engine_name]) == [], "its part takes the room"
+    assert actions(held_back=[B.engine_name]) == [Download(c)]
+    assert actions(sizes={}) == [Inspect(B, expected=True)]
 
 
 def names(actions: list[object], kind: type) -> list[str]:

@@ -72,6 +72,31 @@ async def test_what_is_expected_is_there_when_it_is_signed(tmp_path: Path) -> No
         assert len(pod.store.reads) == read, "nothing is read again"
 
 
+@pytest.mark.parametrize("where", ["s3://bucket/team-b/adapters/early/1.0.0/", "s3://bucket/", "s3://other/x/"])
+async def test_what_is_expected_elsewhere_is_not_read(tmp_path: Path, where: str) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        good, early, third = (pod.store.publish(name) for name in ("good", "early", "third"))
+        foreign = changed(early, signature=None, uri=where)
+        named = changed(early, signature=None, engine_name=good.engine_name.replace("good", "other"))
+        pod.want(good, expected=[foreign, named, changed(third, signature=None)])
+        await pod.state(good, "Loaded")
+        await eventually(lambda: third.engine_name in [path.name for path in pod.dir.iterdir()])
+        assert not [key for key in pod.store.reads if "team-b" in key or "early" in key]
+
+
+async def test_a_version_whose_files_are_elsewhere_now_is_looked_at_anew(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (pod, _, _):
+        good, early = pod.store.publish("good"), pod.store.publish("early")
+        copy = early.uri.replace("/early/", "/copy/").removeprefix("s3://bucket/")
+        pod.store.objects[copy + "manifest.json"] = pod.store.objects[
+            early.uri.removeprefix("s3://bucket/") + "manifest.json"
+        ]
+        pod.want(good, expected=[changed(early, signature=None, uri=f"s3://bucket/{copy}")])
+        await eventually(lambda: [key for key in pod.store.reads if key == copy + "adapter_config.json"])
+        pod.want(good, early, expected=[])
+        await pod.state(early, "Loaded")
+
+
 async def test_what_is_expected_and_cannot_be_had_is_told_when_it_is_wanted(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         good, early = pod.store.publish("good"), pod.store.publish("early")

@@ -192,6 +192,8 @@ def test_a_version_that_is_being_verified_is_expected() -> None:
     assert away.spec.artifact is not None
     away.spec.artifact.uri = "s3://graft/other/adapters/support/1.2.0/"
     assert names(V1, away) == [], "it lies in another tenant's part"
+    away.spec.artifact.uri = "s3://bucket/"  # of before that was refused
+    assert names(V1, away) == []
 
 
 def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:

@@ -1,11 +1,13 @@
 """The presets on the architectures that people tune, as transformers builds them."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from graft.api.recipe import Lora
-from graft_trainer.model import embeddings_of, projections_of
+from graft_trainer.model import embeddings_of, has_liger, projections_of
 from graft_trainer.targets import target_modules
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -90,3 +92,13 @@ def test_everything_that_is_targeted_learns_and_the_head_and_positions_do_not(ki
     without = [name for name, parameter in first.items() if parameter.grad is None or not parameter.grad.any()]
     assert first and without == []
     assert not any(part in name for name in trained for part in ("lm_head", "wpe", "position"))
+
+
+def test_without_a_triton_that_works_there_are_no_fused_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama = SimpleNamespace(config=SimpleNamespace(model_type="llama"))
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    assert not has_liger(llama) and "Triton does not work here" in caplog.text
+    caplog.clear()
+    assert not has_liger(SimpleNamespace(**vars(llama), accepts_loss_kwargs=False)) and not caplog.text

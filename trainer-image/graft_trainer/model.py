@@ -3,6 +3,7 @@
 Weights come from safetensors only, and no code of a model's is ever run.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from graft_trainer.resolve import Device, Limits, ModelFacts
 from graft_trainer.targets import Projection
 from graft_trainer.tokens import Task
 
+log = logging.getLogger(__name__)
 AUTO_CLASSES = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -86,7 +88,7 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
             )
     if device.kind == "cpu":
         keep_differentiable(model)
-    facts = facts_of(model, liger=device.kind == "cuda" and has_liger(model.config.model_type))
+    facts = facts_of(model, liger=device.kind == "cuda" and has_liger(model))
     return BaseModel(model, facts, projections_of(model), embeddings_of(model))
 
 
@@ -101,11 +103,22 @@ def keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def has_liger(model_type: str) -> bool:
-    """Whether Liger has kernels for an architecture. They are Triton's, so a GPU is needed to ask."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+def has_liger(model: Any) -> bool:
+    """Whether Liger's kernels can be used for a model, on the GPU that is there.
 
-    return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    Not where the library leaves the division of the loss to the caller, who needs the logits for it that Liger never has.
+    """
+    if not getattr(model, "accepts_loss_kwargs", True):
+        return False
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()  # Triton, whose kernels they are, compiles what it needs for the GPU: in C
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except Exception as error:  # whatever is missing, the model trains without
+        log.warning("Liger's kernels are not used, Triton does not work here: %s", error)
+        return False
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def facts_of(model: Any, liger: bool = False) -> ModelFacts:

@@ -291,7 +291,8 @@ def _liger(training: Training, known: Limits, device: Device, model: ModelFacts)
     if training.use_liger_kernel and not model.liger:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "training.useLigerKernel is true, but Liger has no kernels for the base model's architecture",
+            "training.useLigerKernel is true, but Liger has no kernels for the base model's architecture, or they do not "
+            "work here; in that case the log says why",
             "Leave training.useLigerKernel out, or set it to false.",
         )
     if training.use_liger_kernel is not None:

@@ -16,7 +16,7 @@ class AdapterArtifact(Schema):
     """Where the files are and what they must be."""
 
     uri: str = Field(
-        pattern=r"^s3://[^\s]+/$", max_length=1024, description="s3://bucket/prefix/ that holds manifest.json."
+        pattern=r"^s3://[^/\s]+/[^\s]+/$", max_length=1024, description="s3://bucket/prefix/ that holds manifest.json."
     )
     digest: str = Field(pattern=SHA256, description="sha256:… of manifest.json, which holds the digests of the files.")
 

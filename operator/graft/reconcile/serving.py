@@ -230,7 +230,10 @@ def _is_being_verified(adapter: Adapter, tenant: str) -> bool:
     ready = find(adapter.status.conditions, "Ready")
     if adapter.artifact is None or is_put_away(adapter) or (ready is not None and ready.status != "Unknown"):
         return False
-    return split_s3_uri(adapter.artifact.uri)[1].startswith(tenant_prefix(tenant))
+    try:
+        return split_s3_uri(adapter.artifact.uri)[1].startswith(tenant_prefix(tenant))
+    except ValueError:
+        return False  # its own look says so
 
 
 def effective_routes(deployment: AdapterDeployment) -> list[Route]:

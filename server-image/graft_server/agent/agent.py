@@ -81,6 +81,7 @@ class Agent:
             engine_died=self._engine.died,
             ended=self._wake.set,
             check=trust.check if trust else None,
+            check_place=trust.check_place if trust else None,
         )
 
     # What wakes it
@@ -185,7 +186,7 @@ class Agent:
         self._idleness.see(leaving, await self._engine.active() if leaving else frozenset(), now)
         names = {adapter.engine_name for adapter in (*wanted.adapters, *wanted.expected)}
         self._failures.keep_only(names | set(there.complete) | set(self._engine.models or {}))
-        self._work.forget_all_but(names)
+        self._work.forget_all_but((*wanted.adapters, *wanted.expected))
         seen = Observed(
             on_disk=there.complete,
             engine=engine,
@@ -241,5 +242,11 @@ class Agent:
         )
 
     def _still_wanted(self, adapter: WantedAdapter) -> bool:
-        wanted = self._wanted
-        return wanted is not None and any(adapter.same_files(item) for item in (*wanted.adapters, *wanted.expected))
+        """Asked from the threads that download. What is only expected gives way to what is wanted and missing."""
+        wanted, there = self._wanted, self._contents.complete.keys() | self._failures.names
+        if wanted is None:
+            return False
+        if any(adapter.same_files(item) for item in wanted.adapters):
+            return True
+        missing = any(item.engine_name not in there for item in wanted.adapters)
+        return not missing and any(adapter.same_files(item) for item in wanted.expected)

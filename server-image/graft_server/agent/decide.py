@@ -180,28 +180,34 @@ def _on_disk(wanted: Wanted, seen: Observed, absent: list[WantedAdapter]) -> lis
     }
     held = sum(folder.size_bytes for name, folder in seen.on_disk.items() if name not in kept and name not in by_name)
     soon = sum(folder.size_bytes for name, folder in seen.on_disk.items() if name not in names and name not in kept)
-    share = share_out(asked, kept, held, soon, seen.capacity)
     coming = {adapter.engine_name: adapter for adapter in wanted.expected if adapter.engine_name not in names}
+    # What is on its way before it is wanted ends as soon as something that is wanted is missing; until then it takes its room.
+    early = sum(seen.sizes.get(name, 0) for name in coming if name in seen.partial or name in seen.busy)
+    share = share_out(asked, kept, held + early, soon + early, seen.capacity)
+    missing = [name for name in by_name if name not in seen.failed]
+    staying = by_name if missing else by_name | coming
     return [
         *(Download(by_name[name]) for name in share.fetch),
         *(Refuse(name, message) for name, message in share.refuse.items()),
         *(Delete(name) for name in share.evict if not seen.deleting),
-        *(Discard(name) for name in sorted(seen.partial) if name not in by_name | coming and name not in blocked),
-        *([] if absent or share.evict else _ahead(coming, seen, blocked)),
+        *(Discard(name) for name in sorted(seen.partial) if name not in staying and name not in blocked),
+        *([] if missing or share.evict else _ahead(coming, seen, blocked)),
     ]
 
 
 def _ahead(coming: Mapping[str, WantedAdapter], seen: Observed, blocked: Collection[str]) -> list[Action]:
-    """What is brought before it is wanted, when nothing that is wanted is missing: only into room that nobody else uses."""
-    actions: list[Action] = []
-    there = sum(folder.size_bytes for folder in seen.on_disk.values())
+    """What is brought before it is wanted, when nothing that is wanted is missing: one at a time, and only into room that
+    nobody else uses."""
+    if any(name in seen.busy for name in coming):
+        return []
+    parts = {name: seen.sizes.get(name, 0) for name in coming if name in seen.partial}
+    there = sum(folder.size_bytes for folder in seen.on_disk.values()) + sum(parts.values())
     for name, adapter in coming.items():
         if name in blocked or name in seen.on_disk:
             continue
         size = seen.sizes.get(name)
         if size is None:
-            actions.append(Inspect(adapter, expected=True))
-        elif name in seen.partial or there + size <= min(seen.capacity.kept, seen.capacity.total):
-            there += size
-            actions.append(Download(adapter))
-    return actions
+            return [Inspect(adapter, expected=True)]
+        if there + (0 if name in parts else size) <= min(seen.capacity.kept, seen.capacity.total):
+            return [Download(adapter)]
+    return []

@@ -1,4 +1,4 @@
-"""Whether the operator has verified a version: its signature, checked before anything of it is read or loaded.
+"""Whether the operator has verified a version: its signature, checked before anything of it is loaded.
 
 The public keys come from a ConfigMap of the operator's namespace, which no tenant can write; docs/signatures.md says what that
 protects from.
@@ -7,7 +7,7 @@ protects from.
 import logging
 from collections.abc import Mapping
 
-from graft.artifacts.layout import tenant_of
+from graft.artifacts.layout import split_s3_uri, tenant_of, tenant_prefix
 from graft.artifacts.signing import KeyUnknown, SignatureInvalid, Statement, trusted_keys, verify
 from graft.contracts import WantedAdapter, engine_name
 
@@ -57,8 +57,24 @@ class Trust:
             raise AdapterError(AdapterReason.SIGNATURE_KEY_UNKNOWN, str(error)) from error
         except SignatureInvalid as error:
             raise AdapterError(AdapterReason.SIGNATURE_INVALID, str(error)) from error
+        self._check_name(adapter)
+
+    def check_place(self, adapter: WantedAdapter) -> None:
+        """AdapterError unless a version that nobody has signed yet lies in the tenant's own part of a bucket, under its own name:
+        what may be brought, and no more than that."""
+        self._check_name(adapter)
+        try:
+            _, key = split_s3_uri(adapter.uri)
+        except ValueError as error:
+            raise AdapterError(AdapterReason.URI_INVALID, str(error)) from error
+        if not key.startswith(tenant_prefix(tenant_of(self._namespace))):
+            raise AdapterError(
+                AdapterReason.SIGNATURE_MISSING, f"{adapter.uri} is outside of this namespace's part of a bucket"
+            )
+
+    def _check_name(self, adapter: WantedAdapter) -> None:
         ours = engine_name(tenant_of(self._namespace), adapter.adapter, adapter.digest)
         if adapter.engine_name != ours:
             raise AdapterError(
-                AdapterReason.SIGNATURE_INVALID, f"what is signed is {ours}, and not {adapter.engine_name}"
+                AdapterReason.SIGNATURE_INVALID, f"what is meant is {ours}, and not {adapter.engine_name}"
             )

@@ -50,6 +50,7 @@ class Work:
         engine_died: Callable[[], Awaitable[str | None]],
         ended: Callable[[], None],
         check: Callable[[WantedAdapter], None] | None = None,  # of signatures
+        check_place: Callable[[WantedAdapter], None] | None = None,  # of what is not signed yet
     ) -> None:
         self._folders = folders
         self._engine = engine
@@ -61,7 +62,8 @@ class Work:
         self._max_rank = max_rank
         self._engine_died = engine_died
         self._ended = ended
-        self._check = check
+        self._check_signature = check or (lambda _: None)
+        self._check_place = check_place or (lambda _: None)
         self._actions: dict[str, Action] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="download")
@@ -110,9 +112,14 @@ class Work:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def forget_all_but(self, names: Collection[str]) -> None:
-        """Forget what is remembered of other adapters."""
-        self.versions = {name: version for name, version in self.versions.items() if name in names}
+    def forget_all_but(self, adapters: Collection[WantedAdapter]) -> None:
+        """Forget what is remembered of other adapters, and of these where their files are elsewhere now."""
+        known = {adapter.engine_name: adapter for adapter in adapters}
+        self.versions = {
+            name: version
+            for name, version in self.versions.items()
+            if name in known and version.adapter.same_files(known[name])
+        }
 
     async def _run(self, action: Action) -> None:
         name, verb = action.name, type(action).__name__.lower()
@@ -146,7 +153,9 @@ class Work:
         name, again = action.name, self._failures.get(action.name) is not None
         match action:
             case Inspect(adapter, expected):
-                if not expected:
+                if expected:
+                    self._check_place(adapter)
+                else:
                     self._check_signature(adapter)
                     self._began.setdefault(name, time.monotonic())
                 async with self._inspections.turn(again=again):
@@ -171,10 +180,6 @@ class Work:
             case Discard():
                 await self._thread(self._folders.discard, name)
                 self._began.pop(name, None)
-
-    def _check_signature(self, adapter: WantedAdapter) -> None:
-        if self._check is not None:
-            self._check(adapter)
 
     async def _download(self, version: Version) -> None:
         name, started = version.adapter.engine_name, time.monotonic()

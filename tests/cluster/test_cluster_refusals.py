@@ -64,6 +64,15 @@ def test_the_spec_of_a_job_never_changes(tenant: Tenant, plane: ControlPlane) ->
         )
 
 
+@pytest.mark.parametrize("uri", ["s3://graft/", "s3:///key/", "s3://graft/key", "hf://org/name/"])
+def test_an_artifact_that_is_no_prefix_is_refused(tenant: Tenant, plane: ControlPlane, uri: str) -> None:
+    spec = {"adapter": "support", "version": "1.0.0", "baseModel": "tiny", "method": "lora"}
+    words = refused(
+        plane, tenant.resource("Adapter", "support-1.0.0", spec | {"artifact": {"uri": uri, "digest": DIGEST}})
+    )
+    assert "spec.artifact.uri" in words
+
+
 def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) -> None:
     artifact = {"uri": f"s3://graft/{tenant.name}/adapters/support/1.0.0/", "digest": DIGEST}
     spec = {"adapter": "support", "version": "1.0.0", "baseModel": BASE, "method": "lora", "artifact": artifact}

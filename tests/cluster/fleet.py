@@ -33,14 +33,14 @@ class Fleet:
         return self.tenant.until("AdapterDeployment", self.name, type_, reason, timeout, **message)
 
     def pods(self, count: int) -> list[Object]:
-        """Wait until so many pods run."""
+        """Wait until so many pods run. A roll-out whose replicas have parts of the adapters takes 15 s for each of them."""
         owner = self.tenant.get("AdapterDeployment", self.name)
 
         def alive() -> list[Object]:
             found = [pod for pod in self.tenant.pods(owner) if not pod["metadata"].get("deletionTimestamp")]
             return [pod for pod in found if pod.get("status", {}).get("phase") == "Running"]
 
-        self.tenant.wait(lambda: len(alive()) == count, f"{count} pods of {self.name} run")
+        self.tenant.wait(lambda: len(alive()) == count, f"{count} pods of {self.name} run", 120)
         return alive()
 
     def wanted(self) -> Wanted:

@@ -99,7 +99,7 @@ def test_an_autoscaler_has_the_replicas_and_the_operator_leaves_them_alone(tenan
     (policy,) = tenant.get("HorizontalPodAutoscaler", "chat")["spec"]["behavior"]["scaleDown"]["policies"]
     assert policy["value"] == 1
     fleet.pods(4)
-    tenant.wait(lambda: fleet.status()["readyText"] == "4/4", "all are ready", explain=lambda: str(fleet.status()))
+    tenant.wait(lambda: fleet.status()["readyText"] == "4/4", "all are ready", 120, lambda: str(fleet.status()))
 
     fleet.change(autoscaling=None, replicas=1)
     fleet.pods(1)

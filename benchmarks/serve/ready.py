@@ -63,13 +63,13 @@ class Size:
 
 
 # The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters; those of
-# the third are as large as one of a model with 70 billion parameters. The fourth has a store that is not on the same machine: so much is
-# what object stores give a connection. The bounds are held against the second.
+# the third are as large as one of a model with 70 billion parameters. The fourth has a store behind a slow
+# line. The bounds are held against the second. Replicas bring nothing early where less than a fifth of the disk is free.
 SIZES = (
     Size("small", None, 16),
     Size("large", 2048, 512),
     Size("larger", 2048, 512, layers=4),
-    Size("remote", 2048, 512, bytes_per_second=60e6),
+    Size("remote", 2048, 512, bytes_per_second=15e6),
 )
 HELD = "large"
 

@@ -113,11 +113,6 @@ async def test_the_contract(vllm: Vllm, folders: dict[str, Path]) -> None:
         )
 
 
-def publish(pod: Pod, folders: dict[str, Path], name: str, rank: int = 4) -> WantedAdapter:
-    files = {key: (folders[name] / key).read_bytes() for key in ("adapter_config.json", "adapter_model.safetensors")}
-    return pod.store.publish(name, rank=rank, files=files)
-
-
 async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path: Path) -> None:
     answers = {name: expected(vllm.base, folders[name], "hello", TOKENS) for name in ("a", "b", "c")}
     bare = expected(vllm.base, None, "hello", TOKENS)
@@ -129,8 +124,8 @@ async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path
         pod.load_seconds = 120.0
         await pod.start(session, vllm.url, base_model_name=BASE)
         try:
-            wanted = {name: publish(pod, folders, name) for name in ("a", "b", "c")}
-            wide = publish(pod, folders, "wide", 2 * MAX_RANK)
+            wanted = {name: pod.publish(folders[name], name, 4) for name in ("a", "b", "c")}
+            wide = pod.publish(folders["wide"], "wide", 2 * MAX_RANK)
 
             async def until(state: str, *adapters: WantedAdapter) -> None:
                 await eventually(lambda: all((one := pod.one(x)) and one.state == state for x in adapters), seconds=200)

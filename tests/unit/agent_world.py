@@ -35,6 +35,11 @@ class Pod:
         )
         self.agent: Agent = None  # type: ignore[assignment]
 
+    def publish(self, folder: Path, name: str, rank: int) -> WantedAdapter:
+        """An adapter that peft has saved, in the store."""
+        files = {key: (folder / key).read_bytes() for key in ("adapter_config.json", "adapter_model.safetensors")}
+        return self.store.publish(name, rank=rank, files=files)
+
     def want(self, *adapters: WantedAdapter, **fields: Any) -> None:
         self.wanted = self.wanted.model_copy(update={"adapters": list(adapters), **fields})
         self.agent.want({"x": {WANTED_KEY: self.wanted.json_text()}})

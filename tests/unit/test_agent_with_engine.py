@@ -9,18 +9,13 @@ from typing import Any
 
 import aiohttp
 from engine_world import BASE, expected, make_adapter, make_base, running
-from graft.contracts import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget, Wanted, WantedAdapter
+from graft.contracts import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget, Wanted
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.settings import Settings
 from unit.agent_world import Pod
 from unit.serving_world import eventually, listening
 
 PROMPT = {"prompt": "hello", "temperature": 0, "max_tokens": 12}
-
-
-def publish(pod: Pod, folder: Path, name: str, rank: int) -> WantedAdapter:
-    files = {key: (folder / key).read_bytes() for key in ("adapter_config.json", "adapter_model.safetensors")}
-    return pod.store.publish(name, rank=rank, files=files)
 
 
 async def test_from_storage_to_the_clients_answer(tmp_path: Path) -> None:
@@ -32,7 +27,7 @@ async def test_from_storage_to_the_clients_answer(tmp_path: Path) -> None:
         pod = Pod(tmp_path / "adapters")
         pod.wanted = Wanted(base_model=BASE, max_lora_rank=64, drain_seconds=0)
         await pod.start(session, f"http://{address}", base_model_name=BASE)
-        support, too_big = publish(pod, folder, "support", 4), publish(pod, big, "big", 32)
+        support, too_big = pod.publish(folder, "support", 4), pod.publish(big, "big", 32)
         pod.want(support, too_big)
         await pod.state(support, "Loaded")
         failed = await pod.state(too_big, "Failed")  # the engine knows better than what is wanted

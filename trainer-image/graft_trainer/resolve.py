@@ -49,7 +49,7 @@ class ModelFacts:
     hidden_size: int
     vocab_size: int
     parameters: int
-    liger: bool = False  # Liger has kernels for the architecture
+    liger: bool = False  # Liger has kernels for the architecture, and they work here
 
 
 @dataclass(frozen=True)

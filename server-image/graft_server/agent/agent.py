@@ -80,8 +80,7 @@ class Agent:
             max_rank=lambda: self._wanted.max_lora_rank if self._wanted else 0,
             engine_died=self._engine.died,
             ended=self._wake.set,
-            check=trust.check if trust else None,
-            check_place=trust.check_place if trust else None,
+            trust=trust,
         )
 
     # What wakes it

@@ -20,6 +20,7 @@ from graft_server.agent.metrics import Metrics
 from graft_server.agent.objects import Objects
 from graft_server.agent.reasons import FAILED, AdapterError, AdapterReason
 from graft_server.agent.slots import Slots
+from graft_server.agent.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class Work:
         max_rank: Callable[[], int],
         engine_died: Callable[[], Awaitable[str | None]],
         ended: Callable[[], None],
-        check: Callable[[WantedAdapter], None] | None = None,  # of signatures
-        check_place: Callable[[WantedAdapter], None] | None = None,  # of what is not signed yet
+        trust: Trust | None = None,  # None: signatures are not checked
     ) -> None:
         self._folders = folders
         self._engine = engine
@@ -62,8 +62,7 @@ class Work:
         self._max_rank = max_rank
         self._engine_died = engine_died
         self._ended = ended
-        self._check_signature = check or (lambda _: None)
-        self._check_place = check_place or (lambda _: None)
+        self._trust = trust
         self._actions: dict[str, Action] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="download")
@@ -153,10 +152,8 @@ class Work:
         name, again = action.name, self._failures.get(action.name) is not None
         match action:
             case Inspect(adapter, expected):
-                if expected:
-                    self._check_place(adapter)
-                else:
-                    self._check_signature(adapter)
+                self._check(adapter, expected)
+                if not expected:
                     self._began.setdefault(name, time.monotonic())
                 async with self._inspections.turn(again=again):
                     self.versions[name] = await self._thread(
@@ -166,7 +163,7 @@ class Work:
                 async with self._downloads.turn(again=again):
                     await self._download(self.versions[name])
             case Load(adapter):
-                self._check_signature(adapter)  # the keys may be others than when it was fetched
+                self._check(adapter)  # the keys may be others than when it was fetched
                 async with self._loads.turn(again=again):
                     await self._load(name)
             case Unload():
@@ -180,6 +177,10 @@ class Work:
             case Discard():
                 await self._thread(self._folders.discard, name)
                 self._began.pop(name, None)
+
+    def _check(self, adapter: WantedAdapter, expected: bool = False) -> None:
+        if self._trust is not None:
+            (self._trust.check_place if expected else self._trust.check)(adapter)
 
     async def _download(self, version: Version) -> None:
         name, started = version.adapter.engine_name, time.monotonic()

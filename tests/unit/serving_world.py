@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, ManifestJob, digest
 from graft.artifacts.signing import Keys, Statement, generate, published_keys, read_keys, sign
-from graft.artifacts.store import StoreError
+from graft.artifacts.store import StorageConfig, StoreError
 from graft.contracts import WantedAdapter, engine_name
 from graft_server.agent.objects import Stream
 from kubernetes.aio.client import ApiClient, Configuration
@@ -183,6 +183,8 @@ def signed(wanted: WantedAdapter, keys: Keys = KEYS, **fields: str) -> WantedAda
 class MemoryStore:
     """The agent's view of the object store, over a dict."""
 
+    config = StorageConfig("", "us-east-1", "bucket", f"{NAMESPACE}/", "id", "secret")
+
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.unavailable: set[str] = set()  # keys that fail
@@ -192,8 +194,8 @@ class MemoryStore:
         self.starts: list[tuple[str, int]] = []  # file, first byte
 
     def _at(self, key: str, bucket: str | None) -> bytes:
-        assert bucket == "bucket"
         self.reads.append(key)
+        assert bucket == self.config.bucket
         if key in self.unavailable:
             raise StoreError("unavailable", f"{key}: the store is away")
         if key not in self.objects:

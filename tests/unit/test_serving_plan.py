@@ -173,7 +173,7 @@ def test_a_version_that_is_being_verified_is_expected() -> None:
     spec, new = deployment(), coming("1.2.0")
 
     def names(*adapters: Adapter) -> list[str]:
-        found = expected(spec, resolve(spec, list(adapters)), list(adapters), "shop")
+        found = expected(spec, resolve(spec, list(adapters)), list(adapters), "shop", "graft")
         return [item.adapter for item in found]
 
     assert names(V1, V2, new) == ["support-1.2.0"]
@@ -192,7 +192,9 @@ def test_a_version_that_is_being_verified_is_expected() -> None:
     assert away.spec.artifact is not None
     away.spec.artifact.uri = "s3://graft/other/adapters/support/1.2.0/"
     assert names(V1, away) == [], "it lies in another tenant's part"
-    away.spec.artifact.uri = "s3://bucket/"  # of before that was refused
+    away.spec.artifact.uri = "s3://elsewhere/shop/adapters/support/1.2.0/"
+    assert names(V1, away) == [], "it lies in another bucket"
+    away.spec.artifact.uri = "s3://graft/"  # of before that was refused
     assert names(V1, away) == []
 
 

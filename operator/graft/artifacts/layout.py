@@ -56,3 +56,24 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     if scheme != "s3" or not bucket or not key:
         raise ValueError(f"not an s3:// URI with a bucket and a key: {uri}")
     return bucket, key
+
+
+def in_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
+    """Whether a URI names the tenant's own part of this bucket, or something below it.
+
+    Files are read on the strength of it, so it is strict: False without the slash after the tenant's name (another's may begin with
+    it), in a bucket that merely has a folder of that name, for a tenant without a name, and for what is no s3:// URI with a key.
+    """
+    try:
+        found, key = split_s3_uri(uri)
+    except ValueError:
+        return False
+    return bool(tenant) and found == bucket and key.startswith(tenant_prefix(tenant))
+
+
+def outside_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
+    """Whether a URI names this bucket or something in it, and not the tenant's part.
+
+    False for other buckets, the Hub and volumes: the layout says nothing of them, the rights of the tenant's key do.
+    """
+    return f"{uri}/".startswith(s3_uri(bucket, "")) and not in_tenants_part(uri, bucket, tenant)

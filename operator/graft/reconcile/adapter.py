@@ -76,12 +76,10 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:
     artifact = adapter.published
-    bucket, prefix = layout.split_s3_uri(artifact.uri)
-    if (
-        not prefix.startswith(layout.tenant_prefix(layout.tenant_of(adapter.metadata.namespace)))
-        and bucket == ctx.store.config.bucket
-    ):
+    tenant = layout.tenant_of(adapter.metadata.namespace)
+    if layout.outside_tenants_part(artifact.uri, ctx.store.config.bucket, tenant):
         return InvalidArtifact("OutsideNamespace", f"{artifact.uri} is outside of this namespace's part of the bucket")
+    bucket, prefix = layout.split_s3_uri(artifact.uri)
     try:
         async with _verifying:
             return await ctx.blocking(verify, ctx.store, prefix, artifact.digest, bucket)

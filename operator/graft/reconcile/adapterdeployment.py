@@ -183,7 +183,7 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
     wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
     if wanted.assigned is None:
-        coming = serving.expected(spec, world.resolutions, world.adapters, tenant)
+        coming = serving.expected(spec, world.resolutions, world.adapters, tenant, ctx.store.config.bucket)
         wanted = wanted.model_copy(update={"expected": coming})
     routes = assignment.leave_out_moved(routes, wanted)
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):

@@ -132,12 +132,13 @@ async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, s
 def outside_namespace(adapter: Adapter, bucket: str) -> Trouble | None:
     """An import from another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
     uri = adapter.spec.import_.uri if adapter.spec.import_ is not None else ""
-    own = layout.tenant_prefix(layout.tenant_of(adapter.metadata.namespace))
-    if not uri.startswith(f"s3://{bucket}/") or uri.startswith(f"s3://{bucket}/{own}"):
+    tenant = layout.tenant_of(adapter.metadata.namespace)
+    if not layout.outside_tenants_part(uri, bucket, tenant):
         return None
+    own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
     return Trouble(
         "OutsideNamespace",
-        f"import.uri: {uri} is outside of this namespace's part of the bucket; put the files below s3://{bucket}/{own}",
+        f"import.uri: {uri} is outside of this namespace's part of the bucket; put the files below {own}",
     )
 
 

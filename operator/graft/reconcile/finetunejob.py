@@ -291,15 +291,13 @@ async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known
 
 def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
     """Data in another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
-    prefix = layout.tenant_prefix(layout.tenant_of(job.metadata.namespace))
+    tenant = layout.tenant_of(job.metadata.namespace)
+    own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
     for where, uri in data_uris(job):
-        if not uri.startswith(f"s3://{bucket}/"):
-            continue
-        _, key = layout.split_s3_uri(uri)
-        if not key.startswith(prefix):
+        if layout.outside_tenants_part(uri, bucket, tenant):
             return Trouble(
                 "DatasetOutsideNamespace",
-                f"{where}: {uri} is outside of this namespace's part of the bucket; put it below s3://{bucket}/{prefix}",
+                f"{where}: {uri} is outside of this namespace's part of the bucket; put it below {own}",
             )
     return None
 

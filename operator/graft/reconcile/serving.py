@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Route
 from graft.api.meta import Condition
-from graft.artifacts.layout import split_s3_uri, tenant_prefix
+from graft.artifacts.layout import in_tenants_part
 from graft.contracts import (
     AdapterState,
     Backend,
@@ -201,11 +201,11 @@ def plan_wanted(
 
 
 def expected(
-    deployment: AdapterDeployment, resolutions: list[Resolution], adapters: list[Adapter], tenant: str
+    deployment: AdapterDeployment, resolutions: list[Resolution], adapters: list[Adapter], tenant: str, bucket: str
 ) -> list[WantedAdapter]:
     """Versions that entries will stand for once they are verified: agents may bring their files meanwhile.
 
-    Only what lies in the tenant's own part of a bucket: nobody has looked at the others yet.
+    Only what lies in the tenant's own part of the bucket: nobody has looked at the others yet.
     """
     found = {}
     for resolution in resolutions:
@@ -218,7 +218,8 @@ def expected(
             and item.spec.base_model == deployment.spec.base_model
             and item.spec.method in {"lora", "qlora"}
             and not item.metadata.deletion_timestamp
-            and _is_being_verified(item, tenant)
+            and _is_being_verified(item)
+            and in_tenants_part(item.published.uri, bucket, tenant)
         ]
         newest = max(coming, key=_number, default=None)
         if newest and (resolution.adapter is None or _number(newest) > _number(resolution.adapter)):
@@ -226,14 +227,9 @@ def expected(
     return [found[name] for name in sorted(found)]
 
 
-def _is_being_verified(adapter: Adapter, tenant: str) -> bool:
+def _is_being_verified(adapter: Adapter) -> bool:
     ready = find(adapter.status.conditions, "Ready")
-    if adapter.artifact is None or is_put_away(adapter) or (ready is not None and ready.status != "Unknown"):
-        return False
-    try:
-        return split_s3_uri(adapter.artifact.uri)[1].startswith(tenant_prefix(tenant))
-    except ValueError:
-        return False  # its own look says so
+    return adapter.artifact is not None and not is_put_away(adapter) and (ready is None or ready.status == "Unknown")
 
 
 def effective_routes(deployment: AdapterDeployment) -> list[Route]:

@@ -7,7 +7,7 @@ protects from.
 import logging
 from collections.abc import Mapping
 
-from graft.artifacts.layout import split_s3_uri, tenant_of, tenant_prefix
+from graft.artifacts.layout import in_tenants_part, split_s3_uri, tenant_of
 from graft.artifacts.signing import KeyUnknown, SignatureInvalid, Statement, trusted_keys, verify
 from graft.contracts import WantedAdapter, engine_name
 
@@ -59,17 +59,18 @@ class Trust:
             raise AdapterError(AdapterReason.SIGNATURE_INVALID, str(error)) from error
         self._check_name(adapter)
 
-    def check_place(self, adapter: WantedAdapter) -> None:
-        """AdapterError unless a version that nobody has signed yet lies in the tenant's own part of a bucket, under its own name:
+    def check_place(self, adapter: WantedAdapter, bucket: str) -> None:
+        """AdapterError unless a version that nobody has signed yet lies in the tenant's own part of the bucket, under its own name:
         what may be brought, and no more than that."""
         self._check_name(adapter)
         try:
-            _, key = split_s3_uri(adapter.uri)
+            split_s3_uri(adapter.uri)
         except ValueError as error:
             raise AdapterError(AdapterReason.URI_INVALID, str(error)) from error
-        if not key.startswith(tenant_prefix(tenant_of(self._namespace))):
+        if not in_tenants_part(adapter.uri, bucket, tenant_of(self._namespace)):
             raise AdapterError(
-                AdapterReason.SIGNATURE_MISSING, f"{adapter.uri} is outside of this namespace's part of a bucket"
+                AdapterReason.SIGNATURE_MISSING,
+                f"{adapter.uri} is outside of this namespace's part of the bucket {bucket}",
             )
 
     def _check_name(self, adapter: WantedAdapter) -> None:

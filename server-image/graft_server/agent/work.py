@@ -152,8 +152,10 @@ class Work:
         name, again = action.name, self._failures.get(action.name) is not None
         match action:
             case Inspect(adapter, expected):
-                self._check(adapter, expected)
-                if not expected:
+                if expected:
+                    await self._check_place(adapter)
+                else:
+                    self._check(adapter)
                     self._began.setdefault(name, time.monotonic())
                 async with self._inspections.turn(again=again):
                     self.versions[name] = await self._thread(
@@ -178,9 +180,14 @@ class Work:
                 await self._thread(self._folders.discard, name)
                 self._began.pop(name, None)
 
-    def _check(self, adapter: WantedAdapter, expected: bool = False) -> None:
+    def _check(self, adapter: WantedAdapter) -> None:
         if self._trust is not None:
-            (self._trust.check_place if expected else self._trust.check)(adapter)
+            self._trust.check(adapter)
+
+    async def _check_place(self, adapter: WantedAdapter) -> None:
+        if self._trust is not None:
+            store = await self._thread(self._open_store)
+            self._trust.check_place(adapter, store.config.bucket)
 
     async def _download(self, version: Version) -> None:
         name, started = version.adapter.engine_name, time.monotonic()

@@ -1,0 +1,57 @@
+"""Where things are in the bucket, and whose they are: what a tenant may name, and what is refused or not looked at."""
+
+import pytest
+from graft.api import Adapter, FineTuneJob
+from graft.artifacts.layout import in_tenants_part, outside_tenants_part
+from graft.reconcile import adapterjob, finetunejob
+
+# URI -> it is in the part of tenant "shop" of bucket "graft", it is in that bucket and outside of the part.
+PLACES = {
+    "s3://graft/shop/adapters/a/1.0.0/": (True, False),
+    "s3://graft/shop/train.jsonl": (True, False),
+    "s3://graft/shop/": (True, False),  # all of it
+    "s3://graft/shop": (False, True),  # an object of that name
+    "s3://graft/shopping/a/": (False, True),
+    "s3://graft/sho/p/": (False, True),
+    "s3://graft/Shop/a/": (False, True),
+    "s3://graft//shop/a/": (False, True),
+    "s3://graft/x/shop/a/": (False, True),
+    "s3://graft/models/tiny/": (False, True),
+    "s3://graft/": (False, True),
+    "s3://graft": (False, True),
+    "s3://elsewhere/shop/a/": (False, False),
+    "s3://graft-too/shop/a/": (False, False),
+    "s3:///shop/a/": (False, False),
+    "hf://graft/shop/a": (False, False),
+    "hf://datasets/graft/shop/a.jsonl": (False, False),
+    "pvc://graft/shop/a": (False, False),
+    "": (False, False),
+}
+
+
+@pytest.mark.parametrize("uri", PLACES)
+def test_whose_a_place_is(uri: str) -> None:
+    assert (in_tenants_part(uri, "graft", "shop"), outside_tenants_part(uri, "graft", "shop")) == PLACES[uri]
+
+
+@pytest.mark.parametrize("uri", ["s3://graft/a", "s3://graft//a/", "s3://graft//", "s3://graft/"])
+def test_a_tenant_without_a_name_has_no_part(uri: str) -> None:
+    assert not in_tenants_part(uri, "graft", "") and outside_tenants_part(uri, "graft", "")
+
+
+@pytest.mark.parametrize("uri", PLACES)
+def test_imports_and_data_outside_of_it_are_refused(uri: str) -> None:
+    metadata = {"name": "a", "namespace": "shop", "uid": "u"}
+    spec = {"adapter": "a", "version": "1.0.0", "baseModel": "tiny", "method": "lora", "import": {"uri": "hf://a/b"}}
+    adapter = Adapter.model_validate({"metadata": metadata, "spec": spec})
+    dataset = {"train": {"uri": "pvc://data/train.jsonl"}}
+    spec = {"baseModel": "tiny", "dataset": dataset, "method": {"lora": {}}, "output": {"adapter": "a"}}
+    job = FineTuneJob.model_validate({"metadata": metadata, "spec": spec})
+    assert adapter.spec.import_ is not None
+    adapter.spec.import_.uri = job.spec.dataset.train.uri = (
+        uri  # also what no resource may say since its schema forbids it
+    )
+    found = (adapterjob.outside_namespace(adapter, "graft"), finetunejob.outside_namespace(job, "graft"))
+    assert [item is not None for item in found] == [PLACES[uri][1]] * 2
+    for trouble in found:
+        assert trouble is None or trouble.message.endswith("below s3://graft/shop/")

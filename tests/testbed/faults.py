@@ -7,7 +7,8 @@ without an event loop use it alike.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 
 import aiohttp
@@ -15,6 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 PIECE = 16 * 1024  # bytes; bandwidth and cuts are counted in smaller steps than a reader asks for
+SMOOTH = 0.01  # seconds; a slow line brings smaller pieces, about as often as this
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"})
 
 
@@ -28,7 +30,7 @@ class Fault:
     match: str = ""
     times: int | None = None
     latency: float = 0.0  # seconds before the answer
-    bytes_per_second: float | None = None
+    bytes_per_second: float | None = None  # of each answer
     cut_at: int | None = None
     hang_at: int | None = None
     flip_at: int | None = None  # one bit of this byte
@@ -48,6 +50,30 @@ class Seen:
     method: str
     path: str
     range: str | None
+
+
+class Line:
+    """A line that brings so many bytes a second from now on.
+
+    Paced by the clock: a sleep that takes longer than asked, or work between two pieces, is made up for by the next ones.
+    """
+
+    def __init__(
+        self,
+        bytes_per_second: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._rate, self._clock, self._sleep = bytes_per_second, clock, sleep
+        self._began, self._bytes = clock(), 0
+        self.piece = max(1, min(PIECE, int(bytes_per_second * SMOOTH)))  # bytes to give at once
+
+    async def bring(self, size: int) -> None:
+        """Wait until as many more bytes are due."""
+        self._bytes += size
+        left = self._began + self._bytes / self._rate - self._clock()
+        if left > 0:
+            await self._sleep(left)
 
 
 class FaultyProxy:
@@ -112,19 +138,20 @@ class FaultyProxy:
             return response
         sent = 0
         stops = [stop for stop in (fault.cut_at, fault.hang_at) if stop is not None]
-        async for piece in answer.content.iter_chunked(PIECE):
+        line = Line(fault.bytes_per_second) if fault.bytes_per_second else None
+        async for piece in answer.content.iter_chunked(line.piece if line else PIECE):
             data = bytearray(piece)
             if fault.flip_at is not None and sent <= fault.flip_at < sent + len(data):
                 data[fault.flip_at - sent] ^= 1
             data = data[: max(0, min([len(data), *(stop - sent for stop in stops)]))]
+            if line:
+                await line.bring(len(data))
             await response.write(bytes(data))
             sent += len(data)
             if fault.cut_at is not None and sent >= fault.cut_at:
                 self._cut(request)
             if fault.hang_at is not None and sent >= fault.hang_at:
                 await self._hang(request)
-            if fault.bytes_per_second:
-                await asyncio.sleep(len(data) / fault.bytes_per_second)
         return response
 
     async def _hang(self, request: web.Request) -> None:

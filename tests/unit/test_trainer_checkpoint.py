@@ -12,6 +12,7 @@ from checkpoint_world import RESOLVED, ROOT, FolderStore, Killed, run_attempt
 from graft.artifacts.store import ObjectInfo
 from graft_trainer.checkpoint import complete, identity, pack, unpack
 from graft_trainer.checkpoint_state import loader, optimizer_state, random_state, restore_optimizer, restore_random
+from graft_trainer.host_copy import HostCopy, arrange
 from safetensors import safe_open
 from trainer_world import make_job
 
@@ -201,3 +202,32 @@ def test_all_generators_go_on_where_they_were() -> None:
 def test_what_a_checkpoint_cannot_hold_is_named() -> None:
     with pytest.raises(TypeError, match="cannot hold state/a/0, a object"):
         pack({"a": [object()]}, "state", {})
+
+
+def test_buffers_share_pieces_of_memory_and_do_not_overlap() -> None:
+    places, sizes = arrange({"a": 100, "b": 4, "c": 900, "big": 5000, "none": 0, "d": 1}, piece=1024)
+    assert places == {"a": (0, 0), "b": (0, 128), "c": (1, 0), "big": (2, 0), "none": (3, 0), "d": (3, 0)}
+    assert sizes == [192, 960, 5056, 64]
+
+
+def test_a_copy_is_one_and_its_buffers_are_used_again() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    copy = HostCopy()
+    tensors = {
+        "weights": torch.arange(6, dtype=torch.float32, device=device).view(2, 3),
+        "step": torch.tensor(7.0, device=device),
+        "half": torch.ones(3, dtype=torch.bfloat16, device=device),
+        "random": torch.arange(5, dtype=torch.uint8),
+        "nothing": torch.empty(0, device=device),
+    }
+    copy.reserve(tensors)
+    first = copy(tensors)
+    assert all(one.device.type == "cpu" and one.equal(tensors[name].cpu()) for name, one in first.items())
+    assert first["weights"].is_pinned() == (device == "cuda")
+    where = {name: one.data_ptr() for name, one in first.items()}
+    tensors["weights"].add_(1)
+    second = copy(tensors)
+    assert second["weights"].equal(tensors["weights"].cpu())
+    assert {name: one.data_ptr() for name, one in second.items()} == where
+    # Another state than the one before gets buffers of its own shape.
+    assert copy({"weights": torch.ones(4, device=device)})["weights"].shape == (4,)

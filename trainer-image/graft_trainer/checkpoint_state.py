@@ -90,29 +90,6 @@ class Shard:
         self.local = local
 
 
-class HostCopy:
-    """Copies of tensors in host memory, in buffers that are used again: a copy is all that training waits for.
-
-    One copy exists at a time. Buffers for a GPU's tensors are page-locked, so they fill at the speed of the bus.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept = {}
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            buffer.copy_(tensor.detach(), non_blocking=True)
-            kept[name] = buffer
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._buffers = kept
-        return kept
-
-
 def _parameters(optimizer: Any) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

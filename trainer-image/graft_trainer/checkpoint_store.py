@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graft_trainer.checkpoint import Checkpoint, Receipt, complete, data_name, pack, receipt_name, surplus, unpack
-from graft_trainer.checkpoint_state import HostCopy
 from graft_trainer.download import patiently
+from graft_trainer.host_copy import HostCopy
 from graft_trainer.progress import now
 
 log = logging.getLogger(__name__)
@@ -148,19 +148,23 @@ class CheckpointWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Begin to make room for copies of such a state, while training goes on."""
+        self._begin(self._copy.reserve, _tensors(state)[1])
+
     def take(self, state: dict[str, Any], step: int, *, final: bool = False) -> float:
         """Copy the state and begin to write it, once the one before is written; the seconds that this took. Its "watch" is
         plain JSON, which may be long, and no longer changes."""
         self.wait()
         begin = time.monotonic()
-        tensors: dict[str, Tensor] = {}
-        packed = pack({name: value for name, value in state.items() if name != "watch"}, "state", tensors)
+        packed, tensors = _tensors(state)
         copies, rest = self._copy(tensors), {"packed": packed, "watch": state["watch"]}
-        self._thread = threading.Thread(
-            target=self._write, args=(copies, rest, step, final), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        self._begin(self._write, copies, rest, step, final)
         return time.monotonic() - begin
+
+    def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
 
     def wait(self) -> None:
         """Until nothing is on its way."""
@@ -201,6 +205,13 @@ class CheckpointWriter:
             time.sleep(0.2)
         self.report([checkpoint.ref() for checkpoint in found])
         self.report([checkpoint.ref() for checkpoint in self.checkpoints.prune()])
+
+
+def _tensors(state: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A state but for its "watch", as JSON and the tensors that it names."""
+    tensors: dict[str, Tensor] = {}
+    packed = pack({name: value for name, value in state.items() if name != "watch"}, "state", tensors)
+    return packed, tensors
 
 
 def read_state(path: Path, load: Callable[[Callable[[str], Tensor]], Callable[[dict[str, Any]], Any]]) -> Any:

@@ -2,6 +2,7 @@
 the loss is divided by tokens, and how the state is saved and put back."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from graft.contracts import Reason
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from graft_trainer import distributed
 from graft_trainer.checkpoint_state import (
@@ -84,6 +85,19 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
     return arguments
 
 
+class RoomForCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Begins to make room for the first checkpoint after the first step, which is when the optimizer has a state."""
+
+    def __init__(self, reserve: Callable[[], None]) -> None:
+        self.reserve = reserve
+        self.reserved = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.reserved:
+            self.reserved = True
+            self.reserve()
+
+
 class LeanTrainer(Trainer):  # type: ignore[misc]
     """The Trainer of one run. begin() says where it starts."""
 
@@ -95,6 +109,7 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
         self.watch = watch
         self.writer = writer
         self.resumed = resume
+        self.add_callback(RoomForCheckpoints(lambda: writer.reserve(self._state_of_training())))
         # Only the library's loss for causal models divides by the number of tokens that it is given; others are means over
         # a micro-batch, T5's among them, although their forward() takes the number and drops it.
         self.divides = bool(self.model_accepts_loss_kwargs and self._loss_shifts_labels)
@@ -157,11 +172,12 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
         """Not counted: it walks all modules at every micro-batch."""
         return 0
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _state_of_training(self) -> dict[str, Any]:
+        """All that an attempt which goes on from here must have."""
         scaler = getattr(self.accelerator, "scaler", None)
         # Without sharding the processes hold the same weights; the first one's part has them for all.
         whole = distributed.is_main() or self.is_fsdp_enabled
-        state = {
+        return {
             "weights": trained_weights(self.model) if whole else None,
             "optimizer": optimizer_state(self.optimizer) if whole else None,
             "scheduler": self.lr_scheduler.state_dict(),
@@ -174,7 +190,9 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
             },
             "watch": self.watch.state(),
         }
-        stall = self.writer.take(state, self.state.global_step)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        stall = self.writer.take(self._state_of_training(), self.state.global_step)
         self.watch.saved()
         log.info("step %d: checkpoint taken in %.2f s", self.state.global_step, stall)
         if self.watch.leaving:

@@ -1,4 +1,5 @@
-"""Real vLLM: its build for CPUs, started by the command and the environment that the operator gives a pod."""
+"""Real vLLM, started by the command and the environment that the operator gives a pod: its build for CPUs, or, where
+GRAFT_VLLM_PYTHON names a Python that has vLLM for GPUs, that one."""
 
 import os
 import signal
@@ -18,8 +19,10 @@ from testbed.shell import REPOSITORY, tail, wait_for
 from transformers import LlamaConfig
 from unit.engine_world import make_network, make_tokenizer
 
-PYTHON = REPOSITORY / "build" / "venv-vllm" / "bin" / "python"
-COMMAND = [str(PYTHON), str(Path(__file__).parent / "vllm_cpu.py")]
+GPU = "GRAFT_VLLM_PYTHON" in os.environ
+PYTHON = os.environ.get("GRAFT_VLLM_PYTHON", str(REPOSITORY / "build" / "venv-vllm" / "bin" / "python"))
+COMMAND = [PYTHON, str(Path(__file__).parent / "vllm_command.py")]
+DTYPE = "float16" if GPU else "float32"  # vLLM's kernels for adapters on GPUs take 16 bits only
 SETTINGS = Settings(
     namespace="graft-system", images=Images(trainer="r/t:1", engine="r/e:1", agent="r/a:1", vllm="r/v:1")
 )
@@ -33,7 +36,7 @@ class Vllm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_tokenizer(folder / "base")
-        # Heads of 64: vLLM's kernels for CPUs take no smaller ones than 32.
+        # Heads of 64: vLLM's kernels take no smaller ones than 32.
         self.base = make_network(
             folder / "base", LlamaConfig, hidden_size=256, intermediate_size=256, num_attention_heads=4
         )
@@ -50,12 +53,10 @@ class Vllm:
         container = engine_container()
         replaced = {f"/mnt/pvc/{MODEL}": str(self.base), "0.0.0.0": "127.0.0.1", "8000": str(self.port)}
         arguments = [replaced.get(item, item) for item in container["command"][1:]]
-        environment = {item["name"]: item["value"] for item in container["env"]} | {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.folder),
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
+        cpu = {"PATH": os.environ["PATH"], "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # GiB
+        # With a GPU the machine's own variables say where CUDA is.
+        environment = (dict(os.environ) if GPU else cpu) | {"HOME": str(self.folder)}
+        environment |= {item["name"]: item["value"] for item in container["env"]}
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*COMMAND, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True
@@ -83,7 +84,7 @@ class Vllm:
 
 
 def engine_container() -> dict[str, Any]:
-    """The engine's container as the operator makes it, for weights in float32, so that answers can be compared."""
+    """The engine's container as the operator makes it, for weights precise enough that answers can be compared."""
     deployment = AdapterDeployment.model_validate(
         {
             "metadata": {"name": "desk", "namespace": "shop", "uid": "u"},
@@ -95,9 +96,7 @@ def engine_container() -> dict[str, Any]:
             },
         }
     )
-    sizing = ServingSizing(
-        engine="vllm", dtype="float32", max_model_len=256, max_num_seqs=8, gpu_memory_percent=50, gpus=1
-    )
+    sizing = ServingSizing(engine="vllm", dtype=DTYPE, max_model_len=256, max_num_seqs=8, gpu_memory_percent=50, gpus=1)
     manifest = serving_deployment(deployment, BaseModelRef(name="big", uri=f"pvc://{MODEL}"), SETTINGS, sizing, 1)
     (container,) = manifest["spec"]["template"]["spec"]["containers"]
     return dict(container)

@@ -13,14 +13,16 @@ import aiohttp
 import pytest
 import yaml
 from graft.contracts import Wanted, WantedAdapter
-from handover.real_vllm import COMMAND, MAX_RANK, Vllm
+from handover.real_vllm import COMMAND, GPU, MAX_RANK, Vllm
 from unit.agent_world import Pod
 from unit.engine_world import expected, make_adapter
 from unit.serving_world import eventually
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "golden" / "output"
 BASE = "big"
+PROMPT = "my please parcel"  # nowhere in the answers to it are two tokens nearly as likely, nor does one end
 TOKENS = 12
+NAMES_CHECKED = (0, 32)  # the first vLLM known to refuse an adapter with the base model's name; 0.26 took it
 
 
 def golden_commands() -> list[list[str]]:
@@ -76,7 +78,12 @@ async def post(session: aiohttp.ClientSession, vllm: Vllm, path: str, **body: An
         return answer.status, json.loads(text) if answer.content_type == "application/json" else text
 
 
-async def ask(session: aiohttp.ClientSession, vllm: Vllm, model: str, prompt: str = "hello") -> str:
+async def version(session: aiohttp.ClientSession, vllm: Vllm) -> tuple[int, ...]:
+    async with session.get(f"{vllm.url}/version") as answer:
+        return tuple(int(part) for part in (await answer.json())["version"].split(".")[:2])
+
+
+async def ask(session: aiohttp.ClientSession, vllm: Vllm, model: str, prompt: str = PROMPT) -> str:
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
     status, answer = await post(session, vllm, "/v1/completions", **body)
     assert status == 200, answer
@@ -96,7 +103,8 @@ async def test_the_contract(vllm: Vllm, folders: dict[str, Path]) -> None:
         assert await post(session, vllm, load, **a) == (200, "Success: LoRA adapter 'contract' added successfully.")
         await case(load, 400, "InvalidUserInput", "has already been loaded", **a)
         await case(load, 400, "InvalidUserInput", "must be provided", lora_name="", lora_path="")
-        await case(load, 400, "InvalidUserInput", "conflicts with a served base model", **(a | {"lora_name": BASE}))
+        if await version(session, vllm) >= NAMES_CHECKED:
+            await case(load, 400, "InvalidUserInput", "conflicts with a served base model", **(a | {"lora_name": BASE}))
         await case(load, 400, "Bad Request", "Field required", lora_name="x")
         await case(load, 404, "NotFoundError", "No adapter found for", lora_name="x", lora_path="/nowhere")
         wide = {"lora_name": "x", "lora_path": str(folders["wide"])}
@@ -114,8 +122,8 @@ async def test_the_contract(vllm: Vllm, folders: dict[str, Path]) -> None:
 
 
 async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path: Path) -> None:
-    answers = {name: expected(vllm.base, folders[name], "hello", TOKENS) for name in ("a", "b", "c")}
-    bare = expected(vllm.base, None, "hello", TOKENS)
+    answers = {name: expected(vllm.base, folders[name], PROMPT, TOKENS) for name in ("a", "b", "c")}
+    bare = expected(vllm.base, None, PROMPT, TOKENS)
     assert len({bare, *answers.values()}) == 4
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -137,12 +145,14 @@ async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path
             assert refused is not None and refused.reason == "EngineRejected"
             assert f"greater than max_lora_rank {MAX_RANK}" in str(refused.message)  # in vLLM's words
 
-            # More adapters than max_loras at once: each has its own answer. The base model is asked alone: on CPUs vLLM
-            # gives a row without an adapter that of its last place (lora_indices of -1 in lora/ops/torch_ops).
+            # More adapters than max_loras at once, and the base model among them: each has its own answer. On CPUs the
+            # base model is asked alone: there vLLM gives a row without an adapter that of its last place (lora_indices of
+            # -1 in lora/ops/torch_ops).
             async def check() -> None:
-                names = [item.engine_name for item in wanted.values()] * 3
-                found = await asyncio.gather(*(ask(session, vllm, name) for name in names))
-                assert found == [*answers.values()] * 3
+                right = [(wanted[name].engine_name, answer) for name, answer in answers.items()]
+                right = [*right, *([(BASE, bare)] if GPU else [])] * 3
+                found = await asyncio.gather(*(ask(session, vllm, name) for name, _ in right))
+                assert found == [answer for _, answer in right]
                 assert await ask(session, vllm, BASE) == bare
 
             await check()

@@ -63,15 +63,16 @@ class Size:
 
 
 # The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters; those of
-# the third are as large as one of a model with 70 billion parameters. The fourth has a store behind a slow
-# line. The bounds are held against the second. Replicas bring nothing early where less than a fifth of the disk is free.
+# the third are as large as one of a model with 70 billion parameters. The fourth has a store that gives a connection
+# what one of S3's gives about. The bounds are held against the second, whose store is on the same machine, and
+# the fourth. Replicas bring nothing early where less than a fifth of the disk is free.
 SIZES = (
     Size("small", None, 16),
     Size("large", 2048, 512),
     Size("larger", 2048, 512, layers=4),
-    Size("remote", 2048, 512, bytes_per_second=15e6),
+    Size("remote", 2048, 512, bytes_per_second=50e6),
 )
-HELD = "large"
+HELD = ("large", "remote")
 
 
 def make_base(size: Size, folder: Path) -> Path:
@@ -297,7 +298,7 @@ def cluster(bytes_per_second: float | None = None) -> Iterator[tuple[ControlPlan
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Both sizes; what was found."""
+    """All sizes; what was found."""
     sizes: dict[str, Any] = {}
     rows: list[tuple[str, str]] = []
     for size in SIZES:
@@ -322,10 +323,10 @@ def measure(rounds: int) -> dict[str, Any]:
                 (f"{size.name}: Ready to first token / bare", verdict(over_bare, MOST_OVER_BARE, least=False)),
                 (f"{size.name}: Ready to first token / restart", verdict(over_restart, MOST_OVER_RESTART, least=False)),
             ]
-    over_bare, over_restart = (sizes[HELD][name] for name in ("overBare", "overRestart"))
+    over_bare, over_restart = ({size: sizes[size][name] for size in HELD} for name in ("overBare", "overRestart"))
     result = {
         "sizes": sizes, "overBare": over_bare, "overRestart": over_restart,
-        "met": over_bare <= MOST_OVER_BARE and over_restart <= MOST_OVER_RESTART,
+        "met": max(over_bare.values()) <= MOST_OVER_BARE and max(over_restart.values()) <= MOST_OVER_RESTART,
     }  # fmt: skip
     write("serve-ready", result)
     show(f"From Ready to the first token ({rounds} rounds)", rows)

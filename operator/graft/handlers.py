@@ -25,7 +25,17 @@ from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, STORAGE_DIR
 from graft.kube import Kube, Manifest
 from graft.manifests.adapter import JOB_UID
 from graft.manifests.common import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
-from graft.reconcile import access, adapter, adapterdeployment, basemodel, finetunejob, retention, scaling, signing
+from graft.reconcile import (
+    access,
+    adapter,
+    adapterdeployment,
+    basemodel,
+    finetunejob,
+    retention,
+    scaling,
+    signing,
+    versions,
+)
 from graft.reconcile.context import Context
 from graft.reconcile.queue import Queue
 from graft.settings import load as load_settings
@@ -52,6 +62,7 @@ class Operator:
         self.queue: Queue | None = None
         self.tasks: list[asyncio.Task[None]] = []
         self.watching: dict[str, float] = {}  # child kind -> when its watch was last seen to work
+        self.said: dict[tuple[str, str], set[str]] = {}  # every string in the spec and status of each AdapterDeployment
 
 
 operator = Operator()
@@ -114,29 +125,54 @@ async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
             queue.forget(kind, namespace, name)
         else:
             queue.wake(kind, namespace, name)
-    for other in _referring(kind, namespace, dict(meta.get("labels") or {}), dict(body)):
+    for other in _referring(kind, dict(body), gone=event.get("type") == "DELETED"):
         queue.wake(*other)
 
 
-def _referring(kind: str, namespace: str, labels: dict[str, str], body: Manifest) -> list[tuple[str, str, str]]:
+def _referring(kind: str, body: Manifest, *, gone: bool = False) -> list[tuple[str, str, str]]:
     """Who else has to look when a resource changes."""
     queue = operator.queue
     assert queue is not None  # noqa: S101
+    namespace, own = body["metadata"].get("namespace") or "", body["metadata"]["name"]
     if kind == "BaseModel":
         return queue.keys("FineTuneJob") + queue.keys("AdapterDeployment") + queue.keys("Adapter")
     if kind == "Adapter":
         job = (body.get("spec", {}).get("job") or {}).get("name")
-        jobs = [key for key in queue.keys("FineTuneJob", namespace) if labels.get(JOB_UID) and key[2] == job]
-        versions = f"{body['spec']['adapter']}-"  # what is the newest, and what a rollback leads to, may have changed
-        own = body["metadata"]["name"]
-        siblings = [key for key in queue.keys("Adapter", namespace) if key[2].startswith(versions) and key[2] != own]
+        made = JOB_UID in (body["metadata"].get("labels") or {})
+        jobs = [key for key in queue.keys("FineTuneJob", namespace) if made and key[2] == job]
+        adapter = body["spec"]["adapter"]  # what is the newest, and what a rollback leads to, may have changed
+        siblings = [key for key in _versions(namespace, {adapter}) if key[2] != own]
         # What a composition waits for may be Archived, and is restored for it.
         parents = {ref.partition("@")[0] for ref in retention.composing([body]) if "@" in ref}
-        awaited = [key for key in queue.keys("Adapter", namespace) if key[2].rpartition("-")[0] in parents]
-        return jobs + siblings + awaited + queue.keys("AdapterDeployment", namespace)
+        users = [
+            key
+            for key in queue.keys("AdapterDeployment", namespace)
+            if adapter in _adapters_in(operator.said.get((namespace, key[2]), set()))
+        ]
+        return jobs + siblings + _versions(namespace, parents) + users
     if kind == "AdapterDeployment":
-        return queue.keys("Adapter", namespace)
+        before = operator.said.pop((namespace, own), set())
+        said = set() if gone else retention.texts(body.get("spec")) | retention.texts(body.get("status"))
+        if not gone:
+            operator.said[namespace, own] = said
+        # A version that is meant no more, or used no more, has to look as well, and so have those that lead to it.
+        return _versions(namespace, _adapters_in(before ^ said))
     return []
+
+
+def _adapters_in(texts: set[str]) -> set[str]:
+    """The adapters that any of these could name: as such, as a reference, or as a version (PURE)."""
+    found = set()
+    for text in texts:
+        name, _, version = text.rpartition("-")
+        found.add(name if versions.parse(version) else text.partition("@")[0])
+    return found
+
+
+def _versions(namespace: str, adapters: set[str]) -> list[tuple[str, str, str]]:
+    """The followed versions of these adapters."""
+    assert operator.queue is not None  # noqa: S101
+    return [key for key in operator.queue.keys("Adapter", namespace) if key[2].rpartition("-")[0] in adapters]
 
 
 @kopf.on.event("", "v1", "namespaces")

@@ -13,18 +13,29 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
     class Followed(Queue):
         def keys(self, kind: str, namespace: str | None = None) -> list[tuple[str, str, str]]:
-            names = ("support-1.0.0", "support-2.0.0", "sales-1.0.0", "support-desk-1.0.0", "both-1.0.0")
-            return [("Adapter", "shop", name) for name in names if kind == "Adapter" and namespace == "shop"]
+            names = {
+                "Adapter": ("support-1.0.0", "support-2.0.0", "sales-1.0.0", "support-desk-1.0.0", "both-1.0.0"),
+                "AdapterDeployment": ("chat", "counter"),
+            }
+            return [(kind, "shop", name) for name in names.get(kind, ()) if namespace == "shop"]
 
     found = Followed({})
     monkeypatch.setattr(handlers.operator, "queue", found)
+    monkeypatch.setattr(handlers.operator, "said", {})
     return found
 
 
 def woken(spec: dict[str, Any], **status: Any) -> set[str]:
-    name = f"{spec['adapter']}-{spec['version']}"
-    body = {"metadata": {"name": name}, "spec": spec, "status": status}
-    return {key[2] for key in handlers._referring("Adapter", "shop", {}, body)}
+    """By a change of an Adapter."""
+    metadata = {"name": f"{spec['adapter']}-{spec['version']}", "namespace": "shop"}
+    return {key[2] for key in handlers._referring("Adapter", {"metadata": metadata, "spec": spec, "status": status})}
+
+
+def woken_by(name: str, *adapters: str, gone: bool = False, **status: Any) -> set[str]:
+    """By a change of an AdapterDeployment."""
+    spec = {"baseModel": "tiny", "adapters": list(adapters)}
+    body = {"metadata": {"name": name, "namespace": "shop"}, "spec": spec, "status": status}
+    return {key[2] for key in handlers._referring("AdapterDeployment", body, gone=gone)}
 
 
 def test_a_composition_wakes_its_parents_which_may_have_to_be_restored(queue: Queue) -> None:
@@ -33,4 +44,26 @@ def test_a_composition_wakes_its_parents_which_may_have_to_be_restored(queue: Qu
     assert woken(spec) == {"support-1.0.0", "support-2.0.0"}
     ready = {"type": "Ready", "status": "True", "reason": "Verified"}
     assert woken(spec, conditions=[ready]) == set()
-    assert woken({"adapter": "support", "version": "1.0.0", "artifact": {}}) == {"support-2.0.0", "support-desk-1.0.0"}
+    assert woken({"adapter": "support", "version": "1.0.0", "artifact": {}}) == {"support-2.0.0"}
+
+
+def test_a_deployment_wakes_the_adapters_that_it_names_now_and_no_more(queue: Queue) -> None:
+    assert woken_by("chat", "support@^1") == {"support-1.0.0", "support-2.0.0"}
+    assert woken_by("chat", "support@^1") == set()  # nothing of it changed
+    # What a rollback leads to depends on the version that is used.
+    used = {"adapters": [{"name": "support", "resolved": "support-1.0.0"}]}
+    assert woken_by("chat", "support@^1", **used) == {"support-1.0.0", "support-2.0.0"}
+    assert woken_by("chat", "support@^1", observedGeneration=3, message="3 of 4 replicas", **used) == set()
+    assert woken_by("chat", "sales@latest", **used) == {"support-1.0.0", "support-2.0.0", "sales-1.0.0"}
+    assert woken_by("chat", "sales@latest", gone=True, **used) == {"support-1.0.0", "support-2.0.0", "sales-1.0.0"}
+    assert woken_by("chat", "support-desk@1.0.0") == {"support-desk-1.0.0"}
+
+
+def test_an_adapter_wakes_the_deployments_that_name_it(queue: Queue) -> None:
+    woken_by("chat", "support@^1")
+    woken_by("counter", "sales@latest", adapters=[{"resolved": "both-1.0.0"}])
+    assert woken({"adapter": "sales", "version": "1.0.0"}) == {"counter"}
+    assert woken({"adapter": "both", "version": "1.0.0"}) == {"counter"}
+    assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0", "chat"}
+    woken_by("chat", gone=True)
+    assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0"}

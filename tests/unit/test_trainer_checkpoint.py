@@ -229,5 +229,7 @@ def test_a_copy_is_one_and_its_buffers_are_used_again() -> None:
     second = copy(tensors)
     assert second["weights"].equal(tensors["weights"].cpu())
     assert {name: one.data_ptr() for name, one in second.items()} == where
-    # Another state than the one before gets buffers of its own shape.
+    # The weights alone, as at the end, take no memory anew; another state gets buffers of its own shape.
+    assert copy({"weights": tensors["weights"]}).keys() == {"weights"}
+    assert copy({"weights": tensors["weights"]})["weights"].data_ptr() == where["weights"]
     assert copy({"weights": torch.ones(4, device=device)})["weights"].shape == (4,)

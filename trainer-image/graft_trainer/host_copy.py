@@ -31,13 +31,12 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._locked: list[Tensor] = []
+        self._lockable = True
         weakref.finalize(self, _unlock, self._locked)
 
     def reserve(self, tensors: dict[str, Tensor]) -> None:
         """Make the buffers that copies of these tensors need, unless they are there."""
-        if {name: _kind(tensor) for name, tensor in tensors.items()} == {
-            name: _kind(buffer) for name, buffer in self._buffers.items()
-        }:
+        if all(_kind(self._buffers.get(name)) == _kind(tensor) for name, tensor in tensors.items()):
             return
         self._buffers = {}
         _unlock(self._locked)
@@ -54,22 +53,27 @@ class HostCopy:
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The copies, by the tensors' names; the next call writes over them."""
         self.reserve(tensors)
+        copies = {name: self._buffers[name] for name in tensors}
         for name, tensor in tensors.items():
-            self._buffers[name].copy_(tensor.detach(), non_blocking=True)
+            copies[name].copy_(tensor.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return self._buffers
+        return copies
 
     def _piece(self, size: int) -> Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
         piece = torch.frombuffer(memory, dtype=torch.uint8).zero_()
-        try:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)))
-            self._locked.append(piece)
-        except RuntimeError as error:  # how much a process may lock is limited on some nodes
-            log.warning("training waits longer for its checkpoints, memory cannot be page-locked: %s", error)
+        if self._lockable:
+            try:
+                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)))
+                self._locked.append(piece)
+            except RuntimeError as error:  # how much a process may lock is limited on some nodes
+                log.warning("training waits longer for its checkpoints, memory cannot be page-locked: %s", error)
+                self._lockable = False
+                with contextlib.suppress(RuntimeError):  # CUDA would tell it once more, at this thread's next kernel
+                    torch.zeros(1, device="cuda")
         return piece
 
 
@@ -86,8 +90,8 @@ def arrange(sizes: dict[str, int], piece: int) -> tuple[dict[str, Place], list[i
     return places, [max(size, 1) for size in used]
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def _unlock(pieces: list[Tensor]) -> None:

@@ -59,43 +59,48 @@ async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | T
 
 async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     """The namespace's Secret graft-storage: there, or issued now. Trouble says what is missing."""
-    async with ctx.locks["credentials",]:
-        try:
-            secret = await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
-        except KubeError as error:
-            if error.status == 403:
-                return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
-            raise
-        keys = set((secret or {}).get("data") or {})
-        ours = not secret or secret["metadata"].get("labels", {}).get("app.kubernetes.io/managed-by") == "graft"
-        if ctx.identity is None or (secret and not ours):
-            if keys >= SECRET_KEYS:
-                return None
-            missing = ", ".join(sorted(SECRET_KEYS - keys))
-            return Trouble(
-                "CredentialsMissing",
-                f"put a Secret {STORAGE_SECRET} into namespace {namespace}, with a key that is limited to the prefix "
-                f"{tenant_of(namespace)}/; missing in it: {missing}",
-            )
+    try:
+        keys, ours = await _credentials(ctx, namespace)
+        if ctx.identity is None or not ours:
+            return _incomplete(namespace, keys)
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
-        try:
+        async with ctx.locks["credentials",]:  # one at a time changes the store's users
+            keys, _ = await _credentials(ctx, namespace)
             known = tenant in await ctx.blocking(ctx.identity.tenants)
-            if keys >= SECRET_KEYS and known:
-                ctx.issued.add(tenant)
-                return None
-            config = await ctx.blocking(ctx.identity.issue, tenant)
-        except StoreError as error:
-            return Trouble("StorageUnavailable", f"no key could be issued: {error}")
-        try:
-            await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))
-        except KubeError as error:
-            if error.status == 403:
-                return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
-            raise
-        ctx.issued.add(tenant)
+            if not (known and keys >= SECRET_KEYS):
+                config = await ctx.blocking(ctx.identity.issue, tenant)
+                await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))
+            ctx.issued.add(tenant)
+    except StoreError as error:
+        return Trouble("StorageUnavailable", f"no key could be issued: {error}")
+    except KubeError as error:
+        if error.status == 403:
+            return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
+        raise
+    return None
+
+
+async def _credentials(ctx: Context, namespace: str) -> tuple[set[str], bool]:
+    """The keys of the namespace's Secret, and whether it is ours to make."""
+    secret = await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
+    if secret is None:
+        return set(), True
+    ours = secret["metadata"].get("labels", {}).get("app.kubernetes.io/managed-by") == "graft"
+    return set(secret.get("data") or {}), ours
+
+
+def _incomplete(namespace: str, keys: set[str]) -> Trouble | None:
+    """What a Secret that somebody else makes lacks (PURE)."""
+    missing = ", ".join(sorted(SECRET_KEYS - keys))
+    if not missing:
         return None
+    return Trouble(
+        "CredentialsMissing",
+        f"put a Secret {STORAGE_SECRET} into namespace {namespace}, with a key that is limited to the prefix "
+        f"{tenant_of(namespace)}/; missing in it: {missing}",
+    )
 
 
 def _for_pods(ctx: Context, config: StorageConfig) -> StorageConfig:

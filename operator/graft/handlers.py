@@ -54,6 +54,9 @@ RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] =
 }
 
 
+Said = tuple[str, str]  # the name of a field, and a string in it
+
+
 class Operator:
     """What one process holds while it runs."""
 
@@ -62,7 +65,7 @@ class Operator:
         self.queue: Queue | None = None
         self.tasks: list[asyncio.Task[None]] = []
         self.watching: dict[str, float] = {}  # child kind -> when its watch was last seen to work
-        self.said: dict[tuple[str, str], set[str]] = {}  # every string in the spec and status of each AdapterDeployment
+        self.said: dict[tuple[str, str], set[Said]] = {}  # what the spec and status of each AdapterDeployment say
 
 
 operator = Operator()
@@ -125,12 +128,13 @@ async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
             queue.forget(kind, namespace, name)
         else:
             queue.wake(kind, namespace, name)
-    for other in _referring(kind, dict(body), gone=event.get("type") == "DELETED"):
+    for other in _referring(kind, dict(body), event.get("type")):
         queue.wake(*other)
 
 
-def _referring(kind: str, body: Manifest, *, gone: bool = False) -> list[tuple[str, str, str]]:
-    """Who else has to look when a resource changes."""
+def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str, str, str]]:
+    """Who else has to look when a resource changes. `change` is the event's type, None in a listing: nobody knows what has
+    happened before it, what has been deleted least of all."""
     queue = operator.queue
     assert queue is not None  # noqa: S101
     namespace, own = body["metadata"].get("namespace") or "", body["metadata"]["name"]
@@ -147,23 +151,34 @@ def _referring(kind: str, body: Manifest, *, gone: bool = False) -> list[tuple[s
         users = [
             key
             for key in queue.keys("AdapterDeployment", namespace)
-            if adapter in _adapters_in(operator.said.get((namespace, key[2]), set()))
+            if change is None or adapter in _adapters_in(operator.said.get((namespace, key[2]), set()))
         ]
         return jobs + siblings + _versions(namespace, parents) + users
     if kind == "AdapterDeployment":
         before = operator.said.pop((namespace, own), set())
-        said = set() if gone else retention.texts(body.get("spec")) | retention.texts(body.get("status"))
-        if not gone:
+        said = set() if change == "DELETED" else _said(body.get("spec")) | _said(body.get("status"))
+        if change != "DELETED":
             operator.said[namespace, own] = said
+        if change is None:
+            return queue.keys("Adapter", namespace)
         # A version that is meant no more, or used no more, has to look as well, and so have those that lead to it.
         return _versions(namespace, _adapters_in(before ^ said))
     return []
 
 
-def _adapters_in(texts: set[str]) -> set[str]:
+def _said(value: Any, field: str = "") -> set[Said]:
+    """Every string in a value, with the name of the field that it or its list is in (PURE)."""
+    if isinstance(value, dict):
+        return set().union(*(_said(item, key) for key, item in value.items()))
+    if isinstance(value, list):
+        return set().union(*(_said(item, field) for item in value))
+    return {(field, value)} if isinstance(value, str) else set()
+
+
+def _adapters_in(said: set[Said]) -> set[str]:
     """The adapters that any of these could name: as such, as a reference, or as a version (PURE)."""
     found = set()
-    for text in texts:
+    for _, text in said:
         name, _, version = text.rpartition("-")
         found.add(name if versions.parse(version) else text.partition("@")[0])
     return found

@@ -28,14 +28,15 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 def woken(spec: dict[str, Any], **status: Any) -> set[str]:
     """By a change of an Adapter."""
     metadata = {"name": f"{spec['adapter']}-{spec['version']}", "namespace": "shop"}
-    return {key[2] for key in handlers._referring("Adapter", {"metadata": metadata, "spec": spec, "status": status})}
+    body = {"metadata": metadata, "spec": spec, "status": status}
+    return {key[2] for key in handlers._referring("Adapter", body, "MODIFIED")}
 
 
-def woken_by(name: str, *adapters: str, gone: bool = False, **status: Any) -> set[str]:
+def woken_by(name: str, *adapters: str, change: str | None = "MODIFIED", **status: Any) -> set[str]:
     """By a change of an AdapterDeployment."""
     spec = {"baseModel": "tiny", "adapters": list(adapters)}
     body = {"metadata": {"name": name, "namespace": "shop"}, "spec": spec, "status": status}
-    return {key[2] for key in handlers._referring("AdapterDeployment", body, gone=gone)}
+    return {key[2] for key in handlers._referring("AdapterDeployment", body, change)}
 
 
 def test_a_composition_wakes_its_parents_which_may_have_to_be_restored(queue: Queue) -> None:
@@ -55,8 +56,32 @@ def test_a_deployment_wakes_the_adapters_that_it_names_now_and_no_more(queue: Qu
     assert woken_by("chat", "support@^1", **used) == {"support-1.0.0", "support-2.0.0"}
     assert woken_by("chat", "support@^1", observedGeneration=3, message="3 of 4 replicas", **used) == set()
     assert woken_by("chat", "sales@latest", **used) == {"support-1.0.0", "support-2.0.0", "sales-1.0.0"}
-    assert woken_by("chat", "sales@latest", gone=True, **used) == {"support-1.0.0", "support-2.0.0", "sales-1.0.0"}
+    assert woken_by("chat", "sales@latest", change="DELETED", **used) == {
+        "support-1.0.0",
+        "support-2.0.0",
+        "sales-1.0.0",
+    }
     assert woken_by("chat", "support-desk@1.0.0") == {"support-desk-1.0.0"}
+
+
+def test_a_version_that_is_restored_and_then_resolved_looks_again(queue: Queue) -> None:
+    woken_by("chat", "support@^1", adapters=[{"ref": "support@^1", "restoring": "support-1.0.0"}])
+    assert woken_by("chat", "support@^1", adapters=[{"ref": "support@^1", "name": "support-1.0.0"}]) == {
+        "support-1.0.0",
+        "support-2.0.0",
+    }
+
+
+def test_after_a_listing_everything_of_the_namespace_looks(queue: Queue) -> None:
+    """What was deleted while the watch was lost is told by nobody."""
+    woken_by("chat", "support@^1")
+    assert woken_by("chat", "support@^1", change=None) == {key[2] for key in queue.keys("Adapter", "shop")}
+
+
+@pytest.mark.parametrize("text", ["a-1.2.²", "a-1.2." + "9" * 5000, "-", "@", ""])
+def test_no_text_keeps_others_from_being_woken(queue: Queue, text: str) -> None:
+    woken_by("chat", "support@^1", text)
+    assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0", "chat"}
 
 
 def test_an_adapter_wakes_the_deployments_that_name_it(queue: Queue) -> None:
@@ -65,5 +90,5 @@ def test_an_adapter_wakes_the_deployments_that_name_it(queue: Queue) -> None:
     assert woken({"adapter": "sales", "version": "1.0.0"}) == {"counter"}
     assert woken({"adapter": "both", "version": "1.0.0"}) == {"counter"}
     assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0", "chat"}
-    woken_by("chat", gone=True)
+    woken_by("chat", change="DELETED")
     assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0"}

@@ -233,3 +233,23 @@ def test_a_copy_is_one_and_its_buffers_are_used_again() -> None:
     assert copy({"weights": tensors["weights"]}).keys() == {"weights"}
     assert copy({"weights": tensors["weights"]})["weights"].data_ptr() == where["weights"]
     assert copy({"weights": torch.ones(4, device=device)})["weights"].shape == (4,)
+
+
+def test_room_for_checkpoints_is_made_beside_training_and_lack_of_it_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[tuple[str, int]] = []
+    reserve = HostCopy.reserve
+
+    def seen(copy: HostCopy, tensors: dict[str, torch.Tensor]) -> None:
+        made.append((threading.current_thread().name, len(tensors)))
+        if len(made) == 1:
+            raise MemoryError("none is left")
+        reserve(copy, tensors)
+
+    monkeypatch.setattr(HostCopy, "reserve", seen)
+    attempt = run_attempt(tmp_path, FolderStore(tmp_path / "store"), "pod-1")
+    assert attempt.ended is None and "none is left" in caplog.text
+    ahead, first, *_ = made
+    assert ahead == ("checkpoint", first[1])  # with the optimizer's state
+    assert {thread for thread, _ in made[1:]} == {"MainThread"}

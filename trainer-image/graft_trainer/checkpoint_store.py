@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from graft.artifacts.layout import checkpoint_prefix
 from graft.artifacts.store import ObjectInfo, S3Store
 from graft.artifacts.versions import file_sha256
@@ -150,7 +151,7 @@ class CheckpointWriter:
 
     def reserve(self, state: dict[str, Any]) -> None:
         """Begin to make room for copies of such a state, while training goes on."""
-        self._begin(self._copy.reserve, _tensors(state)[1])
+        self._begin(self._reserve, _tensors(state)[1])
 
     def take(self, state: dict[str, Any], step: int, *, final: bool = False) -> float:
         """Copy the state and begin to write it, once the one before is written; the seconds that this took. Its "watch" is
@@ -163,8 +164,21 @@ class CheckpointWriter:
         return time.monotonic() - begin
 
     def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
-        self._thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def run() -> None:
+            if device is not None:
+                torch.cuda.set_device(device)  # a thread has the first GPU otherwise, and would take memory of it
+            work(*arguments)
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _reserve(self, tensors: dict[str, Tensor]) -> None:
+        try:
+            self._copy.reserve(tensors)
+        except Exception as error:
+            log.warning("no room could be made for checkpoints ahead of the first one: %s", error)
 
     def wait(self) -> None:
         """Until nothing is on its way."""

@@ -96,4 +96,6 @@ def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
 
 def _unlock(pieces: list[Tensor]) -> None:
     while pieces:
-        torch.cuda.cudart().cudaHostUnregister(pieces.pop().data_ptr())
+        piece = pieces.pop()
+        torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
+        del piece  # not before: the memory may go with it, and must not be given to others while it counts as locked

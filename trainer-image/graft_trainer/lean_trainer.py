@@ -86,14 +86,16 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
 
 
 class RoomForCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Begins to make room for the first checkpoint after the first step, which is when the optimizer has a state."""
+    """Begins to make room for the first checkpoint once the optimizer has a state: after the first step, or in fp16 after the
+    first one whose gradients did not overflow."""
 
     def __init__(self, reserve: Callable[[], None]) -> None:
         self.reserve = reserve
         self.reserved = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.reserved:
+        optimizer = kwargs["optimizer"]
+        if not self.reserved and getattr(optimizer, "optimizer", optimizer).state:
             self.reserved = True
             self.reserve()
 

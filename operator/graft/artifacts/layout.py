@@ -62,13 +62,16 @@ def in_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
     """Whether a URI names the tenant's own part of this bucket, or something below it.
 
     Files are read on the strength of it, so it is strict: False without the slash after the tenant's name (another's may begin with
-    it), in a bucket that merely has a folder of that name, for a tenant without a name, and for what is no s3:// URI with a key.
+    it), in a bucket that merely has a folder of that name, for a tenant without a name, for a key with . or .. among its folders, which
+    some stores follow, and for what is no s3:// URI with a key.
     """
     try:
         found, key = split_s3_uri(uri)
     except ValueError:
         return False
-    return bool(tenant) and found == bucket and key.startswith(tenant_prefix(tenant))
+    if not tenant or found != bucket or not key.startswith(tenant_prefix(tenant)):
+        return False
+    return not {".", ".."} & set(key.split("/"))
 
 
 def outside_tenants_part(uri: str, bucket: str, tenant: str) -> bool:

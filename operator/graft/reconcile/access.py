@@ -67,8 +67,10 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
         async with ctx.locks["credentials",]:  # one at a time changes the store's users
-            keys, _ = await _credentials(ctx, namespace)
-            known = tenant in await ctx.blocking(ctx.identity.tenants)
+            keys, ours = await _credentials(ctx, namespace)  # the look that was here before may have issued it
+            if not ours:
+                return _incomplete(namespace, keys)
+            known = tenant in ctx.issued or tenant in await ctx.blocking(ctx.identity.tenants)
             if not (known and keys >= SECRET_KEYS):
                 config = await ctx.blocking(ctx.identity.issue, tenant)
                 await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from graft.api.finetunejob import FineTuneJobSpec
 
 Version = tuple[int, int, int]
+LONGEST = 32  # characters of a version, as the schema has it
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Known:
 def parse(version: str) -> Version | None:
     """1.2.3 as numbers; None for anything else."""
     parts = version.split(".")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or len(version) > LONGEST or not all(part.isascii() and part.isdigit() for part in parts):
         return None
     return int(parts[0]), int(parts[1]), int(parts[2])
 

@@ -1,0 +1,94 @@
+"""A namespace's key of the store: whose Secret it is, and when one is issued."""
+
+from typing import Any
+
+import pytest
+from graft.artifacts.store import StorageConfig
+from graft.contracts import STORAGE_SECRET
+from graft.reconcile.access import SECRET_KEYS, ensure_credentials
+from graft.reconcile.context import Context
+from graft.settings import Images, Settings
+
+SETTINGS = Settings(
+    namespace="graft-system", images=Images(trainer="r/t:1", engine="r/e:1", agent="r/a:1", vllm="r/v:1")
+)
+
+
+class Kube:
+    """Answers with one Secret after the other, the last of them for good."""
+
+    def __init__(self, *secrets: dict[str, Any] | None) -> None:
+        self.secrets = list(secrets)
+        self.applied: list[dict[str, Any]] = []
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        assert (kind, name) == ("Secret", STORAGE_SECRET)
+        return self.secrets.pop(0) if len(self.secrets) > 1 else self.secrets[0]
+
+    async def apply(self, manifest: dict[str, Any]) -> None:
+        self.applied.append(manifest)
+
+
+class Identity:
+    """The store's users."""
+
+    def __init__(self, *tenants: str) -> None:
+        self.known = set(tenants)
+        self.asked = 0
+
+    def tenants(self) -> set[str]:
+        self.asked += 1
+        return set(self.known)
+
+    def issue(self, tenant: str) -> StorageConfig:
+        self.known.add(tenant)
+        return StorageConfig(
+            endpoint="http://s3",
+            region="r",
+            bucket="graft",
+            prefix=f"{tenant}/",
+            access_key_id="k",
+            secret_access_key="s",
+        )
+
+
+def secret(*, ours: bool, without: str = "") -> dict[str, Any]:
+    labels = {"app.kubernetes.io/managed-by": "graft"} if ours else {}
+    return {"metadata": {"labels": labels}, "data": dict.fromkeys(SECRET_KEYS - {without}, "eA==")}
+
+
+def context(kube: Kube, identity: Identity | None) -> Context:
+    return Context(kube, SETTINGS, None, identity)  # type: ignore[arg-type]
+
+
+async def test_a_key_is_issued_once() -> None:
+    kube, identity = Kube(None, None, secret(ours=True)), Identity()
+    ctx = context(kube, identity)
+    for _ in range(3):
+        assert await ensure_credentials(ctx, "shop") is None
+    assert [item["metadata"]["namespace"] for item in kube.applied] == ["shop"] and identity.known == {"shop"}
+    assert identity.asked == 1
+
+
+async def test_a_key_that_the_store_has_forgotten_is_issued_anew() -> None:
+    kube, identity = Kube(secret(ours=True)), Identity()
+    assert await ensure_credentials(context(kube, identity), "shop") is None
+    assert len(kube.applied) == 1
+
+
+async def test_a_secret_that_came_while_we_waited_is_not_overwritten() -> None:
+    kube, identity = Kube(None, secret(ours=False)), Identity()
+    assert await ensure_credentials(context(kube, identity), "shop") is None
+    assert kube.applied == [] and identity.known == set()
+
+
+@pytest.mark.parametrize("identity", [None, Identity()])
+async def test_what_somebody_elses_secret_lacks_is_named(identity: Identity | None) -> None:
+    trouble = await ensure_credentials(context(Kube(secret(ours=False, without="bucket")), identity), "shop")
+    assert trouble is not None and trouble.reason == "CredentialsMissing"
+    assert trouble.message.endswith("shop/; missing in it: bucket")
+
+
+async def test_without_an_identity_service_somebody_has_to_make_one() -> None:
+    trouble = await ensure_credentials(context(Kube(None), None), "shop")
+    assert trouble is not None and trouble.message.endswith(", ".join(sorted(SECRET_KEYS)))

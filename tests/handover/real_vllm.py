@@ -53,10 +53,14 @@ class Vllm:
         container = engine_container()
         replaced = {f"/mnt/pvc/{MODEL}": str(self.base), "0.0.0.0": "127.0.0.1", "8000": str(self.port)}
         arguments = [replaced.get(item, item) for item in container["command"][1:]]
-        cpu = {"PATH": os.environ["PATH"], "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # GiB
-        # With a GPU the machine's own variables say where CUDA is.
-        environment = (dict(os.environ) if GPU else cpu) | {"HOME": str(self.folder)}
-        environment |= {item["name"]: item["value"] for item in container["env"]}
+        cpu = {
+            "PATH": os.environ["PATH"],
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        # With a GPU the machine's own variables say where CUDA is. The pod's HOME is /tmp, where vLLM's caches would stay.
+        environment = dict(os.environ) if GPU else cpu
+        environment |= {item["name"]: item["value"] for item in container["env"]} | {"HOME": str(self.folder)}
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*COMMAND, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True

@@ -54,9 +54,6 @@ RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] =
 }
 
 
-Said = tuple[str, str]  # the name of a field, and a string in it
-
-
 class Operator:
     """What one process holds while it runs."""
 
@@ -65,7 +62,9 @@ class Operator:
         self.queue: Queue | None = None
         self.tasks: list[asyncio.Task[None]] = []
         self.watching: dict[str, float] = {}  # child kind -> when its watch was last seen to work
-        self.said: dict[tuple[str, str], set[Said]] = {}  # what the spec and status of each AdapterDeployment say
+        self.said: dict[
+            tuple[str, str], set[retention.Said]
+        ] = {}  # what the spec and status of each AdapterDeployment say
 
 
 operator = Operator()
@@ -156,9 +155,9 @@ def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str,
         return jobs + siblings + _versions(namespace, parents) + users
     if kind == "AdapterDeployment":
         before = operator.said.pop((namespace, own), set())
-        said = set() if change == "DELETED" else _said(body.get("spec")) | _said(body.get("status"))
+        said: set[retention.Said] = set()
         if change != "DELETED":
-            operator.said[namespace, own] = said
+            said = operator.said[namespace, own] = retention.said(body.get("spec")) | retention.said(body.get("status"))
         if change is None:
             return queue.keys("Adapter", namespace)
         # A version that is meant no more, or used no more, has to look as well, and so have those that lead to it.
@@ -166,16 +165,7 @@ def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str,
     return []
 
 
-def _said(value: Any, field: str = "") -> set[Said]:
-    """Every string in a value, with the name of the field that it or its list is in (PURE)."""
-    if isinstance(value, dict):
-        return set().union(*(_said(item, key) for key, item in value.items()))
-    if isinstance(value, list):
-        return set().union(*(_said(item, field) for item in value))
-    return {(field, value)} if isinstance(value, str) else set()
-
-
-def _adapters_in(said: set[Said]) -> set[str]:
+def _adapters_in(said: set[retention.Said]) -> set[str]:
     """The adapters that any of these could name: as such, as a reference, or as a version (PURE)."""
     found = set()
     for _, text in said:

@@ -20,13 +20,18 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """torch's own optimizer: accelerate wraps it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def optimizer_state(optimizer: Any) -> State:
     """What torch.optim keeps per parameter, in the order of the groups, and the groups' numbers.
 
     Not its state_dict(): load_state_dict() rounds the state to the parameter's type, which for 16-bit parameters is less
     than Adafactor's and bitsandbytes' states have.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    inner = unwrapped(optimizer)
     return {
         "state": [dict(inner.state.get(parameter, {})) for parameter in _parameters(inner)],
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
@@ -54,7 +59,7 @@ def restore_weights(model: nn.Module, saved: "dict[str, Tensor | Shard]") -> Non
 
 
 def restore_optimizer(optimizer: Any, saved: State) -> None:
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     for parameter, state in zip(_parameters(inner), saved["state"], strict=True):
         if state:
             inner.state[parameter] = {key: _place(value, parameter) for key, value in state.items()}

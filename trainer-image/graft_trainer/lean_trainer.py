@@ -20,6 +20,7 @@ from graft_trainer.checkpoint_state import (
     restore_random,
     restore_weights,
     trained_weights,
+    unwrapped,
 )
 from graft_trainer.checkpoint_store import CheckpointWriter
 from graft_trainer.data_order import DataOrder, EpochLoader
@@ -94,8 +95,7 @@ class RoomForCheckpoints(TrainerCallback):  # type: ignore[misc]
         self.reserved = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"]
-        if not self.reserved and getattr(optimizer, "optimizer", optimizer).state:
+        if not self.reserved and unwrapped(kwargs["optimizer"]).state:
             self.reserved = True
             self.reserve()
 

@@ -21,6 +21,7 @@ from graft.status import find
 NOTICE = 3600  # seconds from the announcement to the deletion, where the policy itself is not shorter
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 State = Literal["ready", "archived", "rejected", "other"]
+Said = tuple[str, str]  # the name of a field, and a string in it
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,18 @@ def policy_in_force(versions: Iterable[Adapter]) -> Retention | None:
     return max(ready, key=number).spec.retention if ready else None
 
 
+def said(value: Any, field: str = "") -> set[Said]:
+    """Every string in a value, with the name of the field that it or its list is in."""
+    if isinstance(value, dict):
+        return set().union(*(said(item, key) for key, item in value.items()))
+    if isinstance(value, list):
+        return set().union(*(said(item, field) for item in value))
+    return {(field, value)} if isinstance(value, str) else set()
+
+
 def texts(value: Any) -> set[str]:
     """Every string in a value."""
-    if isinstance(value, dict):
-        return set().union(*(texts(item) for item in value.values()))
-    if isinstance(value, list):
-        return set().union(*(texts(item) for item in value))
-    return {value} if isinstance(value, str) else set()
+    return {text for _, text in said(value)}
 
 
 def composing(adapters: Iterable[Manifest]) -> set[str]:

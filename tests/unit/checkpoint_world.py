@@ -126,7 +126,7 @@ def open_attempt(root: Path, store: Any, name: str, **settings: Any) -> Run:
     own = dataclasses.replace(make_settings(root / name), attempt=name, **settings)
     Prepared("base", {"train": "sha256:data"}).write(own.prepared_file)
     progress = ProgressReporter(store, f"{ROOT}{name}/", name, interval=0.02)
-    return Run(make_job(), own, store, progress)
+    return Run(make_job(), own, store, progress, store.upload)
 
 
 @dataclasses.dataclass

@@ -241,7 +241,7 @@ def make_run(root: Path, store: MemoryStore, job: JobFile) -> Run:
     settings = make_settings(root)
     prefix = f"{job.tenant}/runs/{job.job.uid}/{settings.attempt}/"
     progress = ProgressReporter(store, prefix, settings.attempt, interval=settings.progress_interval)
-    return Run(job, settings, store, progress)  # type: ignore[arg-type]
+    return Run(job, settings, store, progress, store.upload)  # type: ignore[arg-type]
 
 
 def ready(root: Path, base: Path, job: JobFile, store: MemoryStore | None = None) -> tuple[Run, MemoryStore]:

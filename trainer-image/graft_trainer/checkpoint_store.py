@@ -35,14 +35,25 @@ class CheckpointStore:
     """The checkpoints of one run, as one process of one attempt sees them."""
 
     def __init__(
-        self, store: S3Store, root: str, attempt: str, of: str, folder: Path, *, limit: int, patience: float
+        self,
+        store: S3Store,
+        root: str,
+        attempt: str,
+        of: str,
+        folder: Path,
+        *,
+        upload: Callable[[str, Path], None],
+        limit: int,
+        patience: float,
     ) -> None:
-        """`root` is the run's prefix, `of` what the checkpoints must be of, `folder` where copies lie for a while."""
+        """`root` is the run's prefix, `of` what the checkpoints must be of, `folder` where copies lie for a while; `upload` puts a
+        file at a key while training goes on."""
         self.store = store
         self.root = root
         self.attempt = attempt
         self.of = of
         self.folder = folder
+        self.upload = upload
         self.limit = limit
         self.patience = patience  # seconds
         self._receipts: dict[tuple[str, str], bytes] = {}
@@ -100,7 +111,7 @@ class CheckpointStore:
             sha256=file_sha256(path),
             created_at=now(),
         )
-        self.store.upload(prefix + data_name(rank), path)
+        self.upload(prefix + data_name(rank), path)
         self.store.put(prefix + receipt_name(rank), receipt.json_text().encode())
 
     def prune(self) -> list[Checkpoint]:

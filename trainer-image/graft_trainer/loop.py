@@ -46,6 +46,7 @@ def run_loop(
         distributed.from_main(run.settings.attempt),  # pods that train together write below one prefix
         identity(run.job, resolved, Prepared.read(run.settings.prepared_file).digests, len(examples)),
         run.settings.work_dir / "checkpoints",
+        upload=run.upload,
         limit=resolved.save_total_limit,
         patience=run.settings.storage_patience,
     )

@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from graft_trainer.failures import Failure
 from graft_trainer.interruption import Interruption
 from graft_trainer.progress import ProgressReporter, now
 from graft_trainer.settings import Settings
+from graft_trainer.upload import upload_apart
 
 M = TypeVar("M", bound=Message)
 
@@ -34,6 +37,7 @@ class Run:
     settings: Settings
     store: S3Store
     progress: ProgressReporter
+    upload: Callable[[str, Path], None]  # a file to a key, while training goes on. StoreError
     halvings: int = 0  # how often the micro-batch is halved, because earlier attempts ran out of memory
     interruption: Interruption = field(default_factory=Interruption)
     cleanup: ExitStack = field(default_factory=ExitStack)  # what must be over before the process ends
@@ -104,7 +108,7 @@ def open_run(
     # Progress gives up on a slow store soon: the next beat replaces what was not sent.
     uploads = S3Store(storage, attempts=2, timeout=5)
     reporter = ProgressReporter(uploads, prefix, settings.attempt, interval=settings.progress_interval, silent=silent)
-    return Run(job, settings, store, reporter, halvings=job.halvings)
+    return Run(job, settings, store, reporter, partial(upload_apart, storage), halvings=job.halvings)
 
 
 def memory_halvings(run: Run) -> int:

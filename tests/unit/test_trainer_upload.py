@@ -1,0 +1,125 @@
+"""Checkpoints are uploaded by a process of their own: what arrives, what is said when nothing does, and how it ends."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft_trainer.upload import NICENESS, upload_apart
+from testbed.objectstore import s3_server
+from testbed.shell import wait_for
+
+
+@pytest.fixture(scope="module")
+def storage() -> Iterator[StorageConfig]:
+    with s3_server() as server:
+        config = StorageConfig.from_dir(server.secret_dir("bucket"))
+        S3Store(config).create_bucket()
+        yield config
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A store that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        yield server
+
+
+def config_of(server: socket.socket) -> StorageConfig:
+    port = server.getsockname()[1]
+    return StorageConfig(f"http://127.0.0.1:{port}", "us-east-1", "bucket", "", "an-id", "a-secret-key")
+
+
+def uploads_of(parent: int) -> list[int]:
+    """The processes that upload for it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if state(folder)[1] == str(parent) and "graft_trainer.upload" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+def state(folder: Path) -> list[str]:
+    """The letter of its state, its parent, and more."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
+def ended(process: int) -> bool:
+    try:
+        return state(Path(f"/proc/{process}"))[0] == "Z"  # nobody may have asked for its end yet
+    except OSError:
+        return True
+
+
+def test_a_large_file_arrives_as_it_is(storage: StorageConfig, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(os.urandom(1000) * 20_000)  # in parts
+    upload_apart(storage, "runs/part", path)
+    assert b"".join(S3Store(storage).chunks("runs/part")) == path.read_bytes()
+
+
+def test_whose_error_it_is_is_told_as_if_it_were_here(storage: StorageConfig, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(b"x")
+    wrong = dataclasses.replace(storage, secret_access_key="not-it")
+    with pytest.raises(StoreError, match=r"runs/part: .*SignatureDoesNotMatch") as denied:
+        upload_apart(wrong, "runs/part", path)
+    assert denied.value.trouble == "denied"
+    with pytest.raises(StoreError, match="NoSuchBucket") as missing:
+        upload_apart(dataclasses.replace(storage, bucket="another"), "runs/part", path)
+    assert missing.value.trouble == "missing"
+
+
+def test_one_that_is_killed_is_an_upload_that_failed_and_no_secret_is_to_be_seen(
+    silent: socket.socket, tmp_path: Path
+) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(b"x")
+    seen: list[str] = []
+
+    def look_and_kill() -> None:
+        wait_for(lambda: uploads_of(os.getpid()), 20, "the upload begins")
+        (process,) = uploads_of(os.getpid())
+        seen.extend(Path(f"/proc/{process}/{name}").read_text() for name in ("cmdline", "environ"))
+        os.kill(process, signal.SIGKILL)
+
+    thread = threading.Thread(target=look_and_kill)
+    thread.start()
+    with pytest.raises(StoreError, match="runs/part: the process that uploads it was killed by signal 9") as failed:
+        upload_apart(config_of(silent), "runs/part", path)
+    thread.join()
+    assert failed.value.trouble == "unavailable"
+    assert "runs/part" in seen[0] and "PATH" in seen[1] and "a-secret-key" not in "".join(seen)
+
+
+def test_it_ends_with_the_process_that_trains_and_not_before(silent: socket.socket, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(b"x")
+    code = (
+        "from pathlib import Path; from graft.artifacts.store import StorageConfig; "
+        "from graft_trainer.upload import upload_apart; "
+        f"upload_apart(StorageConfig(**{dataclasses.asdict(config_of(silent))!r}), 'runs/part', Path({str(path)!r}))"
+    )
+    training = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_for(lambda: uploads_of(training.pid), 20, "the upload begins")
+        (upload,) = uploads_of(training.pid)
+        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, upload) == NICENESS, 20, "it has begun")
+        os.kill(upload, signal.SIGTERM)  # as to all of the group
+        os.kill(upload, signal.SIGINT)
+        silent.accept()
+        assert uploads_of(training.pid) == [upload]
+    finally:
+        training.kill()
+        training.wait()
+    wait_for(lambda: ended(upload), 10, "it has ended")

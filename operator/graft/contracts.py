@@ -249,6 +249,7 @@ class DatasetStatistics(Message):
     p95_tokens: int = 0
     max_tokens: int = 0
     truncated_share: float = 0
+    sampled: bool = False  # lengths are those of a part of the examples
 
 
 class Progress(Message):

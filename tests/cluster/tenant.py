@@ -16,6 +16,7 @@ from graft.artifacts.store import S3Store, StorageConfig
 from graft.artifacts.versions import describe_files, publish
 from graft.contracts import EXIT_CODES, JobFile, Progress, Reason, Termination
 from graft.manifests.common import OWNER_UID
+from graft.manifests.training import is_preflight
 from testbed.shell import wait_for
 
 API = "graft.dev/v1alpha1"
@@ -116,12 +117,15 @@ class Tenant:
         found = self.api.list("Pod", self.name, f"{OWNER_UID}={owner['metadata']['uid']}")
         return sorted(found, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
-    def running_pod(self, job: str, but: tuple[str, ...] = (), kind: str = "FineTuneJob") -> str:
-        """Wait for a pod of the job that runs; its name."""
+    def running_pod(
+        self, job: str, but: tuple[str, ...] = (), kind: str = "FineTuneJob", *, preflight: bool = False
+    ) -> str:
+        """Wait for a pod of the job that runs, one that trains or with `preflight` one that only checks; its name."""
         owner = self.get(kind, job)
 
         def running() -> list[str]:
-            found = [pod for pod in self.pods(owner) if pod.get("status", {}).get("phase") == "Running"]
+            of_kind = [pod for pod in self.pods(owner) if is_preflight(pod) == preflight]
+            found = [pod for pod in of_kind if pod.get("status", {}).get("phase") == "Running"]
             return [pod["metadata"]["name"] for pod in found if pod["metadata"]["name"] not in but]
 
         self.wait(running, f"a pod of {job} runs", explain=lambda: json.dumps(self.status(kind, job)))
@@ -193,6 +197,12 @@ class Tenant:
         """The trainer's own words, with the exit code of the reason."""
         text = Termination(reason=reason, message=message, remedy=remedy).json_text()
         self.end_pod(pod, EXIT_CODES[reason], text)
+
+    def pass_preflight(self, job: str, **data: Any) -> None:
+        """The checks before a run with GPUs find nothing wrong, and `data` to be what the dataset is like."""
+        pod = self.running_pod(job, preflight=True)
+        self.progress(job, pod, stage="Preparing", dataset=data)
+        self.end_pod(pod, container="prepare")
 
     def trained(
         self, job: str, adapter: str = "support", rank: int = 8, weights: bytes | None = None, **spec: Any

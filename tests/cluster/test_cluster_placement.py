@@ -1,8 +1,10 @@
 """A job without resources gets the smallest GPUs of the cluster that fit; what does not fit is told before anything is made."""
 
+import json
 from typing import Any
 
 from cluster_api import Object
+from graft.contracts import EXIT_CODES, Reason, Termination
 from tenant import Tenant
 from tenants import make_base_model
 
@@ -20,8 +22,9 @@ def model(tenant: Tenant, facts: Object, size: str) -> str:
     return make_base_model(tenant.api, tenant.store, f"llama-{size}-{tenant.name}"[:60].strip("-"), facts=facts)
 
 
-def placed(tenant: Tenant, job: str) -> tuple[Object, Object, Object]:
-    """(status.sizing, resources of the container, node selector) of a job whose Job was made."""
+def placed(tenant: Tenant, job: str, **data: Any) -> tuple[Object, Object, Object]:
+    """(status.sizing, resources of the container, node selector) of a job whose Job was made, after the checks."""
+    tenant.pass_preflight(job, **data)
     tenant.wait(
         lambda: tenant.api.get("Job", tenant.name, job),
         f"the Job of {job} is made",
@@ -47,6 +50,42 @@ def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
     assert sizing["gpu"] == "NVIDIA-A100-SXM4-80GB" and sizing["gpusPerNode"] > 1 and sizing["sharding"] == "fsdp"
     assert resources["limits"]["nvidia.com/gpu"] == str(sizing["gpusPerNode"])
     assert tenant.job_file("larger").pods.processes_per_node == sizing["gpusPerNode"]
+
+
+def test_nothing_is_asked_of_the_gpus_before_the_data_was_looked_at(tenant: Tenant) -> None:
+    seven = model(tenant, LLAMA_2_7B, "7b")
+    tenant.job("typo", baseModel=seven, method={"qlora": {}}, retries=5, queue="gpus")
+    pod = tenant.running_pod("typo", preflight=True)
+    shown = tenant.until("FineTuneJob", "typo", "Succeeded", "Preparing", says="before GPUs are taken")
+    assert shown["status"] == "Unknown" and tenant.status("FineTuneJob", "typo")["sizing"]["gpu"] == "NVIDIA-L4"
+    spec: Any = tenant.get("Pod", pod)["spec"]
+    assert spec["containers"][0]["command"][-1] == "preflight" and "nodeSelector" not in spec
+    assert not any("nvidia.com/gpu" in json.dumps(item["resources"]) for item in spec["containers"])
+    text = Termination(reason=Reason.DATASET_INVALID, message="line 7: not JSON.", remedy="Mend it.").json_text()
+    tenant.end_pod(pod, EXIT_CODES[Reason.DATASET_INVALID], text, container="prepare")
+    ended = tenant.until("FineTuneJob", "typo", "Succeeded", "DatasetInvalid")
+    assert ended["message"] == "line 7: not JSON. Mend it."
+    assert tenant.api.get("Job", tenant.name, "typo") is None
+    tenant.api.delete("FineTuneJob", tenant.name, "typo")
+    tenant.gone("Job", "typo-preflight")
+
+
+def test_the_choice_is_by_the_lengths_that_the_data_has(tenant: Tenant) -> None:
+    seven = model(tenant, LLAMA_2_7B, "7b")
+    tenant.job("short", baseModel=seven, method={"qlora": {}}, training={"maxLength": 4096})
+    tenant.running_pod("short", preflight=True)
+    before = tenant.status("FineTuneJob", "short")["sizing"]
+    tenant.api.patch("FineTuneJob", tenant.name, "short", {"spec": {"suspend": True}})
+    tenant.until("FineTuneJob", "short", "Succeeded", "Suspended")
+    tenant.api.patch("FineTuneJob", tenant.name, "short", {"spec": {"suspend": False}})
+    tenant.until("FineTuneJob", "short", "Succeeded", "Preparing")
+    sizing, *_ = placed(tenant, "short", examples=500, maxTokens=256)
+    assert (before["gradientCheckpointing"], sizing["gradientCheckpointing"]) == (True, False)
+    assert tenant.job_file("short").choice.micro_batch == sizing["microBatch"]
+    pod = tenant.running_pod("short")
+    tenant.until("FineTuneJob", "short", "Succeeded", "Training")
+    status = tenant.status("FineTuneJob", "short")
+    assert [item["pod"] for item in status["attempts"]] == [pod]  # what only checked was none
 
 
 def test_what_fits_nowhere_says_what_would(tenant: Tenant) -> None:

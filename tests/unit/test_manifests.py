@@ -46,6 +46,7 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             training.config_map(job, file),
             network.training_policy(job),
             *peers,
+            *([training.preflight_job(job, base, SETTINGS)] if shape.gpus else []),
             training.training_job(job, base, SETTINGS, shape),
         ]
     if manifest["kind"] == "Adapter":

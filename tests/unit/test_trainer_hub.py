@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from graft.contracts import Reason
 from graft_trainer.failures import explain
-from graft_trainer.prepare import prepare
+from graft_trainer.prepare import preflight, prepare
 from graft_trainer.run import Prepared
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
 
@@ -107,6 +107,14 @@ def test_dataset_and_base_model_come_from_the_endpoint_with_the_tenants_token(hu
     folder = Path(Prepared.read(run.settings.prepared_file).base_model_dir)
     assert (folder / "model.safetensors").read_bytes() == hub.files["org/model/model.safetensors"]
     assert hub.tokens == {"Bearer hf_tenant"}
+
+
+def test_preflight_leaves_the_weights_at_the_hub(hub: Hub, tmp_path: Path) -> None:
+    run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint))
+    preflight(run)
+    brought = {path.name for path in run.settings.base_model_dir.iterdir() if path.is_file()}
+    there = {name.rpartition("/")[2] for name in hub.files if name.startswith("org/model/")}
+    assert brought == there - {"model.safetensors"}
 
 
 def test_a_packed_file_of_the_hub_is_unpacked_and_kept_once(hub: Hub, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from graft.artifacts.store import StoreError
 from graft.contracts import EXIT_CODES, DatasetStatistics, JobFile, Reason
 from graft_trainer.basemodel import architectures, check_base_model, context_of, load_config
 from graft_trainer.failures import Failure, explain
-from graft_trainer.prepare import prepare
+from graft_trainer.prepare import preflight, prepare
 from graft_trainer.run import Prepared, load_examples
 from trainer_world import MARKED, QUESTIONS, MemoryStore, chat_lines, make_base, make_job, make_run, make_t5
 
@@ -56,6 +56,36 @@ def test_dataset_and_model_are_put_into_the_work_folder(tmp_path: Path, store: M
     assert json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])["stage"] == "Preparing"
 
 
+def test_preflight_checks_all_and_leaves_the_weights_where_they_are(
+    tmp_path: Path, store: MemoryStore, base: Path
+) -> None:
+    run = make_run(tmp_path, store, make_job())
+    preflight(run)
+    assert run.progress.close(2)
+    told = json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])
+    assert told["dataset"]["examples"] == 6 and not told["dataset"]["sampled"]
+    brought = {path.name for path in run.settings.base_model_dir.iterdir()}
+    assert brought == {path.name for path in base.iterdir() if path.suffix != ".safetensors"}
+
+    store.kept[TRAIN] += b"nonsense\n"
+    with pytest.raises(Failure, match="line 7: not JSON"):
+        preflight(make_run(tmp_path / "2", store, make_job()))
+    for name in [name for name in store.kept if name.endswith(".safetensors")]:
+        del store.kept[name]
+    store.kept[TRAIN] = chat_lines(6)
+    with pytest.raises(Exception, match="no safetensors weights"):
+        preflight(make_run(tmp_path / "3", store, make_job()))
+
+
+def test_preflight_looks_at_weights_that_are_mounted(tmp_path: Path, store: MemoryStore, base: Path) -> None:
+    shutil.copytree(base, tmp_path / "pvc/weights/tiny")
+    (weights,) = (tmp_path / "pvc/weights/tiny").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    job = make_job(baseModel={"name": "tiny", "uri": "pvc://weights/tiny"})
+    with pytest.raises(Failure, match=r"has \d+ bytes, its header says"):
+        preflight(make_run(tmp_path, store, job))
+
+
 def test_what_the_data_is_like_is_told_with_the_progress(tmp_path: Path, store: MemoryStore) -> None:
     store.kept[TRAIN] = chat_lines(3) + b"nonsense\n" + chat_lines(3) + b"[]\n"
     dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
@@ -68,6 +98,7 @@ def test_what_the_data_is_like_is_told_with_the_progress(tmp_path: Path, store: 
     assert told == {
         "examples": 6, "heldOut": 3, "invalid": 2, "tokens": 2 * sum(sizes), "meanTokens": round(sum(sizes) / 3, 1),
         "medianTokens": sizes[1], "p95Tokens": sizes[2], "maxTokens": sizes[2], "truncatedShare": 0.0,
+        "sampled": False,
     }  # fmt: skip
     assert Prepared.read(run.settings.prepared_file).statistics == DatasetStatistics.model_validate(told)
 

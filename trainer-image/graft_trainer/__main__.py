@@ -1,4 +1,4 @@
-"""The container's command: python -m graft_trainer prepare | train | compose | import. The only place where a run's failure is handled."""
+"""The container's command: python -m graft_trainer preflight | prepare | train | compose | import. The only place where a run's failure is handled."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ FINAL_PATIENCE = 60.0  # seconds for the last progress.json of any other run
 
 def main(arguments: list[str]) -> int:
     """Run one stage; the exit code."""
-    if len(arguments) != 1 or arguments[0] not in {"prepare", "train", "compose", "import"}:
-        print("usage: python -m graft_trainer prepare|train|compose|import", file=sys.stderr)
+    if len(arguments) != 1 or arguments[0] not in {"preflight", "prepare", "train", "compose", "import"}:
+        print("usage: python -m graft_trainer preflight|prepare|train|compose|import", file=sys.stderr)
         return 2
     command = arguments[0]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
             settings,
             storage,
             job,
-            write_now=command == "prepare",
+            write_now=command != "train",
             silent=command == "train" and not distributed.is_main(),
         )
         run.interruption = interruption
@@ -77,10 +77,10 @@ def without_bitsandbytes() -> None:
 
 def stage(command: str) -> Callable[[Run], None]:
     """The stage's function; torch is imported for train only."""
-    if command == "prepare":
-        from graft_trainer.prepare import prepare
+    if command != "train":
+        from graft_trainer import prepare
 
-        return prepare
+        return prepare.preflight if command == "preflight" else prepare.prepare
     from graft_trainer.pipeline import train_evaluate_publish
 
     return train_evaluate_publish

@@ -31,8 +31,9 @@ SUCH_AS = {
 }
 
 
-def check_base_model(folder: Path, name: str, task: Task = "causal") -> dict[str, Any]:
-    """The model's config. Failure(BaseModelInvalid) says why it cannot be tuned, or that it is not of the task."""
+def check_base_model(folder: Path, name: str, task: Task = "causal", *, weights: bool = True) -> dict[str, Any]:
+    """The model's config. Failure(BaseModelInvalid) says why it cannot be tuned, or that it is not of the task. Without `weights`
+    the folder need not have any."""
     config = _json(folder / "config.json", name)
     for file in CONFIGS:
         if (folder / file).is_file() and "auto_map" in _json(folder / file, name):
@@ -40,7 +41,8 @@ def check_base_model(folder: Path, name: str, task: Task = "causal") -> dict[str
                 f"{name}: {file} has auto_map, so the model needs code of its own",
                 "Use a model that transformers supports itself; code from models is never run.",
             )
-    _check_weights(folder, name)
+    if weights:
+        _check_weights(folder, name)
     _check_task(config, name, task)
     _check_architecture(config, name, task)
     if not any((folder / file).is_file() for file in TOKENIZERS):

@@ -81,6 +81,7 @@ def describe(lengths: Lengths, *, examples: int, held_out: int, invalid: int) ->
         p95_tokens=quantile(ordered, 0.95),
         max_tokens=ordered[-1],
         truncated_share=round(lengths.truncated_share, 4),
+        sampled=len(lengths.whole) < examples,
     )
 
 

@@ -34,7 +34,12 @@ log = logging.getLogger(__name__)
 SAMPLE = 50_000  # examples of a file that are kept in memory
 
 
-def prepare(run: Run) -> None:
+def preflight(run: Run) -> None:
+    """The same checks before the cluster is asked for GPUs, but for the base model's weights, which train's pod brings itself."""
+    prepare(run, weights=False)
+
+
+def prepare(run: Run, *, weights: bool = True) -> None:
     """Check dataset, suites, base model and access, and put what train reads into the work folder."""
     job, settings, name = run.job, run.settings, run.job.base_model.name
     run.progress.stage("Preparing")
@@ -58,8 +63,10 @@ def prepare(run: Run) -> None:
         hf_endpoint=job.hf_endpoint,
         hf_token=settings.hf_token(),
         report=tell(f"base model {name}"),
+        weights=weights,
     )
-    config = check_base_model(folder, name, job.task)
+    mounted = job.base_model.uri.startswith("pvc://")
+    config = check_base_model(folder, name, job.task, weights=weights or mounted)
     log.info("base model %s: %s", name, ", ".join(config.get("architectures") or [config["model_type"]]))
     check_data_fits(folder, name, job.dataset, job.task)
     if conversations and job.task == "causal" and not has_chat_template(folder, name):

@@ -150,6 +150,7 @@ class DatasetFacts(Status):
     p95_tokens: int = Field(default=0, description="19 of 20 examples have at most so many tokens.")
     max_tokens: int = Field(default=0, description="Tokens of the longest example, before truncation.")
     truncated_share: float = Field(default=0, description="Share of the examples that are cut to maxLength, 0 to 1.")
+    sampled: bool = Field(default=False, description="Whether the lengths are those of a sample of the examples.")
 
 
 class Sizing(Status):

@@ -16,7 +16,8 @@ from typing import Any
 from graft.artifacts.layout import SIGNATURE, split_s3_uri
 from graft.artifacts.store import ObjectInfo, S3Store, StoreError
 
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+WEIGHTS = ".safetensors"
+MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
 CONFIG_LIMIT = 1024 * 1024
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -78,7 +79,7 @@ def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
     names = {item.key.removeprefix(prefix) for item in files}
     if "config.json" not in names:
         raise SourceError(f"there is no config.json below {uri}")
-    if not any(name.endswith(".safetensors") for name in names):
+    if not any(name.endswith(WEIGHTS) for name in names):
         raise SourceError(f"there are no safetensors weights below {uri}")
     return bucket, prefix, files
 
@@ -129,7 +130,7 @@ def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Descripti
     with hub_errors(uri):
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
         siblings = [file for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)]
-        if not any(file.rfilename.endswith(".safetensors") for file in siblings):
+        if not any(file.rfilename.endswith(WEIGHTS) for file in siblings):
             raise SourceError(f"{uri} has no safetensors weights")
         path = hf_hub_download(repo, "config.json", revision=info.sha, endpoint=endpoint, token=token or False)
         config = json.loads(Path(path).read_text())
@@ -147,8 +148,10 @@ def fetch(
     hf_endpoint: str | None = None,
     hf_token: str | None = None,
     report: Report = lambda done, total: None,
+    weights: bool = True,
 ) -> Path:
-    """A local folder with the model's files: `target`, or the mounted claim itself for pvc://.
+    """A local folder with the model's files: `target`, or the mounted claim itself for pvc://. Without `weights` they need only be
+    there, at the source.
 
     For s3:// the listing must still have the digest that the BaseModel was resolved to. SourceError otherwise.
     """
@@ -159,7 +162,7 @@ def fetch(
         return folder
     target.mkdir(parents=True, exist_ok=True)
     if uri.startswith("hf://"):
-        return _fetch_hf(uri, target, hf_endpoint, hf_token)
+        return _fetch_hf(uri, target, hf_endpoint, hf_token, weights)
     if store is None:
         raise SourceError("no object store is configured")
     bucket, prefix, files = s3_files(store, uri)
@@ -168,6 +171,7 @@ def fetch(
         raise SourceError(
             f"the files below {uri} changed since the BaseModel was resolved: {actual}, expected {digest}"
         )
+    files = [item for item in files if weights or not item.key.endswith(WEIGHTS)]
     total, done = sum(item.size for item in files), 0
 
     def one(item: ObjectInfo) -> int:
@@ -196,7 +200,7 @@ def fetch(
     return target
 
 
-def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None) -> Path:
+def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, revision = split_hf_uri(uri)
@@ -208,6 +212,6 @@ def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None) -
                 local_dir=target,
                 endpoint=endpoint,
                 token=token or False,
-                allow_patterns=[f"*{suffix}" for suffix in MODEL_FILES],
+                allow_patterns=[f"*{suffix}" for suffix in MODEL_FILES if weights or suffix != WEIGHTS],
             )
         )

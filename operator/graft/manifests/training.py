@@ -1,4 +1,4 @@
-"""FineTuneJob -> its ConfigMap with job.json, its Job, and for several pods the Service by which they meet."""
+"""FineTuneJob -> its ConfigMap with job.json, its Jobs, and for several pods the Service by which they meet."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +24,7 @@ from graft.contracts import (
 )
 from graft.contracts import Pods as PodsOfRun
 from graft.manifests.common import (
+    COMPONENT,
     CONTAINER_SECURITY,
     OWNER_UID,
     STORAGE_MOUNTS,
@@ -38,6 +39,7 @@ from graft.manifests.common import (
 )
 from graft.settings import Settings, Spot
 
+TRAINING, PREFLIGHT = "training", "preflight"  # components: the run's pods, and the one before it that checks
 METHOD_LABEL = "graft.dev/method"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -122,12 +124,12 @@ def job_file(
 
 def config_map(job: FineTuneJob, file: JobFile) -> Manifest:
     """The ConfigMap that holds job.json."""
-    return child("v1", "ConfigMap", job_file_name(job), job, "training") | {"data": {"job.json": file.json_text()}}
+    return child("v1", "ConfigMap", job_file_name(job), job, TRAINING) | {"data": {"job.json": file.json_text()}}
 
 
 def peers_service(job: FineTuneJob) -> Manifest:
     """The headless Service by which the pods of a run find the first one, before any is Ready."""
-    return child("v1", "Service", peers_name(job), job, "training") | {
+    return child("v1", "Service", peers_name(job), job, TRAINING) | {
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -181,9 +183,74 @@ def _spot(spot: Spot) -> Manifest:
     }
 
 
+def is_preflight(child: Manifest) -> bool:
+    """Whether a Job or a pod of a FineTuneJob is the one that checks before GPUs are taken."""
+    return bool(child["metadata"].get("labels", {}).get(COMPONENT) == PREFLIGHT)
+
+
+def preflight_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings) -> Manifest:
+    """The Job before one with GPUs: all that prepare finds wrong is found before the cluster keeps a GPU for the run, and what
+    it finds out about the data is there when the GPUs are chosen."""
+    volumes, mounts = _volumes(job, base_model)
+    pod = {
+        **pod_defaults(settings, job.spec),
+        # The name is that of the init container: the same checks, and the operator reads both alike.
+        "containers": [_container("prepare", "preflight", settings, mounts, PREPARE_RESOURCES)],
+        "volumes": volumes,
+    }
+    return _job(job, f"{job.metadata.name}-preflight", PREFLIGHT, pod, pods=1)
+
+
 def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings, shape: Shape) -> Manifest:
     """The batch/v1 Job: prepare as an init container without a GPU, then train; an Indexed Job for several pods."""
-    spec = job.spec
+    volumes, mounts = _volumes(job, base_model)
+    if shape.several:
+        # Processes hand each other tensors through shared memory; a container's own is 64 MB.
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - an emptyDir
+    pod = {
+        **pod_defaults(settings, job.spec, gpus=shape.gpus),
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "initContainers": [_container("prepare", "prepare", settings, mounts, PREPARE_RESOURCES)],
+        "containers": [_container("train", "train", settings, mounts, container_resources(shape.resources))],
+        "volumes": volumes,
+    }
+    if shape.node_selector:
+        pod["nodeSelector"] = shape.node_selector | pod.get("nodeSelector", {})
+    if job.spec.spot:
+        spot = _spot(settings.spot)
+        pod["affinity"] = spot["affinity"]
+        pod["tolerations"] = pod.get("tolerations", []) + spot["tolerations"]
+    if shape.nodes > 1:
+        pod["subdomain"] = peers_name(job)
+    manifest = _job(job, job.metadata.name, TRAINING, pod, pods=shape.nodes)
+    if job.spec.queue is not None:
+        # Kueue takes over suspend from here: it lifts it when it admits the job.
+        manifest["metadata"]["labels"][QUEUE_LABEL] = job.spec.queue
+        manifest["spec"]["suspend"] = True
+    return manifest
+
+
+def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) -> Manifest:
+    pod_labels = labels(job, component) | {METHOD_LABEL: job.spec.method.name}
+    body: Manifest = {
+        "backoffLimit": job.spec.retries,
+        "completions": pods,
+        "parallelism": pods,
+        "completionMode": "Indexed" if pods > 1 else "NonIndexed",
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": FAILURE_POLICY,
+        "template": {"metadata": {"labels": pod_labels}, "spec": pod | {"restartPolicy": "Never"}},
+    }
+    if job.spec.active_deadline_seconds is not None:
+        body["activeDeadlineSeconds"] = job.spec.active_deadline_seconds
+    manifest = child("batch/v1", "Job", name, job, component)
+    manifest["metadata"]["labels"] = dict(pod_labels)
+    return manifest | {"spec": body}
+
+
+def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest], list[Manifest]]:
+    """Volumes and mounts of every container that looks at the job's data."""
     data_volumes, data_mounts = mounted_volumes([base_model.uri] + [uri for _, uri in data_uris(job)])
     mounts: list[Manifest] = [
         {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
@@ -200,61 +267,22 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
         {"name": "tmp", "emptyDir": {}},
         *data_volumes,
     ]
-    if shape.several:
-        # Processes hand each other tensors through shared memory; a container's own is 64 MB.
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - an emptyDir
+    return volumes, mounts
 
-    def container(name: str, needs: Manifest) -> Manifest:
-        return {
-            "name": name,
-            "image": settings.images.trainer,
-            "imagePullPolicy": settings.image_pull_policy,
-            "command": ["python", "-m", "graft_trainer", name],
-            "env": [
-                field_env("POD_NAME", "metadata.name"),
-                {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
-                {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
-            ],
-            "resources": needs,
-            "securityContext": CONTAINER_SECURITY,
-            "terminationMessagePolicy": "File",
-            "volumeMounts": mounts,
-        }
 
-    pod = {
-        **pod_defaults(settings, spec, gpus=shape.gpus),
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-        "initContainers": [container("prepare", PREPARE_RESOURCES)],
-        "containers": [container("train", container_resources(shape.resources))],
-        "volumes": volumes,
+def _container(name: str, command: str, settings: Settings, mounts: list[Manifest], needs: Manifest) -> Manifest:
+    return {
+        "name": name,
+        "image": settings.images.trainer,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python", "-m", "graft_trainer", command],
+        "env": [
+            field_env("POD_NAME", "metadata.name"),
+            {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
+            {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
+        ],
+        "resources": needs,
+        "securityContext": CONTAINER_SECURITY,
+        "terminationMessagePolicy": "File",
+        "volumeMounts": mounts,
     }
-    if shape.node_selector:
-        pod["nodeSelector"] = shape.node_selector | pod.get("nodeSelector", {})
-    if spec.spot:
-        spot = _spot(settings.spot)
-        pod["affinity"] = spot["affinity"]
-        pod["tolerations"] = pod.get("tolerations", []) + spot["tolerations"]
-    if shape.nodes > 1:
-        pod["subdomain"] = peers_name(job)
-
-    pod_labels = labels(job, "training") | {METHOD_LABEL: spec.method.name}
-    body: Manifest = {
-        "backoffLimit": spec.retries,
-        "completions": shape.nodes,
-        "parallelism": shape.nodes,
-        "completionMode": "Indexed" if shape.nodes > 1 else "NonIndexed",
-        "podReplacementPolicy": "Failed",
-        "podFailurePolicy": FAILURE_POLICY,
-        "template": {"metadata": {"labels": pod_labels}, "spec": pod},
-    }
-    if spec.active_deadline_seconds is not None:
-        body["activeDeadlineSeconds"] = spec.active_deadline_seconds
-    manifest = child("batch/v1", "Job", job.metadata.name, job, "training")
-    manifest["metadata"]["labels"] = dict(pod_labels)
-    if spec.queue is not None:
-        # Kueue takes over suspend from here: it lifts it when it admits the job.
-        manifest["metadata"]["labels"][QUEUE_LABEL] = spec.queue
-        body["suspend"] = True
-    return manifest | {"spec": body}

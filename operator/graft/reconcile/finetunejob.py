@@ -1,7 +1,8 @@
 """The life of a FineTuneJob.
 
     wait for the base model and the key -> size it (status.sizing) -> reserve a version (status.resolved)
-    -> ConfigMap, NetworkPolicy, Job -> follow pods and progress.json; suspend, resume, halve the micro-batch
+    -> ConfigMap, NetworkPolicy -> where GPUs are needed a Job that checks what can be checked without, and sizing once more
+    -> Job -> follow pods and progress.json; suspend, resume, halve the micro-batch
     -> manifest.json in storage -> Adapter -> its verification -> Succeeded -> TTL
 
 Every step is found again from what exists: the version in status, the Job by the label of our UID, the manifest by its path and job
@@ -25,9 +26,11 @@ from graft.manifests.training import (
     METHOD_LABEL,
     config_map,
     data_uris,
+    is_preflight,
     job_file,
     job_file_name,
     peers_service,
+    preflight_job,
     training_job,
 )
 from graft.reconcile import ending, pods, versions
@@ -62,12 +65,12 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return await _expire(ctx, job, ended)
 
     world = await _gather(ctx, job)
-    if not world.children and world.published is None:
+    if world.published is None and (not world.children or world.checked):
         if job.spec.suspend:
             status, observed = suspended(job)
             await ctx.write_status(raw, status, observed)
             return None
-        trouble = await _start(ctx, raw, job)
+        trouble = await _start(ctx, raw, world)
         if trouble is not None:
             status, observed = waiting(job, trouble)
             await ctx.write_status(raw, status, observed)
@@ -87,17 +90,19 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 async def _gather(ctx: Context, job: FineTuneJob) -> World:
     namespace, labels = job.metadata.namespace, {OWNER_UID: job.metadata.uid}
     world = World(job)
-    world.children = await ctx.kube.list("Job", namespace, labels)
+    jobs = await ctx.kube.list("Job", namespace, labels)
+    world.children = [child for child in jobs if not is_preflight(child)] or jobs
     if not world.children:
         return world
-    found = await ctx.kube.list("Pod", namespace, labels)
+    found = [pod for pod in await ctx.kube.list("Pod", namespace, labels) if is_preflight(pod) == world.preflight]
     world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
     if not world.pods:
         world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
         world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]))
     resolved = job.status.resolved
-    if job_condition(world, "Complete") and resolved is not None and resolved.version is not None:
+    trained = not world.preflight and job_condition(world, "Complete") is not None
+    if trained and resolved is not None and resolved.version is not None:
         name = adapter_manifests.adapter_name(job.spec.output.adapter, resolved.version)
         raw = await ctx.kube.get("Adapter", namespace, name)
         world.adapter = Adapter.model_validate(raw) if raw else None
@@ -170,9 +175,9 @@ async def _read_published(ctx: Context, world: World, version: str) -> None:
             world.publish_trouble = f"{prefix}manifest.json was written by another job, {manifest.job.name}"
 
 
-async def _start(ctx: Context, raw: Manifest, job: FineTuneJob) -> Trouble | None:
-    """Resolve what the spec leaves open and make the children; Trouble says what is waited for."""
-    namespace = job.metadata.namespace
+async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
+    """Resolve what the spec leaves open and make the next child; Trouble says what is waited for."""
+    job, namespace = world.job, world.job.metadata.namespace
     base = await gather_base_model(ctx, job.spec.base_model, namespace)
     if isinstance(base, Trouble):
         return base
@@ -181,7 +186,7 @@ async def _start(ctx: Context, raw: Manifest, job: FineTuneJob) -> Trouble | Non
     trouble = await ensure_credentials(ctx, namespace)
     if trouble is not None:
         return trouble
-    placed = await place(ctx, job, base)
+    placed = await place(ctx, job, base, world.data)
     if isinstance(placed, Trouble):
         return placed
     shape, sizing = placed
@@ -207,7 +212,10 @@ async def _start(ctx: Context, raw: Manifest, job: FineTuneJob) -> Trouble | Non
         await ctx.kube.apply(training_policy(job))
         if shape.nodes > 1:
             await ctx.kube.apply(peers_service(job))
-        await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
+        if shape.gpus and not world.checked:
+            await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
+        else:
+            await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
         if job.metadata.labels.get(METHOD_LABEL) != job.spec.method.name:
             await ctx.kube.merge_patch(
                 KIND, namespace, job.metadata.name, {"metadata": {"labels": {METHOD_LABEL: job.spec.method.name}}}
@@ -241,6 +249,9 @@ async def _reserve_version(
     """The version this job publishes, written to its status before anything else sees it."""
     resolved = job.status.resolved
     if resolved is not None and resolved.version is not None:
+        if sizing != job.status.sizing:  # the data's lengths are known by now, or the nodes are others
+            status = job.status.model_copy(update={"sizing": sizing})
+            await ctx.write_status(raw, status, job.status.conditions)
         return resolved.version
     known = await _known_versions(ctx, job)
     recipe = versions.recipe(job.spec)

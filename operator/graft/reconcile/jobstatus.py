@@ -16,9 +16,10 @@ from graft.api.finetunejob import (
 from graft.api.finetunejob import Progress as ProgressStatus
 from graft.api.meta import Condition
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.contracts import Progress, Reason
+from graft.contracts import DatasetStatistics, Progress, Reason
 from graft.kube import Manifest
 from graft.manifests import adapter as adapter_manifests
+from graft.manifests.training import is_preflight
 from graft.reconcile import pods
 from graft.reconcile.access import Trouble
 from graft.status import condition, duration, find
@@ -33,8 +34,8 @@ class World:
     """What exists for a job now."""
 
     job: FineTuneJob
-    children: list[Manifest] = field(default_factory=list)  # the Job, by our UID
-    pods: list[Manifest] = field(default_factory=list)  # oldest first
+    children: list[Manifest] = field(default_factory=list)  # the Job that trains, or before it the one that checks
+    pods: list[Manifest] = field(default_factory=list)  # of that Job, oldest first
     progress: Progress | None = None  # of the newest attempt
     published: tuple[AdapterManifest, str] | None = None  # the manifest that this job wrote, and its digest
     publish_trouble: str | None = None  # why there is none
@@ -45,6 +46,21 @@ class World:
     def main_pods(self) -> list[Manifest]:
         """The pods that report: those with index 0 where several train together."""
         return [pod for pod in self.pods if pods.index(pod) == 0] or self.pods
+
+    @property
+    def preflight(self) -> bool:
+        """Whether the Job is the one that checks before GPUs are taken."""
+        return any(is_preflight(child) for child in self.children)
+
+    @property
+    def checked(self) -> bool:
+        """Whether it has found nothing wrong, and the one that trains is to be made."""
+        return self.preflight and job_condition(self, "Complete") is not None
+
+    @property
+    def data(self) -> DatasetStatistics | None:
+        """What the checks have found the data to be like."""
+        return self.progress.dataset if self.progress is not None else None
 
     @property
     def over(self) -> bool:
@@ -155,7 +171,7 @@ def _succeeded(world: World) -> Condition:
     failed = job_condition(world, "Failed") or job_condition(world, "FailureTarget")
     if failed is not None:
         return _failure(world, failed)
-    if job_condition(world, "Complete") is not None:
+    if job_condition(world, "Complete") is not None and not world.preflight:
         return _completion(world)
     held = _held(world)
     if held is not None:
@@ -172,7 +188,7 @@ def _succeeded(world: World) -> Condition:
     stuck = pods.waiting_message(newest)
     if stuck is not None:
         return condition(KIND, "Succeeded", "Unknown", "Pending", stuck)
-    if pods.completed(newest, "train") or pods.phase(newest) == "Succeeded":
+    if pods.completed(newest, "train") or (pods.phase(newest) == "Succeeded" and not world.preflight):
         return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
     if pods.running(newest, "train"):
         # The file is the init container's until the first record of training.
@@ -180,7 +196,8 @@ def _succeeded(world: World) -> Condition:
         stage = stage if stage in STAGES[1:] else "Training"
         return condition(KIND, "Succeeded", "Unknown", stage, f"{_truncation(world)}pod {pods.name(newest)}")
     if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
-        return condition(KIND, "Succeeded", "Unknown", "Preparing", "dataset, access and base model are checked")
+        text = "dataset, access and base model are checked" + (", before GPUs are taken" if world.preflight else "")
+        return condition(KIND, "Succeeded", "Unknown", "Preparing", text)
     return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
 
 
@@ -264,6 +281,8 @@ def _completion(world: World) -> Condition:
 
 
 def _attempts(world: World) -> list[Attempt]:
+    if world.preflight:  # nothing is attempted yet
+        return world.job.status.attempts or []
     attempts = {item.pod: item for item in world.job.status.attempts or []}
     several = any(pods.index(pod) for pod in world.pods)
     for pod in world.pods:

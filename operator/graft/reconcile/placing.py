@@ -4,6 +4,7 @@ from graft import placement
 from graft.api import AdapterDeployment, FineTuneJob
 from graft.api.adapterdeployment import ServingSizing
 from graft.api.finetunejob import Sizing
+from graft.contracts import DatasetStatistics
 from graft.manifests.training import Shape
 from graft.placement import engine
 from graft.placement.decide import DoesNotFit
@@ -11,9 +12,13 @@ from graft.reconcile.access import Base, Trouble
 from graft.reconcile.context import Context
 
 
-async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizing] | Trouble:
-    """The pods of the run and the estimate that they come from; Trouble when no node would do."""
+async def place(
+    ctx: Context, job: FineTuneJob, base: Base, data: DatasetStatistics | None
+) -> tuple[Shape, Sizing] | Trouble:
+    """The pods of the run and the estimate that they come from, by the data where it was looked at; Trouble when no node would
+    do."""
     spec = job.spec
+    longest = data.max_tokens if data is not None and not data.sampled else 0
     try:
         decision = placement.training(
             base.model.status.facts,
@@ -25,6 +30,7 @@ async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizi
             spot_taints=ctx.settings.spot.taints if spec.spot else (),
             explicit=spec.resources,
             nodes_wanted=spec.nodes,
+            dataset_max_length=longest or None,
         )
     except DoesNotFit as error:
         return Trouble("DoesNotFit", str(error))

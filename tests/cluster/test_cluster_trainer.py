@@ -109,6 +109,23 @@ class Pod:
         return Termination.model_validate_json(self.termination_file.read_text())
 
 
+def test_the_pod_that_only_checks(world: World, tmp_path: Path) -> None:
+    pod = Pod(world, tmp_path, job_file(world, "90"), "helpdesk-preflight-0")
+    code, output = pod.run("preflight")
+    assert code == 0, output
+    progress = pod.progress()
+    assert progress is not None and progress.dataset is not None
+    assert (progress.dataset.examples, progress.dataset.sampled) == (200, False) and progress.dataset.max_tokens > 0
+    assert not list((tmp_path / "work").rglob("*.safetensors"))
+
+    (tmp_path / "typo").mkdir()
+    typo = job_file(world, "91", dataset={"train": {"uri": f"s3://{BUCKET}/shop/data/no-such.jsonl"}})
+    pod = Pod(world, tmp_path / "typo", typo, "helpdesk-preflight-1")
+    code, _ = pod.run("preflight")
+    assert code == EXIT_CODES[Reason.DATASET_UNAVAILABLE]
+    assert "no-such.jsonl" in pod.termination().message
+
+
 def test_a_run_leaves_a_version_that_the_operator_can_verify(world: World, tmp_path: Path) -> None:
     pod = Pod(world, tmp_path, job_file(world, "1"))
     begin = time.monotonic()

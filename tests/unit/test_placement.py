@@ -26,6 +26,7 @@ def place(
     nodes_wanted: int | None = None,
     spot_taints: tuple[str, ...] = (),
     longest: int | None = None,
+    download: int = 0,
     **fields: Any,
 ) -> Decision:
     return training(
@@ -39,6 +40,7 @@ def place(
         explicit=Resources.model_validate(resources) if resources else None,
         nodes_wanted=nodes_wanted,
         dataset_max_length=longest,
+        download=download,
     )
 
 
@@ -48,10 +50,27 @@ def test_the_smallest_gpu_that_fits_wins() -> None:
     assert decision.node_selector == {"nvidia.com/gpu.product": "NVIDIA-L4"}
     assert decision.resources is not None
     assert decision.resources.wire() == {
-        "requests": {"cpu": 4, "memory": "19Gi"},
+        "requests": {"cpu": 4, "memory": "19Gi", "ephemeral-storage": "2Gi"},
         "limits": {"memory": "19Gi", "nvidia.com/gpu": 1},
     }
     assert decision.sizing.source == "estimate" and decision.sizing.node_memory_bytes == 19 * GIB
+
+
+def test_the_disk_has_room_for_the_base_model_a_checkpoint_and_what_is_published() -> None:
+    size = 13_476_839_424  # two bytes for each of its parameters
+    lora = place(LLAMA_2["7B"], [A100], download=size)
+    full = place(LLAMA_2["7B"], [A100], "full", download=size)
+    mounted = place(LLAMA_2["7B"], [A100], "full")
+    parameters = size // 2
+    assert full.sizing.gpus_per_node > 1 and full.sizing.nodes == 1  # all parts of a checkpoint lie in one pod
+    for decision, needed in ((lora, size), (full, size + 12 * parameters + size), (mounted, 12 * parameters + size)):
+        assert decision.resources is not None and decision.sizing.node_disk_bytes is not None
+        assert needed < decision.sizing.node_disk_bytes < needed + 3 * GIB
+        asked = (decision.resources.requests or {})["ephemeral-storage"]
+        assert asked == f"{decision.sizing.node_disk_bytes // GIB}Gi"
+    own = place(LLAMA_2["7B"], [A100], resources={"limits": {"nvidia.com/gpu": 1}})
+    assert own.resources is not None and own.resources.requests is None  # taken as they are
+    assert own.sizing.node_disk_bytes
 
 
 def test_qlora_fits_where_lora_does_not() -> None:
@@ -149,7 +168,8 @@ def test_sharded_processes_that_convert_the_weights_hold_a_copy_each() -> None:
 def test_a_small_model_runs_on_a_cpu_where_there_is_no_gpu() -> None:
     decision = place(TINY, [node("one", cpus="8", memory="16Gi"), node("two", cpus="2", memory="4Gi")])
     assert decision.resources is not None and decision.resources.limits is not None
-    assert decision.resources.requests == {"cpu": 4, "memory": decision.resources.limits["memory"]}
+    memory = decision.resources.limits["memory"]
+    assert decision.resources.requests == {"cpu": 4, "memory": memory, "ephemeral-storage": "2Gi"}
     assert (decision.sizing.gpu, decision.sizing.gpus_per_node, decision.choice.micro_batch) == (None, 0, None)
     assert 1 * GIB < (decision.sizing.node_memory_bytes or 0) < 4 * GIB
 

@@ -41,6 +41,15 @@ def test_an_evicted_pod_was_interrupted() -> None:
     assert found.reason == "Interrupted"
 
 
+def test_an_evicted_pod_tells_what_the_node_lacked_and_not_that_it_was_killed() -> None:
+    evicted = ended(137)
+    message = "The node was low on resource: ephemeral-storage. Container train was using 90Gi, request is 2Gi."
+    evicted["status"] |= {"reason": "Evicted", "message": message}
+    found = ending(evicted)
+    assert found is not None
+    assert (found.reason, found.message) == ("Interrupted", message) and "nodeDiskBytes" in found.remedy
+
+
 def test_a_pod_that_finds_no_node_says_why() -> None:
     unscheduled = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes have a GPU"}
     assert "0/3 nodes have a GPU" in (waiting_message(pod(conditions=[unscheduled])) or "")

@@ -166,6 +166,9 @@ class Sizing(Status):
     gradient_checkpointing: bool | None = Field(default=None, description="Whether activations are recomputed.")
     sharding: str | None = Field(default=None, description="ddp or fsdp, with more than one GPU.")
     node_memory_bytes: int | None = Field(default=None, description="Memory of each pod outside of the GPUs.")
+    node_disk_bytes: int | None = Field(
+        default=None, description="Disk of each pod: the base model, a checkpoint, what is published."
+    )
     source: str = Field(default="estimate", description="estimate, or spec when resources are explicit.")
     message: str | None = Field(default=None, description="The choice in words.")
 

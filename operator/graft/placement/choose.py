@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from graft.api.recipe import Lora, Method, QLora, Training
-from graft.placement.activations import Setup
+from graft.placement.activations import WIDTH, Setup
 from graft.placement.blocks import Geometry
 from graft.placement.estimate import GIB, loaded_bytes, trained_parameters, training_memory
 from graft.placement.offers import GpuKind, NodeOffer
@@ -18,6 +18,7 @@ EFFECTIVE_BATCH = 16  # the trainer's, where the spec leaves it open
 ENOUGH = 4  # a micro-batch of so many keeps a GPU busy; larger ones do not pay for computing activations twice
 DEFAULT_MAX_LENGTH = 2048  # the trainer's, too
 PROCESS = 6 * GIB  # host memory of a process on a GPU: python, torch, the CUDA libraries and the tokenised data
+DISK = GIB  # the dataset, its suites and the libraries' caches
 CPUS_PER_GPU = 4
 # GPUs on the market, to say what would fit: GB by name -> GiB that they show.
 MARKET = {16: 15.0, 24: 22.4, 40: 39.5, 48: 44.9, 80: 79.6, 141: 140.0, 180: 178.0}
@@ -31,6 +32,7 @@ class Recipe:
     method: Method
     training: Training
     length: int  # tokens of the longest sequence
+    download: int = 0  # bytes of the base model's files that each pod brings to its disk
 
     def setup(
         self, kind: GpuKind | None, gpus: int, nodes: int, sharding: Literal["ddp", "fsdp"] | None
@@ -159,9 +161,22 @@ def _doublings(limit: int) -> set[int]:
 def host_memory(recipe: Recipe, setup: Setup, gpus: int) -> int:
     """Bytes that a pod with GPUs needs beside them: the weights as they are loaded, and a checkpoint (trained
     weights and the optimizer's state) on its way to storage. Whole GiB."""
-    checkpoint = 12 * trained_parameters(recipe.shape, setup) // max(1, setup.shards) * max(1, gpus)
-    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup, max(1, gpus)) + checkpoint
+    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup, max(1, gpus)) + _checkpoint(recipe, setup, gpus)
     return -(-needed // GIB) * GIB
+
+
+def disk(recipe: Recipe, setup: Setup, gpus: int) -> int:
+    """Bytes of the node's disk that a pod needs: the base model's files, a checkpoint on its way to storage, what is published.
+    Whole GiB."""
+    trained = trained_parameters(recipe.shape, setup)
+    published = trained * (WIDTH[recipe.shape.dtype] if recipe.method.full is not None else 4)
+    needed = DISK + recipe.download + _checkpoint(recipe, setup, gpus) + published
+    return -(-needed // GIB) * GIB
+
+
+def _checkpoint(recipe: Recipe, setup: Setup, gpus: int) -> int:
+    """Bytes of a pod's parts of a checkpoint: float32 weights and AdamW's moments."""
+    return 12 * trained_parameters(recipe.shape, setup) // max(1, setup.shards) * max(1, gpus)
 
 
 def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:

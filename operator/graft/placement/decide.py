@@ -17,6 +17,7 @@ from graft.placement.choose import (
     Fit,
     Recipe,
     best,
+    disk,
     fit,
     host_memory,
     longest_sequence,
@@ -31,6 +32,7 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters; above it a CPU takes days where a 
 CPU_TOKENS = 8192  # of a micro-batch on a CPU, the trainer's
 MOST_CPUS = 8  # the matrices of models that fit a CPU keep no more cores busy
 STEP = 256 * 2**20  # memory requests are whole steps
+DISK = "ephemeral-storage"
 
 
 class DoesNotFit(Exception):
@@ -60,12 +62,14 @@ def training(
     explicit: Resources | None = None,
     nodes_wanted: int | None = None,
     dataset_max_length: int | None = None,
+    download: int = 0,
 ) -> Decision:
     """Place a training.
 
     nodes: Node objects of the Kubernetes API. spot_taints: taint keys that the job tolerates because it may run on spot
     nodes. explicit, nodes_wanted: the spec's resources and pods, which are taken as they are. dataset_max_length: tokens of
-    the longest example, where it is known. DoesNotFit when nothing in the cluster does.
+    the longest example, where it is known. download: bytes of the base model's files that each pod brings. DoesNotFit when
+    nothing in the cluster does.
     """
     try:
         shape = geometry(facts or ModelFacts())
@@ -73,7 +77,7 @@ def training(
         return _blind(missing.names, explicit, nodes_wanted or 1)
     context = facts.context_length if facts is not None else None
     length = longest_sequence(training, context, method, dataset_max_length, causal=task == "causal")
-    recipe = Recipe(shape, method, training, length)
+    recipe = Recipe(shape, method, training, length, download)
     available = offers(nodes, placement, spot_taints)
     if explicit is not None:
         return _explicit(recipe, explicit, nodes_wanted or 1, available)
@@ -98,15 +102,15 @@ def _blind(names: list[str], explicit: Resources | None, nodes: int) -> Decision
 
 def _on_gpus(recipe: Recipe, found: Fit, available: Sequence[NodeOffer]) -> Decision:
     kind, setup = found.kind, found.setup
-    memory = host_memory(recipe, setup, found.gpus)
+    memory, space = host_memory(recipe, setup, found.gpus), disk(recipe, setup, found.gpus)
     shares = [offer.cpus / offer.gpus for offer in available if offer.kind == kind and offer.gpus >= found.gpus]
     # Less than a GPU's share of the node's CPUs: DaemonSets have taken theirs.
     cpus = max(1, min(CPUS_PER_GPU * found.gpus, int(0.9 * min(shares) * found.gpus)))
     resources = Resources(
-        requests={"cpu": cpus, "memory": f"{memory // GIB}Gi"},
+        requests={"cpu": cpus, "memory": f"{memory // GIB}Gi", DISK: f"{space // GIB}Gi"},
         limits={"memory": f"{memory // GIB}Gi", GPU: found.gpus},
     )
-    sizing = sizing_of(setup, found.items, kind, found.gpus, found.nodes, memory, "estimate")
+    sizing = sizing_of(setup, found.items, kind, found.gpus, found.nodes, memory, space, "estimate")
     return Decision(sizing, resources, found.nodes, dict(kind.selector), _choice(setup))
 
 
@@ -128,9 +132,9 @@ def _on_cpu(recipe: Recipe, available: Sequence[NodeOffer]) -> Decision:
         raise DoesNotFit(too_small(recipe, available))
     # Half of a node: small clusters run other pods, too, and without a limit the training takes what is idle.
     cpus = max(1, min(MOST_CPUS, int(max(offer.cpus for offer in roomy) / 2)))
-    text = f"{memory // 2**20}Mi"
-    resources = Resources(requests={"cpu": cpus, "memory": text}, limits={"memory": text})
-    sizing = sizing_of(setup, items, None, 0, 1, memory, "estimate")
+    text, space = f"{memory // 2**20}Mi", disk(recipe, setup, 0)
+    resources = Resources(requests={"cpu": cpus, "memory": text, DISK: f"{space // GIB}Gi"}, limits={"memory": text})
+    sizing = sizing_of(setup, items, None, 0, 1, memory, space, "estimate")
     return Decision(sizing, resources, 1, {}, _cpu_choice(setup))
 
 
@@ -165,7 +169,8 @@ def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequen
     fitting = fit(recipe, setup, kind.usable) if kind is not None else None
     used = _cpu_setup(recipe, setup) if not gpus else fitting or smallest(recipe, setup)
     items = training_memory(recipe.shape, used)
-    sizing = sizing_of(used, items, kind, gpus, nodes, _memory(explicit) or None, "spec")
+    space = disk(recipe, used, gpus)
+    sizing = sizing_of(used, items, kind, gpus, nodes, _memory(explicit) or None, space, "spec")
     if gpus and kind is None:
         sizing.message = (
             f"no node here shows {gpus} GPUs with their memory; the estimate is {gib(sizing.total_bytes)} per GPU"

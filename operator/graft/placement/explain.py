@@ -23,6 +23,7 @@ def sizing(
     gpus: int,
     nodes: int,
     host: int | None,
+    disk: int,
     source: str,
 ) -> Sizing:
     """The estimate as status shows it."""
@@ -47,6 +48,7 @@ def sizing(
         gradient_checkpointing=setup.checkpointing,
         sharding=setup.sharding,
         node_memory_bytes=host,
+        node_disk_bytes=disk,
         source=source,
         message=f"{where} ({how})",
     )

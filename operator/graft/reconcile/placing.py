@@ -31,6 +31,7 @@ async def place(
             explicit=spec.resources,
             nodes_wanted=spec.nodes,
             dataset_max_length=longest or None,
+            download=0 if base.ref.uri.startswith("pvc://") else base.model.status.size_bytes or 0,
         )
     except DoesNotFit as error:
         return Trouble("DoesNotFit", str(error))

@@ -10,6 +10,9 @@ from graft.contracts import EXIT_CODES, Reason, Termination
 from graft.manifests.training import INDEX_LABEL
 
 Pod = dict[str, Any]
+DISK_REMEDY = (
+    "Say the disk that the pod needs (status.sizing.nodeDiskBytes) as ephemeral-storage in resources.requests."
+)
 STUCK = {
     "ImagePullBackOff",
     "ErrImagePull",
@@ -99,6 +102,10 @@ def disrupted(pod: Pod) -> bool:
 def ending(pod: Pod) -> Ending | None:
     """Why a failed pod ended: the training container's own words where it left any."""
     status = pod.get("status", {})
+    if status.get("reason") == "Evicted" and status.get("message"):
+        # The node had no room: its words say which. What the containers say is that they were killed.
+        words = str(status["message"])
+        return Ending(Reason.INTERRUPTED, words, DISK_REMEDY if "ephemeral" in words else "", None)
     for item in statuses(pod):
         found = _ending(item.get("state", {}).get("terminated") or {}, item["name"])
         if found is not None:

@@ -21,6 +21,8 @@ from testbed.shell import wait_for
 
 API = "graft.dev/v1alpha1"
 BASE = "tiny"
+# What a story's jobs ask for unless it says otherwise: without GPUs there is no other Job before the one that trains.
+ON_CPU = {"requests": {"cpu": "1", "memory": "1Gi"}}
 SCORES = {"exactMatch": 0.91, "base/exactMatch": 0.12}
 
 
@@ -35,7 +37,7 @@ class Tenant:
     # What the user does.
 
     def job(self, name: str, adapter: str = "support", **spec: Any) -> Object:
-        """Create a FineTuneJob."""
+        """Create a FineTuneJob; with resources=None the operator chooses them, and it takes GPUs."""
         return self.api.create(self.job_manifest(name, adapter, **spec))
 
     def job_manifest(self, name: str, adapter: str = "support", **spec: Any) -> Object:
@@ -44,8 +46,9 @@ class Tenant:
             "dataset": {"train": {"uri": f"s3://graft/{self.name}/datasets/train.jsonl"}},
             "method": {"lora": {"rank": 8}},
             "output": {"adapter": adapter},
+            "resources": ON_CPU,
         }
-        return self.resource("FineTuneJob", name, full | spec)
+        return self.resource("FineTuneJob", name, {key: value for key, value in (full | spec).items() if value is not None})
 
     def resource(self, kind: str, name: str, spec: Object) -> Object:
         return {"apiVersion": API, "kind": kind, "metadata": {"name": name, "namespace": self.name}, "spec": spec}

@@ -18,7 +18,9 @@ RESOURCES = {"finetunejobs", "adapters", "adapterdeployments", "basemodels", "jo
 
 def story(tenant: Tenant, between: Callable[[], None], after: Callable[[], None]) -> None:
     """A job that is tuned, published and served; `between` runs at each turn, `after` when the cluster moved on meanwhile."""
-    tenant.job("first")
+    tenant.job("first", resources=None)
+    between()
+    tenant.pass_preflight("first", examples=10, maxTokens=100)
     between()
     pod = tenant.running_pod("first")
     tenant.progress("first", pod, stage="Training", step=1, total_steps=2, percent=50)
@@ -70,7 +72,7 @@ def _general(value: Any, tenant: Tenant) -> Any:
 def test_killed_at_many_moments_the_end_is_the_same(tenant: Tenant, running: OperatorProcess, calm: Tenant) -> None:
     story(calm, lambda: None, lambda: None)
 
-    pauses = iter([0, 0.1, 0.25, 0.5])
+    pauses = iter([0, 0.1, 0.05, 0.25, 0.5])
 
     def killed_soon() -> None:
         """Die before or while working on it, come back."""
@@ -89,7 +91,7 @@ def test_killed_at_many_moments_the_end_is_the_same(tenant: Tenant, running: Ope
 
     story(tenant, killed_soon, killed_late)
     assert end_state(tenant) == end_state(calm)
-    assert len(tenant.api.list("Job", tenant.name)) == 1
+    assert len(tenant.api.list("Job", tenant.name)) == 2  # the one that checks, and the one that trains
     settled(tenant)
 
 

@@ -36,7 +36,7 @@ def placed(tenant: Tenant, job: str, **data: Any) -> tuple[Object, Object, Objec
 
 def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
-    tenant.job("small", baseModel=seven, method={"qlora": {}}, training={"maxLength": 1024})
+    tenant.job("small", baseModel=seven, resources=None, method={"qlora": {}}, training={"maxLength": 1024})
     sizing, resources, selector = placed(tenant, "small")
     assert sizing["gpu"] == "NVIDIA-L4" and sizing["gpusPerNode"] == 1 and sizing["source"] == "estimate"
     assert sum(sizing["items"].values()) == sizing["totalBytes"] <= sizing["gpuMemoryBytes"] == 23034 * 2**20
@@ -45,7 +45,9 @@ def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
     pod = tenant.get("Pod", tenant.running_pod("small"))
     assert pod["spec"]["nodeName"] == "node-0"
 
-    tenant.job("larger", adapter="larger", baseModel=seven, method={"full": {}}, training={"maxLength": 1024})
+    tenant.job(
+        "larger", adapter="larger", baseModel=seven, resources=None, method={"full": {}}, training={"maxLength": 1024}
+    )
     sizing, resources, selector = placed(tenant, "larger")
     assert sizing["gpu"] == "NVIDIA-A100-SXM4-80GB" and sizing["gpusPerNode"] > 1 and sizing["sharding"] == "fsdp"
     assert resources["limits"]["nvidia.com/gpu"] == str(sizing["gpusPerNode"])
@@ -54,7 +56,7 @@ def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
 
 def test_nothing_is_asked_of_the_gpus_before_the_data_was_looked_at(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
-    tenant.job("typo", baseModel=seven, method={"qlora": {}}, retries=5, queue="gpus")
+    tenant.job("typo", baseModel=seven, resources=None, method={"qlora": {}}, retries=5, queue="gpus")
     pod = tenant.running_pod("typo", preflight=True)
     shown = tenant.until("FineTuneJob", "typo", "Succeeded", "Preparing", says="before GPUs are taken")
     assert shown["status"] == "Unknown" and tenant.status("FineTuneJob", "typo")["sizing"]["gpu"] == "NVIDIA-L4"
@@ -72,7 +74,7 @@ def test_nothing_is_asked_of_the_gpus_before_the_data_was_looked_at(tenant: Tena
 
 def test_the_choice_is_by_the_lengths_that_the_data_has(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
-    tenant.job("short", baseModel=seven, method={"qlora": {}}, training={"maxLength": 4096})
+    tenant.job("short", baseModel=seven, resources=None, method={"qlora": {}}, training={"maxLength": 4096})
     tenant.running_pod("short", preflight=True)
     before = tenant.status("FineTuneJob", "short")["sizing"]
     tenant.api.patch("FineTuneJob", tenant.name, "short", {"spec": {"suspend": True}})
@@ -90,7 +92,7 @@ def test_the_choice_is_by_the_lengths_that_the_data_has(tenant: Tenant) -> None:
 
 def test_what_fits_nowhere_says_what_would(tenant: Tenant) -> None:
     seventy = model(tenant, LLAMA_2_70B, "70b")
-    tenant.job("giant", baseModel=seventy, method={"full": {}})
+    tenant.job("giant", baseModel=seventy, resources=None, method={"full": {}})
     refused = tenant.until("FineTuneJob", "giant", "Accepted", "DoesNotFit")
     assert refused["status"] == "False" and "GiB" in refused["message"] and "A100" in refused["message"]
     assert tenant.status("FineTuneJob", "giant")["stage"] == "Waiting"

@@ -30,7 +30,7 @@ def refused(plane: ControlPlane, manifest: Object) -> str:
         ({"dataset": {"train": {"uri": "train.jsonl"}}}, "spec.dataset.train.uri"),
         ({"learningRate": 0.1}, 'unknown field "spec.learningRate"'),
         ({"method": {"qlora": {}}, "training": {"sharding": "fsdp"}}, "fsdp does not go with qlora"),
-        ({"nodes": 2}, "nodes needs resources"),
+        ({"nodes": 2, "resources": None}, "nodes needs resources"),
         ({"queue": "q", "suspend": True}, "a queued job is Kueue's to suspend"),
         ({"evaluation": {"gates": [{"metric": "exactMatch"}]}}, "give at least one of min, max and minGain"),
         ({"evaluation": {"suites": [{"name": "a"}]}}, "give uri (a JSONL file) or lmEval (a task), and not both"),

@@ -48,7 +48,7 @@ def test_a_key_opens_its_own_prefix_only(tenant: Tenant, neighbour: Tenant) -> N
     denied(store._call, "delete_object", own)
     denied(store.delete_prefix, f"{tenant.name}/datasets/")
     store.put(f"{tenant.name}/runs/uid/pod/checkpoints/step-000001/rank-0000.json", b"{}")
-    assert store.delete_prefix(f"{tenant.name}/runs/uid/") == 1  # old checkpoints are the run's to remove
+    assert store.delete_prefix(f"{tenant.name}/runs/uid/") == 1  # its checkpoints are the run's to remove
     denied(store._call, "delete_object", f"{neighbour.name}/runs/uid/progress.json")
     assert tenant.store.get(other) == b"{}" and tenant.store.get(own) == b"{}"
     with pytest.raises(Exception, match=r"AccessDenied|403"):

@@ -146,6 +146,8 @@ def test_a_run_leaves_a_version_that_the_operator_can_verify(world: World, tmp_p
     assert manifest.metrics == progress.metrics
     assert manifest.metrics["evalLoss"] < manifest.metrics["base/evalLoss"]
     assert not pod.termination_file.exists()
+    left = [item.key for item in world.store.objects("shop/runs/1/") if "/checkpoints/" in item.key]
+    assert left == [] == progress.checkpoints
 
     # The Job's retry of a pod that was lost after publishing finds the work done.
     (tmp_path / "again").mkdir()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from graft.artifacts.layout import CHECKPOINTS, checkpoint_prefix
-from graft.artifacts.store import ObjectInfo
+from graft.artifacts.store import ObjectInfo, StoreError
 from graft.contracts import CheckpointRef, JobFile, Message
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FILE = re.compile(
     rf"(?P<attempt>[^/]+)/{CHECKPOINTS}step-(?P<step>\d+)(?P<final>-final)?/rank-(?P<rank>\d+)\.(?P<kind>safetensors|json)"
 )
+OF_RUN = re.compile(rf"[^/]+/{CHECKPOINTS}.+")
 # They may differ between the attempts of a run: how a step is divided, and what does not touch the weights.
 FREE = (
     "per_device_train_batch_size",
@@ -113,7 +114,7 @@ def identity(job: JobFile, resolved: Resolved, digests: Mapping[str, str], examp
 
 
 def complete(objects: Iterable[ObjectInfo], root: str, read: Callable[[ObjectInfo], bytes]) -> list[Checkpoint]:
-    """The complete checkpoints below the run's prefix `root`, the oldest first; `read` gives a receipt's bytes."""
+    """The complete checkpoints below the run's prefix `root`, the oldest first; `read` gives a receipt's bytes. StoreError."""
     data: dict[str, int] = {}
     receipts: dict[tuple[str, int, bool], dict[int, Receipt]] = {}
     for item in objects:
@@ -127,6 +128,10 @@ def complete(objects: Iterable[ObjectInfo], root: str, read: Callable[[ObjectInf
             receipt = Receipt.model_validate_json(read(item))
         except ValidationError:
             continue  # of another version of the trainer
+        except StoreError as error:
+            if error.trouble != "missing":
+                raise
+            continue  # another attempt has removed it meanwhile
         of = match["attempt"], int(match["step"]), match["final"] is not None
         receipts.setdefault(of, {})[int(match["rank"])] = receipt
     found = []
@@ -154,6 +159,15 @@ def surplus(objects: Iterable[ObjectInfo], root: str, whole: Iterable[Checkpoint
         match = FILE.fullmatch(item.key.removeprefix(root))
         if match is not None and int(match["step"]) < kept[0].step:
             keys.append(item.key)
+    return _receipts_first(keys)
+
+
+def all_of_run(objects: Iterable[ObjectInfo], root: str) -> list[str]:
+    """Keys of everything that the attempts of a run have written as checkpoints, whole or not, in the order to delete them."""
+    return _receipts_first(item.key for item in objects if OF_RUN.fullmatch(item.key.removeprefix(root)))
+
+
+def _receipts_first(keys: Iterable[str]) -> list[str]:
     return sorted(keys, key=lambda key: (not key.endswith(".json"), key))
 
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from graft.artifacts.layout import checkpoint_prefix
-from graft.artifacts.store import ObjectInfo, S3Store
+from graft.artifacts.store import ObjectInfo, S3Store, StoreError
 from graft.artifacts.versions import file_sha256
-from graft.contracts import CheckpointRef
+from graft.contracts import CheckpointRef, Reason
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from graft_trainer.checkpoint import Checkpoint, Receipt, complete, data_name, pack, receipt_name, surplus, unpack
 from graft_trainer.download import patiently
+from graft_trainer.failures import Failure
 from graft_trainer.host_copy import HostCopy
 from graft_trainer.progress import now
 
@@ -80,7 +81,8 @@ class CheckpointStore:
         return found
 
     def fetch(self, checkpoint: Checkpoint, rank: int) -> Path | None:
-        """A local copy of one process's file; None when it is not what its receipt says. StoreError."""
+        """A local copy of one process's file; None when it is not what its receipt says. StoreError, or Failure(PeerLost) when
+        it is gone: another attempt has newer ones, or has published."""
         self.folder.mkdir(parents=True, exist_ok=True)
         receipt = checkpoint.receipts[rank]
         path = self.folder / f"resume-{os.getpid()}-{data_name(rank)}"  # the pod's processes share the folder
@@ -91,7 +93,16 @@ class CheckpointStore:
                 for chunk in self.store.chunks(key):
                     stream.write(chunk)
 
-        patiently(download, self.patience)
+        try:
+            patiently(download, self.patience)
+        except StoreError as error:
+            if error.trouble != "missing":
+                raise
+            raise Failure(
+                Reason.PEER_LOST,
+                f"Another pod of the run has removed the checkpoint {checkpoint.prefix} while this one read it",
+                "Nothing is to be done: the Job goes on from what is there now.",
+            ) from error
         if (path.stat().st_size, file_sha256(path)) == (receipt.size, receipt.sha256):
             return path
         path.unlink()

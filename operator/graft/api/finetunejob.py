@@ -223,7 +223,7 @@ class FineTuneJobStatus(Status):
     dataset: DatasetFacts | None = Field(default=None, description="What prepare found in the data.")
     checkpoints: list[Checkpoint] | None = Field(
         default=None,
-        description="Complete checkpoints, oldest first.",
+        description="Complete checkpoints, oldest first; empty once the version is published.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     attempts: list[Attempt] | None = Field(

@@ -228,6 +228,9 @@ class Training(Schema):
         "node is taken away without a warning.",
     )
     save_total_limit: int = Field(
-        default=2, ge=1, le=100, description="Checkpoints that are kept; older ones are removed."
+        default=2,
+        ge=1,
+        le=100,
+        description="Checkpoints that are kept; older ones are removed, and all of them once the version is published.",
     )
     seed: int = Field(default=42, ge=0, le=2147483647, description="Seed of data order, dropout and initialisation.")

@@ -130,7 +130,7 @@ def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
                 "Resource": [f"arn:aws:s3:::{bucket}/{prefix}*"],
             },
             {
-                "Sid": f"{MARK}Runs{tenant}",  # old checkpoints
+                "Sid": f"{MARK}Runs{tenant}",  # checkpoints that nobody goes on from any more
                 "Effect": "Allow",
                 "Principal": principal,
                 "Action": ["s3:DeleteObject"],

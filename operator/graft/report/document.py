@@ -19,7 +19,7 @@ class ReportJob(JobIdentity):
 
     attempt: str = ""
     resumed_from: int | None = None  # step of the checkpoint that the last attempt went on from
-    checkpoints: int = 0  # complete ones that the run has kept
+    checkpoints: int = 0  # complete ones that the run had; they go once the version is published
     halvings: int = 0  # attempts that ran out of memory
 
 

@@ -65,7 +65,7 @@ def costs(report: Report) -> Rows:
         ("published weights", wording.size(resources.published_bytes)),
         ("base model's weights, as stored", wording.size(resources.base_bytes)),
         ("base model's weights in 4 bits", wording.size(resources.quantized_bytes)),
-        ("checkpoints kept", str(job.checkpoints) if job.checkpoints else wording.ABSENT),
+        ("checkpoints kept until it was published", str(job.checkpoints) if job.checkpoints else wording.ABSENT),
         ("resumed from step", wording.count(job.resumed_from)),
         ("attempts that ran out of memory", str(job.halvings) if job.halvings else wording.ABSENT),
     ]

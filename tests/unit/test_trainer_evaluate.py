@@ -1,13 +1,20 @@
 """evaluate: the version beside the base model, the base model with examples, and the suites' forgetting and gates."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_world import ASKED, TRAINING, jsonl, prepared, train_and_evaluate
 from graft.contracts import Progress
+from graft_trainer import measure
+from graft_trainer.dataset import Example
 from graft_trainer.evaluate import Evaluated, SuiteResult
 from graft_trainer.run import Run
+from graft_trainer.subject import Subject
 from graft_trainer.train import Trained
 from trainer_world import QUESTIONS, make_base, make_t5
 
@@ -30,6 +37,9 @@ EVALUATION = {
     "maxNewTokens": 16, "baselines": ["zeroShot", "fewShot"], "fewShotExamples": 2, "suites": SUITES, "gates": GATES,
 }  # fmt: skip
 World = tuple[Run, Trained, Evaluated]
+Asked = dict[str, set[str]]  # who -> the prompts that were put to it, as text
+ANSWER = "<|assistant|>"
+TURN = re.compile(r"<\|user\|>(.*?)<\|assistant\|>(.*?)</s>")
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +47,45 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
+@contextmanager
+def listening() -> Iterator[Asked]:
+    """What the models are asked meanwhile, to answer it or to say how likely an answer is."""
+    asked: Asked = {}
+    generate, tokenised = measure.generate, measure.tokenised
+
+    def generated(subject: Subject, prompts: list[list[int]], *rest: Any) -> Any:
+        asked.setdefault(subject.who, set()).update(subject.tokenizer.batch_decode(prompts))
+        return generate(subject, prompts, *rest)
+
+    def compared(example: Example, subject: Subject, *rest: Any) -> Any:
+        item = tokenised(example, subject, *rest)
+        text = subject.tokenizer.decode(item.input_ids)
+        if subject.task == "causal":  # the answer follows the question
+            text = text[: text.rindex(ANSWER) + len(ANSWER)]
+        asked.setdefault(subject.who, set()).add(text)
+        return item
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "generate", generated)
+        patch.setattr(measure, "tokenised", compared)
+        yield asked
+
+
 @pytest.fixture(scope="module")
-def world(base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+def asked() -> Asked:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def world(base: Path, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> World:
     training = TRAINING | {"maxSteps": 100}
     run = prepared(
         tmp_path_factory.mktemp("run"), base, files=FILES, training=training, method={"lora": {"rank": 16}},
         evaluation=EVALUATION,
     )  # fmt: skip
-    trained, evaluated = train_and_evaluate(run)
+    with listening() as heard:
+        trained, evaluated = train_and_evaluate(run)
+    asked.update(heard)
     assert run.progress.close(5)
     return run, trained, evaluated
 
@@ -71,10 +112,18 @@ def test_a_suite_of_the_held_out_questions_has_the_held_out_loss(world: World) -
         assert metrics[f"{who}pick/loss"] == pytest.approx(metrics[f"{who}evalLoss"], rel=1e-4)
 
 
-def test_the_base_model_with_examples_is_asked_something_else(world: World) -> None:
+def test_the_base_model_with_examples_is_shown_solved_ones_of_other_questions(world: World, asked: Asked) -> None:
     metrics = world[2].metrics
     assert {"fewShot/evalLoss", "fewShot/exactMatch", "fewShot/asked/f1", "fewShot/pick/accuracy"} < metrics.keys()
-    assert metrics["fewShot/evalLoss"] != metrics["base/evalLoss"]
+    questions = set()
+    for prompt in asked["fewShot"]:
+        question = prompt.removesuffix(ANSWER).rpartition("<|user|>")[2]
+        questions.add(question)
+        others = {other: answer for other, answer in QUESTIONS.items() if other != question}
+        assert dict(TURN.findall(prompt)) == others, prompt
+        assert prompt.endswith(f"</s><|user|>{question}{ANSWER}"), "the question comes last, without its answer"
+    assert questions == set(QUESTIONS)
+    assert not any(TURN.search(prompt) for prompt in asked["base"] | asked["adapter"])
     assert not any(name.startswith("fewShot/other") for name in metrics)  # not the task of the examples
 
 
@@ -129,12 +178,15 @@ def test_seq2seq_models_have_the_same_metrics(tmp_path: Path, method: dict[str, 
         tmp_path / "run", base, files=FILES, training=TRAINING | {"maxSteps": 20}, method=method, task="seq2seq",
         evaluation=evaluation,
     )  # fmt: skip
-    metrics = train_and_evaluate(run)[1].metrics
+    with listening() as asked:
+        metrics = train_and_evaluate(run)[1].metrics
     run.progress.close(5)
     assert metrics["evalLoss"] < metrics["base/evalLoss"]
     assert metrics["base/asked/loss"] == pytest.approx(metrics["base/evalLoss"], rel=1e-4)
     assert {"asked/f1", "base/pick/accuracy", "fewShot/asked/loss", "forgetting/other"} < metrics.keys()
-    assert metrics["fewShot/asked/loss"] != metrics["base/asked/loss"]
+    solved = tuple(f"{question} {answer}\n\n" for question, answer in QUESTIONS.items())
+    rest = {prompt.partition("\n\n")[2] for prompt in asked["fewShot"] if prompt.startswith(solved)}
+    assert len(asked["fewShot"]) == len(rest) == len(QUESTIONS) and rest <= asked["base"]
 
 
 def test_texts_have_a_loss_and_nothing_to_answer(base: Path, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class Tenant:
             "output": {"adapter": adapter},
             "resources": ON_CPU,
         }
-        return self.resource("FineTuneJob", name, {key: value for key, value in (full | spec).items() if value is not None})
+        return self.resource(
+            "FineTuneJob", name, {key: value for key, value in (full | spec).items() if value is not None}
+        )
 
     def resource(self, kind: str, name: str, spec: Object) -> Object:
         return {"apiVersion": API, "kind": kind, "metadata": {"name": name, "namespace": self.name}, "spec": spec}

@@ -38,6 +38,7 @@ def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
     tenant.job("small", baseModel=seven, resources=None, method={"qlora": {}}, training={"maxLength": 1024})
     sizing, resources, selector = placed(tenant, "small")
+    assert resources["requests"]["ephemeral-storage"] == f"{sizing['nodeDiskBytes'] // 2**30}Gi"
     assert sizing["gpu"] == "NVIDIA-L4" and sizing["gpusPerNode"] == 1 and sizing["source"] == "estimate"
     assert sum(sizing["items"].values()) == sizing["totalBytes"] <= sizing["gpuMemoryBytes"] == 23034 * 2**20
     assert resources["limits"]["nvidia.com/gpu"] == "1" and selector == {"nvidia.com/gpu.product": "NVIDIA-L4"}
@@ -88,6 +89,14 @@ def test_the_choice_is_by_the_lengths_that_the_data_has(tenant: Tenant) -> None:
     tenant.until("FineTuneJob", "short", "Succeeded", "Training")
     status = tenant.status("FineTuneJob", "short")
     assert [item["pod"] for item in status["attempts"]] == [pod]  # what only checked was none
+
+
+def test_a_queue_is_not_asked_for_disk_that_it_may_not_cover(tenant: Tenant) -> None:
+    seven = model(tenant, LLAMA_2_7B, "7b")
+    tenant.job("queued", baseModel=seven, resources=None, method={"qlora": {}}, queue="gpus")
+    sizing, resources, _ = placed(tenant, "queued")
+    assert sizing["nodeDiskBytes"] and set(resources["requests"]) == {"cpu", "memory"}
+    tenant.until("FineTuneJob", "queued", "Succeeded", "Queued")
 
 
 def test_what_fits_nowhere_says_what_would(tenant: Tenant) -> None:

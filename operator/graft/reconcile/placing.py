@@ -7,7 +7,7 @@ from graft.api.finetunejob import Sizing
 from graft.contracts import DatasetStatistics
 from graft.manifests.training import Shape
 from graft.placement import engine
-from graft.placement.decide import DoesNotFit
+from graft.placement.decide import DISK, DoesNotFit
 from graft.reconcile.access import Base, Trouble
 from graft.reconcile.context import Context
 
@@ -35,7 +35,12 @@ async def place(
         )
     except DoesNotFit as error:
         return Trouble("DoesNotFit", str(error))
-    shape = Shape(decision.resources, decision.nodes, decision.node_selector, decision.choice)
+    resources = decision.resources
+    if spec.queue is not None and spec.resources is None and resources is not None:
+        # Kueue admits nothing that asks for what its ClusterQueue does not cover, and few cover the disk.
+        asked = {name: amount for name, amount in (resources.requests or {}).items() if name != DISK}
+        resources = resources.model_copy(update={"requests": asked})
+    shape = Shape(resources, decision.nodes, decision.node_selector, decision.choice)
     return shape, decision.sizing
 
 

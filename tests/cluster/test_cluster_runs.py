@@ -182,6 +182,47 @@ def test_what_prepare_found_shows(tenant: Tenant) -> None:
     assert (shown["examples"], shown["invalid"], shown["truncatedShare"]) == (90, 2, 0.125)
 
 
+def test_a_job_that_failed_is_started_again_from_its_checkpoint(tenant: Tenant) -> None:
+    tenant.job("stubborn", retries=0, restarts=3)
+    first = tenant.running_pod("stubborn")
+    kept = [CheckpointRef(step=40, attempt=first, size_bytes=1000, created_at="2026-01-01T00:00:00Z")]
+    tenant.progress("stubborn", first, stage="Training", step=47, total_steps=100, percent=47, checkpoints=kept)
+    tenant.wait(lambda: tenant.status("FineTuneJob", "stubborn").get("checkpoints"), "the checkpoint shows")
+    checkpoint = (
+        f"{tenant.name}/runs/{tenant.job_file('stubborn').job.uid}/{first}/checkpoints/step-000040/rank-0000.json"
+    )
+    tenant.store.put(checkpoint, b"{}")
+    tenant.fail_pod(first, Reason.OUT_OF_MEMORY, "No memory.", "Give it more.")
+    tenant.until("FineTuneJob", "stubborn", "Succeeded", "OutOfMemory")
+    assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 3  # what it was made with starts nothing
+
+    more = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
+    change = {"restarts": 4, "retries": 1, "resources": more}
+    tenant.api.patch("FineTuneJob", tenant.name, "stubborn", {"spec": change})
+    second = tenant.running_pod("stubborn", but=(first,))
+    tenant.wait(
+        lambda: any(
+            "from the checkpoint of step 40" in item["message"] for item in tenant.api.list("CoreEvent", tenant.name)
+        ),
+        "an Event says from where it goes on",
+    )
+    pod: Any = tenant.get("Pod", second)
+    assert pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "2Gi"}
+    assert tenant.get("Job", "stubborn")["spec"]["backoffLimit"] == 1
+    left = [item.key for item in tenant.store.objects(f"{tenant.name}/runs/{tenant.job_file('stubborn').job.uid}/")]
+    assert left == [checkpoint]  # what the first attempt said of itself counts no longer
+    tenant.progress("stubborn", second, stage="Training", step=41, total_steps=100, percent=41, resumed_from=40)
+    finish(tenant, "stubborn", second)
+    status = tenant.status("FineTuneJob", "stubborn")
+    assert [(item["pod"], item["resumedFrom"]) for item in status["attempts"]] == [(second, 40)]
+    assert (status["restarts"], status["adapterRef"]["version"]) == (4, "1.0.0")
+
+    tenant.api.patch("FineTuneJob", tenant.name, "stubborn", {"spec": {"restarts": 5}})
+    tenant.job("next")  # whatever is done for the other one is done before this one ends
+    finish(tenant, "next", tenant.running_pod("next"))
+    assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 4  # one that succeeded stays as it is
+
+
 def test_a_finished_job_goes_after_its_time_and_the_adapter_stays(tenant: Tenant) -> None:
     tenant.trained("brief")
     assert tenant.api.get("FineTuneJob", tenant.name, "brief") is not None

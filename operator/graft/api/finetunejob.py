@@ -21,8 +21,8 @@ from graft.api.meta import (
 from graft.api.recipe import Dataset, Method, Training
 from graft.api.retention import Retention
 
-# What may be changed while a job runs: everything else is the run.
-MUTABLE = ("suspend", "ttlSecondsAfterFinished")
+# What may be changed: everything else is the run. The last three are looked at when a Job is made.
+MUTABLE = ("suspend", "ttlSecondsAfterFinished", "restarts", "retries", "activeDeadlineSeconds", "resources")
 
 
 class Output(Schema):
@@ -52,7 +52,7 @@ class Output(Schema):
 
 
 class FineTuneJobSpec(Placement):
-    """One run of training; immutable, like the Job it becomes, but for suspend and ttlSecondsAfterFinished."""
+    """One run of training; immutable, like the Job it becomes, but for what stops it, ends it and starts it again."""
 
     base_model: str = Field(
         min_length=1, max_length=63, description="Name of the BaseModel. The job waits until it is there and Ready."
@@ -65,7 +65,7 @@ class FineTuneJobSpec(Placement):
     resources: Resources | None = Field(
         default=None,
         description="Of the training container. When absent Graft estimates the memory and takes the smallest GPUs of this cluster "
-        "that fit; see status.sizing.",
+        "that fit; see status.sizing. A change counts from the next restart on; other GPUs in number make the run begin anew.",
     )
     nodes: int | None = Field(
         default=None,
@@ -91,10 +91,21 @@ class FineTuneJobSpec(Placement):
         default=2,
         ge=0,
         le=100,
-        description="How often a failed pod is replaced. Errors that are yours to fix, evictions and halved micro-batches do not count.",
+        description="How often a failed pod is replaced. Errors that are yours to fix, evictions and halved micro-batches do not count. "
+        "A change counts from the next restart on.",
     )
     active_deadline_seconds: int | None = Field(
-        default=None, ge=60, description="The job fails when it has run for so long; time in suspension does not count."
+        default=None,
+        ge=60,
+        description="The job fails when it has run for so long; time in suspension does not count. A change counts from the next "
+        "restart on.",
+    )
+    restarts: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Raise it to start a job again that has failed: it goes on from its newest checkpoint, with the retries, "
+        "activeDeadlineSeconds and resources that it has by then.",
     )
     ttl_seconds_after_finished: int | None = Field(
         default=None,
@@ -231,6 +242,7 @@ class FineTuneJobStatus(Status):
         description="The pods of the job, oldest first.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
+    restarts: int | None = Field(default=None, description="The spec's restarts that were last acted on.")
     adapter_ref: AdapterReference | None = Field(default=None, description="The version that was published.")
     metrics: dict[str, float] | None = Field(
         default=None,

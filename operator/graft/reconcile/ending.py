@@ -11,6 +11,15 @@ from graft.reconcile.context import SOON, Context
 async def stop(ctx: Context, resource: Resource) -> float | Trouble | None:
     """End the Jobs of a resource and clear its folder under runs/; the seconds until the next look, or None when nothing of them
     is left."""
+    left = await end_jobs(ctx, resource)
+    if left is None:
+        tenant = layout.tenant_of(resource.metadata.namespace)
+        await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(tenant, resource.metadata.uid))
+    return left
+
+
+async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
+    """End the Jobs of a resource with their pods; the seconds until the next look, or None when none is left."""
     namespace, labels = resource.metadata.namespace, {OWNER_UID: resource.metadata.uid}
     for child in await ctx.kube.list("Job", namespace, labels):
         if child["metadata"].get("deletionTimestamp"):
@@ -24,5 +33,4 @@ async def stop(ctx: Context, resource: Resource) -> float | Trouble | None:
             return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
     if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
         return SOON
-    await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(layout.tenant_of(namespace), resource.metadata.uid))
     return None

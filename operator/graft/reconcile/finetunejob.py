@@ -6,7 +6,7 @@
     -> manifest.json in storage -> Adapter -> its verification -> Succeeded -> TTL
 
 Every step is found again from what exists: the version in status, the Job by the label of our UID, the manifest by its path and job
-UID. A job that ended (Succeeded is True or False) is never touched again.
+UID. A job that ended (Succeeded is True or False) is touched again only when it failed and spec.restarts is raised.
 """
 
 from pydantic import ValidationError
@@ -44,9 +44,11 @@ from graft.reconcile.jobstatus import (
     memory_failures,
     observe,
     suspended,
+    unbound,
     waiting,
 )
 from graft.reconcile.placing import place
+from graft.reconcile.restart import restart, to_restart
 from graft.status import condition, find, seconds_left
 
 
@@ -62,7 +64,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return 0
     ended = find(job.status.conditions, "Succeeded")
     if ended is not None and ended.status != "Unknown":
-        return await _expire(ctx, job, ended)
+        return await restart(ctx, raw, job) if to_restart(job, ended) else await _expire(ctx, job, ended)
 
     world = await _gather(ctx, job)
     if world.published is None and (not world.children or world.checked):
@@ -269,7 +271,8 @@ async def _reserve_version(
         base_model_uri=base_model.uri,
         base_model_digest=base_model.digest or base_model.uri,
     )
-    status = job.status.model_copy(update={"resolved": reserved, "sizing": sizing, "stage": "Pending"})
+    update = {"resolved": reserved, "sizing": sizing, "stage": "Pending", "restarts": job.spec.restarts}
+    status = job.status.model_copy(update=update)
     message = f"publishes {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
     observed = [
         condition(KIND, "Accepted", "True", "Resolved", message),
@@ -317,9 +320,7 @@ async def _clean_up(ctx: Context, raw: Manifest, job: FineTuneJob) -> float | No
     """A deleted job leaves its Adapter and nothing else."""
     left = await ending.stop(ctx, job)
     if isinstance(left, Trouble):
-        unbound = condition(KIND, "Accepted", "False", left.reason, left.message)
-        kept = [item for item in job.status.conditions if item.type != "Accepted"]
-        await ctx.write_status(raw, job.status, [unbound, *kept])
+        await ctx.write_status(raw, job.status, unbound(job, left))
         return WAITING
     if left is not None:
         return left

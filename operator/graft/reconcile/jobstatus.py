@@ -93,6 +93,12 @@ def waiting(job: FineTuneJob, trouble: Trouble) -> tuple[FineTuneJobStatus, list
     ]
 
 
+def unbound(job: FineTuneJob, trouble: Trouble) -> list[Condition]:
+    """The conditions of a job whose children cannot be removed (PURE)."""
+    kept = [item for item in job.status.conditions if item.type != "Accepted"]
+    return [condition(KIND, "Accepted", "False", trouble.reason, trouble.message), *kept]
+
+
 def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
     """The status of a job that has started (PURE)."""
     job = world.job
@@ -238,7 +244,7 @@ def _telling(found: list[Manifest]) -> pods.Ending | None:
 def _failure(world: World, failed: dict[str, Any]) -> Condition:
     if failed.get("reason") == "DeadlineExceeded":
         deadline = world.job.spec.active_deadline_seconds
-        text = f"the job ran for longer than activeDeadlineSeconds ({deadline}); raise it, or make the run shorter"
+        text = f"the job ran for longer than activeDeadlineSeconds ({deadline}); raise it, and restarts to go on from there"
         return condition(KIND, "Succeeded", "False", "DeadlineExceeded", text)
     end = _telling(world.pods)
     if end is not None:

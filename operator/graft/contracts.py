@@ -74,6 +74,8 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"  # at the smallest micro-batch
     MEMORY_EXCEEDED = "MemoryExceeded"  # the next attempt halves the micro-batch
     PEER_LOST = "PeerLost"  # another pod of the same run ended
+    PEERS_MISSING = "PeersMissing"  # the others did not come in time
+    COMMUNICATION_FAILED = "CommunicationFailed"  # between the processes, and none of them had ended
     ADAPTER_INVALID = "AdapterInvalid"  # what is imported or composed; of no FineTuneJob
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     INTERRUPTED = "Interrupted"
@@ -97,6 +99,8 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.PEER_LOST: 21,
     Reason.STORAGE_UNAVAILABLE: 30,
     Reason.INTERRUPTED: 31,
+    Reason.COMMUNICATION_FAILED: 32,
+    Reason.PEERS_MISSING: 33,
     Reason.INTERNAL_ERROR: 1,
 }
 FATAL_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 10 <= code < 20)

@@ -60,6 +60,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "OutOfMemory": "The training does not fit into memory, not even with one example at a time.",
             "MemoryExceeded": "The training did not fit into memory; the next attempt halves the micro-batch.",
             "PeerLost": "Another pod of the same run ended; all go on from the newest checkpoint.",
+            "PeersMissing": "The other pods of the run did not come in time, and the retries are used up.",
+            "CommunicationFailed": "The run's processes could not talk to each other although none had ended, and the retries are used up.",
             "Queued": "Kueue has not admitted the job yet.",
             "Suspended": "spec.suspend is true; the job goes on from its newest checkpoint when it is false.",
             "GateFailed": "A gate of spec.evaluation was missed: the version is published as Rejected and never served.",

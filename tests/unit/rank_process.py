@@ -23,6 +23,10 @@ from graft_trainer.progress import ProgressReporter
 from safetensors.torch import save_file
 
 
+def out_of_memory() -> None:
+    raise MemoryError
+
+
 def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> int:
     rank, world = distributed.rank(), distributed.world_size()
     run = open_attempt(root, store, f"{name}-{rank}" if rank else name)
@@ -31,8 +35,9 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
     run.interruption.listen(lambda: 99)
     run.progress.stage("Training")
     events = {int(at): what for at, what in options.pop("events", {}).items() if what[0] == rank}
-    named = {"kill": lambda: os.kill(os.getpid(), 9), "term": lambda: os.kill(os.getpid(), 15)}
+    named = {"kill": lambda: os.kill(os.getpid(), 9), "term": lambda: os.kill(os.getpid(), 15), "memory": out_of_memory}
     happening = {at: named[what] for at, (_, what) in events.items()}
+    distributed.ARRIVAL = options.pop("arrival", distributed.ARRIVAL)
     joined = world > 1 and not options.pop("alone", False)
     try:
         if joined:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from graft.artifacts.sources import SourceError
 from graft.artifacts.store import StoreError
-from graft.contracts import EXIT_CODES, Reason
+from graft.contracts import EXIT_CODES, FATAL_EXIT_CODES, FREE_EXIT_CODES, Reason
 from graft_trainer.failures import (
     TERMINATION_LIMIT,
     Failure,
@@ -31,6 +31,10 @@ class DistBackendError(DistError):
     """As NCCL's errors come."""
 
 
+class DistStoreError(DistError):
+    """As those of the store come, through which the processes meet."""
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -49,11 +53,7 @@ class DistBackendError(DistError):
         (SourceError("503", transient=True), Reason.STORAGE_UNAVAILABLE),
         (OSError(errno.ENOSPC, "No space left on device"), Reason.CONFIGURATION_INVALID),
         (KeyError("x"), Reason.INTERNAL_ERROR),
-        (DistBackendError("NCCL error: remote process exited"), Reason.PEER_LOST),
-        (
-            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
-            Reason.PEER_LOST,
-        ),
+        (DistBackendError("NCCL error: unhandled cuda error, Failed to CUDA calloc"), Reason.COMMUNICATION_FAILED),
         (RuntimeError("shapes do not match"), Reason.INTERNAL_ERROR),
     ],
 )
@@ -63,6 +63,47 @@ def test_each_failure_has_its_reason_and_a_remedy(error: BaseException, reason: 
     assert failure.message
     assert failure.remedy.endswith(".")
     assert reason in EXIT_CODES
+
+
+CLOSED = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]")
+EXITED = DistBackendError("NCCL error: remote process exited or there was a network error, NCCL version 2.29")
+NO_INTERFACE = DistBackendError("NCCL error: Bootstrap : no socket interface found")
+SILENT = DistStoreError("wait timeout after 300000ms, keys: /group/0")
+SLOW = RuntimeError("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 300000ms for recv")
+
+
+@pytest.mark.parametrize(
+    ("error", "trained", "follows", "reason"),
+    [
+        # A connection that ends in the midst of training is a process that ended; before it, it may be the network.
+        (CLOSED, True, False, Reason.PEER_LOST),
+        (EXITED, True, False, Reason.PEER_LOST),
+        (CLOSED, False, False, Reason.COMMUNICATION_FAILED),
+        (EXITED, False, False, Reason.COMMUNICATION_FAILED),
+        # Nobody else need have ended for these.
+        (NO_INTERFACE, False, False, Reason.COMMUNICATION_FAILED),
+        (NO_INTERFACE, True, False, Reason.COMMUNICATION_FAILED),
+        (SILENT, False, False, Reason.COMMUNICATION_FAILED),
+        (SILENT, True, False, Reason.COMMUNICATION_FAILED),
+        (SLOW, True, False, Reason.COMMUNICATION_FAILED),
+        # Another process has said that it ends: its reason is the run's.
+        (CLOSED, False, True, Reason.PEER_LOST),
+        (SILENT, True, True, Reason.PEER_LOST),
+        # What has nothing to do with the others is this process's own.
+        (MemoryError(), True, True, Reason.OUT_OF_MEMORY),
+    ],
+)
+def test_only_a_peer_that_ended_is_lost(error: BaseException, trained: bool, follows: bool, reason: Reason) -> None:
+    failure = explain(error, trained=trained, follows=follows)
+    assert failure.reason == reason
+    assert (EXIT_CODES[reason] in FREE_EXIT_CODES) == (reason == Reason.PEER_LOST)
+    assert EXIT_CODES[reason] not in FATAL_EXIT_CODES or reason == Reason.OUT_OF_MEMORY
+
+
+def test_processes_that_cannot_talk_are_told_what_to_look_at() -> None:
+    failure = explain(NO_INTERFACE)
+    assert "no socket interface found" in failure.message
+    assert all(word in failure.remedy for word in ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "memlock", "driver"))
 
 
 def test_out_of_memory_says_which_numbers_to_change() -> None:

@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> int:
             silent=command == "train" and not distributed.is_main(),
         )
         run.interruption = interruption
+        opened = run
+        distributed.listen(lambda error: fail(error, opened, settings))
         if not needs_bitsandbytes(job):
             without_bitsandbytes()
         with run.cleanup:
@@ -91,7 +93,10 @@ def fail(error: BaseException, run: Run | None, settings: Settings) -> int:
     interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
     state = run.progress.state if run else None
     known, training = (state.training, state.stage == "Training") if state else (None, False)
-    failure = explain(Interrupted() if interrupted else error, known, training=training)
+    trained = state is not None and state.step > (state.resumed_from or 0)
+    follows = distributed.follows()  # whatever the failure is, so that the others know of it
+    error = Interrupted() if interrupted else error
+    failure = explain(error, known, training=training, trained=trained, follows=follows)
     if interrupted:
         log.warning("interrupted")
     else:

@@ -8,19 +8,22 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 from graft.contracts import RENDEZVOUS_PORT, Pods, Reason
 
-from graft_trainer.failures import Failure
+from graft_trainer.failures import Failure, connection_ended
 
 log = logging.getLogger(__name__)
 ARRIVAL = 900.0  # seconds: pods start at different times, one may wait for a node and pull the image
 SILENCE = timedelta(minutes=5)  # after which a peer that says nothing is taken for lost
 HEARING = 10.0  # seconds for which the first process waits for the others to hear that they are done
+LAST_WORD = 5.0  # seconds for a process that fails to tell the others
+RAISING = 15.0  # seconds for the main thread to see by itself what NCCL reports; torch aborts the process after 60
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -70,6 +73,7 @@ class Group:
         self.store: Any = None
         self.control: Any = None  # gloo, whatever the GPUs use
         self.told = 0
+        self.give_up: Callable[[BaseException], int] | None = None
 
 
 _group = Group()
@@ -80,8 +84,13 @@ def joined() -> bool:
     return _group.control is not None
 
 
+def listen(give_up: Callable[[BaseException], int]) -> None:
+    """`give_up` tells why the process ends and gives the exit code, where the main thread is stuck in a GPU's call."""
+    _group.give_up = give_up
+
+
 def join() -> None:
-    """Meet the other processes. Failure(PeerLost) when they do not come within ARRIVAL."""
+    """Meet the other processes. Failure(PeersMissing) when they do not come within ARRIVAL."""
     import torch
     from torch import distributed
 
@@ -94,12 +103,15 @@ def join() -> None:
     _group.store = distributed.TCPStore(
         "localhost" if is_main() else host, port, is_master=is_main(), wait_for_workers=False, timeout=SILENCE
     )
-    here = _group.store.add("arrived", 1)
-    while here < world_size():
-        if time.monotonic() > deadline:
+    # By name, for one that is replaced while the others wait comes twice.
+    everybody = [f"arrived/{number}" for number in range(world_size())]
+    _group.store.set(everybody[rank()], "1")
+    while not _group.store.check(everybody):
+        # The first process decides for all, so that a round costs one retry: with it the store ends.
+        if is_main() and time.monotonic() > deadline:
+            here = sum(_group.store.check([name]) for name in everybody)
             raise _alone(f"{here} of {world_size()} processes came within {ARRIVAL / 60:.0f} minutes")
         time.sleep(0.1)
-        here = _group.store.add("arrived", 0)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -111,6 +123,8 @@ def join() -> None:
         timeout=SILENCE,
     )
     _group.control = distributed.new_group(backend="gloo", timeout=SILENCE)
+    if cuda:
+        threading.Thread(target=_watch_nccl, args=(_nccl_error,), name="nccl", daemon=True).start()
     log.info("all %d processes are here", world_size())
 
 
@@ -155,8 +169,8 @@ def leave() -> None:
     from torch import distributed
 
     if joined():
-        distributed.destroy_process_group()
         _group.control = None
+        distributed.destroy_process_group()
     # What is started after training (lm-eval among others) must not look for the others.
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -194,9 +208,60 @@ def _reach(host: str, port: int, deadline: float) -> None:
         time.sleep(0.5)
 
 
+def follows() -> bool:
+    """Says that this process ends, and whether another of the run had ended before: it said so, or it was the first one,
+    which has the store."""
+    _group.give_up = None  # it is being told why
+    if _group.store is None:
+        return False
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            answers.append(_group.store.add("ended", 1) > 1)
+        except RuntimeError as error:
+            answers.append(not is_main() and connection_ended(error))
+
+    # A host that is gone does not close its connections, and nothing is answered.
+    thread = threading.Thread(target=ask, name="last word", daemon=True)
+    thread.start()
+    thread.join(LAST_WORD)
+    return bool(answers and answers[0])
+
+
+def _nccl_error() -> str:
+    """What is wrong with NCCL by torch's watchdog: TIMEOUT, COMM_ERROR, REMOTE_ERROR; SUCCESS otherwise."""
+    import torch
+    from torch import distributed
+
+    world = distributed.group.WORLD
+    return str(world._get_backend(torch.device("cuda")).get_error().name) if world is not None else "SUCCESS"
+
+
+def _watch_nccl(state: Callable[[], str]) -> None:
+    """End the process with a reason where torch's watchdog would abort it: a GPU that waits for a peer which is gone holds
+    the main thread. Nothing is computed on from there, as with TORCH_NCCL_ASYNC_ERROR_HANDLING=2, which frees the GPU with
+    whatever is in its memory."""
+    try:
+        while (found := state()) == "SUCCESS":
+            time.sleep(1)
+            if not joined():
+                return
+    except Exception as error:
+        if joined():
+            log.warning("NCCL is not watched: %s", error)
+        return
+    log.error("NCCL reports %s", found)
+    time.sleep(RAISING)
+    what = "an operation timed out" if found == "TIMEOUT" else "remote process exited or there was a network error"
+    if joined() and _group.give_up is not None:
+        os._exit(_group.give_up(RuntimeError(f"NCCL: {what}")))
+
+
 def _alone(why: str) -> Failure:
     return Failure(
-        Reason.PEER_LOST,
+        Reason.PEERS_MISSING,
         f"The other pods of the run did not come: {why}",
-        "See why they do not start with kubectl get pods; the Job tries again.",
+        "Each try counts as a retry. See why they do not start with kubectl get pods. Where there is room for some of "
+        "them only, set spec.queue: Kueue starts the pods of a run together or not at all.",
     )

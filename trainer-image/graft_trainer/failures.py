@@ -27,11 +27,20 @@ class Interrupted(BaseException):
 
 
 def explain(
-    error: BaseException, hyperparameters: dict[str, Any] | None = None, *, training: bool = False
+    error: BaseException,
+    hyperparameters: dict[str, Any] | None = None,
+    *,
+    training: bool = False,
+    trained: bool = False,
+    follows: bool = False,
 ) -> Termination:
     """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known, and
-    `training` says that it was about to take its steps, which a smaller micro-batch makes cheaper."""
-    failure = _explain(error, hyperparameters, training)
+    `training` says that it was about to take its steps, which a smaller micro-batch makes cheaper. `trained`: a step was
+    taken with the other processes; `follows`: one of them had ended before."""
+    if between_processes(error) and not out_of_memory(error):
+        failure = _between_processes(error, follows or (trained and connection_ended(error)))
+    else:
+        failure = _explain(error, hyperparameters, training)
     # Half characters (from file names or a library's text) cannot be written as UTF-8 and would hide the failure.
     clean = {name: getattr(failure, name).encode(errors="replace").decode() for name in ("message", "remedy")}
     return failure.model_copy(update=clean)
@@ -48,12 +57,6 @@ def _explain(error: BaseException, hyperparameters: dict[str, Any] | None, train
         )
     if out_of_memory(error):
         return _out_of_memory(error, hyperparameters or {}, training)
-    if peer_lost(error):
-        return Termination(
-            reason=Reason.PEER_LOST,
-            message=f"Another pod of the run ended: {_first_line(str(error))}",
-            remedy="See why it ended with kubectl describe pod; the Job goes on from the newest checkpoint.",
-        )
     if isinstance(error, StoreError):
         return store_failure(error)
     if isinstance(error, SourceError):
@@ -80,11 +83,41 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def peer_lost(error: BaseException) -> bool:
+def between_processes(error: BaseException) -> bool:
     """Whether a call to the other processes failed. By name, as above: gloo's errors are plain RuntimeErrors."""
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "NCCL" in str(error))
+
+
+def connection_ended(error: BaseException) -> bool:
+    """Whether the other end of a connection was closed, as the kernel does for a process that is gone."""
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Connection was likely closed",
+        "Broken pipe",
+        "remote process exited",
+    )
+    return any(sign in str(error) for sign in signs)
+
+
+def _between_processes(error: BaseException, ended: bool) -> Termination:
+    """PeerLost costs no retry, so somebody else must have ended, whose own reason counts."""
+    said = _first_line(str(error)) or type(error).__name__
+    if ended:
+        return Termination(
+            reason=Reason.PEER_LOST,
+            message=f"Another pod of the run ended: {said}",
+            remedy="See why it ended with kubectl describe pod; the Job goes on from the newest checkpoint.",
+        )
+    return Termination(
+        reason=Reason.COMMUNICATION_FAILED,
+        message=f"The processes of the run could not talk to each other: {said}",
+        remedy="Each try counts as a retry. Set NCCL_DEBUG=INFO in the trainer image and read the log of every pod: "
+        "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface, InfiniBand needs an unlimited memlock, "
+        "and all nodes need the same GPU driver. After a timeout one process was much slower than the others, or stuck.",
+    )
 
 
 def _out_of_memory(error: BaseException, known: dict[str, Any], training: bool) -> Termination:

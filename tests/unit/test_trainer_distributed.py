@@ -1,8 +1,11 @@
 """Two processes on gloo train as one does, end together, and go on together."""
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +15,11 @@ import pytest
 import torch
 from checkpoint_world import ROOT, Attempt, FolderStore, run_attempt
 from graft.contracts import EXIT_CODES, Pods, Progress, Reason, Termination
-from graft_trainer import distributed
+from graft_trainer import distributed, launch
 from graft_trainer.data_order import DataOrder
-from graft_trainer.launch import worst
+from graft_trainer.failures import connection_ended
+from graft_trainer.interruption import Interruption
+from graft_trainer.launch import End, worst
 from rank_process import start
 from safetensors.torch import load_file
 
@@ -131,6 +136,32 @@ def test_an_adapter_over_ddp_is_the_same_in_all_processes(tmp_path: Path) -> Non
     assert one == other
 
 
+def test_a_process_that_ends_in_the_first_step_says_so_and_costs_the_other_no_retry(tmp_path: Path) -> None:
+    options = {"full": False, "sharding": "ddp", "max_steps": 4}
+    out_of_memory = EXIT_CODES[Reason.OUT_OF_MEMORY]
+    assert run_pair(tmp_path, "second", {1: [1, "memory"]}, **options).codes == [PEER_LOST, out_of_memory]
+    assert run_pair(tmp_path, "first", {1: [0, "memory"]}, **options).codes == [out_of_memory, PEER_LOST]
+
+    # One that is gone without a word before any step was trained may as well be the network.
+    silent = run_pair(tmp_path, "silent", {1: [1, "kill"]}, **options)
+    assert silent.codes == [EXIT_CODES[Reason.COMMUNICATION_FAILED], -signal.SIGKILL], silent.log(0)
+
+
+def test_peers_that_never_come_cost_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start(tmp_path / "store", tmp_path, "waits", 0, 2, port, HALF | {"arrival": 0.5})
+    process.join(60)
+    assert process.exitcode == EXIT_CODES[Reason.PEERS_MISSING], (tmp_path / "waits-0.log").read_text()
+    told = Termination.model_validate_json((tmp_path / "waits/termination").read_text())
+    assert "1 of 2 processes came" in told.message and "spec.queue" in told.remedy
+
+    process = start(tmp_path / "store", tmp_path, "alone", 1, 2, port, HALF | {"arrival": 0.5})
+    process.join(60)
+    assert process.exitcode == EXIT_CODES[Reason.PEERS_MISSING], (tmp_path / "alone-1.log").read_text()
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_a_step_learns_from_the_same_examples_however_it_is_divided(world: int, batch: int) -> None:
@@ -177,20 +208,81 @@ def told(reason: Reason) -> Termination:
     return Termination(reason=reason, message=str(reason), remedy="Do this.")
 
 
+def lost() -> End:
+    return End(PEER_LOST, told(Reason.PEER_LOST))
+
+
 @pytest.mark.parametrize(
-    ("codes", "messages", "code", "reason"),
+    ("ends", "code", "reason"),
     [
-        ([0, 0], [None, None], 0, None),
-        ([21, 14], [told(Reason.PEER_LOST), told(Reason.CONFIGURATION_INVALID)], 14, Reason.CONFIGURATION_INVALID),
-        ([21, 31], [told(Reason.PEER_LOST), told(Reason.INTERRUPTED)], 31, Reason.INTERRUPTED),
-        ([21, 20], [told(Reason.PEER_LOST), told(Reason.MEMORY_EXCEEDED)], 20, Reason.MEMORY_EXCEEDED),
-        ([21, -6], [told(Reason.PEER_LOST), None], 1, Reason.INTERNAL_ERROR),
-        ([-9, 21], [None, told(Reason.PEER_LOST)], 20, Reason.MEMORY_EXCEEDED),
-        ([-6, 20], [None, told(Reason.MEMORY_EXCEEDED)], 20, Reason.MEMORY_EXCEEDED),
+        ([End(0, None), End(0, None)], 0, None),
+        ([lost(), End(14, told(Reason.CONFIGURATION_INVALID))], 14, Reason.CONFIGURATION_INVALID),
+        ([lost(), End(31, told(Reason.INTERRUPTED))], 31, Reason.INTERRUPTED),
+        ([lost(), End(20, told(Reason.MEMORY_EXCEEDED))], 20, Reason.MEMORY_EXCEEDED),
+        ([End(32, told(Reason.COMMUNICATION_FAILED)), End(31, told(Reason.INTERRUPTED))], 31, Reason.INTERRUPTED),
+        ([lost(), End(32, told(Reason.COMMUNICATION_FAILED))], 32, Reason.COMMUNICATION_FAILED),
+        # The kernel's, whoever ended first.
+        ([End(-9, None), lost()], 20, Reason.MEMORY_EXCEEDED),
+        ([End(-9, None), End(32, told(Reason.COMMUNICATION_FAILED))], 20, Reason.MEMORY_EXCEEDED),
+        ([lost(), End(-9, None)], 20, Reason.MEMORY_EXCEEDED),
+        # The launcher's.
+        ([lost(), End(-9, None, by_launcher=True)], 21, Reason.PEER_LOST),
+        ([End(-6, None), End(-9, None, by_launcher=True)], 1, Reason.INTERNAL_ERROR),
+        # torch's watchdog aborts those that wait on their GPU for one that has ended.
+        ([lost(), End(-6, None)], 21, Reason.PEER_LOST),
+        ([End(-9, None), End(-6, None)], 20, Reason.MEMORY_EXCEEDED),
+        ([End(-6, None), End(20, told(Reason.MEMORY_EXCEEDED))], 20, Reason.MEMORY_EXCEEDED),
+        # One that was aborted before anybody else ended has failed by itself.
+        ([End(-6, None), lost()], 1, Reason.INTERNAL_ERROR),
+        ([End(-6, None), End(-6, None)], 1, Reason.INTERNAL_ERROR),
     ],
 )
 def test_of_several_processes_the_one_that_failed_by_itself_is_told(
-    codes: list[int], messages: list[Termination | None], code: int, reason: Reason | None
+    ends: list[End], code: int, reason: Reason | None
 ) -> None:
-    found, why = worst(codes, messages)
+    found, why = worst(ends)
     assert (found, why.reason if why else None) == (code, reason)
+
+
+def test_a_straggler_that_the_launcher_kills_is_no_want_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "LONGEST", 0.3)
+    files = [tmp_path / "0", tmp_path / "1"]
+    files[0].write_text(told(Reason.PEER_LOST).json_text())
+    files[1].touch()
+    ended = [f"import sys; sys.exit({PEER_LOST})", "import time; time.sleep(60)"]
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for program in ended]
+    ends = launch._wait(processes, files, Interruption())
+    assert [(end.code, end.by_launcher) for end in ends] == [(PEER_LOST, False), (-signal.SIGKILL, True)]
+    assert worst(ends)[0] == PEER_LOST
+
+
+def test_what_nccl_reports_ends_a_process_that_waits_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def give_up(error: BaseException) -> int:
+        said.append(str(error))
+        return 7
+
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    group = distributed.Group()
+    group.control, group.give_up = object(), give_up
+    monkeypatch.setattr(distributed, "_group", group)
+    monkeypatch.setattr(distributed, "RAISING", 0.01)
+    monkeypatch.setattr(os, "_exit", end)
+    states = iter(["SUCCESS", "COMM_ERROR"])
+    with pytest.raises(Ended, match="7"):
+        distributed._watch_nccl(lambda: next(states))
+    assert connection_ended(RuntimeError(said[0]))
+    with pytest.raises(Ended, match="7"):
+        distributed._watch_nccl(lambda: "TIMEOUT")
+    assert not connection_ended(RuntimeError(said[1]))
+    group.control = None  # training is over
+    distributed._watch_nccl(lambda: "TIMEOUT")
+    assert len(said) == 2

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from graft.contracts import EXIT_CODES, Pods, Reason, Termination
@@ -22,8 +23,17 @@ from graft_trainer.settings import Settings
 log = logging.getLogger(__name__)
 STRAGGLERS = 30.0  # seconds for the others to see by themselves that one has failed
 # What is told of a pod whose processes ended for several reasons: what caused the others comes first.
-CONSEQUENCES = (Reason.INTERRUPTED, Reason.PEER_LOST)
-GENTLE = {EXIT_CODES[reason] for reason in CONSEQUENCES}
+CONSEQUENCES = (Reason.INTERRUPTED, Reason.COMMUNICATION_FAILED, Reason.PEER_LOST)
+GENTLE = {EXIT_CODES[reason] for reason in (Reason.INTERRUPTED, Reason.PEER_LOST)}
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended."""
+
+    code: int
+    why: Termination | None  # None: it could not say
+    by_launcher: bool = False  # killed here, because another had ended
 
 
 def launch(pods: Pods, settings: Settings, interruption: Interruption) -> int:
@@ -36,55 +46,70 @@ def launch(pods: Pods, settings: Settings, interruption: Interruption) -> int:
         environment = dict(os.environ) | distributed.variables(pods, os.environ, local) | own
         processes.append(subprocess.Popen([sys.executable, "-m", "graft_trainer", "train"], env=environment))
     with interruption.deferred():
-        codes = _wait(processes, interruption)
-    log.info("the pod's processes ended with %s", codes)
-    code, cause = worst(codes, [_termination(file) for file in files])
+        ends = _wait(processes, files, interruption)
+    log.info("the pod's processes ended with %s", [end.code for end in ends])
+    code, cause = worst(ends)
     if cause is not None:
         write_termination(settings.termination_file, cause)
     return code
 
 
-def worst(codes: list[int], told: list[Termination | None]) -> tuple[int, Termination | None]:
-    """The pod's exit code and message from those of its processes: of the one that failed by itself (PURE)."""
-    failed = [(code, why) for code, why in zip(codes, told, strict=True) if code != 0]
+def worst(ends: list[End]) -> tuple[int, Termination | None]:
+    """The pod's exit code and message from its processes in the order in which they ended: of the one that failed by
+    itself (PURE)."""
+    failed = [end for end in ends if end.code != 0]
     if not failed:
         return 0, None
+    told = [(end.code, end.why) for end in failed if end.why is not None]
+    found = min(told, key=lambda one: _by_itself(one[1].reason), default=None)
+    if found is not None and found[1].reason not in (Reason.COMMUNICATION_FAILED, Reason.PEER_LOST):
+        return found
+    # One that was killed left no message, and the others only say that it is gone. One that is aborted after another had
+    # ended waited for that one on its GPU, which torch's watchdog does not bear for long.
+    silent = [
+        end.code
+        for position, end in enumerate(failed)
+        if end.why is None and not end.by_launcher and not (end.code == -signal.SIGABRT and position > 0)
+    ]
+    if not silent and found is not None:
+        return found
+    number = silent[0] if silent else failed[0].code
+    how = f"was killed by signal {-number}" if number < 0 else f"ended with code {number}"
+    why = Termination(
+        reason=Reason.MEMORY_EXCEEDED if number == -signal.SIGKILL else Reason.INTERNAL_ERROR,
+        message=f"One of the pod's processes {how}.",
+        remedy="The log has what it said last. Signal 9 is the kernel's when the pod's memory is used up: raise "
+        "resources.limits.memory if it comes again.",
+    )
+    return EXIT_CODES[why.reason], why
 
-    def by_itself(one: tuple[int, Termination | None]) -> int:
-        _, why = one
-        return -1 if why is None else CONSEQUENCES.index(why.reason) + 1 if why.reason in CONSEQUENCES else 0
 
-    code, why = min((one for one in failed if one[1] is not None), key=by_itself, default=failed[0])
-    # One that was killed left no message, and the others only say that it is gone.
-    killed = [code for code, why in failed if why is None]
-    if killed and (why is None or why.reason == Reason.PEER_LOST):
-        number = killed[0]
-        how = f"was killed by signal {-number}" if number < 0 else f"ended with code {number}"
-        why = Termination(
-            reason=Reason.MEMORY_EXCEEDED if number == -signal.SIGKILL else Reason.INTERNAL_ERROR,
-            message=f"One of the pod's processes {how}.",
-            remedy="The log has what it said last. Signal 9 is the kernel's when the pod's memory is used up: raise "
-            "resources.limits.memory if it comes again.",
-        )
-        code = EXIT_CODES[why.reason]
-    return code, why
+def _by_itself(reason: Reason) -> int:
+    return CONSEQUENCES.index(reason) + 1 if reason in CONSEQUENCES else 0
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], interruption: Interruption) -> list[int]:
-    passed_on, deadline = False, float("inf")
-    while any(process.poll() is None for process in processes):
+def _wait(processes: list[subprocess.Popen[bytes]], files: list[Path], interruption: Interruption) -> list[End]:
+    """Until all have ended; how they did, the first one first."""
+    passed_on, killed, deadline = False, False, float("inf")
+    running, ends = dict(zip(processes, files, strict=True)), []
+    while running:
         if interruption.wanted and not passed_on:
             passed_on = True
             _signal(processes, signal.SIGTERM)
-        for process in processes:
-            if process.returncode:
+        for process, file in list(running.items()):
+            if (code := process.poll()) is None:
+                continue
+            del running[process]
+            ends.append(End(code, _termination(file), by_launcher=killed and code == -signal.SIGKILL))
+            if code:
                 # One that was only asked to end leaves the others the time for their checkpoints.
-                patience = LONGEST if process.returncode in GENTLE else STRAGGLERS
+                patience = LONGEST if code in GENTLE else STRAGGLERS
                 deadline = min(deadline, time.monotonic() + patience)
-        if time.monotonic() > deadline:
+        if running and not killed and time.monotonic() > deadline:
+            killed = True
             _signal(processes, signal.SIGKILL)
         time.sleep(0.1)
-    return [process.returncode for process in processes]
+    return ends
 
 
 def _signal(processes: list[subprocess.Popen[bytes]], number: int) -> None:

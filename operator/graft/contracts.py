@@ -280,6 +280,7 @@ class Progress(Message):
     checkpoints: list[CheckpointRef] | None = None  # complete ones of the run, oldest first
     metrics: dict[str, float] | None = None
     rejected: list[str] | None = None  # the gates that were missed, in words
+    missing: list[str] | None = None  # what could not be measured and why, in words
     manifest_digest: str | None = None  # once published
     failure: Termination | None = None
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 from evaluation_world import ASKED, TRAINING, jsonl, prepared, train_and_evaluate
+from graft.artifacts.store import StoreError
 from graft.contracts import Progress
+from graft.report.document import Report
+from graft_trainer import evaluate as evaluate_module
 from graft_trainer import measure
 from graft_trainer.dataset import Example
 from graft_trainer.evaluate import Evaluated, SuiteResult
+from graft_trainer.failures import Interrupted
+from graft_trainer.publish import publish
 from graft_trainer.run import Run
 from graft_trainer.subject import Subject
 from graft_trainer.train import Trained
@@ -168,6 +173,72 @@ def test_without_baselines_and_gates_the_version_alone_is_measured(base: Path, t
     run.progress.close(5)
     sent = Progress.model_validate_json(run.store.kept["team-a/runs/uid-1/pod-1/progress.json"])  # type: ignore[attr-defined]
     assert sent.rejected is None
+
+
+def test_what_cannot_be_measured_is_missing_and_the_version_is_published(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_really = evaluate_module._measure
+
+    def measured(run: Run, trained: Trained, subject: Subject, item: Any, *rest: Any) -> None:
+        if item.name == "asked":
+            raise KeyError("no such choice")
+        if item.name == "other" and subject.who == "base":
+            raise MemoryError
+        measure_really(run, trained, subject, item, *rest)
+
+    monkeypatch.setattr(evaluate_module, "_measure", measured)
+    evaluation = EVALUATION | {"gates": [GATES[2], GATES[3], {"metric": "evalLoss", "max": 99}]}
+    run = prepared(tmp_path, base, files=FILES, training=TRAINING | {"maxSteps": 1}, evaluation=evaluation)
+    trained, evaluated = train_and_evaluate(run)
+    assert {"evalLoss", "base/evalLoss", "pick/accuracy", "other/exactMatch"} < evaluated.metrics.keys()
+    assert [found.name for found in evaluated.suites] == ["pick", "other"]
+    failed = "KeyError: 'no such choice'"
+    assert evaluated.missing == [
+        f"adapter, asked: {failed}",
+        f"base model, asked: {failed}",
+        "base model, other: Memory ran out: MemoryError",
+        f"base model with examples, asked: {failed}",
+    ]
+    assert evaluated.rejected == [
+        f"asked/f1 was not measured; {failed}",
+        "forgetting/other was not measured; Memory ran out: MemoryError",
+    ]
+    publish(run, trained, evaluated)
+    sent = run.progress.state
+    assert (sent.stage, sent.missing, sent.rejected) == ("Succeeded", evaluated.missing, evaluated.rejected)
+    report = Report.model_validate_json((run.settings.adapter_dir / "report.json").read_text())
+    assert report.evaluation.missing == evaluated.missing
+    assert "base model, other: Memory ran out" in (run.settings.adapter_dir / "report.html").read_text()
+
+
+def test_a_baseline_that_does_not_fit_costs_its_scores_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base_model(self: Trained) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Trained, "base_model", base_model)
+    run = prepared(tmp_path, base, training=TRAINING | {"maxSteps": 1}, evaluation={"maxNewTokens": 4})
+    evaluated = train_and_evaluate(run)[1]
+    assert evaluated.metrics.keys() == {"trainLoss", "evalLoss", "exactMatch"}
+    assert evaluated.missing == ["base model, held-out examples: Memory ran out: MemoryError"]
+    assert evaluated.rejected == []
+
+
+@pytest.mark.parametrize(
+    "trouble", [StoreError("unavailable", "503"), ConnectionError("reset"), Interrupted()], ids=["store", "net", "term"]
+)
+def test_what_another_attempt_may_find_mended_is_tried_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: BaseException
+) -> None:
+    def measured(*arguments: Any) -> None:
+        raise trouble
+
+    monkeypatch.setattr(evaluate_module, "_measure", measured)
+    run = prepared(tmp_path, base, training=TRAINING | {"maxSteps": 1})
+    with pytest.raises(type(trouble)):
+        train_and_evaluate(run)
 
 
 @pytest.mark.parametrize("method", [{"lora": {"rank": 4}}, {"promptTuning": {"virtualTokens": 4}}, {"full": {}}])

@@ -17,8 +17,8 @@ def gate(metric: str, **wants: Any) -> Gate:
     return Gate.model_validate({"metric": metric} | wants)
 
 
-def missed(metrics: dict[str, float], *wanted: Gate, no_current: str | None = None) -> list[str]:
-    return gates.check(wanted, metrics, no_current)
+def missed(metrics: dict[str, float], *wanted: Gate, missing: Any = None) -> list[str]:
+    return gates.check(wanted, metrics, missing)
 
 
 def evaluation(*wanted: dict[str, Any], suites: Any = (QUIZ, GENERAL, ARC), **changes: Any) -> Evaluation:
@@ -61,7 +61,7 @@ def test_over_examples_and_over_the_current_version() -> None:
 def test_without_a_current_version_its_gate_passes_but_not_when_it_could_not_be_measured() -> None:
     wanted = gate("quiz/f1", minGain=0.1, over="current")
     assert missed({"quiz/f1": 0.6}, wanted) == []
-    [problem] = missed({"quiz/f1": 0.6}, wanted, no_current="1.0.0 belongs to another base model")
+    [problem] = missed({"quiz/f1": 0.6}, wanted, missing={("current", "quiz"): "1.0.0 belongs to another base model"})
     assert problem == "quiz/f1 cannot be compared with the current version: 1.0.0 belongs to another base model"
 
 
@@ -74,6 +74,17 @@ def test_a_metric_that_was_not_measured_is_missed_and_the_others_are_listed() ->
     assert missed({"evalLoss": 1.0}, gate("quiz/f1", min=0.5)) == ["quiz/f1 was not measured; the metrics are evalLoss"]
     [problem] = missed({"quiz/f1": 0.5}, gate("quiz/f1", minGain=0))
     assert problem == "quiz/f1 cannot be compared with the base model: base/quiz/f1 was not measured"
+
+
+def test_a_gate_on_what_could_not_be_measured_is_missed_and_says_why() -> None:
+    why = "Memory ran out"
+    wanted = [gate("quiz/f1", min=0.5), gate("general/loss", minGain=0), gate("forgetting/general", max=1)]
+    missing = {("adapter", "quiz"): why, ("base", "general"): why}
+    assert missed({"general/loss": 1.0}, *wanted, missing=missing) == [
+        "quiz/f1 was not measured; Memory ran out",
+        "general/loss cannot be compared with the base model: Memory ran out",
+        "forgetting/general was not measured; Memory ran out",
+    ]
 
 
 @pytest.mark.parametrize(

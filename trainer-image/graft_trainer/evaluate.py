@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.api.evaluation import Suite
+from graft.artifacts.sources import SourceError
+from graft.artifacts.store import StoreError
 from peft import PeftModel
 
 from graft_trainer import gates
 from graft_trainer.current import NotComparable, current_version
+from graft_trainer.failures import Failure, explain
 from graft_trainer.few_shot import Shot, draw
 from graft_trainer.gates import HELD_OUT, Who, prefixed
 from graft_trainer.generate import stop_tokens
@@ -59,12 +62,14 @@ class Evaluated:
 
     `samples`: a few held-out questions, each {prompt, expected, answer, base/answer?, fewShot/answer?, current/answer?}.
     `rejected`: the gates that were missed, in words; then the version is published as rejected.
+    `missing`: what could not be measured and why, in words.
     """
 
     metrics: dict[str, float]
     samples: list[dict[str, str]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     suites: list[SuiteResult] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -88,7 +93,8 @@ class _Set:
 
 
 def evaluate(run: Run, trained: "Trained") -> Evaluated:
-    """Measure the version and what it is compared with. A missed gate is a result and no failure."""
+    """Measure the version and what it is compared with. A missed gate is a result and no failure, and so is a measurement
+    that cannot be made: the training is done, and would be as it is after another attempt."""
     started = time.monotonic()
     run.progress.stage("Evaluating", percent=100, eta_seconds=None)
     evaluation = run.job.evaluation
@@ -97,31 +103,44 @@ def evaluate(run: Run, trained: "Trained") -> Evaluated:
     meter = Meter(run.progress, sum(len(item.questions.tasks) * len(item.asked_of(plan)) for item in sets))
     shots = draw(trained.train_examples, evaluation.few_shot_examples, run.job.training.seed)
     metrics = {"trainLoss": round(trained.train_loss, 5)} if trained.train_loss is not None else {}
-    not_comparable: str | None = None
+    missing: dict[tuple[Who, str], str] = {}
     for turn in TURNS:
         work = [(who, item) for who in turn for item in sets if who in item.asked_of(plan)]
         if not work:
             continue
-        try:
-            with _subject(run, trained, turn[0]) as subject:
-                for who, item in work:
+        with _spared(work, missing), _subject(run, trained, turn[0]) as subject:
+            for who, item in work:
+                with _spared([(who, item)], missing):
                     _measure(run, trained, replace(subject, who=who), item, shots, meter)
                     metrics |= _published(item, who)
                     run.progress.update(metrics=_finite(metrics))
-        except NotComparable as error:
-            not_comparable = str(error)
-            log.warning("the current version cannot be measured: %s", error)
-    suites = [_result(item, item.suite) for item in sets if item.suite is not None]
+    suites = [_result(item, item.suite) for item in sets if item.suite is not None and "adapter" in item.found]
     metrics |= _forgetting(suites)
-    rejected = gates.check(evaluation.gates or (), metrics, not_comparable)
+    rejected = gates.check(evaluation.gates or (), metrics, missing)
     for problem in rejected:
         log.warning("gate missed: %s", problem)
-    run.progress.update(metrics=_finite(metrics), rejected=rejected or None, eta_seconds=0)
+    told = [f"{NAMES[who]}, {name or 'held-out examples'}: {why}" for (who, name), why in missing.items()]
+    run.progress.update(metrics=_finite(metrics), rejected=rejected or None, missing=told or None, eta_seconds=0)
     if math.isfinite(loss := metrics.get("evalLoss", math.nan)):
         run.progress.update(eval_loss=loss)
     trained.seconds["evaluate"] = time.monotonic() - started
     answered = next((item for item in sets if item.suite is None and item.tokens is None), None)
-    return Evaluated(metrics, _samples(answered) if answered else [], rejected, suites)
+    return Evaluated(metrics, _samples(answered) if answered else [], rejected, suites, told)
+
+
+@contextmanager
+def _spared(work: Sequence[tuple[Who, _Set]], missing: dict[tuple[Who, str], str]) -> Iterator[None]:
+    """Goes on without what of `work` cannot be measured, because of memory or what a library makes of a task; (who, set)
+    -> why is added to `missing`. What another attempt may find mended, storage and files, is raised."""
+    try:
+        yield
+    except (Failure, StoreError, SourceError, OSError):
+        raise
+    except Exception as error:
+        why = str(error) if isinstance(error, NotComparable) else explain(error).message
+        missing |= {(who, item.name): why for who, item in work if who not in item.found}
+        log.warning("not measured: %s: %s", ", ".join(f"{NAMES[who]}, {item.what}" for who, item in work), why)
+        log.info("the traceback:", exc_info=error)
 
 
 def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Meter | None = None) -> float:
@@ -214,7 +233,7 @@ def _result(item: _Set, suite: Suite) -> SuiteResult:
 
 
 def _samples(item: _Set) -> list[dict[str, str]]:
-    if not item.found or not item.found["adapter"].answers:
+    if "adapter" not in item.found or not item.found["adapter"].answers:
         return []
     return [
         {"prompt": task.question, "expected": task.answers[0]}
@@ -227,7 +246,7 @@ def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:
     """forgetting/<suite>: how much worse than the base model the version is on what it was not tuned for."""
     result = {}
     for suite in suites:
-        if suite.role != "forgetting" or not suite.main:
+        if suite.role != "forgetting" or not suite.main or "base" not in suite.metrics:
             continue
         base, value = suite.metrics["base"][suite.main], suite.metrics["adapter"][suite.main]
         forgotten = round(gates.gain(f"{suite.name}/{suite.main}", base, value), 5)

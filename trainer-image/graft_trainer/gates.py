@@ -149,24 +149,26 @@ def _names(evaluation: Evaluation, held_out: Sequence[str]) -> list[str]:
     return names
 
 
-def check(gates: Sequence[Gate], metrics: Mapping[str, float], no_current: str | None = None) -> list[str]:
+def check(
+    gates: Sequence[Gate], metrics: Mapping[str, float], missing: Mapping[tuple[Who, str], str] | None = None
+) -> list[str]:
     """The gates that `metrics` miss, in words; NaN misses every gate.
 
-    A gate over the current version passes when there is none: when `metrics` has nothing under current/. `no_current` says why
-    a version that is there could not be measured; then the gate is missed.
+    `missing` says what could not be measured: who and suite -> why. A gate over the current version passes when there is
+    none: when `metrics` has nothing under current/, and `missing` neither.
     """
-    missed = []
+    why, missed = missing or {}, []
     for gate in gates:
         value = metrics.get(gate.metric)
         if value is None:
             names = ", ".join(sorted(metrics)) or "none"
-            missed.append(f"{gate.metric} was not measured; the metrics are {names}")
+            missed.append(f"{gate.metric} was not measured; {_why(gate, why) or f'the metrics are {names}'}")
             continue
         if gate.min is not None and not value >= gate.min:
             missed.append(f"{gate.metric} is {_number(value)}, the gate wants at least {_number(gate.min)}")
         if gate.max is not None and not value <= gate.max:
             missed.append(f"{gate.metric} is {_number(value)}, the gate wants at most {_number(gate.max)}")
-        if gate.min_gain is not None and (problem := _missed_gain(gate, gate.min_gain, value, metrics, no_current)):
+        if gate.min_gain is not None and (problem := _missed_gain(gate, gate.min_gain, value, metrics, why)):
             missed.append(problem)
     return missed
 
@@ -175,13 +177,16 @@ OVER = {"base": "the base model", "fewShot": "the base model with examples", "cu
 
 
 def _missed_gain(
-    gate: Gate, wanted: float, value: float, metrics: Mapping[str, float], no_current: str | None
+    gate: Gate, wanted: float, value: float, metrics: Mapping[str, float], missing: Mapping[tuple[Who, str], str]
 ) -> str | None:
     _, suite, metric = split_name(gate.metric)
     plain = f"{suite}/{metric}" if suite else metric
     other = metrics.get(f"{gate.over}/{plain}")
+    why = missing.get((gate.over, suite))
+    if other is None and why:
+        return f"{gate.metric} cannot be compared with {OVER[gate.over]}: {why}"
     if other is None and gate.over == "current":
-        return f"{gate.metric} cannot be compared with the current version: {no_current}" if no_current else None
+        return None
     if other is None:
         return f"{gate.metric} cannot be compared with {OVER[gate.over]}: {gate.over}/{plain} was not measured"
     better = gain(gate.metric, value, other)
@@ -192,6 +197,13 @@ def _missed_gain(
         f"{gate.metric} is {_number(value)}, {OVER[gate.over]} has {_number(other)}: "
         f"the gain is {_number(better)}, the gate wants at least {_number(wanted)}"
     )
+
+
+def _why(gate: Gate, missing: Mapping[tuple[Who, str], str]) -> str | None:
+    who, suite, metric = split_name(gate.metric)
+    if suite == FORGETTING:
+        return missing.get(("adapter", metric)) or missing.get(("base", metric))
+    return missing.get((who, suite))
 
 
 def _number(value: float) -> str:

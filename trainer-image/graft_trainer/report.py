@@ -79,6 +79,7 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
             ],
             gates=job.evaluation.gates or [],
             rejected=evaluated.rejected,
+            missing=evaluated.missing,
         ),
         metrics=finite(evaluated.metrics),
         samples=evaluated.samples

@@ -277,13 +277,10 @@ def _completion(world: World) -> Condition:
     if ready.status != "True":
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", ready.message)
     scores = ", ".join(f"{key} {value:.4g}" for key, value in sorted(manifest.metrics.items()))
-    return condition(
-        KIND,
-        "Succeeded",
-        "True",
-        "Published",
-        f"Adapter {manifest.adapter}-{manifest.version}: {scores or 'not measured'}",
-    )
+    text = f"Adapter {manifest.adapter}-{manifest.version}: {scores or 'not measured'}"
+    if world.progress is not None and world.progress.missing:
+        text += f"; not measured: {'; '.join(world.progress.missing)}"
+    return condition(KIND, "Succeeded", "True", "Published", text)
 
 
 def _attempts(world: World) -> list[Attempt]:

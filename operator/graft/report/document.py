@@ -44,11 +44,12 @@ class SuiteUse(Message):
 
 
 class EvaluationUse(Message):
-    """What was asked of the version, and the gates that it missed, in words."""
+    """What was asked of the version; in words the gates that it missed, and what could not be measured and why."""
 
     suites: list[SuiteUse] = Field(default_factory=list)
     gates: list[Gate] = Field(default_factory=list)
     rejected: list[str] = Field(default_factory=list)
+    missing: list[str] = Field(default_factory=list)
 
 
 class Environment(Message):

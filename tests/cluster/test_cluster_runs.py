@@ -139,6 +139,25 @@ def test_several_pods_train_together(tenant: Tenant) -> None:
     assert ended == [(0, "Completed"), (0, "PeerLost"), (1, "Completed"), (1, "StorageUnavailable")]
 
 
+def test_peers_that_do_not_come_use_up_the_retries(tenant: Tenant) -> None:
+    resources = {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "128Mi"}}
+    tenant.job("apart", nodes=2, resources=resources, retries=0)
+    remedy = "Set spec.queue."
+    tenant.fail_pod(tenant.running_pod("apart"), Reason.PEERS_MISSING, "1 of 2 processes came.", remedy)
+    ended = tenant.until("FineTuneJob", "apart", "Succeeded", "PeersMissing")
+    assert ended["status"] == "False" and remedy in ended["message"]
+
+
+def test_scores_that_could_not_be_measured_are_named(tenant: Tenant) -> None:
+    tenant.job("unmeasured")
+    pod = tenant.running_pod("unmeasured")
+    missing = ["base model, quiz: Memory ran out"]
+    tenant.progress("unmeasured", pod, stage="Succeeded", missing=missing)
+    finish(tenant, "unmeasured", pod)
+    shown = tenant.condition("FineTuneJob", "unmeasured", "Succeeded")["message"]
+    assert shown.endswith("; not measured: base model, quiz: Memory ran out")
+
+
 def test_a_missed_gate_is_published_as_rejected_and_never_served(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@latest"])

@@ -152,7 +152,7 @@ def store_failure(error: StoreError, *, publishing: bool = False) -> Termination
             return Termination(
                 reason=Reason.UPLOAD_FAILED,
                 message=f"The store refused the adapter's files: {message}",
-                remedy="Let the key in the Secret graft-storage write below the tenant's prefix, then run the job again.",
+                remedy="Let the key in the Secret graft-storage write below the tenant's prefix, then raise spec.restarts: the job goes on from its newest checkpoint.",
             )
         case "denied":
             return Termination(
@@ -164,7 +164,7 @@ def store_failure(error: StoreError, *, publishing: bool = False) -> Termination
             return Termination(
                 reason=Reason.UPLOAD_FAILED,
                 message=f"The store is full: {message}",
-                remedy="Free space in the bucket or raise its quota, then run the job again.",
+                remedy="Free space in the bucket or raise its quota, then raise spec.restarts: the job goes on from its newest checkpoint.",
             )
         case "exists":
             return Termination(

@@ -10,6 +10,9 @@ from graft.cli.__main__ import main
 from graft.cli.failure import CliFailure
 from graft.cli.reports import parse, published_version, storage_config
 from graft.report.compare import PUBLISHED, compare
+from graft.report.comparison_page import as_json, render_comparison
+from graft.report.document import Report
+from graft.report.rank_effect import rank_runs
 from report_world import document, make_report, old_document
 
 METHODS = ("lora", "full", "qlora", "promptTuning")
@@ -62,6 +65,30 @@ def test_json_has_the_numbers(files: list[str], tmp_path: Path, capsys: pytest.C
     assert [cell["value"] for cell in time["cells"]] == [80.0, 100.0, 150.0, 60.0]
     assert [cell["relative"] for cell in time["cells"]] == [0.8, 1.0, 1.5, 0.6]
     assert time["cells"][0]["published"] == "1.1×"
+
+
+def with_rank(method: str, rank: int, loss: float) -> Report:
+    report = make_report(method)
+    return report.model_copy(
+        update={
+            "hyperparameters": report.hyperparameters | {"rank": rank},
+            "metrics": report.metrics | {"evalLoss": loss},
+        }
+    )
+
+
+def test_the_effect_of_the_rank_is_shown_where_a_method_has_several() -> None:
+    runs = [with_rank("lora", 16, 0.9), with_rank("lora", 2, 1.2), with_rank("qlora", 8, 1.1), make_report("full")]
+    comparison = compare(runs)
+    assert [(run.label, run.rank, run.loss) for run in rank_runs(comparison)] == [
+        ("LoRA r=2", 2, 1.2),
+        ("LoRA r=16", 16, 0.9),
+    ]
+    html = render_comparison(comparison)
+    assert "The effect of the rank" in html and "Held-out loss by rank" in html and "1.2000" in html
+    assert [run["rank"] for run in as_json(comparison)["ranks"]] == [2, 16]
+    same = compare([with_rank("lora", 8, 0.9), with_rank("lora", 8, 1.2), with_rank("qlora", 2, 1.1)])
+    assert rank_runs(same) == [] and "The effect of the rank" not in render_comparison(same)
 
 
 def test_without_a_full_run_the_first_is_the_reference() -> None:

@@ -8,6 +8,7 @@ from markupsafe import Markup
 from graft.report import charts, update, wording
 from graft.report.compare import Comparison, common_scores
 from graft.report.job import loss_curves, page
+from graft.report.rank_effect import rank_loss_figure, rank_rows, rank_runs
 from graft.report.svg import COLOURS
 
 HELD_OUT = ", held out"
@@ -16,6 +17,7 @@ SIGNATURE = "Written by graft compare."
 
 def render_comparison(comparison: Comparison) -> str:
     """One self-contained page."""
+    by_rank = rank_runs(comparison)
     return page(
         "compare.html",
         title="Comparison of " + ", ".join(comparison.labels),
@@ -26,6 +28,8 @@ def render_comparison(comparison: Comparison) -> str:
         loss=loss_figure(comparison),
         score_figure=score_figure(comparison),
         scores=common_scores(comparison.reports),
+        by_rank=rank_rows(by_rank),
+        by_rank_figure=rank_loss_figure(by_rank),
         ranks=rank_figure(comparison),
         updates=updates(comparison),
         similarity=similarity_figure(comparison),
@@ -57,6 +61,16 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 ],
             }
             for row in comparison.rows
+        ],
+        "ranks": [
+            {
+                "label": run.label,
+                "rank": run.rank,
+                "trainedShare": run.trained_share,
+                "evalLoss": run.loss,
+                "effectiveRank": run.effective_rank,
+            }
+            for run in rank_runs(comparison)
         ],
         "notes": comparison.notes,
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from graft_trainer.resolve import Device
@@ -17,6 +18,14 @@ def shell(model: nn.Module) -> nn.Module:
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, memo)
+
+
+def reshard(model: nn.Module) -> None:
+    """Each process has its part of the float32 weights again, and nothing else. After a forward pass that no backward pass
+    follows some modules, the head among them, would stay whole, and rounded to the type of the products."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from graft.contracts import Reason
 from transformers import TrainerCallback
 
-from graft_trainer import distributed
+from graft_trainer import distributed, sharding
 from graft_trainer.checkpoint_store import CheckpointWriter
 from graft_trainer.data_order import blank
 from graft_trainer.evaluate import mean_loss
@@ -206,5 +206,6 @@ def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int)
                     sums = [sums[0] + float(loss) * learned, sums[1] + learned]
     finally:
         model.train(training)
+        sharding.reshard(model)
     total, count = distributed.total_float(sums)
     return total / max(1.0, count)

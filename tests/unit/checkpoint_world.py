@@ -155,18 +155,27 @@ def run_attempt(
     run: Run | None = None,
     model: Any = None,
     examples: Sequence[Tokenised] | None = None,
+    measuring: dict[int, str | Callable[[], None]] | None = None,
     **changes: Any,
 ) -> Attempt:
-    """Train as one attempt. At the micro-batches in `events`: "kill" ends it at once, "term" asks it to end."""
+    """Train as one attempt. At the micro-batches in `events`, and of held-out examples in `measuring`: "kill" ends it at once,
+    "term" asks it to end."""
     run = run or open_attempt(root, store, name)
 
     def term() -> None:
         run.interruption.wanted = True
 
     named: dict[Any, Callable[[], None]] = {"kill": killed, "term": term}
-    happening = {at: named.get(what, what) for at, what in (events or {}).items()}
+    happening, between = ({at: named.get(what, what) for at, what in (of or {}).items()} for of in (events, measuring))
     watch, ended = None, None
     model = model if model is not None else make_model(full=full)
+    measured = iter(range(1, 1000))
+
+    def before(module: Any, _: Any) -> None:
+        if not module.training and (event := between.get(next(measured))):
+            event()
+
+    model.register_forward_pre_hook(before)
     try:
         with run.cleanup:
             watch = run_loop(

@@ -1,6 +1,6 @@
-"""One process of a run, as the pod's container starts it, but with a store in a folder and a model made on the spot.
+"""Processes of a run, as the pods' containers start them, but with a store in a folder and a model made on the spot.
 
-It ends with the exit code and the termination message of `python -m graft_trainer train`. Processes are forked from a
+Each ends with the exit code and the termination message of `python -m graft_trainer train`. They are forked from a
 server that has imported everything, for torch and transformers take seconds to load.
 """
 
@@ -8,19 +8,25 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sys
+import time
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_world import FolderStore, open_attempt, run_attempt
-from graft.contracts import Pods
+from checkpoint_world import ROOT, FolderStore, open_attempt, run_attempt
+from graft.contracts import Pods, Progress
 from graft_trainer import distributed
 from graft_trainer.__main__ import fail
 from graft_trainer.progress import ProgressReporter
 from safetensors.torch import save_file
+
+# Each of the two takes half of what the single process does: 4 examples a step, and the last step of an epoch has 2.
+HALF = {"full": True, "per_device_train_batch_size": 1, "held_out": 5, "eval_steps": 6}
 
 
 def out_of_memory() -> None:
@@ -34,15 +40,19 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
         run.progress = ProgressReporter(store, "", "", silent=True)
     run.interruption.listen(lambda: 99)
     run.progress.stage("Training")
-    events = {int(at): what for at, what in options.pop("events", {}).items() if what[0] == rank}
     named = {"kill": lambda: os.kill(os.getpid(), 9), "term": lambda: os.kill(os.getpid(), 15), "memory": out_of_memory}
-    happening = {at: named[what] for at, (_, what) in events.items()}
+    events, measuring = (
+        {at: named[what] for at, (who, what) in options.pop(name, {}).items() if who == rank}
+        for name in ("events", "measuring")
+    )
     distributed.ARRIVAL = options.pop("arrival", distributed.ARRIVAL)
     joined = world > 1 and not options.pop("alone", False)
     try:
         if joined:
             distributed.join()
-        attempt = run_attempt(root, store, name, run=run, events=happening, world_size=world, **options)
+        attempt = run_attempt(
+            root, store, name, run=run, events=events, measuring=measuring, world_size=world, **options
+        )
         if attempt.ended is not None:
             raise attempt.ended
     except distributed.PartDone:
@@ -87,3 +97,41 @@ def _run(store: Path, root: Path, name: str, rank: int, world: int, port: int, o
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@dataclass
+class Pair:
+    """Two processes that train together, for as long as it takes."""
+
+    root: Path
+    name: str
+    codes: list[int | None]
+    seconds_between: float
+
+    def log(self, rank: int) -> str:
+        return (self.root / f"{self.name}-{rank}.log").read_text()
+
+    @property
+    def progress(self) -> Progress:
+        return Progress.model_validate_json(FolderStore(self.root / "store").get(f"{ROOT}{self.name}/progress.json"))
+
+
+def run_pair(root: Path, name: str, events: dict[int, list[Any]] | None = None, **options: Any) -> Pair:
+    """`events`: micro-batch -> (rank, what happens to it); `measuring`: the same with batches of held-out examples."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root.mkdir(exist_ok=True)
+    told = HALF | options | {"events": events or {}}
+    processes = [start(root / "store", root, name, rank, 2, port, told) for rank in range(2)]
+    ended: list[float] = []
+    deadline = time.monotonic() + 240
+    while len(ended) < 2 and time.monotonic() < deadline:
+        done = sum(process.exitcode is not None for process in processes)
+        ended += [time.monotonic()] * (done - len(ended))
+        processes[0].join(0.05)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert len(ended) == 2, "\n".join((root / f"{name}-{rank}.log").read_text() for rank in range(2))
+    return Pair(root, name, codes, ended[1] - ended[0])

@@ -6,64 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoint_world import ROOT, Attempt, FolderStore, run_attempt
-from graft.contracts import EXIT_CODES, Pods, Progress, Reason, Termination
+from checkpoint_world import Attempt, FolderStore, run_attempt
+from graft.contracts import EXIT_CODES, Pods, Reason, Termination
 from graft_trainer import distributed, launch
 from graft_trainer.data_order import DataOrder
 from graft_trainer.failures import connection_ended
 from graft_trainer.interruption import Interruption
 from graft_trainer.launch import End, worst
-from rank_process import start
+from rank_process import HALF, run_pair, start
 from safetensors.torch import load_file
 
 INTERRUPTED, PEER_LOST = EXIT_CODES[Reason.INTERRUPTED], EXIT_CODES[Reason.PEER_LOST]
-# Each of the two takes half of what the single process does: 4 examples a step, and the last step of an epoch has 2.
-HALF = {"full": True, "per_device_train_batch_size": 1, "held_out": 5, "eval_steps": 6}
-
-
-@dataclass
-class Pair:
-    """Two processes that train together, for as long as it takes."""
-
-    root: Path
-    name: str
-    codes: list[int | None]
-    seconds_between: float
-
-    def log(self, rank: int) -> str:
-        return (self.root / f"{self.name}-{rank}.log").read_text()
-
-    @property
-    def progress(self) -> Progress:
-        return Progress.model_validate_json(FolderStore(self.root / "store").get(f"{ROOT}{self.name}/progress.json"))
-
-
-def run_pair(root: Path, name: str, events: dict[int, list[Any]] | None = None, **options: Any) -> Pair:
-    """`events`: micro-batch -> (rank, what happens to it)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root.mkdir(exist_ok=True)
-    told = HALF | options | {"events": events or {}}
-    processes = [start(root / "store", root, name, rank, 2, port, told) for rank in range(2)]
-    ended: list[float] = []
-    deadline = time.monotonic() + 240
-    while len(ended) < 2 and time.monotonic() < deadline:
-        done = sum(process.exitcode is not None for process in processes)
-        ended += [time.monotonic()] * (done - len(ended))
-        processes[0].join(0.05)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert len(ended) == 2, "\n".join((root / f"{name}-{rank}.log").read_text() for rank in range(2))
-    return Pair(root, name, codes, ended[1] - ended[0])
 
 
 @pytest.fixture(scope="module")

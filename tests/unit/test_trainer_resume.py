@@ -20,6 +20,12 @@ def same(one: Attempt, other: Attempt) -> None:
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
 
 
+def steps_of(store: FolderStore, name: str, value: str) -> list[int]:
+    """The steps for which events.jsonl has that value."""
+    events = [json.loads(line) for line in store.get(f"{ROOT}{name}/events.jsonl").splitlines()]
+    return [event["step"] for event in events if value in event]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
     root = tmp_path_factory.mktemp("undisturbed")
@@ -46,9 +52,8 @@ def test_a_run_that_is_killed_several_times_ends_as_an_undisturbed_one(tmp_path:
     assert done.watch.last_eval_loss == undisturbed.watch.last_eval_loss
     assert done.progress.resumed_from == 17
     assert [ref.step for ref in done.progress.checkpoints or ()] == [17, 18]
-    events_file = [json.loads(line) for line in store.get(f"{ROOT}pod-9/events.jsonl").splitlines()]
-    assert [event["step"] for event in events_file if "loss" in event] == list(range(1, 19))
-    assert [event["step"] for event in events_file if "evalLoss" in event] == [6, 12, 18]
+    assert steps_of(store, "pod-9", "loss") == list(range(1, 19))
+    assert steps_of(store, "pod-9", "evalLoss") == [6, 12, 18]
 
 
 def test_records_of_several_steps_are_the_same_wherever_the_run_was_cut(tmp_path: Path) -> None:
@@ -115,6 +120,41 @@ def test_asked_to_end_in_the_last_step_the_trained_weights_are_kept(tmp_path: Pa
     assert isinstance(run_attempt(tmp_path, store, "pod-1", events={33: "term"}).ended, Interrupted)
     done = run_attempt(tmp_path, store, "pod-2", events={1: "kill"})
     assert done.ended is None and done.progress.resumed_from == 18
+
+
+def test_a_checkpoint_does_not_wait_for_the_evaluation_of_its_step(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    settings: dict[str, Any] = {"held_out": 5, "eval_steps": 6, "save_steps": 6}
+    first = run_attempt(tmp_path, store, "pod-1", measuring={2: "kill"}, **settings)
+    assert isinstance(first.ended, Killed)
+    assert [ref.step for ref in first.progress.checkpoints or ()] == [6]
+    # The evaluation that is missing comes before the next step.
+    second = run_attempt(tmp_path, store, "pod-2", measuring={4: "term"}, **settings)
+    assert isinstance(second.ended, Interrupted) and second.progress.resumed_from == 6
+    done = run_attempt(tmp_path, store, "pod-3", **settings)
+    same(done, undisturbed)
+    assert done.progress.resumed_from == 12
+    assert steps_of(store, "pod-3", "evalLoss") == [6, 12, 18]
+
+
+def test_asked_to_end_within_an_evaluation_it_is_broken_off(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    settings: dict[str, Any] = {"held_out": 5, "eval_steps": 6}
+    batches: list[int] = []  # of the three of an evaluation, those that were still measured
+    for name, asked, step in (("pod-1", {1: "term"}, 6), ("pod-2", {2: "term"}, 6), ("pod-3", {5: "term"}, 12)):
+        after = {at: (lambda at=at: batches.append(at)) for at in range(max(asked) + 1, 9)}
+        ended = run_attempt(tmp_path, store, name, measuring=asked | after, **settings)
+        assert isinstance(ended.ended, Interrupted), ended.ended
+        assert [ref.step for ref in ended.progress.checkpoints or ()][-1] == step
+    assert batches == []
+    # In the last step the weights are kept all the same, and what goes on from them measures them.
+    last = run_attempt(tmp_path, store, "pod-4", measuring={5: "term"}, **settings)
+    assert isinstance(last.ended, Interrupted)
+    done = run_attempt(tmp_path, store, "pod-5", events={1: "kill"}, **settings)
+    same(done, undisturbed)
+    assert done.watch is not None and undisturbed.watch is not None
+    assert done.watch.last_eval_loss == undisturbed.watch.last_eval_loss
+    assert (done.progress.resumed_from, steps_of(store, "pod-5", "evalLoss")) == (18, [6, 12, 18])
 
 
 def test_steps_go_on_while_a_checkpoint_is_uploaded(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from graft_trainer.generate import stop_tokens
 from graft_trainer.likelihood import log_likelihoods
 from graft_trainer.measure import MEASURED_AT_ONCE, Measured, Questions, measure
 from graft_trainer.run import Run
-from graft_trainer.subject import NAMES, Meter, Subject
+from graft_trainer.subject import NAMES, Meter, Steps, Subject
 from graft_trainer.suites import Task, chat_prompts, main_metric, metrics_of, read_suite, task_of
 from graft_trainer.tokens import Tokenised
 
@@ -143,7 +143,7 @@ def _spared(work: Sequence[tuple[Who, _Set]], missing: dict[tuple[Who, str], str
         log.info("the traceback:", exc_info=error)
 
 
-def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Meter | None = None) -> float:
+def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None) -> float:
     """Cross entropy over all learned tokens, nats per token."""
     found = log_likelihoods(model, examples, pad, batch, meter)
     return -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))

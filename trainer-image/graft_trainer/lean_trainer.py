@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from graft.contracts import Reason
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from graft_trainer import distributed
@@ -24,7 +23,6 @@ from graft_trainer.checkpoint_state import (
 )
 from graft_trainer.checkpoint_store import CheckpointWriter
 from graft_trainer.data_order import DataOrder, EpochLoader
-from graft_trainer.failures import Failure, Interrupted
 from graft_trainer.resolve import Device, Resolved
 from graft_trainer.resume import Resume
 from graft_trainer.tokens import IGNORED
@@ -193,19 +191,24 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
             "watch": self.watch.state(),
         }
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *rest: Any, **named: Any
+    ) -> None:
+        """A checkpoint comes before the evaluation of its step, and before the end when one was asked for."""
+        taken = self.control.should_save
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **named)
+        self.watch.catch_up(self.model, self.state.global_step)
+        # After the last step the final checkpoint is written.
+        if self.watch.leaving and self.state.global_step < self.args.max_steps:
+            if not taken:
+                self._save_checkpoint(model, trial)
+            self.writer.wait()
+            raise self.watch.parting()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         stall = self.writer.take(self._state_of_training(), self.state.global_step)
         self.watch.saved()
         log.info("step %d: checkpoint taken in %.2f s", self.state.global_step, stall)
-        if self.watch.leaving:
-            self.writer.wait()
-            if self.watch.interruption.wanted:
-                raise Interrupted
-            raise Failure(
-                Reason.PEER_LOST,
-                "Another pod of the run was asked to end.",
-                "Nothing is to be done: the Job goes on from the checkpoint.",
-            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_weights(self.model, self._resumed().state.pop("weights"))

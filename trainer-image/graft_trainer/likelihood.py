@@ -7,12 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from graft_trainer.dataset import Example
-from graft_trainer.subject import Meter, Subject, in_batches
+from graft_trainer.subject import Steps, Subject, in_batches
 from graft_trainer.tokens import IGNORED, Collator, Tokenised, tokenise_one, tokenise_pair
 
 
 def log_likelihoods(
-    model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Meter | None = None
+    model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None
 ) -> list[tuple[float, int]]:
     """(sum of the log-likelihoods of the learned tokens in nats, their number) per example.
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from graft.artifacts.layout import run_prefix
 from graft.contracts import Reason
 from transformers import PrinterCallback
@@ -17,6 +18,7 @@ from graft_trainer.checkpoint_state import restore_weights, trained_weights
 from graft_trainer.checkpoint_store import CheckpointStore, CheckpointWriter
 from graft_trainer.failures import Failure
 from graft_trainer.lean_trainer import LeanTrainer, training_arguments
+from graft_trainer.model import DTYPES
 from graft_trainer.resolve import Device, Resolved
 from graft_trainer.resume import Resume, find_resume
 from graft_trainer.run import Prepared, Run
@@ -57,6 +59,10 @@ def run_loop(
         train_on(run, model, examples, resolved, device, watch, checkpoints, resume)
     collator.tokens = watch.tokens
     distributed.forget()
+    watch.leaving = False  # whoever was asked to end has ended
+    if watch.owes(resolved.max_steps):  # the last evaluation was broken off, and the final checkpoint written
+        with torch.autocast(device.kind, DTYPES[resolved.precision], enabled=resolved.precision != "fp32"):
+            watch.catch_up(model, resolved.max_steps)
     return watch
 
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -48,6 +48,13 @@ class Subject:
         return prompt[-room:] if self.task == "causal" else prompt[: room - 1] + prompt[-1:]
 
 
+class Steps(Protocol):
+    """Hears of every batch."""
+
+    def step(self, count: int) -> None:
+        """`count` examples are through."""
+
+
 class Meter:
     """How far the evaluation is: a line in the log every few seconds, and the time that is left in progress.json."""
 
@@ -87,7 +94,7 @@ class Meter:
 
 
 def in_batches(
-    order: Sequence[int], size: int, work: Callable[[Sequence[int]], None], meter: Meter | None = None
+    order: Sequence[int], size: int, work: Callable[[Sequence[int]], None], meter: Steps | None = None
 ) -> None:
     """Call `work` with at most `size` of the indices after each other; half as many from where memory runs out."""
     done = 0

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from graft_trainer import distributed, sharding
 from graft_trainer.checkpoint_store import CheckpointWriter
 from graft_trainer.data_order import blank
 from graft_trainer.evaluate import mean_loss
-from graft_trainer.failures import Failure
+from graft_trainer.failures import Failure, Interrupted
 from graft_trainer.interruption import Interruption
 from graft_trainer.pace import Pace
 from graft_trainer.progress import ProgressReporter, now
@@ -50,7 +50,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.tokens = 0  # read in all steps, by all processes
         self.seconds = 0.0  # of training, those of the attempts before included
         self.resumed_from: int | None = None
-        self.leaving = False  # the processes have agreed to write a checkpoint and to end
+        self.leaving = False  # the processes have agreed to end, with a checkpoint of where they are
         self.pace = Pace()
         self.told = 0.0
         self._due = False
@@ -93,18 +93,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._read = self.collator.tokens
         self.pace = Pace()
         self.pace.step(state.global_step, self.tokens)
+        # The checkpoint may be of a step whose evaluation was still to come.
+        self.catch_up(kwargs["model"], state.global_step)
+        if self.leaving:
+            raise self.parting()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, total = state.global_step, self.resolved.max_steps
         self.last_eval_loss = None
         save = self._agree(step)
         self.pace.step(step, self.tokens)
-        every = self.resolved.eval_steps
-        if self.held_out is not None and every is not None and (step % every == 0 or step == total):
-            self.measure(kwargs["model"], step)
         if time.monotonic() - self.told >= TELL or save or step == total:
             self.told = time.monotonic()
-            left = total // every - step // every if every else 0
+            every = self.resolved.eval_steps
+            left = total // every - (step - 1) // every if every else 0
             self.progress.update(
                 step=step,
                 percent=100 * step // total,
@@ -148,20 +150,52 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """In fp16 the scaler skips steps whose gradients overflow; an infinite norm is no sign of divergence there."""
         return self.resolved.precision != "fp16"
 
+    def owes(self, step: int) -> bool:
+        """Whether an evaluation is due after that step and not yet done."""
+        every = self.resolved.eval_steps
+        if self.held_out is None or every is None or not step:
+            return False
+        due = step % every == 0 or step == self.resolved.max_steps
+        return due and not any("evalLoss" in event and event["step"] == step for event in self.events)
+
+    def catch_up(self, model: Any, step: int) -> None:
+        """Measure the held-out loss where it is owed; `leaving` is set when a process was asked to end meanwhile."""
+        if self.leaving or not self.owes(step):
+            return
+        try:
+            self.measure(model, step)
+        except _BrokenOff:
+            self.leaving = True
+
     def measure(self, model: Any, step: int) -> None:
-        assert self.held_out is not None  # noqa: S101 - on_step_end asked
+        assert self.held_out is not None  # noqa: S101 - owes() asked
         begin = time.monotonic()
         batch, examples = self.resolved.per_device_train_batch_size, self.held_out.examples
         if distributed.joined():
-            loss = shared_loss(model, examples, self.collator.pad, batch)
+            loss = shared_loss(model, examples, self.collator.pad, batch, self._go_on)
         else:
-            loss = mean_loss(model, examples, self.collator.pad, batch)
+            loss = mean_loss(model, examples, self.collator.pad, batch, _Between(self._go_on))
         self.pace.pause(time.monotonic() - begin)
         self.last_eval_loss = loss
         self._event(step=step, evalLoss=round(loss, 5))
         self.progress.update(eval_loss=round(loss, 5))
         if distributed.is_main():
             log.info("step %d/%d  held-out loss %.4f", step, self.resolved.max_steps, loss)
+
+    def parting(self) -> BaseException:
+        """Why this process ends, when all are `leaving`."""
+        if self.interruption.wanted:
+            return Interrupted()
+        return Failure(
+            Reason.PEER_LOST,
+            "Another pod of the run was asked to end.",
+            "Nothing is to be done: the Job goes on from the checkpoint.",
+        )
+
+    def _go_on(self) -> None:
+        """_BrokenOff in all processes when one of them was asked to end: an evaluation may take longer than it is given."""
+        if distributed.total([self.interruption.wanted])[0]:
+            raise _BrokenOff
 
     def _agree(self, step: int) -> bool:
         """Whether all processes write a checkpoint of this step; any of them may have been asked to end."""
@@ -186,9 +220,24 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._since = time.monotonic()
 
 
-def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int) -> float:
+class _BrokenOff(Exception):
+    """The held-out loss is not measured to the end."""
+
+
+class _Between:
+    """Calls `check` after each batch."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def step(self, count: int) -> None:
+        self.check()
+
+
+def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, go_on: Callable[[], None]) -> float:
     """mean_loss with the examples divided among the processes. All of them run the model as often, as sharded weights need
-    it, and in no inference_mode, whose tensors fsdp could not use for training afterwards."""
+    it, and in no inference_mode, whose tensors fsdp could not use for training afterwards. `go_on` is called before each
+    round of batches."""
     collate, training = Collator(pad), model.training
     world, rank = distributed.world_size(), distributed.rank()
     ordered = sorted(examples, key=lambda item: item.tokens)
@@ -198,6 +247,7 @@ def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int)
     try:
         with torch.no_grad():
             for begin in range(0, len(ordered), batch * world):
+                go_on()
                 mine = ordered[begin + rank * batch : begin + (rank + 1) * batch]
                 inputs = collate(mine) if mine else blank(ordered, collate)
                 loss = model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False).loss

@@ -21,7 +21,7 @@ from graft_trainer.tokens import Collator, Tokenisation, Tokenised
 from graft_trainer.watch import Watch
 from peft import LoraConfig, get_peft_model
 from trainer_world import make_job, make_settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 torch.set_num_threads(1)  # so small a model is only slowed down by a second one
 ROOT = "team-a/runs/uid-1/"
@@ -122,6 +122,24 @@ def make_model(*, full: bool = False) -> Any:
     return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj", "v_proj", "down_proj"]))
 
 
+def make_t5(*, tied: bool = False, lora: bool = False) -> Any:
+    """`tied`: the head is the embedding table, as in T5 1.0 and unlike 1.1."""
+    torch.manual_seed(11)
+    config = T5Config(
+        vocab_size=WORDS, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    return (
+        get_peft_model(model, LoraConfig(r=2, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])) if lora else model
+    )
+
+
+def make_pairs(count: int = 22) -> list[Tokenised]:
+    """The same for seq2seq models."""
+    return [dataclasses.replace(item, task="seq2seq", labels=item.input_ids[2:]) for item in make_examples(count)]
+
+
 def open_attempt(root: Path, store: Any, name: str, **settings: Any) -> Run:
     own = dataclasses.replace(make_settings(root / name), attempt=name, **settings)
     Prepared("base", {"train": "sha256:data"}).write(own.prepared_file)
@@ -152,6 +170,7 @@ def run_attempt(
     events: dict[int, str | Callable[[], None]] | None = None,
     held_out: int = 0,
     full: bool = False,
+    t5: dict[str, bool] | None = None,
     run: Run | None = None,
     model: Any = None,
     examples: Sequence[Tokenised] | None = None,
@@ -159,7 +178,7 @@ def run_attempt(
     **changes: Any,
 ) -> Attempt:
     """Train as one attempt. At the micro-batches in `events`, and of held-out examples in `measuring`: "kill" ends it at once,
-    "term" asks it to end."""
+    "term" asks it to end. `t5`: the options of make_t5, for such a model."""
     run = run or open_attempt(root, store, name)
 
     def term() -> None:
@@ -168,6 +187,8 @@ def run_attempt(
     named: dict[Any, Callable[[], None]] = {"kill": killed, "term": term}
     happening, between = ({at: named.get(what, what) for at, what in (of or {}).items()} for of in (events, measuring))
     watch, ended = None, None
+    if t5 is not None:
+        model, examples = make_t5(**t5), make_pairs()
     model = model if model is not None else make_model(full=full)
     measured = iter(range(1, 1000))
 
@@ -185,7 +206,7 @@ def run_attempt(
                 Data(happening),  # type: ignore[arg-type]
                 dataclasses.replace(RESOLVED, **changes),
                 Device("cpu"),
-                Tokenisation(make_examples(held_out), 0, 0) if held_out else None,
+                Tokenisation((examples or make_examples())[:held_out], 0, 0) if held_out else None,
             )
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_world import FolderStore, run_attempt
 from graft.contracts import EXIT_CODES, Reason
 from rank_process import run_pair
 from safetensors.torch import load_file
@@ -43,3 +44,31 @@ def test_a_checkpoint_of_the_step_of_an_evaluation_is_gone_on_from(tmp_path: Pat
     seen, expected = (json.loads(path.read_text()) for path in (tmp_path / "done.json", tmp_path / "whole/whole.json"))
     assert seen["curve"] == expected["curve"]
     assert seen["evalLoss"] == pytest.approx(expected["evalLoss"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("t5", "changes"),
+    [({"tied": True}, {}), ({"tied": False}, {"gradient_checkpointing": True}), ({"lora": True}, {})],
+    ids=["tied", "untied", "lora"],
+)
+def test_a_t5_whose_embeddings_are_shared_learns_as_in_one_process(
+    tmp_path: Path, t5: dict[str, bool], changes: dict[str, bool]
+) -> None:
+    options = {"t5": t5, "sharding": "fsdp", "max_steps": 7, **changes}
+    cut = run_pair(tmp_path, "cut", {9: [1, "term"]}, **options)
+    assert cut.codes == [PEER_LOST, INTERRUPTED], cut.log(0)
+    done = run_pair(tmp_path, "done", **options)
+    assert done.codes == [0, 0], done.log(0)
+    assert done.progress.resumed_from == 5
+    single = run_attempt(
+        tmp_path, FolderStore(tmp_path / "single"), "pod-0", t5=t5, max_steps=7, held_out=5, eval_steps=6
+    )
+    assert single.watch is not None, single.ended
+    seen, weights = json.loads((tmp_path / "done.json").read_text()), load_file(tmp_path / "done.safetensors")
+    assert seen["evalLoss"] == pytest.approx(single.watch.last_eval_loss, rel=1e-4)
+    assert [record["loss"] for record in seen["curve"]] == pytest.approx(
+        [record["loss"] for record in single.watch.curve], rel=1e-4
+    )
+    assert weights.keys() == single.weights.keys()
+    for name, expected in single.weights.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)

@@ -1,6 +1,5 @@
 """A run that is killed or asked to end goes on from its newest checkpoint as if nothing had happened."""
 
-import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_world import ROOT, WORDS, Attempt, FolderStore, Killed, make_examples, open_attempt, run_attempt
+from checkpoint_world import ROOT, Attempt, FolderStore, Killed, open_attempt, run_attempt
 from graft_trainer.failures import Interrupted
-from transformers import T5Config, T5ForConditionalGeneration
 
 
 def same(one: Attempt, other: Attempt) -> None:
@@ -90,13 +88,9 @@ def test_a_t5_learns_the_same_however_a_step_is_divided(tmp_path: Path) -> None:
     # Its own loss is the mean over a micro-batch, whatever number of tokens it is told.
     curves = []
     for batch in (1, 4):
-        torch.manual_seed(11)
-        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-        model = T5ForConditionalGeneration(T5Config(vocab_size=WORDS, decoder_start_token_id=0, **shape))
-        examples = [dataclasses.replace(item, task="seq2seq", labels=item.input_ids[2:]) for item in make_examples()]
         name = f"by-{batch}"
         done = run_attempt(
-            tmp_path, FolderStore(tmp_path / name / "store"), name, model=model, examples=examples, max_steps=8,
+            tmp_path, FolderStore(tmp_path / name / "store"), name, t5={"tied": True}, max_steps=8,
             per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
         )  # fmt: skip
         assert done.watch is not None, done.ended

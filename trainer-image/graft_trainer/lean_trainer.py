@@ -25,6 +25,7 @@ from graft_trainer.checkpoint_store import CheckpointWriter
 from graft_trainer.data_order import DataOrder, EpochLoader
 from graft_trainer.resolve import Device, Resolved
 from graft_trainer.resume import Resume
+from graft_trainer.sharding import share_table
 from graft_trainer.tokens import IGNORED
 from graft_trainer.watch import Watch
 
@@ -115,6 +116,8 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
         self.divides = bool(self.model_accepts_loss_kwargs and self._loss_shifts_labels)
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = not getattr(self.model.config, "is_encoder_decoder", False)
+        if self.is_fsdp_enabled:
+            share_table(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate shards on GPUs only, although nothing in FSDP2 needs one: on CPUs it is told so afterwards."""

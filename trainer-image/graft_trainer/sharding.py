@@ -20,6 +20,17 @@ def shell(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def share_table(model: nn.Module) -> None:
+    """Make the embedding tables that are one weight one module, too, before the model is sharded. FSDP2 takes no weight into
+    two groups, and accelerate leaves the tables of T5's encoder and decoder in another one than the model's own."""
+    weight = model.get_input_embeddings().weight
+    tables: dict[type[nn.Module], nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Embedding) and child.weight is weight:
+                setattr(module, name, tables.setdefault(type(child), child))
+
+
 def reshard(model: nn.Module) -> None:
     """Each process has its part of the float32 weights again, and nothing else. After a forward pass that no backward pass
     follows some modules, the head among them, would stay whole, and rounded to the type of the products."""

@@ -30,6 +30,7 @@ def refused(plane: ControlPlane, manifest: Object) -> str:
         ({"dataset": {"train": {"uri": "train.jsonl"}}}, "spec.dataset.train.uri"),
         ({"learningRate": 0.1}, 'unknown field "spec.learningRate"'),
         ({"method": {"qlora": {}}, "training": {"sharding": "fsdp"}}, "fsdp does not go with qlora"),
+        ({"training": {"sharding": "fsdp", "optim": "adafactor"}}, "fsdp does not go with adamw8bit and adafactor"),
         ({"nodes": 2, "resources": None}, "nodes needs resources"),
         ({"queue": "q", "suspend": True}, "a queued job is Kueue's to suspend"),
         ({"evaluation": {"gates": [{"metric": "exactMatch"}]}}, "give at least one of min, max and minGain"),

@@ -211,6 +211,23 @@ def test_explicit_pods_share_the_weights_when_each_gpu_is_too_small_for_all() ->
     assert place(TINY, [node("one")], resources=pods, nodes_wanted=2).choice.sharding == "ddp"
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "adamw8bit"])
+def test_optimizers_that_cannot_be_sharded_get_one_gpu_or_whole_copies(optim: str) -> None:
+    large = gpu_node("h200", "NVIDIA-H200", 143771, gpus=8)
+    one = place(LLAMA_2["7B"], [A100, large], "full", optim=optim)
+    assert (one.sizing.gpus_per_node, one.nodes, one.choice.sharding) == (1, 1, None)
+    with pytest.raises(DoesNotFit) as refused:
+        place(LLAMA_2["13B"], [A100], "full", optim=optim)
+    text = str(refused.value)
+    assert "on one GPU; the largest GPU here is NVIDIA-A100-SXM4-80GB" in text
+    assert (
+        f"training.optim {optim} cannot be sharded; with adamw the job would fit on 4 x NVIDIA-A100-SXM4-80GB" in text
+    )
+    gpus = {"limits": {"memory": "200Gi", "nvidia.com/gpu": 4}}
+    assert place(LLAMA_2["7B"], [A100], "full", resources=gpus, optim=optim).choice.sharding == "ddp"
+    assert place(LLAMA_2["70B"], [A100], resources=gpus, optim=optim).choice.sharding == "ddp"
+
+
 def test_without_facts_there_is_no_estimate_and_the_remedy_is_named() -> None:
     decision = place(None, [A100])
     assert (decision.resources, decision.nodes, decision.sizing.items) == (None, 1, {})

@@ -148,6 +148,16 @@ def test_a_length_that_leaves_nothing_to_learn(tmp_path: Path, store: MemoryStor
     assert "the model's context is 128 tokens" in message
 
 
+def test_an_optimizer_that_does_not_know_sharded_weights(tmp_path: Path, store: MemoryStore) -> None:
+    training = {"optim": "adafactor", "sharding": "fsdp"}
+    job = make_job(method={"full": {}}, training=training, pods={"processesPerNode": 2})
+    reason, message = reason_of(tmp_path, store, job)
+    assert reason == Reason.CONFIGURATION_INVALID
+    assert (
+        "training.optim is adafactor, which does not know weights that are sharded (fsdp) over 2 processes" in message
+    )
+
+
 def test_a_conversation_that_the_chat_template_refuses(tmp_path: Path, store: MemoryStore) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     store.kept["models/tiny/chat_template.jinja"] = (strict + MARKED).encode()

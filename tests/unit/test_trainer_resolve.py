@@ -284,6 +284,17 @@ def test_a_micro_batch_of_one_cannot_be_halved() -> None:
     assert "gradientCheckpointing" not in last.value.remedy and "qlora" not in last.value.remedy
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "adamw8bit"])
+def test_optimizers_that_do_not_know_sharded_weights_are_refused_with_fsdp(optim: str) -> None:
+    full: dict[str, Any] = {"full": {}}
+    assert resolved({"optim": optim}, H100, method=full, world=2).sharding == "ddp"
+    assert resolved({"optim": optim, "sharding": "fsdp"}, H100, method=full).sharding is None
+    with pytest.raises(Failure) as caught:
+        resolved({"optim": optim, "sharding": "fsdp"}, H100, method=full, world=2)
+    assert caught.value.reason == Reason.CONFIGURATION_INVALID
+    assert f"training.optim is {optim}" in str(caught.value) and "adamw" in caught.value.remedy
+
+
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "adamw8bit"])
 def test_8_bit_states_need_a_gpu(optim: str) -> None:
     assert resolved({"optim": optim}, H100).optim == optim

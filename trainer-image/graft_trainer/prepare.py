@@ -26,7 +26,7 @@ from graft_trainer.dataset import check_template
 from graft_trainer.download import download_file, patiently, tell
 from graft_trainer.failures import Failure
 from graft_trainer.lmeval_prefetch import prefetch
-from graft_trainer.resolve import Device, check_packing, limits
+from graft_trainer.resolve import Device, check_packing, check_sharding, limits
 from graft_trainer.run import Data, Prepared, Run, already_published, read_data
 from graft_trainer.suites import needs_chat_template, read_suite
 
@@ -85,6 +85,7 @@ def check_spec(job: JobFile) -> None:
     for template in job.dataset.templates or []:
         check_template(template)
     check_packing(job)
+    check_sharding(job, job.pods.nodes * job.pods.processes_per_node)
     has_held_out = job.dataset.eval is not None or job.dataset.eval_split is not None
     if failure := gates.unknown(job.evaluation, has_held_out, held_out_answers=job.dataset.format != "text"):
         raise failure

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from graft.api.recipe import MethodName, Training
+from graft.api.recipe import SHARDABLE, MethodName, Training
 from graft.contracts import JobFile, Reason
 from pydantic.alias_generators import to_camel
 
@@ -108,6 +108,7 @@ def limits(job: JobFile, device: Device, context: int | None, world: int = 1) ->
     the model or the method cannot do what was asked for."""
     training, method = job.training, job.method
     check_packing(job)
+    check_sharding(job, world)
     if training.optim == "adamw8bit" and device.kind == "cpu":
         raise Failure(
             Reason.CONFIGURATION_INVALID,
@@ -157,6 +158,17 @@ def check_packing(job: JobFile) -> None:
         raise Failure(
             Reason.CONFIGURATION_INVALID, f"training.packing is true, but {why}", "Set training.packing to false."
         )
+
+
+def check_sharding(job: JobFile, world: int) -> None:
+    """Failure(ConfigurationInvalid) when the job's optimizer cannot do with a part of each weight, which it gets from fsdp."""
+    if _sharding(job, world) != "fsdp" or job.training.optim in SHARDABLE:
+        return
+    raise Failure(
+        Reason.CONFIGURATION_INVALID,
+        f"training.optim is {job.training.optim}, which does not know weights that are sharded (fsdp) over {world} processes",
+        f"Use {' or '.join(SHARDABLE)}, or set training.sharding to ddp.",
+    )
 
 
 def resolve(
@@ -265,7 +277,8 @@ def _sharding(job: JobFile, world: int) -> Sharding | None:
         return None
     if job.training.sharding != "auto":
         return job.training.sharding
-    return job.choice.sharding or ("fsdp" if job.method.full is not None else "ddp")
+    whole = job.method.full is not None and job.training.optim in SHARDABLE
+    return job.choice.sharding or ("fsdp" if whole else "ddp")
 
 
 def _precision(training: Training, device: Device) -> Precision:

@@ -299,6 +299,11 @@ CRD: dict[str, Any] = {
             "training.sharding: fsdp does not go with qlora: 4-bit weights are not sharded; use ddp, or lora",
         ),
         (
+            "!has(self.training) || !has(self.training.sharding) || self.training.sharding != 'fsdp' || "
+            "!has(self.training.optim) || self.training.optim == 'adamw'",
+            "training.sharding: fsdp does not go with adamw8bit and adafactor: they do not know sharded weights; use adamw, or ddp",
+        ),
+        (
             "!has(self.nodes) || self.nodes == 1 || has(self.resources)",
             "nodes needs resources: say what each of the pods gets, or leave both out",
         ),

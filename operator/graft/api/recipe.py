@@ -155,6 +155,9 @@ class Method(Schema):
         return self.lora or self.qlora
 
 
+SHARDABLE = ("adamw",)  # optimizers that know weights of which each process has a part
+
+
 class Training(Schema):
     """Hyperparameters, with the names of Hugging Face's TrainingArguments. What is absent is derived; see status.resolved."""
 
@@ -178,7 +181,8 @@ class Training(Schema):
     )
     optim: Literal["adamw", "adamw8bit", "adafactor"] = Field(
         default="adamw",
-        description="The optimizer. adamw8bit (bitsandbytes, GPUs only) and adafactor keep less state per trained parameter.",
+        description="The optimizer. adamw8bit (bitsandbytes, GPUs only) and adafactor keep less state per trained parameter, and do not "
+        "go with fsdp.",
     )
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
@@ -215,7 +219,7 @@ class Training(Schema):
     sharding: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
         description="With more than one GPU: ddp keeps the whole model on each, fsdp spreads it over all. auto: fsdp for full, and "
-        "where the model fits only so.",
+        "where the model fits only so, if the optimizer is adamw; else ddp.",
     )
     logging_steps: int = Field(default=10, ge=1, description="Steps between records of the loss.")
     eval_steps: int | None = Field(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from graft.api.recipe import Lora, Method, QLora, Training
+from graft.api.recipe import SHARDABLE, Lora, Method, QLora, Training
 from graft.placement.activations import WIDTH, Setup
 from graft.placement.blocks import Geometry
 from graft.placement.estimate import GIB, loaded_bytes, trained_parameters, training_memory
@@ -135,8 +135,9 @@ def _largest(recipe: Recipe, setup: Setup, memory: int) -> Setup | None:
 
 
 def sharded(recipe: Recipe) -> bool:
-    """Whether more GPUs lessen the memory of each: 4-bit weights are not spread, nor is anything with ddp."""
-    return recipe.method.qlora is None and recipe.training.sharding != "ddp"
+    """Whether more GPUs lessen the memory of each: 4-bit weights are not spread, nor is anything with ddp, nor what an
+    optimizer works on that wants all of it."""
+    return recipe.method.qlora is None and recipe.training.sharding != "ddp" and recipe.training.optim in SHARDABLE
 
 
 def _candidates(recipe: Recipe, available: Sequence[NodeOffer]) -> Iterator[tuple[GpuKind, int, int]]:
@@ -182,6 +183,15 @@ def _checkpoint(recipe: Recipe, setup: Setup, gpus: int) -> int:
 def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:
     """What would fit, in words: a lighter method on this cluster, and the recipe on other GPUs."""
     ways = []
+    if recipe.training.optim not in SHARDABLE:
+        training = recipe.training.model_copy(update={"optim": SHARDABLE[0]})
+        other = best(replace(recipe, training=training), available)
+        if other is not None:
+            count, optim = other.gpus * other.nodes, recipe.training.optim
+            ways.append(
+                f"training.optim {optim} cannot be sharded; with {SHARDABLE[0]} the job would fit on {count} x {other.kind.product} "
+                "of this cluster"
+            )
     for method in (Method(lora=Lora()), Method(qlora=QLora())):
         order = ("full", "lora", "qlora")
         if recipe.method.name not in order or order.index(method.name) <= order.index(recipe.method.name):

@@ -21,6 +21,7 @@ from graft.placement.choose import (
     fit,
     host_memory,
     longest_sequence,
+    sharded,
     smallest,
 )
 from graft.placement.estimate import GIB, training_memory
@@ -182,12 +183,12 @@ def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequen
 
 
 def _sharding(recipe: Recipe, gpus: int, nodes: int, kind: GpuKind | None) -> Literal["ddp", "fsdp"] | None:
-    """fsdp for full, and where the model fits only so."""
+    """fsdp for full, and where the model fits only so; ddp where weights cannot be spread."""
     if max(1, gpus) * nodes == 1:
         return None
     if recipe.training.sharding != "auto":
         return recipe.training.sharding
-    if recipe.method.qlora is not None:
+    if not sharded(recipe):
         return "ddp"
     whole = recipe.setup(kind, gpus, nodes, "ddp")
     crowded = kind is not None and whole is not None and fit(recipe, whole, kind.usable) is None

@@ -3,20 +3,22 @@
 import dataclasses
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from checkpoint_world import RESOLVED, ROOT, FolderStore, Killed, run_attempt
+from checkpoint_world import RESOLVED, ROOT, FolderStore, Killed, open_attempt, run_attempt
 from graft.artifacts.store import ObjectInfo
 from graft_trainer.checkpoint import complete, identity, pack, unpack
 from graft_trainer.checkpoint_state import loader, optimizer_state, random_state, restore_optimizer, restore_random
 from graft_trainer.host_copy import HostCopy, arrange
 from safetensors import safe_open
+from testbed.shell import wait_for
 from trainer_world import make_job
 
-HALF_OF_RUN = {24: "kill"}  # in step 13; the checkpoints of steps 8 and 12 are there
+HALF_OF_RUN = 24  # micro-batch in which the run is cut, in step 13; the checkpoints of steps 8 and 12 are there
 
 
 def files(store: FolderStore) -> list[str]:
@@ -24,7 +26,14 @@ def files(store: FolderStore) -> list[str]:
 
 
 def cut(store: FolderStore, name: str, root: Path) -> None:
-    assert isinstance(run_attempt(root, store, name, events=dict(HALF_OF_RUN)).ended, Killed)
+    run = open_attempt(root, store, name)
+
+    def before_step_12() -> None:
+        # A checkpoint that is due while another is on its way waits for a later step.
+        wait_for(lambda: not any(busy() for busy in run.interruption._holding), 30, "the one of step 8 is written")
+
+    events: dict[int, str | Callable[[], None]] = {HALF_OF_RUN - 2: before_step_12, HALF_OF_RUN: "kill"}
+    assert isinstance(run_attempt(root, store, name, events=events, run=run).ended, Killed)
 
 
 def test_the_layout_and_that_nothing_is_a_pickle(tmp_path: Path) -> None:

@@ -207,6 +207,9 @@ class MemoryStore:
     def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
         yield self.get(key, bucket)
 
+    def download(self, item: ObjectInfo, path: Path, bucket: str | None = None, **how: Any) -> None:
+        path.write_bytes(self.get(item.key, bucket))
+
     def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
         return ObjectInfo(key, len(self.get(key)), f"etag-{len(self.get(key))}")
 

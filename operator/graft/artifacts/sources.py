@@ -7,19 +7,20 @@ safetensors and the files that transformers needs beside them are taken; pickles
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
 
 from graft.artifacts.layout import SIGNATURE, split_s3_uri
-from graft.artifacts.store import ObjectInfo, S3Store, StoreError
+from graft.artifacts.store import PATIENCE, ObjectInfo, Report, S3Store, StoreError, patiently
 
 WEIGHTS = ".safetensors"
 MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
 CONFIG_LIMIT = 1024 * 1024
-Report = Callable[[int, int], None]  # bytes done, bytes in all
+DISK_FULL = (ENOSPC, EDQUOT)
 
 
 class SourceError(Exception):
@@ -63,15 +64,16 @@ def pvc_path(uri: str, root: Path) -> Path:
     return full
 
 
-def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
-    """(bucket, prefix, model files) below an s3:// folder. SourceError when there is no model."""
+def s3_files(store: S3Store, uri: str, patience: float = 0) -> tuple[str, str, list[ObjectInfo]]:
+    """(bucket, prefix, model files) below an s3:// folder. SourceError when there is no model, or no answer for `patience`
+    seconds."""
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
     try:
         # Of a version that serves as a model: its signature is written later, and anew with each key.
         files = [
             item
-            for item in store.objects(prefix, bucket)
+            for item in patiently(lambda: list(store.objects(prefix, bucket)), patience)
             if item.key.endswith(MODEL_FILES) and item.key != prefix + SIGNATURE
         ]
     except StoreError as error:
@@ -108,7 +110,7 @@ def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token:
 
 @contextlib.contextmanager
 def hub_errors(uri: str) -> Iterator[None]:
-    """What the hub's errors mean: SourceError, transient where asking again may help."""
+    """What the hub's errors mean: SourceError, transient where asking again may help. A full disk stays an OSError."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -119,6 +121,8 @@ def hub_errors(uri: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", 0)
         raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
     except (OSError, HTTPError) as error:  # HTTPError: no answer at all, of the library that the hub's is built on
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         raise SourceError(f"{uri}: {error}", transient=True) from error
 
 
@@ -149,11 +153,13 @@ def fetch(
     hf_token: str | None = None,
     report: Report = lambda done, total: None,
     weights: bool = True,
+    patience: float = PATIENCE,
 ) -> Path:
     """A local folder with the model's files: `target`, or the mounted claim itself for pvc://. Without `weights` they need only be
-    there, at the source.
+    there, at the source. A store that does not answer is asked again for `patience` seconds.
 
-    For s3:// the listing must still have the digest that the BaseModel was resolved to. SourceError otherwise.
+    For s3:// the listing must still have the digest that the BaseModel was resolved to, and the files must be those of the
+    listing. SourceError otherwise; OSError (DISK_FULL) where they have no room.
     """
     if uri.startswith("pvc://"):
         folder = pvc_path(uri, pvc_root)
@@ -165,39 +171,41 @@ def fetch(
         return _fetch_hf(uri, target, hf_endpoint, hf_token, weights)
     if store is None:
         raise SourceError("no object store is configured")
-    bucket, prefix, files = s3_files(store, uri)
+    bucket, prefix, files = s3_files(store, uri, patience)
     actual = s3_digest(prefix, files)
     if digest is not None and actual != digest:
         raise SourceError(
             f"the files below {uri} changed since the BaseModel was resolved: {actual}, expected {digest}"
         )
     files = [item for item in files if weights or not item.key.endswith(WEIGHTS)]
-    total, done = sum(item.size for item in files), 0
-
-    def one(item: ObjectInfo) -> int:
-        path = target / item.key.removeprefix(prefix)
-        if not path.resolve().is_relative_to(target.resolve()):
-            raise SourceError(f"{item.key} leaves its folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size == item.size:
-            return item.size
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as stream:
-            for chunk in store.chunks(item.key, bucket):
-                stream.write(chunk)
-        if partial.stat().st_size != item.size:
-            raise SourceError(f"{item.key} was cut short", transient=True)
-        partial.rename(path)
-        return item.size
-
+    paths = {item: _place(item, prefix, target) for item in files}
+    left = [item for item in files if not (paths[item].exists() and paths[item].stat().st_size == item.size)]
+    total, to_come = sum(item.size for item in files), sum(item.size for item in left)
+    if to_come > (free := shutil.disk_usage(target).free):
+        room = f"{to_come / 1e9:.2f} GB of {uri} are to come, there is room for {free / 1e9:.2f} GB"
+        raise OSError(ENOSPC, room, str(target))
+    done = total - to_come
     try:
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            for size in pool.map(one, files):
-                done += size
-                report(done, total)
+        for item in left:
+            store.download(
+                item,
+                paths[item],
+                bucket,
+                patience=patience,
+                report=lambda came, _: report(done + came, total),  # noqa: B023 - called before the next one
+            )
+            done += item.size
     except StoreError as error:
         raise SourceError(str(error), transient=error.trouble == "unavailable") from error
     return target
+
+
+def _place(item: ObjectInfo, prefix: str, target: Path) -> Path:
+    path = target / item.key.removeprefix(prefix)
+    if not path.resolve().is_relative_to(target.resolve()):
+        raise SourceError(f"{item.key} leaves its folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None, weights: bool) -> Path:

@@ -6,18 +6,29 @@ from the environment.
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
+Report = Callable[[int, int], None]  # bytes done, bytes in all
+PATIENCE = 180.0  # seconds for which a store that does not answer is asked again
 CHUNK = 8 * 1024 * 1024
 PART = 32 * 1024 * 1024  # of a streamed upload; S3 takes 10,000 of them, of 5 MiB at least
+RANGE = 16 * 1024 * 1024  # of a download: what is taken anew when its connection breaks
+STREAMS = 8  # of a download; botocore keeps 10 connections
+PIECE = 256 * 1024  # that each of them holds in memory
 SMALL_OBJECT = 8 * 1024 * 1024  # JSON documents; larger ones are not read into memory
 
 
@@ -27,6 +38,23 @@ class StoreError(Exception):
     def __init__(self, trouble: Trouble, message: str) -> None:
         super().__init__(message)
         self.trouble = trouble
+
+
+def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
+    """`call`, again while the store does not answer, for `patience` seconds since it first did not. What the last try raised
+    otherwise."""
+    deadline, seconds = None, 1.0
+    while True:
+        try:
+            return call()
+        except StoreError as error:
+            now = time.monotonic()
+            deadline = now + patience if deadline is None else deadline
+            if error.trouble != "unavailable" or now + seconds > deadline:
+                raise
+            log.warning("the store did not answer, trying again in %.0f s: %s", seconds, error)
+        pause(seconds)
+        seconds = min(2 * seconds, 15.0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +128,13 @@ def _parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
             yield bytes(buffer[:PART])
             del buffer[:PART]
     yield bytes(buffer)
+
+
+def _pieces(key: str, body: Any, size: int) -> Iterator[bytes]:
+    try:
+        yield from body.iter_chunks(size)
+    except (BotoCoreError, OSError) as error:
+        raise StoreError("unavailable", f"{key}: {error}") from error
 
 
 class S3Store:
@@ -227,11 +262,79 @@ class S3Store:
 
     def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
         """The bytes of an object of any size, chunk by chunk."""
-        response = self._call("get_object", key, bucket)
+        yield from _pieces(key, self._call("get_object", key, bucket)["Body"], CHUNK)
+
+    def download(
+        self,
+        item: ObjectInfo,
+        path: Path,
+        bucket: str | None = None,
+        *,
+        patience: float = PATIENCE,
+        report: Report = lambda done, total: None,
+    ) -> None:
+        """Copy an object of any size to a file, which appears whole or not at all.
+
+        Its ranges come several at once, and each is asked for again for `patience` seconds since it first failed. StoreError,
+        "missing" when the object is no longer the one of `item`; OSError when it is the disk. `report` is called by one thread
+        at a time, with fewer bytes than before when a range is taken anew.
+        """
+        # Not boto's download_file: after an outage that botocore's own tries do not outlast, it takes the whole file anew.
+        partial = path.with_name(path.name + ".partial")
+        stopped, lock, done = threading.Event(), threading.Lock(), 0
+
+        def came(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                report(done, item.size)
+
+        def take(start: int) -> None:
+            patiently(lambda: self._take(item, bucket, partial, start, stopped, came), patience, stopped.wait)
+
+        pool = ThreadPoolExecutor(STREAMS, "download")
         try:
-            yield from response["Body"].iter_chunks(CHUNK)
-        except (BotoCoreError, OSError) as error:
-            raise StoreError("unavailable", f"{key}: {error}") from error
+            partial.write_bytes(b"")
+            for part in as_completed([pool.submit(take, start) for start in range(0, item.size, RANGE)]):
+                part.result()
+            partial.rename(path)
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            partial.unlink(missing_ok=True)
+
+    def _take(
+        self,
+        item: ObjectInfo,
+        bucket: str | None,
+        path: Path,
+        start: int,
+        stopped: threading.Event,
+        came: Callable[[int], None],
+    ) -> None:
+        """Write one range of an object to its place in the file."""
+        if stopped.is_set():
+            return
+        size, done = min(RANGE, item.size - start), 0
+        # A small object is asked for as a whole: botocore compares the checksum that it is stored with.
+        which = {"Range": f"bytes={start}-{start + size - 1}"} if size < item.size else {}
+        response = self._call("get_object", item.key, bucket, **which)
+        with contextlib.closing(response["Body"]) as body, path.open("r+b") as file:
+            if response["ETag"].strip('"') != item.etag:
+                raise StoreError("missing", f"{item.key} has been replaced by another object")
+            if response["ContentLength"] != size:
+                raise StoreError("unavailable", f"{item.key}: {response['ContentLength']} bytes came for {size}")
+            file.seek(start)
+            try:
+                for piece in _pieces(item.key, body, PIECE):
+                    if stopped.is_set():
+                        return
+                    file.write(piece)
+                    done += len(piece)
+                    came(len(piece))
+            except StoreError:
+                came(-done)
+                raise
 
     def sha256(self, key: str, bucket: str | None = None) -> tuple[str, int]:
         """(hex SHA-256, size) of an object, computed from its bytes."""

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from graft.artifacts.sources import SourceError, fetch, split_hf_uri
+from graft.artifacts.sources import DISK_FULL, SourceError, fetch, split_hf_uri
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.contracts import EXIT_CODES, HF_TOKEN_FILE, PVC_DIR, STORAGE_DIR, Reason, Termination
 
@@ -56,10 +56,18 @@ def fetch_base(arguments: list[str]) -> int:
             remedy="Check the Secret graft-storage of the namespace." if denied else "The container is started again.",
         )
     except Exception as error:
-        log.exception("fetching %s failed", options.uri)
-        failure = Termination(
-            reason=Reason.INTERNAL_ERROR, message=repr(error), remedy="See the log of this container."
-        )
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            failure = Termination(
+                reason=Reason.CONFIGURATION_INVALID,
+                message=f"the disk is full: {error}",
+                remedy="Make room on the node, or name the AdapterDeployment's resources, all of them, with a request for "
+                "ephemeral-storage above the size of the base model, so that its pods get to a node with room.",
+            )
+        else:
+            log.exception("fetching %s failed", options.uri)
+            failure = Termination(
+                reason=Reason.INTERNAL_ERROR, message=repr(error), remedy="See the log of this container."
+            )
     else:
         log.info("the base model is at %s", folder, extra={"uri": options.uri, "path": str(folder)})
         return 0

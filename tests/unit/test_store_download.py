@@ -1,0 +1,247 @@
+"""Large objects reach the disk over lines that break, stores that go away and disks that are full: real S3, a proxy between."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from errno import ENOSPC
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from graft.artifacts import sources, store
+from graft.artifacts.sources import SourceError, describe, fetch, hub_errors
+from graft.artifacts.store import RANGE, ObjectInfo, S3Store, StorageConfig, StoreError, patiently
+from graft_server.agent.fetchbase import fetch_base
+from testbed.faults import Fault, FaultyProxy, faulty_proxy
+from testbed.objectstore import S3Server, s3_server
+
+KEY = "models/large/model.safetensors"
+URI = "s3://bucket/models/large"
+LARGE = os.urandom(5 * RANGE + 12345)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def config(server: S3Server) -> StorageConfig:
+    config = StorageConfig.from_dir(server.secret_dir("bucket"))
+    filled = S3Store(config)
+    filled.create_bucket()
+    filled.put(KEY, LARGE)
+    filled.put("models/large/config.json", b"{}")
+    return config
+
+
+@pytest.fixture
+def proxy(server: S3Server) -> Iterator[FaultyProxy]:
+    with faulty_proxy(server.endpoint) as proxy:
+        yield proxy
+
+
+def through(proxy: FaultyProxy, config: StorageConfig) -> S3Store:
+    """The store behind the proxy; it leaves trying again to the download."""
+    return S3Store(dataclasses.replace(config, endpoint=proxy.endpoint), attempts=1, timeout=1)
+
+
+def fetched(store: S3Store, target: Path, **how: object) -> Path:
+    return fetch(URI, describe(URI, store, None).digest, target, store=store, pvc_root=target, **how)  # type: ignore[arg-type]
+
+
+def bytes_sent(proxy: FaultyProxy) -> int:
+    """That the ranges of the weights have asked for."""
+    asked = [seen.range.removeprefix("bytes=").split("-") for seen in proxy.reads(KEY) if seen.range]
+    return sum(int(last) - int(first) + 1 for first, last in asked)
+
+
+def test_progress_grows_within_a_file(config: StorageConfig, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    folder = fetched(S3Store(config), tmp_path / "base", report=lambda done, total: told.append((done, total)))
+    assert (folder / "model.safetensors").read_bytes() == LARGE
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    total = len(LARGE) + 2
+    assert len(told) > 50 and told == sorted(told) and told[-1] == (total, total)
+
+
+@pytest.mark.parametrize("fault", [Fault(KEY, times=3, cut_at=3_000_000), Fault(KEY, times=2, hang_at=3_000_000)])
+def test_a_download_that_breaks_midway_goes_on(
+    fault: Fault, config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    told: list[int] = []
+    proxy.inject(fault)
+    folder = fetched(through(proxy, config), tmp_path / "base", patience=20, report=lambda done, _: told.append(done))
+    assert (folder / "model.safetensors").read_bytes() == LARGE
+    assert told[-1] == max(told) == len(LARGE) + 2
+    assert bytes_sent(proxy) <= len(LARGE) + 3 * RANGE, "only what broke was asked for again"
+
+
+def test_a_store_that_comes_back_within_the_patience_is_read_on_from(
+    config: StorageConfig, server: S3Server, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    store, first = through(proxy, config), threading.Event()
+    item = store.head(KEY)
+
+    def away() -> None:
+        first.wait()
+        server.stop()
+        time.sleep(2)
+        server.start()
+
+    outage = threading.Thread(target=away)
+    outage.start()
+    proxy.inject(Fault(KEY, bytes_per_second=10e6))  # so that it is still on its way
+    store.download(item, tmp_path / "file", patience=20, report=lambda *_: first.set())
+    outage.join()
+    assert (tmp_path / "file").read_bytes() == LARGE
+
+
+def test_a_store_that_is_away_for_longer_than_the_patience(
+    config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    store = through(proxy, config)
+    proxy.inject(Fault(KEY, cut_at=1_000_000))
+    began = time.monotonic()
+    with pytest.raises(SourceError) as caught:
+        fetched(store, tmp_path / "base", patience=4)
+    assert caught.value.transient and 2 < time.monotonic() - began < 10
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"], "nothing half done is left"
+    proxy.inject(Fault("list-type", status=503, code="SlowDown"))
+    with pytest.raises(SourceError) as caught:
+        fetch(URI, None, tmp_path / "base", store=store, pvc_root=tmp_path, patience=0)
+    assert caught.value.transient
+
+
+def test_a_store_that_does_not_list_for_a_while(config: StorageConfig, proxy: FaultyProxy, tmp_path: Path) -> None:
+    proxy.inject(Fault("list-type", times=2, status=503, code="SlowDown"))
+    fetch(URI, None, tmp_path / "base", store=through(proxy, config), pvc_root=tmp_path, patience=10)
+    assert (tmp_path / "base/model.safetensors").read_bytes() == LARGE
+
+
+def test_a_pod_that_is_asked_to_end_does_not_wait_for_what_is_on_its_way(
+    config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    class Asked(BaseException):
+        pass
+
+    def ask(*_: object) -> None:
+        raise Asked
+
+    store, before = through(proxy, config), signal.signal(signal.SIGUSR1, ask)
+    item = store.head(KEY)
+    proxy.inject(Fault(KEY, bytes_per_second=1e6))
+    asking = threading.Timer(1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+    asking.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(Asked):
+            store.download(item, tmp_path / "file")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - began < 4 and not list(tmp_path.iterdir())
+
+
+def test_an_object_that_is_replaced_midway_is_not_used(
+    config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    other = bytes(len(LARGE))
+
+    def replace() -> None:
+        if len(proxy.reads(KEY)) == 4:
+            S3Store(config).put(KEY, other)
+
+    proxy.on_request = replace
+    with pytest.raises(SourceError, match="replaced by another object") as caught:
+        fetched(through(proxy, config), tmp_path / "base", patience=20)
+    assert not caught.value.transient
+    assert not (tmp_path / "base/model.safetensors").exists()
+
+
+def test_a_small_object_is_compared_with_the_checksum_that_it_was_stored_with(
+    config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    store, data = through(proxy, config), os.urandom(100_000)
+    store.put("small", data)
+    item = store.head("small")
+    proxy.inject(Fault("small", times=1, flip_at=5000))
+    store.download(item, tmp_path / "file", patience=5)
+    assert (tmp_path / "file").read_bytes() == data
+    assert [seen.range for seen in proxy.reads("small") if seen.method == "GET"] == [None, None]
+    proxy.inject(Fault("small", flip_at=5000))
+    with pytest.raises(StoreError, match="checksum"):
+        store.download(item, tmp_path / "again", patience=0)
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_empty_object(config: StorageConfig, tmp_path: Path) -> None:
+    store = S3Store(config)
+    store.put("empty", b"")
+    store.download(store.head("empty"), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_one_that_is_not_there_or_may_not_be_read_is_told_at_once(config: StorageConfig, tmp_path: Path) -> None:
+    gone = ObjectInfo("models/none", 5, "etag")
+    wrong = dataclasses.replace(config, secret_access_key="not-it")
+    for opened, trouble in ((config, "missing"), (wrong, "denied")):
+        with pytest.raises(StoreError) as caught:
+            S3Store(opened).download(gone, tmp_path / "file", patience=60)
+        assert caught.value.trouble == trouble
+
+
+def test_a_full_disk_is_told_as_such(config: StorageConfig, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        fetched(S3Store(config), tmp_path, patience=60)
+    assert caught.value.errno == ENOSPC
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_not_begun(
+    config: StorageConfig, server: S3Server, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(OSError, match=r"0\.08 GB of s3://bucket/models/large are to come, there is room for 0\.00 GB"):
+        fetched(through(proxy, config), tmp_path / "base")
+    assert not proxy.reads(KEY)
+    log = tmp_path / "termination-log"
+    secret = str(server.secret_dir("bucket"))
+    target = ["--target", str(tmp_path / "base"), "--termination-log", str(log), "--storage-dir", secret]
+    assert fetch_base(["--uri", URI, *target]) == 14
+    said = log.read_text()
+    assert "the disk is full" in said and "ephemeral-storage" in said
+
+
+def test_a_disk_that_a_model_of_the_hub_fills_is_no_hub_that_does_not_answer() -> None:
+    full = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught, hub_errors("hf://org/model"):
+        full.write_bytes(b"weights")
+    assert not isinstance(caught.value, SourceError) and caught.value.errno == ENOSPC
+
+
+def test_what_took_longer_than_the_patience_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(store.time, "monotonic", lambda: clock.now)
+    tries: list[float] = []
+
+    def pause(seconds: float) -> None:
+        clock.now += seconds
+
+    def breaks(times: int) -> str:
+        tries.append(clock.now)
+        clock.now += 600 if len(tries) == 1 else 0
+        if len(tries) <= times:
+            raise StoreError("unavailable", f"reset {len(tries)}")
+        return hashlib.sha256(b"").hexdigest()
+
+    assert patiently(lambda: breaks(3), 180, pause)
+    assert tries == [0, 601, 603, 607]
+    tries.clear()
+    with pytest.raises(StoreError):
+        patiently(lambda: breaks(100), 180, pause)
+    assert 165 < tries[-1] - tries[1] <= 180

@@ -60,8 +60,12 @@ class FolderStore:
     def upload(self, key: str, path: Path) -> None:
         self.put(key, path.read_bytes())
 
-    def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
-        yield self.get(key, bucket)
+    def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
+        data = self.get(key, bucket)
+        return ObjectInfo(key, len(data), hashlib.sha256(data).hexdigest())
+
+    def download(self, item: ObjectInfo, path: Path, bucket: str | None = None, **how: Any) -> None:
+        path.write_bytes(self.get(item.key, bucket))
 
     def objects(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
         for path in sorted((self.folder / prefix).rglob("*")):

@@ -184,15 +184,15 @@ def test_an_attempt_whose_checkpoint_goes_while_it_is_read_has_nothing_to_do(tmp
             go(first)
     assert FINAL + ".json" in store.kept
 
-    reads = store.chunks
+    reads = store.download
 
-    def gone_midway(key: str, bucket: str | None = None) -> Iterator[bytes]:
+    def gone_midway(*what: Any, **how: Any) -> None:
         if MANIFEST not in store.kept:
-            store.chunks = reads  # type: ignore[method-assign]
+            store.download = reads  # type: ignore[method-assign]
             publish_as_another(tmp_path / "second", base, store)
-        return reads(key, bucket)
+        reads(*what, **how)
 
-    store.chunks = gone_midway  # type: ignore[method-assign]
+    store.download = gone_midway  # type: ignore[method-assign]
     progress = go(run)
     assert (progress.stage, progress.checkpoints) == ("Succeeded", [])
     assert store.checkpoints() == []

@@ -1,4 +1,5 @@
-"""Checkpoints are uploaded by a process of their own: what arrives, what is said when nothing does, and how it ends."""
+"""Checkpoints are uploaded by a process of their own: what arrives, what is said when nothing does, how it ends, and the way
+back."""
 
 import contextlib
 import dataclasses
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft_trainer.checkpoint_store import CheckpointStore
 from graft_trainer.upload import NICENESS, upload_apart
+from testbed.faults import Fault, faulty_proxy
 from testbed.objectstore import s3_server
 from testbed.shell import wait_for
 
@@ -66,6 +69,21 @@ def test_a_large_file_arrives_as_it_is(storage: StorageConfig, tmp_path: Path) -
     path.write_bytes(os.urandom(1000) * 20_000)  # in parts
     upload_apart(storage, "runs/part", path)
     assert b"".join(S3Store(storage).chunks("runs/part")) == path.read_bytes()
+
+
+def test_a_checkpoint_is_brought_back_over_a_line_that_breaks(storage: StorageConfig, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(os.urandom(1000) * 40_000)
+    with faulty_proxy(storage.endpoint) as proxy:
+        store = S3Store(dataclasses.replace(storage, endpoint=proxy.endpoint), attempts=1, timeout=1)
+        run = CheckpointStore(
+            store, "shop/runs/1/", "pod-0", "recipe", tmp_path / "back", upload=store.upload, limit=1, patience=10
+        )
+        run.write(path, 4, 0, 1, final=False)
+        (checkpoint,) = run.usable(1)
+        proxy.inject(Fault("rank-0000.safetensors", times=4, cut_at=2_000_000))
+        back = run.fetch(checkpoint, 0)
+        assert back is not None and back.read_bytes() == path.read_bytes()
 
 
 def test_whose_error_it_is_is_told_as_if_it_were_here(storage: StorageConfig, tmp_path: Path) -> None:

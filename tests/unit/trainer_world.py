@@ -204,9 +204,6 @@ class MemoryStore:
         data = self.get(key, bucket)
         return hashlib.sha256(data).hexdigest(), len(data)
 
-    def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
-        yield self.get(key, bucket)
-
     def download(self, item: ObjectInfo, path: Path, bucket: str | None = None, **how: Any) -> None:
         path.write_bytes(self.get(item.key, bucket))
 

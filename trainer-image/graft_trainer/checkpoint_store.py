@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from graft.artifacts.layout import checkpoint_prefix
-from graft.artifacts.store import ObjectInfo, S3Store, StoreError
+from graft.artifacts.store import ObjectInfo, S3Store, StoreError, patiently
 from graft.artifacts.versions import file_sha256
 from graft.contracts import CheckpointRef, Reason
 from safetensors import safe_open
@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graft_trainer.checkpoint import Checkpoint, Receipt, complete, data_name, pack, receipt_name, surplus, unpack
-from graft_trainer.download import patiently
 from graft_trainer.failures import Failure
 from graft_trainer.host_copy import HostCopy
 from graft_trainer.progress import now
@@ -87,14 +86,9 @@ class CheckpointStore:
         receipt = checkpoint.receipts[rank]
         path = self.folder / f"resume-{os.getpid()}-{data_name(rank)}"  # the pod's processes share the folder
         key = self.root + checkpoint.prefix + data_name(rank)
-
-        def download() -> None:
-            with path.open("wb") as stream:
-                for chunk in self.store.chunks(key):
-                    stream.write(chunk)
-
         try:
-            patiently(download, self.patience)
+            item = patiently(lambda: self.store.head(key), self.patience)
+            self.store.download(item, path, patience=self.patience)
         except StoreError as error:
             if error.trouble != "missing":
                 raise

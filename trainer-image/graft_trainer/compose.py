@@ -170,6 +170,7 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
         hf_endpoint=file.hf_endpoint,
         hf_token=settings.hf_token(),
         report=tell("base model"),
+        patience=settings.storage_patience,
     )
     check_base_model(folder, ref.name, file.task)
     try:

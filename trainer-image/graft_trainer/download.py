@@ -10,14 +10,13 @@ import logging
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest
-from graft.artifacts.sources import Report, SourceError, pvc_path
-from graft.artifacts.store import CHUNK, S3Store, StoreError
+from graft.artifacts.sources import SourceError, pvc_path
+from graft.artifacts.store import CHUNK, Report, S3Store, StoreError
+from graft.artifacts.store import patiently as patiently
 from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
 from graft.contracts import Reason
 
@@ -25,7 +24,6 @@ from graft_trainer.failures import Failure
 from graft_trainer.settings import Settings
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 LIMIT = 4 * 1024**3  # bytes of a file, unpacked: train keeps its examples in memory
 SPARE = 256 * 1024**2  # bytes that stay free on the disk
 GZIP = b"\x1f\x8b"
@@ -94,20 +92,6 @@ def tell(name: str) -> Report:
     return report
 
 
-def patiently(call: Callable[[], T], patience: float) -> T:
-    """`call`, again while the store does not answer, for `patience` seconds. What the last try raised otherwise."""
-    deadline, pause = time.monotonic() + patience, 1.0
-    while True:
-        try:
-            return call()
-        except StoreError as error:
-            if error.trouble != "unavailable" or time.monotonic() + pause > deadline:
-                raise
-            log.warning("the store did not answer, trying again in %.0f s: %s", pause, error)
-        time.sleep(pause)
-        pause = min(2 * pause, 15.0)
-
-
 def fetch_version(store: S3Store, uri: str, digest: str, folder: Path, patience: float) -> Manifest:
     """Copy a published version but for its report to `folder`, every digest verified; its manifest. InvalidArtifact, StoreError."""
     bucket, key = split_s3_uri(uri)
@@ -118,16 +102,11 @@ def fetch_version(store: S3Store, uri: str, digest: str, folder: Path, patience:
         if file.name.startswith("report."):
             continue
         path = folder / file.name
-        patiently(lambda: copy_object(store, prefix + file.name, bucket, path), patience)  # noqa: B023 - called at once
+        item = patiently(lambda: store.head(prefix + file.name, bucket), patience)  # noqa: B023 - called at once
+        store.download(item, path, bucket, patience=patience)
         if (file_sha256(path), path.stat().st_size) != (file.sha256, file.size):
             raise InvalidArtifact("DigestMismatch", f"{file.name} is not what the manifest says")
     return manifest
-
-
-def copy_object(store: S3Store, key: str, bucket: str, path: Path) -> None:
-    with path.open("wb") as stream:
-        for chunk in store.chunks(key, bucket):
-            stream.write(chunk)
 
 
 def split_dataset_uri(uri: str) -> tuple[str, str, str]:
@@ -142,17 +121,14 @@ def split_dataset_uri(uri: str) -> tuple[str, str, str]:
 
 def _from_s3(uri: str, target: Path, field: str, store: S3Store, settings: Settings) -> str:
     bucket, key = split_s3_uri(uri)
-
-    def copy() -> str:
-        size = store.head(key, bucket).size
-        _check_room(size, field, uri, target)
-        return _write(store.chunks(key, bucket), target, size, field)
-
     try:
-        return patiently(copy, settings.storage_patience)
+        item = patiently(lambda: store.head(key, bucket), settings.storage_patience)
+        _check_room(item.size, field, uri, target)
+        store.download(item, target, bucket, patience=settings.storage_patience, report=tell(field))
+        return "sha256:" + file_sha256(target)
     except StoreError as error:
         if error.trouble == "missing":
-            raise _missing(field, uri, "there is no such object") from error
+            raise _missing(field, uri, f"there is no such object ({error})") from error
         if error.trouble == "denied":
             raise _missing(field, uri, f"the key in the Secret graft-storage may not read it ({error})") from error
         raise
@@ -174,7 +150,7 @@ def _from_mount(uri: str, target: Path, field: str, settings: Settings) -> str:
             raise _missing(field, uri, "it is a folder" if path.is_dir() else "there is no such file")
         size = path.stat().st_size
         _check_room(size, field, uri, target)
-        return _write(_chunks(path), target, size, field)
+        return _copy(path, target, size, field)
     except PermissionError as error:
         raise _missing(field, uri, f"it may not be read by the pod's user: {error}") from error
 
@@ -200,7 +176,7 @@ def _from_hub(uri: str, target: Path, field: str, settings: Settings, endpoint: 
         if status >= 500 or status == 429:
             raise _hub_down(field, uri, error) from error
         raise _missing(field, uri, f"not there, or it needs a token: {error}") from error
-    digest = _write(_chunks(local), target, size, field)
+    digest = _copy(local, target, size, field)
     local.unlink()
     return digest
 
@@ -218,16 +194,10 @@ def _check_room(size: int, field: str, uri: str, target: Path) -> None:
         )
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            yield chunk
-
-
-def _write(chunks: Iterable[bytes], target: Path, size: int, field: str) -> str:
+def _copy(path: Path, target: Path, size: int, field: str) -> str:
     hasher, done, report = hashlib.sha256(), 0, tell(field)
-    with target.open("wb") as stream:
-        for chunk in chunks:
+    with path.open("rb") as source, target.open("wb") as stream:
+        while chunk := source.read(CHUNK):
             hasher.update(chunk)
             stream.write(chunk)
             done += len(chunk)

@@ -15,13 +15,13 @@ from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import ALLOWED_FILES, ManifestBaseModel
 from graft.artifacts.manifest import SHARD as SHARD_NAME
 from graft.artifacts.sources import SourceError, fetch, hub_errors, s3_digest, s3_files, split_hf_uri
-from graft.artifacts.store import ObjectInfo, StoreError
+from graft.artifacts.store import ObjectInfo, StoreError, patiently
 from graft.contracts import Reason
 from safetensors import SafetensorError, safe_open
 
 from graft_trainer.adapterconfig import invalid, reduced_config
 from graft_trainer.basemodel import PICKLES, check_base_model, load_config
-from graft_trainer.download import copy_object, patiently, tell
+from graft_trainer.download import tell
 from graft_trainer.failures import Failure, out_of_memory
 from graft_trainer.make_version import Made, Making, write_base_config
 from graft_trainer.model import AUTO_CLASSES
@@ -74,8 +74,7 @@ def fetch_adapter(making: Making, source: str, folder: Path) -> tuple[str, str |
     _check_names(source, set(found))
     chosen: list[ObjectInfo] = [found[CONFIG], found[WEIGHTS]]
     for item in chosen:
-        path = folder / item.key.removeprefix(prefix)
-        patiently(lambda: copy_object(making.store, item.key, bucket, path), patience)  # noqa: B023 - called at once
+        making.store.download(item, folder / item.key.removeprefix(prefix), bucket, patience=patience)
     return source, s3_digest(prefix, chosen)
 
 
@@ -121,6 +120,7 @@ def _whole_model(making: Making, source: str) -> Made:
         hf_endpoint=file.hf_endpoint,
         hf_token=settings.hf_token(),
         report=tell(source),
+        patience=settings.storage_patience,
     )
     try:
         config = check_base_model(folder, source, file.task)
@@ -144,7 +144,7 @@ def _pin(making: Making, source: str) -> tuple[str, str | None]:
         api = HfApi(endpoint=making.file.hf_endpoint, token=making.settings.hf_token() or False)
         with hub_errors(source):
             return f"hf://{repo}@{api.model_info(repo, revision=revision, timeout=20).sha}", None
-    _, prefix, files = s3_files(making.store, source)
+    _, prefix, files = s3_files(making.store, source, making.settings.storage_patience)
     return source, s3_digest(prefix, files)
 
 

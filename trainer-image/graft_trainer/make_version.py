@@ -13,11 +13,10 @@ from graft.artifacts import versions
 from graft.artifacts.layout import MANIFEST, adapter_prefix
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, ManifestParent, digest
 from graft.artifacts.sources import SourceError, describe, pvc_path
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.store import S3Store, StorageConfig, StoreError, patiently
 from graft.contracts import Reason, VersionFile
 from pydantic import ValidationError
 
-from graft_trainer.download import patiently
 from graft_trainer.failures import Failure, store_failure
 from graft_trainer.progress import now
 from graft_trainer.run import read_message

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graft.artifacts.layout import MANIFEST
 from graft.artifacts.sources import fetch
-from graft.artifacts.store import StoreError
+from graft.artifacts.store import StoreError, patiently
 from graft.contracts import DatasetStatistics, JobFile, Reason
 
 from graft_trainer import gates, lengths
@@ -23,7 +23,7 @@ from graft_trainer.basemodel import (
     load_tokenizer,
 )
 from graft_trainer.dataset import check_template
-from graft_trainer.download import download_file, patiently, tell
+from graft_trainer.download import download_file, tell
 from graft_trainer.failures import Failure
 from graft_trainer.lmeval_prefetch import prefetch
 from graft_trainer.resolve import Device, check_packing, check_sharding, limits
@@ -64,6 +64,7 @@ def prepare(run: Run, *, weights: bool = True) -> None:
         hf_token=settings.hf_token(),
         report=tell(f"base model {name}"),
         weights=weights,
+        patience=settings.storage_patience,
     )
     mounted = job.base_model.uri.startswith("pvc://")
     config = check_base_model(folder, name, job.task, weights=weights or mounted)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from graft.artifacts import versions
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
-from graft.artifacts.store import StoreError
+from graft.artifacts.store import StoreError, patiently
 
-from graft_trainer.download import patiently
 from graft_trainer.evaluate import Evaluated
 from graft_trainer.failures import Failure, store_failure
 from graft_trainer.methods import as_published, cast_parameters

@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 from graft.api.recipe import DatasetSource
 from graft.artifacts.layout import MANIFEST, PROGRESS, adapter_prefix, attempt_prefix, run_prefix
 from graft.artifacts.manifest import Manifest, digest
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.store import S3Store, StorageConfig, StoreError, patiently
 from graft.contracts import DatasetStatistics, JobFile, Message, Progress, Reason
 from pydantic import ValidationError
 
 from graft_trainer.dataset import Example, Reading, held_out_size, read_examples, split, vary
-from graft_trainer.download import patiently
 from graft_trainer.failures import Failure
 from graft_trainer.interruption import Interruption
 from graft_trainer.progress import ProgressReporter, now

@@ -15,8 +15,7 @@ from pathlib import Path
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.sources import SourceError, pvc_path
-from graft.artifacts.store import CHUNK, Report, S3Store, StoreError
-from graft.artifacts.store import patiently as patiently
+from graft.artifacts.store import CHUNK, Report, S3Store, StoreError, patiently
 from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
 from graft.contracts import Reason
 

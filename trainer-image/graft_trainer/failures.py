@@ -61,11 +61,11 @@ def _explain(error: BaseException, hyperparameters: dict[str, Any] | None, train
         return store_failure(error)
     if isinstance(error, SourceError):
         return base_model_failure(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Termination(
             reason=Reason.CONFIGURATION_INVALID,
             message=f"The pod's work folder is full: {error}",
-            remedy="Raise resources.limits.ephemeral-storage of the FineTuneJob above the size of base model and dataset.",
+            remedy="Ask for more disk: status.sizing.nodeDiskBytes is what the run needs, as ephemeral-storage in resources.requests.",
         )
     return Termination(
         reason=Reason.INTERNAL_ERROR,

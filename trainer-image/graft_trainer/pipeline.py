@@ -6,11 +6,10 @@ import warnings
 from contextlib import suppress
 
 from graft.artifacts.layout import run_prefix
-from graft.artifacts.store import StoreError
+from graft.artifacts.store import StoreError, patiently
 
 from graft_trainer import distributed
 from graft_trainer.checkpoint import Checkpoint, all_of_run, complete
-from graft_trainer.download import patiently
 from graft_trainer.failures import Failure, Interrupted
 from graft_trainer.run import Prepared, Run, already_published, memory_halvings
 

@@ -1,6 +1,8 @@
 """What a user is told about a dataset that cannot be learned from."""
 
+import io
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ def read(text: str | bytes, limit: int | None = None, **fields: Any) -> Any:
 def reading(text: str | bytes, limit: int | None = None, most: int | None = None, **fields: Any) -> Reading:
     data = text.encode() if isinstance(text, str) else text
     return read_examples(
-        data.splitlines(keepends=True),
+        io.BytesIO(data),
         dataset(**fields),
         role="train",
         uri="s3://bucket/train.jsonl",
@@ -108,7 +110,7 @@ def test_of_a_large_file_a_sample_is_kept_and_all_is_counted() -> None:
     assert (len(lines), found.total) == (50, 500)
     assert lines == sorted(set(lines))
     assert min(lines) < 100 and max(lines) > 400
-    assert reading("\n".join([GOOD] * 50), most=50).examples == read("\n".join([GOOD] * 50))
+    assert list(reading("\n".join([GOOD] * 50), most=50).examples) == list(read("\n".join([GOOD] * 50)))
 
 
 def test_an_empty_file_is_invalid() -> None:
@@ -149,22 +151,34 @@ def asked(count: int) -> list[str]:
 def test_each_training_example_gets_one_of_the_templates_by_seed_and_line() -> None:
     examples = read("\n".join(asked(300)), format="instruction", templates=TEMPLATES)
     assert all(example.prompt.startswith("Q: ") for example in examples)  # as held-out examples are asked
-    varied = vary(examples, TEMPLATES, seed=1)
+    varied = list(vary(examples, TEMPLATES, seed=1))
     shares = [sum(example.prompt.startswith(start) for example in varied) for start in ("Q: ", "task", "Do this: ")]
     assert sum(shares) == 300 and min(shares) > 60
-    assert vary(examples, TEMPLATES, seed=1) == varied
-    assert vary(examples, TEMPLATES, seed=2) != varied
+    assert list(vary(examples, TEMPLATES, seed=1)) == varied
+    assert list(vary(examples, TEMPLATES, seed=2)) != varied
     # Whichever lines another process has, or were left out, a line's prompt is the same.
-    assert vary(examples[1::2], TEMPLATES, seed=1) == varied[1::2]
+    assert list(vary(examples[1::2], TEMPLATES, seed=1)) == varied[1::2]
     lines = asked(300)
     lines[3] = "nonsense"
     skipped = read("\n".join(lines), format="instruction", templates=TEMPLATES, onInvalid="skip")
-    assert vary(skipped, TEMPLATES, seed=1) == varied[:3] + varied[4:]
+    assert list(vary(skipped, TEMPLATES, seed=1)) == varied[:3] + varied[4:]
 
 
 def test_one_template_is_every_examples() -> None:
     examples = read("\n".join(asked(5)), format="instruction", templates=TEMPLATES[:1])
-    assert vary(examples, TEMPLATES[:1], seed=1) == examples
+    assert list(vary(examples, TEMPLATES[:1], seed=1)) == list(examples)
+
+
+def test_the_texts_of_a_file_do_not_stay_in_memory() -> None:
+    record = chat({"role": "user", "content": "Hi " * 500}, ANSWER)
+    data = io.BytesIO("\n".join([record] * 2000).encode())
+    tracemalloc.start()
+    try:
+        found = read_examples(data, dataset(), role="train", uri="s3://bucket/train.jsonl", limit=None).examples
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 2000 and peak < 200_000, "of three million bytes"
 
 
 @pytest.mark.parametrize(("template", "part"), [("Q: {question}", "{question}"), ("Answer!", "no {instruction}")])
@@ -182,10 +196,11 @@ def test_text_must_not_be_empty() -> None:
 
 def test_the_split_is_drawn_with_the_seed_and_leaves_something_on_both_sides() -> None:
     examples = read("\n".join([GOOD] * 20))
-    train, held = split(examples, 0.2, seed=1)
+    train, held = map(list, split(examples, 0.2, seed=1))
     assert (len(train), len(held)) == (16, 4)
-    assert split(examples, 0.2, seed=1) == (train, held)
-    assert split(examples, 0.2, seed=2) != (train, held)
+    assert sorted(train + held, key=lambda example: example.line) == list(examples)
+    assert [*map(list, split(examples, 0.2, seed=1))] == [train, held]
+    assert [*map(list, split(examples, 0.2, seed=2))] != [train, held]
     assert [len(part) for part in split(examples[:2], 0.01, seed=1)] == [1, 1]
     assert (held_out_size(20, 0.2), held_out_size(2, 0.01)) == (4, 1)
     with pytest.raises(Failure, match="at least 2 examples"):

@@ -7,9 +7,10 @@ import hashlib
 import json
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 from graft.api.recipe import Columns, Dataset
 from graft.contracts import Reason
@@ -35,11 +36,48 @@ class Example:
     asked: tuple[str, str] | None = None  # instruction and further input, which a template's prompt was made of
 
 
+class Examples(Sequence[Example]):
+    """Examples of a file, each read anew whenever it is asked for. Memory holds where their lines are and no texts: those of
+    a large file, as Python objects, are more than a pod has."""
+
+    def __init__(
+        self, stream: BinaryIO, parse: Callable[[int, bytes], Example], numbers: Iterable[int], begins: Iterable[int]
+    ) -> None:
+        """`numbers` of the lines, and the bytes at which they begin."""
+        self.stream = stream
+        self.parse = parse
+        self.numbers = array("q", numbers)
+        self.begins = array("q", begins)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index: int | slice) -> "Example | Examples":
+        if isinstance(index, slice):
+            return self.choose(range(*index.indices(len(self))))
+        self.stream.seek(self.begins[index])
+        return self.parse(self.numbers[index], self.stream.readline())
+
+    def choose(self, indices: Sequence[int]) -> "Examples":
+        """Some of them, in this order."""
+        numbers, begins = (self.numbers[index] for index in indices), (self.begins[index] for index in indices)
+        return Examples(self.stream, self.parse, numbers, begins)
+
+    def map(self, change: Callable[[Example], Example]) -> "Examples":
+        """All of them, changed."""
+        parse = self.parse
+        return Examples(self.stream, lambda number, raw: change(parse(number, raw)), self.numbers, self.begins)
+
+
 @dataclass(frozen=True)
 class Reading:
     """A file's examples in its order, and what was left out of it."""
 
-    examples: list[Example]
+    examples: Examples
     total: int  # examples in the file; more than are here when only a sample was kept
     invalid: int = 0  # lines left out, with dataset.onInvalid: skip
     problems: list[str] = field(default_factory=list)  # what is wrong with the first of them
@@ -67,36 +105,41 @@ def check_template(template: str) -> None:
 
 
 def read_examples(
-    lines: Iterable[bytes], spec: Dataset, *, role: str, uri: str, limit: int | None, most: int | None = None
+    stream: BinaryIO, spec: Dataset, *, role: str, uri: str, limit: int | None, most: int | None = None
 ) -> Reading:
-    """The examples of a JSONL file, the first `limit` of them. Failure names the bad lines and counts them; with
-    dataset.onInvalid: skip only where no line is good.
+    """The examples of a JSONL file, the first `limit` of them; the stream must stay open. Failure names the bad lines and
+    counts them; with dataset.onInvalid: skip only where no line is good.
 
     `role` is train or eval, for the messages. Empty lines are passed over. Of a file with more than `most` examples so many
     are kept, each with the same probability (Vitter 1985, algorithm R), so that the memory is bounded.
     """
-    parse, skip, draw = parser_of(spec), spec.on_invalid == "skip", random.Random(0)  # noqa: S311 - a reproducible draw
-    kept: list[Example] = []
+    of_record, skip, draw = parser_of(spec), spec.on_invalid == "skip", random.Random(0)  # noqa: S311 - a reproducible draw
+
+    def parse(number: int, raw: bytes) -> Example:
+        return of_record(number, record_of(_content(number, raw)))
+
+    numbers, begins = array("q"), array("q")
     problems: list[str] = []
-    good = bad = 0
-    for number, raw in enumerate(lines, start=1):
-        content = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if not content.strip():
+    good = bad = end = 0
+    for number, raw in enumerate(stream, start=1):
+        begin, end = end, end + len(raw)
+        if not _content(number, raw).strip():
             continue
         if limit is not None and good + (0 if skip else bad) >= limit:
             break
         try:
-            example = parse(number, record_of(content))
+            parse(number, raw)
         except BadLine as error:
             bad += 1
             if len(problems) < SHOWN:
-                problems.append(f"line {number}: {error} — {excerpt(content)}")
+                problems.append(f"line {number}: {error} — {excerpt(_content(number, raw))}")
             continue
         good += 1
-        if most is None or len(kept) < most:
-            kept.append(example)
+        if most is None or len(numbers) < most:
+            numbers.append(number)
+            begins.append(begin)
         elif (place := draw.randrange(good)) < most:
-            kept[place] = example
+            numbers[place], begins[place] = number, begin
     if bad and not (skip and good):
         more = f"; and {bad - len(problems)} more" if bad > len(problems) else ""
         raise Failure(
@@ -111,12 +154,12 @@ def read_examples(
             f"dataset.{role} ({uri}) has no examples: the file is empty",
             "Put one JSON object per line into the file, or correct the URI.",
         )
-    if good > len(kept):
-        kept.sort(key=lambda example: example.line)
-    return Reading(kept, good, bad, problems)
+    if good > len(numbers):
+        numbers, begins = (array("q", sorted(places)) for places in (numbers, begins))
+    return Reading(Examples(stream, parse, numbers, begins), good, bad, problems)
 
 
-def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """(train, held out): `share` of the examples, at least one, drawn with `seed`; both keep the file's order."""
     if len(examples) < 2:
         raise Failure(
@@ -126,17 +169,15 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
         )
     size = held_out_size(len(examples), share)
     held = set(random.Random(seed).sample(range(len(examples)), size))  # noqa: S311 - a reproducible draw
-    return (
-        [example for index, example in enumerate(examples) if index not in held],
-        [example for index, example in enumerate(examples) if index in held],
-    )
+    learned = [index for index in range(len(examples)) if index not in held]
+    return examples.choose(learned), examples.choose(sorted(held))
 
 
-def vary(examples: Sequence[Example], templates: Sequence[str] | None, seed: int) -> list[Example]:
+def vary(examples: Examples, templates: Sequence[str] | None, seed: int) -> Examples:
     """Training examples with one of several templates each, drawn with `seed` and the line's number: the same whichever
     other lines are there and whichever process reads them. Until then all have the first, which held-out examples keep."""
     if templates is None or len(templates) == 1:
-        return list(examples)
+        return examples
 
     def drawn(example: Example) -> Example:
         if example.asked is None:
@@ -144,7 +185,7 @@ def vary(examples: Sequence[Example], templates: Sequence[str] | None, seed: int
         number = hashlib.blake2b(f"{seed}:{example.line}".encode(), digest_size=8).digest()
         return replace(example, prompt=fill(templates[int.from_bytes(number) % len(templates)], *example.asked))
 
-    return [drawn(example) for example in examples]
+    return examples.map(drawn)
 
 
 def held_out_size(examples: int, share: float) -> int:
@@ -156,6 +197,11 @@ def fill(template: str, instruction: str, further: str) -> str:
     """The prompt: placeholders filled, other braces left as they are."""
     values = {"instruction": instruction, "input": further}
     return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+
+
+def _content(number: int, raw: bytes) -> bytes:
+    """The line without the mark that some editors put at the beginning of a file."""
+    return raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
 
 
 def parser_of(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -153,14 +153,14 @@ def already_published(run: Run) -> tuple[Manifest, str] | None:
 class Data:
     """What there is to learn from and to measure with."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     examples: int  # to learn from; more than in `train` when that is a sample, and so with the next
     held_out_examples: int
     invalid: int  # lines left out of both
 
 
-def load_examples(run: Run) -> tuple[list[Example], list[Example]]:
+def load_examples(run: Run) -> tuple[Sequence[Example], Sequence[Example]]:
     """(train, held out) from the files that prepare downloaded."""
     data = read_data(run)
     return data.train, data.held_out
@@ -171,8 +171,8 @@ def read_data(run: Run, most: int | None = None) -> Data:
     dataset, seed = run.job.dataset, run.job.training.seed
 
     def read(role: str, source: DatasetSource) -> Reading:
-        with (run.settings.dataset_dir / f"{role}.jsonl").open("rb") as stream:
-            found = read_examples(stream, dataset, role=role, uri=source.uri, limit=source.limit, most=most)
+        stream = (run.settings.dataset_dir / f"{role}.jsonl").open("rb")  # it stays open: the examples are read from it
+        found = read_examples(stream, dataset, role=role, uri=source.uri, limit=source.limit, most=most)
         if found.invalid:
             share, shown = found.invalid / (found.invalid + found.total), "; ".join(found.problems)
             log.warning(
@@ -180,13 +180,15 @@ def read_data(run: Run, most: int | None = None) -> Data:
             )
         return found
 
-    train, held_out = read("train", dataset.train), Reading([], 0)
-    learned, total = train.examples, train.total
+    train = read("train", dataset.train)
+    learned, invalid = train.examples, train.invalid
+    held: Sequence[Example] = []
+    held_total = 0
     if dataset.eval is not None:
-        held_out = read("eval", dataset.eval)
+        found = read("eval", dataset.eval)
+        held, held_total, invalid = found.examples, found.total, invalid + found.invalid
     elif dataset.eval_split is not None:
-        learned, held = split(train.examples, dataset.eval_split, seed)
-        held_out = Reading(held, held_out_size(train.total, dataset.eval_split))
-        total -= held_out.total
-    learned = vary(learned, dataset.templates, seed)
-    return Data(learned, held_out.examples, total, held_out.total, train.invalid + held_out.invalid)
+        learned, held = split(learned, dataset.eval_split, seed)
+        held_total = held_out_size(train.total, dataset.eval_split)
+    total = train.total if dataset.eval is not None else train.total - held_total
+    return Data(vary(learned, dataset.templates, seed), held, total, held_total, invalid)

@@ -47,9 +47,9 @@ class Trained:
     targets: list[str]  # what carries a low-rank update; empty for other methods
     digests: dict[str, str]
     train: Tokenisation
-    train_examples: list[Example]
+    train_examples: Sequence[Example]
     held_out: Tokenisation | None
-    held_out_examples: list[Example]
+    held_out_examples: Sequence[Example]
     curve: list[dict[str, float]]  # {step, loss, learningRate}
     held_out_curve: list[dict[str, float]]  # {step, evalLoss}
     train_loss: float | None  # mean over the last tenth of the records

@@ -141,7 +141,7 @@ def make_t5(*, tied: bool = False, lora: bool = False) -> Any:
 
 def make_pairs(count: int = 22) -> list[Tokenised]:
     """The same for seq2seq models."""
-    return [dataclasses.replace(item, task="seq2seq", labels=item.input_ids[2:]) for item in make_examples(count)]
+    return [Tokenised(item.input_ids, item.input_ids[2:], "seq2seq") for item in make_examples(count)]
 
 
 def open_attempt(root: Path, store: Any, name: str, **settings: Any) -> Run:

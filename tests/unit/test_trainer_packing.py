@@ -126,7 +126,7 @@ def test_packs_are_full_and_hold_every_example_once() -> None:
     assert sorted(map(id, (item for chosen in packs for item in chosen))) == sorted(map(id, examples))
     sizes = [sum(item.tokens for item in chosen) for chosen in packs]
     assert max(sizes) <= 64 and sum(sizes) / (64 * len(packs)) > 0.97
-    assert pack(examples, 64) == packs
+    assert list(pack(examples, 64)) == list(packs)
 
 
 def test_a_packed_run_takes_fewer_steps_over_the_same_tokens(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_packed_run_takes_fewer_steps_over_the_same_tokens(tmp_path: Path) -> 
     assert packed.resolved.max_steps < alone.resolved.max_steps / 2
     assert packed.tokens == alone.tokens
     assert packed.curve[-1]["loss"] < 0.8 * packed.curve[0]["loss"]
-    assert packed.train.examples == alone.train.examples, "what is measured is single examples"
+    assert list(packed.train.examples) == list(alone.train.examples), "what is measured is single examples"
 
 
 @pytest.mark.parametrize(

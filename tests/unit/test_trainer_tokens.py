@@ -1,12 +1,23 @@
 """Only the assistant's words are learned, whichever way the chat template tells where they are."""
 
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
 from graft.contracts import Reason
 from graft_trainer.dataset import Example
 from graft_trainer.failures import Failure
-from graft_trainer.tokens import IGNORED, Collator, Tokenised, prompt_ids, tokenise, tokenise_one, tokenise_pair
+from graft_trainer.tokens import (
+    IGNORED,
+    Collator,
+    TokenFile,
+    Tokenised,
+    prompt_ids,
+    tokenise,
+    tokenise_one,
+    tokenise_pair,
+)
 from trainer_world import MARKED, UNMARKED, make_tokenizer
 
 TURNS = (
@@ -164,3 +175,58 @@ def test_a_seq2seq_batch_has_the_width_of_each_side() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[8, IGNORED], [8, 9]]
     assert collate.tokens == 7
+
+
+FORMS = {
+    "chat": lambda n: Example(
+        n,
+        messages=({"role": "user", "content": "q" * (n % 37 + 1)}, {"role": "assistant", "content": "a " * n}),
+        answer="",
+    ),
+    "turns": lambda n: Example(n, messages=(*TURNS[:4], {"role": "assistant", "content": "See " * n}), answer=""),
+    "prompt": lambda n: Example(n, prompt="p" * (n % 29 + 1), answer="a" * n),
+    "text": lambda n: Example(n, text="tö " * n),
+}
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["generation marks", "prefix rendering"])
+@pytest.mark.parametrize("form", FORMS)
+def test_many_examples_give_what_each_gives_alone(form: str, template: str) -> None:
+    examples, tokenizer = [FORMS[form](n) for n in range(1, 601)], make_tokenizer(template)
+    result = tokenise(examples, tokenizer, 300, role="train")
+    expected = []
+    for ids, mask in (tokenise_one(example, tokenizer) for example in examples):
+        labels = [token if learn else IGNORED for token, learn in zip(ids, mask, strict=True)]
+        if any(mask[1:300]):
+            expected.append((ids[:300], labels[:300]))
+    assert [(item.input_ids, item.labels) for item in result.examples] == expected
+    assert [item.learned for item in result.examples] == [
+        sum(label != IGNORED for label in labels[1:]) for _, labels in expected
+    ]
+    assert len(expected) + result.dropped == 600
+    assert max(item.largest for item in result.examples) == max(max(ids) for ids, _ in expected)
+
+
+def test_the_tokens_of_a_large_dataset_take_no_memory_of_the_process() -> None:
+    examples, tokenizer = [Example(n, text="word " * 100) for n in range(2000)], make_tokenizer(None)
+    tokenise(examples[:1], tokenizer, 1000, role="train")  # what is loaded once
+    tracemalloc.start()
+    try:
+        result = tokenise(examples, tokenizer, 1000, role="train")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(item.tokens for item in result.examples) == 2000 * 501
+    assert held / (2000 * 501) < 0.1, "bytes per token"
+
+
+def test_examples_in_a_file_are_read_like_those_in_a_list(tmp_path: Path) -> None:
+    made = [Tokenised([5, 6, 7], [8], "seq2seq"), Tokenised([0], [9, 0], "seq2seq"), Tokenised([4, 0], [3], "seq2seq")]
+    file = TokenFile.write(made, "seq2seq", tmp_path)
+    assert file is not None
+    assert list(file) == made and file[-1] == made[-1] and file[-3] == made[0] and file[:2] == made[:2]
+    assert list(TokenFile(file.path, 3, "seq2seq")) == made, "as another process of the pod sees it"
+    with pytest.raises(IndexError):
+        file[3]
+    assert TokenFile.write([], "causal", tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == [file.path.name]

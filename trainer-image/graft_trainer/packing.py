@@ -8,7 +8,7 @@ asks the model itself.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from graft.contracts import Reason
@@ -22,29 +22,50 @@ TOLERANCE = (
 )
 
 
-def pack(examples: Sequence[Tokenised], max_length: int) -> list[Pack]:
+class Packs(Sequence[Pack]):
+    """Examples in packs, put together when they are asked for."""
+
+    def __init__(self, examples: Sequence[Tokenised], places: list[list[int]]) -> None:
+        self.examples = examples
+        self.places = places  # of each pack's examples
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Pack: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Packs": ...
+    def __getitem__(self, index: int | slice) -> "Pack | Packs":
+        if isinstance(index, slice):
+            return Packs(self.examples, self.places[index])
+        return [self.examples[place] for place in self.places[index]]
+
+
+def pack(examples: Sequence[Tokenised], max_length: int) -> Packs:
     """The examples in as few sequences of at most `max_length` tokens as best-fit decreasing finds (Ding et al. 2024):
     the longest first, each into the fullest sequence that still has room for it. The same examples give the same packs."""
-    packs: list[Pack] = []
+    packs: list[list[int]] = []
+    sizes = [item.tokens for item in examples]
     with_room: dict[int, list[int]] = {}  # tokens of room -> packs that have as much
     rooms: list[int] = []  # the keys of with_room, in order
-    for item in sorted(examples, key=lambda item: -item.tokens):
-        place = bisect_left(rooms, item.tokens)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        place = bisect_left(rooms, sizes[number])
         if place == len(rooms):
-            packs.append([item])
+            packs.append([number])
             index, room = len(packs) - 1, max_length
         else:
             room = rooms[place]
             index = with_room[room].pop()
-            packs[index].append(item)
+            packs[index].append(number)
             if not with_room[room]:
                 del with_room[room], rooms[place]
-        left = room - item.tokens
+        left = room - sizes[number]
         if left not in with_room:
             with_room[left] = []
             insort(rooms, left)
         with_room[left].append(index)
-    return packs
+    return Packs(examples, packs)
 
 
 class PackCollator(Collator):
@@ -62,9 +83,10 @@ class PackCollator(Collator):
             begin = 0
             for item in chosen:
                 end = begin + item.tokens
-                ids[row, begin:end] = torch.tensor(item.input_ids)
+                read, learned = item.arrays()
+                ids[row, begin:end] = torch.from_numpy(read)
                 # An example's first token would be predicted from the last one of the example before it.
-                labels[row, begin + 1 : end] = torch.tensor(item.labels[1:], dtype=torch.long)
+                labels[row, begin + 1 : end] = torch.from_numpy(learned[1:])
                 positions[row, begin:end] = torch.arange(item.tokens)
                 begin = end
             positions[row, begin:] = torch.arange(width - begin)

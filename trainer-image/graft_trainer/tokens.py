@@ -2,55 +2,144 @@
 
 A causal model reads prompt and answer as one text; of chat and instruction only the assistant's tokens are learned, of
 text everything. A seq2seq model reads the prompt with its encoder and learns the answer with its decoder. It knows
-nothing about files, models or training.
+nothing about the dataset's files, models or training.
 """
 
 import logging
-import re
-from collections.abc import Sequence
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 from graft.contracts import Reason
 
-from graft_trainer.dataset import Example, Message
+from graft_trainer.conversation import ids_of, render, tokenise_conversations
+from graft_trainer.dataset import Example
 from graft_trainer.failures import Failure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Code = np.ndarray[tuple[int], np.dtype[np.int32]]
+
 log = logging.getLogger(__name__)
 Task = Literal["causal", "seq2seq"]
 IGNORED = -100  # the label of a token that is not learned, as torch's cross entropy has it
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TOGETHER = 256  # examples that the tokenizer is given at once, and whose texts are in memory
 
 
-@dataclass(frozen=True)
 class Tokenised:
     """One example. causal: ids and labels of equal length, a label is the id where it is learned, else IGNORED.
-    seq2seq: the ids are the encoder's, the labels the decoder's, each with its own length."""
+    seq2seq: the ids are the encoder's, the labels the decoder's, each with its own length.
 
-    input_ids: list[int]
-    labels: list[int]
-    task: Task = "causal"
+    Kept as `code`, int32: the id of a token that is learned, the complement (~id, below 0) of one that is not; of seq2seq
+    the encoder's tokens and then the decoder's. Two lists of ints would take ten times as much.
+    """
+
+    __slots__ = ("code", "task")
+
+    def __init__(self, input_ids: Sequence[int], labels: Sequence[int], task: Task = "causal") -> None:
+        ids, targets = np.asarray(input_ids, np.int32), np.asarray(labels, np.int32)
+        if task == "seq2seq":
+            self.code = np.concatenate([~ids, targets])
+        else:
+            self.code = np.where(targets == IGNORED, ~ids, targets)
+        self.task = task
+
+    @classmethod
+    def of(cls, code: "Code", task: Task) -> "Tokenised":
+        made = cls.__new__(cls)
+        made.code, made.task = code, task
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenised) and self.task == other.task and np.array_equal(self.code, other.code)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.arrays()[0].tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        return self.arrays()[1].tolist()
+
+    def arrays(self) -> tuple["Code", "Code"]:
+        """(input ids, labels)."""
+        code = self.code
+        if self.task == "seq2seq":
+            return ~code[code < 0], code[code >= 0]
+        return np.where(code < 0, ~code, code), np.where(code < 0, np.int32(IGNORED), code)
 
     @property
     def tokens(self) -> int:
         """What the model reads: of seq2seq both sides."""
-        return len(self.input_ids) + (len(self.labels) if self.task == "seq2seq" else 0)
+        return len(self.code)
 
     @property
     def learned(self) -> int:
         """Labels that the loss is a mean over. The first token of a causal model is never predicted, so it does not count."""
-        predicted = self.labels[1:] if self.task == "causal" else self.labels
-        return sum(label != IGNORED for label in predicted)
+        return int(np.count_nonzero(self.code[self.task == "causal" :] >= 0))
+
+    @property
+    def largest(self) -> int:
+        """The largest id."""
+        return int(max(self.code.max(), ~self.code.min()))
+
+
+class TokenFile(Sequence[Tokenised]):
+    """Examples in a file that is mapped into memory: their codes one after another, then how many tokens each has, all
+    int32. The kernel keeps of it what there is room for, once for all processes of a pod: tokens are no reason to run out
+    of memory, however many they are."""
+
+    def __init__(self, path: Path, examples: int, task: Task) -> None:
+        numbers = np.asarray(np.memmap(path, np.int32, "r"))
+        self.codes = numbers[: len(numbers) - examples]
+        self.ends = np.cumsum(numbers[len(self.codes) :], dtype=np.int64)
+        self.path = path
+        self.task = task
+        self.file: IO[bytes] | None = None
+
+    @classmethod
+    def write(cls, items: Iterable[Tokenised], task: Task, folder: Path | None) -> "TokenFile | None":
+        """A new file in `folder`, which goes with this object; None when there are no items."""
+        file = tempfile.NamedTemporaryFile(prefix="tokens-", dir=folder)  # noqa: SIM115 - it is open as long as this lives
+        lengths = array("i")
+        for item in items:
+            file.write(item.code.tobytes())
+            lengths.append(item.tokens)
+        file.write(lengths.tobytes())
+        file.flush()
+        if not lengths:
+            return None
+        made = cls(Path(file.name), len(lengths), task)
+        made.file = file
+        return made
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokenised: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokenised]: ...
+    def __getitem__(self, index: int | slice) -> Tokenised | list[Tokenised]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        end = self.ends[index]
+        begin = self.ends[index - 1] if index % len(self) else 0
+        return Tokenised.of(self.codes[begin:end], self.task)
 
 
 @dataclass(frozen=True)
 class Tokenisation:
     """The examples that are left, with what happened to the others."""
 
-    examples: list[Tokenised]
+    examples: Sequence[Tokenised]
     truncated: int  # cut to max_length, the dropped ones included
     dropped: int  # cut so short that nothing to learn was left
 
@@ -61,27 +150,33 @@ class Tokenisation:
 
 
 def tokenise(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, *, role: str, task: Task = "causal"
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    role: str,
+    task: Task = "causal",
+    folder: Path | None = None,
 ) -> Tokenisation:
-    """Tokenise and cut; of seq2seq each side to `max_length`. Failure(DatasetInvalid) when nothing is left, or the chat
-    template refuses an example; Failure(ConfigurationInvalid) for text and a seq2seq model."""
-    kept: list[Tokenised] = []
+    """Tokenise and cut; of seq2seq each side to `max_length`. The tokens go to a file in `folder`.
+
+    Failure(DatasetInvalid) when nothing is left, or the chat template refuses an example; Failure(ConfigurationInvalid) for
+    text and a seq2seq model.
+    """
     truncated = dropped = 0
-    for example in examples:
-        if task == "seq2seq":
-            source, target = tokenise_pair(example, tokenizer)
-            truncated += max(len(source), len(target)) > max_length
-            item = Tokenised(_cut(source, max_length, tokenizer), target[:max_length], task)
-        else:
-            ids, learned = tokenise_one(example, tokenizer)
-            truncated += len(ids) > max_length
-            labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
-            item = Tokenised(ids[:max_length], labels[:max_length])
-        if item.learned:
-            kept.append(item)
-        else:
-            dropped += 1
-    if not kept:
+
+    def items() -> Iterator[Tokenised]:
+        nonlocal truncated, dropped
+        for begin in range(0, len(examples), TOGETHER):
+            for item, cut in _tokenise(list(examples[begin : begin + TOGETHER]), tokenizer, max_length, task):
+                truncated += cut
+                if item.learned:
+                    yield item
+                else:
+                    dropped += 1
+
+    kept = TokenFile.write(items(), task, folder)
+    if kept is None:
         raise Failure(
             Reason.DATASET_INVALID,
             f"dataset.{role}: none of the {len(examples)} examples has anything to learn within {max_length} tokens",
@@ -92,17 +187,40 @@ def tokenise(
     return Tokenisation(kept, truncated, dropped)
 
 
+def _tokenise(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task
+) -> Iterator[tuple[Tokenised, bool]]:
+    """(the example, whether it was cut) of each."""
+    if task == "seq2seq":
+        for example in examples:
+            source, target = tokenise_pair(example, tokenizer)
+            cut = max(len(source), len(target)) > max_length
+            yield Tokenised(_cut(source, max_length, tokenizer), target[:max_length], task), cut
+        return
+    for ids, learned in tokenise_together(examples, tokenizer):
+        code = np.asarray(ids[:max_length], np.int32)
+        yield Tokenised.of(np.where(learned[:max_length], code, ~code), task), len(ids) > max_length
+
+
 def tokenise_one(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """(token ids, whether each is learned), not cut."""
-    if example.text is not None:
-        ids = _ids(tokenizer(example.text)) + _end(tokenizer)
-        return ids, [True] * len(ids)
-    if example.messages is not None:
-        return _conversation(example, tokenizer)
+    return tokenise_together([example], tokenizer)[0]
+
+
+def tokenise_together(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+    """The same of several, all of one form."""
+    if examples[0].text is not None:
+        ends = [ids + _end(tokenizer) for ids in tokenizer([example.text for example in examples])["input_ids"]]
+        return [(ids, [True] * len(ids)) for ids in ends]
+    if examples[0].messages is not None:
+        return tokenise_conversations(examples, tokenizer)
     # Apart from each other, as at inference, where the prompt's last token cannot merge with the answer's first.
-    prompt = _ids(tokenizer(example.prompt))
-    answer = _ids(tokenizer(example.answer, add_special_tokens=False)) + _end(tokenizer)
-    return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
+    ends = [ids + _end(tokenizer) for ids in answers]
+    return [
+        (prompt + end, [False] * len(prompt) + [True] * len(end)) for prompt, end in zip(prompts, ends, strict=True)
+    ]
 
 
 def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -113,7 +231,7 @@ def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int
             "dataset.format is text, and the base model is seq2seq: it learns answers to prompts",
             "Use dataset.format instruction or chat, or a causal base model.",
         )
-    answer = _ids(tokenizer(text_target=example.answer))
+    answer = ids_of(tokenizer(text_target=example.answer))
     end = _end(tokenizer)
     return prompt_ids(example, tokenizer, "seq2seq"), answer if answer[-1:] == end else answer + end
 
@@ -121,11 +239,11 @@ def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int
 def prompt_ids(example: Example, tokenizer: Any, task: Task = "causal") -> list[int]:
     """What the model is given to answer the example, of seq2seq the encoder's input; not for text."""
     if example.messages is not None and task == "seq2seq" and not tokenizer.chat_template:
-        return _ids(tokenizer(_plain(example)))
+        return ids_of(tokenizer(_plain(example)))
     if example.messages is None:
-        return _ids(tokenizer(example.prompt))
-    text = _render(example, example.messages[:-1], tokenizer, prompt=True)
-    return _ids(tokenizer(text, add_special_tokens=False))
+        return ids_of(tokenizer(example.prompt))
+    text = render(example, example.messages[:-1], tokenizer, prompt=True)
+    return ids_of(tokenizer(text, add_special_tokens=False))
 
 
 def _plain(example: Example) -> str:
@@ -146,93 +264,6 @@ def _cut(ids: list[int], max_length: int, tokenizer: Any) -> list[int]:
         return ids
     end = [token for token in ids[-1:] if token in tokenizer.all_special_ids]
     return ids[: max_length - len(end)] + end
-
-
-def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    messages = example.messages or ()
-    if tokenizer.is_fast and GENERATION_MARK.search(_template(tokenizer)):
-        try:
-            encoded = tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:
-            raise _refused(example, error) from error
-        ids, mask = _ids(encoded), [bool(value) for value in encoded["assistant_masks"]]
-        if any(mask):
-            return ids, mask
-    text = _render(example, messages, tokenizer, prompt=False)
-    spans = _answer_spans(example, text, tokenizer)
-    return _mask(text, spans, tokenizer)
-
-
-def _answer_spans(example: Example, text: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the assistant's turns are in the rendered text: what each turn adds to the rendering of those before it."""
-    messages = example.messages or ()
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index == 0:
-            continue
-        before = _render(example, messages[:index], tokenizer, prompt=True, strict=False)
-        after = _render(example, messages[: index + 1], tokenizer, prompt=False, strict=False)
-        if before is not None and after is not None and text.startswith(after) and after.startswith(before):
-            spans.append((len(before), len(after)))
-    if spans and spans[-1][1] >= len(text.rstrip()):
-        return spans
-    # A template that renders a turn differently once others follow it: the last answer can still be told.
-    start = text.rfind(str(messages[-1].get("content") or "").strip())
-    if start < 0:
-        raise Failure(
-            Reason.DATASET_INVALID,
-            f"line {example.line}: the base model's chat template changes the answer, so it cannot be found in the prompt",
-            "Use dataset.format instruction with dataset.templates, or a base model with a plain chat template.",
-        )
-    return [(start, len(text))]
-
-
-def _mask(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    if tokenizer.is_fast:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        learned = [
-            any(start < stop and begin <= start < end for begin, end in spans)
-            for start, stop in encoded["offset_mapping"]
-        ]
-        return _ids(encoded), learned
-    ids: list[int] = []
-    learned = []
-    position = 0
-    for begin, end in [*spans, (len(text), len(text))]:
-        for piece, learn in ((text[position:begin], False), (text[begin:end], True)):
-            tokens = _ids(tokenizer(piece, add_special_tokens=False)) if piece else []
-            ids += tokens
-            learned += [learn] * len(tokens)
-        position = end
-    return ids, learned
-
-
-def _render(example: Example, messages: Sequence[Message], tokenizer: Any, *, prompt: bool, strict: bool = True) -> Any:
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:
-        if not strict:
-            return None
-        raise _refused(example, error) from error
-
-
-def _refused(example: Example, error: Exception) -> Failure:
-    return Failure(
-        Reason.DATASET_INVALID,
-        f"line {example.line}: the base model's chat template refuses the conversation: {error}",
-        "Use the roles in the order that the model's template wants, usually system, then user and assistant in turn.",
-    )
-
-
-def _template(tokenizer: Any) -> str:
-    template = tokenizer.chat_template
-    return str(template.get("default", "")) if isinstance(template, dict) else template or ""
-
-
-def _ids(encoded: Any) -> list[int]:
-    return list(encoded["input_ids"])
 
 
 def _end(tokenizer: Any) -> list[int]:
@@ -259,14 +290,18 @@ class Collator:
         """Of Tokenised examples: input_ids and attention_mask (examples, longest input), labels (examples, longest labels).
         The model of a seq2seq task makes the decoder's input from the labels."""
         self.tokens += sum(item.tokens for item in examples)
+        ids, labels = zip(*(item.arrays() for item in examples), strict=True)
         return {
-            "input_ids": self._fill([item.input_ids for item in examples], self.pad),
-            "attention_mask": self._fill([[1] * len(item.input_ids) for item in examples], 0),
-            "labels": self._fill([item.labels for item in examples], IGNORED),
+            "input_ids": self._fill(ids, self.pad),
+            "attention_mask": self._fill([np.ones_like(row) for row in ids], 0),
+            "labels": self._fill(labels, IGNORED),
         }
 
-    def _fill(self, rows: list[list[int]], value: int) -> "Tensor":
+    def _fill(self, rows: "Sequence[Code]", value: int) -> "Tensor":
         import torch  # takes seconds to load, and prepare only tokenises
 
         width = -(-max(map(len, rows)) // self.multiple) * self.multiple
-        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+        filled = np.full((len(rows), width), value, np.int64)
+        for place, row in zip(filled, rows, strict=True):
+            place[: len(row)] = row
+        return torch.from_numpy(filled)

@@ -21,6 +21,7 @@ from graft_trainer.failures import Failure, connection_ended
 log = logging.getLogger(__name__)
 ARRIVAL = 900.0  # seconds: pods start at different times, one may wait for a node and pull the image
 SILENCE = timedelta(minutes=5)  # after which a peer that says nothing is taken for lost
+TOKENISING = 3 * 3600.0  # seconds for the pod's first process to tokenise: some twenty million examples
 HEARING = 10.0  # seconds for which the first process waits for the others to hear that they are done
 LAST_WORD = 5.0  # seconds for a process that fails to tell the others
 RAISING = 15.0  # seconds for the main thread to see by itself what NCCL reports; torch aborts the process after 60
@@ -74,6 +75,7 @@ class Group:
         self.control: Any = None  # gloo, whatever the GPUs use
         self.told = 0
         self.give_up: Callable[[BaseException], int] | None = None
+        self.told_pod = 0
 
 
 _group = Group()
@@ -161,6 +163,31 @@ def from_main(value: Any) -> Any:
     if is_main():
         _group.store.set(key, json.dumps(value))
     return json.loads(_group.store.get(key))
+
+
+def to_pod(value: Any) -> None:
+    """A value, JSON, from the pod's first process to its others, which take it with from_pod()."""
+    if joined():
+        _group.store.set(_pod_key(), json.dumps(value))
+
+
+def from_pod() -> Any:
+    """What the pod's first process says next. Failure(PeerLost) when it does not within TOKENISING."""
+    key, deadline = _pod_key(), time.monotonic() + TOKENISING
+    while not _group.store.check([key]):
+        if time.monotonic() > deadline:
+            raise Failure(
+                Reason.PEER_LOST,
+                f"The pod's first process has not tokenised the dataset within {TOKENISING / 3600:.0f} hours",
+                "See the log of the pod; the Job goes on from the newest checkpoint.",
+            )
+        time.sleep(0.2)
+    return json.loads(_group.store.get(key))
+
+
+def _pod_key() -> str:
+    _group.told_pod += 1
+    return f"pod/{rank() - local_rank()}/{_group.told_pod}"
 
 
 def leave() -> None:

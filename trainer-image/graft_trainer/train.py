@@ -25,9 +25,10 @@ from graft_trainer.loop import run_loop
 from graft_trainer.methods import as_published, make_tunable, settle
 from graft_trainer.model import BaseModel, load_base_model, stored_dtype, this_device
 from graft_trainer.packing import PackCollator, check_packing, pack
+from graft_trainer.pod_tokens import tokenise_in_pod
 from graft_trainer.resolve import Device, Resolved, limits, resolve
 from graft_trainer.run import Prepared, Run, load_examples
-from graft_trainer.tokens import Collator, Task, Tokenisation, pad_token, tokenise
+from graft_trainer.tokens import Collator, Task, Tokenisation, pad_token
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,11 @@ def train(run: Run) -> Trained:
     config = load_config(folder, name)
     known = limits(job, device, context_of(config), world)
     train_examples, held_out_examples = load_examples(run)
-    learned = tokenise(train_examples, tokenizer, known.max_length, role="train", task=job.task)
+    where: Any = {"task": job.task, "folder": run.settings.work_dir}
+    learned = tokenise_in_pod(train_examples, tokenizer, known.max_length, role="train", **where)
     held_out = None
     if held_out_examples:
-        held_out = tokenise(held_out_examples, tokenizer, known.max_length, role="eval", task=job.task)
+        held_out = tokenise_in_pod(held_out_examples, tokenizer, known.max_length, role="eval", **where)
     items: Sequence[Any] = pack(learned.examples, known.max_length) if job.training.packing else learned.examples
 
     def load() -> BaseModel:
@@ -188,7 +190,7 @@ def _room(context: int | None, resolved: Resolved) -> int | None:
 
 def check_vocabulary(base: BaseModel, learned: Tokenisation, name: str) -> None:
     """Failure when the tokenizer makes tokens that the model has no embedding for; a GPU would only say 'device-side assert'."""
-    largest = max(max(item.input_ids) for item in learned.examples)
+    largest = max(item.largest for item in learned.examples)
     if largest >= base.facts.vocab_size:
         raise Failure(
             Reason.BASE_MODEL_INVALID,

@@ -17,8 +17,8 @@ from graft.placement.offers import GpuKind, NodeOffer
 EFFECTIVE_BATCH = 16  # the trainer's, where the spec leaves it open
 ENOUGH = 4  # a micro-batch of so many keeps a GPU busy; larger ones do not pay for computing activations twice
 DEFAULT_MAX_LENGTH = 2048  # the trainer's, too
-PROCESS = 6 * GIB  # host memory of a process on a GPU: python, torch, the CUDA libraries and the tokenised data
-DISK = GIB  # the dataset, its suites and the libraries' caches
+PROCESS = 6 * GIB  # host memory of a process on a GPU: python, torch, CUDA libraries; the data is in mapped files
+DISK = GIB  # the dataset, its tokens (4 bytes each), its suites and the libraries' caches
 CPUS_PER_GPU = 4
 # GPUs on the market, to say what would fit: GB by name -> GiB that they show.
 MARKET = {16: 15.0, 24: 22.4, 40: 39.5, 48: 44.9, 80: 79.6, 141: 140.0, 180: 178.0}

@@ -4,6 +4,7 @@ Each ends with the exit code and the termination message of `python -m graft_tra
 server that has imported everything, for torch and transformers take seconds to load.
 """
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -20,10 +21,14 @@ import pytest
 import torch
 from checkpoint_world import ROOT, FolderStore, open_attempt, run_attempt
 from graft.contracts import Pods, Progress
-from graft_trainer import distributed
+from graft_trainer import distributed, train
 from graft_trainer.__main__ import fail
+from graft_trainer.lean_trainer import LeanTrainer
+from graft_trainer.pipeline import train_evaluate_publish
 from graft_trainer.progress import ProgressReporter
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from trainer_world import make_job, ready
 
 # Each of the two takes half of what the single process does: 4 examples a step, and the last step of an epoch has 2.
 HALF = {"full": True, "per_device_train_batch_size": 1, "held_out": 5, "eval_steps": 6}
@@ -67,6 +72,36 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
     return 0
 
 
+def pipeline(root: Path, name: str, base: Path, changes: dict[str, Any]) -> int:
+    """All that a pod does after prepare; what the first process has when it begins to place the model goes to <name>.json, with
+    what it has published. Each process has a store of its own."""
+    rank = distributed.rank()
+    run, store = ready(root / f"{name}-{rank}", base, make_job(**changes))
+    settle, left = train.settle, dict[str, int]()
+
+    def look(*arguments: Any) -> None:
+        kinds = {"shards": DTensor, "optimizers": torch.optim.Optimizer, "trainers": LeanTrainer}
+        alive = gc.get_objects()
+        left["final"] = sum("-final/rank-0000.json" in key for key in store.written)
+        left.update({name: sum(issubclass(type(one), kind) for one in alive) for name, kind in kinds.items()})
+        settle(*arguments)
+
+    train.settle = look
+    try:
+        with run.cleanup:
+            train_evaluate_publish(run)
+    except BaseException as error:
+        return fail(error, run, run.settings)
+    finally:
+        train.settle = settle
+    run.progress.close(10)
+    if rank == 0:
+        report = json.loads((run.settings.adapter_dir / "report.json").read_text())
+        seen = {"left": left, "curve": report["lossCurve"], "metrics": report["metrics"]}
+        (root / f"{name}.json").write_text(json.dumps(seen))
+    return 0
+
+
 def start(
     store: Path, root: Path, name: str, rank: int, world: int, port: int, options: dict[str, Any]
 ) -> multiprocessing.Process:
@@ -93,7 +128,10 @@ def _run(store: Path, root: Path, name: str, rank: int, world: int, port: int, o
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout, force=True
     )
     torch.set_num_threads(1)
-    code = main(FolderStore(store), root, name, options)
+    if "base" in options:
+        code = pipeline(root, name, options["base"], options["job"])
+    else:
+        code = main(FolderStore(store), root, name, options)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

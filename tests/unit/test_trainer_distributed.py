@@ -7,18 +7,22 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_world import Attempt, FolderStore, run_attempt
 from graft.contracts import EXIT_CODES, Pods, Reason, Termination
 from graft_trainer import distributed, launch
+from graft_trainer import train as train_module
 from graft_trainer.data_order import DataOrder
 from graft_trainer.failures import connection_ended
 from graft_trainer.interruption import Interruption
 from graft_trainer.launch import End, worst
+from graft_trainer.pipeline import train_evaluate_publish
 from rank_process import HALF, run_pair, start
 from safetensors.torch import load_file
+from trainer_world import make_base, make_job, make_qwen, ready
 
 INTERRUPTED, PEER_LOST = EXIT_CODES[Reason.INTERRUPTED], EXIT_CODES[Reason.PEER_LOST]
 
@@ -117,6 +121,45 @@ def test_peers_that_never_come_cost_a_retry(tmp_path: Path, monkeypatch: pytest.
     process = start(tmp_path / "store", tmp_path, "alone", 1, 2, port, HALF | {"arrival": 0.5})
     process.join(60)
     assert process.exitcode == EXIT_CODES[Reason.PEERS_MISSING], (tmp_path / "alone-1.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "make", "checkpointing"),
+    [
+        ({"full": {}}, make_base, False),
+        ({"lora": {"rank": 4}}, make_base, True),
+        ({"lora": {"rank": 4, "bias": "all", "targetModules": "all-linear+embeddings"}}, make_qwen, False),
+        ({"promptTuning": {"virtualTokens": 4}}, make_base, False),
+    ],
+    ids=["full", "lora", "lora with biases and embeddings", "promptTuning"],
+)
+def test_what_fsdp_trains_is_published_as_by_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any, make: Any, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(train_module, "cpu_limit", lambda: 1)
+    base = make(tmp_path / "base")
+    training = {
+        "maxSteps": 4, "loggingSteps": 1, "evalSteps": 2, "learningRate": 0.01, "sharding": "fsdp",
+        "gradientAccumulationSteps": 2, "gradientCheckpointing": checkpointing,
+    }  # fmt: skip
+    changes = {"method": method, "evaluation": {"maxSamples": 2, "maxNewTokens": 4}}
+    run, _ = ready(tmp_path / "alone", base, make_job(training=training | {"perDeviceTrainBatchSize": 2}, **changes))
+    with run.cleanup:
+        train_evaluate_publish(run)
+    alone = json.loads((run.settings.adapter_dir / "report.json").read_text())
+
+    pair = run_pair(tmp_path, "pair", base=base, job=changes | {"training": training | {"perDeviceTrainBatchSize": 1}})
+    assert pair.codes == [0, 0], pair.log(0) + pair.log(1)
+    seen = json.loads((tmp_path / "pair.json").read_text())
+    # The weights are safe, and nothing of the training is in memory any more, when the model is put where it is measured.
+    assert seen["left"] == {"final": 1, "shards": 0, "optimizers": 0, "trainers": 0}
+    assert seen["curve"] == [pytest.approx(record, rel=1e-3) for record in alone["lossCurve"]]
+    assert seen["metrics"] == pytest.approx(alone["metrics"], rel=1e-3)
+    for path in run.settings.adapter_dir.glob("*.safetensors"):
+        weights, expected = load_file(tmp_path / "pair-0/work/adapter" / path.name), load_file(path)
+        assert weights.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -93,10 +93,9 @@ def _representation(trained: "Trained", open_base: Variant, notes: list[str]) ->
     collate = Collator(pad_token(trained.tokenizer))
     groups = [examples[begin : begin + AT_ONCE] for begin in range(0, len(examples), AT_ONCE)]
     batches = [_batch(collate(group), trained.task, -(-TOKENS * len(group) // len(examples))) for group in groups]
-    device = trained.model.device
-    tuned = grams(trained.model, batches, device)
+    tuned = grams(trained.model, batches)
     with open_base() as base:
-        untuned = grams(base, batches, device)
+        untuned = grams(base, batches)
     layers = []
     for part, of_tuned in tuned.items():
         tokens = len(of_tuned[0])

@@ -169,13 +169,13 @@ class CheckpointWriter:
         """Begin to make room for copies of such a state, while training goes on."""
         self._begin(self._reserve, _tensors(state)[1])
 
-    def take(self, state: dict[str, Any], step: int, *, final: bool = False) -> float:
-        """Copy the state and begin to write it, once the one before is written; the seconds that this took. Its "watch" is
-        plain JSON, which may be long, and no longer changes."""
+    def take(self, state: dict[str, Any], step: int, *, final: bool = False, copy: bool = True) -> float:
+        """Copy the state, unless nothing changes it until it is written, and begin to write it, once the one before is
+        written; the seconds that this took. Its "watch" is plain JSON, which may be long, and no longer changes."""
         self.wait()
         begin = time.monotonic()
         packed, tensors = _tensors(state)
-        copies, rest = self._copy(tensors), {"packed": packed, "watch": state["watch"]}
+        copies, rest = self._copy(tensors) if copy else tensors, {"packed": packed, "watch": state["watch"]}
         self._begin(self._write, copies, rest, step, final)
         return time.monotonic() - begin
 

@@ -24,6 +24,7 @@ from graft_trainer.basemodel import TOKENIZERS
 from graft_trainer.download import fetch_version
 from graft_trainer.failures import out_of_memory
 from graft_trainer.model import AUTO_CLASSES
+from graft_trainer.model_placement import place
 from graft_trainer.run import Run
 from graft_trainer.subject import Subject
 
@@ -86,7 +87,9 @@ def _whole_model(folder: Path, trained: "Trained", tuned: Subject) -> Subject:
     with _fitting("its weights cannot be loaded"):
         model = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=trained.model.dtype
-        ).to(trained.model.device)
+        )
+        if place(model).device.type == "cpu" != trained.model.device.type:
+            raise NotComparable("there is no memory for it beside the new one")
         own = any((folder / name).exists() for name in TOKENIZERS)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if own else trained.tokenizer
     return replace(tuned, who="current", model=model.eval(), tokenizer=tokenizer, virtual_tokens=0)

@@ -96,7 +96,6 @@ def evaluate(run: Run, trained: "Trained") -> Evaluated:
     """Measure the version and what it is compared with. A missed gate is a result and no failure, and so is a measurement
     that cannot be made: the training is done, and would be as it is after another attempt."""
     started = time.monotonic()
-    run.progress.stage("Evaluating", percent=100, eta_seconds=None)
     evaluation = run.job.evaluation
     plan = gates.plan(evaluation, has_current=run.job.current is not None)
     sets = [*_held_out(run, trained), *_suites(run, trained)]

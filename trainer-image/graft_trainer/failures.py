@@ -35,7 +35,7 @@ def explain(
     follows: bool = False,
 ) -> Termination:
     """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known, and
-    `training` says that it was about to take its steps, which a smaller micro-batch makes cheaper. `trained`: a step was
+    `training` says that steps were still to be taken, which a smaller micro-batch makes cheaper. `trained`: a step was
     taken with the other processes; `follows`: one of them had ended before."""
     if between_processes(error) and not out_of_memory(error):
         failure = _between_processes(error, follows or (trained and connection_ended(error)))
@@ -122,17 +122,18 @@ def _between_processes(error: BaseException, ended: bool) -> Termination:
 
 def _out_of_memory(error: BaseException, known: dict[str, Any], training: bool) -> Termination:
     message = f"Memory ran out: {_first_line(str(error)) or type(error).__name__}"
-    batch, steps = known.get("perDeviceTrainBatchSize"), known.get("gradientAccumulationSteps")
+    batch = known.get("perDeviceTrainBatchSize")
     if training and isinstance(batch, int) and batch > 1:
         return Termination(
             reason=Reason.MEMORY_EXCEEDED,
             message=f"{message}, with {batch} examples per micro-batch",
             remedy="Nothing is to be done: the next attempt halves the micro-batch and doubles the accumulation.",
         )
-    if isinstance(batch, int) and isinstance(steps, int) and batch > 1:
+    if isinstance(batch, int) and not training:
+        message = message.replace("ran out", "ran out after the last step", 1)
         remedy = (
-            f"Set training.perDeviceTrainBatchSize to {batch // 2} (it was {batch}) and "
-            f"training.gradientAccumulationSteps to {steps * 2}, or give the job more memory."
+            "Training itself fits, and its weights are kept. Lower what the evaluation takes at once, evaluation.maxNewTokens "
+            "or evaluation.fewShotExamples, in a new job, or give this one more memory and raise spec.restarts."
         )
     elif isinstance(batch, int):
         remedy = (

@@ -3,6 +3,7 @@
 It knows nothing of methods: whatever of the model requires a gradient is trained.
 """
 
+import gc
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,8 @@ def run_loop(
 ) -> Watch:
     """Train `model` in place, from the run's newest checkpoint on if there is one; what was seen on the way.
 
-    Of several processes only the first comes back, with the whole model; PartDone in the others.
+    Of several processes only the first comes back, with the whole model, in host memory where it was sharded; PartDone in the
+    others.
     """
     watch = Watch(run.progress, run.interruption, resolved, collator, held_out, run.settings.checkpoint_seconds)
     checkpoints = CheckpointStore(
@@ -54,7 +56,7 @@ def run_loop(
     )
     resume = find_resume(checkpoints, resolved, device, lambda found: run.progress.update(checkpoints=found))
     if resume is not None and resume.final:
-        skip_loop(model, resume, watch, device)
+        skip_loop(run, model, resume, watch)
     else:
         train_on(run, model, examples, resolved, device, watch, checkpoints, resume)
     collator.tokens = watch.tokens
@@ -66,13 +68,12 @@ def run_loop(
     return watch
 
 
-def skip_loop(model: Any, resume: Resume, watch: Watch, device: Device) -> None:
+def skip_loop(run: Run, model: Any, resume: Resume, watch: Watch) -> None:
     """Take the weights of an attempt that ended after its last step: nothing is trained twice."""
+    trained(run)
     log.info("an earlier attempt has trained to the end, step %d: going on from there", resume.step)
     restore_weights(model, resume.state["weights"])
     watch.restore(resume.state["watch"], resume.step)
-    if device.kind == "cuda" and not getattr(model, "is_quantized", False):
-        model.to("cuda")
 
 
 def train_on(
@@ -100,28 +101,61 @@ def train_on(
     sharded = resolved.sharding == "fsdp"
     shell = sharding.shell(model) if sharded and rank == 0 else None
     with run.interruption.deferred():
-        trainer = LeanTrainer(
-            model=model,
-            args=training_arguments(run.settings.work_dir, resolved, device),
-            train_dataset=examples,
-            data_collator=watch.collator,
-            callbacks=[watch],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.begin(watch, writer, resume)
-        trainer.train(resume_from_checkpoint=resume and str(trainer.resume_folder(resume)))
+        step = take_steps(run, model, examples, resolved, device, watch, writer, resume)
+        trained(run)
+        free_trainer()
         whole = sharding.gather(model, keep=rank == 0) if sharded else None
         distributed.leave()
         if rank > 0:
             distributed.until_done()
             raise distributed.PartDone
         if whole is not None and shell is not None:
-            sharding.refill(model, shell, whole, device)
+            sharding.refill(model, shell, whole)
+            del whole, shell
+            gc.collect()  # the parts on this GPU are in cycles, too
         final = {"weights": trained_weights(model), "watch": watch.state()}
-        writer.take(final, trainer.state.global_step, final=True)
+        # What was sharded is in host memory, which need not hold it twice: it is written before anything changes it.
+        writer.take(final, step, final=True, copy=not sharded)
         if world > 1:
             # A pod that is started again must not need the others, which end now.
             writer.wait()
             if writer.error is not None:
                 raise writer.error
             distributed.done()
+
+
+def take_steps(
+    run: Run,
+    model: Any,
+    examples: Sequence[Any],
+    resolved: Resolved,
+    device: Device,
+    watch: Watch,
+    writer: CheckpointWriter,
+    resume: Resume | None,
+) -> int:
+    """Train `model` to the last step; its number. The Trainer ends with this function."""
+    trainer = LeanTrainer(
+        model=model,
+        args=training_arguments(run.settings.work_dir, resolved, device),
+        train_dataset=examples,
+        data_collator=watch.collator,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.begin(watch, writer, resume)
+    trainer.train(resume_from_checkpoint=resume and str(trainer.resume_folder(resume)))
+    return int(trainer.state.global_step)
+
+
+def trained(run: Run) -> None:
+    """The last step is taken: what fails from here on is not for a smaller micro-batch to mend."""
+    run.progress.stage("Evaluating", percent=100, eta_seconds=None)
+
+
+def free_trainer() -> None:
+    """Give back gradients and the optimizer's state, which are in a cycle with the Trainer: the GPU has no room for much else
+    beside them."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

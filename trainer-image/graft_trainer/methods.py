@@ -4,7 +4,6 @@ It knows nothing about data, steps or storage: it takes a loaded base model and 
 require a gradient are the method's.
 """
 
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -26,7 +25,7 @@ from peft import (
 
 from graft_trainer.failures import Failure
 from graft_trainer.model import BaseModel
-from graft_trainer.resolve import Device
+from graft_trainer.model_placement import place, release
 from graft_trainer.targets import target_modules
 from graft_trainer.tokens import Task
 
@@ -77,12 +76,10 @@ def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[
     )
 
 
-def settle(model: Any, job: JobFile, device: Device, stored: torch.dtype) -> None:
-    """Leave the trained model as it is published: what is measured from here on is what is served. Biases that were
-    trained beside an adapter go back to the type of the weights that they belong to."""
-    if job.method.full is not None:
-        as_published(model, device, stored)
-    elif job.method.low_rank is not None and job.method.low_rank.bias != "none":
+def settle(model: Any, job: JobFile, stored: torch.dtype) -> None:
+    """Leave the trained model as it is published, and where it fits: what is measured from here on is what is served. Biases
+    that were trained beside an adapter go back to the type of the weights that they belong to."""
+    if job.method.low_rank is not None and job.method.low_rank.bias != "none":
         for module in model.modules():
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             if not isinstance(bias, torch.nn.Parameter) or not bias.requires_grad or weight is None:
@@ -91,15 +88,21 @@ def settle(model: Any, job: JobFile, device: Device, stored: torch.dtype) -> Non
                 bias.data = bias.data.to(weight.dtype)
     model.requires_grad_(False)
     model.eval()
+    if job.method.full is not None:
+        as_published(model, stored)
+    else:
+        place(model)
 
 
-def as_published(model: Any, device: Device, stored: torch.dtype) -> Any:
-    """A whole model rounded to the type of the base model's files; on a CPU it is computed with in float32 all the same.
+def as_published(model: Any, stored: torch.dtype) -> Any:
+    """A whole model rounded to the type of the base model's files, where it fits; on a CPU it is computed with in float32
+    all the same.
 
     Buffers stay: transformers keeps the frequencies of rotary positions in float32 whatever the weights' type.
     """
     cast_parameters(model, stored)
-    if device.kind == "cpu":
+    place(model)
+    if model.device.type == "cpu":
         cast_parameters(model, torch.float32)
     return model
 
@@ -162,7 +165,7 @@ def _switched_off(model: Any, original: dict[str, torch.Tensor]) -> Iterator[Any
     learned = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = original[name].to(parameter.dtype)
+            parameter.data = original[name].to(parameter.device, parameter.dtype)
         with ExitStack() as stack:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # on trained biases, which are put back here
@@ -180,7 +183,4 @@ def _loaded_again(reload: Callable[[], Any]) -> Iterator[Any]:
     try:
         yield model
     finally:
-        model.to("meta")  # frees the weights whoever still holds the model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release(model)

@@ -77,7 +77,7 @@ def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
         return
     cast_parameters(model, trained.stored)
     model.save_pretrained(folder, max_shard_size=SHARD)
-    as_published(model, trained.device, trained.stored)
+    as_published(model, trained.stored)
     for name in TOKENIZER_FILES:
         if (trained.folder / name).is_file():
             shutil.copyfile(trained.folder / name, folder / name)

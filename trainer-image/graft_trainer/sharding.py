@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from graft_trainer.resolve import Device
-
 
 def shell(model: nn.Module) -> nn.Module:
     """The model without the memory of its weights, made before it is sharded: sharding changes modules for good."""
@@ -50,8 +48,8 @@ def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return whole
 
 
-def refill(model: nn.Module, hollow: nn.Module, weights: dict[str, Tensor], device: Device) -> None:
-    """Turn the sharded `model` into the plain one: it becomes its shell, with the weights."""
+def refill(model: nn.Module, hollow: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Turn the sharded `model` into the plain one, in host memory: it becomes its shell, with the weights."""
     filled = {
         id(parameter): nn.Parameter(weights[name], parameter.requires_grad)
         for name, parameter in hollow.named_parameters()
@@ -63,4 +61,3 @@ def refill(model: nn.Module, hollow: nn.Module, weights: dict[str, Tensor], devi
     # Whoever holds the model has the plain one from here on.
     model.__class__ = hollow.__class__
     model.__dict__ = hollow.__dict__
-    model.to(device.kind)

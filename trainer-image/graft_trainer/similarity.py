@@ -80,7 +80,7 @@ def _spread(there: torch.Tensor, most: int) -> Chosen:
     return Chosen(rows[keep], columns[keep], there.shape[1])
 
 
-def grams(model: Any, batches: Sequence[Batch], device: Any) -> Grams:
+def grams(model: Any, batches: Sequence[Batch]) -> Grams:
     """The Gram matrices of each layer's hidden states at the chosen tokens."""
     states: dict[str, list[list[torch.Tensor]]] = {}
     training = model.training
@@ -88,7 +88,7 @@ def grams(model: Any, batches: Sequence[Batch], device: Any) -> Grams:
     try:
         with torch.inference_mode():
             for batch in batches:
-                inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+                inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
                 output = model(**inputs, output_hidden_states=True, use_cache=False)
                 for part, tokens in batch.chosen.items():
                     layers = _hidden_states(output, part)

@@ -1,6 +1,5 @@
 """train: load, tokenise, resolve what the spec leaves open, and run transformers' Trainer over what the method trains."""
 
-import gc
 import logging
 import resource
 import time
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 class Trained:
     """The tuned model, and how it came to be."""
 
-    model: Any  # the tuned model on this process's device, in eval mode; with forward and generate, whatever the method
+    model: Any  # the tuned model where it fits, in eval mode; with forward and generate, whatever the method
     tokenizer: Any
     task: Task
     method: MethodName
@@ -106,7 +105,9 @@ def train(run: Run) -> Trained:
         halvings=run.halvings,
     )
     stored = stored_dtype(config)
-    tunable = make_tunable(job, base, folder, lambda: as_published(load().model, device, stored).to(device.kind))
+    tunable = make_tunable(job, base, folder, lambda: as_published(load().model, stored))
+    context = _room(base.facts.context, resolved)
+    del base  # after fsdp the model has other modules, and these would keep their part of the weights
     run.progress.update(
         total_steps=resolved.max_steps,
         training=resolved.wire(),
@@ -136,8 +137,7 @@ def train(run: Run) -> Trained:
     peak = memory.peak_bytes()
     run.progress.update(peak_memory_bytes=peak)
     model = extract_model_from_parallel(tunable.model, keep_fp32_wrapper=False)
-    settle(model, job, device, stored)
-    gc.collect()  # the optimizer's state is in a cycle with the Trainer
+    settle(model, job, stored)
     last = watch.curve[-max(1, len(watch.curve) // 10) :]
     return Trained(
         model=model,
@@ -159,7 +159,7 @@ def train(run: Run) -> Trained:
         train_loss=sum(record["loss"] for record in last) / len(last) if last else None,
         eval_loss=watch.last_eval_loss,
         tokens=collator.tokens,
-        context=_room(base.facts.context, resolved),
+        context=context,
         seconds={"load": loaded - started, "train": time.monotonic() - loaded},
         peak_memory_bytes=peak,
         open_base=tunable.open_base,

@@ -57,6 +57,8 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
         max_grad_norm=resolved.max_grad_norm,
         bf16=resolved.precision == "bf16",
         fp16=resolved.precision == "fp16",
+        # Also with fsdp, for which the library recommends another way: that draws other dropout when it computes a block
+        # again, so its gradients are wrong, and with FSDP2 this one gathers no weight more often.
         activation_checkpointing=resolved.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
         logging_steps=resolved.logging_steps,

@@ -66,7 +66,6 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
             bnb_4bit_quant_type=method.qlora.quant_type,
             bnb_4bit_use_double_quant=method.qlora.double_quant,
             bnb_4bit_compute_dtype=compute,
-            bnb_4bit_quant_storage=compute if known.sharding == "fsdp" else torch.uint8,  # fsdp shards floats only
         )
     # fsdp moves each process's part to its GPU itself; the whole may not fit there.
     if known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):

@@ -19,10 +19,12 @@ from graft_trainer.data_order import DataOrder
 from graft_trainer.failures import connection_ended
 from graft_trainer.interruption import Interruption
 from graft_trainer.launch import End, worst
+from graft_trainer.model import load_base_model
 from graft_trainer.pipeline import train_evaluate_publish
+from graft_trainer.resolve import Device, limits
 from rank_process import HALF, run_pair, start
 from safetensors.torch import load_file
-from trainer_world import make_base, make_job, make_qwen, ready
+from trainer_world import make_base, make_job, make_qwen, make_t5, ready
 
 INTERRUPTED, PEER_LOST = EXIT_CODES[Reason.INTERRUPTED], EXIT_CODES[Reason.PEER_LOST]
 
@@ -161,6 +163,29 @@ def test_what_fsdp_trains_is_published_as_by_one_process(
         assert weights.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [make_base, make_t5])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_only_the_first_process_loads_what_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, method: str
+) -> None:
+    folder, task = make(tmp_path), "seq2seq" if make is make_t5 else "causal"
+    job = make_job(task=task, method={method: {}}, training={"sharding": "fsdp", "precision": "bf16"})
+    known = limits(job, Device("cpu"), 128, 2)
+    monkeypatch.setattr(distributed, "joined", lambda: True)
+    models = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        base = load_base_model(folder, "tiny", task, job.method, known, Device("cpu"))
+        assert base.loaded == (rank == 0)
+        models.append(base.model)
+    first, second = (
+        [(name, value.shape, value.dtype, value.device) for name, value in (*m.named_parameters(), *m.named_buffers())]
+        for m in models
+    )
+    # The same tensors, also those that are shared: else the weights could not be dealt out.
+    assert first == second
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

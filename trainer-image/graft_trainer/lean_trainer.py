@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from graft_trainer import distributed
+from graft_trainer import distributed, sharding
 from graft_trainer.checkpoint_state import (
     optimizer_state,
     random_state,
@@ -215,8 +215,20 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
         self.watch.saved()
         log.info("step %d: checkpoint taken in %.2f s", self.state.global_step, stall)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Only the first process has loaded the weights: see load_base_model.
+        whole = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        sharding.deal(self.model, whole if distributed.is_main() else None)
+        if resume_from_checkpoint is not None:
+            restore_weights(self.model, self._resumed().state.pop("weights"))
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore_weights(self.model, self._resumed().state.pop("weights"))
+        if not self.is_fsdp_enabled:
+            restore_weights(self.model, self._resumed().state.pop("weights"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from graft_trainer import distributed, sharding
 from graft_trainer.basemodel import context_of
 from graft_trainer.failures import Failure, out_of_memory
 from graft_trainer.resolve import Device, Limits, ModelFacts
@@ -42,6 +43,7 @@ class BaseModel:
     facts: ModelFacts
     projections: list[Projection]
     embeddings: list[Projection]  # the tables that the blocks read the tokens from
+    loaded: bool = True  # else its weights have no values: they come from the first process
 
 
 def stored_dtype(config: Any) -> torch.dtype:
@@ -57,6 +59,9 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
     full keeps float32 weights whatever the precision (Micikevicius et al. 2018): at a learning rate of 2e-5 most updates
     are smaller than half of bfloat16's distance to the next number and would be lost. The products are computed in the
     precision by autocast. The frozen weights of the other methods are held in the precision itself.
+
+    With fsdp the first process alone loads the weights, into host memory, from where they are dealt out: the nodes need not
+    hold them once per GPU.
     """
     arguments: dict[str, Any] = {"dtype": torch.float32 if method.full is not None else DTYPES[known.precision]}
     if method.qlora is not None:
@@ -67,8 +72,11 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
             bnb_4bit_use_double_quant=method.qlora.double_quant,
             bnb_4bit_compute_dtype=compute,
         )
+    loaded = known.sharding != "fsdp" or distributed.is_main() or not distributed.joined()
+    if not loaded:
+        arguments["device_map"] = {"": "meta"}
     # fsdp moves each process's part to its GPU itself; the whole may not fit there.
-    if known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):
+    elif known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):
         arguments["device_map"] = {"": torch.cuda.current_device() if device.kind == "cuda" else "cpu"}
     try:
         model, info = AUTO_CLASSES[task].from_pretrained(
@@ -85,10 +93,12 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
                 f"{name}: {len(keys)} weights are {problem.partition('_')[0]}, the first is {keys[0]}",
                 "Upload weights that belong to the model's config.json.",
             )
+    if not loaded:
+        sharding.hollow(model)
     if device.kind == "cpu":
         keep_differentiable(model)
     facts = facts_of(model, liger=device.kind == "cuda" and has_liger(model))
-    return BaseModel(model, facts, projections_of(model), embeddings_of(model))
+    return BaseModel(model, facts, projections_of(model), embeddings_of(model), loaded)
 
 
 def keep_differentiable(model: Any) -> None:

@@ -1,12 +1,49 @@
-"""A model whose weights are spread over the processes (FSDP2), put together again in the first one."""
+"""A model whose weights are spread over the processes (FSDP2): dealt out by the first one, and put together again in it."""
 
 import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def hollow(model: nn.Module) -> None:
+    """Give a model on the meta device weights in host memory without values: the system gives no page that nobody writes to.
+
+    Nor does reading take any. A meta tensor would do for the sharding, but accelerate tells weights apart by their addresses.
+    """
+    made: dict[int, Tensor] = {}  # weights that are shared stay so
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+                tensors[name] = made[id(tensor)]
+
+
+def deal(model: nn.Module, whole: dict[str, Tensor] | None) -> None:
+    """Give each process its part of the weights, and all buffers, that the first one has; it passes the `whole` weights by
+    name. Every process must take part, one weight after another."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if whole is not None:
+                value = whole[name].to(part.device, parameter.dtype)
+            else:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=part.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
+            else:
+                distributed.broadcast(value, 0)
+            part.copy_(value)
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -48,16 +85,16 @@ def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return whole
 
 
-def refill(model: nn.Module, hollow: nn.Module, weights: dict[str, Tensor]) -> None:
+def refill(model: nn.Module, empty: nn.Module, weights: dict[str, Tensor]) -> None:
     """Turn the sharded `model` into the plain one, in host memory: it becomes its shell, with the weights."""
     filled = {
         id(parameter): nn.Parameter(weights[name], parameter.requires_grad)
-        for name, parameter in hollow.named_parameters()
+        for name, parameter in empty.named_parameters()
     }
-    for module in hollow.modules():
+    for module in empty.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:  # a tied weight is the same one in both places
                 module._parameters[name] = filled[id(parameter)]
     # Whoever holds the model has the plain one from here on.
-    model.__class__ = hollow.__class__
-    model.__dict__ = hollow.__dict__
+    model.__class__ = empty.__class__
+    model.__dict__ = empty.__dict__

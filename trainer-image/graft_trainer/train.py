@@ -91,7 +91,7 @@ def train(run: Run) -> Trained:
     set_seed(job.training.seed)
     base = load()
     check_vocabulary(base, learned, name)
-    if job.training.packing:
+    if job.training.packing and base.loaded:
         check_packing(base.model, max(learned.examples, key=lambda item: item.tokens), name)
     resolved = resolve(
         job,

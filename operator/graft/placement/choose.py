@@ -162,7 +162,7 @@ def _doublings(limit: int) -> set[int]:
 def host_memory(recipe: Recipe, setup: Setup, gpus: int) -> int:
     """Bytes that a pod with GPUs needs beside them: the weights as they are loaded, and a checkpoint (trained
     weights and the optimizer's state) on its way to storage. Whole GiB."""
-    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup, max(1, gpus)) + _checkpoint(recipe, setup, gpus)
+    needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup) + _checkpoint(recipe, setup, gpus)
     return -(-needed // GIB) * GIB
 
 

@@ -74,12 +74,11 @@ def trained_parameters(shape: Geometry, setup: Setup) -> int:
     return shape.parameters
 
 
-def loaded_bytes(shape: Geometry, setup: Setup, processes: int) -> int:
-    """Bytes of host memory that the weights of a pod's processes take while they are loaded.
+def loaded_bytes(shape: Geometry, setup: Setup) -> int:
+    """Bytes of host memory that the weights take in a pod while they are loaded.
 
-    A process maps the files, which all share, and hands the weights to its GPU one by one; with fsdp it holds the whole
-    model first, and where the type is another than the files' that is a copy of its own.
+    A process maps the files, which all share, and hands the weights to its GPU one by one; with fsdp the first process of the
+    run holds the whole model first, and deals it out.
     """
     dtype = "float32" if setup.method.full is not None else DTYPES[setup.precision]
-    copies = processes if setup.sharding == "fsdp" and shape.dtype != dtype else 1
-    return shape.parameters * WIDTH[dtype] * copies
+    return shape.parameters * WIDTH[dtype]

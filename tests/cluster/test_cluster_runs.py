@@ -242,6 +242,20 @@ def test_a_job_that_failed_is_started_again_from_its_checkpoint(tenant: Tenant) 
     assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 4  # one that succeeded stays as it is
 
 
+def test_one_that_failed_after_it_had_published_keeps_its_version(tenant: Tenant) -> None:
+    tenant.job("late", retries=0)
+    first = tenant.running_pod("late")
+    tenant.publish_as_trainer("late", first)
+    tenant.fail_pod(first, Reason.INTERNAL_ERROR, "It was killed on its way out.", "")
+    tenant.until("FineTuneJob", "late", "Succeeded", "InternalError")
+    tenant.api.patch("FineTuneJob", tenant.name, "late", {"spec": {"restarts": 1}})
+    second = tenant.running_pod("late", but=(first,))
+    assert tenant.job_file("late").output.version == "1.0.0"
+    tenant.end_pod(second)  # the trainer finds it published, and ends well
+    tenant.until("FineTuneJob", "late", "Succeeded", "Published")
+    assert tenant.status("FineTuneJob", "late")["adapterRef"]["version"] == "1.0.0"
+
+
 def test_a_finished_job_goes_after_its_time_and_the_adapter_stays(tenant: Tenant) -> None:
     tenant.trained("brief")
     assert tenant.api.get("FineTuneJob", tenant.name, "brief") is not None

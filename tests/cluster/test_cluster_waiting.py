@@ -87,18 +87,18 @@ def test_a_namespace_that_is_not_bound_says_how_to_bind_it(unbound: Tenant) -> N
     fleet.until("Available", "Serving")
 
 
-def quota(tenant: Tenant, resource: str) -> str:
-    """Allow none of a resource; the path of the quota that is in force."""
+def quota(tenant: Tenant, resource: str, amount: int = 0) -> str:
+    """Allow so many of a resource; the path of the quota that is in force."""
     path = f"/api/v1/namespaces/{tenant.name}/resourcequotas"
     manifest = {
         "apiVersion": "v1",
         "kind": "ResourceQuota",
-        "metadata": {"name": "none"},
-        "spec": {"hard": {resource: "0"}},
+        "metadata": {"name": "few"},
+        "spec": {"hard": {resource: str(amount)}},
     }
     tenant.api.call("POST", path, manifest)
-    tenant.wait(lambda: tenant.api.call("GET", f"{path}/none").get("status", {}).get("hard"), "the quota is in force")
-    return f"{path}/none"
+    tenant.wait(lambda: tenant.api.call("GET", f"{path}/few").get("status", {}).get("hard"), "the quota is in force")
+    return f"{path}/few"
 
 
 def test_a_quota_of_jobs_is_told_and_the_job_goes_on_later(tenant: Tenant) -> None:
@@ -109,6 +109,16 @@ def test_a_quota_of_jobs_is_told_and_the_job_goes_on_later(tenant: Tenant) -> No
     tenant.api.call("DELETE", path)
     tenant.running_pod("many")
     assert tenant.job_file("many").output.version == "1.0.0"
+
+
+def test_a_quota_of_one_job_has_room_for_the_checks_and_then_for_the_run(tenant: Tenant) -> None:
+    quota(tenant, "count/jobs.batch", 1)
+    tenant.job("many", resources=None)
+    tenant.pass_preflight("many", examples=10, maxTokens=100)
+    tenant.running_pod("many")
+    status = tenant.status("FineTuneJob", "many")
+    assert status["checked"] and status["dataset"]["maxTokens"] == 100  # its pod is gone
+    assert [job["metadata"]["name"] for job in tenant.api.list("Job", tenant.name)] == ["many"]
 
 
 def test_a_quota_of_pods_is_told(tenant: Tenant) -> None:

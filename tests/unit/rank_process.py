@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,16 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
         for name in ("events", "measuring")
     )
     distributed.ARRIVAL = options.pop("arrival", distributed.ARRIVAL)
+    distributed.LOADING = options.pop("loading", distributed.LOADING)
+    distributed.SILENCE = timedelta(seconds=options.pop("silence", distributed.SILENCE.total_seconds()))
+    late, seconds, what = options.pop("late", (None, 0, None))
     joined = world > 1 and not options.pop("alone", False)
     try:
         if joined:
             distributed.join()
+        if rank == late:  # it loads its model
+            time.sleep(seconds)
+            named.get(what, list)()
         attempt = run_attempt(
             root, store, name, run=run, events=events, measuring=measuring, world_size=world, **options
         )

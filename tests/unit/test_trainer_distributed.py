@@ -111,6 +111,20 @@ def test_a_process_that_ends_in_the_first_step_says_so_and_costs_the_other_no_re
     assert silent.codes == [EXIT_CODES[Reason.COMMUNICATION_FAILED], -signal.SIGKILL], silent.log(0)
 
 
+def test_one_that_loads_for_long_is_waited_for(tmp_path: Path) -> None:
+    options = {"full": False, "sharding": "ddp", "max_steps": 2}
+    for who in (0, 1):
+        pair = run_pair(tmp_path, f"late-{who}", {}, **options, silence=4, late=(who, 8, None))
+        assert pair.codes == [0, 0], pair.log(0) + pair.log(1)
+
+    never = run_pair(tmp_path, "never", {}, **options, loading=2, late=(1, 6, None))
+    assert never.codes[0] == EXIT_CODES[Reason.COMMUNICATION_FAILED], never.log(0)
+    assert "1 of 2 processes had loaded" in never.log(0)
+    # One that ends meanwhile is not waited for.
+    ended = run_pair(tmp_path, "ended", {}, **options, late=(1, 1, "memory"))
+    assert ended.codes == [PEER_LOST, EXIT_CODES[Reason.OUT_OF_MEMORY]], ended.log(0)
+
+
 def test_peers_that_never_come_cost_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

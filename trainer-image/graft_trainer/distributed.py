@@ -20,6 +20,7 @@ from graft_trainer.failures import Failure, connection_ended
 
 log = logging.getLogger(__name__)
 ARRIVAL = 900.0  # seconds: pods start at different times, one may wait for a node and pull the image
+LOADING = 3600.0  # seconds: the first process reads a large model for all
 SILENCE = timedelta(minutes=5)  # after which a peer that says nothing is taken for lost
 TOKENISING = 3 * 3600.0  # seconds for the pod's first process to tokenise: some twenty million examples
 HEARING = 10.0  # seconds for which the first process waits for the others to hear that they are done
@@ -74,6 +75,7 @@ class Group:
         self.store: Any = None
         self.control: Any = None  # gloo, whatever the GPUs use
         self.told = 0
+        self.ended = 0
         self.give_up: Callable[[BaseException], int] | None = None
         self.told_pod = 0
 
@@ -105,15 +107,10 @@ def join() -> None:
     _group.store = distributed.TCPStore(
         "localhost" if is_main() else host, port, is_master=is_main(), wait_for_workers=False, timeout=SILENCE
     )
-    # By name, for one that is replaced while the others wait comes twice.
-    everybody = [f"arrived/{number}" for number in range(world_size())]
-    _group.store.set(everybody[rank()], "1")
-    while not _group.store.check(everybody):
-        # The first process decides for all, so that a round costs one retry: with it the store ends.
-        if is_main() and time.monotonic() > deadline:
-            here = sum(_group.store.check([name]) for name in everybody)
-            raise _alone(f"{here} of {world_size()} processes came within {ARRIVAL / 60:.0f} minutes")
-        time.sleep(0.1)
+    # The first process decides for all, so that a round costs one retry: with it the store ends.
+    here = _all_at("arrived", deadline if is_main() else float("inf"))
+    if here < world_size():
+        raise _alone(f"{here} of {world_size()} processes came within {ARRIVAL / 60:.0f} minutes")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -127,7 +124,37 @@ def join() -> None:
     _group.control = distributed.new_group(backend="gloo", timeout=SILENCE)
     if cuda:
         threading.Thread(target=_watch_nccl, args=(_nccl_error,), name="nccl", daemon=True).start()
+    _group.ended = _group.store.add("ended", 0)  # some that were replaced while the others waited
     log.info("all %d processes are here", world_size())
+
+
+def loaded() -> None:
+    """Wait until every process has its model and its data, which takes one that reads them for all much longer than the others.
+    Failure(PeerLost) when another ends meanwhile; Failure(CommunicationFailed) when they are not through within LOADING."""
+    if joined() and (here := _all_at("loaded", time.monotonic() + LOADING, or_ended=True)) < world_size():
+        raise Failure(
+            Reason.COMMUNICATION_FAILED,
+            f"{here} of {world_size()} processes had loaded model and data within {LOADING / 60:.0f} minutes",
+            "Each try counts as a retry. See the log of the pods that were slower; put the base model where all read it fast.",
+        )
+
+
+def _all_at(place: str, deadline: float, *, or_ended: bool = False) -> int:
+    """Say that this process is at `place`, and wait for all others until the deadline; how many are there."""
+    # By name, for one that is replaced while the others wait comes twice.
+    everybody = [f"{place}/{number}" for number in range(world_size())]
+    _group.store.set(everybody[rank()], "1")
+    while not _group.store.check(everybody):
+        if time.monotonic() > deadline:
+            return sum(_group.store.check([name]) for name in everybody)
+        if or_ended and _group.store.add("ended", 0) > _group.ended:
+            raise Failure(
+                Reason.PEER_LOST,
+                "Another process of the run ended while this one waited for it",
+                "See why it ended with kubectl describe pod; the Job goes on from the newest checkpoint.",
+            )
+        time.sleep(0.1)
+    return world_size()
 
 
 def total(values: list[int]) -> list[int]:

@@ -20,6 +20,7 @@ from graft_trainer.checkpoint_store import CheckpointStore, CheckpointWriter
 from graft_trainer.failures import Failure
 from graft_trainer.lean_trainer import LeanTrainer, training_arguments
 from graft_trainer.model import DTYPES
+from graft_trainer.model_placement import place
 from graft_trainer.resolve import Device, Resolved
 from graft_trainer.resume import Resume, find_resume
 from graft_trainer.run import Prepared, Run
@@ -43,6 +44,7 @@ def run_loop(
     Of several processes only the first comes back, with the whole model, in host memory where it was sharded; PartDone in the
     others.
     """
+    distributed.loaded()
     watch = Watch(run.progress, run.interruption, resolved, collator, held_out, run.settings.checkpoint_seconds)
     checkpoints = CheckpointStore(
         run.store,
@@ -63,6 +65,7 @@ def run_loop(
     distributed.forget()
     watch.leaving = False  # whoever was asked to end has ended
     if watch.owes(resolved.max_steps):  # the last evaluation was broken off, and the final checkpoint written
+        place(model)
         with torch.autocast(device.kind, DTYPES[resolved.precision], enabled=resolved.precision != "fp32"):
             watch.catch_up(model, resolved.max_steps)
     return watch

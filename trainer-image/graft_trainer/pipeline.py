@@ -22,7 +22,12 @@ def train_evaluate_publish(run: Run) -> None:
         return
     if distributed.world_size() > 1:
         if not trained_to_the_end(run):
-            distributed.join()
+            try:
+                distributed.join()
+            except Failure:
+                if published_meanwhile(run):
+                    return
+                raise
         elif not distributed.is_main():
             return  # the first process goes on alone
     run.progress.stage("Training", dataset=Prepared.read(run.settings.prepared_file).statistics)
@@ -37,16 +42,22 @@ def train_evaluate_publish(run: Run) -> None:
     except distributed.PartDone:
         return
     except Failure:
-        # Another attempt may have published meanwhile, and removed the checkpoints that this one wanted to go on from.
-        with suppress(StoreError, Failure):
-            if done_by_another(run):
-                return
+        if published_meanwhile(run):
+            return
         raise
     evaluated = evaluate(run, trained)
     from graft_trainer.publish import publish  # with matplotlib, whose first import takes seconds that a GPU would wait
 
     publish(run, trained, evaluated)
     remove_checkpoints(run)
+
+
+def published_meanwhile(run: Run) -> bool:
+    """Whether this attempt fails because another has published, and removed the checkpoints that this one wanted to go on
+    from."""
+    with suppress(StoreError, Failure):
+        return done_by_another(run)
+    return False
 
 
 def done_by_another(run: Run) -> bool:

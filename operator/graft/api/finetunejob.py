@@ -65,7 +65,7 @@ class FineTuneJobSpec(Placement):
     resources: Resources | None = Field(
         default=None,
         description="Of the training container. When absent Graft estimates the memory and takes the smallest GPUs of this cluster "
-        "that fit; see status.sizing. A change counts from the next restart on; other GPUs in number make the run begin anew.",
+        "that fit; see status.sizing. A change counts when the next Job is made, after restarts was raised; other GPUs in number make the run begin anew.",
     )
     nodes: int | None = Field(
         default=None,
@@ -92,13 +92,13 @@ class FineTuneJobSpec(Placement):
         ge=0,
         le=100,
         description="How often a failed pod is replaced. Errors that are yours to fix, evictions and halved micro-batches do not count. "
-        "A change counts from the next restart on.",
+        "Of a run with GPUs the Job that checks before has as many. A change counts when the next Job is made, after restarts was raised.",
     )
     active_deadline_seconds: int | None = Field(
         default=None,
         ge=60,
-        description="The job fails when it has run for so long; time in suspension does not count. A change counts from the next "
-        "restart on.",
+        description="The job fails when it has run for so long; time in suspension does not count, nor that of the checks "
+        "before a run with GPUs, which may take as long. A change counts when the next Job is made, after restarts was raised.",
     )
     restarts: int = Field(
         default=0,
@@ -241,6 +241,10 @@ class FineTuneJobStatus(Status):
         default=None,
         description="The pods of the job, oldest first.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    checked: bool | None = Field(
+        default=None,
+        description="Whether all that can be checked without a GPU was found right, before a run that takes GPUs.",
     )
     restarts: int | None = Field(default=None, description="The spec's restarts that were last acted on.")
     adapter_ref: AdapterReference | None = Field(default=None, description="The version that was published.")

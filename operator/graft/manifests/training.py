@@ -183,6 +183,10 @@ def _spot(spot: Spot) -> Manifest:
     }
 
 
+def preflight_name(job: FineTuneJob) -> str:
+    return f"{job.metadata.name}-preflight"
+
+
 def is_preflight(child: Manifest) -> bool:
     """Whether a Job or a pod of a FineTuneJob is the one that checks before GPUs are taken."""
     return bool(child["metadata"].get("labels", {}).get(COMPONENT) == PREFLIGHT)
@@ -193,12 +197,16 @@ def preflight_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings
     it finds out about the data is there when the GPUs are chosen."""
     volumes, mounts = _volumes(job, base_model)
     pod = {
-        **pod_defaults(settings, job.spec),
+        # As the run's own pods, to whose nodes the spec may bind it: it tolerates their taints.
+        **pod_defaults(settings, job.spec, gpus=1),
         # The name is that of the init container: the same checks, and the operator reads both alike.
         "containers": [_container("prepare", "preflight", settings, mounts, PREPARE_RESOURCES)],
         "volumes": volumes,
     }
-    return _job(job, f"{job.metadata.name}-preflight", PREFLIGHT, pod, pods=1)
+    pod.pop("runtimeClassName", None)  # it is the GPUs'
+    if job.spec.spot:
+        pod["tolerations"] += _spot(settings.spot)["tolerations"]
+    return _job(job, preflight_name(job), PREFLIGHT, pod, pods=1)
 
 
 def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings, shape: Shape) -> Manifest:
@@ -233,8 +241,12 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
 
 def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) -> Manifest:
     pod_labels = labels(job, component) | {METHOD_LABEL: job.spec.method.name}
+    # One that is missing or ends takes all others along, which fail then, too: so many retries are for each.
+    limits = {"backoffLimit": job.spec.retries}
+    if pods > 1:
+        limits = {"backoffLimitPerIndex": job.spec.retries, "maxFailedIndexes": 0}
     body: Manifest = {
-        "backoffLimit": job.spec.retries,
+        **limits,
         "completions": pods,
         "parallelism": pods,
         "completionMode": "Indexed" if pods > 1 else "NonIndexed",

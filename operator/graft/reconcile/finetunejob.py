@@ -39,6 +39,7 @@ from graft.reconcile.context import SOON, WAITING, Context
 from graft.reconcile.jobstatus import (
     KIND,
     World,
+    checked,
     condition_of,
     job_condition,
     memory_failures,
@@ -67,7 +68,10 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return await restart(ctx, raw, job) if to_restart(job, ended) else await _expire(ctx, job, ended)
 
     world = await _gather(ctx, job)
-    if world.published is None and (not world.children or world.checked):
+    if world.passed and not job.status.checked:
+        await ctx.write_status(raw, checked(world), job.status.conditions)
+        return 0
+    if world.published is None and (not world.children or world.passed):
         if job.spec.suspend:
             status, observed = suspended(job)
             await ctx.write_status(raw, status, observed)
@@ -101,7 +105,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     if not world.pods:
         world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
-        world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]))
+        world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]), must=world.passed)
     resolved = job.status.resolved
     trained = not world.preflight and job_condition(world, "Complete") is not None
     if trained and resolved is not None and resolved.version is not None:
@@ -151,11 +155,13 @@ async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
     return str(refused[-1]) if refused else None
 
 
-async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str) -> Progress | None:
+async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: bool) -> Progress | None:
     prefix = layout.attempt_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid, attempt)
     try:
         return Progress.model_validate_json(await ctx.blocking(ctx.store.get, prefix + layout.PROGRESS))
-    except (StoreError, ValidationError):
+    except (StoreError, ValidationError) as error:
+        if must and isinstance(error, StoreError) and error.trouble == "unavailable":
+            raise  # what is decided by it is decided once
         return None  # not written yet, or not readable just now: the pod's own status says enough
 
 
@@ -188,7 +194,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
     trouble = await ensure_credentials(ctx, namespace)
     if trouble is not None:
         return trouble
-    placed = await place(ctx, job, base, world.data)
+    placed = await place(ctx, job, base)
     if isinstance(placed, Trouble):
         return placed
     shape, sizing = placed
@@ -214,7 +220,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         await ctx.kube.apply(training_policy(job))
         if shape.nodes > 1:
             await ctx.kube.apply(peers_service(job))
-        if shape.gpus and not world.checked:
+        if shape.gpus and not job.status.checked:
             await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
         else:
             await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
@@ -226,6 +232,10 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         if error.status == 403 and "quota" not in str(error):
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})")
         if error.status in {403, 409, 422}:
+            for child in world.children if error.status == 403 else []:
+                # A quota of Jobs has no room for both; its pod's log is all that is lost.
+                uid = child["metadata"]["uid"]
+                await ctx.kube.delete("Job", namespace, child["metadata"]["name"], uid, "Background")
             return Trouble("CreationFailed", str(error))
         raise
     return None

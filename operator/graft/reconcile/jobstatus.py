@@ -16,10 +16,10 @@ from graft.api.finetunejob import (
 from graft.api.finetunejob import Progress as ProgressStatus
 from graft.api.meta import Condition
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.contracts import DatasetStatistics, Progress, Reason
+from graft.contracts import Progress, Reason
 from graft.kube import Manifest
 from graft.manifests import adapter as adapter_manifests
-from graft.manifests.training import is_preflight
+from graft.manifests.training import is_preflight, preflight_name
 from graft.reconcile import pods
 from graft.reconcile.access import Trouble
 from graft.status import condition, duration, find
@@ -53,14 +53,9 @@ class World:
         return any(is_preflight(child) for child in self.children)
 
     @property
-    def checked(self) -> bool:
-        """Whether it has found nothing wrong, and the one that trains is to be made."""
+    def passed(self) -> bool:
+        """Whether it has found nothing wrong."""
         return self.preflight and job_condition(self, "Complete") is not None
-
-    @property
-    def data(self) -> DatasetStatistics | None:
-        """What the checks have found the data to be like."""
-        return self.progress.dataset if self.progress is not None else None
 
     @property
     def over(self) -> bool:
@@ -74,6 +69,13 @@ def memory_failures(world: World) -> int:
     """How often the run has found its memory too small, counted on the pod that met it most often (PURE)."""
     counts = Counter(attempt.index or 0 for attempt in _attempts(world) if attempt.reason == Reason.MEMORY_EXCEEDED)
     return max(counts.values(), default=0)
+
+
+def checked(world: World) -> FineTuneJobStatus:
+    """The status of a job whose checks have found nothing wrong (PURE): what they found out outlives their pod."""
+    job, data = world.job, world.progress.dataset if world.progress is not None else None
+    facts = DatasetFacts.model_validate(data.model_dump()) if data is not None else job.status.dataset
+    return job.status.model_copy(update={"checked": True, "dataset": facts})
 
 
 def suspended(job: FineTuneJob) -> tuple[FineTuneJobStatus, list[Condition]]:
@@ -212,6 +214,12 @@ def _held(world: World) -> Condition | None:
     job = world.job
     if not world.children or not world.children[0]["spec"].get("suspend"):
         return None
+    if world.preflight and not job.spec.suspend:
+        text = (
+            f"Job {preflight_name(job)} is suspended by somebody else. Kueue does so to Jobs that name no queue where "
+            "manageJobsWithoutQueueName is set: leave the namespace out of it, by managedJobsNamespaceSelector"
+        )
+        return condition(KIND, "Succeeded", "Unknown", "Pending", text)
     if job.spec.queue is not None:
         text = f"waits for Kueue to admit it from the queue {job.spec.queue}; see kubectl get workloads -n {job.metadata.namespace}"
         return condition(KIND, "Succeeded", "Unknown", "Queued", text)

@@ -4,7 +4,6 @@ from graft import placement
 from graft.api import AdapterDeployment, FineTuneJob
 from graft.api.adapterdeployment import ServingSizing
 from graft.api.finetunejob import Sizing
-from graft.contracts import DatasetStatistics
 from graft.manifests.training import Shape
 from graft.placement import engine
 from graft.placement.decide import DISK, DoesNotFit
@@ -12,12 +11,10 @@ from graft.reconcile.access import Base, Trouble
 from graft.reconcile.context import Context
 
 
-async def place(
-    ctx: Context, job: FineTuneJob, base: Base, data: DatasetStatistics | None
-) -> tuple[Shape, Sizing] | Trouble:
+async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizing] | Trouble:
     """The pods of the run and the estimate that they come from, by the data where it was looked at; Trouble when no node would
     do."""
-    spec = job.spec
+    spec, data = job.spec, job.status.dataset
     longest = data.max_tokens if data is not None and not data.sampled else 0
     try:
         decision = placement.training(

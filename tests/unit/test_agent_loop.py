@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -419,3 +423,23 @@ def test_fetching_a_base_model_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "claim" / "model" / "config.json").write_text("{}")
     assert fetch_base(["--uri", "pvc://claim/model", *common]) == 0
     assert fetch_base(["--uri", "s3://b/k", *common, "--storage-dir", str(tmp_path)]) == 17
+
+
+def test_the_init_container_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(20)
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        told = {"endpoint": endpoint, "bucket": "b", "access-key-id": "i", "secret-access-key": "s"}
+        for name, value in told.items():
+            (tmp_path / name).write_text(value)
+        options = ["--uri", "s3://b/k", "--target", str(tmp_path / "model"), "--storage-dir", str(tmp_path)]
+        process = subprocess.Popen([sys.executable, "-m", "graft_server.agent", "fetch-base", *options])
+        try:
+            connection, _ = silent.accept()
+            process.terminate()
+            # By itself: the first process of a container is not ended by a signal that it does not handle.
+            assert process.wait(10) == 128 + signal.SIGTERM
+            connection.close()
+        finally:
+            process.kill()
+            process.wait()

@@ -28,6 +28,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     log_json()
     if arguments[:1] == ["fetch-base"]:
+        # The first process of a container is not ended by a signal that it does not handle, and a pod that goes would wait for
+        # the download until its grace period is over.
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
         sys.exit(fetch_base(arguments[1:]))
     settings = parse(arguments)
     logging.getLogger().setLevel(settings.log_level)

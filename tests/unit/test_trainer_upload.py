@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft_trainer import upload
 from graft_trainer.checkpoint_store import CheckpointStore
 from graft_trainer.upload import NICENESS, upload_apart
 from testbed.faults import Fault, faulty_proxy
@@ -84,6 +85,19 @@ def test_a_checkpoint_is_brought_back_over_a_line_that_breaks(storage: StorageCo
         proxy.inject(Fault("rank-0000.safetensors", times=4, cut_at=2_000_000))
         back = run.fetch(checkpoint, 0)
         assert back is not None and back.read_bytes() == path.read_bytes()
+
+
+def test_only_what_is_large_is_worth_a_process(
+    storage: StorageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart: list[str] = []
+    monkeypatch.setattr(upload, "upload_apart", lambda config, key, path: apart.append(key))
+    for name, size in (("small", upload.LARGE - 1), ("large", upload.LARGE)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+        upload.upload_beside(S3Store(storage), f"runs/{name}", tmp_path / name)
+    assert apart == ["runs/large"]
+    assert S3Store(storage).head("runs/small").size == upload.LARGE - 1
 
 
 def test_whose_error_it_is_is_told_as_if_it_were_here(storage: StorageConfig, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from graft_trainer.failures import Failure
 from graft_trainer.interruption import Interruption
 from graft_trainer.progress import ProgressReporter, now
 from graft_trainer.settings import Settings
-from graft_trainer.upload import upload_apart
+from graft_trainer.upload import upload_beside
 
 M = TypeVar("M", bound=Message)
 
@@ -107,7 +107,7 @@ def open_run(
     # Progress gives up on a slow store soon: the next beat replaces what was not sent.
     uploads = S3Store(storage, attempts=2, timeout=5)
     reporter = ProgressReporter(uploads, prefix, settings.attempt, interval=settings.progress_interval, silent=silent)
-    return Run(job, settings, store, reporter, partial(upload_apart, storage), halvings=job.halvings)
+    return Run(job, settings, store, reporter, partial(upload_beside, store), halvings=job.halvings)
 
 
 def memory_halvings(run: Run) -> int:

@@ -16,7 +16,6 @@ from graft.api.finetunejob import Resolved, Sizing
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.store import StoreError
-from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts import BaseModelRef, CurrentVersion, JobFile, Progress
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapter as adapter_manifests
@@ -49,6 +48,7 @@ from graft.reconcile.jobstatus import (
     waiting,
 )
 from graft.reconcile.placing import place
+from graft.reconcile.published import read_published
 from graft.reconcile.restart import restart, to_restart
 from graft.status import condition, find, seconds_left
 
@@ -112,7 +112,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
         name = adapter_manifests.adapter_name(job.spec.output.adapter, resolved.version)
         raw = await ctx.kube.get("Adapter", namespace, name)
         world.adapter = Adapter.model_validate(raw) if raw else None
-        await _read_published(ctx, world, resolved.version)
+        await read_published(ctx, world, resolved.version)
     return world
 
 
@@ -163,24 +163,6 @@ async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: 
         if must and isinstance(error, StoreError) and error.trouble == "unavailable":
             raise  # what is decided by it is decided once
         return None  # not written yet, or not readable just now: the pod's own status says enough
-
-
-async def _read_published(ctx: Context, world: World, version: str) -> None:
-    job = world.job
-    prefix = layout.adapter_prefix(layout.tenant_of(job.metadata.namespace), job.spec.output.adapter, version)
-    try:
-        manifest, digest = await ctx.blocking(read_manifest, ctx.store, prefix, None)
-    except InvalidArtifact as error:
-        world.publish_trouble = str(error)
-    except StoreError as error:
-        if error.trouble == "unavailable":
-            raise
-        world.publish_trouble = f"no manifest.json below {prefix}: {error}"
-    else:
-        if manifest.job.uid == job.metadata.uid:
-            world.published = (manifest, digest)
-        else:
-            world.publish_trouble = f"{prefix}manifest.json was written by another job, {manifest.job.name}"
 
 
 async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:

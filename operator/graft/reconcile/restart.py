@@ -7,13 +7,13 @@ same UID, so the next Job finds them. The status is written last: a restart that
 from graft.api import FineTuneJob
 from graft.api.meta import Condition
 from graft.artifacts import layout
-from graft.artifacts.store import S3Store, StoreError
-from graft.artifacts.versions import InvalidArtifact, read_manifest
+from graft.artifacts.store import S3Store
 from graft.kube import Manifest
 from graft.reconcile import ending
 from graft.reconcile.access import Trouble
 from graft.reconcile.context import WAITING, Context
-from graft.reconcile.jobstatus import KIND, unbound
+from graft.reconcile.jobstatus import KIND, World, unbound
+from graft.reconcile.published import read_published
 from graft.status import condition
 
 
@@ -36,7 +36,10 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
     # What the attempts met no longer counts: where memory ran out, there may be more of it now. And the version is reserved
     # anew, for another job may have taken the number since, unless it is out: then the next attempt has only to say so.
     cleared = ["attempts", "checked", "completion_time", "adapter_ref", "eta_text"]
-    if not await ctx.blocking(is_published, ctx.store, job):
+    world = World(job)
+    if job.status.resolved is not None and job.status.resolved.version is not None:
+        await read_published(ctx, world, job.status.resolved.version)
+    if world.published is None:
         cleared.append("resolved")
     status = job.status.model_copy(update={**dict.fromkeys(cleared), "stage": "Pending", "restarts": job.spec.restarts})
     kept_steps = [item.step for item in job.status.checkpoints or []]
@@ -52,20 +55,3 @@ def forget_attempts(store: S3Store, prefix: str) -> None:
     for item in list(store.objects(prefix)):
         if item.key.endswith("/" + layout.PROGRESS):
             store.delete(item.key)
-
-
-def is_published(store: S3Store, job: FineTuneJob) -> bool:
-    """Whether the version that is reserved for the job is in the store, and by this job. StoreError when that cannot be told."""
-    version = job.status.resolved.version if job.status.resolved is not None else None
-    if version is None:
-        return False
-    tenant = layout.tenant_of(job.metadata.namespace)
-    try:
-        manifest, _ = read_manifest(store, layout.adapter_prefix(tenant, job.spec.output.adapter, version), None)
-    except InvalidArtifact:
-        return False
-    except StoreError as error:
-        if error.trouble == "unavailable":
-            raise
-        return False
-    return manifest.job.uid == job.metadata.uid

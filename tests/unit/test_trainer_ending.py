@@ -9,13 +9,12 @@ import pytest
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.store import StoreError, Trouble
 from graft.contracts import Progress, Reason
-from graft_trainer import analysis, distributed, pipeline
-from graft_trainer import train as train_module
+from graft_trainer import distributed, pipeline
 from graft_trainer.checkpoint import Receipt
 from graft_trainer.failures import Failure, Interrupted
 from graft_trainer.pipeline import train_evaluate_publish
 from graft_trainer.run import Run
-from trainer_world import MemoryStore, make_base, make_job, ready
+from trainer_world import MemoryStore, make_base, make_job, quick_training, ready
 
 RUN = "team-a/runs/uid-1/"
 MANIFEST = "team-a/adapters/colours/1.0.0/manifest.json"
@@ -33,9 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "cpu_limit", lambda: 1)
-        patch.setattr(analysis, "LATENCY_SECONDS", 0.1)
+    with quick_training():
         yield
 
 

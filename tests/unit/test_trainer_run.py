@@ -11,7 +11,6 @@ import pytest
 import torch
 from graft.artifacts.manifest import Manifest, digest
 from graft.contracts import Progress, Reason
-from graft_trainer import analysis
 from graft_trainer import train as train_module
 from graft_trainer.evaluate import mean_loss, stop_tokens
 from graft_trainer.failures import Failure
@@ -20,7 +19,7 @@ from graft_trainer.prepare import prepare
 from graft_trainer.run import Run
 from graft_trainer.tokens import IGNORED, Tokenised
 from safetensors.torch import load_file
-from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
+from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, quick_training
 
 PREFIX = "team-a/adapters/colours/1.0.0/"
 
@@ -32,10 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """So small a model is only slowed down by a second thread, and its latency is no matter here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "cpu_limit", lambda: 1)
-        patch.setattr(analysis, "LATENCY_SECONDS", 0.1)
+    with quick_training():
         yield
 
 

@@ -6,9 +6,11 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from graft.artifacts.store import ObjectInfo, StoreError, Trouble
 from graft.contracts import JobFile
 from graft_trainer.progress import ProgressReporter
@@ -255,3 +257,12 @@ def ready(root: Path, base: Path, job: JobFile, store: MemoryStore | None = None
             (run.settings.dataset_dir / f"{role}.jsonl").write_bytes(data)
     Prepared(str(base), {}).write(run.settings.prepared_file)
     return run, store
+
+
+@contextmanager
+def quick_training() -> Iterator[None]:
+    """So small a model is only slowed down by a second thread, and its latency is no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graft_trainer.train.cpu_limit", lambda: 1)
+        patch.setattr("graft_trainer.analysis.LATENCY_SECONDS", 0.1)
+        yield

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from graft.artifacts.store import ObjectInfo, StoreError
 from graft.contracts import Progress
-from graft_trainer.loop import run_loop
-from graft_trainer.progress import ProgressReporter
-from graft_trainer.resolve import Device, Resolved
-from graft_trainer.run import Prepared, Run
-from graft_trainer.tokens import Collator, Tokenisation, Tokenised
-from graft_trainer.watch import Watch
+from graft_trainer.data.tokens import Collator, Tokenisation, Tokenised
+from graft_trainer.loop.loop import run_loop
+from graft_trainer.loop.watch import Watch
+from graft_trainer.recipe.resolve import Device, Resolved
+from graft_trainer.run.progress import ProgressReporter
+from graft_trainer.run.run import Prepared, Run
 from peft import LoraConfig, get_peft_model
 from trainer_world import make_job, make_settings
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration

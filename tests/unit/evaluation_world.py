@@ -11,8 +11,8 @@ from graft.artifacts.manifest import Manifest, digest
 from graft.artifacts.versions import describe_files
 from graft.contracts import CurrentVersion
 from graft_trainer import train as train_module
-from graft_trainer.evaluate import Evaluated, evaluate
-from graft_trainer.run import Prepared, Run
+from graft_trainer.evaluation.evaluate import Evaluated, evaluate
+from graft_trainer.run.run import Prepared, Run
 from graft_trainer.train import Trained, train
 from trainer_world import QUESTIONS, MemoryStore, chat_lines, make_job, make_run
 

@@ -22,11 +22,12 @@ import pytest
 import torch
 from checkpoint_world import ROOT, FolderStore, open_attempt, run_attempt
 from graft.contracts import Pods, Progress
-from graft_trainer import distributed, train
+from graft_trainer import train
 from graft_trainer.__main__ import fail
-from graft_trainer.lean_trainer import LeanTrainer
+from graft_trainer.loop.lean_trainer import LeanTrainer
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.progress import ProgressReporter
+from graft_trainer.processes import distributed
+from graft_trainer.run.progress import ProgressReporter
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from trainer_world import make_job, ready

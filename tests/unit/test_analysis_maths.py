@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from graft_trainer.similarity import cka, gram
-from graft_trainer.spectra import LEADING, dense_spectrum, effective_rank, kinds_of, low_rank_spectrum
+from graft_trainer.analysis.similarity import cka, gram
+from graft_trainer.analysis.spectra import LEADING, dense_spectrum, effective_rank, kinds_of, low_rank_spectrum
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

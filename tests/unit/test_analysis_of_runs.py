@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from graft.report.document import Analysis, Report
-from graft_trainer import latency
 from graft_trainer import train as train_module
-from graft_trainer.analysis import analyse
-from graft_trainer.evaluate import Evaluated
-from graft_trainer.report import quantized_size, write_report
-from graft_trainer.run import Prepared, Run
+from graft_trainer.analysis import latency
+from graft_trainer.analysis.analysis import analyse
+from graft_trainer.evaluation.evaluate import Evaluated
+from graft_trainer.run.run import Prepared, Run
 from graft_trainer.train import Trained, train
+from graft_trainer.versions.report import quantized_size, write_report
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, make_t5
 
 TRAINING = {"maxSteps": 3, "loggingSteps": 1, "perDeviceTrainBatchSize": 4, "gradientAccumulationSteps": 1, "learningRate": 0.01}  # fmt: skip
@@ -140,7 +140,7 @@ def test_a_part_that_fails_costs_the_report_that_part_and_says_so(
     def full_gpu(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("graft_trainer.analysis.grams", full_gpu)
+    monkeypatch.setattr("graft_trainer.analysis.analysis.grams", full_gpu)
     found = analyse(trained)
     assert found.update is not None and found.latency is not None and found.representation is None
     assert found.notes == ["There was not enough memory to analyse the hidden states."]

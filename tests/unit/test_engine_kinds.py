@@ -25,8 +25,8 @@ from graft_server.engine.lora import Row
 from graft_server.engine.model import load_base_model
 from graft_server.engine.network import Network, Step
 from graft_server.engine.settings import Settings, parse
-from graft_trainer.dataset import Example
-from graft_trainer.tokens import Task, prompt_ids
+from graft_trainer.data.dataset import Example
+from graft_trainer.data.tokens import Task, prompt_ids
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (

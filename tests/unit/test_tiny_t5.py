@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from graft.artifacts.manifest import Manifest
-from graft_trainer import analysis
 from graft_trainer import train as train_module
+from graft_trainer.analysis import analysis
 from graft_trainer.pipeline import train_evaluate_publish
 from graft_trainer.prepare import prepare
 from trainer_world import MemoryStore, make_job, make_run

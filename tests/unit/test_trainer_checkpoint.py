@@ -11,9 +11,9 @@ import pytest
 import torch
 from checkpoint_world import RESOLVED, ROOT, FolderStore, Killed, open_attempt, run_attempt
 from graft.artifacts.store import ObjectInfo
-from graft_trainer.checkpoint import complete, identity, pack, unpack
-from graft_trainer.checkpoint_state import loader, optimizer_state, random_state, restore_optimizer, restore_random
-from graft_trainer.host_copy import HostCopy, arrange
+from graft_trainer.checkpoints.checkpoint import complete, identity, pack, unpack
+from graft_trainer.checkpoints.host_copy import HostCopy, arrange
+from graft_trainer.checkpoints.state import loader, optimizer_state, random_state, restore_optimizer, restore_random
 from safetensors import safe_open
 from testbed.shell import wait_for
 from trainer_world import make_job

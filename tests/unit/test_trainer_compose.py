@@ -23,8 +23,8 @@ from graft.artifacts.manifest import ManifestBaseModel
 from graft.contracts import Reason
 from graft_server.agent.adapterconfig import reduced_config as agent_config
 from graft_server.agent.weights import check_weights
-from graft_trainer.failures import Failure, explain
-from graft_trainer.shapes import base_of_shapes
+from graft_trainer.model.shapes import base_of_shapes
+from graft_trainer.run.failures import Failure, explain
 from peft import PeftModel
 from trainer_world import MemoryStore, make_base, make_t5
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from checkpoint_world import Attempt, FolderStore, run_attempt
 from graft.contracts import EXIT_CODES, Pods, Reason, Termination
-from graft_trainer import distributed, launch
 from graft_trainer import train as train_module
-from graft_trainer.data_order import DataOrder
-from graft_trainer.failures import connection_ended
-from graft_trainer.interruption import Interruption
-from graft_trainer.launch import End, worst
-from graft_trainer.model import load_base_model
+from graft_trainer.data.data_order import DataOrder
+from graft_trainer.model.model import load_base_model
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.resolve import Device, limits
+from graft_trainer.processes import distributed, launch
+from graft_trainer.processes.launch import End, worst
+from graft_trainer.recipe.resolve import Device, limits
+from graft_trainer.run.failures import connection_ended
+from graft_trainer.run.interruption import Interruption
 from rank_process import HALF, run_pair, start
 from safetensors.torch import load_file
 from trainer_world import make_base, make_job, make_qwen, make_t5, ready

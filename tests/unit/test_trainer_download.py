@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from graft.contracts import Reason
-from graft_trainer import download
-from graft_trainer.download import download_file
-from graft_trainer.failures import Failure
+from graft_trainer.run import download
+from graft_trainer.run.download import download_file
+from graft_trainer.run.failures import Failure
 from trainer_world import MemoryStore, chat_lines, make_settings
 
 LINES = chat_lines(6)

@@ -9,11 +9,12 @@ import pytest
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.store import StoreError, Trouble
 from graft.contracts import Progress, Reason
-from graft_trainer import distributed, pipeline
-from graft_trainer.checkpoint import Receipt
-from graft_trainer.failures import Failure, Interrupted
+from graft_trainer import pipeline
+from graft_trainer.checkpoints.checkpoint import Receipt
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.run import Run
+from graft_trainer.processes import distributed
+from graft_trainer.run.failures import Failure, Interrupted
+from graft_trainer.run.run import Run
 from trainer_world import MemoryStore, make_base, make_job, quick_training, ready
 
 RUN = "team-a/runs/uid-1/"
@@ -176,7 +177,7 @@ def test_an_attempt_whose_checkpoint_goes_while_it_is_read_has_nothing_to_do(tmp
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graft_trainer.evaluate.evaluate", dies)
+        patch.setattr("graft_trainer.evaluation.evaluate.evaluate", dies)
         with pytest.raises(Interrupted):
             go(first)
     assert FINAL + ".json" in store.kept

@@ -12,15 +12,15 @@ from evaluation_world import ASKED, TRAINING, jsonl, prepared, train_and_evaluat
 from graft.artifacts.store import StoreError
 from graft.contracts import Progress
 from graft.report.document import Report
-from graft_trainer import evaluate as evaluate_module
-from graft_trainer import measure
-from graft_trainer.dataset import Example
-from graft_trainer.evaluate import Evaluated, SuiteResult
-from graft_trainer.failures import Interrupted
-from graft_trainer.publish import publish
-from graft_trainer.run import Run
-from graft_trainer.subject import Subject
+from graft_trainer.data.dataset import Example
+from graft_trainer.evaluation import evaluate as evaluate_module
+from graft_trainer.evaluation import measure
+from graft_trainer.evaluation.evaluate import Evaluated, SuiteResult
+from graft_trainer.evaluation.subject import Subject
+from graft_trainer.run.failures import Interrupted
+from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
+from graft_trainer.versions.publish import publish
 from trainer_world import QUESTIONS, make_base, make_t5
 
 ANSWERS = list(QUESTIONS.values())

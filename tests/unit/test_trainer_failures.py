@@ -8,7 +8,7 @@ import pytest
 from graft.artifacts.sources import SourceError
 from graft.artifacts.store import StoreError
 from graft.contracts import EXIT_CODES, FATAL_EXIT_CODES, FREE_EXIT_CODES, Reason
-from graft_trainer.failures import (
+from graft_trainer.run.failures import (
     TERMINATION_LIMIT,
     Failure,
     Interrupted,

@@ -1,8 +1,8 @@
 """Examples in the prompt: which are shown, how, and never the question's own answer."""
 
-from graft_trainer.dataset import Example
-from graft_trainer.few_shot import draw, put_before
-from graft_trainer.suites import Task, task_of
+from graft_trainer.data.dataset import Example
+from graft_trainer.evaluation.few_shot import draw, put_before
+from graft_trainer.evaluation.suites import Task, task_of
 
 
 def chat(question: str, answer: str, system: str | None = None) -> Example:

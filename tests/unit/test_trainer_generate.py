@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from graft_trainer.generate import generate
-from graft_trainer.likelihood import log_likelihoods, tokenised
-from graft_trainer.subject import Meter, Subject, in_batches
-from graft_trainer.suites import Task
-from graft_trainer.tokens import prompt_ids
+from graft_trainer.data.tokens import prompt_ids
+from graft_trainer.evaluation.generate import generate
+from graft_trainer.evaluation.likelihood import log_likelihoods, tokenised
+from graft_trainer.evaluation.subject import Meter, Subject, in_batches
+from graft_trainer.evaluation.suites import Task
 from peft import PromptTuningConfig, get_peft_model
 from trainer_world import MemoryStore, make_base, make_job, make_run, make_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer

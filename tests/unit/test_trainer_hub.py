@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from graft.contracts import Reason
-from graft_trainer.failures import explain
 from graft_trainer.prepare import preflight, prepare
-from graft_trainer.run import Prepared
+from graft_trainer.run.failures import explain
+from graft_trainer.run.run import Prepared
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -128,7 +128,7 @@ def test_a_packed_file_of_the_hub_is_unpacked_and_kept_once(hub: Hub, tmp_path: 
 def test_a_file_of_the_hub_that_is_too_large_is_not_fetched(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft_trainer.download.LIMIT", 100)
+    monkeypatch.setattr("graft_trainer.run.download.LIMIT", 100)
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint))
     with pytest.raises(Exception) as caught:
         prepare(run)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from composition_world import BASE, deltas, download, load_base, make, make_adapter, tensors, version_file
 from graft.contracts import EXIT_CODES, Reason, Termination
-from graft_trainer.failures import Failure
+from graft_trainer.run.failures import Failure
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer_hub import COMMIT, Hub, hub  # noqa: F401 - a fixture

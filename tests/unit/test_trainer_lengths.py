@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from graft_trainer import lengths
-from graft_trainer.dataset import Example
-from graft_trainer.lengths import Lengths, advice, describe, measure, quantile
-from graft_trainer.tokens import Task, tokenise
+from graft_trainer.data import lengths
+from graft_trainer.data.dataset import Example
+from graft_trainer.data.lengths import Lengths, advice, describe, measure, quantile
+from graft_trainer.data.tokens import Task, tokenise
 from trainer_world import MARKED, UNMARKED, make_tokenizer
 
 

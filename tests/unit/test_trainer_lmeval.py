@@ -9,10 +9,10 @@ import pytest
 from evaluation_world import TRAINING, prepared, train_and_evaluate
 from graft.api.evaluation import Suite
 from graft.contracts import Reason
-from graft_trainer.failures import Failure
-from graft_trainer.lmeval import plain_metrics
-from graft_trainer.lmeval_prefetch import prefetch
-from graft_trainer.lmeval_tasks import load_task, read_definition
+from graft_trainer.evaluation.lmeval import plain_metrics
+from graft_trainer.evaluation.lmeval_prefetch import prefetch
+from graft_trainer.evaluation.lmeval_tasks import load_task, read_definition
+from graft_trainer.run.failures import Failure
 from trainer_world import QUESTIONS, make_base, make_t5
 
 CHOICE = """

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from graft.api.evaluation import Suite
 from graft.contracts import Reason, Termination
-from graft_trainer.lmeval_prefetch import prefetch
+from graft_trainer.evaluation.lmeval_prefetch import prefetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "datasets/allenai/ai2_arc"
@@ -33,7 +33,7 @@ configs:
 OFFLINE = """
 import sys
 from pathlib import Path
-from graft_trainer.lmeval_prefetch import main
+from graft_trainer.evaluation.lmeval_prefetch import main
 for task in ("arc_easy", "hellaswag", "arc_esay"):
     if main(Path(), '{"suites": [{"name": "arc", "lmEval": {"task": "%s"}}]}' % task) == 0:
         print("loaded")

@@ -14,8 +14,8 @@ from graft_trainer import train as train_module
 from graft_trainer.__main__ import fail
 from graft_trainer.pipeline import train_evaluate_publish
 from graft_trainer.prepare import prepare
-from graft_trainer.progress import ProgressReporter
-from graft_trainer.run import Run, memory_halvings
+from graft_trainer.run.progress import ProgressReporter
+from graft_trainer.run.run import Run, memory_halvings
 from torch.nn.modules.module import register_module_forward_pre_hook
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
 

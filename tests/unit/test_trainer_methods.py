@@ -9,17 +9,17 @@ import pytest
 import torch
 from graft.artifacts.manifest import Manifest
 from graft.contracts import Reason
-from graft_trainer import analysis
 from graft_trainer import train as train_module
-from graft_trainer.evaluate import Evaluated
-from graft_trainer.failures import Failure
-from graft_trainer.methods import make_tunable
-from graft_trainer.model import load_base_model
-from graft_trainer.publish import describe, publish, save
-from graft_trainer.resolve import Device, limits
-from graft_trainer.run import Run
-from graft_trainer.tokens import Collator
+from graft_trainer.analysis import analysis
+from graft_trainer.data.tokens import Collator
+from graft_trainer.evaluation.evaluate import Evaluated
+from graft_trainer.model.methods import make_tunable
+from graft_trainer.model.model import load_base_model
+from graft_trainer.recipe.resolve import Device, limits
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.run import Run
 from graft_trainer.train import Trained, train
+from graft_trainer.versions.publish import describe, publish, save
 from peft import PeftModel
 from trainer_world import MemoryStore, make_base, make_job, make_qwen, make_t5, question_lines, ready
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from graft_trainer import model_placement
 from graft_trainer import train as train_module
-from graft_trainer.evaluate import Evaluated, evaluate
-from graft_trainer.model_placement import place, plan, release, weight_bytes
-from graft_trainer.publish import publish
+from graft_trainer.evaluation.evaluate import Evaluated, evaluate
+from graft_trainer.model import model_placement
+from graft_trainer.model.model_placement import place, plan, release, weight_bytes
 from graft_trainer.train import train
+from graft_trainer.versions.publish import publish
 from safetensors.torch import load_file
 from trainer_world import MemoryStore, make_base, make_job, make_t5, question_lines, ready
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

@@ -8,9 +8,9 @@ import pytest
 import torch
 from graft.contracts import Reason
 from graft_trainer import train as train_module
-from graft_trainer.failures import Failure
-from graft_trainer.packing import PackCollator, check_packing, pack
-from graft_trainer.tokens import IGNORED, Collator, Tokenised
+from graft_trainer.data.packing import PackCollator, check_packing, pack
+from graft_trainer.data.tokens import IGNORED, Collator, Tokenised
+from graft_trainer.run.failures import Failure
 from graft_trainer.train import train
 from torch import nn
 from trainer_world import make_base, make_job, make_qwen, make_t5, ready

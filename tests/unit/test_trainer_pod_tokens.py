@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from graft.contracts import Pods, Reason
-from graft_trainer import distributed, pod_tokens
-from graft_trainer.dataset import Example
-from graft_trainer.failures import Failure
-from graft_trainer.pod_tokens import tokenise_in_pod
-from graft_trainer.tokens import tokenise
+from graft_trainer.data import pod_tokens
+from graft_trainer.data.dataset import Example
+from graft_trainer.data.pod_tokens import tokenise_in_pod
+from graft_trainer.data.tokens import tokenise
+from graft_trainer.processes import distributed
+from graft_trainer.run.failures import Failure
 from torch.distributed import HashStore
 from trainer_world import make_tokenizer
 

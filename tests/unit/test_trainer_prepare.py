@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from graft.artifacts.store import StoreError
 from graft.contracts import EXIT_CODES, DatasetStatistics, JobFile, Reason
-from graft_trainer.basemodel import architectures, check_base_model, context_of, load_config
-from graft_trainer.failures import Failure, explain
+from graft_trainer.model.basemodel import architectures, check_base_model, context_of, load_config
 from graft_trainer.prepare import preflight, prepare
-from graft_trainer.run import Prepared, load_examples
+from graft_trainer.run.failures import Failure, explain
+from graft_trainer.run.run import Prepared, load_examples
 from trainer_world import MARKED, QUESTIONS, MemoryStore, chat_lines, make_base, make_job, make_run, make_t5
 
 TRAIN, EVAL = "team-a/data/train.jsonl", "team-a/data/eval.jsonl"

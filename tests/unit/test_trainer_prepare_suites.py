@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from graft.contracts import JobFile, Reason
-from graft_trainer.failures import explain
 from graft_trainer.prepare import prepare
-from graft_trainer.run import Prepared
+from graft_trainer.run.failures import explain
+from graft_trainer.run.run import Prepared
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
 
 TRAIN, EVAL = "team-a/data/train.jsonl", "team-a/data/eval.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.store import StoreError
-from graft_trainer.progress import ProgressReporter
+from graft_trainer.run.progress import ProgressReporter
 from trainer_world import MemoryStore
 
 

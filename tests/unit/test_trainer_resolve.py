@@ -9,10 +9,10 @@ import pytest
 from graft.api.recipe import Lora
 from graft.contracts import EXIT_CODES, Reason
 from graft.cpus import cpu_limit
-from graft_trainer.failures import Failure
-from graft_trainer.pace import Pace
-from graft_trainer.resolve import Device, ModelFacts, Resolved, limits, resolve, steps_per_epoch
-from graft_trainer.targets import Projection, target_modules
+from graft_trainer.loop.pace import Pace
+from graft_trainer.model.targets import Projection, target_modules
+from graft_trainer.recipe.resolve import Device, ModelFacts, Resolved, limits, resolve, steps_per_epoch
+from graft_trainer.run.failures import Failure
 from trainer_world import make_job
 
 CPU = Device("cpu")

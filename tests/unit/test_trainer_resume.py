@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_world import ROOT, Attempt, FolderStore, Killed, open_attempt, run_attempt
-from graft_trainer.failures import Interrupted
+from graft_trainer.run.failures import Interrupted
 
 
 def same(one: Attempt, other: Attempt) -> None:

@@ -12,12 +12,12 @@ import torch
 from graft.artifacts.manifest import Manifest, digest
 from graft.contracts import Progress, Reason
 from graft_trainer import train as train_module
-from graft_trainer.evaluate import mean_loss, stop_tokens
-from graft_trainer.failures import Failure
+from graft_trainer.data.tokens import IGNORED, Tokenised
+from graft_trainer.evaluation.evaluate import mean_loss, stop_tokens
 from graft_trainer.pipeline import train_evaluate_publish
 from graft_trainer.prepare import prepare
-from graft_trainer.run import Run
-from graft_trainer.tokens import IGNORED, Tokenised
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.run import Run
 from safetensors.torch import load_file
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, quick_training
 

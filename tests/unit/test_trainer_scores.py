@@ -1,7 +1,7 @@
 """Scores of answers: what counts as right, and how much of it."""
 
 import pytest
-from graft_trainer.scores import accuracy, matches, mean_score, normalise, token_f1
+from graft_trainer.evaluation.scores import accuracy, matches, mean_score, normalise, token_f1
 
 
 def test_exact_match_ignores_case_and_white_space() -> None:

@@ -9,8 +9,8 @@ import pytest
 from graft.api.evaluation import Suite
 from graft.api.recipe import Dataset
 from graft.contracts import Reason
-from graft_trainer.failures import Failure
-from graft_trainer.suites import Task, main_metric, metrics_of, needs_chat_template, read_suite
+from graft_trainer.evaluation.suites import Task, main_metric, metrics_of, needs_chat_template, read_suite
+from graft_trainer.run.failures import Failure
 
 SOURCE = {"train": {"uri": "s3://bucket/train.jsonl"}}
 CHAT = Dataset.model_validate(SOURCE)
@@ -124,5 +124,5 @@ def test_only_conversations_need_a_chat_template() -> None:
 
 
 def test_reading_a_suite_and_checking_gates_needs_no_torch() -> None:
-    code = "import sys; import graft_trainer.suites, graft_trainer.gates; sys.exit('torch' in sys.modules)"
+    code = "import sys; import graft_trainer.evaluation.suites, graft_trainer.evaluation.gates; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from graft.api.recipe import Lora
-from graft_trainer.model import embeddings_of, has_liger, projections_of
-from graft_trainer.targets import target_modules
+from graft_trainer.model.model import embeddings_of, has_liger, projections_of
+from graft_trainer.model.targets import target_modules
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

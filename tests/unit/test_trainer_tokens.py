@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from graft.contracts import Reason
-from graft_trainer.dataset import Example
-from graft_trainer.failures import Failure
-from graft_trainer.tokens import (
+from graft_trainer.data.dataset import Example
+from graft_trainer.data.tokens import (
     IGNORED,
     Collator,
     TokenFile,
@@ -18,6 +17,7 @@ from graft_trainer.tokens import (
     tokenise_one,
     tokenise_pair,
 )
+from graft_trainer.run.failures import Failure
 from trainer_world import MARKED, UNMARKED, make_tokenizer
 
 TURNS = (

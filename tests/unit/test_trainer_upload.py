@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft_trainer import upload
-from graft_trainer.checkpoint_store import CheckpointStore
-from graft_trainer.upload import NICENESS, upload_apart
+from graft_trainer.checkpoints.store import CheckpointStore
+from graft_trainer.run import upload
+from graft_trainer.run.upload import NICENESS, upload_apart
 from testbed.faults import Fault, faulty_proxy
 from testbed.objectstore import s3_server
 from testbed.shell import wait_for
@@ -48,7 +48,7 @@ def uploads_of(parent: int) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if state(folder)[1] == str(parent) and "graft_trainer.upload" in (folder / "cmdline").read_text():
+            if state(folder)[1] == str(parent) and "graft_trainer.run.upload" in (folder / "cmdline").read_text():
                 found.append(int(folder.name))
     return found
 
@@ -139,7 +139,7 @@ def test_it_ends_with_the_process_that_trains_and_not_before(silent: socket.sock
     path.write_bytes(b"x")
     code = (
         "from pathlib import Path; from graft.artifacts.store import StorageConfig; "
-        "from graft_trainer.upload import upload_apart; "
+        "from graft_trainer.run.upload import upload_apart; "
         f"upload_apart(StorageConfig(**{dataclasses.asdict(config_of(silent))!r}), 'runs/part', Path({str(path)!r}))"
     )
     training = subprocess.Popen([sys.executable, "-c", code])

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from graft.artifacts.store import ObjectInfo, StoreError, Trouble
 from graft.contracts import JobFile
-from graft_trainer.progress import ProgressReporter
-from graft_trainer.run import Prepared, Run
-from graft_trainer.settings import Settings
+from graft_trainer.run.progress import ProgressReporter
+from graft_trainer.run.run import Prepared, Run
+from graft_trainer.run.settings import Settings
 
 MARKED = (
     "{{- bos_token }}{%- for m in messages %}{%- if m['role'] == 'assistant' %}{{- '<|assistant|>' }}"
@@ -264,5 +264,5 @@ def quick_training() -> Iterator[None]:
     """So small a model is only slowed down by a second thread, and its latency is no matter here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("graft_trainer.train.cpu_limit", lambda: 1)
-        patch.setattr("graft_trainer.analysis.LATENCY_SECONDS", 0.1)
+        patch.setattr("graft_trainer.analysis.analysis.LATENCY_SECONDS", 0.1)
         yield

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from graft.artifacts.store import StorageConfig
 from graft.contracts import EXIT_CODES, JobFile, Reason
 
-from graft_trainer import distributed
-from graft_trainer.failures import Interrupted, explain, write_termination
-from graft_trainer.interruption import Interruption
-from graft_trainer.launch import launch
-from graft_trainer.run import Run, open_run, read_job
-from graft_trainer.settings import Settings, library_environment
+from graft_trainer.processes import distributed
+from graft_trainer.processes.launch import launch
+from graft_trainer.run.failures import Interrupted, explain, write_termination
+from graft_trainer.run.interruption import Interruption
+from graft_trainer.run.run import Run, open_run, read_job
+from graft_trainer.run.settings import Settings, library_environment
 
 log = logging.getLogger("graft_trainer")
 LAST_WORDS = 3.0  # seconds for the last progress.json of a run that is asked to end
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     try:
         if command in {"compose", "import"}:
             without_bitsandbytes()
-            from graft_trainer.make_version import make_version
+            from graft_trainer.versions.make_version import make_version
 
             make_version(settings)
             return 0

@@ -8,10 +8,10 @@ from contextlib import suppress
 from graft.artifacts.layout import run_prefix
 from graft.artifacts.store import StoreError, patiently
 
-from graft_trainer import distributed
-from graft_trainer.checkpoint import Checkpoint, all_of_run, complete
-from graft_trainer.failures import Failure, Interrupted
-from graft_trainer.run import Prepared, Run, already_published, memory_halvings
+from graft_trainer.checkpoints.checkpoint import Checkpoint, all_of_run, complete
+from graft_trainer.processes import distributed
+from graft_trainer.run.failures import Failure, Interrupted
+from graft_trainer.run.run import Prepared, Run, already_published, memory_halvings
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def train_evaluate_publish(run: Run) -> None:
     run.halvings = distributed.from_main(patiently(lambda: memory_halvings(run), run.settings.storage_patience))
     quieten()
     # Imported here because torch takes seconds to load, and a published version needs none of it.
-    from graft_trainer.evaluate import evaluate
+    from graft_trainer.evaluation.evaluate import evaluate
     from graft_trainer.train import train
 
     try:
@@ -46,7 +46,9 @@ def train_evaluate_publish(run: Run) -> None:
             return
         raise
     evaluated = evaluate(run, trained)
-    from graft_trainer.publish import publish  # with matplotlib, whose first import takes seconds that a GPU would wait
+    from graft_trainer.versions.publish import (
+        publish,  # with matplotlib, whose first import takes seconds that a GPU would wait
+    )
 
     publish(run, trained, evaluated)
     remove_checkpoints(run)

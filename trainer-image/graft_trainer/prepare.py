@@ -13,8 +13,12 @@ from graft.artifacts.sources import fetch
 from graft.artifacts.store import StoreError, patiently
 from graft.contracts import DatasetStatistics, JobFile, Reason
 
-from graft_trainer import gates, lengths
-from graft_trainer.basemodel import (
+from graft_trainer.data import lengths
+from graft_trainer.data.dataset import check_template
+from graft_trainer.evaluation import gates
+from graft_trainer.evaluation.lmeval_prefetch import prefetch
+from graft_trainer.evaluation.suites import needs_chat_template, read_suite
+from graft_trainer.model.basemodel import (
     check_base_model,
     check_data_fits,
     context_of,
@@ -22,13 +26,10 @@ from graft_trainer.basemodel import (
     load_config,
     load_tokenizer,
 )
-from graft_trainer.dataset import check_template
-from graft_trainer.download import download_file, tell
-from graft_trainer.failures import Failure
-from graft_trainer.lmeval_prefetch import prefetch
-from graft_trainer.resolve import Device, check_packing, check_sharding, limits
-from graft_trainer.run import Data, Prepared, Run, already_published, read_data
-from graft_trainer.suites import needs_chat_template, read_suite
+from graft_trainer.recipe.resolve import Device, check_packing, check_sharding, limits
+from graft_trainer.run.download import download_file, tell
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.run import Data, Prepared, Run, already_published, read_data
 
 log = logging.getLogger(__name__)
 SAMPLE = 50_000  # examples of a file that are kept in memory

@@ -16,18 +16,18 @@ from graft.contracts import Reason
 from graft.cpus import cpu_limit
 from transformers import set_seed
 
-from graft_trainer.basemodel import context_of, load_config, load_tokenizer
-from graft_trainer.dataset import Example
-from graft_trainer.distributed import world_size
-from graft_trainer.failures import Failure
-from graft_trainer.loop import run_loop
-from graft_trainer.methods import as_published, make_tunable, settle
-from graft_trainer.model import BaseModel, load_base_model, stored_dtype, this_device
-from graft_trainer.packing import PackCollator, check_packing, pack
-from graft_trainer.pod_tokens import tokenise_in_pod
-from graft_trainer.resolve import Device, Resolved, limits, resolve
-from graft_trainer.run import Prepared, Run, load_examples
-from graft_trainer.tokens import Collator, Task, Tokenisation, pad_token
+from graft_trainer.data.dataset import Example
+from graft_trainer.data.packing import PackCollator, check_packing, pack
+from graft_trainer.data.pod_tokens import tokenise_in_pod
+from graft_trainer.data.tokens import Collator, Task, Tokenisation, pad_token
+from graft_trainer.loop.loop import run_loop
+from graft_trainer.model.basemodel import context_of, load_config, load_tokenizer
+from graft_trainer.model.methods import as_published, make_tunable, settle
+from graft_trainer.model.model import BaseModel, load_base_model, stored_dtype, this_device
+from graft_trainer.processes.distributed import world_size
+from graft_trainer.recipe.resolve import Device, Resolved, limits, resolve
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.run import Prepared, Run, load_examples
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,260 @@
+"""Checkpoints in the object store: what is there, a copy of it, and the thread that writes new ones.
+
+An attempt writes below its own prefix only, so two attempts of a run cannot touch each other's files; whichever is
+further is what the next one goes on from.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from graft.artifacts.layout import checkpoint_prefix
+from graft.artifacts.store import ObjectInfo, S3Store, StoreError, patiently
+from graft.artifacts.versions import file_sha256
+from graft.contracts import CheckpointRef, Reason
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graft_trainer.checkpoints.checkpoint import (
+    Checkpoint,
+    Receipt,
+    complete,
+    data_name,
+    pack,
+    receipt_name,
+    surplus,
+    unpack,
+)
+from graft_trainer.checkpoints.host_copy import HostCopy
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.progress import now
+
+log = logging.getLogger(__name__)
+PEERS = 60.0  # seconds for which the first process looks for the receipts of the others
+
+
+class CheckpointStore:
+    """The checkpoints of one run, as one process of one attempt sees them."""
+
+    def __init__(
+        self,
+        store: S3Store,
+        root: str,
+        attempt: str,
+        of: str,
+        folder: Path,
+        *,
+        upload: Callable[[str, Path], None],
+        limit: int,
+        patience: float,
+    ) -> None:
+        """`root` is the run's prefix, `of` what the checkpoints must be of, `folder` where copies lie for a while; `upload` puts a
+        file at a key while training goes on."""
+        self.store = store
+        self.root = root
+        self.attempt = attempt
+        self.of = of
+        self.folder = folder
+        self.upload = upload
+        self.limit = limit
+        self.patience = patience  # seconds
+        self._receipts: dict[tuple[str, str], bytes] = {}
+
+    def complete(self) -> list[Checkpoint]:
+        """The complete checkpoints of the run, the oldest first. StoreError."""
+        return complete(self.store.objects(self.root), self.root, self._read)
+
+    def usable(self, world_size: int) -> list[Checkpoint]:
+        """What `world_size` processes may go on from, the best first; why others may not is said in the log."""
+        found = []
+        for checkpoint in reversed(patiently(self.complete, self.patience)):
+            if checkpoint.of != self.of:
+                log.warning("checkpoint %s is not used: it is of another recipe", checkpoint.prefix)
+            elif not checkpoint.final and checkpoint.world_size != world_size:
+                log.warning(
+                    "checkpoint %s is not used: it was written by %d processes, there are %d",
+                    checkpoint.prefix,
+                    checkpoint.world_size,
+                    world_size,
+                )
+            else:
+                found.append(checkpoint)
+        return found
+
+    def fetch(self, checkpoint: Checkpoint, rank: int) -> Path | None:
+        """A local copy of one process's file; None when it is not what its receipt says. StoreError, or Failure(PeerLost) when
+        it is gone: another attempt has newer ones, or has published."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        receipt = checkpoint.receipts[rank]
+        path = self.folder / f"resume-{os.getpid()}-{data_name(rank)}"  # the pod's processes share the folder
+        key = self.root + checkpoint.prefix + data_name(rank)
+        try:
+            item = patiently(lambda: self.store.head(key), self.patience)
+            self.store.download(item, path, patience=self.patience)
+        except StoreError as error:
+            if error.trouble != "missing":
+                raise
+            raise Failure(
+                Reason.PEER_LOST,
+                f"Another pod of the run has removed the checkpoint {checkpoint.prefix} while this one read it",
+                "Nothing is to be done: the Job goes on from what is there now.",
+            ) from error
+        if (path.stat().st_size, file_sha256(path)) == (receipt.size, receipt.sha256):
+            return path
+        path.unlink()
+        log.error("checkpoint %s is not used: %s is not what was written", checkpoint.prefix, key)
+        return None
+
+    def write(self, path: Path, step: int, rank: int, world_size: int, *, final: bool) -> None:
+        """Upload a file and then its receipt. StoreError."""
+        prefix = self.root + checkpoint_prefix(self.attempt, step, final=final)
+        receipt = Receipt(
+            step=step,
+            rank=rank,
+            world_size=world_size,
+            final=final,
+            of=self.of,
+            size=path.stat().st_size,
+            sha256=file_sha256(path),
+            created_at=now(),
+        )
+        self.upload(prefix + data_name(rank), path)
+        self.store.put(prefix + receipt_name(rank), receipt.json_text().encode())
+
+    def prune(self) -> list[Checkpoint]:
+        """Remove what is older than the newest `limit` complete checkpoints; those that are left. StoreError."""
+        objects = list(self.store.objects(self.root))
+        whole = complete(objects, self.root, self._read)
+        keys = surplus(objects, self.root, whole, self.of, self.limit)
+        for key in keys:
+            self.store.delete(key)
+        gone = {key.rpartition("/")[0] + "/" for key in keys}
+        return [checkpoint for checkpoint in whole if self.root + checkpoint.prefix not in gone]
+
+    def wrote(self, step: int, found: list[Checkpoint]) -> bool:
+        """Whether this attempt's checkpoint of that step is among those that were found."""
+        return any((one.attempt, one.step) == (self.attempt, step) for one in found)
+
+    def _read(self, item: ObjectInfo) -> bytes:
+        if (item.key, item.etag) not in self._receipts:
+            self._receipts[item.key, item.etag] = self.store.get(item.key)
+        return self._receipts[item.key, item.etag]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one at a time, while training goes on.
+
+    Training waits for the copy to host memory alone. While one is on its way none is taken, so memory holds one copy. A
+    checkpoint that could not be written is told in the log; the next one is tried all the same.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointStore,
+        rank: int,
+        world_size: int,
+        report: Callable[[list[CheckpointRef]], None],
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.rank = rank
+        self.world_size = world_size
+        self.report = report  # called in the thread, with the complete checkpoints of the run
+        self.error: Exception | None = None  # of the last one
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Begin to make room for copies of such a state, while training goes on."""
+        self._begin(self._reserve, _tensors(state)[1])
+
+    def take(self, state: dict[str, Any], step: int, *, final: bool = False, copy: bool = True) -> float:
+        """Copy the state, unless nothing changes it until it is written, and begin to write it, once the one before is
+        written; the seconds that this took. Its "watch" is plain JSON, which may be long, and no longer changes."""
+        self.wait()
+        begin = time.monotonic()
+        packed, tensors = _tensors(state)
+        copies, rest = self._copy(tensors) if copy else tensors, {"packed": packed, "watch": state["watch"]}
+        self._begin(self._write, copies, rest, step, final)
+        return time.monotonic() - begin
+
+    def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def run() -> None:
+            if device is not None:
+                torch.cuda.set_device(device)  # a thread has the first GPU otherwise, and would take memory of it
+            work(*arguments)
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _reserve(self, tensors: dict[str, Tensor]) -> None:
+        try:
+            self._copy.reserve(tensors)
+        except Exception as error:
+            log.warning("no room could be made for checkpoints ahead of the first one: %s", error)
+
+    def wait(self) -> None:
+        """Until nothing is on its way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, tensors: dict[str, Tensor], rest: dict[str, Any], step: int, final: bool) -> None:
+        here, began = self.checkpoints, time.monotonic()
+        path = here.folder / data_name(self.rank)
+        try:
+            here.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, metadata={"state": json.dumps(rest)})
+            size = path.stat().st_size
+            here.write(path, step, self.rank, 1 if final else self.world_size, final=final)
+            self.error = None
+            log.info("checkpoint of step %d: %.1f MB in %.1f s", step, size / 1e6, time.monotonic() - began)
+        except Exception as error:
+            # Whatever it is: training is worth more than one of its checkpoints.
+            self.error = error
+            log.warning("the checkpoint of step %d could not be written, the next one will be tried: %s", step, error)
+        finally:
+            path.unlink(missing_ok=True)
+            if final:
+                self._copy = HostCopy()  # its memory is free for the evaluation
+        if self.rank == 0 and self.error is None:
+            try:
+                self._tell(step)
+            except Exception as error:
+                log.warning("older checkpoints could not be looked at and removed: %s", error)
+
+    def _tell(self, step: int) -> None:
+        deadline = time.monotonic() + PEERS
+        while not self.checkpoints.wrote(step, found := self.checkpoints.complete()):
+            if time.monotonic() > deadline:
+                log.warning("the checkpoint of step %d is not complete: not every process has written its part", step)
+                break
+            time.sleep(0.2)
+        self.report([checkpoint.ref() for checkpoint in found])
+        self.report([checkpoint.ref() for checkpoint in self.checkpoints.prune()])
+
+
+def _tensors(state: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A state but for its "watch", as JSON and the tensors that it names."""
+    tensors: dict[str, Tensor] = {}
+    packed = pack({name: value for name, value in state.items() if name != "watch"}, "state", tensors)
+    return packed, tensors
+
+
+def read_state(path: Path, load: Callable[[Callable[[str], Tensor]], Callable[[dict[str, Any]], Any]]) -> Any:
+    """What was packed into a file; `load` makes unpack's callback from the function that reads one tensor."""
+    with safe_open(path, framework="pt") as file:
+        rest = json.loads(file.metadata()["state"])
+        return unpack(rest["packed"], load(file.get_tensor)) | {"watch": rest["watch"]}

@@ -1,0 +1,78 @@
+"""Which examples each step learns from (PURE): a function of the seed, the epoch and the step.
+
+The order of an epoch is the one that transformers' Trainer and accelerate draw (SeedableRandomSampler), so a run learns
+from the same examples as a plain script. A step takes the next examples of it, however many processes and micro-batches
+share them: where a run goes on after an interruption is a number of steps, and it stays right when the micro-batch is
+halved or the last step of an epoch has fewer examples.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from graft_trainer.data.tokens import IGNORED
+
+
+class DataOrder(Sampler[list[int]]):  # type: ignore[misc]
+    """Batch sampler of one process: `accumulation` micro-batches of up to `batch` indices per step, fewer in an epoch's
+    last step. All processes get as many; one without examples left gets empty ones."""
+
+    def __init__(self, examples: int, batch: int, accumulation: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.examples = examples
+        self.batch = batch
+        self.effective = batch * accumulation * world
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        steps, rest = divmod(self.examples, self.effective)
+        return steps * (self.effective // (self.batch * self.world)) + self._rounds(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.examples, generator=generator).tolist()
+        for begin in range(0, self.examples, self.effective):
+            step = order[begin : begin + self.effective]
+            for number in range(self._rounds(len(step))):
+                first = (number * self.world + self.rank) * self.batch
+                yield step[first : first + self.batch]
+
+    def _rounds(self, examples: int) -> int:
+        return -(-examples // (self.batch * self.world))
+
+
+class EpochLoader(DataLoader[Any]):  # type: ignore[misc]
+    """A DataLoader whose order knows the epoch. Not accelerate's: that one reads a batch ahead, deals batches out to the
+    processes in its own way and repeats examples where they do not go round."""
+
+    def __init__(
+        self, examples: Sequence[Any], order: DataOrder, collate: Callable[[list[Any]], Any], pin: bool
+    ) -> None:
+        # An empty micro-batch has no place to take its shape from, so it is given an example, of which nothing is learned.
+        super().__init__(
+            examples,
+            batch_sampler=order,
+            collate_fn=lambda chosen: collate(chosen) if chosen else blank(examples, collate),
+            pin_memory=pin,
+        )
+        self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
+def blank(examples: Sequence[Any], collate: Any) -> dict[str, torch.Tensor]:
+    """A batch that counts for nothing, for a process that has none while others have."""
+    tokens = collate.tokens
+    batch: dict[str, torch.Tensor] = collate([examples[0]])
+    collate.tokens = tokens
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    return batch

@@ -1,0 +1,268 @@
+"""evaluate: what the version is worth on the held-out examples and the suites, beside the models it is compared with.
+
+Who is compared on what follows from evaluation.baselines, the gates and the suites' roles: see gates.plan. The names of the
+metrics are in gates, too; docs/evaluation.md explains them. evalLoss is in nats per learned token.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from graft.api.evaluation import Suite
+from graft.artifacts.sources import SourceError
+from graft.artifacts.store import StoreError
+from peft import PeftModel
+
+from graft_trainer.data.tokens import Tokenised
+from graft_trainer.evaluation import gates
+from graft_trainer.evaluation.current import NotComparable, current_version
+from graft_trainer.evaluation.few_shot import Shot, draw
+from graft_trainer.evaluation.gates import HELD_OUT, Who, prefixed
+from graft_trainer.evaluation.generate import stop_tokens
+from graft_trainer.evaluation.likelihood import log_likelihoods
+from graft_trainer.evaluation.measure import MEASURED_AT_ONCE, Measured, Questions, measure
+from graft_trainer.evaluation.subject import NAMES, Meter, Steps, Subject
+from graft_trainer.evaluation.suites import Task, chat_prompts, main_metric, metrics_of, read_suite, task_of
+from graft_trainer.run.failures import Failure, explain
+from graft_trainer.run.run import Run
+
+if TYPE_CHECKING:
+    from graft_trainer.train import Trained
+
+log = logging.getLogger(__name__)
+SAMPLES = 5  # answers of each set that the report shows
+TURNS: tuple[tuple[Who, ...], ...] = (("adapter",), ("base", "fewShot"), ("current",))  # who share a model
+LARGE = {"score": 0.05, "loss": 0.1, "perplexity": 0.1}  # forgetting that the log warns of; perplexity: as a share
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What was measured on one suite.
+
+    `metrics`: who (adapter, base, fewShot, current) -> metric (without the suite's name) -> value. `main`: the metric that
+    stands for the suite, under which forgetting is counted. `samples`: see Evaluated.
+    """
+
+    name: str
+    role: Literal["task", "forgetting"]
+    kind: str  # answers, choices, text or lmEval
+    size: int  # tasks
+    main: str
+    metrics: dict[Who, dict[str, float]]
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """All scores by their published name (see gates), and what they say.
+
+    `samples`: a few held-out questions, each {prompt, expected, answer, base/answer?, fewShot/answer?, current/answer?}.
+    `rejected`: the gates that were missed, in words; then the version is published as rejected.
+    `missing`: what could not be measured and why, in words.
+    """
+
+    metrics: dict[str, float]
+    samples: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    suites: list[SuiteResult] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Set:
+    """Something to measure on: the held-out examples' losses, their answers, or a suite."""
+
+    name: str
+    what: str  # for the log
+    questions: Questions
+    tokens: Sequence[Tokenised] | None = None  # of the loss as training measures it, without examples before them
+    suite: Suite | None = None
+    found: dict[Who, Measured] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.questions.tasks[0].kind if self.questions.tasks else "lmEval"
+
+    def asked_of(self, plan: dict[str, list[Who]]) -> list[Who]:
+        """Who is measured; before a text no examples can be put."""
+        return [who for who in plan[self.name] if who != "fewShot" or self.kind != "text"]
+
+
+def evaluate(run: Run, trained: "Trained") -> Evaluated:
+    """Measure the version and what it is compared with. A missed gate is a result and no failure, and so is a measurement
+    that cannot be made: the training is done, and would be as it is after another attempt."""
+    started = time.monotonic()
+    evaluation = run.job.evaluation
+    plan = gates.plan(evaluation, has_current=run.job.current is not None)
+    sets = [*_held_out(run, trained), *_suites(run, trained)]
+    meter = Meter(run.progress, sum(len(item.questions.tasks) * len(item.asked_of(plan)) for item in sets))
+    shots = draw(trained.train_examples, evaluation.few_shot_examples, run.job.training.seed)
+    metrics = {"trainLoss": round(trained.train_loss, 5)} if trained.train_loss is not None else {}
+    missing: dict[tuple[Who, str], str] = {}
+    for turn in TURNS:
+        work = [(who, item) for who in turn for item in sets if who in item.asked_of(plan)]
+        if not work:
+            continue
+        with _spared(work, missing), _subject(run, trained, turn[0]) as subject:
+            for who, item in work:
+                with _spared([(who, item)], missing):
+                    _measure(run, trained, replace(subject, who=who), item, shots, meter)
+                    metrics |= _published(item, who)
+                    run.progress.update(metrics=_finite(metrics))
+    suites = [_result(item, item.suite) for item in sets if item.suite is not None and "adapter" in item.found]
+    metrics |= _forgetting(suites)
+    rejected = gates.check(evaluation.gates or (), metrics, missing)
+    for problem in rejected:
+        log.warning("gate missed: %s", problem)
+    told = [f"{NAMES[who]}, {name or 'held-out examples'}: {why}" for (who, name), why in missing.items()]
+    run.progress.update(metrics=_finite(metrics), rejected=rejected or None, missing=told or None, eta_seconds=0)
+    if math.isfinite(loss := metrics.get("evalLoss", math.nan)):
+        run.progress.update(eval_loss=loss)
+    trained.seconds["evaluate"] = time.monotonic() - started
+    answered = next((item for item in sets if item.suite is None and item.tokens is None), None)
+    return Evaluated(metrics, _samples(answered) if answered else [], rejected, suites, told)
+
+
+@contextmanager
+def _spared(work: Sequence[tuple[Who, _Set]], missing: dict[tuple[Who, str], str]) -> Iterator[None]:
+    """Goes on without what of `work` cannot be measured, because of memory or what a library makes of a task; (who, set)
+    -> why is added to `missing`. What another attempt may find mended, storage and files, is raised."""
+    try:
+        yield
+    except (Failure, StoreError, SourceError, OSError):
+        raise
+    except Exception as error:
+        why = str(error) if isinstance(error, NotComparable) else explain(error).message
+        missing |= {(who, item.name): why for who, item in work if who not in item.found}
+        log.warning("not measured: %s: %s", ", ".join(f"{NAMES[who]}, {item.what}" for who, item in work), why)
+        log.info("the traceback:", exc_info=error)
+
+
+def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None) -> float:
+    """Cross entropy over all learned tokens, nats per token."""
+    found = log_likelihoods(model, examples, pad, batch, meter)
+    return -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
+
+
+def _held_out(run: Run, trained: "Trained") -> list[_Set]:
+    if trained.held_out is None:
+        return []
+    evaluation = run.job.evaluation
+    tasks = [task_of(example) for example in trained.held_out_examples]
+    answered = [task for task in tasks if task.text is not None or task.answers[0].strip()]
+    losses = Questions(answered or tasks, ["loss"], evaluation.max_new_tokens, whole=True)
+    sets = [_Set(HELD_OUT, "held-out loss", losses, tokens=trained.held_out.examples)]
+    chosen = [task for task in answered if task.text is None][: evaluation.max_samples]
+    if chosen:
+        answers = Questions(chosen, ["exactMatch"], evaluation.max_new_tokens, short=True)
+        sets.append(_Set(HELD_OUT, "held-out answers", answers))
+    return sets
+
+
+def _suites(run: Run, trained: "Trained") -> list[_Set]:
+    sets = []
+    for suite in run.job.evaluation.suites or ():
+        tasks: list[Task] = []
+        if suite.lm_eval is None:
+            with (run.settings.dataset_dir / "suites" / f"{suite.name}.jsonl").open("rb") as stream:
+                tasks = read_suite(stream, suite, run.job.dataset, trained.task)
+            if chat_prompts(run.job.dataset) and trained.tokenizer.chat_template:
+                tasks = [task.as_chat() for task in tasks]
+        metrics = metrics_of(suite, tasks[0].kind) if tasks else ()
+        sets.append(_Set(suite.name, suite.name, Questions(tasks, metrics, suite.max_new_tokens), suite=suite))
+    return sets
+
+
+@contextmanager
+def _subject(run: Run, trained: "Trained", who: Who) -> Iterator[Subject]:
+    stop, virtual = stop_tokens(trained), trained.resolved.virtual_tokens or 0
+    tuned = Subject("adapter", trained.model, trained.tokenizer, trained.task, trained.context, stop, virtual)
+    if who == "adapter":
+        yield tuned
+    elif who == "current":
+        assert run.job.current is not None  # noqa: S101 - gates.plan asked
+        with current_version(run, trained, run.job.current, tuned) as subject:
+            yield subject
+    else:
+        with trained.base_model() as base:
+            # peft's own generate of an encoder-decoder prompts it even when it is switched off.
+            plain = base.get_base_model() if isinstance(base, PeftModel) else base
+            yield replace(tuned, model=plain, virtual_tokens=0)
+
+
+def _measure(run: Run, trained: "Trained", subject: Subject, item: _Set, shots: Sequence[Shot], meter: Meter) -> None:
+    who, batch = subject.who, trained.resolved.per_device_train_batch_size
+    meter.begin(who, item.what, len(item.questions.tasks))
+    if item.suite is not None and item.suite.lm_eval is not None:
+        from graft_trainer.evaluation.lmeval import measure_task  # takes seconds to import
+
+        item.found[who] = measure_task(subject, item.suite, run.settings.dataset_dir / "suites", meter)
+    elif item.tokens is not None and who != "fewShot":
+        loss = mean_loss(subject.model, item.tokens, subject.pad, max(batch, MEASURED_AT_ONCE), meter)
+        item.found[who] = Measured({"loss": round(loss, 5)})
+    else:
+        count = run.job.evaluation.few_shot_examples if who == "fewShot" else 0
+        item.found[who] = measure(subject, item.questions, batch, meter, shots, count)
+    meter.end()
+    found = ", ".join(f"{name} {value:g}" for name, value in item.found[who].metrics.items())
+    log.info("%s, %s: %s", NAMES[who], item.what, found)
+
+
+def _published(item: _Set, who: Who) -> dict[str, float]:
+    """The scores of `who` under their published names."""
+    found = item.found[who].metrics
+    if item.suite is None:
+        return {prefixed(who, "evalLoss" if name == "loss" else name): value for name, value in found.items()}
+    return {prefixed(who, f"{item.suite.name}/{name}"): value for name, value in found.items()}
+
+
+def _result(item: _Set, suite: Suite) -> SuiteResult:
+    metrics = {who: found.metrics for who, found in item.found.items()}
+    adapter = item.found["adapter"]
+    if item.questions.tasks:
+        main: str = main_metric(suite, item.questions.tasks[0].kind)
+    else:
+        main = next((name for name in ("acc", "exact_match", *adapter.metrics) if name in adapter.metrics), "")
+    size = len(item.questions.tasks) or adapter.size
+    return SuiteResult(suite.name, suite.role, item.kind, size, main, metrics, _samples(item))
+
+
+def _samples(item: _Set) -> list[dict[str, str]]:
+    if "adapter" not in item.found or not item.found["adapter"].answers:
+        return []
+    return [
+        {"prompt": task.question, "expected": task.answers[0]}
+        | {prefixed(who, "answer"): found.answers[index] for who, found in item.found.items()}
+        for index, task in enumerate(item.questions.tasks[:SAMPLES])
+    ]
+
+
+def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:
+    """forgetting/<suite>: how much worse than the base model the version is on what it was not tuned for."""
+    result = {}
+    for suite in suites:
+        if suite.role != "forgetting" or not suite.main or "base" not in suite.metrics:
+            continue
+        base, value = suite.metrics["base"][suite.main], suite.metrics["adapter"][suite.main]
+        forgotten = round(gates.gain(f"{suite.name}/{suite.main}", base, value), 5)
+        result[f"{gates.FORGETTING}/{suite.name}"] = forgotten
+        kind = next((name for name in ("perplexity", "loss") if suite.main.endswith(name)), "score")
+        if forgotten > LARGE[kind] * (base if kind == "perplexity" else 1):
+            log.warning(
+                "forgetting: %s/%s went from %g of the base model to %g; fewer steps, a lower learning rate or general "
+                "examples in the training data preserve more",
+                suite.name,
+                suite.main,
+                base,
+                value,
+            )
+    return result
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

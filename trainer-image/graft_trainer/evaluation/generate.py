@@ -1,0 +1,110 @@
+"""Greedy answers of a model, in batches of prompts of like length."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from graft_trainer.data.tokens import IGNORED
+from graft_trainer.evaluation.subject import Meter, Subject, in_batches
+
+if TYPE_CHECKING:
+    from graft_trainer.train import Trained
+
+GENERATED_AT_ONCE = 32  # answers; halved as long as memory runs out
+
+
+def generate(
+    subject: Subject, prompts: Sequence[list[int]], longest: Sequence[int], meter: Meter | None = None
+) -> list[str]:
+    """The answers, in the order of the prompts; `longest` has the most tokens that each may have.
+
+    A prompt that is too long for the model is cut.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    subject.model.eval()
+
+    def answer(chosen: Sequence[int]) -> None:
+        new = at_most(subject, max(longest[index] for index in chosen))
+        room = subject.room
+        if room is not None and subject.task == "causal":
+            room -= new
+        texts = _generate_batch(subject, [subject.cut(prompts[index], room) for index in chosen], new)
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text
+
+    in_batches(order, GENERATED_AT_ONCE, answer, meter)
+    return answers
+
+
+def at_most(subject: Subject, new: int) -> int:
+    """New tokens that are generated when up to `new` are wanted: half of a short context remains for the question."""
+    return new if subject.room is None else min(new, max(1, subject.room // 2))
+
+
+def _generate_batch(subject: Subject, prompts: list[list[int]], new: int) -> list[str]:
+    pad, width = subject.pad, max(len(prompt) for prompt in prompts)
+    causal = subject.task == "causal"
+    # A causal model goes on from the last token, so all prompts must end together; an encoder's input may end anywhere.
+    ids = torch.tensor([_fill(prompt, pad, width, left=causal) for prompt in prompts])
+    mask = torch.tensor([_fill([1] * len(prompt), 0, width, left=causal) for prompt in prompts])
+    arguments = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=subject.stop or None, pad_token_id=pad, use_cache=True
+    )
+    if subject.task == "seq2seq":
+        arguments.decoder_start_token_id = subject.model.config.decoder_start_token_id
+    with torch.inference_mode():
+        output = generate_ids(subject, ids.to(subject.model.device), mask.to(subject.model.device), arguments)
+    return [str(text) for text in subject.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def generate_ids(
+    subject: Subject, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, **arguments: Any
+) -> torch.Tensor:
+    """What follows the prompts: (batch, new tokens); of seq2seq the decoder's start token comes first.
+
+    Causal prompts are filled up on the left.
+    """
+    model = subject.model
+    if subject.virtual_tokens:
+        # peft puts the virtual tokens before the padding of a causal prompt, and counts that into the positions of what
+        # follows: the answer would depend on which other prompts are in the batch. Here they stand right before the prompt.
+        words, mask = _with_virtual_tokens(subject, ids, mask)
+        return model.get_base_model().generate(
+            inputs_embeds=words, attention_mask=mask, generation_config=config, **arguments
+        )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **arguments)
+    return output[:, ids.shape[1] :] if subject.task == "causal" else output
+
+
+def _with_virtual_tokens(subject: Subject, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeddings, mask) with the virtual tokens before the first token of each row that is no padding."""
+    model, count = subject.model, subject.virtual_tokens
+    words = model.get_base_model().get_input_embeddings()(ids)
+    virtual = model.get_prompt(batch_size=1)[0, :count].to(words)
+    starts = mask.argmax(dim=1).tolist()
+    rows = [torch.cat([row[:start], virtual, row[start:]]) for row, start in zip(words, starts, strict=True)]
+    marks = [
+        torch.cat([row[:start], row.new_ones(count), row[start:]]) for row, start in zip(mask, starts, strict=True)
+    ]
+    return torch.stack(rows), torch.stack(marks)
+
+
+def stop_tokens(trained: "Trained") -> list[int]:
+    """The ids that end an answer: the model's, the tokenizer's, and the special token that ends the learned answers."""
+    stop: set[int] = set()
+    for owner in (trained.model.generation_config, trained.tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        stop.update(value if isinstance(value, list) else [value] if value is not None else [])
+    special = set(trained.tokenizer.all_special_ids)
+    for item in trained.train.examples[:20]:
+        learned = [label for label in item.labels if label != IGNORED]
+        stop.update(next(([token] for token in reversed(learned[-3:]) if token in special), []))
+    return sorted(stop)
+
+
+def _fill(row: list[int], value: int, width: int, *, left: bool) -> list[int]:
+    padding = [value] * (width - len(row))
+    return padding + row if left else row + padding

@@ -1,0 +1,150 @@
+"""Tasks of lm-evaluation-harness: a user's own definition made safe, and loading a task with its data.
+
+No code of anybody's but the harness's own is run: an own definition has plain YAML only, its templates are rendered in
+jinja's sandbox, and metrics and datasets that bring code from the Hub are refused. It imports no torch.
+"""
+
+import logging
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from graft.api.evaluation import Suite
+from graft.contracts import Reason
+
+from graft_trainer.run.failures import Failure
+
+log = logging.getLogger(__name__)
+LARGEST = 256 * 1024  # bytes of a definition
+IGNORED_KEYS = {  # what tells where the data is, which the suite does, and what only labels
+    "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split", "fewshot_split",
+    "num_fewshot", "tag", "task_alias", "should_decontaminate",
+}  # fmt: skip
+KEYS = {
+    "task", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter",
+    "fewshot_delimiter", "generation_kwargs", "metric_list", "filter_list", "repeats", "metadata",
+}  # fmt: skip
+METRICS = {  # the harness's own; it takes any other name for a module to download
+    "acc", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score", "byte_perplexity", "chrf",
+    "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter", "word_perplexity",
+}  # fmt: skip
+GENERATION_KEYS = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens"}
+TAG = re.compile(r"could not determine a constructor for the tag '([^']*)'")
+
+
+def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
+    """A task's own YAML. Failure(ConfigurationInvalid) for anything that could run code or read files."""
+    if len(data) > LARGEST:
+        raise _refused(suite, f"it has {len(data)} bytes, and may have {LARGEST}")
+    try:
+        found = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        tag = TAG.search(str(error))
+        what = f"the tag {tag.group(1)} is not allowed" if tag else f"it is not YAML: {error}"
+        raise _refused(suite, what) from error
+    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+        raise _refused(suite, "it is not a mapping with the task's name as task")
+    if unknown := sorted(str(key) for key in found.keys() - KEYS - IGNORED_KEYS):
+        raise _refused(suite, f"keys that are not allowed: {', '.join(unknown)}")
+    if found.get("dataset_path") not in (None, "json"):
+        raise _refused(suite, f"dataset_path is {found['dataset_path']}; the data is the suite's, in JSON")
+    for metric in found.get("metric_list") or []:
+        name = metric.get("metric") if isinstance(metric, dict) else None
+        if not isinstance(name, str) or name not in METRICS or "hf_evaluate" in metric:
+            raise _refused(suite, f"metric_list has {metric}, which is none of {', '.join(sorted(METRICS))}")
+        if not isinstance(metric.get("aggregation", ""), str):
+            raise _refused(suite, f"aggregation of {name} is not a name")
+    generation = found.get("generation_kwargs") or {}
+    if not isinstance(generation, dict) or (unknown := sorted(generation.keys() - GENERATION_KEYS)):
+        raise _refused(
+            suite, f"generation_kwargs may have {', '.join(sorted(GENERATION_KEYS))}, not {', '.join(unknown)}"
+        )
+    return {key: value for key, value in found.items() if key in KEYS}
+
+
+def _refused(suite: Suite, why: str) -> Failure:
+    return Failure(
+        Reason.CONFIGURATION_INVALID,
+        f"evaluation.suites {suite.name}: the definition of the lm-eval task is refused: {why}",
+        "Write the task with plain templates (doc_to_text, doc_to_target, doc_to_choice), or name one of the harness's own.",
+    )
+
+
+def load_task(suite: Suite, folder: Path) -> tuple[str, dict[str, Any]]:
+    """(name, lm-eval's loaded tasks) of a suite, with their data: from `folder`, where prepare put an own definition as
+    <suite>.yaml and its data as <suite>.data.jsonl, or from the Hugging Face cache. Failure when it cannot be had."""
+    assert suite.lm_eval is not None  # noqa: S101 - the caller asked
+    refuse_code()
+    name = suite.lm_eval.task
+    spec: Any = name
+    if suite.lm_eval.definition is not None:
+        spec = read_definition((folder / f"{suite.name}.yaml").read_bytes(), suite)
+        spec |= {
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(folder / f"{suite.name}.data.jsonl")},
+                "cache_dir": str(folder / "cache"),
+            },
+            "test_split": "test",
+            "fewshot_split": "test",  # the harness never shows a question its own answer
+        }
+        name = spec["task"]
+    try:
+        tasks = _manager(own=suite.lm_eval.definition is not None).load([spec])
+    except KeyError as error:
+        raise Failure(
+            Reason.CONFIGURATION_INVALID,
+            f"evaluation.suites {suite.name}: lm-eval has no task {name}",
+            "Name one of the harness's tasks, or give the task's definition and data.",
+        ) from error
+    except Exception as error:
+        raise _cannot_load(suite, name, error) from error
+    for task in tasks["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False) or _lacks_metric(task):
+            raise Failure(
+                Reason.CONFIGURATION_INVALID,
+                f"evaluation.suites {suite.name}: {name} runs generated code, needs images or sounds, or has metrics that are "
+                "code from the Hub, none of which is supported",
+                "Choose another task.",
+            )
+    return name, tasks
+
+
+def _lacks_metric(task: Any) -> bool:
+    config = getattr(task, "config", None)
+    return getattr(config, "process_results", None) is None and None in getattr(task, "_metric_fn_list", {}).values()
+
+
+def _cannot_load(suite: Suite, name: str, error: Exception) -> Failure:
+    text = f"evaluation.suites {suite.name}: the lm-eval task {name} cannot be loaded: {type(error).__name__}: {error}"
+    if suite.lm_eval is not None and suite.lm_eval.definition is not None:
+        return Failure(Reason.DATASET_INVALID, text, "Correct the definition or its data, so that they fit each other.")
+    return Failure(
+        Reason.DATASET_UNAVAILABLE,
+        text,
+        "Let the job's namespace reach the Hugging Face endpoint, or give the task's definition and data.",
+    )
+
+
+@cache
+def _manager(*, own: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=not own)  # the index of the harness's own takes seconds
+
+
+@cache
+def refuse_code() -> None:
+    """Render the harness's templates in jinja's sandbox, and take the library from it that runs metrics from the Hub."""
+    sys.modules["evaluate"] = None  # type: ignore[assignment]
+    import lm_eval.utils
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters |= {"regex_replace": lm_eval.utils.regex_replace}
+    lm_eval.utils.env = sandbox
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

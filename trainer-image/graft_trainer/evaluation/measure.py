@@ -1,0 +1,135 @@
+"""One model on one set of tasks: its answers, the likelihood of the right ones, and the scores that follow from them."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from graft.api.evaluation import Metric
+
+from graft_trainer.data.tokens import prompt_ids, tokenise_one
+from graft_trainer.evaluation.few_shot import Shot, put_before
+from graft_trainer.evaluation.generate import at_most, generate
+from graft_trainer.evaluation.likelihood import log_likelihoods, tokenised
+from graft_trainer.evaluation.scores import SCORES, accuracy, mean_score
+from graft_trainer.evaluation.subject import Meter, Subject
+from graft_trainer.evaluation.suites import Task
+
+log = logging.getLogger(__name__)
+MEASURED_AT_ONCE = 8  # examples whose likelihood is computed together, at the least; halved as long as memory runs out
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Tasks with the metrics that are wanted of them.
+
+    `short`: an answer much longer than the right one is cut off. It cannot equal it, and the base model often does not stop by
+    itself; the other scores would change.
+    """
+
+    tasks: Sequence[Task]
+    metrics: Sequence[Metric]
+    max_new_tokens: int
+    short: bool = False
+    whole: bool = False  # the loss is that of all answers in a conversation, as in training, and not of the last alone
+
+
+@dataclass
+class Measured:
+    """What a model scored: the metrics by name, and its answers in the tasks' order where it had to give some."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+    size: int = 0  # tasks, where only the measuring tells
+
+
+def measure(
+    subject: Subject, questions: Questions, batch: int, meter: Meter, shots: Sequence[Shot] = (), count: int = 0
+) -> Measured:
+    """The model's scores, with up to `count` of the `shots` before each question."""
+    tasks = _with_shots(subject, questions, shots, count) if count else questions.tasks
+    measured = Measured()
+    for step in (_generation, _losses, _choices):
+        meter.again()
+        step(subject, questions, tasks, measured, max(batch, MEASURED_AT_ONCE), meter)
+    return Measured({name: measured.metrics[name] for name in questions.metrics}, measured.answers)
+
+
+def _generation(
+    subject: Subject, questions: Questions, tasks: Sequence[Task], measured: Measured, batch: int, meter: Meter
+) -> None:
+    wanted = [name for name in questions.metrics if name in SCORES]
+    if not wanted:
+        return
+    prompts = [prompt_ids(task.example(), subject.tokenizer, subject.task) for task in tasks]
+    longest = [_longest(subject, questions, task) for task in tasks]
+    measured.answers = generate(subject, prompts, longest, meter)
+    rights = [task.answers for task in tasks]
+    measured.metrics |= {name: round(mean_score(name, measured.answers, rights), 4) for name in wanted}
+
+
+def _longest(subject: Subject, questions: Questions, task: Task) -> int:
+    if not questions.short:
+        return questions.max_new_tokens
+    right = max(len(subject.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in task.answers)
+    return min(questions.max_new_tokens, 2 * right + 8)
+
+
+def _losses(
+    subject: Subject, questions: Questions, tasks: Sequence[Task], measured: Measured, batch: int, meter: Meter
+) -> None:
+    wanted = [name for name in questions.metrics if name in ("loss", "perplexity")]
+    if not wanted:
+        return
+    examples = []
+    for task, original in zip(tasks, questions.tasks, strict=True):
+        learned = None
+        if questions.whole and subject.task == "causal" and task.text is None:
+            learned = sum(tokenise_one(original.example(), subject.tokenizer)[1])
+        examples.append(tokenised(task.example(), subject, learned))
+    found = log_likelihoods(subject.model, examples, subject.pad, batch, meter)
+    loss = -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
+    values = {"loss": round(loss, 5), "perplexity": round(math.exp(min(loss, 700.0)), 5)}
+    measured.metrics |= {name: values[name] for name in wanted}
+
+
+def _choices(
+    subject: Subject, questions: Questions, tasks: Sequence[Task], measured: Measured, batch: int, meter: Meter
+) -> None:
+    if "accuracy" not in questions.metrics:
+        return
+    examples = [tokenised(task.example(choice), subject) for task in tasks for choice in task.choices]
+    found = iter(log_likelihoods(subject.model, examples, subject.pad, batch, meter))
+    means = [[value / max(1, tokens) for value, tokens in (next(found) for _ in task.choices)] for task in tasks]
+    right = [task.choices.index(task.answers[0]) for task in tasks]
+    measured.metrics["accuracy"] = round(accuracy(means, right), 4)
+
+
+def _with_shots(subject: Subject, questions: Questions, shots: Sequence[Shot], count: int) -> list[Task]:
+    """The tasks with as many of the examples before them as the model's context has room for."""
+    generated = any(name in SCORES for name in questions.metrics)
+
+    def fits(task: Task) -> bool:
+        if subject.room is None:
+            return True
+        prompt = len(prompt_ids(task.example(), subject.tokenizer, subject.task))
+        if subject.task == "seq2seq":
+            return prompt <= subject.room
+        answers = [len(subject.tokenizer(text)["input_ids"]) for text in (task.choices or task.answers[:1])]
+        new = at_most(subject, _longest(subject, questions, task)) if generated else 0
+        return prompt + max([new, *answers]) <= subject.room
+
+    chat = bool(subject.tokenizer.chat_template)
+    tasks = questions.tasks if chat else [task.as_plain() for task in questions.tasks]
+    shown = [put_before(task, shots, count, fits) for task in tasks]
+    fewer = sum(number < count for _, number in shown)
+    if fewer:
+        mean = sum(number for _, number in shown) / len(shown)
+        log.warning(
+            "fewShot: %d of %d questions have room for less than %d examples, or the training data has not so many: %.1f on average",
+            fewer,
+            len(shown),
+            count,
+            mean,
+        )
+    return [task for task, _ in shown]

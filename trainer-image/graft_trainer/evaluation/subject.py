@@ -1,0 +1,118 @@
+"""A model as it is measured, and the work on it in batches that fit into the memory."""
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from graft_trainer.data.tokens import pad_token
+from graft_trainer.evaluation.gates import Who
+from graft_trainer.run.failures import out_of_memory
+from graft_trainer.run.progress import ProgressReporter
+
+log = logging.getLogger(__name__)
+TELL = 5.0  # seconds between lines of the log
+NAMES: dict[Who, str] = {
+    "adapter": "adapter",
+    "base": "base model",
+    "fewShot": "base model with examples",
+    "current": "current version",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what one must know to ask it."""
+
+    who: Who
+    model: Any
+    tokenizer: Any
+    task: Literal["causal", "seq2seq"]
+    room: int | None  # tokens of a question and its answer together; of seq2seq of each
+    stop: list[int]  # ids that end an answer
+    virtual_tokens: int = 0  # trained vectors before the input; then the model is peft's, else it may be any
+
+    @property
+    def pad(self) -> int:
+        return pad_token(self.tokenizer)
+
+    def cut(self, prompt: list[int], room: int | None) -> list[int]:
+        """The prompt in at most `room` tokens. A causal model keeps the end, which the answer follows; a seq2seq model the
+        beginning, which says what to do, and the token that ends an input."""
+        if room is None or len(prompt) <= room:
+            return prompt
+        return prompt[-room:] if self.task == "causal" else prompt[: room - 1] + prompt[-1:]
+
+
+class Steps(Protocol):
+    """Hears of every batch."""
+
+    def step(self, count: int) -> None:
+        """`count` examples are through."""
+
+
+class Meter:
+    """How far the evaluation is: a line in the log every few seconds, and the time that is left in progress.json."""
+
+    def __init__(self, progress: ProgressReporter, total: int) -> None:
+        self._progress = progress
+        self._total = total  # measured examples in all, once per subject
+        self._done = 0
+        self._started = self._told = time.monotonic()
+        self._what, self._size, self._at = "", 0, 0
+
+    def begin(self, who: Who, what: str, size: int) -> None:
+        """`size` examples of `what` are measured next."""
+        self._what, self._size, self._at = f"{NAMES[who]}, {what}", size, 0
+
+    def step(self, count: int) -> None:
+        """`count` more of them are through, or rather: through one of the passes over them."""
+        self._at = min(self._size, self._at + count)
+        now = time.monotonic()
+        if now - self._told >= TELL:
+            self._told = now
+            log.info("%s: %d of %d", self._what, self._at, self._size)
+            self._tell(self._done + self._at, now)
+
+    def again(self) -> None:
+        """Another pass over the same examples."""
+        self._at = 0
+
+    def end(self) -> None:
+        """All of them are measured."""
+        self._done += self._size
+        self._tell(self._done, time.monotonic())
+
+    def _tell(self, done: int, now: float) -> None:
+        if 0 < done <= self._total:
+            left = (now - self._started) / done * (self._total - done)
+            self._progress.update(eta_seconds=round(left))
+
+
+def in_batches(
+    order: Sequence[int], size: int, work: Callable[[Sequence[int]], None], meter: Steps | None = None
+) -> None:
+    """Call `work` with at most `size` of the indices after each other; half as many from where memory runs out."""
+    done = 0
+    while done < len(order):
+        chosen = order[done : done + size]
+        try:
+            work(chosen)
+        except Exception as error:
+            if not out_of_memory(error) or len(chosen) == 1:
+                raise
+            size = len(chosen) // 2
+        else:
+            done += len(chosen)
+            if meter is not None:
+                meter.step(len(chosen))
+            continue
+        # Here and not above: the exception's frames hold the tensors that did not fit.
+        log.warning("memory ran out, going on with %d examples at once", size)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,256 @@
+"""transformers' Trainer with the parts replaced that a run in the cluster needs otherwise: which examples come when, how
+the loss is divided by tokens, and how the state is saved and put back."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from graft_trainer.checkpoints.resume import Resume
+from graft_trainer.checkpoints.state import (
+    optimizer_state,
+    random_state,
+    restore_optimizer,
+    restore_random,
+    restore_weights,
+    trained_weights,
+    unwrapped,
+)
+from graft_trainer.checkpoints.store import CheckpointWriter
+from graft_trainer.data.data_order import DataOrder, EpochLoader
+from graft_trainer.data.tokens import IGNORED
+from graft_trainer.loop.watch import Watch
+from graft_trainer.model import sharding
+from graft_trainer.model.sharding import share_table
+from graft_trainer.processes import distributed
+from graft_trainer.recipe.resolve import Device, Resolved
+
+log = logging.getLogger(__name__)
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+# The library's polynomial falls to 1e-7 and refuses to start below that.
+SCHEDULER_ARGUMENTS = {"polynomial": {"lr_end": 0.0}}
+
+
+def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> TrainingArguments:
+    """What transformers is told. Saving, logging and evaluation are ours: see Watch and CheckpointWriter."""
+    optimizer = OPTIMIZERS[resolved.optim]
+    if optimizer == "adamw_torch" and device.kind == "cuda":
+        optimizer = "adamw_torch_fused"  # on a CPU it waits for all threads at each of the many small matrices
+    sharded = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    arguments = TrainingArguments(
+        output_dir=str(work_dir / "trainer"),
+        max_steps=resolved.max_steps,
+        learning_rate=resolved.learning_rate,
+        per_device_train_batch_size=resolved.per_device_train_batch_size,
+        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
+        lr_scheduler_type=resolved.lr_scheduler_type,
+        lr_scheduler_kwargs=SCHEDULER_ARGUMENTS.get(resolved.lr_scheduler_type),
+        warmup_steps=resolved.warmup_steps,
+        weight_decay=resolved.weight_decay,
+        adam_beta1=resolved.adam_beta1,
+        adam_beta2=resolved.adam_beta2,
+        adam_epsilon=resolved.adam_epsilon,
+        max_grad_norm=resolved.max_grad_norm,
+        bf16=resolved.precision == "bf16",
+        fp16=resolved.precision == "fp16",
+        # Also with fsdp, for which the library recommends another way: that draws other dropout when it computes a block
+        # again, so its gradients are wrong, and with FSDP2 this one gathers no weight more often.
+        activation_checkpointing=resolved.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
+        logging_steps=resolved.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        seed=resolved.seed,
+        data_seed=resolved.seed,
+        optim=optimizer,
+        use_liger_kernel=resolved.use_liger_kernel,
+        use_cpu=device.kind == "cpu",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,  # the examples are tokenised and in memory
+        dataloader_pin_memory=device.kind == "cuda",
+        average_tokens_across_devices=distributed.joined(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        push_to_hub=False,
+        log_level="error",
+        **(sharded if resolved.sharding == "fsdp" else {}),
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would wrap the model as soon as there are two
+    return arguments
+
+
+class RoomForCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Begins to make room for the first checkpoint once the optimizer has a state: after the first step, or in fp16 after the
+    first one whose gradients did not overflow."""
+
+    def __init__(self, reserve: Callable[[], None]) -> None:
+        self.reserve = reserve
+        self.reserved = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.reserved and unwrapped(kwargs["optimizer"]).state:
+            self.reserved = True
+            self.reserve()
+
+
+class LeanTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer of one run. begin() says where it starts."""
+
+    model_accepts_loss_kwargs: bool
+    _loss_shifts_labels: bool
+    is_fsdp_enabled: bool
+
+    def begin(self, watch: Watch, writer: CheckpointWriter, resume: Resume | None) -> None:
+        self.watch = watch
+        self.writer = writer
+        self.resumed = resume
+        self.add_callback(RoomForCheckpoints(lambda: writer.reserve(self._state_of_training())))
+        # Only the library's loss for causal models divides by the number of tokens that it is given; others are means over
+        # a micro-batch, T5's among them, although their forward() takes the number and drops it.
+        self.divides = bool(self.model_accepts_loss_kwargs and self._loss_shifts_labels)
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = not getattr(self.model.config, "is_encoder_decoder", False)
+        if self.is_fsdp_enabled:
+            share_table(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate shards on GPUs only, although nothing in FSDP2 needs one: on CPUs it is told so afterwards."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is None or self.is_fsdp_enabled:
+            return
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if self.args.mixed_precision != "no":
+            plugin.set_mixed_precision(self.args.mixed_precision)
+        state = self.accelerator.state
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = plugin
+        self.is_fsdp_enabled = True
+
+    def resume_folder(self, resume: Resume) -> Path:
+        """A folder with what the library itself reads of a checkpoint: the step."""
+        folder = Path(self.args.output_dir) / f"resume-{distributed.rank()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = TrainerState(
+            global_step=resume.step,
+            epoch=resume.state["loop"]["epoch"],
+            train_batch_size=self.args.per_device_train_batch_size,
+        )
+        state.compute_steps(self.args, self.args.max_steps)
+        state.save_to_json(str(folder / "trainer_state.json"))
+        self.watch.restore(resume.state["watch"], resume.step)
+        return folder
+
+    def get_train_dataloader(self) -> EpochLoader:
+        order = DataOrder(
+            len(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+            self.args.data_seed,
+            distributed.rank(),
+            distributed.world_size(),
+        )
+        return EpochLoader(self.train_dataset, order, self.data_collator, pin=self.args.dataloader_pin_memory)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum over the learned tokens divided by the step's number of them, whatever its micro-batches and processes."""
+        if self.divides:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        labels = inputs["labels"][:, 1:] if self._loss_shifts_labels else inputs["labels"]
+        learned = labels.ne(IGNORED).sum()
+        # The mean over no token is no number.
+        loss = outputs.loss * learned if int(learned) else outputs.logits.sum() * 0.0
+        loss = loss / num_items_in_batch * (self.accelerator.num_processes if distributed.joined() else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: it walks all modules at every micro-batch."""
+        return 0
+
+    def _state_of_training(self) -> dict[str, Any]:
+        """All that an attempt which goes on from here must have."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        # Without sharding the processes hold the same weights; the first one's part has them for all.
+        whole = distributed.is_main() or self.is_fsdp_enabled
+        return {
+            "weights": trained_weights(self.model) if whole else None,
+            "optimizer": optimizer_state(self.optimizer) if whole else None,
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random_state(),
+            "loop": {
+                "epoch": self.state.epoch,
+                "loss": self._tr_loss.item(),  # of the steps since the last record
+                "logged": self._globalstep_last_logged,
+            },
+            "watch": self.watch.state(),
+        }
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *rest: Any, **named: Any
+    ) -> None:
+        """A checkpoint comes before the evaluation of its step, and before the end when one was asked for."""
+        taken = self.control.should_save
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **named)
+        self.watch.catch_up(self.model, self.state.global_step)
+        # After the last step the final checkpoint is written.
+        if self.watch.leaving and self.state.global_step < self.args.max_steps:
+            if not taken:
+                self._save_checkpoint(model, trial)
+            self.writer.wait()
+            raise self.watch.parting()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        stall = self.writer.take(self._state_of_training(), self.state.global_step)
+        self.watch.saved()
+        log.info("step %d: checkpoint taken in %.2f s", self.state.global_step, stall)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Only the first process has loaded the weights: see load_base_model.
+        whole = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        sharding.deal(self.model, whole if distributed.is_main() else None)
+        if resume_from_checkpoint is not None:
+            restore_weights(self.model, self._resumed().state.pop("weights"))
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            restore_weights(self.model, self._resumed().state.pop("weights"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        restore_optimizer(self.optimizer, self._resumed().state.pop("optimizer"))
+        self.lr_scheduler.load_state_dict(self._resumed().state["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (saved := self._resumed().state["scaler"]) is not None:
+            self.accelerator.scaler.load_state_dict(saved)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last piece, read when the first micro-batch is about to be computed."""
+        if checkpoint is None:
+            return
+        loop = self._resumed().state["loop"]
+        self._tr_loss = torch.tensor(loop["loss"], device=self.args.device)
+        self._globalstep_last_logged = loop["logged"]
+        restore_random(self._resumed().state["random"])
+
+    def _resumed(self) -> Resume:
+        if self.resumed is None:
+            raise RuntimeError("there is no checkpoint to go on from")
+        return self.resumed

@@ -1,0 +1,262 @@
+"""What happens beside the steps of training: progress, the loss curve, held-out loss, and when a checkpoint is due."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from graft.contracts import Reason
+from transformers import TrainerCallback
+
+from graft_trainer.checkpoints.store import CheckpointWriter
+from graft_trainer.data.data_order import blank
+from graft_trainer.data.tokens import Collator, Tokenisation, Tokenised
+from graft_trainer.evaluation.evaluate import mean_loss
+from graft_trainer.loop.pace import Pace
+from graft_trainer.model import sharding
+from graft_trainer.processes import distributed
+from graft_trainer.recipe.resolve import Resolved
+from graft_trainer.run.failures import Failure, Interrupted
+from graft_trainer.run.interruption import Interruption
+from graft_trainer.run.progress import ProgressReporter, now
+
+log = logging.getLogger(__name__)
+TELL = 0.5  # seconds between updates of the progress in memory
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Sees every step. Its state() is part of a checkpoint, so that an attempt that goes on knows the whole run."""
+
+    def __init__(
+        self,
+        progress: ProgressReporter,
+        interruption: Interruption,
+        resolved: Resolved,
+        collator: Collator,
+        held_out: Tokenisation | None,
+        save_seconds: float,
+    ) -> None:
+        self.progress = progress
+        self.interruption = interruption
+        self.resolved = resolved
+        self.collator = collator
+        self.held_out = held_out
+        self.save_seconds = save_seconds  # between checkpoints, where steps do not say
+        self.writer: CheckpointWriter | None = None
+        self.curve: list[dict[str, float]] = []
+        self.events: list[dict[str, Any]] = []  # of events.jsonl
+        self.last_eval_loss: float | None = None  # None again as soon as a step follows
+        self.tokens = 0  # read in all steps, by all processes
+        self.seconds = 0.0  # of training, those of the attempts before included
+        self.resumed_from: int | None = None
+        self.leaving = False  # the processes have agreed to end, with a checkpoint of where they are
+        self.pace = Pace()
+        self.told = 0.0
+        self._due = False
+        self._saved = self._since = time.monotonic()
+        self._read = 0  # of collator.tokens, how many are in self.tokens
+
+    def state(self) -> dict[str, Any]:
+        """What an attempt that goes on must know, but for the weights and the optimizer."""
+        self._count_time()
+        return {
+            "curve": list(self.curve),
+            "events": list(self.events),
+            "evalLoss": self.last_eval_loss,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Go on from a checkpoint of `step` steps: events.jsonl and the progress tell of the whole run."""
+        self.curve, self.events = state["curve"], state["events"]
+        self.last_eval_loss, self.tokens, self.seconds = state["evalLoss"], state["tokens"], state["seconds"]
+        self.resumed_from = step
+        for event in self.events:
+            self.progress.event(**event)
+        measured = [event["evalLoss"] for event in self.events if "evalLoss" in event]
+        self.progress.update(
+            step=step,
+            percent=100 * step // self.resolved.max_steps,
+            loss=self.curve[-1]["loss"] if self.curve else None,
+            eval_loss=measured[-1] if measured else None,
+            resumed_from=step,
+        )
+
+    def saved(self) -> None:
+        """A checkpoint was taken."""
+        self._due, self._saved = False, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = self._since = time.monotonic()
+        self._read = self.collator.tokens
+        self.pace = Pace()
+        self.pace.step(state.global_step, self.tokens)
+        # The checkpoint may be of a step whose evaluation was still to come.
+        self.catch_up(kwargs["model"], state.global_step)
+        if self.leaving:
+            raise self.parting()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, total = state.global_step, self.resolved.max_steps
+        self.last_eval_loss = None
+        save = self._agree(step)
+        self.pace.step(step, self.tokens)
+        if time.monotonic() - self.told >= TELL or save or step == total:
+            self.told = time.monotonic()
+            every = self.resolved.eval_steps
+            left = total // every - (step - 1) // every if every else 0
+            self.progress.update(
+                step=step,
+                percent=100 * step // total,
+                tokens_per_second=self.pace.tokens_per_second(),
+                eta_seconds=self.pace.eta_seconds(total, left),
+            )
+        control.should_save = save and step < total  # after the last step the final one is written
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step, loss, rate = state.global_step, float(logs["loss"]), float(logs.get("learning_rate", 0.0))
+        if not math.isfinite(loss) or (not math.isfinite(float(logs.get("grad_norm", 0.0))) and self.precise()):
+            raise Failure(
+                Reason.CONFIGURATION_INVALID,
+                f"training diverged: the loss is {loss} at step {step}",
+                f"Lower training.learningRate (it was {self.resolved.learning_rate:g}), for example to "
+                f"{self.resolved.learning_rate / 10:g}, or raise training.warmupRatio.",
+            )
+        record = {"step": step, "loss": round(loss, 5), "learningRate": rate}
+        self.curve.append(record)
+        self._event(**record)
+        self.progress.update(step=step, loss=round(loss, 5))
+        speed, eta = self.pace.tokens_per_second(), self.pace.eta_seconds(self.resolved.max_steps)
+        if distributed.is_main():
+            log.info(
+                "step %d/%d  loss %.4f  lr %.2e%s%s",
+                step,
+                self.resolved.max_steps,
+                loss,
+                rate,
+                f"  {speed:.0f} tokens/s" if speed else "",
+                f"  {eta} s left" if eta is not None else "",
+            )
+
+    def held_out_curve(self) -> list[dict[str, float]]:
+        """The held-out losses, {step, evalLoss}, in the order in which they were measured."""
+        return [{"step": event["step"], "evalLoss": event["evalLoss"]} for event in self.events if "evalLoss" in event]
+
+    def precise(self) -> bool:
+        """In fp16 the scaler skips steps whose gradients overflow; an infinite norm is no sign of divergence there."""
+        return self.resolved.precision != "fp16"
+
+    def owes(self, step: int) -> bool:
+        """Whether an evaluation is due after that step and not yet done."""
+        every = self.resolved.eval_steps
+        if self.held_out is None or every is None or not step:
+            return False
+        due = step % every == 0 or step == self.resolved.max_steps
+        return due and not any("evalLoss" in event and event["step"] == step for event in self.events)
+
+    def catch_up(self, model: Any, step: int) -> None:
+        """Measure the held-out loss where it is owed; `leaving` is set when a process was asked to end meanwhile."""
+        if self.leaving or not self.owes(step):
+            return
+        try:
+            self.measure(model, step)
+        except _BrokenOff:
+            self.leaving = True
+
+    def measure(self, model: Any, step: int) -> None:
+        assert self.held_out is not None  # noqa: S101 - owes() asked
+        begin = time.monotonic()
+        batch, examples = self.resolved.per_device_train_batch_size, self.held_out.examples
+        if distributed.joined():
+            loss = shared_loss(model, examples, self.collator.pad, batch, self._go_on)
+        else:
+            loss = mean_loss(model, examples, self.collator.pad, batch, _Between(self._go_on))
+        self.pace.pause(time.monotonic() - begin)
+        self.last_eval_loss = loss
+        self._event(step=step, evalLoss=round(loss, 5))
+        self.progress.update(eval_loss=round(loss, 5))
+        if distributed.is_main():
+            log.info("step %d/%d  held-out loss %.4f", step, self.resolved.max_steps, loss)
+
+    def parting(self) -> BaseException:
+        """Why this process ends, when all are `leaving`."""
+        if self.interruption.wanted:
+            return Interrupted()
+        return Failure(
+            Reason.PEER_LOST,
+            "Another pod of the run was asked to end.",
+            "Nothing is to be done: the Job goes on from the checkpoint.",
+        )
+
+    def _go_on(self) -> None:
+        """_BrokenOff in all processes when one of them was asked to end: an evaluation may take longer than it is given."""
+        if distributed.total([self.interruption.wanted])[0]:
+            raise _BrokenOff
+
+    def _agree(self, step: int) -> bool:
+        """Whether all processes write a checkpoint of this step; any of them may have been asked to end."""
+        if self.resolved.save_steps is not None:
+            self._due = self._due or step % self.resolved.save_steps == 0
+        else:
+            self._due = time.monotonic() - self._saved >= self.save_seconds
+        read, self._read = self.collator.tokens - self._read, self.collator.tokens
+        busy = self.writer is not None and self.writer.busy
+        wanted, due, late, tokens = distributed.total([self.interruption.wanted, self._due, busy, read])
+        self.tokens += tokens
+        self.leaving = wanted > 0
+        return self.leaving or (due > 0 and late == 0)
+
+    def _event(self, **record: Any) -> None:
+        record = {"time": now()} | record
+        self.events.append(record)
+        self.progress.event(**record)
+
+    def _count_time(self) -> None:
+        self.seconds += time.monotonic() - self._since
+        self._since = time.monotonic()
+
+
+class _BrokenOff(Exception):
+    """The held-out loss is not measured to the end."""
+
+
+class _Between:
+    """Calls `check` after each batch."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def step(self, count: int) -> None:
+        self.check()
+
+
+def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, go_on: Callable[[], None]) -> float:
+    """mean_loss with the examples divided among the processes. All of them run the model as often, as sharded weights need
+    it, and in no inference_mode, whose tensors fsdp could not use for training afterwards. `go_on` is called before each
+    round of batches."""
+    collate, training = Collator(pad), model.training
+    world, rank = distributed.world_size(), distributed.rank()
+    ordered = sorted(examples, key=lambda item: item.tokens)
+    device = next(model.parameters()).device
+    sums = [0.0, 0.0]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for begin in range(0, len(ordered), batch * world):
+                go_on()
+                mine = ordered[begin + rank * batch : begin + (rank + 1) * batch]
+                inputs = collate(mine) if mine else blank(ordered, collate)
+                loss = model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False).loss
+                if mine:
+                    learned = sum(item.learned for item in mine)
+                    sums = [sums[0] + float(loss) * learned, sums[1] + learned]
+    finally:
+        model.train(training)
+        sharding.reshard(model)
+    total, count = distributed.total_float(sums)
+    return total / max(1.0, count)

@@ -1,0 +1,90 @@
+"""adapter_config.json of a version that somebody else has made (PURE): reduced to what describes the adapter, and checked."""
+
+import json
+from typing import Any
+
+from graft.api.recipe import MethodName
+from graft.contracts import Reason
+
+from graft_trainer.data.tokens import Task
+from graft_trainer.run.failures import Failure
+
+LORA_KEYS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "bias", "use_rslora", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+PROMPT_KEYS = (
+    "num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads", "num_layers",
+)  # fmt: skip
+# Not to be dropped in silence: they name code to run, or change what the weights mean in a way that engines do not know.
+REFUSED = {
+    "auto_map": "names code to run",
+    "use_dora": "is set; DoRA is not served",
+    "modules_to_save": "is set; whole modules beside the update are not served",
+    "lora_bias": "is set, and engines know no bias",
+    "trainable_token_indices": "is set, and engines do not know it",
+    "layer_replication": "is set, and engines do not know it",
+    "megatron_config": "is set, and engines do not know it",
+    "target_parameters": "is set, and engines do not know it",
+    "use_qalora": "is set, and engines do not know it",
+    "use_bdlora": "is set, and engines do not know it",
+    "alora_invocation_tokens": "is set, and engines do not know it",
+    "arrow_config": "is set, and engines do not know it",
+}
+# Others (pissa, olora, corda, loftq, …) begin with another base model than the one that is served.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+
+
+def reduced_config(data: bytes, who: str, method: MethodName, task: Task) -> dict[str, Any]:
+    """The keys that describe the adapter. Failure(AdapterInvalid) when it is none of the method, or none that is served."""
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{who}: adapter_config.json is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise invalid(f"{who}: adapter_config.json is no JSON object")
+    for key, why in REFUSED.items():
+        if config.get(key):
+            raise invalid(f"{who}: adapter_config.json: {key} {why}", "Train it again without, or merge it yourself.")
+    wanted = "PROMPT_TUNING" if method == "promptTuning" else "LORA"
+    kind = config.get("peft_type")
+    if kind != wanted:
+        raise invalid(
+            f"{who}: adapter_config.json: peft_type is {kind!r}, and {wanted} is what method {method} stands for",
+            "Set spec.method to what the adapter is; LORA (lora, qlora) and PROMPT_TUNING (promptTuning) are known.",
+        )
+    _check_lora(config, who) if wanted == "LORA" else _check_prompt(config, who)
+    keys = LORA_KEYS if wanted == "LORA" else PROMPT_KEYS
+    reduced = {key: config[key] for key in keys if config.get(key) not in (None, {}, [])}
+    return reduced | {"peft_type": wanted, "task_type": TASK_TYPES[task], "inference_mode": True}
+
+
+def _check_lora(config: dict[str, Any], who: str) -> None:
+    if config.get("bias") not in (None, "none"):
+        raise invalid(f"{who}: adapter_config.json: bias is {config['bias']!r}; only none is served")
+    start = config.get("init_lora_weights")
+    if not any(start is plain or start == plain for plain in PLAIN_STARTS):
+        raise invalid(
+            f"{who}: adapter_config.json: init_lora_weights is {start!r}: it belongs to another base model than the one it names",
+            "Convert it to a plain LoRA (peft: save_pretrained with path_initial_model_for_weight_conversion).",
+        )
+    pattern = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [None])]
+    if not all(type(rank) is int and 1 <= rank <= 512 for rank in ranks):
+        raise invalid(f"{who}: adapter_config.json: r and rank_pattern say {ranks}; a rank is a number from 1 to 512")
+    modules = config.get("target_modules")
+    names = modules if isinstance(modules, list) else [modules]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise invalid(f"{who}: adapter_config.json: target_modules names no modules")
+
+
+def _check_prompt(config: dict[str, Any], who: str) -> None:
+    count = config.get("num_virtual_tokens")
+    if type(count) is not int or not 1 <= count <= 512:
+        raise invalid(f"{who}: adapter_config.json: num_virtual_tokens is {count!r}, not a number from 1 to 512")
+
+
+def invalid(message: str, remedy: str = "Correct the files at their source, or use others.") -> Failure:
+    """What is imported, or composed, cannot be used."""
+    return Failure(Reason.ADAPTER_INVALID, message, f"{remedy} Then delete this Adapter and create it again.")

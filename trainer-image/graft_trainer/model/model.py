@@ -1,0 +1,178 @@
+"""The base model, loaded from the local folder with what the run's method and precision ask for.
+
+Weights come from safetensors only, and no code of a model's is ever run.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from graft.api.recipe import Method
+from graft.contracts import Reason
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from graft_trainer.data.tokens import Task
+from graft_trainer.model import sharding
+from graft_trainer.model.basemodel import context_of
+from graft_trainer.model.targets import Projection
+from graft_trainer.processes import distributed
+from graft_trainer.recipe.resolve import Device, Limits, ModelFacts
+from graft_trainer.run.failures import Failure, out_of_memory
+
+log = logging.getLogger(__name__)
+AUTO_CLASSES = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def this_device() -> Device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return Device("cpu")
+    free, _ = torch.cuda.mem_get_info(torch.cuda.current_device())
+    return Device("cuda", bf16=torch.cuda.is_bf16_supported(including_emulation=False), free_bytes=free)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model as it was loaded."""
+
+    model: Any
+    facts: ModelFacts
+    projections: list[Projection]
+    embeddings: list[Projection]  # the tables that the blocks read the tokens from
+    loaded: bool = True  # else its weights have no values: they come from the first process
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The type of the weights in the base model's files, as its config says; what a whole tuned model is published in."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def load_base_model(folder: Path, name: str, task: Task, method: Method, known: Limits, device: Device) -> BaseModel:
+    """The base model: in 4 bits for qlora, in float32 for full. Failure(BaseModelInvalid) when it cannot be loaded or
+    lacks weights.
+
+    full keeps float32 weights whatever the precision (Micikevicius et al. 2018): at a learning rate of 2e-5 most updates
+    are smaller than half of bfloat16's distance to the next number and would be lost. The products are computed in the
+    precision by autocast. The frozen weights of the other methods are held in the precision itself.
+
+    With fsdp the first process alone loads the weights, into host memory, from where they are dealt out: the nodes need not
+    hold them once per GPU.
+    """
+    arguments: dict[str, Any] = {"dtype": torch.float32 if method.full is not None else DTYPES[known.precision]}
+    if method.qlora is not None:
+        compute = getattr(torch, known.compute_dtype or "float32")
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=method.qlora.quant_type,
+            bnb_4bit_use_double_quant=method.qlora.double_quant,
+            bnb_4bit_compute_dtype=compute,
+        )
+    loaded = known.sharding != "fsdp" or distributed.is_main() or not distributed.joined()
+    if not loaded:
+        arguments["device_map"] = {"": "meta"}
+    # fsdp moves each process's part to its GPU itself; the whole may not fit there.
+    elif known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):
+        arguments["device_map"] = {"": torch.cuda.current_device() if device.kind == "cuda" else "cpu"}
+    try:
+        model, info = AUTO_CLASSES[task].from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **arguments
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise _cannot_load(name, "weights", error) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in info.get(problem) or ()):
+            raise Failure(
+                Reason.BASE_MODEL_INVALID,
+                f"{name}: {len(keys)} weights are {problem.partition('_')[0]}, the first is {keys[0]}",
+                "Upload weights that belong to the model's config.json.",
+            )
+    if not loaded:
+        sharding.hollow(model)
+    if device.kind == "cpu":
+        keep_differentiable(model)
+    facts = facts_of(model, liger=device.kind == "cuda" and has_liger(model))
+    return BaseModel(model, facts, projections_of(model), embeddings_of(model), loaded)
+
+
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference.
+
+    On CPUs with AVX512-BF16 its layers do so at their first call in eval mode, and for good; the kernel for that layout
+    has no gradient, so whatever is trained after an evaluation would learn from wrong gradients, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def has_liger(model: Any) -> bool:
+    """Whether Liger's kernels can be used for a model, on the GPU that is there.
+
+    Not where the library leaves the division of the loss to the caller, who needs the logits for it that Liger never has.
+    """
+    if not getattr(model, "accepts_loss_kwargs", True):
+        return False
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()  # Triton, whose kernels they are, compiles what it needs for the GPU: in C
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except Exception as error:  # whatever is missing, the model trains without
+        log.warning("Liger's kernels are not used, Triton does not work here: %s", error)
+        return False
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def facts_of(model: Any, liger: bool = False) -> ModelFacts:
+    text = model.config.get_text_config()
+    return ModelFacts(
+        context=context_of(model.config),
+        layers=int(getattr(text, "num_hidden_layers", 1)),
+        hidden_size=int(getattr(text, "hidden_size", 1)),
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        parameters=int(model.num_parameters()),
+        liger=liger,
+    )
+
+
+def projections_of(model: Any) -> list[Projection]:
+    """The linear modules of the blocks: all but the head, which shares its weights with the embeddings in many models."""
+    head = model.get_output_embeddings()
+    found = []
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):  # bitsandbytes' 4-bit layer is one, too, and keeps its shape
+            found.append(Projection(name, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):  # GPT-2
+            found.append(Projection(name, module.nx, module.nf))
+    return found
+
+
+def embeddings_of(model: Any) -> list[Projection]:
+    """The token embeddings that are read. T5's encoder and decoder have tables of their own that share the weights of a
+    third one, which nothing reads: an update of that one would never be learned."""
+    owner = model.get_input_embeddings()
+    tables = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.weight is owner.weight
+    ]
+    sharers = [(name, module) for name, module in tables if module is not owner]
+    return [Projection(name, module.num_embeddings, module.embedding_dim) for name, module in sharers or tables]
+
+
+def _cannot_load(name: str, what: str, error: Exception) -> Failure:
+    return Failure(
+        Reason.BASE_MODEL_INVALID,
+        f"the {what} of {name} cannot be loaded: {type(error).__name__}: {error}",
+        "Point the BaseModel at a whole folder of a language model that transformers supports, and set its task to what it is.",
+    )

@@ -1,0 +1,221 @@
+"""compose: several LoRA updates become one, or a part of the base model. The mathematics is peft's add_weighted_adapter.
+
+An adapter needs no weights of the base model, see shapes.py; only a merge into the base downloads it.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from graft.api.composition import CompositionMethod
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestParent
+from graft.artifacts.sources import fetch
+from graft.artifacts.store import StoreError
+from graft.artifacts.versions import InvalidArtifact
+from graft.contracts import Composition, ParentVersion, Reason
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from graft_trainer.model.adapterconfig import invalid, reduced_config
+from graft_trainer.model.basemodel import check_base_model, load_config
+from graft_trainer.model.model import AUTO_CLASSES, stored_dtype
+from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
+from graft_trainer.run.download import fetch_version, tell
+from graft_trainer.run.failures import Failure, out_of_memory
+from graft_trainer.versions.make_version import Made, Making, write_base_config
+from graft_trainer.versions.publish import SHARD, TOKENIZER_FILES, reduce_config
+
+log = logging.getLogger(__name__)
+PEFT_NAMES: dict[CompositionMethod, str] = {
+    "linear": "linear",
+    "cat": "cat",
+    "svd": "svd",
+    "ties": "ties",
+    "tiesSvd": "ties_svd",
+    "dareLinear": "dare_linear",
+    "dareLinearSvd": "dare_linear_svd",
+    "dareTies": "dare_ties",
+    "dareTiesSvd": "dare_ties_svd",
+}
+RESULT = "composed"  # of the result on the model, beside parent-0, parent-1, …
+
+
+def compose(making: Making, wanted: Composition) -> Made:
+    """Combine the parents into settings.adapter_dir."""
+    file, settings = making.file, making.settings
+    work = settings.work_dir / "parents"
+    shutil.rmtree(work, ignore_errors=True)
+    folders = [work / f"parent-{number}" for number in range(len(wanted.parents))]
+    manifests = [fetch_parent(making, one, folder) for one, folder in zip(wanted.parents, folders, strict=True)]
+    base_model = manifests[0].base_model
+    base_config = write_base_config(making)
+    name = file.base_model.name
+
+    combined = settings.adapter_dir if wanted.into == "adapter" else settings.work_dir / "combined"
+    combine(base_of_shapes(base_config, name, file.task), folders, wanted, combined)
+    reduce_config(combined / "adapter_config.json", base_model.uri)
+    # What came out is looked at like what comes from elsewhere: tensors that fit the base model, and are numbers.
+    config = reduced_config((combined / "adapter_config.json").read_bytes(), "the result", "lora", file.task)
+    fit = check_adapter(combined, config, base_of_shapes(base_config, name, file.task), "the result", name)
+
+    made = Made(
+        base_model,
+        rank=fit.rank,
+        targets=fit.targets,
+        hyperparameters={"rank": fit.rank, "alpha": fit.alpha},
+        parents=[
+            ManifestParent(adapter=one.adapter, version=one.version, digest=parent.digest, weight=parent.weight)
+            for one, parent in zip(manifests, wanted.parents, strict=True)
+        ],
+        composition=wanted.model_dump(by_alias=True, exclude={"parents"}, exclude_none=True),
+    )
+    if wanted.into == "adapter":
+        return made
+    merge(making, base_model, combined, settings.adapter_dir)
+    return Made(base_model, parents=made.parents, composition=made.composition)
+
+
+def fetch_parent(making: Making, parent: ParentVersion, folder: Path) -> Manifest:
+    """The parent's files, verified, with its config reduced. Failure(AdapterInvalid) when it cannot be used."""
+    try:
+        manifest = fetch_version(making.store, parent.uri, parent.digest, folder, making.settings.storage_patience)
+    except InvalidArtifact as error:
+        raise invalid(f"{parent.name} is damaged: {error}", "Take another version.") from error
+    except StoreError as error:
+        if error.trouble == "unavailable":
+            raise
+        raise invalid(f"{parent.name} cannot be read: {error}", "Take a version whose files are there.") from error
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(reduced_config(path.read_bytes(), parent.name, "lora", making.file.task)))
+    return manifest
+
+
+def combine(base: Any, folders: list[Path], wanted: Composition, target: Path) -> None:
+    """Write the weighted combination of the adapters in `folders` to `target`. `base` is a base_of_shapes."""
+    parents = [f"parent-{number}" for number in range(len(folders))]
+    told = ", ".join(parent.name for parent in wanted.parents)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on several adapters in one model, and shared embeddings
+            model = PeftModel.from_pretrained(base, folders[0], adapter_name=parents[0], torch_device="cpu")
+            for parent, folder in zip(parents[1:], folders[1:], strict=True):
+                model.load_adapter(folder, parent, torch_device="cpu")
+            for parent in parents:
+                plain_targets(model, parent)
+            torch.manual_seed(wanted.seed)  # of what dare drops
+            model.add_weighted_adapter(
+                parents,
+                [parent.weight for parent in wanted.parents],
+                RESULT,
+                combination_type=PEFT_NAMES[wanted.method],
+                svd_rank=wanted.svd_rank,
+                svd_full_matrices=False,  # the rest of them is thrown away, and larger than the update itself
+                density=wanted.density,
+                majority_sign_method=wanted.majority_sign,
+            )
+            written = target.parent / "written"
+            model.save_pretrained(written, selected_adapters=[RESULT], save_embedding_layers=False)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        if out_of_memory(error):
+            raise
+        raise invalid(
+            f"{told} cannot be combined by {wanted.method}: {error}",
+            "Use method cat or svd, which take unequal parents.",
+        ) from error
+    shutil.rmtree(target, ignore_errors=True)
+    (written / RESULT).rename(target)
+    shutil.rmtree(written)
+    (target / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    log.info("combined %s by %s", told, wanted.method)
+
+
+def plain_targets(model: Any, name: str) -> None:
+    """Say of an adapter what peft can combine: which modules it has, by name, and no scale of its own kind.
+
+    peft makes the result's config from the first parent's: a rank-stabilised scale would multiply the result once more, and layers
+    that the first parent leaves out would be lost to the others. The adapters' own scales are in their layers by now.
+    """
+    config = model.peft_config[name]
+    config.use_rslora = False
+    if isinstance(config.target_modules, str) or config.layers_to_transform is not None or config.exclude_modules:
+        inner = model.get_base_model()
+        config.target_modules = {
+            key
+            for key, module in inner.named_modules()
+            if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A)
+        }
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+
+
+def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: Path) -> None:
+    """Write the base model with the adapter in its weights to `target`, in the type of the base model's own files."""
+    file, settings = making.file, making.settings
+    ref = file.base_model
+    if (trained_on.digest or trained_on.uri) != (ref.digest or ref.uri):
+        raise invalid(
+            f"the parents belong to {trained_on.uri} ({trained_on.digest}), and {ref.name} is {ref.uri} ({ref.digest}) now",
+            "Point spec.baseModel at a BaseModel of the parents' revision.",
+        )
+    folder = fetch(
+        ref.uri,
+        ref.digest,
+        settings.base_model_dir,
+        store=making.store,
+        pvc_root=settings.pvc_dir,
+        hf_endpoint=file.hf_endpoint,
+        hf_token=settings.hf_token(),
+        report=tell("base model"),
+        patience=settings.storage_patience,
+    )
+    check_base_model(folder, ref.name, file.task)
+    try:
+        base: Any = AUTO_CLASSES[file.task].from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=stored_dtype(load_config(folder, ref.name))
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise Failure(
+            Reason.BASE_MODEL_INVALID,
+            f"the weights of {ref.name} cannot be loaded: {type(error).__name__}: {error}",
+            "Point the BaseModel at a whole folder of a language model that transformers supports.",
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on shared embeddings, which are refused below
+        model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
+    refuse_shared_embeddings(model, ref.name)
+    merged: Any = model.merge_and_unload()
+    merged.save_pretrained(target, max_shard_size=SHARD)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    check_weights(target)
+
+
+def refuse_shared_embeddings(model: Any, name: str) -> None:
+    """An update of the token embeddings would change the head, too, where both are one table."""
+    head = model.get_output_embeddings()
+    for key, module in model.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
+            table = module.get_base_layer().weight
+            if head is not None and head.weight is table:
+                raise invalid(
+                    f"a parent has an update of the token embeddings ({key.removeprefix('base_model.model.')}), which {name} shares "
+                    "with its head: merged it would change both",
+                    "Compose into: adapter, or train the parent without embeddings (targetModules).",
+                )
+
+
+def check_weights(folder: Path) -> None:
+    """Failure(AdapterInvalid) when a weight is no number."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                check_numbers(file, name, "the merged model")

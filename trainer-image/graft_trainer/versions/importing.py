@@ -1,0 +1,214 @@
+"""import: what was tuned elsewhere becomes a version, if it may be served and fits the base model.
+
+Its files are other people's: weights in safetensors only, config reduced to known keys, nothing in it is ever run.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graft.artifacts.layout import split_s3_uri
+from graft.artifacts.manifest import ALLOWED_FILES, ManifestBaseModel
+from graft.artifacts.manifest import SHARD as SHARD_NAME
+from graft.artifacts.sources import SourceError, fetch, hub_errors, s3_digest, s3_files, split_hf_uri
+from graft.artifacts.store import ObjectInfo, StoreError, patiently
+from graft.contracts import Reason
+from safetensors import SafetensorError, safe_open
+
+from graft_trainer.model.adapterconfig import invalid, reduced_config
+from graft_trainer.model.basemodel import PICKLES, check_base_model, load_config
+from graft_trainer.model.model import AUTO_CLASSES
+from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
+from graft_trainer.run.download import tell
+from graft_trainer.run.failures import Failure, out_of_memory
+from graft_trainer.versions.make_version import Made, Making, write_base_config
+
+log = logging.getLogger(__name__)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_LIMIT = 1024 * 1024  # bytes
+WHERE = "Correct import.uri, or let this namespace's key or Hugging Face token read it."
+
+
+def import_version(making: Making, source: str) -> Made:
+    """Copy what is at `source` to settings.adapter_dir and check it. Failure(AdapterInvalid) says what is wrong with it."""
+    with _source_errors(source):
+        return _whole_model(making, source) if making.file.method == "full" else _adapter(making, source)
+
+
+def _adapter(making: Making, source: str) -> Made:
+    file, folder = making.file, making.settings.adapter_dir
+    pinned, digest = fetch_adapter(making, source, folder)
+    if (size := (folder / CONFIG).stat().st_size) > CONFIG_LIMIT:
+        raise invalid(f"{source}: {CONFIG} has {size} bytes")
+    config = reduced_config((folder / CONFIG).read_bytes(), source, file.method, file.task)
+    base_config = write_base_config(making)
+    base = base_of_shapes(base_config, file.base_model.name, file.task)
+    fit = check_adapter(folder, config, base, source, file.base_model.name)
+    config["base_model_name_or_path"] = file.base_model.uri  # what it said was a name at its author's
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    known = {"rank": fit.rank, "alpha": fit.alpha, "virtualTokens": fit.virtual_tokens}
+    return Made(
+        _base_model(making),
+        rank=fit.rank,
+        targets=fit.targets,
+        hyperparameters={key: value for key, value in known.items() if value is not None},
+        imported_from=pinned,
+        source_digest=digest,
+    )
+
+
+def fetch_adapter(making: Making, source: str, folder: Path) -> tuple[str, str | None]:
+    """Copy config and weights of the adapter; (the URI pinned, the digest of the s3:// listing)."""
+    if source.startswith("hf://"):
+        return _adapter_of_hub(making, source, folder), None
+    bucket, prefix = split_s3_uri(source)
+    patience = making.settings.storage_patience
+    found = {
+        item.key.removeprefix(prefix): item
+        for item in patiently(lambda: list(making.store.objects(prefix, bucket)), patience)
+    }
+    _check_names(source, set(found))
+    chosen: list[ObjectInfo] = [found[CONFIG], found[WEIGHTS]]
+    for item in chosen:
+        making.store.download(item, folder / item.key.removeprefix(prefix), bucket, patience=patience)
+    return source, s3_digest(prefix, chosen)
+
+
+def _adapter_of_hub(making: Making, source: str, folder: Path) -> str:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repo, revision = split_hf_uri(source)
+    endpoint, token = making.file.hf_endpoint, making.settings.hf_token() or False
+    with hub_errors(source):
+        info = HfApi(endpoint=endpoint, token=token).model_info(repo, revision=revision, timeout=20)
+    _check_names(source, {item.rfilename for item in info.siblings or []})
+    local = making.settings.work_dir / "hub"
+    for name in (CONFIG, WEIGHTS):
+        with hub_errors(source):
+            path = hf_hub_download(repo, name, revision=info.sha, endpoint=endpoint, token=token, local_dir=local)
+        shutil.move(path, folder / name)
+    return f"hf://{repo}@{info.sha}"
+
+
+def _check_names(source: str, names: set[str]) -> None:
+    if CONFIG not in names:
+        hint = " It looks like a whole model: set spec.method to full." if "config.json" in names else ""
+        raise invalid(f"there is no {CONFIG} at {source}.{hint}", WHERE)
+    if WEIGHTS not in names:
+        pickles = sorted(name for name in names if name.endswith(PICKLES))
+        found = f", only {', '.join(pickles[:3])}" if pickles else ""
+        raise invalid(
+            f"there is no {WEIGHTS} at {source}{found}",
+            "Convert the weights to safetensors (peft's save_pretrained does); pickled weights are never loaded.",
+        )
+
+
+def _whole_model(making: Making, source: str) -> Made:
+    """A whole model of the base model's architecture and shapes."""
+    file, settings = making.file, making.settings
+    pinned, digest = _pin(making, source)
+    folder = fetch(
+        pinned,
+        digest,
+        settings.work_dir / "imported",
+        store=making.store,
+        pvc_root=settings.pvc_dir,
+        hf_endpoint=file.hf_endpoint,
+        hf_token=settings.hf_token(),
+        report=tell(source),
+        patience=settings.storage_patience,
+    )
+    try:
+        config = check_base_model(folder, source, file.task)
+    except Failure as error:
+        raise invalid(error.message) from error
+    base_config = load_config(write_base_config(making), file.base_model.name)
+    if config.get("quantization_config"):
+        raise invalid(f"{source} is quantized", "Import the model in 16 or 32 bits.")
+    _check_whole(folder, base_config, config, making, source)
+    for path in sorted(folder.iterdir()):
+        if path.name in ALLOWED_FILES - {CONFIG, WEIGHTS} or SHARD_NAME.fullmatch(path.name):
+            shutil.move(path, settings.adapter_dir / path.name)
+    return Made(_base_model(making), imported_from=pinned, source_digest=digest)
+
+
+def _pin(making: Making, source: str) -> tuple[str, str | None]:
+    if source.startswith("hf://"):
+        from huggingface_hub import HfApi
+
+        repo, revision = split_hf_uri(source)
+        api = HfApi(endpoint=making.file.hf_endpoint, token=making.settings.hf_token() or False)
+        with hub_errors(source):
+            return f"hf://{repo}@{api.model_info(repo, revision=revision, timeout=20).sha}", None
+    _, prefix, files = s3_files(making.store, source, making.settings.storage_patience)
+    return source, s3_digest(prefix, files)
+
+
+def _check_whole(folder: Path, base_config: Any, config: dict[str, Any], making: Making, source: str) -> None:
+    """Failure(AdapterInvalid) unless the weights are those of the base model's architecture, all of them, and numbers."""
+    name, remedy = making.file.base_model.name, "Set spec.baseModel to the model that it was tuned from."
+    if config.get("model_type") != base_config.model_type:
+        raise invalid(f"{source} is a {config.get('model_type')} model, {name} is {base_config.model_type}", remedy)
+    other = sorted(
+        path.name
+        for path in folder.glob("*.safetensors")
+        if path.name != "model.safetensors" and not SHARD_NAME.fullmatch(path.name)
+    )
+    if other:
+        raise invalid(
+            f"{source}: {other[0]} is no name that transformers gives: model.safetensors or model-00001-of-00002.safetensors",
+            "Save the model again with save_pretrained.",
+        )
+    try:
+        # On the meta device names and shapes are compared, and no weight is read.
+        _, found = AUTO_CLASSES[making.file.task].from_pretrained(
+            folder,
+            config=base_config,
+            local_files_only=True,
+            use_safetensors=True,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if keys := sorted(str(key) for key in found.get(problem) or ()):
+                kind = problem.partition("_")[0]
+                raise invalid(f"{source}: {len(keys)} weights are {kind} for {name}, the first is {keys[0]}", remedy)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    check_numbers(file, tensor, source)
+    except SafetensorError as error:
+        raise invalid(f"{source}: a file is no whole safetensors file: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise invalid(f"{source} cannot be loaded: {error}") from error
+
+
+def _base_model(making: Making) -> ManifestBaseModel:
+    ref = making.file.base_model
+    return ManifestBaseModel(name=ref.name, uri=ref.uri, digest=ref.digest)
+
+
+@contextmanager
+def _source_errors(source: str) -> Iterator[None]:
+    """What goes wrong between here and the source, as a Failure that speaks of the import."""
+    try:
+        yield
+    except SourceError as error:
+        if error.transient:
+            raise Failure(
+                Reason.STORAGE_UNAVAILABLE,
+                f"the source did not answer: {error}",
+                "Check that it is reachable from this namespace; the Job tries again.",
+            ) from error
+        raise invalid(f"{source} cannot be had: {error}", WHERE) from error
+    except StoreError as error:
+        if error.trouble in {"missing", "denied"}:
+            raise invalid(f"{source} cannot be read with this namespace's key: {error}", WHERE) from error
+        raise

@@ -1,0 +1,120 @@
+"""publish: what was learned, its manifest and the reports, to object storage; the manifest last."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from graft.artifacts import versions
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.store import StoreError, patiently
+
+from graft_trainer.evaluation.evaluate import Evaluated
+from graft_trainer.model.methods import as_published, cast_parameters
+from graft_trainer.run.failures import Failure, store_failure
+from graft_trainer.run.progress import now
+from graft_trainer.run.run import Run
+from graft_trainer.train import Trained
+from graft_trainer.versions.report import finite, write_report
+
+log = logging.getLogger(__name__)
+SHARD = "5GB"  # of a whole model's weights, at most
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
+    """Publish the version; the manifest's digest."""
+    started = time.monotonic()
+    run.progress.stage("Publishing")
+    folder = run.settings.adapter_dir
+    shutil.rmtree(folder, ignore_errors=True)
+    save(trained, run.job.base_model.uri, folder)
+    write_report(run, trained, evaluated, folder)
+
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    manifest = describe(run, trained, evaluated, files)
+    try:
+        digest = patiently(
+            lambda: versions.publish(run.store, run.version_prefix, files, manifest), run.settings.storage_patience
+        )
+    except StoreError as error:
+        found = store_failure(error, publishing=True)
+        raise Failure(found.reason, found.message, found.remedy) from error
+    log.info(
+        "published %s %s: %s, %.1f MB in %.1f s",
+        run.job.output.adapter,
+        run.job.output.version,
+        digest,
+        manifest.size_bytes / 1e6,
+        time.monotonic() - started,
+    )
+    # Another attempt's, when that one was first.
+    published, _ = versions.read_manifest(run.store, run.version_prefix, digest)
+    run.progress.stage(
+        "Succeeded", manifest_digest=digest, metrics=published.metrics, rejected=published.rejected or None
+    )
+    return digest
+
+
+def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
+    """Write what was learned as plain transformers and peft read it: an adapter, or a whole model with its tokenizer."""
+    model = trained.model
+    if trained.method != "full":
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        reduce_config(folder / "adapter_config.json", base_model_uri)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        return
+    cast_parameters(model, trained.stored)
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    as_published(model, trained.stored)
+    for name in TOKENIZER_FILES:
+        if (trained.folder / name).is_file():
+            shutil.copyfile(trained.folder / name, folder / name)
+
+
+def reduce_config(path: Path, base_model_uri: str) -> None:
+    """Leave in adapter_config.json what says something: no empty fields, no path of this pod, lists in a fixed order."""
+    config = {key: value for key, value in json.loads(path.read_text()).items() if value not in (None, {}, [])}
+    config["base_model_name_or_path"] = base_model_uri
+    if "prompt_tuning_init" in config:
+        # How the vectors started says nothing about those that were learned, and names the pod's tokenizer.
+        config["prompt_tuning_init"] = "RANDOM"
+        for start in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+            config.pop(start, None)
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, Path]) -> Manifest:
+    """The manifest: what the version is, from what it was made, and the digest of every file."""
+    job = run.job
+    return Manifest(
+        adapter=job.output.adapter,
+        version=job.output.version,
+        method=job.method.name,
+        base_model=ManifestBaseModel(name=job.base_model.name, uri=job.base_model.uri, digest=job.base_model.digest),
+        job=ManifestJob(name=job.job.name, namespace=job.job.namespace, uid=job.job.uid, attempt=run.settings.attempt),
+        recipe=job.recipe,
+        hyperparameters=trained.resolved.wire(),
+        datasets=trained.digests,
+        metrics=finite(evaluated.metrics),
+        task=job.task,
+        rank=trained.resolved.rank,
+        rejected=evaluated.rejected,
+        target_modules=trained.targets,
+        files=versions.describe_files(files),
+        image=job.trainer_image,
+        created_at=now(),
+    )

@@ -1,0 +1,145 @@
+"""report.json and report.html: the run for people who want to know how the version came to be."""
+
+import math
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from graft.report.document import (
+    DatasetUse,
+    Environment,
+    EvaluationUse,
+    Report,
+    ReportJob,
+    Resources,
+    SuiteUse,
+)
+from graft.report.job import render_job
+
+from graft_trainer.analysis.analysis import analyse
+from graft_trainer.evaluation.evaluate import Evaluated
+from graft_trainer.run.progress import now
+from graft_trainer.run.run import Run
+from graft_trainer.train import Trained
+
+PACKAGES = ("graft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "lm_eval")
+SUITE_SAMPLES = 3  # answers of each suite that are shown
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+
+
+def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> list[str]:
+    """Analyse the model and write both reports into `folder`, beside the version's weights; the names of the files."""
+    started = time.monotonic()
+    analysis = analyse(trained)
+    trained.seconds["analyse"] = time.monotonic() - started
+    document = report(run, trained, evaluated, folder).model_copy(update={"analysis": analysis})
+    text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+    (folder / REPORT_HTML).write_text(render_job(document), encoding="utf-8")
+    return [REPORT_JSON, REPORT_HTML]
+
+
+def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Report:
+    """The document, but for the analysis; docs/reports.md describes it."""
+    job, state, held_out = run.job, run.progress.state, trained.held_out
+    return Report(
+        job=ReportJob(
+            **job.job.model_dump(),
+            attempt=run.settings.attempt,
+            resumed_from=state.resumed_from,
+            checkpoints=len(state.checkpoints or ()),
+            halvings=run.halvings,
+        ),
+        adapter=job.output.adapter,
+        version=job.output.version,
+        base_model=job.base_model,
+        task=job.task,
+        method=job.method.name,
+        recipe=job.recipe,
+        hyperparameters=trained.resolved.wire(),
+        target_modules=trained.targets,
+        trainable_parameters=state.trainable_parameters,
+        total_parameters=state.total_parameters,
+        dataset=DatasetUse(
+            digests=trained.digests,
+            train=len(trained.train.examples),
+            truncated=trained.train.truncated,
+            dropped=trained.train.dropped,
+            held_out=len(held_out.examples) if held_out else 0,
+            statistics=state.dataset,
+        ),
+        evaluation=EvaluationUse(
+            suites=[
+                SuiteUse(name=suite.name, role=suite.role, size=suite.size, main=suite.main)
+                for suite in evaluated.suites
+            ],
+            gates=job.evaluation.gates or [],
+            rejected=evaluated.rejected,
+            missing=evaluated.missing,
+        ),
+        metrics=finite(evaluated.metrics),
+        samples=evaluated.samples
+        + [{"suite": suite.name} | sample for suite in evaluated.suites for sample in suite.samples[:SUITE_SAMPLES]],
+        loss_curve=sorted(map(finite, [*trained.curve, *trained.held_out_curve]), key=lambda record: record["step"]),
+        tokens=trained.tokens,
+        seconds={name: round(value, 2) for name, value in trained.seconds.items()},
+        resources=Resources(
+            peak_memory_bytes=trained.peak_memory_bytes,
+            tokens_per_second=state.tokens_per_second,
+            published_bytes=weights_size(folder),
+            base_bytes=weights_size(trained.folder),
+            quantized_bytes=quantized_size(trained.model) if trained.method == "qlora" else None,
+        ),
+        environment=environment(run, trained),
+        created_at=now(),
+    )
+
+
+def weights_size(folder: Path) -> int:
+    """Bytes of the safetensors in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def quantized_size(model: Any) -> int:
+    """Bytes of the base model with its 4-bit weights and their quantization constants; the rest in 16 bits, as it is served."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            total += 2 * parameter.numel()
+            continue
+        constants = [state.absmax, state.code]
+        if state.nested:
+            constants += [state.state2.absmax, state.state2.code]
+        total += parameter.nbytes + sum(constant.nbytes for constant in constants)
+    return total
+
+
+def environment(run: Run, trained: Trained) -> Environment:
+    """What it ran on: versions, device and threads."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = trained.device.kind == "cuda"
+    return Environment(
+        python=platform.python_version(),
+        packages=packages,
+        device=torch.cuda.get_device_name(0) if gpu else platform.machine(),
+        threads=torch.get_num_threads(),
+        world_size=run.progress.state.world_size or 1,
+        image=run.job.trainer_image,
+    )
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -56,7 +56,7 @@ def main() -> int:
         run()
         return 0
     if command == "uninstall":
-        from graft.reconcile.uninstall import uninstall
+        from graft.reconcile.shared.uninstall import uninstall
 
         asyncio.run(uninstall())
         return 0

@@ -25,19 +25,13 @@ from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, STORAGE_DIR
 from graft.kube import Kube, Manifest
 from graft.manifests.adapter import JOB_UID
 from graft.manifests.common import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
-from graft.reconcile import (
-    access,
-    adapter,
-    adapterdeployment,
-    basemodel,
-    finetunejob,
-    retention,
-    scaling,
-    signing,
-    versions,
-)
-from graft.reconcile.context import Context
-from graft.reconcile.queue import Queue
+from graft.reconcile import basemodel
+from graft.reconcile.adapter import adapter, retention, signing, versions
+from graft.reconcile.adapterdeployment import adapterdeployment, scaling
+from graft.reconcile.finetunejob import finetunejob
+from graft.reconcile.shared import access
+from graft.reconcile.shared.context import Context
+from graft.reconcile.shared.queue import Queue
 from graft.settings import load as load_settings
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import pytest
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store, StorageConfig
 from graft.contracts import WantedAdapter
-from graft_server.agent.objects import Storage
+from graft_server.agent.storage.objects import Storage
 from testbed.faults import EXPIRED_TOKEN, SLOW_DOWN, Fault, FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server
 from unit.agent_world import Pod, serving

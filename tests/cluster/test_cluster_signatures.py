@@ -16,7 +16,7 @@ from fleet import Fleet
 from graft.api.adapter import AdapterSignature
 from graft.artifacts.signing import Keys, Statement, generate, key_id, read_keys, trusted_keys, verify
 from graft.contracts import TRUSTED_KEYS, WantedAdapter
-from graft_server.agent.objects import Storage
+from graft_server.agent.storage.objects import Storage
 from operator_process import ACCOUNT, SYSTEM, OperatorProcess
 from tenant import Tenant
 from testbed.controlplane import ControlPlane

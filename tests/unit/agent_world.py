@@ -11,9 +11,9 @@ from typing import Any
 import aiohttp
 from graft.contracts import WANTED_KEY, Residency, ResidentAdapter, Wanted, WantedAdapter
 from graft_server.agent.agent import Agent
-from graft_server.agent.engine import EngineClient
-from graft_server.agent.objects import Storage
-from graft_server.agent.trust import Trust
+from graft_server.agent.engine.client import EngineClient
+from graft_server.agent.storage.objects import Storage
+from graft_server.agent.storage.trust import Trust
 from unit.serving_world import NAMESPACE, TRUSTED, FakeEngine, MemoryStore, eventually, listening
 
 

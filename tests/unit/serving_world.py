@@ -15,7 +15,7 @@ from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, 
 from graft.artifacts.signing import Keys, Statement, generate, published_keys, read_keys, sign
 from graft.artifacts.store import StorageConfig, StoreError
 from graft.contracts import WantedAdapter, engine_name
-from graft_server.agent.objects import Stream
+from graft_server.agent.storage.objects import Stream
 from kubernetes.aio.client import ApiClient, Configuration
 
 NAMESPACE = "team-a"

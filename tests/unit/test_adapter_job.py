@@ -9,8 +9,8 @@ from graft.api.adapter import ResolvedParent
 from graft.api.basemodel import BaseModelStatus
 from graft.contracts import BaseModelRef, Reason
 from graft.manifests.adapterjob import resources
-from graft.reconcile.access import Trouble
-from graft.reconcile.adapterjob import observe, outside_namespace, resolve, waiting
+from graft.reconcile.adapter.adapterjob import observe, outside_namespace, resolve, waiting
+from graft.reconcile.shared.access import Trouble
 from graft.status import REASONS
 
 BASE = BaseModelRef(name="tiny", uri="s3://graft/models/tiny", digest="sha256:" + "b" * 64)

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 from graft.contracts import Wanted, WantedAdapter, engine_name
-from graft_server.agent.adapterconfig import ConfigRejected, check_tokenizer_config, reduced_config
-from graft_server.agent.decide import (
+from graft_server.agent.decisions.decide import (
     Delete,
     Discard,
     Download,
@@ -17,11 +16,12 @@ from graft_server.agent.decide import (
     Unload,
     decide,
 )
-from graft_server.agent.engine import active_adapters, error_message
-from graft_server.agent.memory import Failures, Idleness, Readiness
-from graft_server.agent.reasons import AdapterReason
-from graft_server.agent.residency import resident_adapters
-from graft_server.agent.room import Capacity
+from graft_server.agent.decisions.memory import Failures, Idleness, Readiness
+from graft_server.agent.decisions.reasons import AdapterReason
+from graft_server.agent.decisions.room import Capacity
+from graft_server.agent.engine.client import active_adapters, error_message
+from graft_server.agent.report.residency import resident_adapters
+from graft_server.agent.storage.adapterconfig import ConfigRejected, check_tokenizer_config, reduced_config
 
 DIR = "/adapters"
 

@@ -11,11 +11,11 @@ import pytest
 from graft.artifacts.manifest import ManifestFile
 from graft.artifacts.store import S3Store, StorageConfig
 from graft.contracts import WantedAdapter
-from graft_server.agent.download import inspect
-from graft_server.agent.folders import Folders
-from graft_server.agent.reasons import AdapterError, AdapterReason
-from graft_server.agent.room import Capacity, capacity
-from graft_server.agent.weights import check_weights
+from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
+from graft_server.agent.decisions.room import Capacity, capacity
+from graft_server.agent.storage.download import inspect
+from graft_server.agent.storage.folders import Folders
+from graft_server.agent.storage.weights import check_weights
 from unit.agent_world import Pod, serving
 from unit.serving_world import MemoryStore, eventually, safetensors
 

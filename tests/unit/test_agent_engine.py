@@ -9,8 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from graft_server.agent import engine as engine_module
-from graft_server.agent.engine import EngineClient, EngineDown, EngineRefused, EngineSlow
+from graft_server.agent.engine import client as engine_module
+from graft_server.agent.engine.client import EngineClient, EngineDown, EngineRefused, EngineSlow
 from unit.agent_world import Pod, serving
 from unit.serving_world import FakeEngine, eventually, listening
 

@@ -16,9 +16,9 @@ from typing import Any
 import aiohttp
 import pytest
 from graft.contracts import WANTED_KEY, AdapterState, Residency, ResidentAdapter, engine_name
-from graft_server.agent.fetchbase import fetch_base
-from graft_server.agent.residency import Publisher
+from graft_server.agent.report.residency import Publisher
 from graft_server.agent.server import application
+from graft_server.agent.storage.fetchbase import fetch_base
 from graft_server.configmaps import ConfigMaps, Follower
 from unit.agent_world import Pod, serving
 from unit.serving_world import NAMESPACE, FakeKube, eventually, listening, signed

@@ -7,8 +7,8 @@ import pytest
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ScalingTarget
 from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
-from graft.reconcile import assignment
-from graft.reconcile.serving import ReplicaView, plan_routes, plan_wanted, resolve, wanted_adapter
+from graft.reconcile.adapterdeployment import assignment
+from graft.reconcile.adapterdeployment.serving import ReplicaView, plan_routes, plan_wanted, resolve, wanted_adapter
 from unit.test_serving_plan import adapter, deployment, replica
 
 MIB = 1 << 20

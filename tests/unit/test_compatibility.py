@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from graft.api import Adapter, BaseModel
 from graft.contracts import BaseModelRef
-from graft.reconcile.compatibility import base_of, compatible_bases, in_force, unfit
-from graft.reconcile.serving import Resolution, fits, plan_routes, resolve, wanted_adapter
+from graft.reconcile.adapter.compatibility import base_of, compatible_bases, in_force, unfit
+from graft.reconcile.adapterdeployment.serving import Resolution, fits, plan_routes, resolve, wanted_adapter
 from test_serving_plan import adapter as plain
 from test_serving_plan import deployment, replica, target
 

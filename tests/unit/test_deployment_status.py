@@ -6,10 +6,10 @@ from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import AdapterDeploymentStatus
 from graft.api.meta import Condition
 from graft.contracts import Residency, ResidentAdapter
-from graft.reconcile import assignment, scaling
-from graft.reconcile.access import Trouble
-from graft.reconcile.deploymentstatus import World, observe
-from graft.reconcile.serving import plan_routes, plan_wanted, resolve, wanted_adapter
+from graft.reconcile.adapterdeployment import assignment, scaling
+from graft.reconcile.adapterdeployment.deploymentstatus import World, observe
+from graft.reconcile.adapterdeployment.serving import plan_routes, plan_wanted, resolve, wanted_adapter
+from graft.reconcile.shared.access import Trouble
 from graft.status import find, merge
 from unit.test_serving_plan import adapter, deployment
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from graft import handlers
-from graft.reconcile.queue import Queue
+from graft.reconcile.shared.queue import Queue
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import pytest
 from graft.api import Adapter, FineTuneJob
 from graft.artifacts.layout import in_tenants_part, outside_tenants_part
-from graft.reconcile import adapterjob, finetunejob
+from graft.reconcile.adapter import adapterjob
+from graft.reconcile.finetunejob import finetunejob
 
 # URI -> it is in the part of tenant "shop" of bucket "graft", it is in that bucket and outside of the part.
 PLACES = {

@@ -7,8 +7,8 @@ from graft.api import Adapter, FineTuneJob
 from graft.api.meta import Condition
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, ManifestJob
 from graft.manifests.adapter import adapter as build
-from graft.reconcile.adapter import in_use
-from graft.reconcile.lifecycle import archived_condition, removes_files, use
+from graft.reconcile.adapter.adapter import in_use
+from graft.reconcile.adapter.lifecycle import archived_condition, removes_files, use
 from test_retention import OLD, deployment
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from graft.reconcile.pods import ending, is_ready, waiting_message
+from graft.reconcile.shared.pods import ending, is_ready, waiting_message
 
 
 def pod(**status: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from graft.kube import KubeError
-from graft.reconcile.queue import Queue
+from graft.reconcile.shared.queue import Queue
 
 
 async def looks(*outcomes: Exception | None) -> None:

@@ -8,9 +8,9 @@ import pytest
 from graft.api import Adapter, AdapterDeployment
 from graft.api.meta import Condition
 from graft.contracts import BaseModelRef
-from graft.reconcile import retention
-from graft.reconcile.retention import Plan, decide, needs, number, state
-from graft.reconcile.serving import resolve
+from graft.reconcile.adapter import retention
+from graft.reconcile.adapter.retention import Plan, decide, needs, number, state
+from graft.reconcile.adapterdeployment.serving import resolve
 
 DAY = 86400
 NOW = 1_800_000_000.0

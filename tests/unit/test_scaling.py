@@ -8,8 +8,8 @@ from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ServingSizing
 from graft.contracts import Demand, demand_interval
 from graft.manifests.scaling import autoscaler, can_have_several
-from graft.reconcile import autoscaling
-from graft.reconcile.scaling import Decision, decide, demands, idle_seconds, may_sleep
+from graft.reconcile.adapterdeployment import autoscaling
+from graft.reconcile.adapterdeployment.scaling import Decision, decide, demands, idle_seconds, may_sleep
 from graft.status import now
 
 SLEEPS = Autoscaling(min_replicas=0, max_replicas=4, idle_seconds=100)

@@ -5,7 +5,7 @@ from typing import Any
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapter import AdapterSignature
 from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
-from graft.reconcile.serving import (
+from graft.reconcile.adapterdeployment.serving import (
     ReplicaView,
     Resolution,
     expected,

@@ -37,8 +37,9 @@ def test_every_failure_of_the_trainer_is_a_documented_reason_of_a_job() -> None:
 
 def test_every_reason_in_the_reconcilers_is_documented() -> None:
     documented = {reason for kind in REASONS.values() for type_ in kind.values() for reason in type_}
-    text = "".join(path.read_text() for path in OPERATOR.glob("*.py"))
+    text = "".join(path.read_text() for path in OPERATOR.rglob("*.py"))
     used = set(re.findall(r'(?:Trouble|InvalidArtifact|Resolution)\(\s*"([A-Z][A-Za-z]+)"', text))
+    assert used
     assert used <= documented, used - documented
 
 

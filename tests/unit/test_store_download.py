@@ -15,7 +15,7 @@ import pytest
 from graft.artifacts import sources, store
 from graft.artifacts.sources import SourceError, describe, fetch, hub_errors
 from graft.artifacts.store import RANGE, ObjectInfo, S3Store, StorageConfig, StoreError, patiently
-from graft_server.agent.fetchbase import fetch_base
+from graft_server.agent.storage.fetchbase import fetch_base
 from testbed.faults import Fault, FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server, s3_server
 

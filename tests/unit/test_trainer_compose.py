@@ -21,8 +21,8 @@ from composition_world import (
 )
 from graft.artifacts.manifest import ManifestBaseModel
 from graft.contracts import Reason
-from graft_server.agent.adapterconfig import reduced_config as agent_config
-from graft_server.agent.weights import check_weights
+from graft_server.agent.storage.adapterconfig import reduced_config as agent_config
+from graft_server.agent.storage.weights import check_weights
 from graft_trainer.model.shapes import base_of_shapes
 from graft_trainer.run.failures import Failure, explain
 from peft import PeftModel

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from graft.reconcile.transfers import Transfers
+from graft.reconcile.shared.transfers import Transfers
 
 
 def until_stopped(stopped: Callable[[], bool]) -> str:

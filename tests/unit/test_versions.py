@@ -1,7 +1,7 @@
 """Which version a job publishes, and which a deployment takes."""
 
 import pytest
-from graft.reconcile.versions import Known, matches, next_version
+from graft.reconcile.adapter.versions import Known, matches, next_version
 
 RECIPE, OTHER = "sha256:one", "sha256:two"
 

@@ -9,7 +9,7 @@ from graft.api.meta import Condition
 from graft.artifacts import sources
 from graft.contracts import HF_TOKEN_FILE
 from graft.placement.facts import facts_of
-from graft.reconcile.context import WAITING, Context
+from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition, find
 
 KIND = "BaseModel"

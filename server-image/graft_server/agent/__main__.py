@@ -10,13 +10,13 @@ import aiohttp
 from aiohttp import web
 
 from graft_server.agent.agent import Agent
-from graft_server.agent.engine import EngineClient
-from graft_server.agent.fetchbase import fetch_base
-from graft_server.agent.objects import Storage
-from graft_server.agent.residency import Publisher
+from graft_server.agent.engine.client import EngineClient
+from graft_server.agent.report.residency import Publisher
 from graft_server.agent.server import application
 from graft_server.agent.settings import Settings, parse
-from graft_server.agent.trust import Trust
+from graft_server.agent.storage.fetchbase import fetch_base
+from graft_server.agent.storage.objects import Storage
+from graft_server.agent.storage.trust import Trust
 from graft_server.configmaps import ConfigMaps, Follower, api_client
 from graft_server.logs import log_json
 

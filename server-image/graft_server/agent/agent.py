@@ -13,18 +13,18 @@ from pathlib import Path
 from graft.contracts import WANTED_KEY, Residency, Wanted, WantedAdapter
 from pydantic import ValidationError
 
-from graft_server.agent.decide import Observed, decide, loaded, unwanted_in_engine
-from graft_server.agent.engine import EngineClient
-from graft_server.agent.engineview import EngineView
-from graft_server.agent.folders import Contents, Folders
-from graft_server.agent.memory import Failures, Idleness
-from graft_server.agent.metrics import Metrics
-from graft_server.agent.objects import Objects
-from graft_server.agent.reasons import OF_KEYS, OF_STORAGE
-from graft_server.agent.residency import resident_adapters
-from graft_server.agent.room import Capacity, capacity
+from graft_server.agent.decisions.decide import Observed, decide, loaded, unwanted_in_engine
+from graft_server.agent.decisions.memory import Failures, Idleness
+from graft_server.agent.decisions.reasons import OF_KEYS, OF_STORAGE
+from graft_server.agent.decisions.room import Capacity, capacity
+from graft_server.agent.engine.client import EngineClient
+from graft_server.agent.engine.view import EngineView
+from graft_server.agent.report.metrics import Metrics
+from graft_server.agent.report.residency import resident_adapters
 from graft_server.agent.settings import MAX_ADAPTER_BYTES
-from graft_server.agent.trust import Trust
+from graft_server.agent.storage.folders import Contents, Folders
+from graft_server.agent.storage.objects import Objects
+from graft_server.agent.storage.trust import Trust
 from graft_server.agent.work import Work
 from graft_server.configmaps import Snapshot
 

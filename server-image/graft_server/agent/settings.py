@@ -7,8 +7,8 @@ from pathlib import Path
 
 from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, STORAGE_DIR
 
-from graft_server.agent.engine import LOAD_SECONDS
-from graft_server.agent.objects import STALL_SECONDS
+from graft_server.agent.engine.client import LOAD_SECONDS
+from graft_server.agent.storage.objects import STALL_SECONDS
 
 MAX_ADAPTER_BYTES = 16 << 30
 

@@ -11,16 +11,16 @@ from typing import TypeVar
 from graft.artifacts.manifest import ManifestFile
 from graft.contracts import WantedAdapter
 
-from graft_server.agent.decide import Action, Delete, Discard, Download, Inspect, Load, Refuse, Unload
-from graft_server.agent.download import NotWanted, Version, fetch_file, finish, inspect
-from graft_server.agent.engine import EngineClient, EngineDown, EngineRefused, EngineSlow
-from graft_server.agent.folders import Folders
-from graft_server.agent.memory import Failures
-from graft_server.agent.metrics import Metrics
-from graft_server.agent.objects import Objects
-from graft_server.agent.reasons import FAILED, AdapterError, AdapterReason
+from graft_server.agent.decisions.decide import Action, Delete, Discard, Download, Inspect, Load, Refuse, Unload
+from graft_server.agent.decisions.memory import Failures
+from graft_server.agent.decisions.reasons import FAILED, AdapterError, AdapterReason
+from graft_server.agent.engine.client import EngineClient, EngineDown, EngineRefused, EngineSlow
+from graft_server.agent.report.metrics import Metrics
 from graft_server.agent.slots import Slots
-from graft_server.agent.trust import Trust
+from graft_server.agent.storage.download import NotWanted, Version, fetch_file, finish, inspect
+from graft_server.agent.storage.folders import Folders
+from graft_server.agent.storage.objects import Objects
+from graft_server.agent.storage.trust import Trust
 
 log = logging.getLogger(__name__)
 

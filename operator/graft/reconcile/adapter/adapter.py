@@ -1,0 +1,198 @@
+"""An Adapter: verify what is in storage, and sign it, before it is Ready; hold its deletion while a deployment serves it."""
+
+import asyncio
+from dataclasses import replace
+
+from graft.api import Adapter
+from graft.api.adapter import AdapterStatus
+from graft.api.meta import Condition
+from graft.artifacts import layout
+from graft.artifacts.manifest import Manifest as AdapterManifest
+from graft.artifacts.store import StoreError
+from graft.artifacts.versions import InvalidArtifact, verify
+from graft.kube import Manifest
+from graft.reconcile.adapter import adapterjob, lifecycle, signing
+from graft.reconcile.adapterdeployment.serving import is_put_away
+from graft.reconcile.shared import ending
+from graft.reconcile.shared.access import Trouble
+from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.status import condition, find, now
+
+KIND = "Adapter"
+# Verdicts that may change without a change of the spec: the store may answer, and files may still come.
+RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing", "SigningKeyUnavailable"}
+# Verification reads every byte; more at once would only share the same bandwidth.
+_verifying = asyncio.Semaphore(4)
+
+
+async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
+    """One look at one version; the seconds until the next look, or None."""
+    raw = await ctx.kube.get(KIND, namespace, name)
+    if raw is None:
+        return None
+    adapter = Adapter.model_validate(raw)
+    if not adapter.metadata.deletion_timestamp and await ctx.add_finalizer(adapter, KIND):
+        return 0
+    if not adapter.metadata.deletion_timestamp and await lifecycle.label(ctx, adapter):
+        return 0
+    deployments = await ctx.kube.list("AdapterDeployment", namespace)
+    used_by = serving(adapter, deployments)
+    if adapter.metadata.deletion_timestamp:
+        return await _clean_up(ctx, raw, adapter, used_by, deployments)
+    ready = find(adapter.status.conditions, "Ready")
+    look = lifecycle.Look(ctx, raw, adapter, deployments, used_by, in_use(used_by))
+    if ready is not None and is_put_away(adapter):
+        pause = await lifecycle.attend(look, ready)
+        if pause is not None:
+            return pause
+        ready = None  # its files are back, and are verified like new ones
+    done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
+    settled = done and ready is not None and ready.reason not in RETRIED
+    if adapter.artifact is None:
+        if ready is not None and adapter.status.stage == "Failed":  # it stays so, whatever of its spec was edited since
+            status = adapter.status.model_copy(update={"used_by": used_by})
+            await ctx.write_status(raw, status, [ready, in_use(used_by)])
+            return None
+        step = await adapterjob.make(ctx, adapter)
+        await ctx.write_status(raw, step.status.model_copy(update={"used_by": used_by}), [step.ready, in_use(used_by)])
+        return step.again
+    if settled and ready is not None and not signing.doubtful(ctx, adapter, ready):
+        status, again = await signing.renewed(ctx, adapter, ready)
+        pause = await lifecycle.follow(replace(look, adapter=adapter.model_copy(update={"status": status})), ready)
+        return min((item for item in (again, pause) if item is not None), default=None)
+    told = lifecycle.use(adapter, used_by) | {"stored_bytes": None}
+    if ctx.keys is None:  # reading every byte would be in vain
+        status = adapter.status.model_copy(update=told | {"stage": "Verifying"})
+        await ctx.write_status(raw, status, [signing.unavailable(ctx), in_use(used_by)])
+        return WAITING
+    checked = await _verify(ctx, adapter)
+    stored = await lifecycle.archived(ctx, adapter, checked)
+    status, verdict = observe(adapter, stored or checked)
+    if stored is not None and status.stage in {"Ready", "Rejected"}:
+        status, verdict = status.model_copy(update={"stage": "Archived"}), lifecycle.archived_condition()
+    status, verdict = await signing.signed(ctx, ctx.keys, adapter, status, verdict)
+    await ctx.write_status(raw, status.model_copy(update=told), [verdict, in_use(used_by)])
+    return WAITING if verdict.reason in RETRIED else None
+
+
+async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:
+    artifact = adapter.published
+    tenant = layout.tenant_of(adapter.metadata.namespace)
+    if layout.outside_tenants_part(artifact.uri, ctx.store.config.bucket, tenant):
+        return InvalidArtifact("OutsideNamespace", f"{artifact.uri} is outside of this namespace's part of the bucket")
+    bucket, prefix = layout.split_s3_uri(artifact.uri)
+    try:
+        async with _verifying:
+            return await ctx.blocking(verify, ctx.store, prefix, artifact.digest, bucket)
+    except InvalidArtifact as error:
+        return error
+    except StoreError as error:
+        if error.trouble == "missing":
+            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {artifact.uri}")
+        return error
+
+
+def observe(
+    adapter: Adapter, checked: AdapterManifest | InvalidArtifact | StoreError
+) -> tuple[AdapterStatus, Condition]:
+    """The status after a verification (PURE)."""
+    before = adapter.status.model_copy(update={"artifact": adapter.artifact})
+    if isinstance(checked, StoreError):
+        verdict = condition(KIND, "Ready", "Unknown", "StorageUnavailable", str(checked))
+        return before.model_copy(update={"stage": "Verifying"}), verdict
+    if isinstance(checked, InvalidArtifact):
+        return before.model_copy(update={"stage": "Invalid"}), condition(
+            KIND, "Ready", "False", checked.reason, str(checked)
+        )
+    spec = adapter.spec
+    told = (spec.adapter, spec.version, spec.base_model, spec.method)
+    found = (checked.adapter, checked.version, checked.base_model.name, checked.method)
+    if told != found:
+        text = f"the manifest is of {' '.join(found)}, this Adapter says {' '.join(told)}"
+        return before.model_copy(update={"stage": "Invalid"}), condition(
+            KIND, "Ready", "False", "ManifestMismatch", text
+        )
+    status = before.model_copy(
+        update={
+            "stage": "Ready",
+            "base_model_digest": checked.base_model.digest or checked.base_model.uri,
+            "rank": checked.rank,
+            "target_modules": checked.target_modules,
+            "size_bytes": checked.size_bytes,
+            "metrics": checked.metrics,
+            "score": score(checked.metrics),
+            "verified_at": now(),
+        }
+    )
+    if checked.rejected:
+        text = f"it missed {'; '.join(checked.rejected)}. It is kept for comparison and never served"
+        return status.model_copy(update={"stage": "Rejected"}), condition(KIND, "Ready", "False", "Rejected", text)
+    text = f"{len(checked.files)} files, {checked.size_bytes} bytes, every SHA-256 verified"
+    return status, condition(KIND, "Ready", "True", "Verified", text)
+
+
+def score(metrics: dict[str, float]) -> str | None:
+    """base -> adapter of the main metric, for kubectl get (PURE)."""
+    for name in ("exactMatch", "evalLoss"):
+        if name in metrics:
+            base = metrics.get(f"base/{name}")
+            return f"{base:.2f} -> {metrics[name]:.2f}" if base is not None else f"{metrics[name]:.2f}"
+    return None
+
+
+def serving(adapter: Adapter, deployments: list[Manifest]) -> list[str]:
+    """Names of the deployments that serve this version now, or are still taking it away (PURE)."""
+    name = adapter.metadata.name
+    users = []
+    for raw in deployments:
+        status = raw.get("status", {})
+        loaded = {
+            item["adapter"]
+            for replica in status.get("replicaStatus", [])
+            for item in replica.get("adapters", [])
+            if item.get("state") not in {"Failed", "Pending"}
+        }
+        resolved = {item.get("name") for item in status.get("adapters", [])}
+        models = status.get("models", [])
+        routed = {item.get("adapter") for item in models} | {
+            step for item in models for step in item.get("sequence", [])
+        }
+        if name in loaded | resolved | routed:
+            users.append(raw["metadata"]["name"])
+    return sorted(users)
+
+
+def in_use(used_by: list[str]) -> Condition:
+    """The condition InUse (PURE)."""
+    if used_by:
+        return condition(KIND, "InUse", "True", "Served", f"served by {', '.join(used_by)}; a deletion waits for them")
+    return condition(KIND, "InUse", "False", "NotServed", "no AdapterDeployment serves it")
+
+
+async def _clean_up(
+    ctx: Context, raw: Manifest, adapter: Adapter, used_by: list[str], deployments: list[Manifest]
+) -> float | None:
+    if used_by:
+        kept = [item for item in adapter.status.conditions if item.type != "InUse"]
+        status = adapter.status.model_copy(update={"stage": "Deleting", "used_by": used_by})
+        await ctx.write_status(raw, status, [*kept, in_use(used_by)])
+        return WAITING
+    artifact = adapter.artifact
+    if adapter.spec.artifact is None:
+        left = await ending.stop(ctx, adapter)
+        if isinstance(left, Trouble):
+            unbound = condition(KIND, "Ready", "Unknown", left.reason, left.message)
+            await ctx.write_status(raw, adapter.status, [unbound, in_use(used_by)])
+            return WAITING
+        if left is not None:
+            return left
+        artifact = artifact or await adapterjob.unseen(ctx, adapter)
+    if not ctx.transfers.forget(adapter.metadata.uid):
+        return SOON
+    if lifecycle.removes_files(adapter, deployments) and artifact is not None:
+        bucket, prefix = layout.split_s3_uri(artifact.uri)
+        own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
+        if bucket == ctx.store.config.bucket and prefix.startswith(own):
+            await ctx.blocking(ctx.store.delete_prefix, prefix)
+    await ctx.remove_finalizer(adapter, KIND)
+    return None

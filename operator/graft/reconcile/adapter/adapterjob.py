@@ -1,0 +1,302 @@
+"""The life of an Adapter that is composed or imported, until its files are published and it is verified like any other.
+
+    wait for base model, key and parents -> choose the parents' versions (status.parents) -> ConfigMap, NetworkPolicy, Job
+    -> follow its pod -> manifest.json in storage, written by this Adapter's Job -> status.artifact
+
+Found again from what exists, as the steps of a FineTuneJob are. What failed is not tried again: the spec is immutable, so the
+remedy is another Adapter.
+"""
+
+from dataclasses import dataclass
+
+from graft.api import Adapter
+from graft.api.adapter import AdapterArtifact, AdapterStatus, ResolvedParent
+from graft.api.composition import EQUAL_RANKS, Compose, ComposeParent
+from graft.api.meta import Condition
+from graft.artifacts import layout
+from graft.artifacts.manifest import Manifest as AdapterManifest
+from graft.artifacts.store import StoreError
+from graft.artifacts.versions import InvalidArtifact, read_manifest
+from graft.contracts import BaseModelRef, Reason
+from graft.kube import KubeError, Manifest
+from graft.manifests import adapterjob as manifests
+from graft.manifests.common import OWNER_UID
+from graft.reconcile.adapter.versions import matches, parse
+from graft.reconcile.finetunejob.finetunejob import refusal
+from graft.reconcile.finetunejob.jobstatus import condition_of
+from graft.reconcile.shared import pods
+from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.status import condition, find
+
+KIND = "Adapter"
+# Troubles that no waiting mends.
+FINAL = {"OutsideNamespace", "ParentsIncompatible", "VersionExists"}
+LOW_RANK = {"lora", "qlora"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a look has found: the status, the condition Ready, and the seconds until the next look."""
+
+    status: AdapterStatus
+    ready: Condition
+    again: float | None
+
+
+async def make(ctx: Context, adapter: Adapter) -> Step:
+    """One look at a version that has no files yet."""
+    namespace, labels = adapter.metadata.namespace, {OWNER_UID: adapter.metadata.uid}
+    children = await ctx.kube.list("Job", namespace, labels)
+    ended = bool(children) and any(
+        condition_of(children[0], kind).get("status") == "True" for kind in ("Complete", "Failed", "FailureTarget")
+    )
+    if not children or ended:
+        try:
+            found = await _published(ctx, adapter)
+        except StoreError as error:
+            return waiting(adapter, Trouble("StorageUnavailable", f"whether it is published cannot be told: {error}"))
+        if isinstance(found, Trouble):
+            return waiting(adapter, found)
+        if found is not None:
+            return published(adapter, found[1], ctx.store.config.bucket)
+    if not children:
+        return await _start(ctx, adapter)
+    own = sorted(
+        await ctx.kube.list("Pod", namespace, labels), key=lambda pod: str(pod["metadata"]["creationTimestamp"])
+    )
+    refused = await refusal(ctx, namespace, children[0]["metadata"]["uid"]) if not own else None
+    return observe(adapter, children[0], own, refused)
+
+
+async def _start(ctx: Context, adapter: Adapter) -> Step:
+    """Choose the parents and make the children."""
+    namespace = adapter.metadata.namespace
+    base = await gather_base_model(ctx, adapter.spec.base_model, namespace)
+    if isinstance(base, Trouble):
+        return waiting(adapter, base)
+    if (outside := outside_namespace(adapter, ctx.store.config.bucket)) is not None:
+        return waiting(adapter, outside)
+    if (trouble := await ensure_credentials(ctx, namespace)) is not None:
+        return waiting(adapter, trouble)
+    adapters = [Adapter.model_validate(raw) for raw in await ctx.kube.list(KIND, namespace)]
+    if adapter.spec.compose is not None and adapter.status.parents is None:
+        chosen = resolve(adapter, adapter.spec.compose, adapters, base.ref)
+        if isinstance(chosen, Trouble):
+            return waiting(adapter, chosen)
+        status = adapter.status.model_copy(update={"parents": chosen, "stage": stage(adapter)})
+        text = f"takes {', '.join(f'{item.name} x {item.weight:g}' for item in chosen)}"
+        return Step(status, condition(KIND, "Ready", "Unknown", stage(adapter), text), 0)
+    try:
+        await _create(ctx, adapter, base, adapters)
+    except KubeError as error:
+        if error.status == 403 and "quota" not in str(error):
+            return waiting(adapter, Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})"))
+        if error.status in {403, 409, 422}:
+            return waiting(adapter, Trouble("CreationFailed", str(error)))
+        raise
+    return working(adapter, "the Job is made")
+
+
+async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Adapter]) -> None:
+    names = {item.name for item in adapter.status.parents or []}
+    sizes = sum(item.status.size_bytes or 0 for item in adapters if item.metadata.name in names)
+    needs = manifests.resources(adapter, base.model.status, sizes)
+    file = manifests.version_file(adapter, base.ref, base.model.spec.task, ctx.settings)
+    await ctx.kube.apply(manifests.config_map(adapter, file))
+    await ctx.kube.apply(manifests.policy(adapter))
+    await ctx.kube.create(manifests.job(adapter, base.ref, ctx.settings, needs))
+
+
+async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, str] | Trouble | None:
+    """The manifest that this Adapter's Job has written, and its digest; Trouble when the place is taken. StoreError."""
+    spec, meta = adapter.spec, adapter.metadata
+    prefix = layout.adapter_prefix(layout.tenant_of(meta.namespace), spec.adapter, spec.version)
+    try:
+        manifest, digest = await ctx.blocking(read_manifest, ctx.store, prefix, None)
+    except StoreError as error:
+        if error.trouble == "missing":
+            return None
+        raise
+    except InvalidArtifact as error:
+        return Trouble("VersionExists", f"{prefix} holds a manifest that makes no sense: {error}; use another version")
+    if manifest.job.uid == meta.uid:
+        return manifest, digest
+    return Trouble(
+        "VersionExists",
+        f"{spec.adapter} {spec.version} was published before, by {manifest.job.namespace}/{manifest.job.name}; use another "
+        f"version, or an Adapter with artifact: {{uri: {layout.s3_uri(ctx.store.config.bucket, prefix)}, digest: {digest}}}",
+    )
+
+
+def outside_namespace(adapter: Adapter, bucket: str) -> Trouble | None:
+    """An import from another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
+    uri = adapter.spec.import_.uri if adapter.spec.import_ is not None else ""
+    tenant = layout.tenant_of(adapter.metadata.namespace)
+    if not layout.outside_tenants_part(uri, bucket, tenant):
+        return None
+    own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
+    return Trouble(
+        "OutsideNamespace",
+        f"import.uri: {uri} is outside of this namespace's part of the bucket; put the files below {own}",
+    )
+
+
+def resolve(
+    adapter: Adapter, compose: Compose, adapters: list[Adapter], base: BaseModelRef
+) -> list[ResolvedParent] | Trouble:
+    """The newest Ready version for each parent's reference, all of which fit together (PURE)."""
+    found: list[Adapter] = []
+    for parent in compose.parents:
+        one = _resolve_one(adapter, parent, adapters)
+        if isinstance(one, Trouble):
+            return one
+        found.append(one)
+    if (problem := _incompatible(adapter, compose, found, base)) is not None:
+        return Trouble("ParentsIncompatible", problem)
+    return [
+        ResolvedParent(
+            name=item.metadata.name,
+            version=item.spec.version,
+            weight=parent.weight,
+            uri=item.published.uri,
+            digest=item.published.digest,
+        )
+        for parent, item in zip(compose.parents, found, strict=True)
+    ]
+
+
+def _resolve_one(adapter: Adapter, parent: ComposeParent, adapters: list[Adapter]) -> Adapter | Trouble:
+    name, _, wanted = parent.adapter.partition("@")
+    candidates = [
+        item
+        for item in adapters
+        if item.spec.adapter == name
+        and matches(wanted, item.spec.version)
+        and item.metadata.uid != adapter.metadata.uid
+        and not item.metadata.deletion_timestamp
+    ]
+    if not candidates:
+        return Trouble("ParentMissing", f"{parent.adapter}: there is no such Adapter; this goes on when there is one")
+    candidates.sort(key=lambda item: parse(item.spec.version) or (0, 0, 0))
+    for item in reversed(candidates):
+        ready = find(item.status.conditions, "Ready")
+        if ready is not None and ready.status == "True" and item.artifact is not None:
+            return item
+    newest = candidates[-1]
+    why = find(newest.status.conditions, "Ready")
+    text = why.message if why is not None else "not verified yet"
+    return Trouble("ParentNotReady", f"{parent.adapter}: Adapter {newest.metadata.name} is not Ready: {text}")
+
+
+def _incompatible(adapter: Adapter, compose: Compose, parents: list[Adapter], base: BaseModelRef) -> str | None:
+    """Why these versions cannot be combined so, and what to do."""
+    names = [item.metadata.name for item in parents]
+    if len(set(names)) < len(names):
+        return f"parents stand for {', '.join(names)}: name each version once, with the sum of its weights"
+    for item in parents:
+        if item.spec.method not in LOW_RANK:
+            return f"{item.metadata.name} was made by {item.spec.method}; only lora and qlora versions can be combined"
+        if item.spec.base_model != adapter.spec.base_model:
+            return (
+                f"{item.metadata.name} belongs to the BaseModel {item.spec.base_model}, this Adapter says "
+                f"{adapter.spec.base_model}; combine versions of one base model"
+            )
+    bases = [item.status.base_model_digest for item in parents]
+    if len(set(bases)) > 1:
+        told = ", ".join(f"{name} on {digest}" for name, digest in zip(names, bases, strict=True))
+        return f"the parents were tuned on different revisions of {base.name}: {told}; train them again on one"
+    if compose.into == "base" and bases[0] != (base.digest or base.uri):
+        return (
+            f"{names[0]} was tuned on {bases[0]}, and the BaseModel {base.name} is {base.digest or base.uri} now; point "
+            "spec.baseModel at a BaseModel of that revision"
+        )
+    ranks = [item.status.rank for item in parents]
+    if compose.method in EQUAL_RANKS and len(set(ranks)) > 1:
+        told = ", ".join(f"{name} has rank {rank}" for name, rank in zip(names, ranks, strict=True))
+        remedy = "cat or svd" if compose.method == "linear" else f"{compose.method}Svd"
+        return f"method {compose.method} needs equal ranks, but {told}; use method {remedy}"
+    return None
+
+
+def stage(adapter: Adapter) -> str:
+    """The stage, and the reason of Ready, while the Job works (PURE)."""
+    return "Composing" if adapter.spec.compose is not None else "Importing"
+
+
+def waiting(adapter: Adapter, trouble: Trouble) -> Step:
+    """The step of a version that cannot be made yet, or never (PURE)."""
+    if trouble.reason in FINAL:
+        return failed(adapter, trouble.reason, trouble.message)
+    ready = condition(KIND, "Ready", "Unknown", trouble.reason, trouble.message)
+    again = SOON if trouble.reason.startswith("Parent") else WAITING  # parents are often on their way
+    return Step(adapter.status.model_copy(update={"stage": "Waiting"}), ready, again)
+
+
+def working(adapter: Adapter, message: str) -> Step:
+    """The step of a version whose Job is there (PURE)."""
+    name = stage(adapter)
+    return Step(
+        adapter.status.model_copy(update={"stage": name}), condition(KIND, "Ready", "Unknown", name, message), SOON
+    )
+
+
+def failed(adapter: Adapter, reason: str, message: str) -> Step:
+    """The step of a version that will never be there (PURE)."""
+    return Step(
+        adapter.status.model_copy(update={"stage": "Failed"}), condition(KIND, "Ready", "False", reason, message), None
+    )
+
+
+def published(adapter: Adapter, digest: str, bucket: str) -> Step:
+    """The step of a version whose files are there, and are verified next (PURE)."""
+    spec = adapter.spec
+    prefix = layout.adapter_prefix(layout.tenant_of(adapter.metadata.namespace), spec.adapter, spec.version)
+    artifact = AdapterArtifact(uri=layout.s3_uri(bucket, prefix), digest=digest)
+    status = adapter.status.model_copy(update={"artifact": artifact, "stage": "Verifying"})
+    return Step(status, condition(KIND, "Ready", "Unknown", "Verifying", "the published files are verified"), 0)
+
+
+def observe(adapter: Adapter, child: Manifest, own: list[Manifest], refused: str | None) -> Step:
+    """The step of a version whose Job is there, and has published nothing so far (PURE)."""
+    name = "ComposeFailed" if adapter.spec.compose is not None else "ImportFailed"
+    ending = next((end for pod in reversed(own) if (end := pods.ending(pod)) is not None), None)
+    for type_ in ("Failed", "FailureTarget"):
+        over = condition_of(child, type_)
+        if over.get("status") != "True":
+            continue
+        if ending is None:
+            return failed(adapter, name, f"the Job failed: {over.get('message') or over.get('reason')}")
+        return failed(adapter, failure_reason(adapter, ending.reason), _told(ending))
+    if condition_of(child, "Complete").get("status") == "True":
+        return failed(adapter, name, "the pod succeeded, but no manifest.json of it is in storage")
+    if not own:
+        return working(adapter, f"the Job cannot make its pod: {refused}" if refused else "the Job has no pod yet")
+    newest = own[-1]
+    if pods.phase(newest) == "Failed" and ending is not None:
+        return working(adapter, f"pod {pods.name(newest)} failed, the next follows: {_told(ending)}")
+    return working(adapter, pods.waiting_message(newest) or f"pod {pods.name(newest)}")
+
+
+def failure_reason(adapter: Adapter, reason: str) -> str:
+    """The condition's reason for the trainer's (PURE)."""
+    composed = adapter.spec.compose is not None
+    if reason == Reason.VERSION_EXISTS:
+        return "VersionExists"
+    if reason == Reason.ADAPTER_INVALID:
+        return "ParentsIncompatible" if composed else "ImportInvalid"
+    return "ComposeFailed" if composed else "ImportFailed"
+
+
+def _told(ending: pods.Ending) -> str:
+    if ending.reason == Reason.OUT_OF_MEMORY:
+        return f"{ending.message} Give the pod more with spec.compose.resources or spec.import.resources."
+    return ending.text
+
+
+async def unseen(ctx: Context, adapter: Adapter) -> AdapterArtifact | None:
+    """What the Job has published of an Adapter that was deleted before its status said so. StoreError."""
+    found = await _published(ctx, adapter)
+    if found is None or isinstance(found, Trouble):
+        return None
+    return published(adapter, found[1], ctx.store.config.bucket).status.artifact

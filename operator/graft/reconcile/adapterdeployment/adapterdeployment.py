@@ -1,0 +1,206 @@
+"""The life of an AdapterDeployment.
+
+    wait for the base model and the key -> sizing -> agents' identity and ConfigMaps -> Deployment of serving pods, and what scales it
+    -> residency (what each agent has loaded) -> the gateway's routes -> status per replica and per adapter
+
+Adapters come and go through the wanted ConfigMap and never touch the pods; reconcile/adapterdeployment/serving.py decides the order of a change. Where
+pods were made before it comes first: a new version does not wait for a look at everything that they need.
+A deployment whose base model or key goes away later keeps serving what it serves.
+"""
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from graft.api import Adapter, AdapterDeployment
+from graft.api.adapterdeployment import ServingSizing
+from graft.artifacts.layout import tenant_of
+from graft.contracts import ROUTES_KEY, WANTED_KEY, BaseModelRef, Residency, Routes, Wanted
+from graft.kube import KubeError, Manifest
+from graft.manifests import agent as agent_manifests
+from graft.manifests.common import OWNER_UID
+from graft.manifests.network import serving_policy
+from graft.manifests.routes import routes_config_map, routes_name
+from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
+from graft.reconcile.adapter import compatibility
+from graft.reconcile.adapterdeployment import assignment, autoscaling, scaling, serving
+from graft.reconcile.adapterdeployment.deploymentstatus import KIND, World, observe, why_unavailable
+from graft.reconcile.finetunejob.placing import place_engine
+from graft.reconcile.shared import pods
+from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.status import find
+
+
+async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
+    """One look at one deployment; the seconds until the next look, or None."""
+    raw = await ctx.kube.get(KIND, namespace, name)
+    if raw is None:
+        return None
+    spec = AdapterDeployment.model_validate(raw)
+    if spec.metadata.deletion_timestamp:
+        # Traffic first; the pods then go with their owner, and finish what they are answering.
+        await ctx.kube.delete("ConfigMap", ctx.settings.namespace, routes_name(spec))
+        await autoscaling.forget(ctx, spec)
+        await ctx.remove_finalizer(spec, KIND)
+        return None
+    if await ctx.add_finalizer(spec, KIND):
+        return 0
+    world = await _gather(ctx, spec)
+    claimed = await _scale(ctx, world)
+    running = world.wanted is not None
+    if running:
+        await _apply_adapters(ctx, world)
+    if world.trouble is None and world.base_model is not None:
+        world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
+    if not running:
+        await _apply_adapters(ctx, world)
+    status, observed = observe(world, ctx.settings.gateway_url)
+    await ctx.write_status(raw, status, observed)
+    if world.trouble is not None or world.unscaled is not None:
+        return WAITING
+    progressing = find(observed, "Progressing")
+    return SOON if progressing is not None and progressing.status == "True" else world.scale.look_again
+
+
+async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
+    namespace, kube = spec.metadata.namespace, ctx.kube
+    (base, credentials), (listed, found_pods), (deployment, wanted, routes, residency) = await asyncio.gather(
+        asyncio.gather(gather_base_model(ctx, spec.spec.base_model, namespace), ensure_credentials(ctx, namespace)),
+        asyncio.gather(kube.list("Adapter", namespace), kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})),
+        asyncio.gather(
+            kube.get("Deployment", namespace, serving_name(spec)),
+            kube.get("ConfigMap", namespace, wanted_name(spec)),
+            kube.get("ConfigMap", ctx.settings.namespace, routes_name(spec)),
+            kube.get("ConfigMap", namespace, residency_name(spec)),
+        ),
+    )
+    trouble = base if isinstance(base, Trouble) else credentials
+    adapters = [Adapter.model_validate(item) for item in listed]
+    current = None if isinstance(base, Trouble) else base.ref
+    live = compatibility.base_of(deployment["spec"]["template"]) if deployment else None
+    chosen = compatibility.in_force(spec, adapters, current, live)
+    world = World(
+        spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
+    )
+    world.sizing = spec.status.sizing
+    # Pods that are held on the old files of their base model keep their size as well.
+    if not isinstance(base, Trouble) and (world.held is None or world.sizing is None):
+        placed = await place_engine(ctx, spec, base)
+        if isinstance(placed, Trouble):
+            world.trouble = world.trouble or placed
+        else:
+            world.sizing = placed
+    world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
+    world.pods = found_pods
+    world.wanted = _parse(Wanted, wanted, WANTED_KEY)
+    world.routes = _parse(Routes, routes, ROUTES_KEY)
+    keys = (residency or {}).get("data") or {}
+    alive = {pods.name(pod) for pod in world.pods}
+    for key in keys:
+        found = _parse(Residency, residency, key)
+        if key in alive and found is not None:
+            world.residency[key] = found
+    gone = sorted(set(keys) - alive)
+    if gone:
+        await kube.merge_patch("ConfigMap", namespace, residency_name(spec), {"data": dict.fromkeys(gone)})
+    return world
+
+
+def _parse(model: type[Any], config_map: Manifest | None, key: str) -> Any:
+    text = ((config_map or {}).get("data") or {}).get(key)
+    if text is None:
+        return None
+    try:
+        parsed: BaseModel = model.model_validate_json(text)
+    except ValidationError:
+        return None  # written by hand, or by a version to come: what should be there is written anew
+    return parsed
+
+
+async def _scale(ctx: Context, world: World) -> bool:
+    """Make the replicas what was decided, even while something else is in trouble: a request may wait for a pod."""
+    live = world.deployment
+    if live is None or _owner(live) != world.spec.metadata.uid:
+        return False
+    try:
+        return await autoscaling.scale(ctx, world.spec, world.scale, live)
+    except KubeError as error:
+        if error.status != 403:
+            raise
+        world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, world.spec.metadata.namespace))
+        return False
+
+
+async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:
+    spec, sizing = world.spec, world.sizing or ServingSizing()
+    replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
+    if world.deployment is not None and _owner(world.deployment) != spec.metadata.uid:
+        return Trouble(
+            "CreationFailed", f"a Deployment {serving_name(spec)} that is not of this AdapterDeployment is in the way"
+        )
+    children = [
+        agent_manifests.service_account(spec),
+        agent_manifests.role(spec),
+        agent_manifests.role_binding(spec),
+        agent_manifests.residency_config_map(spec),
+        serving_policy(spec, ctx.settings),
+        serving_deployment(spec, base, ctx.settings, sizing, replicas),
+    ]
+    try:
+        await ctx.kube.ensure(*children)
+        if claimed:
+            await ctx.kube.apply(children[-1])
+        world.unscaled = await autoscaling.apply_guards(ctx, spec)
+    except KubeError as error:
+        if error.status == 403 and "quota" not in str(error):
+            return Trouble("NamespaceNotBound", f"{not_bound(ctx, spec.metadata.namespace)} ({error})")
+        if error.status in {403, 409, 422}:
+            return Trouble("CreationFailed", str(error))
+        raise
+    return None
+
+
+def _owner(manifest: Manifest) -> str | None:
+    return next(
+        (item["uid"] for item in manifest["metadata"].get("ownerReferences", []) if item.get("controller")), None
+    )
+
+
+async def _apply_adapters(ctx: Context, world: World) -> None:
+    """The gateway's table, then what the agents load: an adapter leaves the table before it is drained."""
+    spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
+    routes = serving.plan_routes(
+        spec,
+        world.resolutions,
+        tenant,
+        world.replicas,
+        world.routes,
+        why_unavailable(world),
+        world.wanted,
+        stopped=world.scale.replicas == 0 and not world.pods,
+    )
+    known = [serving.wanted_adapter(tenant, item) for item in world.adapters if item.status.signature is not None]
+    wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
+    wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
+    if wanted.assigned is None:
+        coming = serving.expected(spec, world.resolutions, world.adapters, tenant, ctx.store.config.bucket)
+        wanted = wanted.model_copy(update={"expected": coming})
+    routes = assignment.leave_out_moved(routes, wanted)
+    if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
+        assert spec.spec.autoscaling is not None  # noqa: S101
+        routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
+    if world.scale.asleep:  # its last pods finish what they answer, and get nothing new
+        routes = routes.model_copy(update={"backends": []})
+    if routes != world.routes:
+        await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
+    world.routes = routes
+    if wanted != world.wanted and (world.trouble is None or world.wanted is not None):
+        try:
+            await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))
+        except KubeError as error:
+            if error.status != 403:
+                raise
+            world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, spec.metadata.namespace))
+    world.wanted = wanted

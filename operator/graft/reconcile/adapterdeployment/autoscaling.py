@@ -1,0 +1,140 @@
+"""An AdapterDeployment's replicas and what moves them: the demand that gateways tell of, the autoscaler, the disruption budget."""
+
+import asyncio
+
+from graft.api import AdapterDeployment
+from graft.api.adapterdeployment import ServingSizing
+from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
+from graft.kube import FIELD_MANAGER, KubeError, Manifest
+from graft.manifests.common import COMPONENT, OWNER_UID
+from graft.manifests.scaling import autoscaler, can_have_several, disruption_budget, let_go_patch, replicas_patch
+from graft.manifests.serving import serving_name
+from graft.reconcile.adapterdeployment import scaling
+from graft.reconcile.shared.access import Trouble
+from graft.reconcile.shared.context import Context
+from graft.status import now
+
+SCALER = "graft-scaling"  # the field manager that holds spec.replicas while an autoscaler may move it
+KEPT_SECONDS = 3600  # what gateways that are gone have left in graft-demand
+KINDS = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ScaledObject")
+
+
+async def decide(
+    ctx: Context, spec: AdapterDeployment, sizing: ServingSizing | None, live: Manifest | None
+) -> scaling.Decision:
+    """How many replicas there are to be."""
+    autoscaling = spec.spec.autoscaling
+    current = None if live is None else int(live["spec"].get("replicas", 1))
+    if autoscaling is None:
+        return scaling.Decision(spec.spec.replicas, change=current != spec.spec.replicas)
+    sleeps = scaling.may_sleep(spec, sizing)
+    return scaling.decide(
+        autoscaling,
+        sleeps=sleeps,
+        stopped=spec.spec.replicas == 0,
+        live=current,
+        idle=await _idle(ctx, spec, autoscaling.idle_seconds) if sleeps else None,
+        steady=0.0 if live is None else scaling.steady_seconds(live),
+    )
+
+
+async def _idle(ctx: Context, spec: AdapterDeployment, idle_seconds: int) -> float | None:
+    """Seconds since the last request. The ConfigMap is made for the gateways, and old keys are taken out of it."""
+    found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, DEMAND_CONFIGMAP)
+    if found is None:
+        metadata = {
+            "name": DEMAND_CONFIGMAP,
+            "namespace": ctx.settings.namespace,
+            "labels": {"app.kubernetes.io/managed-by": "graft", COMPONENT: DEMAND_COMPONENT},
+        }
+        await ctx.kube.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata})
+        return None
+    own = _own(found, spec)
+    old = {
+        key: demand
+        for key, demand in own.items()
+        if (scaling.idle_seconds([demand]) or 0) > idle_seconds + KEPT_SECONDS
+    }
+    await _forget(ctx, list(old))
+    return scaling.idle_seconds(demand for key, demand in own.items() if key not in old)
+
+
+def _own(found: Manifest, spec: AdapterDeployment) -> dict[str, Demand]:
+    meta = spec.metadata
+    return {
+        key: demand
+        for key, demand in scaling.demands(found.get("data") or {}).items()
+        if (demand.namespace, demand.deployment) == (meta.namespace, meta.name)
+    }
+
+
+async def _forget(ctx: Context, keys: list[str]) -> None:
+    if keys:
+        patch = {"data": dict.fromkeys(sorted(keys))}
+        await ctx.kube.merge_patch("ConfigMap", ctx.settings.namespace, DEMAND_CONFIGMAP, patch)
+
+
+async def forget(ctx: Context, spec: AdapterDeployment) -> None:
+    """The deployment goes: nobody asks for it any more."""
+    found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, DEMAND_CONFIGMAP)
+    await _forget(ctx, list(_own(found, spec)) if found is not None else [])
+
+
+def replicas_to_apply(spec: AdapterDeployment, decision: scaling.Decision, live: Manifest | None) -> int | None:
+    """What the Deployment's manifest says: with autoscaling nothing, once it is there."""
+    return None if spec.spec.autoscaling is not None and live is not None else decision.replicas
+
+
+async def scale(ctx: Context, spec: AdapterDeployment, decision: scaling.Decision, live: Manifest) -> bool:
+    """Make the replicas what was decided, as their own field manager. True when our own manifest still claims the field and
+    has to be applied without it: a field that its only manager leaves out would fall back to its default."""
+    claimed, held = _claims_replicas(live, FIELD_MANAGER), _claims_replicas(live, SCALER)
+    if spec.spec.autoscaling is None:
+        if claimed and held:
+            await ctx.kube.apply(let_go_patch(spec), manager=SCALER)
+        return False
+    # While something else is in trouble our own claim stays: written once, not at each look.
+    if decision.change or (claimed and not held):
+        await ctx.kube.apply(replicas_patch(spec, decision.replicas, now()), manager=SCALER)
+    return claimed
+
+
+def _claims_replicas(live: Manifest, manager: str) -> bool:
+    return any(
+        "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
+        for entry in live["metadata"].get("managedFields", [])
+        if entry["manager"] == manager and entry["operation"] == "Apply"
+    )
+
+
+async def apply_guards(ctx: Context, spec: AdapterDeployment) -> Trouble | None:
+    """The disruption budget and the autoscaler: made, or taken away where they are not wanted any more."""
+    wanted = [disruption_budget(spec)] if can_have_several(spec) else []
+    moving = autoscaler(spec)
+    wanted += [moving] if moving is not None else []
+    by_kind = {manifest["kind"]: manifest for manifest in wanted}
+    troubles = await asyncio.gather(*(_guard(ctx, spec, kind, by_kind.get(kind)) for kind in KINDS))
+    return next((trouble for trouble in troubles if trouble is not None), None)
+
+
+async def _guard(ctx: Context, spec: AdapterDeployment, kind: str, manifest: Manifest | None) -> Trouble | None:
+    if manifest is None:
+        await _remove(ctx, spec, kind)
+        return None
+    try:
+        await ctx.kube.ensure(manifest)
+    except KubeError as error:
+        if kind != "ScaledObject" or error.status != 404:
+            raise
+        return Trouble(
+            "AutoscalerMissing",
+            "the cluster has no kind ScaledObject (keda.sh/v1alpha1): install KEDA, or set autoscaling.provider to hpa; "
+            "until then the number of replicas stays as it is",
+        )
+    return None
+
+
+async def _remove(ctx: Context, spec: AdapterDeployment, kind: str) -> None:
+    found = await ctx.kube.get(kind, spec.metadata.namespace, serving_name(spec))
+    if found is not None and found["metadata"].get("labels", {}).get(OWNER_UID) == spec.metadata.uid:
+        await ctx.kube.delete(kind, spec.metadata.namespace, serving_name(spec), found["metadata"]["uid"])

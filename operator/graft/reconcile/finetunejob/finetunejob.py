@@ -1,0 +1,321 @@
+"""The life of a FineTuneJob.
+
+    wait for the base model and the key -> size it (status.sizing) -> reserve a version (status.resolved)
+    -> ConfigMap, NetworkPolicy -> where GPUs are needed a Job that checks what can be checked without, and sizing once more
+    -> Job -> follow pods and progress.json; suspend, resume, halve the micro-batch
+    -> manifest.json in storage -> Adapter -> its verification -> Succeeded -> TTL
+
+Every step is found again from what exists: the version in status, the Job by the label of our UID, the manifest by its path and job
+UID. A job that ended (Succeeded is True or False) is touched again only when it failed and spec.restarts is raised.
+"""
+
+from pydantic import ValidationError
+
+from graft.api import Adapter, FineTuneJob
+from graft.api.finetunejob import Resolved, Sizing
+from graft.api.meta import Condition
+from graft.artifacts import layout
+from graft.artifacts.store import StoreError
+from graft.contracts import BaseModelRef, CurrentVersion, JobFile, Progress
+from graft.kube import KubeError, Manifest
+from graft.manifests import adapter as adapter_manifests
+from graft.manifests.common import OWNER_UID
+from graft.manifests.network import training_policy
+from graft.manifests.training import (
+    METHOD_LABEL,
+    config_map,
+    data_uris,
+    is_preflight,
+    job_file,
+    job_file_name,
+    peers_service,
+    preflight_job,
+    training_job,
+)
+from graft.reconcile.adapter import versions
+from graft.reconcile.finetunejob.jobstatus import (
+    KIND,
+    World,
+    checked,
+    condition_of,
+    job_condition,
+    memory_failures,
+    observe,
+    suspended,
+    unbound,
+    waiting,
+)
+from graft.reconcile.finetunejob.placing import place
+from graft.reconcile.finetunejob.published import read_published
+from graft.reconcile.finetunejob.restart import restart, to_restart
+from graft.reconcile.shared import ending, pods
+from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.status import condition, find, seconds_left
+
+
+async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
+    """One look at one job; the seconds until the next look, or None."""
+    raw = await ctx.kube.get(KIND, namespace, name)
+    if raw is None:
+        return None
+    job = FineTuneJob.model_validate(raw)
+    if job.metadata.deletion_timestamp:
+        return await _clean_up(ctx, raw, job)
+    if await ctx.add_finalizer(job, KIND):
+        return 0
+    ended = find(job.status.conditions, "Succeeded")
+    if ended is not None and ended.status != "Unknown":
+        return await restart(ctx, raw, job) if to_restart(job, ended) else await _expire(ctx, job, ended)
+
+    world = await _gather(ctx, job)
+    if world.passed and not job.status.checked:
+        await ctx.write_status(raw, checked(world), job.status.conditions)
+        return 0
+    if world.published is None and (not world.children or world.passed):
+        if job.spec.suspend:
+            status, observed = suspended(job)
+            await ctx.write_status(raw, status, observed)
+            return None
+        trouble = await _start(ctx, raw, world)
+        if trouble is not None:
+            status, observed = waiting(job, trouble)
+            await ctx.write_status(raw, status, observed)
+            return WAITING
+        return 0
+    if world.children and not world.over:
+        await _steer(ctx, world)
+    if world.published is not None and world.adapter is None:
+        manifest, digest = world.published
+        await ctx.kube.apply(adapter_manifests.adapter(job, manifest, digest, ctx.store.config.bucket))
+    status, observed = observe(world)
+    await ctx.write_status(raw, status, observed)
+    succeeded = find(observed, "Succeeded")
+    return None if succeeded is not None and succeeded.status != "Unknown" else SOON
+
+
+async def _gather(ctx: Context, job: FineTuneJob) -> World:
+    namespace, labels = job.metadata.namespace, {OWNER_UID: job.metadata.uid}
+    world = World(job)
+    jobs = await ctx.kube.list("Job", namespace, labels)
+    world.children = [child for child in jobs if not is_preflight(child)] or jobs
+    if not world.children:
+        return world
+    found = [pod for pod in await ctx.kube.list("Pod", namespace, labels) if is_preflight(pod) == world.preflight]
+    world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
+    if not world.pods:
+        world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
+    else:
+        world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]), must=world.passed)
+    resolved = job.status.resolved
+    trained = not world.preflight and job_condition(world, "Complete") is not None
+    if trained and resolved is not None and resolved.version is not None:
+        name = adapter_manifests.adapter_name(job.spec.output.adapter, resolved.version)
+        raw = await ctx.kube.get("Adapter", namespace, name)
+        world.adapter = Adapter.model_validate(raw) if raw else None
+        await read_published(ctx, world, resolved.version)
+    return world
+
+
+async def _steer(ctx: Context, world: World) -> None:
+    """Make the running Job what the spec and the attempts so far say: suspended or not, and with which micro-batch."""
+    job, child = world.job, world.children[0]
+    namespace = job.metadata.namespace
+    # With a queue the switch is Kueue's.
+    if job.spec.queue is None and bool(child["spec"].get("suspend")) != job.spec.suspend:
+        await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], {"spec": {"suspend": job.spec.suspend}})
+        child["spec"]["suspend"] = job.spec.suspend
+    halvings = memory_failures(world)
+    if not halvings:
+        return
+    stored = await ctx.kube.get("ConfigMap", namespace, job_file_name(job))
+    file = JobFile.model_validate_json(stored["data"]["job.json"]) if stored else None
+    if file is not None and file.halvings < halvings:
+        await ctx.kube.apply(config_map(job, file.model_copy(update={"halvings": halvings})))
+
+
+async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | None:
+    """Delete a job that ended ttlSecondsAfterFinished ago; the seconds until then."""
+    ttl = job.spec.ttl_seconds_after_finished
+    if ttl is None:
+        return None
+    left = seconds_left(ended.last_transition_time, ttl)
+    if left > 0:
+        return left
+    await ctx.kube.delete(KIND, job.metadata.namespace, job.metadata.name, job.metadata.uid)
+    return None
+
+
+async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
+    """What the Job controller says when a quota or an admission policy refuses the pod: only an Event tells it."""
+    try:
+        events = await ctx.kube.events_of(namespace, job_uid)
+    except KubeError:
+        return None  # a hint that cannot be had is no reason to stop
+    refused = [item["message"] for item in events if item.get("reason") == "FailedCreate"]
+    return str(refused[-1]) if refused else None
+
+
+async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: bool) -> Progress | None:
+    prefix = layout.attempt_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid, attempt)
+    try:
+        return Progress.model_validate_json(await ctx.blocking(ctx.store.get, prefix + layout.PROGRESS))
+    except (StoreError, ValidationError) as error:
+        if must and isinstance(error, StoreError) and error.trouble == "unavailable":
+            raise  # what is decided by it is decided once
+        return None  # not written yet, or not readable just now: the pod's own status says enough
+
+
+async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
+    """Resolve what the spec leaves open and make the next child; Trouble says what is waited for."""
+    job, namespace = world.job, world.job.metadata.namespace
+    base = await gather_base_model(ctx, job.spec.base_model, namespace)
+    if isinstance(base, Trouble):
+        return base
+    if (outside := outside_namespace(job, ctx.store.config.bucket)) is not None:
+        return outside
+    trouble = await ensure_credentials(ctx, namespace)
+    if trouble is not None:
+        return trouble
+    placed = await place(ctx, job, base)
+    if isinstance(placed, Trouble):
+        return placed
+    shape, sizing = placed
+    try:
+        async with ctx.locks["version", namespace, job.spec.output.adapter]:
+            version = await _reserve_version(ctx, raw, job, base.ref, sizing)
+    except StoreError as error:
+        return Trouble("StorageUnavailable", f"the versions in storage cannot be listed: {error}")
+    if isinstance(version, Trouble):
+        return version
+    file = job_file(
+        job,
+        base.ref,
+        version,
+        versions.recipe(job.spec),
+        ctx.settings,
+        shape=shape,
+        task=base.model.spec.task,
+        current=await _current_version(ctx, job),
+    )
+    try:
+        await ctx.kube.apply(config_map(job, file))
+        await ctx.kube.apply(training_policy(job))
+        if shape.nodes > 1:
+            await ctx.kube.apply(peers_service(job))
+        if shape.gpus and not job.status.checked:
+            await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
+        else:
+            await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
+        if job.metadata.labels.get(METHOD_LABEL) != job.spec.method.name:
+            await ctx.kube.merge_patch(
+                KIND, namespace, job.metadata.name, {"metadata": {"labels": {METHOD_LABEL: job.spec.method.name}}}
+            )
+    except KubeError as error:
+        if error.status == 403 and "quota" not in str(error):
+            return Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})")
+        if error.status in {403, 409, 422}:
+            for child in world.children if error.status == 403 else []:
+                # A quota of Jobs has no room for both; its pod's log is all that is lost.
+                uid = child["metadata"]["uid"]
+                await ctx.kube.delete("Job", namespace, child["metadata"]["name"], uid, "Background")
+            return Trouble("CreationFailed", str(error))
+        raise
+    return None
+
+
+async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | None:
+    """The adapter's newest version that may be served, when a gate asks for it."""
+    if not any(gate.over == "current" for gate in job.spec.evaluation.gates or []):
+        return None
+    labelled = {adapter_manifests.ADAPTER_LABEL: job.spec.output.adapter}
+    found = [Adapter.model_validate(raw) for raw in await ctx.kube.list("Adapter", job.metadata.namespace, labelled)]
+    ready = [item for item in found if (ready := find(item.status.conditions, "Ready")) and ready.status == "True"]
+    if not ready:
+        return None
+    newest = max(ready, key=lambda item: versions.parse(item.spec.version) or (0, 0, 0))
+    artifact = newest.published
+    return CurrentVersion(version=newest.spec.version, uri=artifact.uri, digest=artifact.digest)
+
+
+async def _reserve_version(
+    ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, sizing: Sizing | None
+) -> str | Trouble:
+    """The version this job publishes, written to its status before anything else sees it."""
+    resolved = job.status.resolved
+    if resolved is not None and resolved.version is not None:
+        if sizing != job.status.sizing:  # the data's lengths are known by now, or the nodes are others
+            status = job.status.model_copy(update={"sizing": sizing})
+            await ctx.write_status(raw, status, job.status.conditions)
+        return resolved.version
+    known = await _known_versions(ctx, job)
+    recipe = versions.recipe(job.spec)
+    version = job.spec.output.version
+    if version == "auto":
+        version = versions.next_version(known, recipe, job.spec.base_model)
+    elif any(item.version == version and item.base_model is not None for item in known):
+        adapter = job.spec.output.adapter
+        return Trouble(
+            "VersionExists", f"{adapter} {version} is published or on its way; use output.version: auto or another one"
+        )
+    reserved = Resolved(
+        version=version,
+        recipe=recipe,
+        base_model_uri=base_model.uri,
+        base_model_digest=base_model.digest or base_model.uri,
+    )
+    update = {"resolved": reserved, "sizing": sizing, "stage": "Pending", "restarts": job.spec.restarts}
+    status = job.status.model_copy(update=update)
+    message = f"publishes {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
+    observed = [
+        condition(KIND, "Accepted", "True", "Resolved", message),
+        condition(KIND, "Succeeded", "Unknown", "Pending", "the training pod is being made"),
+    ]
+    await ctx.write_status(raw, status, observed)
+    return version
+
+
+async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
+    namespace, adapter = job.metadata.namespace, job.spec.output.adapter
+    known = []
+    for raw in await ctx.kube.list("Adapter", namespace, {adapter_manifests.ADAPTER_LABEL: adapter}):
+        recipe = raw["metadata"].get("annotations", {}).get(adapter_manifests.RECIPE)
+        known.append(versions.Known(raw["spec"]["version"], recipe, raw["spec"]["baseModel"]))
+    for raw in await ctx.kube.list(KIND, namespace):
+        resolved = raw.get("status", {}).get("resolved", {})
+        if condition_of(raw, "Succeeded").get("status") == "False":
+            continue  # it publishes nothing any more; what it did publish is in storage
+        if (
+            raw["metadata"]["uid"] != job.metadata.uid
+            and raw["spec"]["output"]["adapter"] == adapter
+            and resolved.get("version")
+        ):
+            known.append(versions.Known(resolved["version"], resolved.get("recipe"), raw["spec"]["baseModel"]))
+    prefix = layout.adapter_versions_prefix(layout.tenant_of(namespace), adapter)
+    stored = await ctx.blocking(ctx.store.folders, prefix)
+    return known + [versions.Known(version, None, None) for version in stored if versions.parse(version)]
+
+
+def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
+    """Data in another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
+    tenant = layout.tenant_of(job.metadata.namespace)
+    own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
+    for where, uri in data_uris(job):
+        if layout.outside_tenants_part(uri, bucket, tenant):
+            return Trouble(
+                "DatasetOutsideNamespace",
+                f"{where}: {uri} is outside of this namespace's part of the bucket; put it below {own}",
+            )
+    return None
+
+
+async def _clean_up(ctx: Context, raw: Manifest, job: FineTuneJob) -> float | None:
+    """A deleted job leaves its Adapter and nothing else."""
+    left = await ending.stop(ctx, job)
+    if isinstance(left, Trouble):
+        await ctx.write_status(raw, job.status, unbound(job, left))
+        return WAITING
+    if left is not None:
+        return left
+    await ctx.remove_finalizer(job, KIND)
+    return None

@@ -1,0 +1,335 @@
+"""What a FineTuneJob's status says, from what exists (PURE)."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.api import Adapter, FineTuneJob
+from graft.api.finetunejob import (
+    AdapterReference,
+    Attempt,
+    Checkpoint,
+    DatasetFacts,
+    FineTuneJobStatus,
+    Resolved,
+)
+from graft.api.finetunejob import Progress as ProgressStatus
+from graft.api.meta import Condition
+from graft.artifacts.manifest import Manifest as AdapterManifest
+from graft.contracts import Progress, Reason
+from graft.kube import Manifest
+from graft.manifests import adapter as adapter_manifests
+from graft.manifests.training import is_preflight, preflight_name
+from graft.reconcile.shared import pods
+from graft.reconcile.shared.access import Trouble
+from graft.status import condition, duration, find
+
+KIND = "FineTuneJob"
+MUCH_TRUNCATED = 0.1  # share of the examples
+STAGES = ("Preparing", "Training", "Evaluating", "Publishing")
+
+
+@dataclass
+class World:
+    """What exists for a job now."""
+
+    job: FineTuneJob
+    children: list[Manifest] = field(default_factory=list)  # the Job that trains, or before it the one that checks
+    pods: list[Manifest] = field(default_factory=list)  # of that Job, oldest first
+    progress: Progress | None = None  # of the newest attempt
+    published: tuple[AdapterManifest, str] | None = None  # the manifest that this job wrote, and its digest
+    publish_trouble: str | None = None  # why there is none
+    refusal: str | None = None  # why the Job could not make its pod
+    adapter: Adapter | None = None
+
+    @property
+    def main_pods(self) -> list[Manifest]:
+        """The pods that report: those with index 0 where several train together."""
+        return [pod for pod in self.pods if pods.index(pod) == 0] or self.pods
+
+    @property
+    def preflight(self) -> bool:
+        """Whether the Job is the one that checks before GPUs are taken."""
+        return any(is_preflight(child) for child in self.children)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it has found nothing wrong."""
+        return self.preflight and job_condition(self, "Complete") is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether the Job has ended."""
+        return any(
+            job_condition(self, type_) for type_ in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet")
+        )
+
+
+def memory_failures(world: World) -> int:
+    """How often the run has found its memory too small, counted on the pod that met it most often (PURE)."""
+    counts = Counter(attempt.index or 0 for attempt in _attempts(world) if attempt.reason == Reason.MEMORY_EXCEEDED)
+    return max(counts.values(), default=0)
+
+
+def checked(world: World) -> FineTuneJobStatus:
+    """The status of a job whose checks have found nothing wrong (PURE): what they found out outlives their pod."""
+    job, data = world.job, world.progress.dataset if world.progress is not None else None
+    facts = DatasetFacts.model_validate(data.model_dump()) if data is not None else job.status.dataset
+    return job.status.model_copy(update={"checked": True, "dataset": facts})
+
+
+def suspended(job: FineTuneJob) -> tuple[FineTuneJobStatus, list[Condition]]:
+    """The status of a job that is suspended before it started (PURE)."""
+    status = job.status.model_copy(update={"stage": "Suspended"})
+    text = "spec.suspend is true; set it to false to start"
+    accepted = find(job.status.conditions, "Accepted")
+    return status, ([accepted] if accepted else []) + [condition(KIND, "Succeeded", "Unknown", "Suspended", text)]
+
+
+def waiting(job: FineTuneJob, trouble: Trouble) -> tuple[FineTuneJobStatus, list[Condition]]:
+    """The status of a job that cannot start yet (PURE)."""
+    status = job.status.model_copy(update={"stage": "Waiting"})
+    return status, [
+        condition(KIND, "Accepted", "False", trouble.reason, trouble.message),
+        condition(KIND, "Succeeded", "Unknown", "Waiting", trouble.message),
+    ]
+
+
+def unbound(job: FineTuneJob, trouble: Trouble) -> list[Condition]:
+    """The conditions of a job whose children cannot be removed (PURE)."""
+    kept = [item for item in job.status.conditions if item.type != "Accepted"]
+    return [condition(KIND, "Accepted", "False", trouble.reason, trouble.message), *kept]
+
+
+def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
+    """The status of a job that has started (PURE)."""
+    job = world.job
+    accepted = find(job.status.conditions, "Accepted")
+    message = accepted.message if accepted and accepted.status == "True" else "the job has started"
+    observed = [condition(KIND, "Accepted", "True", "Resolved", message), _succeeded(world)]
+    reason = observed[1].reason
+    ended = observed[1].status != "Unknown"
+    stage = {"True": "Succeeded", "False": "Rejected" if reason == "GateFailed" else "Failed"}.get(
+        observed[1].status, "Pending" if reason in {"Retrying", "QuotaExceeded"} else reason
+    )
+    changes: dict[str, Any] = {"stage": stage, "attempts": _attempts(world)}
+    if world.pods:
+        changes["start_time"] = job.status.start_time or world.pods[0].get("status", {}).get("startTime")
+    if ended and world.children:
+        child_status = world.children[0].get("status", {})
+        times = [item.get("lastTransitionTime") for item in child_status.get("conditions", [])]
+        changes["completion_time"] = child_status.get("completionTime") or (
+            max(filter(None, times)) if any(times) else None
+        )
+    if world.progress is not None:
+        changes |= _progress_fields(world.progress, job.status.resolved or Resolved(), ended)
+    if ended:
+        changes["eta_text"] = None
+    if world.published is not None:
+        manifest, _ = world.published
+        changes["metrics"] = manifest.metrics
+        changes["adapter_ref"] = AdapterReference(
+            name=adapter_manifests.adapter_name(manifest.adapter, manifest.version),
+            adapter=manifest.adapter,
+            version=manifest.version,
+        )
+        if observed[1].status != "True" and reason != "GateFailed":
+            changes["adapter_ref"] = None
+    return job.status.model_copy(update=changes), observed
+
+
+def _progress_fields(progress: Progress, resolved: Resolved, ended: bool) -> dict[str, Any]:
+    shown = ProgressStatus.model_validate(progress.model_dump())
+    loss = progress.loss
+    fields: dict[str, Any] = {
+        "progress": shown,
+        "progress_text": f"{progress.percent}%",
+        "loss_text": None if loss is None else f"{loss:.4f}",
+        "eta_text": None if ended or progress.eta_seconds is None else duration(progress.eta_seconds),
+        "resolved": resolved.model_copy(
+            update={
+                "training": progress.training or resolved.training,
+                "target_modules": progress.target_modules or resolved.target_modules,
+                "world_size": progress.world_size or resolved.world_size,
+                "trainable_parameters": progress.trainable_parameters or resolved.trainable_parameters,
+                "total_parameters": progress.total_parameters or resolved.total_parameters,
+            }
+        ),
+    }
+    if progress.metrics:
+        fields["metrics"] = progress.metrics
+    if progress.dataset is not None:
+        fields["dataset"] = DatasetFacts.model_validate(progress.dataset.model_dump())
+    if progress.checkpoints is not None:
+        fields["checkpoints"] = [Checkpoint.model_validate(item.model_dump()) for item in progress.checkpoints]
+    return fields
+
+
+def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
+    """A condition of a resource as it came from the API; empty when there is none (PURE)."""
+    return next((dict(item) for item in raw.get("status", {}).get("conditions", []) if item["type"] == type_), {})
+
+
+def job_condition(world: World, type_: str) -> dict[str, Any] | None:
+    found = [condition_of(child, type_) for child in world.children]
+    return next((item for item in found if item.get("status") == "True"), None)
+
+
+def _succeeded(world: World) -> Condition:
+    failed = job_condition(world, "Failed") or job_condition(world, "FailureTarget")
+    if failed is not None:
+        return _failure(world, failed)
+    if job_condition(world, "Complete") is not None and not world.preflight:
+        return _completion(world)
+    held = _held(world)
+    if held is not None:
+        return held
+    if not world.pods:
+        refused = world.refusal
+        text = f"the Job cannot make its pod, it is tried again: {refused}" if refused else "the Job has no pod yet"
+        return condition(KIND, "Succeeded", "Unknown", "QuotaExceeded" if "exceeded quota" in text else "Pending", text)
+    newest = world.main_pods[-1]
+    if pods.phase(newest) == "Failed":
+        end = _telling(world.pods)
+        text = end.text if end is not None else "no reason given"
+        return condition(KIND, "Succeeded", "Unknown", "Retrying", f"pod {pods.name(newest)} failed: {text}")
+    stuck = pods.waiting_message(newest)
+    if stuck is not None:
+        return condition(KIND, "Succeeded", "Unknown", "Pending", stuck)
+    if pods.completed(newest, "train") or (pods.phase(newest) == "Succeeded" and not world.preflight):
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
+    if pods.running(newest, "train"):
+        # The file is the init container's until the first record of training.
+        stage = world.progress.stage if world.progress is not None else _stage_before(world)
+        stage = stage if stage in STAGES[1:] else "Training"
+        return condition(KIND, "Succeeded", "Unknown", stage, f"{_truncation(world)}pod {pods.name(newest)}")
+    if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
+        text = "dataset, access and base model are checked" + (", before GPUs are taken" if world.preflight else "")
+        return condition(KIND, "Succeeded", "Unknown", "Preparing", text)
+    return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
+
+
+def _held(world: World) -> Condition | None:
+    """Why the Job is not to run now: suspended by the user, or not admitted by Kueue yet."""
+    job = world.job
+    if not world.children or not world.children[0]["spec"].get("suspend"):
+        return None
+    if world.preflight and not job.spec.suspend:
+        text = (
+            f"Job {preflight_name(job)} is suspended by somebody else. Kueue does so to Jobs that name no queue where "
+            "manageJobsWithoutQueueName is set: leave the namespace out of it, by managedJobsNamespaceSelector"
+        )
+        return condition(KIND, "Succeeded", "Unknown", "Pending", text)
+    if job.spec.queue is not None:
+        text = f"waits for Kueue to admit it from the queue {job.spec.queue}; see kubectl get workloads -n {job.metadata.namespace}"
+        return condition(KIND, "Succeeded", "Unknown", "Queued", text)
+    kept = job.status.checkpoints or []
+    where = f"the checkpoint of step {kept[-1].step}" if kept else "the beginning: there is no checkpoint yet"
+    text = f"spec.suspend is true; set to false it goes on from {where}"
+    return condition(KIND, "Succeeded", "Unknown", "Suspended", text)
+
+
+def _truncation(world: World) -> str:
+    """A word on examples that lose their end, while there is time to stop the run."""
+    found = world.progress.dataset if world.progress is not None else world.job.status.dataset
+    share = found.truncated_share if found is not None else 0.0
+    return f"{share:.0%} of the examples are cut to training.maxLength; " if share > MUCH_TRUNCATED else ""
+
+
+def _stage_before(world: World) -> str:
+    """What was last seen of the running pod, for a look at which the store did not answer."""
+    before = find(world.job.status.conditions, "Succeeded")
+    return before.reason if before is not None and before.message.endswith(pods.name(world.main_pods[-1])) else ""
+
+
+def _telling(found: list[Manifest]) -> pods.Ending | None:
+    """The newest ending that says what went wrong: a pod that ended because another did only follows it."""
+    endings = [end for pod in reversed(found) if (end := pods.ending(pod)) is not None]
+    first = [end for end in endings if end.reason != Reason.PEER_LOST]
+    return next(iter(first or endings), None)
+
+
+def _failure(world: World, failed: dict[str, Any]) -> Condition:
+    if failed.get("reason") == "DeadlineExceeded":
+        deadline = world.job.spec.active_deadline_seconds
+        text = f"the job ran for longer than activeDeadlineSeconds ({deadline}); raise it, and restarts to go on from there"
+        return condition(KIND, "Succeeded", "False", "DeadlineExceeded", text)
+    end = _telling(world.pods)
+    if end is not None:
+        # No attempt follows any more that could halve the micro-batch.
+        reason = Reason.OUT_OF_MEMORY if end.reason == Reason.MEMORY_EXCEEDED else end.reason
+        return condition(KIND, "Succeeded", "False", reason, end.text)
+    if world.progress is not None and world.progress.failure is not None:
+        failure = world.progress.failure
+        return condition(KIND, "Succeeded", "False", failure.reason, f"{failure.message} {failure.remedy}")
+    return condition(KIND, "Succeeded", "False", Reason.INTERNAL_ERROR, failed.get("message") or "the Job failed")
+
+
+def _completion(world: World) -> Condition:
+    if world.published is None:
+        text = world.publish_trouble or "the pod succeeded, but left no manifest.json"
+        return condition(KIND, "Succeeded", "False", "ResultMissing", text)
+    manifest, digest = world.published
+    ready = find(world.adapter.status.conditions, "Ready") if world.adapter is not None else None
+    artifact = world.adapter.artifact if world.adapter is not None else None
+    if world.adapter is not None and (artifact is None or artifact.digest != digest):
+        other = artifact.digest if artifact is not None else "one that is composed or imported"
+        text = f"Adapter {world.adapter.metadata.name} is of another artifact, {other}"
+        return condition(KIND, "Succeeded", "False", "ArtifactInvalid", text)
+    if ready is not None and ready.reason == "Rejected":
+        return condition(KIND, "Succeeded", "False", "GateFailed", ready.message)
+    if ready is not None and ready.reason == "SigningKeyUnavailable":
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", ready.message)
+    if ready is None or ready.status == "Unknown":
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
+    if ready.status != "True":
+        return condition(KIND, "Succeeded", "False", "ArtifactInvalid", ready.message)
+    scores = ", ".join(f"{key} {value:.4g}" for key, value in sorted(manifest.metrics.items()))
+    text = f"Adapter {manifest.adapter}-{manifest.version}: {scores or 'not measured'}"
+    if world.progress is not None and world.progress.missing:
+        text += f"; not measured: {'; '.join(world.progress.missing)}"
+    return condition(KIND, "Succeeded", "True", "Published", text)
+
+
+def _attempts(world: World) -> list[Attempt]:
+    if world.preflight:  # nothing is attempted yet
+        return world.job.status.attempts or []
+    attempts = {item.pod: item for item in world.job.status.attempts or []}
+    several = any(pods.index(pod) for pod in world.pods)
+    for pod in world.pods:
+        name, end, done = pods.name(pod), pods.ending(pod), pods.phase(pod) == "Succeeded"
+        finished = [
+            state["finishedAt"]
+            for item in pods.statuses(pod)
+            if (state := item.get("state", {}).get("terminated")) and state.get("finishedAt")
+        ]
+        over = done or pods.phase(pod) == "Failed"
+        reason = "Completed" if done else end.reason if over and end is not None else None
+        if over and not done and pods.disrupted(pod):
+            reason = "Preempted"
+        attempts[name] = attempts.get(name, Attempt(pod=name)).model_copy(
+            update={
+                "index": pods.index(pod) if several else None,
+                "started_at": pod.get("status", {}).get("startTime"),
+                "ended_at": max(finished) if over and finished else None,
+                "reason": reason,
+                "message": end.message[:500] if over and end is not None else None,
+            }
+        )
+    there = {pods.name(pod) for pod in world.pods}
+    for name, attempt in attempts.items():
+        if (
+            name not in there and attempt.reason is None
+        ):  # a suspension removes pods, and so does the loss of their node
+            attempts[name] = attempt.model_copy(update={"reason": Reason.INTERRUPTED, "message": "the pod was removed"})
+    progress = world.progress
+    if progress is not None and progress.attempt in attempts:
+        known = progress.training or {}
+        attempts[progress.attempt] = attempts[progress.attempt].model_copy(
+            update={
+                "resumed_from": progress.resumed_from,
+                "micro_batch": known.get("perDeviceTrainBatchSize"),
+                "accumulation": known.get("gradientAccumulationSteps"),
+            }
+        )
+    return sorted(attempts.values(), key=lambda item: (item.started_at or "~", item.index or 0))

@@ -1,0 +1,55 @@
+"""Where a job is to train and a deployment to serve: the nodes that there are, handed to placement."""
+
+from graft import placement
+from graft.api import AdapterDeployment, FineTuneJob
+from graft.api.adapterdeployment import ServingSizing
+from graft.api.finetunejob import Sizing
+from graft.manifests.training import Shape
+from graft.placement import engine
+from graft.placement.decide import DISK, DoesNotFit
+from graft.reconcile.shared.access import Base, Trouble
+from graft.reconcile.shared.context import Context
+
+
+async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizing] | Trouble:
+    """The pods of the run and the estimate that they come from, by the data where it was looked at; Trouble when no node would
+    do."""
+    spec, data = job.spec, job.status.dataset
+    longest = data.max_tokens if data is not None and not data.sampled else 0
+    try:
+        decision = placement.training(
+            base.model.status.facts,
+            spec.method,
+            spec.training,
+            task=base.model.spec.task,
+            nodes=await ctx.kube.list("Node"),
+            placement=spec,
+            spot_taints=ctx.settings.spot.taints if spec.spot else (),
+            explicit=spec.resources,
+            nodes_wanted=spec.nodes,
+            dataset_max_length=longest or None,
+            download=0 if base.ref.uri.startswith("pvc://") else base.model.status.size_bytes or 0,
+        )
+    except DoesNotFit as error:
+        return Trouble("DoesNotFit", str(error))
+    resources = decision.resources
+    if spec.queue is not None and spec.resources is None and resources is not None:
+        # Kueue admits nothing that asks for what its ClusterQueue does not cover, and few cover the disk.
+        asked = {name: amount for name, amount in (resources.requests or {}).items() if name != DISK}
+        resources = resources.model_copy(update={"requests": asked})
+    shape = Shape(resources, decision.nodes, decision.node_selector, decision.choice)
+    return shape, decision.sizing
+
+
+async def place_engine(ctx: Context, deployment: AdapterDeployment, base: Base) -> ServingSizing | Trouble:
+    """What a replica is given. The choice in force is kept as long as what it was made from is the same, whatever nodes come
+    and go; Trouble when no node would do."""
+    facts, task, vllm = base.model.status.facts, base.model.spec.task, bool(ctx.settings.images.vllm)
+    before = deployment.status.sizing
+    if before is not None and before.basis == engine.basis_of(facts, deployment.spec, task=task, vllm=vllm):
+        return before
+    nodes = await ctx.kube.list("Node")
+    try:
+        return engine.serving(facts, deployment.spec, task=task, nodes=nodes, vllm=vllm)
+    except DoesNotFit as error:
+        return Trouble("DoesNotFit", str(error))

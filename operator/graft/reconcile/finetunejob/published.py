@@ -1,0 +1,26 @@
+"""What a FineTuneJob has published, by what is in the store."""
+
+from graft.artifacts import layout
+from graft.artifacts.store import StoreError
+from graft.artifacts.versions import InvalidArtifact, read_manifest
+from graft.reconcile.finetunejob.jobstatus import World
+from graft.reconcile.shared.context import Context
+
+
+async def read_published(ctx: Context, world: World, version: str) -> None:
+    """The manifest of a version where the job wrote it, else why there is none. StoreError when that cannot be told."""
+    job = world.job
+    prefix = layout.adapter_prefix(layout.tenant_of(job.metadata.namespace), job.spec.output.adapter, version)
+    try:
+        manifest, digest = await ctx.blocking(read_manifest, ctx.store, prefix, None)
+    except InvalidArtifact as error:
+        world.publish_trouble = str(error)
+    except StoreError as error:
+        if error.trouble == "unavailable":
+            raise
+        world.publish_trouble = f"no manifest.json below {prefix}: {error}"
+    else:
+        if manifest.job.uid == job.metadata.uid:
+            world.published = (manifest, digest)
+        else:
+            world.publish_trouble = f"{prefix}manifest.json was written by another job, {manifest.job.name}"

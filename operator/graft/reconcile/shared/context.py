@@ -1,0 +1,96 @@
+"""What every reconciler needs: the API server, the store, the settings; and how a status is written."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from graft import status as conditions
+from graft.api.meta import Condition, Resource, Status
+from graft.artifacts.identity import VersityIdentity
+from graft.artifacts.signing import Keys
+from graft.artifacts.store import S3Store
+from graft.kube import Kube, Manifest
+from graft.manifests.common import FINALIZER
+from graft.reconcile.shared.transfers import Transfers
+from graft.settings import Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Reasons of a False that is no trouble: their Events are not warnings.
+EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "Expiring", "Pruned"}
+SILENT = {"InUse", "Needed", "Kept"}  # types and reasons that are worth no Event
+
+SOON = 5.0  # seconds until the next look while something is on its way
+WAITING = 20.0  # while something outside the cluster is waited for
+
+
+@dataclass
+class Context:
+    """One operator process."""
+
+    kube: Kube
+    settings: Settings
+    store: S3Store
+    identity: VersityIdentity | None
+    locks: defaultdict[tuple[str, ...], asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    keys: Keys | None = None  # reconcile/adapter/signing.py reads them
+    keys_trouble: str = "they were not read yet"  # why there are none
+    transfers: Transfers = field(default_factory=Transfers)
+    issued: set[str] = field(default_factory=set)  # tenants whose key was seen to work since the start
+
+    async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
+        """A call of the store in a thread: the event loop never waits for it."""
+        return await asyncio.to_thread(call, *arguments)
+
+    async def write_status(self, raw: Manifest, status: Status, observed: list[Condition]) -> None:
+        """Write the status when it differs from what is there, with an Event for each transition. Idle means no write."""
+        metadata = raw["metadata"]
+        before = raw.get("status") or {}
+        old = [Condition.model_validate(item) for item in before.get("conditions", [])]
+        at = conditions.now()
+        merged = conditions.merge(old, observed, metadata.get("generation", 0), at)
+        new = status.model_copy(update={"conditions": merged, "observed_generation": metadata.get("generation", 0)})
+        after = new.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if after == before:
+            return
+        await self.kube.apply_status(
+            raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], metadata["uid"], after
+        )
+        for item in conditions.transitions(old, merged):
+            if {item.type, item.reason} & SILENT:
+                continue
+            wrong = "True" if item.type == "Degraded" else "False"
+            bad = item.status == wrong and item.reason not in EXPECTED
+            log.info(
+                "condition",
+                extra={"resource": _name(raw), "type": item.type, "status": item.status, "reason": item.reason},
+            )
+            await self.kube.event(raw, item.reason, item.message, at, warning=bad)
+
+    async def add_finalizer(self, resource: Resource, kind: str) -> bool:
+        """Make sure that a deletion waits for our clean-up; True when it had to be added (and the next event brings us back)."""
+        if FINALIZER in resource.metadata.finalizers or resource.metadata.deletion_timestamp:
+            return False
+        await self._set_finalizers(resource, kind, [*resource.metadata.finalizers, FINALIZER])
+        return True
+
+    async def remove_finalizer(self, resource: Resource, kind: str) -> None:
+        """Our clean-up is done: let the resource go."""
+        if FINALIZER in resource.metadata.finalizers:
+            await self._set_finalizers(
+                resource, kind, [item for item in resource.metadata.finalizers if item != FINALIZER]
+            )
+
+    async def _set_finalizers(self, resource: Resource, kind: str, finalizers: list[str]) -> None:
+        meta = resource.metadata
+        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": meta.resource_version, "uid": meta.uid}}
+        await self.kube.merge_patch(kind, meta.namespace or None, meta.name, patch)
+
+
+def _name(raw: Manifest) -> str:
+    metadata = raw["metadata"]
+    return f"{raw['kind']} {metadata.get('namespace', '')}/{metadata['name']}"

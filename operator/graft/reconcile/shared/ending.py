@@ -1,0 +1,36 @@
+"""The end of a deleted resource's Jobs: pods first, so that nobody writes any more, then what they wrote on the way."""
+
+from graft.api.meta import Resource
+from graft.artifacts import layout
+from graft.kube import KubeError
+from graft.manifests.common import OWNER_UID
+from graft.reconcile.shared.access import Trouble, not_bound
+from graft.reconcile.shared.context import SOON, Context
+
+
+async def stop(ctx: Context, resource: Resource) -> float | Trouble | None:
+    """End the Jobs of a resource and clear its folder under runs/; the seconds until the next look, or None when nothing of them
+    is left."""
+    left = await end_jobs(ctx, resource)
+    if left is None:
+        tenant = layout.tenant_of(resource.metadata.namespace)
+        await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(tenant, resource.metadata.uid))
+    return left
+
+
+async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
+    """End the Jobs of a resource with their pods; the seconds until the next look, or None when none is left."""
+    namespace, labels = resource.metadata.namespace, {OWNER_UID: resource.metadata.uid}
+    for child in await ctx.kube.list("Job", namespace, labels):
+        if child["metadata"].get("deletionTimestamp"):
+            continue
+        try:
+            await ctx.kube.delete("Job", namespace, child["metadata"]["name"], child["metadata"]["uid"], "Foreground")
+        except KubeError as error:
+            if error.status != 403:
+                raise
+            # The RoleBinding was taken away, or the namespace goes and took it along before the Job.
+            return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
+    if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
+        return SOON
+    return None

@@ -1,0 +1,118 @@
+"""What the agent knows of the engine beside it: what it lists, whether it is another process, whether the pod is ready."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from datetime import UTC, datetime
+
+from graft.contracts import Wanted
+
+from graft_server.agent.decisions.memory import Failures, Readiness
+from graft_server.agent.decisions.reasons import OF_ENGINE
+from graft_server.agent.engine.client import EngineClient, EngineDown, active_adapters, process_start
+from graft_server.agent.report.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+TOLERATED_MISSES = 3  # answers that may time out in a row before the operator is told that the engine is away
+FRESH_SECONDS = 0.5
+
+
+class EngineView:
+    """The engine as it was seen last."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        base_model: str | None,
+        adapters_dir: str,
+        metrics: Metrics,
+        failures: Failures,
+    ) -> None:
+        self._client = client
+        self._base = base_model
+        self._dir = adapters_dir
+        self._metrics = metrics
+        self._failures = failures
+        self._readiness = Readiness()
+        self._gone = False
+        self._misses = 0
+        self._process: float | None = None
+        self._observing = asyncio.Lock()
+        self._observed_at = float("-inf")
+        self.models: dict[str, str] | None = None  # what it listed last, while that may be believed
+        self.answering = False
+        self.why_not = "the engine was not asked yet"
+        self.started: str | None = None  # changes when the engine restarts
+
+    @property
+    def stale(self) -> bool:
+        """Whether the last look is too old to answer a probe with."""
+        return time.monotonic() - self._observed_at > FRESH_SECONDS
+
+    def ready(self, wanted: Wanted | None) -> bool:
+        """Whether the engine has the base model and everything that was wanted when it started."""
+        if self.models is None or wanted is None or (self._base is not None and self._base not in self.models):
+            return False
+        return self._readiness.complete
+
+    async def observe(self, wanted: Wanted | None, busy: Collection[str]) -> bool:
+        """Ask the engine what it is and has; whether that makes news."""
+        async with self._observing:
+            before = (self.ready(wanted), self.started)
+            try:
+                models = await self._client.models()
+            except EngineDown as error:
+                self.answering, self.why_not = False, f"the engine does not answer: {error}"
+                self._gone = self._gone or error.gone
+                self._misses += 1
+                if error.gone or self._misses >= TOLERATED_MISSES:
+                    self.models = None
+            else:
+                await self._see(wanted, busy, models)
+            self._observed_at = time.monotonic()
+            self._metrics.engine_up.set(self.answering)
+            return before != (self.ready(wanted), self.started)
+
+    async def _see(self, wanted: Wanted | None, busy: Collection[str], models: dict[str, str]) -> None:
+        other = self._gone and await self._another_process()
+        if self._readiness.restarted(wanted, models, self._dir, busy, other):
+            self._process = await self._process_start()
+            started = datetime.fromtimestamp(self._process or time.time(), UTC).isoformat(timespec="milliseconds")
+            log.info("the engine started", extra={"engine_started": started, "models": sorted(models)})
+            self._metrics.restarts.inc()
+            self._readiness.start()
+            self._failures.retry_now(OF_ENGINE)  # another process may be another version of it, or have other flags
+            self.started = started
+        self._gone, self._misses, self.models = False, 0, models
+        self.answering = self._base is None or self._base in models
+        if not self.answering:
+            self.why_not = f"the engine does not serve {self._base}: it lists {', '.join(sorted(models)) or 'nothing'}"
+        self._readiness.see(wanted, models, self._dir, self._failures)
+
+    async def _process_start(self) -> float | None:
+        try:
+            return process_start(await self._client.exposition())
+        except (EngineDown, ValueError):
+            return None
+
+    async def _another_process(self) -> bool:
+        now = await self._process_start()
+        return now is None or now != self._process
+
+    async def active(self) -> frozenset[str] | None:
+        """Adapters that requests run or wait for; None when that is not known."""
+        try:
+            return active_adapters(await self._client.exposition())
+        except (EngineDown, ValueError) as error:
+            log.warning("what runs in the engine is not known, so nothing is unloaded: %s", error)
+            return None
+
+    async def died(self) -> str | None:
+        """How the engine does not answer now; None where it does."""
+        try:
+            await self._client.models()
+        except EngineDown as error:
+            return str(error)
+        return None

@@ -136,7 +136,7 @@ def make_model(case: Case, folder: Path) -> None:
 
 def measured(case: Case, folder: Path) -> int:
     """Peak bytes of two steps of training: of the live tensors, or of the GPU's memory."""
-    from graft.contracts import JobFile
+    from graft.contracts.job import JobFile
     from graft_trainer.model.methods import make_tunable
     from graft_trainer.model.model import load_base_model, this_device
     from graft_trainer.recipe.resolve import Device, limits

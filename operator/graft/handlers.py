@@ -21,10 +21,11 @@ from graft import metrics
 from graft.api import GROUP, VERSION
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, STORAGE_DIR
+from graft.contracts.gateway import DEMAND_COMPONENT, DEMAND_CONFIGMAP
+from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, Manifest
 from graft.manifests.adapter import JOB_UID
-from graft.manifests.common import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
+from graft.manifests.metadata import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
 from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, retention, signing, versions
 from graft.reconcile.adapterdeployment import adapterdeployment, scaling

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from cluster_api import Api, Object
-from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
+from graft.contracts.agent import Residency, ResidentAdapter, Wanted
+from graft.contracts.gateway import Routes
 from operator_process import SYSTEM
 from tenant import BASE, Tenant
 

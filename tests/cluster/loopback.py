@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster_api import MERGE, Api, Object, Refused
-from graft.contracts import AGENT_PORT, ENGINE_PORT
+from graft.contracts.mounts import AGENT_PORT, ENGINE_PORT
 from testbed.processes import start_time
 from testbed.shell import wait_for
 

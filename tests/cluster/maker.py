@@ -12,7 +12,8 @@ from cluster_api import Object
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, ManifestParent
 from graft.artifacts.versions import describe_files, publish
-from graft.contracts import EXIT_CODES, Reason, Termination, VersionFile
+from graft.contracts.job import VersionFile
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from tenant import BASE, Tenant
 
 

@@ -18,7 +18,7 @@ from graft.artifacts import layout, sources
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files, publish
-from graft.contracts import GATEWAY_PORT
+from graft.contracts.mounts import GATEWAY_PORT
 from operator_process import BUCKET, SYSTEM
 from tenant import API, Tenant
 from testbed.controlplane import ControlPlane

@@ -14,8 +14,9 @@ from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store, StorageConfig
 from graft.artifacts.versions import describe_files, publish
-from graft.contracts import EXIT_CODES, JobFile, Progress, Reason, Termination
-from graft.manifests.common import OWNER_UID
+from graft.contracts.job import JobFile
+from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
+from graft.manifests.metadata import OWNER_UID
 from graft.manifests.training import is_preflight
 from testbed.shell import wait_for
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from graft.artifacts.store import S3Store, StorageConfig
-from graft.contracts import WANTED_KEY, Residency, Wanted, WantedAdapter
+from graft.contracts.agent import WANTED_KEY, Residency, Wanted, WantedAdapter
 from testbed.faults import FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server
 from testbed.shell import tail

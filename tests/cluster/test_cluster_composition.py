@@ -10,7 +10,7 @@ from cluster_api import Object
 from fleet import Fleet
 from graft.artifacts.layout import adapter_prefix
 from graft.artifacts.versions import read_manifest
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from maker import Maker
 from operator_process import BUCKET, OperatorProcess
 from tenant import API, BASE, Tenant

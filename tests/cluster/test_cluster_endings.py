@@ -3,7 +3,7 @@
 import json
 
 from fleet import Fleet
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from tenant import Tenant
 
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from cluster_api import Object
-from graft.contracts import EXIT_CODES, Reason, Termination
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from tenant import Tenant
 from tenants import make_base_model
 

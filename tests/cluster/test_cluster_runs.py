@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster_api import Object
 from fleet import Fleet
-from graft.contracts import CheckpointRef, DatasetStatistics, Reason
+from graft.contracts.progress import CheckpointRef, DatasetStatistics, Reason
 from tenant import Tenant
 
 

@@ -8,7 +8,8 @@ import pytest
 from cluster_api import Object, Refused
 from fleet import Fleet
 from front_door import engine, front_door
-from graft.contracts import DEMAND_CONFIGMAP, ENGINE_PORT
+from graft.contracts.gateway import DEMAND_CONFIGMAP
+from graft.contracts.mounts import ENGINE_PORT
 from operator_process import SYSTEM
 from tenant import Tenant
 from tenants import make_base_model

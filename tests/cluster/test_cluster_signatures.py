@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fleet import Fleet
 from graft.api.adapter import AdapterSignature
 from graft.artifacts.signing import Keys, Statement, generate, key_id, read_keys, trusted_keys, verify
-from graft.contracts import TRUSTED_KEYS, WantedAdapter
+from graft.contracts.agent import TRUSTED_KEYS, WantedAdapter
 from graft_server.agent.storage.objects import Storage
 from operator_process import ACCOUNT, SYSTEM, OperatorProcess
 from tenant import Tenant

@@ -18,7 +18,8 @@ from graft.artifacts.layout import adapter_prefix, attempt_prefix
 from graft.artifacts.sources import describe
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.artifacts.versions import verify
-from graft.contracts import EXIT_CODES, JobFile, Progress, Reason, Termination
+from graft.contracts.job import JobFile
+from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
 from testbed.objectstore import S3Server, s3_server
 
 pytestmark = pytest.mark.cluster

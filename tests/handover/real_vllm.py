@@ -11,7 +11,7 @@ from typing import Any
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
-from graft.contracts import BaseModelRef
+from graft.contracts.message import BaseModelRef
 from graft.manifests.serving import serving_deployment
 from graft.settings import Images, Settings
 from testbed.controlplane import free_port

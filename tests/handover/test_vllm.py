@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
-from graft.contracts import Wanted, WantedAdapter
+from graft.contracts.agent import Wanted, WantedAdapter
 from handover.real_vllm import COMMAND, GPU, MAX_RANK, Vllm
 from unit.agent_world import Pod
 from unit.engine_world import expected, make_adapter

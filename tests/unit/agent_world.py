@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from graft.contracts import WANTED_KEY, Residency, ResidentAdapter, Wanted, WantedAdapter
+from graft.contracts.agent import WANTED_KEY, Residency, ResidentAdapter, Wanted, WantedAdapter
 from graft_server.agent.agent import Agent
 from graft_server.agent.engine.client import EngineClient
 from graft_server.agent.storage.objects import Storage

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from graft.artifacts.store import ObjectInfo, StoreError
-from graft.contracts import Progress
+from graft.contracts.progress import Progress
 from graft_trainer.data.tokens import Collator, Tokenisation, Tokenised
 from graft_trainer.loop.loop import run_loop
 from graft_trainer.loop.watch import Watch

@@ -7,7 +7,7 @@ import torch
 from graft.artifacts.layout import adapter_prefix
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.versions import describe_files, publish, verify
-from graft.contracts import ParentVersion, VersionFile
+from graft.contracts.job import ParentVersion, VersionFile
 from graft_trainer.versions.make_version import Making, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from graft.artifacts.manifest import Manifest, digest
 from graft.artifacts.versions import describe_files
-from graft.contracts import CurrentVersion
+from graft.contracts.job import CurrentVersion
 from graft_trainer import train as train_module
 from graft_trainer.evaluation.evaluate import Evaluated, evaluate
 from graft_trainer.run.run import Prepared, Run

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_world import ROOT, FolderStore, open_attempt, run_attempt
-from graft.contracts import Pods, Progress
+from graft.contracts.job import Pods
+from graft.contracts.progress import Progress
 from graft_trainer import train
 from graft_trainer.__main__ import fail
 from graft_trainer.loop.lean_trainer import LeanTrainer

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from graft.artifacts.store import StorageConfig
-from graft.contracts import STORAGE_SECRET
+from graft.contracts.mounts import STORAGE_SECRET
 from graft.reconcile.shared.access import SECRET_KEYS, ensure_credentials
 from graft.reconcile.shared.context import Context
 from graft.settings import Images, Settings

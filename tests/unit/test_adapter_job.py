@@ -7,7 +7,8 @@ import pytest
 from graft.api import Adapter
 from graft.api.adapter import ResolvedParent
 from graft.api.basemodel import BaseModelStatus
-from graft.contracts import BaseModelRef, Reason
+from graft.contracts.message import BaseModelRef
+from graft.contracts.progress import Reason
 from graft.manifests.adapterjob import resources
 from graft.reconcile.adapter.adapterjob import observe, outside_namespace, resolve, waiting
 from graft.reconcile.shared.access import Trouble

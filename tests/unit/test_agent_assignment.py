@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graft.contracts import WANTED_KEY, WantedAdapter
+from graft.contracts.agent import WANTED_KEY, WantedAdapter
 from unit.agent_world import Pod, serving
 from unit.serving_world import eventually
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from graft.contracts import Wanted, WantedAdapter, engine_name
+from graft.contracts.agent import Wanted, WantedAdapter, engine_name
 from graft_server.agent.decisions.decide import (
     Delete,
     Discard,

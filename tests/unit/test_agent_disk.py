@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from graft.artifacts.manifest import ManifestFile
 from graft.artifacts.store import S3Store, StorageConfig
-from graft.contracts import WantedAdapter
+from graft.contracts.agent import WantedAdapter
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 from graft_server.agent.decisions.room import Capacity, capacity
 from graft_server.agent.storage.download import inspect

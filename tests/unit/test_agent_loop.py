@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from graft.contracts import WANTED_KEY, AdapterState, Residency, ResidentAdapter, engine_name
+from graft.contracts.agent import WANTED_KEY, AdapterState, Residency, ResidentAdapter, engine_name
 from graft_server.agent.report.residency import Publisher
 from graft_server.agent.server import application
 from graft_server.agent.storage.fetchbase import fetch_base

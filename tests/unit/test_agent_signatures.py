@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.signing import Keys, generate, published_keys, read_keys
-from graft.contracts import WantedAdapter
+from graft.contracts.agent import WantedAdapter
 from graft_server.agent.settings import parse
 from unit.agent_world import serving
 from unit.serving_world import KEYS, TRUSTED, eventually, signed

@@ -9,7 +9,8 @@ from typing import Any
 
 import aiohttp
 from engine_world import BASE, expected, make_adapter, make_base, running
-from graft.contracts import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget, Wanted
+from graft.contracts.agent import Wanted
+from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.settings import Settings
 from unit.agent_world import Pod

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ScalingTarget
-from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
+from graft.contracts.agent import Residency, ResidentAdapter, Wanted
+from graft.contracts.gateway import Routes
 from graft.reconcile.adapterdeployment import assignment
 from graft.reconcile.adapterdeployment.serving import ReplicaView, plan_routes, plan_wanted, resolve, wanted_adapter
 from unit.test_serving_plan import adapter, deployment, replica

@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 import yaml
 from graft.artifacts.store import StorageConfig
-from graft.contracts import TRUSTED_KEYS
+from graft.contracts.agent import TRUSTED_KEYS
 from graft.crdgen import ROOT
-from graft.manifests.common import labels
+from graft.manifests.metadata import labels
 from graft.settings import Settings, Signing
 
 CHART = ROOT / "charts" / "graft"
@@ -437,7 +437,7 @@ def test_another_release_name_renames_everything_alike(helm: str, tmp_path: Path
 
 
 def test_the_gateway_writes_one_configmap_and_nothing_else(template: Any) -> None:
-    from graft.contracts import DEMAND_CONFIGMAP
+    from graft.contracts.gateway import DEMAND_CONFIGMAP
 
     manifests = template({"gateway": {"holdSeconds": 30}})
     writing = [rule for rule in find(manifests, "Role", "graft-gateway")["rules"] if "patch" in rule["verbs"]]

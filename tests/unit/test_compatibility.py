@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from graft.api import Adapter, BaseModel
-from graft.contracts import BaseModelRef
+from graft.contracts.message import BaseModelRef
 from graft.reconcile.adapter.compatibility import base_of, compatible_bases, in_force, unfit
 from graft.reconcile.adapterdeployment.serving import Resolution, fits, plan_routes, resolve, wanted_adapter
 from test_serving_plan import adapter as plain

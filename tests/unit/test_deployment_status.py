@@ -5,7 +5,7 @@ from typing import Any
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import AdapterDeploymentStatus
 from graft.api.meta import Condition
-from graft.contracts import Residency, ResidentAdapter
+from graft.contracts.agent import Residency, ResidentAdapter
 from graft.reconcile.adapterdeployment import assignment, scaling
 from graft.reconcile.adapterdeployment.deploymentstatus import World, observe
 from graft.reconcile.adapterdeployment.serving import plan_routes, plan_wanted, resolve, wanted_adapter

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from graft.contracts import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.settings import Settings
 from serving_world import FakeEngine, FakeKube, eventually, listening

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 from engine_world import BASE, expected, make_adapter, make_base, running
-from graft.contracts import Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.gateway import Backend, RouteEntry, Routes, RouteTarget
 from serving_world import FakeEngine, eventually
 from unit.test_gateway_http import World, events, refused, sse, world
 

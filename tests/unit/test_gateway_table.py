@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from graft.contracts import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
 from graft_server.gateway.errors import engine_error
 from graft_server.gateway.rewrite import StreamRewriter, Words, rewrite_answer
 from graft_server.gateway.table import Balancer, Table, read_parts

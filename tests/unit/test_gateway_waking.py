@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from graft.contracts import DEMAND_CONFIGMAP, Demand
+from graft.contracts.gateway import DEMAND_CONFIGMAP, Demand
 from graft_server.configmaps import ConfigMaps
 from graft_server.gateway import demand
 from graft_server.gateway.demand import Reporter, Waiting

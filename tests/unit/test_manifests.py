@@ -9,7 +9,8 @@ import yaml
 from graft.api import Adapter, AdapterDeployment, FineTuneJob
 from graft.api.adapterdeployment import ServingSizing
 from graft.api.basemodel import BaseModelStatus
-from graft.contracts import BaseModelRef, Wanted, WantedAdapter
+from graft.contracts.agent import Wanted, WantedAdapter
+from graft.contracts.message import BaseModelRef
 from graft.manifests import adapterjob, agent, network, scaling, serving, training
 from graft.placement import engine
 from graft.placement.facts import facts_of

@@ -6,7 +6,7 @@ import pytest
 from graft.api.basemodel import ModelFacts
 from graft.api.meta import Placement, Resources
 from graft.api.recipe import Method, Training
-from graft.contracts import Choice
+from graft.contracts.job import Choice
 from graft.placement import Decision, DoesNotFit, training
 from graft.placement.estimate import GIB
 from graft.placement.facts import facts_of

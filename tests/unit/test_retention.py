@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from graft.api import Adapter, AdapterDeployment
 from graft.api.meta import Condition
-from graft.contracts import BaseModelRef
+from graft.contracts.message import BaseModelRef
 from graft.reconcile.adapter import retention
 from graft.reconcile.adapter.retention import Plan, decide, needs, number, state
 from graft.reconcile.adapterdeployment.serving import resolve

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ServingSizing
-from graft.contracts import Demand, demand_interval
+from graft.contracts.gateway import Demand, demand_interval
 from graft.manifests.scaling import autoscaler, can_have_several
 from graft.reconcile.adapterdeployment import autoscaling
 from graft.reconcile.adapterdeployment.scaling import Decision, decide, demands, idle_seconds, may_sleep

@@ -4,7 +4,8 @@ from typing import Any
 
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapter import AdapterSignature
-from graft.contracts import Residency, ResidentAdapter, Routes, Wanted
+from graft.contracts.agent import Residency, ResidentAdapter, Wanted
+from graft.contracts.gateway import Routes
 from graft.reconcile.adapterdeployment.serving import (
     ReplicaView,
     Resolution,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from graft.api.meta import Condition
-from graft.contracts import EXIT_CODES, Reason
+from graft.contracts.progress import EXIT_CODES, Reason
 from graft.kube import covers
 from graft.status import MESSAGE_LIMIT, REASONS, condition, duration, merge, transitions
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft.contracts import EXIT_CODES, Reason
+from graft.contracts.progress import EXIT_CODES, Reason
 from testbed.objectstore import S3Server, s3_server
 from testbed.quickstart import MODEL, QUICKSTART
 from trainer_world import make_job

@@ -20,7 +20,7 @@ from composition_world import (
     version_file,
 )
 from graft.artifacts.manifest import ManifestBaseModel
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_server.agent.storage.adapterconfig import reduced_config as agent_config
 from graft_server.agent.storage.weights import check_weights
 from graft_trainer.model.shapes import base_of_shapes

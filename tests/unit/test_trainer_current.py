@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from evaluation_world import TRAINING, prepared, publish_as, train_and_evaluate, trained_in
-from graft.contracts import CurrentVersion
+from graft.contracts.job import CurrentVersion
 from graft_trainer.evaluation.evaluate import Evaluated
 from safetensors.torch import load_file
 from trainer_world import MemoryStore, make_base

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from graft.api.recipe import Dataset
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.data.dataset import Reading, check_template, fill, held_out_size, read_examples, split, vary
 from graft_trainer.run.download import split_dataset_uri
 from graft_trainer.run.failures import Failure

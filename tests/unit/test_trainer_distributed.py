@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_world import Attempt, FolderStore, run_attempt
-from graft.contracts import EXIT_CODES, Pods, Reason, Termination
+from graft.contracts.job import Pods
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from graft_trainer import train as train_module
 from graft_trainer.data.data_order import DataOrder
 from graft_trainer.model.model import load_base_model

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_world import FolderStore, run_attempt
-from graft.contracts import EXIT_CODES, Reason
+from graft.contracts.progress import EXIT_CODES, Reason
 from rank_process import run_pair
 from safetensors.torch import load_file
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.run import download
 from graft_trainer.run.download import download_file
 from graft_trainer.run.failures import Failure

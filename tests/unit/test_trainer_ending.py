@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.store import StoreError, Trouble
-from graft.contracts import Progress, Reason
+from graft.contracts.progress import Progress, Reason
 from graft_trainer import pipeline
 from graft_trainer.checkpoints.checkpoint import Receipt
 from graft_trainer.pipeline import train_evaluate_publish

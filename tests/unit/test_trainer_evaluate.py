@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from evaluation_world import ASKED, TRAINING, jsonl, prepared, train_and_evaluate
 from graft.artifacts.store import StoreError
-from graft.contracts import Progress
+from graft.contracts.progress import Progress
 from graft.report.document import Report
 from graft_trainer.data.dataset import Example
 from graft_trainer.evaluation import evaluate as evaluate_module

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from graft.api.evaluation import Evaluation, Gate
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.evaluation import gates
 
 QUIZ = {"name": "quiz", "uri": "s3://bucket/quiz.jsonl"}

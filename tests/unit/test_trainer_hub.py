@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.prepare import preflight, prepare
 from graft_trainer.run.failures import explain
 from graft_trainer.run.run import Prepared

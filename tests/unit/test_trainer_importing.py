@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from composition_world import BASE, deltas, download, load_base, make, make_adapter, tensors, version_file
-from graft.contracts import EXIT_CODES, Reason, Termination
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from graft_trainer.run.failures import Failure
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from evaluation_world import TRAINING, prepared, train_and_evaluate
 from graft.api.evaluation import Suite
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.evaluation.lmeval import plain_metrics
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
 from graft_trainer.evaluation.lmeval_tasks import load_task, read_definition

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from graft.api.evaluation import Suite
-from graft.contracts import Reason, Termination
+from graft.contracts.progress import Reason, Termination
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

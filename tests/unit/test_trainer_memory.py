@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from graft.contracts import EXIT_CODES, Progress, Reason, Termination
+from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
 from graft_trainer import train as train_module
 from graft_trainer.__main__ import fail
 from graft_trainer.pipeline import train_evaluate_publish

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from graft.artifacts.manifest import Manifest
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer import train as train_module
 from graft_trainer.analysis import analysis
 from graft_trainer.data.tokens import Collator

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer import train as train_module
 from graft_trainer.data.packing import PackCollator, check_packing, pack
 from graft_trainer.data.tokens import IGNORED, Collator, Tokenised

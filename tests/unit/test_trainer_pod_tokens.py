@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graft.contracts import Pods, Reason
+from graft.contracts.job import Pods
+from graft.contracts.progress import Reason
 from graft_trainer.data import pod_tokens
 from graft_trainer.data.dataset import Example
 from graft_trainer.data.pod_tokens import tokenise_in_pod

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from graft.artifacts.store import StoreError
-from graft.contracts import EXIT_CODES, DatasetStatistics, JobFile, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.progress import EXIT_CODES, DatasetStatistics, Reason
 from graft_trainer.model.basemodel import architectures, check_base_model, context_of, load_config
 from graft_trainer.prepare import preflight, prepare
 from graft_trainer.run.failures import Failure, explain

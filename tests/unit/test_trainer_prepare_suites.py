@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from graft.contracts import JobFile, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.progress import Reason
 from graft_trainer.prepare import prepare
 from graft_trainer.run.failures import explain
 from graft_trainer.run.run import Prepared

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from graft.api.recipe import Lora
-from graft.contracts import EXIT_CODES, Reason
+from graft.contracts.progress import EXIT_CODES, Reason
 from graft.cpus import cpu_limit
 from graft_trainer.loop.pace import Pace
 from graft_trainer.model.targets import Projection, target_modules

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graft.artifacts.manifest import Manifest, digest
-from graft.contracts import Progress, Reason
+from graft.contracts.progress import Progress, Reason
 from graft_trainer import train as train_module
 from graft_trainer.data.tokens import IGNORED, Tokenised
 from graft_trainer.evaluation.evaluate import mean_loss, stop_tokens

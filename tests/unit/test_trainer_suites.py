@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from graft.api.evaluation import Suite
 from graft.api.recipe import Dataset
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.evaluation.suites import Task, main_metric, metrics_of, needs_chat_template, read_suite
 from graft_trainer.run.failures import Failure
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft_trainer.data.dataset import Example
 from graft_trainer.data.tokens import (
     IGNORED,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from graft.artifacts.store import ObjectInfo, StoreError, Trouble
-from graft.contracts import JobFile
+from graft.contracts.job import JobFile
 from graft_trainer.run.progress import ProgressReporter
 from graft_trainer.run.run import Prepared, Run
 from graft_trainer.run.settings import Settings

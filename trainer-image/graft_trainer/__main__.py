@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 
 from graft.artifacts.store import StorageConfig
-from graft.contracts import EXIT_CODES, JobFile, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.progress import EXIT_CODES, Reason
 
 from graft_trainer.processes import distributed
 from graft_trainer.processes.launch import launch

@@ -11,7 +11,8 @@ from pathlib import Path
 from graft.artifacts.layout import MANIFEST
 from graft.artifacts.sources import fetch
 from graft.artifacts.store import StoreError, patiently
-from graft.contracts import DatasetStatistics, JobFile, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.progress import DatasetStatistics, Reason
 
 from graft_trainer.data import lengths
 from graft_trainer.data.dataset import check_template

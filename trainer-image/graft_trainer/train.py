@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from graft.api.recipe import MethodName
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from graft.cpus import cpu_limit
 from transformers import set_seed
 

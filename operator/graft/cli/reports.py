@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from graft.artifacts.layout import adapter_prefix, tenant_of
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
 from graft.cli.failure import CliFailure
-from graft.contracts import STORAGE_SECRET
+from graft.contracts.mounts import STORAGE_SECRET
 from graft.report.document import Report
 
 if TYPE_CHECKING:

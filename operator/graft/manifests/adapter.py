@@ -7,8 +7,8 @@ from graft.api import API_VERSION, FineTuneJob
 from graft.artifacts.layout import adapter_prefix, s3_uri, tenant_of
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StorageConfig
-from graft.contracts import STORAGE_SECRET
-from graft.manifests.common import FINALIZER, Manifest
+from graft.contracts.mounts import STORAGE_SECRET
+from graft.manifests.metadata import FINALIZER, Manifest
 
 JOB_UID = "graft.dev/job-uid"
 ADAPTER_LABEL = "graft.dev/adapter"

@@ -5,29 +5,19 @@ from graft.api.basemodel import BaseModelStatus
 from graft.api.composition import Compose, Import
 from graft.api.meta import Resources
 from graft.artifacts.layout import tenant_of
-from graft.contracts import (
-    JOB_FILE,
-    WORK_DIR,
-    BaseModelRef,
-    Composition,
-    JobIdentity,
-    OutputRef,
-    ParentVersion,
-    VersionFile,
-)
-from graft.manifests.common import (
+from graft.contracts.job import Composition, JobIdentity, OutputRef, ParentVersion, VersionFile
+from graft.contracts.message import BaseModelRef
+from graft.contracts.mounts import JOB_FILE, WORK_DIR
+from graft.manifests.metadata import OWNER_UID, Manifest, child, labels
+from graft.manifests.network import EGRESS
+from graft.manifests.podspec import (
     CONTAINER_SECURITY,
-    OWNER_UID,
     STORAGE_MOUNTS,
-    Manifest,
-    child,
     field_env,
     huggingface_volume,
-    labels,
     pod_defaults,
     storage_volume,
 )
-from graft.manifests.network import EGRESS
 from graft.manifests.training import FAILURE_POLICY, mounted_volumes
 from graft.settings import Settings
 

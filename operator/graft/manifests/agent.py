@@ -1,8 +1,8 @@
 """AdapterDeployment -> what its agents need: identity, rights, and the two ConfigMaps they talk through."""
 
 from graft.api import AdapterDeployment
-from graft.contracts import WANTED_KEY, Wanted
-from graft.manifests.common import Manifest, child
+from graft.contracts.agent import WANTED_KEY, Wanted
+from graft.manifests.metadata import Manifest, child
 from graft.manifests.serving import agent_account, residency_name, wanted_name
 
 

@@ -1,8 +1,8 @@
 """NetworkPolicies: engine ports open to the gateway only; nothing comes into a training pod."""
 
 from graft.api import AdapterDeployment, FineTuneJob
-from graft.contracts import AGENT_PORT, ENGINE_PORT
-from graft.manifests.common import OWNER_UID, Manifest, child
+from graft.contracts.mounts import AGENT_PORT, ENGINE_PORT
+from graft.manifests.metadata import OWNER_UID, Manifest, child
 from graft.settings import Settings
 
 # Out to anything but the cloud's metadata address, which would hand out the node's own rights.

@@ -3,8 +3,8 @@
 import hashlib
 
 from graft.api import AdapterDeployment
-from graft.contracts import ROUTES_COMPONENT, ROUTES_KEY, Routes
-from graft.manifests.common import Manifest, labels
+from graft.contracts.gateway import ROUTES_COMPONENT, ROUTES_KEY, Routes
+from graft.manifests.metadata import Manifest, labels
 from graft.settings import Settings
 
 

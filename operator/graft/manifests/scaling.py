@@ -2,7 +2,7 @@
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ScalingTarget
-from graft.manifests.common import Manifest, child
+from graft.manifests.metadata import Manifest, child
 from graft.manifests.serving import has_parts, pod_selector, serving_name
 
 # Of the gateway: requests that it holds, or that run or wait in the engines. Counted there because the engines' own metrics are

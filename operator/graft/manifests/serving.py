@@ -5,17 +5,16 @@ from graft.api.adapterdeployment import ServingSizing
 from graft.api.meta import GPU, Placement
 from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
-from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR, TRUSTED_KEYS, BaseModelRef
-from graft.manifests.common import (
+from graft.contracts.agent import TRUSTED_KEYS
+from graft.contracts.message import BaseModelRef
+from graft.contracts.mounts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR
+from graft.manifests.metadata import OWNER_UID, Manifest, child, labels
+from graft.manifests.podspec import (
     CONTAINER_SECURITY,
-    OWNER_UID,
     STORAGE_MOUNTS,
-    Manifest,
-    child,
     container_resources,
     field_env,
     huggingface_volume,
-    labels,
     pod_defaults,
     storage_volume,
 )

@@ -3,8 +3,8 @@
 import base64
 
 from graft.artifacts.signing import PRIVATE, Keys, published_keys
-from graft.contracts import TRUSTED_KEYS
-from graft.manifests.common import COMPONENT, Manifest
+from graft.contracts.agent import TRUSTED_KEYS
+from graft.manifests.metadata import COMPONENT, Manifest
 from graft.settings import Settings
 
 

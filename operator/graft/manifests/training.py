@@ -7,33 +7,18 @@ from graft.api import FineTuneJob
 from graft.api.meta import Resources
 from graft.artifacts.layout import tenant_of
 from graft.artifacts.sources import split_pvc_uri
-from graft.contracts import (
-    CONFIGMAP_DIR,
-    FATAL_EXIT_CODES,
-    FREE_EXIT_CODES,
-    JOB_FILE,
-    PVC_DIR,
-    RENDEZVOUS_PORT,
-    WORK_DIR,
-    BaseModelRef,
-    Choice,
-    CurrentVersion,
-    JobFile,
-    JobIdentity,
-    OutputRef,
-)
-from graft.contracts import Pods as PodsOfRun
-from graft.manifests.common import (
-    COMPONENT,
+from graft.contracts.job import RENDEZVOUS_PORT, Choice, CurrentVersion, JobFile, JobIdentity, OutputRef
+from graft.contracts.job import Pods as PodsOfRun
+from graft.contracts.message import BaseModelRef
+from graft.contracts.mounts import CONFIGMAP_DIR, JOB_FILE, PVC_DIR, WORK_DIR
+from graft.contracts.progress import FATAL_EXIT_CODES, FREE_EXIT_CODES
+from graft.manifests.metadata import COMPONENT, OWNER_UID, Manifest, child, labels
+from graft.manifests.podspec import (
     CONTAINER_SECURITY,
-    OWNER_UID,
     STORAGE_MOUNTS,
-    Manifest,
-    child,
     container_resources,
     field_env,
     huggingface_volume,
-    labels,
     pod_defaults,
     storage_volume,
 )

@@ -9,7 +9,7 @@ from graft.api.finetunejob import Sizing
 from graft.api.meta import GPU, Placement, Resources
 from graft.api.quantity import quantity
 from graft.api.recipe import Method, Training
-from graft.contracts import Choice
+from graft.contracts.job import Choice
 from graft.placement.activations import Setup
 from graft.placement.blocks import FactsMissing, geometry
 from graft.placement.choose import (

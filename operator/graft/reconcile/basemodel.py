@@ -7,7 +7,7 @@ from graft.api import BaseModel
 from graft.api.basemodel import BaseModelStatus, ModelFacts
 from graft.api.meta import Condition
 from graft.artifacts import sources
-from graft.contracts import HF_TOKEN_FILE
+from graft.contracts.mounts import HF_TOKEN_FILE
 from graft.placement.facts import facts_of
 from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition, find

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from graft.api.evaluation import Gate
-from graft.contracts import BaseModelRef, DatasetStatistics, JobIdentity, Message
+from graft.contracts.job import JobIdentity
+from graft.contracts.message import BaseModelRef, Message
+from graft.contracts.progress import DatasetStatistics
 
 SCHEMA_VERSION = 2
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from graft.contracts import WANTED_KEY, Residency, Wanted, WantedAdapter
+from graft.contracts.agent import WANTED_KEY, Residency, Wanted, WantedAdapter
 from pydantic import ValidationError
 
 from graft_server.agent.decisions.decide import Observed, decide, loaded, unwanted_in_engine

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.contracts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, STORAGE_DIR
+from graft.contracts.mounts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, STORAGE_DIR
 
 from graft_server.agent.engine.client import LOAD_SECONDS
 from graft_server.agent.storage.objects import STALL_SECONDS

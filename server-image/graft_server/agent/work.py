@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from graft.artifacts.manifest import ManifestFile
-from graft.contracts import WantedAdapter
+from graft.contracts.agent import WantedAdapter
 
 from graft_server.agent.decisions.decide import Action, Delete, Discard, Download, Inspect, Load, Refuse, Unload
 from graft_server.agent.decisions.memory import Failures

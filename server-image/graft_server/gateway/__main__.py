@@ -7,7 +7,7 @@ import sys
 
 import aiohttp
 from aiohttp import web
-from graft.contracts import ROUTES_COMPONENT
+from graft.contracts.gateway import ROUTES_COMPONENT
 
 from graft_server.configmaps import ConfigMaps, Follower, api_client
 from graft_server.gateway.app import Gateway

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from graft.contracts import Backend, Routes, RouteTarget
+from graft.contracts.gateway import Backend, Routes, RouteTarget
 
 from graft_server.configmaps import Snapshot
 from graft_server.gateway.demand import Waiting

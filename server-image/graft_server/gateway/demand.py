@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from graft.contracts import DEMAND_CONFIGMAP, Demand, demand_interval, demand_key
+from graft.contracts.gateway import DEMAND_CONFIGMAP, Demand, demand_interval, demand_key
 from graft.status import now
 
 from graft_server.configmaps import ConfigMaps, KubeError

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from graft.contracts import Backend, RouteTarget
+from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.gateway.errors import ApiError, engine_error, timed_out, unavailable, upstream_broke
 from graft_server.gateway.metrics import Metrics

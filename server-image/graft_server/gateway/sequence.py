@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from aiohttp import web
-from graft.contracts import Backend
+from graft.contracts.gateway import Backend
 
 from graft_server.gateway.errors import ApiError, bad_request, unavailable, upstream_broke
 from graft_server.gateway.proxy import Call, Proxy

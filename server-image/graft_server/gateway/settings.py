@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.contracts import GATEWAY_PORT
+from graft.contracts.mounts import GATEWAY_PORT
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MAX_BODY_BYTES = 10 * 1024 * 1024

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graft.contracts import ROUTES_KEY, Backend, Routes, RouteTarget
+from graft.contracts.gateway import ROUTES_KEY, Backend, Routes, RouteTarget
 from pydantic import ValidationError
 
 

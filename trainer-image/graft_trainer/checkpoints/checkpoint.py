@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from graft.artifacts.layout import CHECKPOINTS, checkpoint_prefix
 from graft.artifacts.store import ObjectInfo, StoreError
-from graft.contracts import CheckpointRef, JobFile, Message
+from graft.contracts.job import JobFile
+from graft.contracts.message import Message
+from graft.contracts.progress import CheckpointRef
 from pydantic import ValidationError
 
 from graft_trainer.recipe.resolve import Resolved

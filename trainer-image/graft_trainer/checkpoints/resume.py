@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graft.contracts import CheckpointRef
+from graft.contracts.progress import CheckpointRef
 
 from graft_trainer.checkpoints.checkpoint import Checkpoint, Receipt
 from graft_trainer.checkpoints.state import loader

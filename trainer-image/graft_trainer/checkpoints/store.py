@@ -17,7 +17,7 @@ import torch
 from graft.artifacts.layout import checkpoint_prefix
 from graft.artifacts.store import ObjectInfo, S3Store, StoreError, patiently
 from graft.artifacts.versions import file_sha256
-from graft.contracts import CheckpointRef, Reason
+from graft.contracts.progress import CheckpointRef, Reason
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

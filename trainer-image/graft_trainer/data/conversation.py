@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.data.dataset import Example, Message
 from graft_trainer.run.failures import Failure

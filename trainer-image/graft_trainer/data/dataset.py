@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, overload
 
 from graft.api.recipe import Columns, Dataset
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure
 

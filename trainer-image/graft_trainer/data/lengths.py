@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.contracts import DatasetStatistics, Reason
+from graft.contracts.progress import DatasetStatistics, Reason
 
 from graft_trainer.data.dataset import Example
 from graft_trainer.data.tokens import Task, tokenise_one, tokenise_pair

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.data.tokens import IGNORED, Collator, Tokenised
 from graft_trainer.run.failures import Failure

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.data.conversation import ids_of, render, tokenise_conversations
 from graft_trainer.data.dataset import Example

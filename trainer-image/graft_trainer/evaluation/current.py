@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact
-from graft.contracts import CurrentVersion
+from graft.contracts.job import CurrentVersion
 from peft import PeftModel
 from transformers import AutoTokenizer
 

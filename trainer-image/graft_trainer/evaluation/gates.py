@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from graft.api.evaluation import Evaluation, Gate, Metric, Suite
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure
 

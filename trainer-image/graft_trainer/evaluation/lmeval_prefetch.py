@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from graft.api.evaluation import Evaluation, Suite
-from graft.contracts import Reason, Termination
+from graft.contracts.progress import Reason, Termination
 
 from graft_trainer.run.failures import Failure
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from graft.api.evaluation import Suite
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from graft.api.evaluation import Metric, Suite
 from graft.api.recipe import Columns, Dataset
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.data.dataset import BadLine, Example, Message, excerpt, parser_of, record_of
 from graft_trainer.run.failures import Failure

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from graft.artifacts.layout import run_prefix
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from transformers import PrinterCallback
 
 from graft_trainer.checkpoints.checkpoint import identity

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from transformers import TrainerCallback
 
 from graft_trainer.checkpoints.store import CheckpointWriter

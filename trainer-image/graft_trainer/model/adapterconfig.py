@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from graft.api.recipe import MethodName
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.data.tokens import Task
 from graft_trainer.run.failures import Failure

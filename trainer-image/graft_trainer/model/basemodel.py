@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.api.recipe import Dataset
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.data.tokens import Task
 from graft_trainer.run.failures import Failure

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from graft.api.recipe import Lora, PromptTuning
-from graft.contracts import JobFile, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.progress import Reason
 from peft import (
     LoraConfig,
     PromptTuningConfig,

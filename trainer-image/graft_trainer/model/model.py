@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from graft.api.recipe import Method
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from graft.api.recipe import Lora
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from graft.contracts import RENDEZVOUS_PORT, Pods, Reason
+from graft.contracts.job import RENDEZVOUS_PORT, Pods
+from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure, connection_ended
 

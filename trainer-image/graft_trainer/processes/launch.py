@@ -13,7 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.contracts import EXIT_CODES, Pods, Reason, Termination
+from graft.contracts.job import Pods
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 
 from graft_trainer.processes import distributed
 from graft_trainer.run.failures import write_termination

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from graft.api.recipe import SHARDABLE, MethodName, Training
-from graft.contracts import JobFile, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.progress import Reason
 from pydantic.alias_generators import to_camel
 
 from graft_trainer.run.failures import Failure

@@ -17,7 +17,7 @@ from graft.artifacts.manifest import Manifest
 from graft.artifacts.sources import SourceError, pvc_path
 from graft.artifacts.store import CHUNK, Report, S3Store, StoreError, patiently
 from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.settings import Settings

@@ -6,7 +6,7 @@ from typing import Any
 
 from graft.artifacts.sources import SourceError
 from graft.artifacts.store import StoreError
-from graft.contracts import Reason, Termination
+from graft.contracts.progress import Reason, Termination
 
 TERMINATION_LIMIT = 4096  # bytes that Kubernetes keeps of a termination message
 REMEDY_LIMIT = 600  # characters

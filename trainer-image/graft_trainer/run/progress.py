@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from graft.artifacts.layout import EVENTS, PROGRESS
-from graft.contracts import Progress, TrainingStage
+from graft.contracts.progress import Progress, TrainingStage
 
 log = logging.getLogger(__name__)
 LARGE_EVENTS = 512 * 1024  # bytes; above it events.jsonl, which is sent whole, is sent more seldom

@@ -13,7 +13,9 @@ from graft.api.recipe import DatasetSource
 from graft.artifacts.layout import MANIFEST, PROGRESS, adapter_prefix, attempt_prefix, run_prefix
 from graft.artifacts.manifest import Manifest, digest
 from graft.artifacts.store import S3Store, StorageConfig, StoreError, patiently
-from graft.contracts import DatasetStatistics, JobFile, Message, Progress, Reason
+from graft.contracts.job import JobFile
+from graft.contracts.message import Message
+from graft.contracts.progress import DatasetStatistics, Progress, Reason
 from pydantic import ValidationError
 
 from graft_trainer.data.dataset import Example, Reading, held_out_size, read_examples, split, vary

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft import contracts
+from graft.contracts import mounts
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Settings:
 
         return cls(
             attempt=env.get("POD_NAME", "attempt"),
-            job_file=path("GRAFT_JOB_FILE", contracts.JOB_FILE),
-            storage_dir=path("GRAFT_STORAGE_DIR", contracts.STORAGE_DIR),
-            hf_token_file=path("GRAFT_HF_TOKEN_FILE", contracts.HF_TOKEN_FILE),
-            work_dir=path("GRAFT_WORK_DIR", contracts.WORK_DIR),
-            pvc_dir=path("GRAFT_PVC_DIR", contracts.PVC_DIR),
-            configmap_dir=path("GRAFT_CONFIGMAP_DIR", contracts.CONFIGMAP_DIR),
+            job_file=path("GRAFT_JOB_FILE", mounts.JOB_FILE),
+            storage_dir=path("GRAFT_STORAGE_DIR", mounts.STORAGE_DIR),
+            hf_token_file=path("GRAFT_HF_TOKEN_FILE", mounts.HF_TOKEN_FILE),
+            work_dir=path("GRAFT_WORK_DIR", mounts.WORK_DIR),
+            pvc_dir=path("GRAFT_PVC_DIR", mounts.PVC_DIR),
+            configmap_dir=path("GRAFT_CONFIGMAP_DIR", mounts.CONFIGMAP_DIR),
             termination_file=path("GRAFT_TERMINATION_FILE", "/dev/termination-log"),
             progress_interval=float(env.get("GRAFT_PROGRESS_INTERVAL", "5")),
             storage_patience=float(env.get("GRAFT_STORAGE_PATIENCE", "180")),

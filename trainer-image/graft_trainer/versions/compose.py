@@ -16,7 +16,8 @@ from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestParent
 from graft.artifacts.sources import fetch
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact
-from graft.contracts import Composition, ParentVersion, Reason
+from graft.contracts.job import Composition, ParentVersion
+from graft.contracts.progress import Reason
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn

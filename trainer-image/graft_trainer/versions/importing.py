@@ -16,7 +16,7 @@ from graft.artifacts.manifest import ALLOWED_FILES, ManifestBaseModel
 from graft.artifacts.manifest import SHARD as SHARD_NAME
 from graft.artifacts.sources import SourceError, fetch, hub_errors, s3_digest, s3_files, split_hf_uri
 from graft.artifacts.store import ObjectInfo, StoreError, patiently
-from graft.contracts import Reason
+from graft.contracts.progress import Reason
 from safetensors import SafetensorError, safe_open
 
 from graft_trainer.model.adapterconfig import invalid, reduced_config

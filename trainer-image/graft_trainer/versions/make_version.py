@@ -14,7 +14,8 @@ from graft.artifacts.layout import MANIFEST, adapter_prefix
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, ManifestParent, digest
 from graft.artifacts.sources import SourceError, describe, pvc_path
 from graft.artifacts.store import S3Store, StorageConfig, StoreError, patiently
-from graft.contracts import Reason, VersionFile
+from graft.contracts.job import VersionFile
+from graft.contracts.progress import Reason
 from pydantic import ValidationError
 
 from graft_trainer.run.failures import Failure, store_failure

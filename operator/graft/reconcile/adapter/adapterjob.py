@@ -17,10 +17,11 @@ from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
-from graft.contracts import BaseModelRef, Reason
+from graft.contracts.message import BaseModelRef
+from graft.contracts.progress import Reason
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapterjob as manifests
-from graft.manifests.common import OWNER_UID
+from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter.versions import matches, parse
 from graft.reconcile.finetunejob.finetunejob import refusal
 from graft.reconcile.finetunejob.jobstatus import condition_of

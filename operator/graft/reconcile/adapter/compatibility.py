@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from graft.api import Adapter, AdapterDeployment, BaseModel
 from graft.api.adapter import CompatibleBase
-from graft.contracts import BaseModelRef, engine_name
-from graft.manifests.common import Manifest
+from graft.contracts.agent import engine_name
+from graft.contracts.message import BaseModelRef
+from graft.manifests.metadata import Manifest
 from graft.manifests.serving import BASE_MODEL
 from graft.reconcile.adapterdeployment.serving import Resolution, fits, resolve
 from graft.reconcile.shared.access import Base, base_model_of

@@ -20,7 +20,7 @@ from graft.artifacts import archive, layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.store import S3Store, StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
-from graft.contracts import JobFile
+from graft.contracts.job import JobFile
 from graft.kube import Manifest
 from graft.manifests.adapter import ADAPTER_LABEL
 from graft.metrics import LIFECYCLE

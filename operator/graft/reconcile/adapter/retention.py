@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from graft.api import Adapter
 from graft.api.retention import Retention, seconds
-from graft.manifests.common import Manifest
+from graft.manifests.metadata import Manifest
 from graft.reconcile.adapter.versions import matches, parse
 from graft.status import find
 

@@ -25,7 +25,7 @@ from graft.artifacts.signing import (
     verify,
 )
 from graft.artifacts.store import StoreError
-from graft.contracts import TRUSTED_KEYS
+from graft.contracts.agent import TRUSTED_KEYS
 from graft.kube import KubeError
 from graft.manifests.signing import signing_secret, trusted_keys_config_map
 from graft.reconcile.shared.context import WAITING, Context

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ValidationError
 from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
 from graft.artifacts.layout import tenant_of
-from graft.contracts import ROUTES_KEY, WANTED_KEY, BaseModelRef, Residency, Routes, Wanted
+from graft.contracts.agent import WANTED_KEY, Residency, Wanted
+from graft.contracts.gateway import ROUTES_KEY, Routes
+from graft.contracts.message import BaseModelRef
 from graft.kube import KubeError, Manifest
 from graft.manifests import agent as agent_manifests
-from graft.manifests.common import OWNER_UID
+from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from graft.api import Adapter, AdapterDeployment
 from graft.api.quantity import binary
-from graft.contracts import Backend, Routes, Wanted, WantedAdapter
+from graft.contracts.agent import Wanted, WantedAdapter
+from graft.contracts.gateway import Backend, Routes
 from graft.placement.replicaroom import Remedies, enough, remedies
 from graft.placement.replicas import Capacity, Item, ReplicaPod, plan
 from graft.reconcile.adapterdeployment.serving import ReplicaView

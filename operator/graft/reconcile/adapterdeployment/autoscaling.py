@@ -4,9 +4,9 @@ import asyncio
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
-from graft.contracts import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
+from graft.contracts.gateway import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
 from graft.kube import FIELD_MANAGER, KubeError, Manifest
-from graft.manifests.common import COMPONENT, OWNER_UID
+from graft.manifests.metadata import COMPONENT, OWNER_UID
 from graft.manifests.scaling import autoscaler, can_have_several, disruption_budget, let_go_patch, replicas_patch
 from graft.manifests.serving import serving_name
 from graft.reconcile.adapterdeployment import scaling

@@ -13,7 +13,10 @@ from graft.api.adapterdeployment import (
 )
 from graft.api.meta import Condition
 from graft.artifacts.layout import tenant_of
-from graft.contracts import ENGINE_PORT, BaseModelRef, Residency, ResidentAdapter, Routes, Wanted, WantedAdapter
+from graft.contracts.agent import Residency, ResidentAdapter, Wanted, WantedAdapter
+from graft.contracts.gateway import Routes
+from graft.contracts.message import BaseModelRef
+from graft.contracts.mounts import ENGINE_PORT
 from graft.kube import Manifest
 from graft.manifests.serving import pod_selector
 from graft.reconcile.adapter import compatibility

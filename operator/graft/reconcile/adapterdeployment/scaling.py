@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ServingSizing
-from graft.contracts import Demand, demand_interval
+from graft.contracts.gateway import Demand, demand_interval
 from graft.manifests.scaling import SCALED_AT, fewest
 from graft.status import seconds_left
 

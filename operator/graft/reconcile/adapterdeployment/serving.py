@@ -15,18 +15,9 @@ from graft.api import Adapter, AdapterDeployment
 from graft.api.adapterdeployment import Route
 from graft.api.meta import Condition
 from graft.artifacts.layout import in_tenants_part
-from graft.contracts import (
-    AdapterState,
-    Backend,
-    BaseModelRef,
-    Residency,
-    RouteEntry,
-    Routes,
-    RouteTarget,
-    Wanted,
-    WantedAdapter,
-    engine_name,
-)
+from graft.contracts.agent import AdapterState, Residency, Wanted, WantedAdapter, engine_name
+from graft.contracts.gateway import Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.message import BaseModelRef
 from graft.reconcile.adapter.versions import matches, parse
 from graft.status import find
 

@@ -16,10 +16,12 @@ from graft.api.finetunejob import Resolved, Sizing
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.store import StoreError
-from graft.contracts import BaseModelRef, CurrentVersion, JobFile, Progress
+from graft.contracts.job import CurrentVersion, JobFile
+from graft.contracts.message import BaseModelRef
+from graft.contracts.progress import Progress
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapter as adapter_manifests
-from graft.manifests.common import OWNER_UID
+from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import training_policy
 from graft.manifests.training import (
     METHOD_LABEL,

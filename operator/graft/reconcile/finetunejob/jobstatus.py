@@ -16,7 +16,7 @@ from graft.api.finetunejob import (
 from graft.api.finetunejob import Progress as ProgressStatus
 from graft.api.meta import Condition
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.contracts import Progress, Reason
+from graft.contracts.progress import Progress, Reason
 from graft.kube import Manifest
 from graft.manifests import adapter as adapter_manifests
 from graft.manifests.training import is_preflight, preflight_name

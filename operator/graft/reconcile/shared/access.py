@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from graft.api import BaseModel
 from graft.artifacts.layout import tenant_of
 from graft.artifacts.store import StorageConfig, StoreError
-from graft.contracts import STORAGE_SECRET, BaseModelRef
+from graft.contracts.message import BaseModelRef
+from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError
 from graft.manifests.adapter import storage_secret
 from graft.reconcile.shared.context import Context

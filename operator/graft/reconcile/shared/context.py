@@ -13,7 +13,7 @@ from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.signing import Keys
 from graft.artifacts.store import S3Store
 from graft.kube import Kube, Manifest
-from graft.manifests.common import FINALIZER
+from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.transfers import Transfers
 from graft.settings import Settings
 

@@ -3,7 +3,7 @@
 from graft.api.meta import Resource
 from graft.artifacts import layout
 from graft.kube import KubeError
-from graft.manifests.common import OWNER_UID
+from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.shared.access import Trouble, not_bound
 from graft.reconcile.shared.context import SOON, Context
 

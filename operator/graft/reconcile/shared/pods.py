@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from graft.contracts import EXIT_CODES, Reason, Termination
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from graft.manifests.training import INDEX_LABEL
 
 Pod = dict[str, Any]

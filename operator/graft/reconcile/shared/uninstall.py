@@ -6,7 +6,7 @@ Runs as the chart's post-delete hook. The resources, what runs and what is store
 import logging
 
 from graft.kube import Kube
-from graft.manifests.common import FINALIZER
+from graft.manifests.metadata import FINALIZER
 
 log = logging.getLogger(__name__)
 KINDS = ("AdapterDeployment", "FineTuneJob", "Adapter")

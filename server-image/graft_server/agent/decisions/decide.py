@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from graft.contracts import Wanted, WantedAdapter
+from graft.contracts.agent import Wanted, WantedAdapter
 
 from graft_server.agent.decisions.room import Asked, Capacity, Kept, share_out
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from graft.contracts import Wanted
+from graft.contracts.agent import Wanted
 
 from graft_server.agent.decisions.decide import loaded
 from graft_server.agent.decisions.reasons import FAILED, SELDOM, AdapterReason

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from datetime import UTC, datetime
 
-from graft.contracts import Wanted
+from graft.contracts.agent import Wanted
 
 from graft_server.agent.decisions.memory import Failures, Readiness
 from graft_server.agent.decisions.reasons import OF_ENGINE

@@ -4,7 +4,7 @@ from collections import Counter as Count
 from collections.abc import Iterable
 from typing import get_args
 
-from graft.contracts import AdapterState, ResidentAdapter
+from graft.contracts.agent import AdapterState, ResidentAdapter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 STATES = get_args(AdapterState)

@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Collection, Mapping
 
-from graft.contracts import AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
+from graft.contracts.agent import AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
 
 from graft_server.agent.decisions.decide import OUR_NAME, OnDisk, loaded, unwanted_in_engine
 from graft_server.agent.decisions.memory import Failure, Failures

@@ -20,7 +20,7 @@ from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest, ManifestFile
 from graft.artifacts.store import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
-from graft.contracts import WantedAdapter
+from graft.contracts.agent import WantedAdapter
 
 from graft_server.agent.decisions.decide import OUR_NAME
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason

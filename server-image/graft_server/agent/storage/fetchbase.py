@@ -8,7 +8,8 @@ from pathlib import Path
 
 from graft.artifacts.sources import DISK_FULL, SourceError, fetch, split_hf_uri
 from graft.artifacts.store import S3Store, StorageConfig, StoreError
-from graft.contracts import EXIT_CODES, HF_TOKEN_FILE, PVC_DIR, STORAGE_DIR, Reason, Termination
+from graft.contracts.mounts import HF_TOKEN_FILE, PVC_DIR, STORAGE_DIR
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def fetch_base(arguments: list[str]) -> int:
-    """Fetch, and say in the termination message why not; the exit code (contracts.EXIT_CODES)."""
+    """Fetch, and say in the termination message why not; the exit code (EXIT_CODES)."""
     options = parser().parse_args(arguments)
     try:
         folder = _fetch(options)

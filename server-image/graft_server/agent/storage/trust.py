@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from graft.artifacts.layout import in_tenants_part, split_s3_uri, tenant_of
 from graft.artifacts.signing import KeyUnknown, SignatureInvalid, Statement, trusted_keys, verify
-from graft.contracts import WantedAdapter, engine_name
+from graft.contracts.agent import WantedAdapter, engine_name
 
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 from graft_server.configmaps import Snapshot

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from graft.api import Adapter, BaseModel
 from graft.contracts.message import BaseModelRef
-from graft.reconcile.adapter.compatibility import base_of, compatible_bases, in_force, unfit
-from graft.reconcile.adapterdeployment.serving import Resolution, fits, plan_routes, resolve, wanted_adapter
+from graft.reconcile.adapter.compatibility import compatible_bases, fits
+from graft.reconcile.adapterdeployment.basechange import base_of, in_force, unfit
+from graft.reconcile.adapterdeployment.serving import Resolution, plan_routes, resolve, wanted_adapter
 from test_serving_plan import adapter as plain
 from test_serving_plan import deployment, replica, target
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.layout import SIGNATURE, split_s3_uri
-from graft.artifacts.store import PATIENCE, ObjectInfo, Report, S3Store, StoreError, patiently
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import ObjectInfo, Report, S3Store
 
 WEIGHTS = ".safetensors"
 MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
@@ -64,16 +65,15 @@ def pvc_path(uri: str, root: Path) -> Path:
     return full
 
 
-def s3_files(store: S3Store, uri: str, patience: float = 0) -> tuple[str, str, list[ObjectInfo]]:
-    """(bucket, prefix, model files) below an s3:// folder. SourceError when there is no model, or no answer for `patience`
-    seconds."""
+def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
+    """Return (bucket, prefix, model files) below an s3:// folder. Raises SourceError if there is no model, or no answer."""
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
     try:
         # Of a version that serves as a model: its signature is written later, and anew with each key.
         files = [
             item
-            for item in patiently(lambda: list(store.objects(prefix, bucket)), patience)
+            for item in store.objects(prefix, bucket)
             if item.key.endswith(MODEL_FILES) and item.key != prefix + SIGNATURE
         ]
     except StoreError as error:
@@ -153,13 +153,11 @@ def fetch(
     hf_token: str | None = None,
     report: Report = lambda done, total: None,
     weights: bool = True,
-    patience: float = PATIENCE,
 ) -> Path:
-    """A local folder with the model's files: `target`, or the mounted claim itself for pvc://. Without `weights` they need only be
-    there, at the source. A store that does not answer is asked again for `patience` seconds.
+    """Return a local folder with the model's files: `target`, or the mounted claim itself for pvc://.
 
-    For s3:// the listing must still have the digest that the BaseModel was resolved to, and the files must be those of the
-    listing. SourceError otherwise; OSError (DISK_FULL) where they have no room.
+    Without `weights` the weights are not downloaded; they must only exist at the source. For s3:// the listing must still have
+    the digest that the BaseModel was resolved to. Raises SourceError otherwise, and OSError (DISK_FULL) if the disk is full.
     """
     if uri.startswith("pvc://"):
         folder = pvc_path(uri, pvc_root)
@@ -171,7 +169,7 @@ def fetch(
         return _fetch_hf(uri, target, hf_endpoint, hf_token, weights)
     if store is None:
         raise SourceError("no object store is configured")
-    bucket, prefix, files = s3_files(store, uri, patience)
+    bucket, prefix, files = s3_files(store, uri)
     actual = s3_digest(prefix, files)
     if digest is not None and actual != digest:
         raise SourceError(
@@ -191,7 +189,6 @@ def fetch(
                 item,
                 paths[item],
                 bucket,
-                patience=patience,
                 report=lambda came, _: report(done + came, total),  # noqa: B023 - called before the next one
             )
             done += item.size

@@ -5,6 +5,7 @@ from the environment.
 """
 
 import contextlib
+import copy
 import hashlib
 import logging
 import threading
@@ -12,18 +13,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from graft.artifacts.storage import StorageConfig, StoreError, Trouble
+
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
-Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
 Report = Callable[[int, int], None]  # bytes done, bytes in all
-PATIENCE = 180.0  # seconds for which a store that does not answer is asked again
+PATIENCE = 180.0  # seconds for which a pod retries while the store is unavailable
 CHUNK = 8 * 1024 * 1024
 PART = 32 * 1024 * 1024  # of a streamed upload; S3 takes 10,000 of them, of 5 MiB at least
 RANGE = 16 * 1024 * 1024  # of a download: what is taken anew when its connection breaks
@@ -32,17 +36,11 @@ PIECE = 256 * 1024  # that each of them holds in memory
 SMALL_OBJECT = 8 * 1024 * 1024  # JSON documents; larger ones are not read into memory
 
 
-class StoreError(Exception):
-    """A call that failed, with the kind of trouble: missing, denied, full, exists, or unavailable (worth a retry)."""
-
-    def __init__(self, trouble: Trouble, message: str) -> None:
-        super().__init__(message)
-        self.trouble = trouble
-
-
 def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
-    """`call`, again while the store does not answer, for `patience` seconds since it first did not. What the last try raised
-    otherwise."""
+    """Call `call`, and retry while the store is unavailable, until `patience` seconds after the first such error.
+
+    The pauses between retries grow from 1 s to 15 s. Raises what the last try raised.
+    """
     deadline, seconds = None, 1.0
     while True:
         try:
@@ -52,48 +50,19 @@ def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], o
             deadline = now + patience if deadline is None else deadline
             if error.trouble != "unavailable" or now + seconds > deadline:
                 raise
-            log.warning("the store did not answer, trying again in %.0f s: %s", seconds, error)
+            log.warning("the store is unavailable, retrying in %.0f s: %s", seconds, error)
         pause(seconds)
         seconds = min(2 * seconds, 15.0)
 
 
-@dataclass(frozen=True)
-class StorageConfig:
-    """Where the store is and with which key it is opened; `prefix` is the tenant's part of the bucket, ending in /."""
+def retried(method: Callable[Concatenate["S3Store", P], T]) -> Callable[Concatenate["S3Store", P], T]:
+    """Retry a method of S3Store while the store is unavailable, for the store's own `patience`. Nobody else retries."""
 
-    endpoint: str
-    region: str
-    bucket: str
-    prefix: str
-    access_key_id: str
-    secret_access_key: str
-    session_token: str | None = None
-    ca_file: str | None = None
+    @wraps(method)
+    def call(store: "S3Store", /, *arguments: P.args, **named: P.kwargs) -> T:
+        return patiently(lambda: method(store, *arguments, **named), store.patience)
 
-    @classmethod
-    def from_dir(cls, folder: str | Path) -> "StorageConfig":
-        """Read a mounted Secret: files endpoint, region, bucket, prefix, access-key-id, secret-access-key[, session-token, ca.crt]."""
-        root = Path(folder)
-
-        def text(name: str, default: str | None = None) -> str:
-            path = root / name
-            if not path.exists():
-                if default is None:
-                    raise StoreError("denied", f"the storage Secret has no key {name}")
-                return default
-            return path.read_text().strip()
-
-        ca = root / "ca.crt"
-        return cls(
-            endpoint=text("endpoint", ""),
-            region=text("region", "us-east-1"),
-            bucket=text("bucket"),
-            prefix=text("prefix", ""),
-            access_key_id=text("access-key-id"),
-            secret_access_key=text("secret-access-key"),
-            session_token=text("session-token", "") or None,
-            ca_file=str(ca) if ca.exists() and ca.stat().st_size else None,
-        )
+    return call
 
 
 @dataclass(frozen=True)
@@ -138,10 +107,16 @@ def _pieces(key: str, body: Any, size: int) -> Iterator[bytes]:
 
 
 class S3Store:
-    """One bucket, opened with one key."""
+    """One bucket, opened with one key.
 
-    def __init__(self, config: StorageConfig, *, attempts: int = 5, timeout: float = 20) -> None:
+    While the store is unavailable, each call is retried for `patience` seconds. The operator keeps 0: its reconciles retry.
+    A pod, which does nothing else meanwhile, takes PATIENCE.
+    """
+
+    def __init__(self, config: StorageConfig, *, attempts: int = 5, timeout: float = 20, patience: float = 0.0) -> None:
+        """`attempts` and `timeout` (seconds) are those of a single HTTP request, by botocore."""
         self.config = config
+        self.patience = patience
         self.client: Any = boto3.client(
             "s3",
             endpoint_url=config.endpoint or None,
@@ -158,6 +133,12 @@ class S3Store:
                 signature_version="s3v4",
             ),
         )
+
+    def with_patience(self, patience: float) -> "S3Store":
+        """The same store over the same connections, with another `patience` in seconds."""
+        other = copy.copy(self)
+        other.patience = patience
+        return other
 
     def _call(self, operation: str, key: str, bucket: str | None = None, **arguments: Any) -> Any:
         bucket = bucket or self.config.bucket
@@ -182,6 +163,7 @@ class S3Store:
         except BotoCoreError as error:
             raise StoreError("unavailable", f"bucket {self.config.bucket}: {error}") from error
 
+    @retried
     def get(self, key: str, bucket: str | None = None) -> bytes:
         """The bytes of a small object (at most SMALL_OBJECT)."""
         response = self._call("get_object", key, bucket)
@@ -192,21 +174,25 @@ class S3Store:
         except (BotoCoreError, OSError) as error:
             raise StoreError("unavailable", f"{key}: {error}") from error
 
+    @retried
     def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
         """Size and ETag of an object."""
         response = self._call("head_object", key, bucket)
         return ObjectInfo(key=key, size=response["ContentLength"], etag=response["ETag"].strip('"'))
 
+    @retried
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         """Write a small object; with if_absent an existing one raises StoreError("exists")."""
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         self._call("put_object", key, Body=data, ChecksumAlgorithm="SHA256", **condition)
 
+    @retried
     def check_write(self, key: str) -> None:
         """StoreError unless `key` may be written. Nothing is: an upload in parts is begun and given up."""
         upload = self._call("create_multipart_upload", key)["UploadId"]
         self._call("abort_multipart_upload", key, UploadId=upload)
 
+    @retried
     def upload(self, key: str, path: Path) -> None:
         """Write a file of any size, in parts where it is large, with checksums."""
         try:
@@ -250,6 +236,7 @@ class S3Store:
             if item["Key"] == key:
                 self._call("abort_multipart_upload", key, UploadId=item["UploadId"])
 
+    @retried
     def copy(self, source: str, key: str) -> None:
         """Copy an object of any size within the store, in parts where it is large."""
         bucket = self.config.bucket
@@ -270,16 +257,15 @@ class S3Store:
         path: Path,
         bucket: str | None = None,
         *,
-        patience: float = PATIENCE,
         report: Report = lambda done, total: None,
     ) -> None:
-        """Copy an object of any size to a file, which appears whole or not at all.
+        """Download an object of any size to a file. The file appears when it is complete, never in part.
 
-        Its ranges come several at once, and each is asked for again for `patience` seconds since it first failed. StoreError,
-        "missing" when the object is no longer the one of `item`; OSError when it is the disk. `report` is called by one thread
-        at a time, with fewer bytes than before when a range is taken anew.
+        STREAMS ranges are downloaded at once. Each range is retried by itself. `report` is called by one thread at a time;
+        after a retry its first number, the bytes done, can be smaller than before. Raises StoreError, "missing" if the object
+        is not the one of `item` any more. Raises OSError for an error of the disk.
         """
-        # Not boto's download_file: after an outage that botocore's own tries do not outlast, it takes the whole file anew.
+        # boto's download_file would restart the whole file after an outage that outlasts botocore's own retries.
         partial = path.with_name(path.name + ".partial")
         stopped, lock, done = threading.Event(), threading.Lock(), 0
 
@@ -290,7 +276,7 @@ class S3Store:
                 report(done, item.size)
 
         def take(start: int) -> None:
-            patiently(lambda: self._take(item, bucket, partial, start, stopped, came), patience, stopped.wait)
+            patiently(lambda: self._take(item, bucket, partial, start, stopped, came), self.patience, stopped.wait)
 
         pool = ThreadPoolExecutor(STREAMS, "download")
         try:
@@ -345,33 +331,36 @@ class S3Store:
         return hasher.hexdigest(), size
 
     def objects(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
-        """All objects below a prefix."""
-        bucket = bucket or self.config.bucket
-        try:
-            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for item in page.get("Contents", []):
-                    yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item["ETag"].strip('"'))
-        except ClientError as error:
-            raise StoreError(_trouble(error), f"listing s3://{bucket}/{prefix}: {error}") from error
-        except BotoCoreError as error:
-            raise StoreError("unavailable", f"listing s3://{bucket}/{prefix}: {error}") from error
+        """All objects below a prefix, in pages of 1000."""
+        for page in self._pages(bucket or self.config.bucket, Prefix=prefix):
+            for item in page.get("Contents", []):
+                yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item["ETag"].strip('"'))
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly below a prefix that ends in /."""
-        try:
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.config.bucket, Prefix=prefix, Delimiter="/"
-            )
-            return [
-                entry["Prefix"].removeprefix(prefix).rstrip("/")
-                for page in pages
-                for entry in page.get("CommonPrefixes", [])
-            ]
-        except ClientError as error:
-            raise StoreError(_trouble(error), f"listing {prefix}: {error}") from error
-        except BotoCoreError as error:
-            raise StoreError("unavailable", f"listing {prefix}: {error}") from error
+        return [
+            entry["Prefix"].removeprefix(prefix).rstrip("/")
+            for page in self._pages(self.config.bucket, Prefix=prefix, Delimiter="/")
+            for entry in page.get("CommonPrefixes", [])
+        ]
 
+    def _pages(self, bucket: str, **query: str) -> Iterator[dict[str, Any]]:
+        page = self._page(bucket, query)
+        yield page
+        while token := page.get("NextContinuationToken"):
+            page = self._page(bucket, query | {"ContinuationToken": token})
+            yield page
+
+    @retried
+    def _page(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
+        try:
+            return dict(self.client.list_objects_v2(Bucket=bucket, **query))
+        except ClientError as error:
+            raise StoreError(_trouble(error), f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError("unavailable", f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
+
+    @retried
     def delete(self, key: str) -> None:
         """Delete one object; one that is gone is fine."""
         self._call("delete_object", key)
@@ -385,5 +374,5 @@ class S3Store:
             (item.key for item in self.objects(prefix)), key=lambda key: (not key.endswith("/manifest.json"), key)
         )
         for key in keys:
-            self._call("delete_object", key)
+            self.delete(key)
         return len(keys)

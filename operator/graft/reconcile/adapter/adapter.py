@@ -8,11 +8,11 @@ from graft.api.adapter import AdapterStatus
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, verify
 from graft.kube import Manifest
 from graft.reconcile.adapter import adapterjob, lifecycle, signing
-from graft.reconcile.adapterdeployment.serving import is_put_away
+from graft.reconcile.adapter.compatibility import is_put_away
 from graft.reconcile.shared import ending
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.context import SOON, WAITING, Context

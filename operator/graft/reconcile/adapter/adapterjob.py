@@ -15,7 +15,7 @@ from graft.api.composition import EQUAL_RANKS, Compose, ComposeParent
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts.message import BaseModelRef
 from graft.contracts.progress import Reason
@@ -23,11 +23,10 @@ from graft.kube import KubeError, Manifest
 from graft.manifests import adapterjob as manifests
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter.versions import matches, parse
-from graft.reconcile.finetunejob.finetunejob import refusal
-from graft.reconcile.finetunejob.jobstatus import condition_of
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.reconcile.shared.jobs import condition_of, refusal
 from graft.status import condition, find
 
 KIND = "Adapter"

@@ -1,25 +1,26 @@
-"""Which adapters fit which files of a base model (PURE), and when a deployment's pods may move on to new ones.
+"""Which base models an adapter may be served on (PURE).
 
-An adapter is an update of the very weights that it was tuned on. It fits a base model whose digest (or commit) is the recorded one, under
-whatever name; and one of the same name whose spec.version lies in the adapter's spec.baseVersions: that somebody has to promise.
-
-A BaseModel may change under a deployment. Its pods are rolled only when every entry of spec.adapters that resolves on the files they
-have resolves on the new ones, too; until then they stay (`in_force`). During the roll each pod counts for the adapters that fit its
-own files only (`unfit`), so a route leads to the old version on old pods until the new pods can take over.
+An adapter is an update of the very weights that it was tuned on. It fits a base model with the recorded digest (or commit),
+under any name. It also fits a base model of the same name whose spec.version lies in the adapter's spec.baseVersions: the
+author of that field promises it.
 """
 
-from dataclasses import dataclass
-
-from pydantic import ValidationError
-
-from graft.api import Adapter, AdapterDeployment, BaseModel
+from graft.api import Adapter, BaseModel
 from graft.api.adapter import CompatibleBase
-from graft.contracts.agent import engine_name
 from graft.contracts.message import BaseModelRef
-from graft.manifests.metadata import Manifest
-from graft.manifests.serving import BASE_MODEL
-from graft.reconcile.adapterdeployment.serving import Resolution, fits, resolve
+from graft.reconcile.adapter.versions import matches
 from graft.reconcile.shared.access import Base, base_model_of
+from graft.status import find
+
+
+def fits(adapter: Adapter, base: BaseModelRef) -> bool:
+    """Whether an adapter may be served on these files of a base model."""
+    spec, tuned_on = adapter.spec, adapter.status.base_model_digest
+    if tuned_on == base.identity:
+        return True
+    if spec.base_model != base.name:
+        return False
+    return tuned_on is None or bool(spec.base_versions and base.version and matches(spec.base_versions, base.version))
 
 
 def compatible_bases(adapter: Adapter, models: list[BaseModel]) -> list[CompatibleBase]:
@@ -30,56 +31,7 @@ def compatible_bases(adapter: Adapter, models: list[BaseModel]) -> list[Compatib
     return [CompatibleBase(name=ref.name, version=ref.version, digest=ref.identity) for ref in fitting]
 
 
-def base_of(manifest: Manifest | None) -> BaseModelRef | None:
-    """The base model that a pod, or a pod template, was made with; None where nothing tells."""
-    text = ((manifest or {}).get("metadata", {}).get("annotations") or {}).get(BASE_MODEL)
-    try:
-        return BaseModelRef.model_validate_json(text) if text else None
-    except ValidationError:
-        return None
-
-
-@dataclass(frozen=True)
-class InForce:
-    """The base model that pods are made with, and what the entries stand for on it; `held` says why the pods wait."""
-
-    base: BaseModelRef | None
-    resolutions: list[Resolution]
-    held: str | None = None
-
-
-def in_force(
-    deployment: AdapterDeployment, adapters: list[Adapter], current: BaseModelRef | None, live: BaseModelRef | None
-) -> InForce:
-    """`current` is the BaseModel as it is now (None while it cannot be had), `live` what the pods are made with (None without pods)."""
-    if current is None:
-        return InForce(None, resolve(deployment, adapters, live))
-    after = resolve(deployment, adapters, current)
-    if live is None:
-        return InForce(current, after)
-    if live.identity == current.identity:
-        # The same files: another name for their version is no reason to make the pods anew.
-        return InForce(current.model_copy(update={"version": live.version}), after)
-    before = resolve(deployment, adapters, live)
-    lost = [new for old, new in zip(before, after, strict=True) if old.adapter is not None and new.adapter is None]
-    if not lost:
-        return InForce(current, after)
-    text = (
-        f"BaseModel {current.name} is now {current.identity}; the pods stay on {live.identity} until every adapter fits: "
-        f"{'; '.join(item.message for item in lost)}"
-    )
-    return InForce(live, before, text)
-
-
-def unfit(tenant: str, adapters: list[Adapter], pod: Manifest, current: BaseModelRef | None) -> frozenset[str]:
-    """Engine names of the adapters that do not fit the files of this pod; whatever it has loaded of them never gets traffic."""
-    base = base_of(pod)
-    if base is None:
-        return frozenset()
-    if current is not None and current.identity == base.identity:
-        base = current  # the version may have been given, or changed, since the pod was made
-    return frozenset(
-        engine_name(tenant, item.metadata.name, item.published.digest)
-        for item in adapters
-        if item.artifact is not None and not fits(item, base)
-    )
+def is_put_away(adapter: Adapter) -> bool:
+    """Whether only the compressed copy of the weights is sure to be there."""
+    ready = find(adapter.status.conditions, "Ready")
+    return ready is not None and ready.reason in {"Archived", "Restoring"}

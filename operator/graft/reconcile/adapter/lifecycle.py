@@ -18,7 +18,8 @@ from graft.api import Adapter, BaseModel
 from graft.api.meta import Condition
 from graft.artifacts import archive, layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.artifacts.store import S3Store, StoreError
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts.job import JobFile
 from graft.kube import Manifest

@@ -24,7 +24,7 @@ from graft.artifacts.signing import (
     sign,
     verify,
 )
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.contracts.agent import TRUSTED_KEYS
 from graft.kube import KubeError
 from graft.manifests.signing import signing_secret, trusted_keys_config_map

@@ -25,10 +25,9 @@ from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
-from graft.reconcile.adapter import compatibility
-from graft.reconcile.adapterdeployment import assignment, autoscaling, scaling, serving
+from graft.reconcile.adapterdeployment import assignment, autoscaling, basechange, scaling, serving
 from graft.reconcile.adapterdeployment.deploymentstatus import KIND, World, observe, why_unavailable
-from graft.reconcile.finetunejob.placing import place_engine
+from graft.reconcile.adapterdeployment.placing import place_engine
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
@@ -81,8 +80,8 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     trouble = base if isinstance(base, Trouble) else credentials
     adapters = [Adapter.model_validate(item) for item in listed]
     current = None if isinstance(base, Trouble) else base.ref
-    live = compatibility.base_of(deployment["spec"]["template"]) if deployment else None
-    chosen = compatibility.in_force(spec, adapters, current, live)
+    live = basechange.base_of(deployment["spec"]["template"]) if deployment else None
+    chosen = basechange.in_force(spec, adapters, current, live)
     world = World(
         spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
     )

@@ -19,8 +19,7 @@ from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import ENGINE_PORT
 from graft.kube import Manifest
 from graft.manifests.serving import pod_selector
-from graft.reconcile.adapter import compatibility
-from graft.reconcile.adapterdeployment import assignment, scaling, serving
+from graft.reconcile.adapterdeployment import assignment, basechange, scaling, serving
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble
 from graft.status import condition
@@ -62,7 +61,7 @@ class World:
                 address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
                 ready=pods.is_ready(pod),
                 residency=_own(self.residency.get(pods.name(pod)), pod),
-                unfit=compatibility.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
+                unfit=basechange.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
             )
             for pod in self.pods
             if not pod["metadata"].get("deletionTimestamp") and pods.phase(pod) not in {"Failed", "Succeeded"}

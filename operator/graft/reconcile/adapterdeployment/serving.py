@@ -18,6 +18,7 @@ from graft.artifacts.layout import in_tenants_part
 from graft.contracts.agent import AdapterState, Residency, Wanted, WantedAdapter, engine_name
 from graft.contracts.gateway import Backend, RouteEntry, Routes, RouteTarget
 from graft.contracts.message import BaseModelRef
+from graft.reconcile.adapter.compatibility import fits, is_put_away
 from graft.reconcile.adapter.versions import matches, parse
 from graft.status import find
 
@@ -56,16 +57,6 @@ class ReplicaView:
         """Whether a request for the adapter can go there."""
         states = {item.engine_name: item.state for item in (self.residency.adapters if self.residency else [])}
         return engine_model not in self.unfit and states.get(engine_model) in {"Loaded", "Draining"}
-
-
-def fits(adapter: Adapter, base: BaseModelRef) -> bool:
-    """Whether an adapter may be served on these files of a base model; see reconcile/adapter/compatibility.py."""
-    spec, tuned_on = adapter.spec, adapter.status.base_model_digest
-    if tuned_on == base.identity:
-        return True
-    if spec.base_model != base.name:
-        return False
-    return tuned_on is None or bool(spec.base_versions and base.version and matches(spec.base_versions, base.version))
 
 
 def resolve(
@@ -138,12 +129,6 @@ def _misfit(ref: str, newest: Adapter, base: BaseModelRef) -> str:
         f"{ref}: {name} was tuned on {tuned_on}, and BaseModel {base.name} is now {base.identity}{version}: tune a version on it, "
         f"or, if {name} fits it all the same, give the BaseModel a spec.version and name it in the Adapter's spec.baseVersions"
     )
-
-
-def is_put_away(adapter: Adapter) -> bool:
-    """Whether only the compressed copy of the weights is sure to be there."""
-    ready = find(adapter.status.conditions, "Ready")
-    return ready is not None and ready.reason in {"Archived", "Restoring"}
 
 
 def _is_ready(adapter: Adapter) -> bool:

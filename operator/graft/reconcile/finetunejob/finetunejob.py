@@ -15,7 +15,7 @@ from graft.api import Adapter, FineTuneJob
 from graft.api.finetunejob import Resolved, Sizing
 from graft.api.meta import Condition
 from graft.artifacts import layout
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.contracts.job import CurrentVersion, JobFile
 from graft.contracts.message import BaseModelRef
 from graft.contracts.progress import Progress
@@ -39,7 +39,6 @@ from graft.reconcile.finetunejob.jobstatus import (
     KIND,
     World,
     checked,
-    condition_of,
     job_condition,
     memory_failures,
     observe,
@@ -53,6 +52,7 @@ from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.reconcile.shared.jobs import condition_of, refusal
 from graft.status import condition, find, seconds_left
 
 
@@ -146,16 +146,6 @@ async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | N
         return left
     await ctx.kube.delete(KIND, job.metadata.namespace, job.metadata.name, job.metadata.uid)
     return None
-
-
-async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
-    """What the Job controller says when a quota or an admission policy refuses the pod: only an Event tells it."""
-    try:
-        events = await ctx.kube.events_of(namespace, job_uid)
-    except KubeError:
-        return None  # a hint that cannot be had is no reason to stop
-    refused = [item["message"] for item in events if item.get("reason") == "FailedCreate"]
-    return str(refused[-1]) if refused else None
 
 
 async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: bool) -> Progress | None:

@@ -22,6 +22,7 @@ from graft.manifests import adapter as adapter_manifests
 from graft.manifests.training import is_preflight, preflight_name
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble
+from graft.reconcile.shared.jobs import condition_of
 from graft.status import condition, duration, find
 
 KIND = "FineTuneJob"
@@ -163,11 +164,6 @@ def _progress_fields(progress: Progress, resolved: Resolved, ended: bool) -> dic
     if progress.checkpoints is not None:
         fields["checkpoints"] = [Checkpoint.model_validate(item.model_dump()) for item in progress.checkpoints]
     return fields
-
-
-def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
-    """A condition of a resource as it came from the API; empty when there is none (PURE)."""
-    return next((dict(item) for item in raw.get("status", {}).get("conditions", []) if item["type"] == type_), {})
 
 
 def job_condition(world: World, type_: str) -> dict[str, Any] | None:

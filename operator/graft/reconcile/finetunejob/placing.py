@@ -1,11 +1,9 @@
-"""Where a job is to train and a deployment to serve: the nodes that there are, handed to placement."""
+"""Where a job trains: reads the cluster's nodes and hands them to placement."""
 
 from graft import placement
-from graft.api import AdapterDeployment, FineTuneJob
-from graft.api.adapterdeployment import ServingSizing
+from graft.api import FineTuneJob
 from graft.api.finetunejob import Sizing
 from graft.manifests.training import Shape
-from graft.placement import engine
 from graft.placement.decide import DISK, DoesNotFit
 from graft.reconcile.shared.access import Base, Trouble
 from graft.reconcile.shared.context import Context
@@ -39,17 +37,3 @@ async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizi
         resources = resources.model_copy(update={"requests": asked})
     shape = Shape(resources, decision.nodes, decision.node_selector, decision.choice)
     return shape, decision.sizing
-
-
-async def place_engine(ctx: Context, deployment: AdapterDeployment, base: Base) -> ServingSizing | Trouble:
-    """What a replica is given. The choice in force is kept as long as what it was made from is the same, whatever nodes come
-    and go; Trouble when no node would do."""
-    facts, task, vllm = base.model.status.facts, base.model.spec.task, bool(ctx.settings.images.vllm)
-    before = deployment.status.sizing
-    if before is not None and before.basis == engine.basis_of(facts, deployment.spec, task=task, vllm=vllm):
-        return before
-    nodes = await ctx.kube.list("Node")
-    try:
-        return engine.serving(facts, deployment.spec, task=task, nodes=nodes, vllm=vllm)
-    except DoesNotFit as error:
-        return Trouble("DoesNotFit", str(error))

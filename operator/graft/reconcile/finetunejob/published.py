@@ -1,7 +1,7 @@
 """What a FineTuneJob has published, by what is in the store."""
 
 from graft.artifacts import layout
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.reconcile.finetunejob.jobstatus import World
 from graft.reconcile.shared.context import Context

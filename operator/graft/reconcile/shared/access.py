@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from graft.api import BaseModel
 from graft.artifacts.layout import tenant_of
-from graft.artifacts.store import StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
 from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError

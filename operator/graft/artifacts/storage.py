@@ -1,0 +1,57 @@
+"""Which object store, with which key, and the errors of its calls.
+
+Credentials come from a mounted Secret, one file per key, never from the environment.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
+
+
+class StoreError(Exception):
+    """A call that failed, with the kind of trouble: missing, denied, full, exists, or unavailable (worth a retry)."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Where the store is and with which key it is opened; `prefix` is the tenant's part of the bucket, ending in /."""
+
+    endpoint: str
+    region: str
+    bucket: str
+    prefix: str
+    access_key_id: str
+    secret_access_key: str
+    session_token: str | None = None
+    ca_file: str | None = None
+
+    @classmethod
+    def from_dir(cls, folder: str | Path) -> "StorageConfig":
+        """Read a mounted Secret: files endpoint, region, bucket, prefix, access-key-id, secret-access-key[, session-token, ca.crt]."""
+        root = Path(folder)
+
+        def text(name: str, default: str | None = None) -> str:
+            path = root / name
+            if not path.exists():
+                if default is None:
+                    raise StoreError("denied", f"the storage Secret has no key {name}")
+                return default
+            return path.read_text().strip()
+
+        ca = root / "ca.crt"
+        return cls(
+            endpoint=text("endpoint", ""),
+            region=text("region", "us-east-1"),
+            bucket=text("bucket"),
+            prefix=text("prefix", ""),
+            access_key_id=text("access-key-id"),
+            secret_access_key=text("secret-access-key"),
+            session_token=text("session-token", "") or None,
+            ca_file=str(ca) if ca.exists() and ca.stat().st_size else None,
+        )

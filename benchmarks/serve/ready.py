@@ -32,7 +32,8 @@ import safetensors.torch
 import torch
 import urllib3
 from cluster_api import Api
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from loopback import PLACEMENT, LoopbackNode, loopback_node
 from operator_process import BUCKET, OperatorProcess, install_rights, new_operator
 from serving_stack import adapter_manifest, gateway, make_real_base, upload_version, write_kubeconfig

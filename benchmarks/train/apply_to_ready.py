@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from testbed import demo, packages, product, quickstart
 from testbed.binaries import build
 from testbed.cluster import Cluster

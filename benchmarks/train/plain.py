@@ -32,7 +32,8 @@ class Upload(TrainerCallback):
     """What people add to have their checkpoints elsewhere: a synchronous copy after each save."""
 
     def __init__(self, secret: str) -> None:
-        from graft.artifacts.store import S3Store, StorageConfig
+        from graft.artifacts.storage import StorageConfig
+        from graft.artifacts.store import S3Store
 
         self.store = S3Store(StorageConfig.from_dir(secret))
 

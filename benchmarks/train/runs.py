@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from testbed.objectstore import S3Server, s3_server
 
 from benchmarks.train.recipe import REPOSITORY, Recipe

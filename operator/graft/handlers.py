@@ -1,8 +1,8 @@
-"""The only code that imports kopf: its watches of our kinds wake the reconcilers, its probes tell whether that works.
+"""The only code that imports kopf. Watches of our kinds wake the reconcilers, and probes report whether this works.
 
-Handlers are low-level (`kopf.on.event`): no finalizers, annotations or progress of kopf's are ever written, so the only writes are the
-reconcilers' own. Children are watched by kube.watch with a label selector that the API server evaluates: an operator that watched all
-pods of a large cluster would spend most of its life on other people's.
+The handlers are low-level (`kopf.on.event`), so kopf never writes finalizers, annotations or progress. The only writes
+are those of the reconcilers. kube.watch watches the children with a label selector that the API server evaluates.
+Without the selector, the operator would receive the events of all pods in a large cluster.
 """
 
 import asyncio
@@ -20,7 +20,8 @@ from prometheus_client import start_http_server
 from graft import metrics
 from graft.api import GROUP, VERSION
 from graft.artifacts.identity import VersityIdentity
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 from graft.contracts.gateway import DEMAND_COMPONENT, DEMAND_CONFIGMAP
 from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, Manifest
@@ -38,7 +39,7 @@ from graft.settings import load as load_settings
 log = logging.getLogger(__name__)
 
 CHILDREN = ("Job", "Pod", "Deployment", "ConfigMap")
-STUCK_AFTER = 300.0  # seconds; a single look that takes longer hangs
+STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
 METRICS_PORT = 9090
 
 RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] = {
@@ -50,16 +51,15 @@ RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] =
 
 
 class Operator:
-    """What one process holds while it runs."""
+    """The state of one operator process."""
 
     def __init__(self) -> None:
         self.ctx: Context | None = None
         self.queue: Queue | None = None
         self.tasks: list[asyncio.Task[None]] = []
-        self.watching: dict[str, float] = {}  # child kind -> when its watch was last seen to work
-        self.said: dict[
-            tuple[str, str], set[retention.Said]
-        ] = {}  # what the spec and status of each AdapterDeployment say
+        self.watching: dict[str, float] = {}  # child kind -> when its watch last worked
+        # (namespace, name) of an AdapterDeployment -> the strings in its spec and status
+        self.said: dict[tuple[str, str], set[retention.Said]] = {}
 
 
 operator = Operator()
@@ -67,7 +67,7 @@ operator = Operator()
 
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
-    """Connect, make the bucket where that is ours to do, and follow the children."""
+    """Connect to the API server and the object store, and start the queue, the watches and the periodic tasks."""
     settings.posting.enabled = False
     settings.watching.inactivity_timeout = 70  # a silent watch is reopened (kopf#204, #698)
     settings.watching.server_timeout = 300
@@ -95,7 +95,7 @@ async def _start_operator() -> None:
 
 @kopf.on.cleanup()
 async def stop(**_: Any) -> None:
-    """End the workers; whatever they were doing is found again at the next start."""
+    """Stop the workers. The next start resumes their work from the state in the cluster."""
     for task in operator.tasks:
         task.cancel()
     await asyncio.gather(*operator.tasks, return_exceptions=True)
@@ -108,14 +108,14 @@ async def stop(**_: Any) -> None:
 
 @kopf.on.event(GROUP, VERSION, kopf.EVERYTHING)
 async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
-    """One of our resources changed: look at it, and at those that refer to it."""
+    """Reconcile the resource that changed, and the resources that refer to it."""
     queue = operator.queue
     if queue is None:
         return
     kind, meta = body["kind"], body["metadata"]
     namespace, name = meta.get("namespace") or "", meta["name"]
     metrics.WATCH_EVENTS.labels(kind).inc()
-    if event.get("type") is None:  # the first listing after a start: not all at once
+    if event.get("type") is None:  # the first listing after a start: spread the reconciles
         await asyncio.sleep(random.uniform(0, 0.2))  # noqa: S311 - jitter
     if kind in RECONCILERS:
         if event.get("type") == "DELETED":
@@ -127,8 +127,8 @@ async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
 
 
 def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str, str, str]]:
-    """Who else has to look when a resource changes. `change` is the event's type, None in a listing: nobody knows what has
-    happened before it, what has been deleted least of all."""
+    """Return the other resources to reconcile when a resource changes. `change` is the event's type. It is None for a
+    listing, before which events may have been missed, above all deletions."""
     queue = operator.queue
     assert queue is not None  # noqa: S101
     namespace, own = body["metadata"].get("namespace") or "", body["metadata"]["name"]
@@ -138,9 +138,9 @@ def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str,
         job = (body.get("spec", {}).get("job") or {}).get("name")
         made = JOB_UID in (body["metadata"].get("labels") or {})
         jobs = [key for key in queue.keys("FineTuneJob", namespace) if made and key[2] == job]
-        adapter = body["spec"]["adapter"]  # what is the newest, and what a rollback leads to, may have changed
+        adapter = body["spec"]["adapter"]  # the newest version, and the target of a rollback, may have changed
         siblings = [key for key in _versions(namespace, {adapter}) if key[2] != own]
-        # What a composition waits for may be Archived, and is restored for it.
+        # A parent that a composition waits for may be Archived. Its reconcile restores it.
         parents = {ref.partition("@")[0] for ref in retention.composing([body]) if "@" in ref}
         users = [
             key
@@ -155,13 +155,13 @@ def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str,
             said = operator.said[namespace, own] = retention.said(body.get("spec")) | retention.said(body.get("status"))
         if change is None:
             return queue.keys("Adapter", namespace)
-        # A version that is meant no more, or used no more, has to look as well, and so have those that lead to it.
+        # Also reconcile versions that the deployment no longer names or uses. Rollback targets depend on them.
         return _versions(namespace, _adapters_in(before ^ said))
     return []
 
 
 def _adapters_in(said: set[retention.Said]) -> set[str]:
-    """The adapters that any of these could name: as such, as a reference, or as a version (PURE)."""
+    """Return the adapters that any of these strings could name: by name, by reference or by version (PURE)."""
     found = set()
     for _, text in said:
         name, _, version = text.rpartition("-")
@@ -170,23 +170,25 @@ def _adapters_in(said: set[retention.Said]) -> set[str]:
 
 
 def _versions(namespace: str, adapters: set[str]) -> list[tuple[str, str, str]]:
-    """The followed versions of these adapters."""
+    """Return the queue's keys of all versions of these adapters."""
     assert operator.queue is not None  # noqa: S101
     return [key for key in operator.queue.keys("Adapter", namespace) if key[2].rpartition("-")[0] in adapters]
 
 
 @kopf.on.event("", "v1", "namespaces")
 async def namespace_changed(event: Any, name: str, **_: Any) -> None:
-    """A namespace that is gone loses its key of the store."""
+    """Revoke the storage key of a namespace that was deleted."""
     if event.get("type") == "DELETED" and operator.ctx is not None:
         try:
             await access.revoke_orphans(operator.ctx)
         except StoreError as error:
-            log.warning("keys of deleted namespaces not revoked, tried again later: %s", error)
+            log.warning(
+                "cannot revoke the storage keys of deleted namespaces, the next housekeeping retries: %s", error
+            )
 
 
 async def _follow(kind: str) -> None:
-    """Wake the owner of each child that changes. A watch that breaks is opened again; the resync covers the gap."""
+    """Wake the owner of each child that changes. A broken watch is opened again, and the resync covers the gap."""
     ctx, queue = operator.ctx, operator.queue
     assert ctx is not None and queue is not None  # noqa: S101
     async for event in ctx.kube.watch(kind, {OWNER_UID: None}):
@@ -197,21 +199,21 @@ async def _follow(kind: str) -> None:
         metadata = event["object"]["metadata"]
         labels = metadata.get("labels") or {}
         owner_kind, owner = labels.get(OWNER_KIND, ""), labels.get(OWNER_NAME, "")
-        # Routes live in our own namespace and name their owner's in a label.
+        # Routes are in the operator's namespace. A label names the namespace of their owner.
         namespace = labels.get("graft.dev/namespace") or metadata.get("namespace", "")
         if (owner_kind, namespace, owner) in queue.keys(owner_kind, namespace):
             queue.wake(owner_kind, namespace, owner)
 
 
 async def _follow_demand() -> None:
-    """Wake the deployments that a gateway has news of: one that sleeps is started at once."""
+    """Wake the deployments for which a gateway has written new demand, so that a sleeping deployment starts at once."""
     ctx, queue = operator.ctx, operator.queue
     assert ctx is not None and queue is not None  # noqa: S101
     known: dict[str, str] = {}
     async for event in ctx.kube.watch("ConfigMap", {COMPONENT: DEMAND_COMPONENT}):
         operator.watching["demand"] = time.monotonic()
         metadata = event["object"]["metadata"] if event is not None else {}
-        # Anybody may label a ConfigMap; only ours counts.
+        # Any user can set the label on a ConfigMap. Only the one in the operator's namespace counts.
         if event is None or (metadata["namespace"], metadata["name"]) != (ctx.settings.namespace, DEMAND_CONFIGMAP):
             continue
         data = event["object"].get("data") or {}
@@ -224,7 +226,7 @@ async def _follow_demand() -> None:
 
 
 async def _housekeeping() -> None:
-    """Once at the start and every hour: the bucket, and the keys of namespaces that went while we were away."""
+    """At the start and every hour, create the bucket if configured, and revoke the keys of deleted namespaces."""
     ctx = operator.ctx
     assert ctx is not None  # noqa: S101
     pause = 1.0
@@ -235,13 +237,14 @@ async def _housekeeping() -> None:
             await access.revoke_orphans(ctx)
             pause = 3600.0
         except Exception as error:
-            log.warning("housekeeping failed, tried again: %s", error)
+            log.warning("housekeeping failed, the operator retries: %s", error)
             pause = min(pause * 2, 60.0)
         await asyncio.sleep(pause)
 
 
 async def _signing_keys() -> None:
-    """Follow the Secret, which only a GET by name may read; all versions are signed anew when its keys have changed."""
+    """Poll the Secret with the signing keys, because RBAC allows only a GET by name. If the keys changed, reconcile all
+    versions, which signs them again."""
     ctx, queue = operator.ctx, operator.queue
     assert ctx is not None and queue is not None  # noqa: S101
     while True:
@@ -253,23 +256,26 @@ async def _signing_keys() -> None:
 
 @kopf.on.probe(id="reconciler")
 def reconciler_alive(**_: Any) -> dict[str, Any]:
-    """Fails when a look hangs; kopf answers 500 when a probe raises."""
+    """Fail if a reconcile hangs. kopf answers 500 when a probe raises an exception."""
     queue = operator.queue
     if queue is None:
         return {"started": False}
     now = time.monotonic()
     slow = {"/".join(key): round(now - since) for key, since in queue.busy.items() if now - since > STUCK_AFTER}
     if slow:
-        raise kopf.PermanentError(f"hanging: {slow}")
+        raise kopf.PermanentError(f"reconciles that take longer than {STUCK_AFTER:.0f} s: {slow}")
     return {"busy": len(queue.busy), "lastDoneSecondsAgo": round(now - queue.last_done)}
 
 
 @kopf.on.probe(id="watches")
 def watches_alive(**_: Any) -> dict[str, Any]:
-    """Fails when a watch of the children has not worked for long: it is reopened every few minutes even in silence."""
+    """Fail if a watch of the children has not worked for a long time. Even without events, a watch is reopened every
+    few minutes."""
     now = time.monotonic()
     ages = {kind: round(now - seen) for kind, seen in operator.watching.items()}
     dead = [task.get_name() for task in operator.tasks if task.done()]
     if dead or any(age > STUCK_AFTER * 3 for age in ages.values()):
-        raise kopf.PermanentError(f"watches are not alive: {dead} {ages}")
+        raise kopf.PermanentError(
+            f"watches do not work: ended tasks {dead}, seconds since the last sign of life {ages}"
+        )
     return ages

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from cluster_api import Api
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from operator_process import BUCKET, OperatorProcess, install_rights, new_operator
 from tenant import BASE, Tenant
 from tenants import bind, make_base_model, new_tenant

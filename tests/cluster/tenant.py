@@ -12,7 +12,8 @@ from typing import Any
 from cluster_api import Api, Object
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files, publish
 from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.identity import VersityIdentity
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from graft.contracts.agent import WantedAdapter
 from graft_server.agent.storage.objects import Storage
 from testbed.faults import EXPIRED_TOKEN, SLOW_DOWN, Fault, FaultyProxy, faulty_proxy

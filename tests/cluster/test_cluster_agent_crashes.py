@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted, WantedAdapter
 from testbed.faults import FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server

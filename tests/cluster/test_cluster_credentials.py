@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from cluster_api import Refused
-from graft.artifacts.store import S3Store, StoreError
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import S3Store
 from operator_process import ACCOUNT, SYSTEM
 from tenant import BASE, Tenant
 from tenants import bind, new_tenant

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from graft.artifacts.layout import adapter_prefix, attempt_prefix
 from graft.artifacts.sources import describe
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 from graft.artifacts.versions import verify
 from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination

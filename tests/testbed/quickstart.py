@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 
 from testbed.binaries import binary
 from testbed.shell import CACHE, REPOSITORY, Failed, output, run, say, wait_for

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graft.artifacts.store import ObjectInfo, StoreError
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import ObjectInfo
 from graft.contracts.progress import Progress
+from graft_trainer.checkpoints.checkpoint import identity
 from graft_trainer.data.tokens import Collator, Tokenisation, Tokenised
-from graft_trainer.loop.loop import run_loop
-from graft_trainer.loop.watch import Watch
+from graft_trainer.loop.loop import Learned, Work, run_loop
 from graft_trainer.recipe.resolve import Device, Resolved
 from graft_trainer.run.progress import ProgressReporter
-from graft_trainer.run.run import Prepared, Run
+from graft_trainer.run.run import Run
 from peft import LoraConfig, get_peft_model
 from trainer_world import make_job, make_settings
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -146,9 +147,12 @@ def make_pairs(count: int = 22) -> list[Tokenised]:
 
 def open_attempt(root: Path, store: Any, name: str, **settings: Any) -> Run:
     own = dataclasses.replace(make_settings(root / name), attempt=name, **settings)
-    Prepared("base", {"train": "sha256:data"}).write(own.prepared_file)
     progress = ProgressReporter(store, f"{ROOT}{name}/", name, interval=0.02)
     return Run(make_job(), own, store, progress, store.upload)
+
+
+def identity_of(run: Run, work: Work) -> str:
+    return identity(run.job, work.resolved, {"train": "sha256:data"}, len(work.examples))
 
 
 @dataclasses.dataclass
@@ -156,7 +160,7 @@ class Attempt:
     """What is left of an attempt."""
 
     run: Run
-    watch: Watch | None
+    learned: Learned | None
     weights: dict[str, torch.Tensor]
     ended: BaseException | None
 
@@ -190,7 +194,7 @@ def run_attempt(
 
     named: dict[Any, Callable[[], None]] = {"kill": killed, "term": term}
     happening, between = ({at: named.get(what, what) for at, what in (of or {}).items()} for of in (events, measuring))
-    watch, ended = None, None
+    learned, ended = None, None
     if t5 is not None:
         model, examples = make_t5(**t5), make_pairs()
     model = model if model is not None else make_model(full=full)
@@ -203,18 +207,19 @@ def run_attempt(
     model.register_forward_pre_hook(before)
     try:
         with run.cleanup:
-            watch = run_loop(
-                run,
+            work = Work(
                 model,
                 examples or make_examples(),
                 Data(happening),  # type: ignore[arg-type]
+                Tokenisation((examples or make_examples())[:held_out], 0, 0) if held_out else None,
                 dataclasses.replace(RESOLVED, **changes),
                 Device("cpu"),
-                Tokenisation((examples or make_examples())[:held_out], 0, 0) if held_out else None,
+                "",
             )
+            learned = run_loop(run, dataclasses.replace(work, identity=identity_of(run, work)))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
         ended = error
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return Attempt(run, watch, weights, ended)
+    return Attempt(run, learned, weights, ended)

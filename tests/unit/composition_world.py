@@ -8,7 +8,8 @@ from graft.artifacts.layout import adapter_prefix
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.versions import describe_files, publish, verify
 from graft.contracts.job import ParentVersion, VersionFile
-from graft_trainer.versions.make_version import Making, run
+from graft_trainer.versions.make_version import run
+from graft_trainer.versions.making import Making
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trainer_world import MemoryStore, make_settings

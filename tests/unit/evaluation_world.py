@@ -13,8 +13,8 @@ from graft.contracts.job import CurrentVersion
 from graft_trainer import train as train_module
 from graft_trainer.evaluation.evaluate import Evaluated, evaluate
 from graft_trainer.run.run import Prepared, Run
-from graft_trainer.train import Trained, train
-from trainer_world import QUESTIONS, MemoryStore, chat_lines, make_job, make_run
+from graft_trainer.train import Trained
+from trainer_world import QUESTIONS, MemoryStore, chat_lines, make_job, make_run, train_prepared
 
 TRAINING = {
     "maxSteps": 60, "learningRate": 0.03, "loggingSteps": 20, "perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 1,
@@ -42,7 +42,7 @@ def prepared(
 def trained_in(run: Run) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "cpu_limit", lambda: 1)  # so small a model is only slowed down by a second one
-        return train(run)
+        return train_prepared(run)
 
 
 def train_and_evaluate(run: Run) -> tuple[Trained, Evaluated]:

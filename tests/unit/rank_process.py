@@ -73,9 +73,9 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
         return 0
     except BaseException as error:
         return fail(error, run, run.settings)
-    assert attempt.watch is not None
+    assert attempt.learned is not None
     save_file({name: tensor.clone() for name, tensor in attempt.weights.items()}, root / f"{name}.safetensors")
-    seen = {"curve": attempt.watch.curve, "tokens": attempt.watch.tokens, "evalLoss": attempt.watch.last_eval_loss}
+    seen = {"curve": attempt.learned.curve, "tokens": attempt.learned.tokens, "evalLoss": attempt.learned.eval_loss}
     (root / f"{name}.json").write_text(json.dumps(seen))
     run.progress.close(10)
     return 0

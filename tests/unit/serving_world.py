@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, ManifestJob, digest
 from graft.artifacts.signing import Keys, Statement, generate, published_keys, read_keys, sign
-from graft.artifacts.store import StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
 from graft.contracts.agent import WantedAdapter, engine_name
 from graft_server.agent.storage.objects import Stream
 from kubernetes.aio.client import ApiClient, Configuration

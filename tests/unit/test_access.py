@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from graft.artifacts.store import StorageConfig
+from graft.artifacts.storage import StorageConfig
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.reconcile.shared.access import SECRET_KEYS, ensure_credentials
 from graft.reconcile.shared.context import Context

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from graft.artifacts.manifest import ManifestFile
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from graft.contracts.agent import WantedAdapter
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 from graft_server.agent.decisions.room import Capacity, capacity
@@ -254,9 +255,9 @@ def test_how_much_the_disk_holds(limit: int | None, used: int, free: int, expect
     [
         (b"", "does not fit"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "does not fit"),
-        ((2).to_bytes(8, "little") + b"[]", "makes no sense"),
+        ((2).to_bytes(8, "little") + b"[]", "is invalid"),
         ((2).to_bytes(8, "little") + b"{}", "no tensors"),
-        ((9).to_bytes(8, "little") + b'{"a": 1} ', "tensor a makes no sense"),
+        ((9).to_bytes(8, "little") + b'{"a": 1} ', "tensor a is invalid"),
         (safetensors("a")[:-1], "lies at"),
         (b"\x80\x04\x95" + b"pickle" * 9, "does not fit"),
     ],

@@ -12,9 +12,9 @@ from graft_trainer.analysis import latency
 from graft_trainer.analysis.analysis import analyse
 from graft_trainer.evaluation.evaluate import Evaluated
 from graft_trainer.run.run import Prepared, Run
-from graft_trainer.train import Trained, train
+from graft_trainer.train import Trained
 from graft_trainer.versions.report import quantized_size, write_report
-from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, make_t5
+from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, make_t5, train_prepared
 
 TRAINING = {"maxSteps": 3, "loggingSteps": 1, "perDeviceTrainBatchSize": 4, "gradientAccumulationSteps": 1, "learningRate": 0.01}  # fmt: skip
 INSTRUCTIONS = b'{"instruction": "What colour is the sky?", "output": "It is blue."}\n{"instruction": "And snow?", "output": "White it is."}\n'  # fmt: skip
@@ -43,7 +43,7 @@ def tuned(root: Path, base: Path, method: dict[str, Any], task: str = "causal") 
     for role in ("train", "eval"):
         (run.settings.dataset_dir / f"{role}.jsonl").write_bytes(lines)
     Prepared(str(base), {"train": "sha256:train"}).write(run.settings.prepared_file)
-    return run, train(run)
+    return run, train_prepared(run)
 
 
 def kinds(analysis: Analysis) -> set[str]:

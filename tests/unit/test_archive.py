@@ -13,7 +13,8 @@ from graft.artifacts import store as store_module
 from graft.artifacts.layout import SIGNATURE
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.signing import Statement, document, generate, read_keys, sign
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, describe_files, publish, verify
 from graft.cli.failure import CliFailure
 from graft.cli.verification import check

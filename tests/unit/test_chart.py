@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from graft.artifacts.store import StorageConfig
+from graft.artifacts.storage import StorageConfig
 from graft.contracts.agent import TRUSTED_KEYS
 from graft.crdgen import ROOT
 from graft.manifests.metadata import labels

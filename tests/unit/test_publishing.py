@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, digest
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import describe_files, publish, verify
 from trainer_world import MemoryStore
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 from graft.artifacts.layout import SIGNATURE
 from graft.artifacts.sources import describe
-from graft.artifacts.store import S3Store, StorageConfig
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
 from testbed.objectstore import s3_server
 
 PREFIX = "shop/adapters/whole/1.0.0/"

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 from graft.artifacts import sources, store
 from graft.artifacts.sources import SourceError, describe, fetch, hub_errors
-from graft.artifacts.store import RANGE, ObjectInfo, S3Store, StorageConfig, StoreError, patiently
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import RANGE, ObjectInfo, S3Store, patiently
 from graft_server.agent.storage.fetchbase import fetch_base
 from testbed.faults import Fault, FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server, s3_server
@@ -46,9 +47,9 @@ def proxy(server: S3Server) -> Iterator[FaultyProxy]:
         yield proxy
 
 
-def through(proxy: FaultyProxy, config: StorageConfig) -> S3Store:
-    """The store behind the proxy; it leaves trying again to the download."""
-    return S3Store(dataclasses.replace(config, endpoint=proxy.endpoint), attempts=1, timeout=1)
+def through(proxy: FaultyProxy, config: StorageConfig, patience: float = 0) -> S3Store:
+    """The store behind the proxy. botocore itself does not retry."""
+    return S3Store(dataclasses.replace(config, endpoint=proxy.endpoint), attempts=1, timeout=1, patience=patience)
 
 
 def fetched(store: S3Store, target: Path, **how: object) -> Path:
@@ -76,7 +77,7 @@ def test_a_download_that_breaks_midway_goes_on(
 ) -> None:
     told: list[int] = []
     proxy.inject(fault)
-    folder = fetched(through(proxy, config), tmp_path / "base", patience=20, report=lambda done, _: told.append(done))
+    folder = fetched(through(proxy, config, 20), tmp_path / "base", report=lambda done, _: told.append(done))
     assert (folder / "model.safetensors").read_bytes() == LARGE
     assert told[-1] == max(told) == len(LARGE) + 2
     assert bytes_sent(proxy) <= len(LARGE) + 3 * RANGE, "only what broke was asked for again"
@@ -85,7 +86,7 @@ def test_a_download_that_breaks_midway_goes_on(
 def test_a_store_that_comes_back_within_the_patience_is_read_on_from(
     config: StorageConfig, server: S3Server, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    store, first = through(proxy, config), threading.Event()
+    store, first = through(proxy, config, 20), threading.Event()
     item = store.head(KEY)
 
     def away() -> None:
@@ -97,7 +98,7 @@ def test_a_store_that_comes_back_within_the_patience_is_read_on_from(
     outage = threading.Thread(target=away)
     outage.start()
     proxy.inject(Fault(KEY, bytes_per_second=10e6))  # so that it is still on its way
-    store.download(item, tmp_path / "file", patience=20, report=lambda *_: first.set())
+    store.download(item, tmp_path / "file", report=lambda *_: first.set())
     outage.join()
     assert (tmp_path / "file").read_bytes() == LARGE
 
@@ -105,22 +106,22 @@ def test_a_store_that_comes_back_within_the_patience_is_read_on_from(
 def test_a_store_that_is_away_for_longer_than_the_patience(
     config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    store = through(proxy, config)
+    store = through(proxy, config, 4)
     proxy.inject(Fault(KEY, cut_at=1_000_000))
     began = time.monotonic()
     with pytest.raises(SourceError) as caught:
-        fetched(store, tmp_path / "base", patience=4)
+        fetched(store, tmp_path / "base")
     assert caught.value.transient and 2 < time.monotonic() - began < 10
     assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"], "nothing half done is left"
     proxy.inject(Fault("list-type", status=503, code="SlowDown"))
     with pytest.raises(SourceError) as caught:
-        fetch(URI, None, tmp_path / "base", store=store, pvc_root=tmp_path, patience=0)
+        fetch(URI, None, tmp_path / "base", store=store.with_patience(0), pvc_root=tmp_path)
     assert caught.value.transient
 
 
 def test_a_store_that_does_not_list_for_a_while(config: StorageConfig, proxy: FaultyProxy, tmp_path: Path) -> None:
     proxy.inject(Fault("list-type", times=2, status=503, code="SlowDown"))
-    fetch(URI, None, tmp_path / "base", store=through(proxy, config), pvc_root=tmp_path, patience=10)
+    fetch(URI, None, tmp_path / "base", store=through(proxy, config, 10), pvc_root=tmp_path)
     assert (tmp_path / "base/model.safetensors").read_bytes() == LARGE
 
 
@@ -158,7 +159,7 @@ def test_an_object_that_is_replaced_midway_is_not_used(
 
     proxy.on_request = replace
     with pytest.raises(SourceError, match="replaced by another object") as caught:
-        fetched(through(proxy, config), tmp_path / "base", patience=20)
+        fetched(through(proxy, config, 20), tmp_path / "base")
     assert not caught.value.transient
     assert not (tmp_path / "base/model.safetensors").exists()
 
@@ -166,16 +167,16 @@ def test_an_object_that_is_replaced_midway_is_not_used(
 def test_a_small_object_is_compared_with_the_checksum_that_it_was_stored_with(
     config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    store, data = through(proxy, config), os.urandom(100_000)
+    store, data = through(proxy, config, 5), os.urandom(100_000)
     store.put("small", data)
     item = store.head("small")
     proxy.inject(Fault("small", times=1, flip_at=5000))
-    store.download(item, tmp_path / "file", patience=5)
+    store.download(item, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == data
     assert [seen.range for seen in proxy.reads("small") if seen.method == "GET"] == [None, None]
     proxy.inject(Fault("small", flip_at=5000))
     with pytest.raises(StoreError, match="checksum"):
-        store.download(item, tmp_path / "again", patience=0)
+        store.with_patience(0).download(item, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -191,14 +192,14 @@ def test_one_that_is_not_there_or_may_not_be_read_is_told_at_once(config: Storag
     wrong = dataclasses.replace(config, secret_access_key="not-it")
     for opened, trouble in ((config, "missing"), (wrong, "denied")):
         with pytest.raises(StoreError) as caught:
-            S3Store(opened).download(gone, tmp_path / "file", patience=60)
+            S3Store(opened, patience=60).download(gone, tmp_path / "file")
         assert caught.value.trouble == trouble
 
 
 def test_a_full_disk_is_told_as_such(config: StorageConfig, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
-        fetched(S3Store(config), tmp_path, patience=60)
+        fetched(S3Store(config, patience=60), tmp_path)
     assert caught.value.errno == ENOSPC
 
 

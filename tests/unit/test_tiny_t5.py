@@ -9,7 +9,7 @@ from graft.artifacts.manifest import Manifest
 from graft_trainer import train as train_module
 from graft_trainer.analysis import analysis
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.prepare import prepare
+from graft_trainer.prepare import prepare_container
 from trainer_world import MemoryStore, make_job, make_run
 
 TINY_T5 = Path(__file__).parents[2] / "examples/tiny-t5/model"
@@ -55,7 +55,7 @@ def test_lora_teaches_it_a_price_list_in_seconds(tmp_path: Path) -> None:
     store.add_folder("models/tiny/", TINY_T5)
     job = make_job(task="seq2seq", dataset=dataset, training=training, method={"lora": {"rank": 16}})
     run = make_run(tmp_path, store, job)
-    prepare(run)
+    prepare_container(run)
     train_evaluate_publish(run)
     manifest = Manifest.model_validate_json(store.kept["team-a/adapters/colours/1.0.0/manifest.json"])
     assert (manifest.task, manifest.metrics["base/exactMatch"]) == ("seq2seq", 0.0)

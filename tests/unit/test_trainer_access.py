@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.identity import VersityIdentity
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 from graft.contracts.progress import EXIT_CODES, Reason
 from testbed.objectstore import S3Server, s3_server
 from testbed.quickstart import MODEL, QUICKSTART

@@ -164,8 +164,8 @@ def test_two_attempts_at_once_leave_each_other_what_they_need(tmp_path: Path) ->
     assert isinstance(second.ended, Killed), second.ended  # type: ignore[attr-defined]
     assert second.progress.resumed_from == 4  # type: ignore[attr-defined]
     undisturbed = run_attempt(tmp_path, FolderStore(tmp_path / "other"), "pod-1")
-    assert first.watch is not None and undisturbed.watch is not None, first.ended
-    assert first.watch.curve == undisturbed.watch.curve
+    assert first.learned is not None and undisturbed.learned is not None, first.ended
+    assert first.learned.curve == undisturbed.learned.curve
     for key in files(store):
         attempt, _, folder, name = key.split("/")
         if name.endswith(".json"):

@@ -34,7 +34,7 @@ INTERRUPTED, PEER_LOST = EXIT_CODES[Reason.INTERRUPTED], EXIT_CODES[Reason.PEER_
 def single(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
     root = tmp_path_factory.mktemp("single")
     done = run_attempt(root, FolderStore(root / "store"), "pod-0", full=True, held_out=5, eval_steps=6)
-    assert done.watch is not None, done.ended
+    assert done.learned is not None, done.ended
     return done
 
 
@@ -60,11 +60,11 @@ def test_two_processes_that_are_interrupted_train_as_one_that_is_not(
     assert done.codes == [0, 0], done.log(0) + done.log(1)
     assert done.progress.resumed_from == 8
     seen = json.loads((tmp_path / "done.json").read_text())
-    assert single.watch is not None
-    assert seen["tokens"] == single.watch.tokens
-    assert seen["evalLoss"] == pytest.approx(single.watch.last_eval_loss, rel=1e-4)
+    assert single.learned is not None
+    assert seen["tokens"] == single.learned.tokens
+    assert seen["evalLoss"] == pytest.approx(single.learned.eval_loss, rel=1e-4)
     assert [record["loss"] for record in seen["curve"]] == pytest.approx(
-        [record["loss"] for record in single.watch.curve], rel=1e-4
+        [record["loss"] for record in single.learned.curve], rel=1e-4
     )
     weights = load_file(tmp_path / "done.safetensors")
     assert weights.keys() == single.weights.keys()
@@ -134,7 +134,7 @@ def test_peers_that_never_come_cost_a_retry(tmp_path: Path, monkeypatch: pytest.
     process.join(60)
     assert process.exitcode == EXIT_CODES[Reason.PEERS_MISSING], (tmp_path / "waits-0.log").read_text()
     told = Termination.model_validate_json((tmp_path / "waits/termination").read_text())
-    assert "1 of 2 processes came" in told.message and "spec.queue" in told.remedy
+    assert "1 of 2 processes connected" in told.message and "spec.queue" in told.remedy
 
     process = start(tmp_path / "store", tmp_path, "alone", 1, 2, port, HALF | {"arrival": 0.5})
     process.join(60)

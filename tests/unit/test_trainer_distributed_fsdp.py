@@ -63,11 +63,11 @@ def test_a_t5_whose_embeddings_are_shared_learns_as_in_one_process(
     single = run_attempt(
         tmp_path, FolderStore(tmp_path / "single"), "pod-0", t5=t5, max_steps=7, held_out=5, eval_steps=6
     )
-    assert single.watch is not None, single.ended
+    assert single.learned is not None, single.ended
     seen, weights = json.loads((tmp_path / "done.json").read_text()), load_file(tmp_path / "done.safetensors")
-    assert seen["evalLoss"] == pytest.approx(single.watch.last_eval_loss, rel=1e-4)
+    assert seen["evalLoss"] == pytest.approx(single.learned.eval_loss, rel=1e-4)
     assert [record["loss"] for record in seen["curve"]] == pytest.approx(
-        [record["loss"] for record in single.watch.curve], rel=1e-4
+        [record["loss"] for record in single.learned.curve], rel=1e-4
     )
     assert weights.keys() == single.weights.keys()
     for name, expected in single.weights.items():

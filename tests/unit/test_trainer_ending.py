@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from graft.artifacts.manifest import Manifest
-from graft.artifacts.store import StoreError, Trouble
+from graft.artifacts.storage import StoreError, Trouble
 from graft.contracts.progress import Progress, Reason
 from graft_trainer import pipeline
 from graft_trainer.checkpoints.checkpoint import Receipt

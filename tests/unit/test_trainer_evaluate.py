@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from evaluation_world import ASKED, TRAINING, jsonl, prepared, train_and_evaluate
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.contracts.progress import Progress
 from graft.report.document import Report
 from graft_trainer.data.dataset import Example
@@ -17,6 +17,7 @@ from graft_trainer.evaluation import evaluate as evaluate_module
 from graft_trainer.evaluation import measure
 from graft_trainer.evaluation.evaluate import Evaluated, SuiteResult
 from graft_trainer.evaluation.subject import Subject
+from graft_trainer.pipeline import report_success
 from graft_trainer.run.failures import Interrupted
 from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
@@ -204,7 +205,7 @@ def test_what_cannot_be_measured_is_missing_and_the_version_is_published(
         f"asked/f1 was not measured; {failed}",
         "forgetting/other was not measured; Memory ran out: MemoryError",
     ]
-    publish(run, trained, evaluated)
+    report_success(run, *publish(run, trained, evaluated))
     sent = run.progress.state
     assert (sent.stage, sent.missing, sent.rejected) == ("Succeeded", evaluated.missing, evaluated.rejected)
     report = Report.model_validate_json((run.settings.adapter_dir / "report.json").read_text())

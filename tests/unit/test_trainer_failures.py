@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from graft.artifacts.sources import SourceError
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.contracts.progress import EXIT_CODES, FATAL_EXIT_CODES, FREE_EXIT_CODES, Reason
 from graft_trainer.run.failures import (
     TERMINATION_LIMIT,

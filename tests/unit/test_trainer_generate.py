@@ -8,9 +8,10 @@ import pytest
 import torch
 from graft_trainer.data.tokens import prompt_ids
 from graft_trainer.evaluation.generate import generate
-from graft_trainer.evaluation.likelihood import log_likelihoods, tokenised
-from graft_trainer.evaluation.subject import Meter, Subject, in_batches
+from graft_trainer.evaluation.subject import Meter, Subject, tokenised
 from graft_trainer.evaluation.suites import Task
+from graft_trainer.model.batches import in_batches
+from graft_trainer.model.loss import log_likelihoods
 from peft import PromptTuningConfig, get_peft_model
 from trainer_world import MemoryStore, make_base, make_job, make_run, make_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer

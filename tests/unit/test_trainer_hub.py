@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from graft.contracts.progress import Reason
-from graft_trainer.prepare import preflight, prepare
+from graft_trainer.prepare import preflight, prepare_container
 from graft_trainer.run.failures import explain
 from graft_trainer.run.run import Prepared
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
@@ -102,7 +102,7 @@ def job_at(endpoint: str, path: str = "sets/train.jsonl"):  # type: ignore[no-un
 def test_dataset_and_base_model_come_from_the_endpoint_with_the_tenants_token(hub: Hub, tmp_path: Path) -> None:
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint))
     run.settings.hf_token_file.write_text("hf_tenant\n")
-    prepare(run)
+    prepare_container(run)
     assert (run.settings.dataset_dir / "train.jsonl").read_bytes() == chat_lines(5)
     folder = Path(Prepared.read(run.settings.prepared_file).base_model_dir)
     assert (folder / "model.safetensors").read_bytes() == hub.files["org/model/model.safetensors"]
@@ -120,7 +120,7 @@ def test_preflight_leaves_the_weights_at_the_hub(hub: Hub, tmp_path: Path) -> No
 def test_a_packed_file_of_the_hub_is_unpacked_and_kept_once(hub: Hub, tmp_path: Path) -> None:
     hub.files["datasets/org/data/sets/train.jsonl.gz"] = gzip.compress(chat_lines(5))
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint, "sets/train.jsonl.gz"))
-    prepare(run)
+    prepare_container(run)
     assert (run.settings.dataset_dir / "train.jsonl").read_bytes() == chat_lines(5)
     assert not list(run.settings.work_dir.rglob("train.jsonl.gz"))
 
@@ -131,7 +131,7 @@ def test_a_file_of_the_hub_that_is_too_large_is_not_fetched(
     monkeypatch.setattr("graft_trainer.run.download.LIMIT", 100)
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint))
     with pytest.raises(Exception) as caught:
-        prepare(run)
+        prepare_container(run)
     failure = explain(caught.value)
     assert failure.reason == Reason.CONFIGURATION_INVALID
     assert "a file may have" in failure.message
@@ -141,7 +141,7 @@ def test_a_file_of_the_hub_that_is_too_large_is_not_fetched(
 def test_a_file_that_the_repository_does_not_have(hub: Hub, tmp_path: Path) -> None:
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint, "sets/none.jsonl"))
     with pytest.raises(Exception) as caught:
-        prepare(run)
+        prepare_container(run)
     failure = explain(caught.value)
     assert failure.reason == Reason.DATASET_UNAVAILABLE
     assert "no such file" in failure.message
@@ -151,5 +151,5 @@ def test_a_hub_that_does_not_answer_is_worth_another_attempt(tmp_path: Path, mon
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's own tries
     run = make_run(tmp_path, MemoryStore(), job_at("http://127.0.0.1:9"))
     with pytest.raises(Exception) as caught:
-        prepare(run)
+        prepare_container(run)
     assert explain(caught.value).reason == Reason.STORAGE_UNAVAILABLE

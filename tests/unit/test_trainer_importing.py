@@ -95,13 +95,13 @@ def test_an_adapter_is_published_with_a_config_of_known_keys(
     ("changes", "words"),
     [
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map names code to run"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3', and LORA is what method lora stands for"),
-        ({"use_dora": True}, "DoRA is not served"),
-        ({"bias": "all"}, "bias is 'all'; only none is served"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules beside the update"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', but method lora expects LORA"),
+        ({"use_dora": True}, "Graft does not serve DoRA"),
+        ({"bias": "all"}, "bias is 'all', but Graft serves only none"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules beside the low-rank update"),
         ({"init_lora_weights": "pissa_niter_16"}, "belongs to another base model"),
-        ({"r": 100_000}, "a rank is a number from 1 to 512"),
-        ({"r": 8}, "on tiny it would be [8, 64]"),
+        ({"r": 100_000}, "a rank must be an integer from 1 to 512"),
+        ({"r": 8}, "on tiny it must have shape [8, 64]"),
         ({"target_modules": []}, "names no modules"),
         ({"target_modules": ["query_key_value"]}, "does not fit the base model tiny"),
         ({"target_modules": ["q_proj", "k_proj"]}, "lacks 4 tensors for tiny"),
@@ -130,9 +130,9 @@ def whole_numbers(found: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (nan, "holds NaN or infinity: the training has diverged"),
+        (nan, "holds NaN or infinity: its training diverged"),
         (stranger, "tensors that do not belong to its config on tiny, the first is base_model.model.lm_head.weight"),
-        (whole_numbers, "is of the type I32"),
+        (whole_numbers, "has type I32"),
     ],
 )
 def test_weights_that_make_no_sense_are_refused(
@@ -145,7 +145,7 @@ def test_weights_that_make_no_sense_are_refused(
 def test_pickles_and_torn_files_are_refused(theirs: Path, store: MemoryStore, tmp_path: Path) -> None:
     weights = theirs / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "is no whole safetensors file" in refused(tmp_path, store, theirs)
+    assert "is not a complete safetensors file" in refused(tmp_path, store, theirs)
     store.kept.pop("adapters/theirs/adapter_model.safetensors")
     weights.rename(theirs / "adapter_model.bin")
     text = refused(tmp_path, store, theirs)
@@ -161,7 +161,7 @@ def test_an_adapter_of_another_base_model_does_not_fit(store: MemoryStore, tmp_p
     LlamaForCausalLM(wider).save_pretrained(tmp_path / "wider")
     theirs = make_adapter(tmp_path / "wider", tmp_path / "theirs", 1)
     text = refused(tmp_path, store, theirs)
-    assert "is [4, 32], on tiny it would be [4, 64]" in text and "spec.baseModel" in text
+    assert "has shape [4, 32], but on tiny it must have shape [4, 64]" in text and "spec.baseModel" in text
 
 
 def test_a_folder_without_an_adapter_says_what_it_looks_like(theirs: Path, store: MemoryStore, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_tuned_prompt_is_imported(base: Path, store: MemoryStore, tmp_path: Pa
     )
     edit(tmp_path / "theirs", num_virtual_tokens=7)
     store.kept = {key: data for key, data in store.kept.items() if key.startswith("models/")}
-    assert "prompt_embeddings is [6, 64], on tiny it would be [7, 64]" in refused(
+    assert "prompt_embeddings has shape [6, 64], but on tiny it must have shape [7, 64]" in refused(
         tmp_path, store, tmp_path / "theirs", method="promptTuning"
     )
 

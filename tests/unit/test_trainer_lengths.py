@@ -85,12 +85,12 @@ def test_the_advice_is_a_length_that_leaves_nearly_all_whole() -> None:
     assert advice(of([10] * 90 + [100] * 10, 50), 50, None) is None  # 10 % are no warning yet
     found: Any = advice(of([10] * 88 + [100] * 11 + [5000], 50), 50, 4096)
     assert found == (
-        "12 % of the examples are cut to 50 tokens, the longest has 5000: "
-        "raise training.maxLength to 128, which leaves 99 % whole"
+        "12 % of the examples are cut to 50 tokens; the longest has 5000 tokens. "
+        "Raise spec.training.maxLength to 128: then 99 % of the examples stay whole"
     )
 
 
 def test_the_advice_is_never_more_than_the_model_reads() -> None:
     long = of([10] * 50 + [3000] * 50, 512)
-    assert "raise training.maxLength to 1024, which leaves 50 % whole" in str(advice(long, 512, 1024))
-    assert "split them, the base model reads no more than 512" in str(advice(long, 512, 512))
+    assert "Raise spec.training.maxLength to 1024: then 50 % of the examples stay whole" in str(advice(long, 512, 1024))
+    assert "Split these examples: the base model reads at most 512 tokens" in str(advice(long, 512, 512))

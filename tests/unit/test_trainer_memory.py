@@ -13,9 +13,10 @@ from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
 from graft_trainer import train as train_module
 from graft_trainer.__main__ import fail
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.prepare import prepare
+from graft_trainer.prepare import prepare_container
+from graft_trainer.run.earlier import memory_halvings
 from graft_trainer.run.progress import ProgressReporter
-from graft_trainer.run.run import Run, memory_halvings
+from graft_trainer.run.run import Run
 from torch.nn.modules.module import register_module_forward_pre_hook
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
 
@@ -61,7 +62,7 @@ def attempt(root: Path, base: Path, store: MemoryStore, number: int, batch: int 
     name = f"pod-{number}"
     run.settings = dataclasses.replace(run.settings, attempt=name)
     run.progress = ProgressReporter(store, f"team-a/runs/uid-1/{name}/", name, interval=0.02)
-    prepare(run)
+    prepare_container(run)
     code = 0
     try:
         with run.cleanup:

@@ -18,10 +18,10 @@ from graft_trainer.model.model import load_base_model
 from graft_trainer.recipe.resolve import Device, limits
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Run
-from graft_trainer.train import Trained, train
+from graft_trainer.train import Trained
 from graft_trainer.versions.publish import describe, publish, save
 from peft import PeftModel
-from trainer_world import MemoryStore, make_base, make_job, make_qwen, make_t5, question_lines, ready
+from trainer_world import MemoryStore, make_base, make_job, make_qwen, make_t5, question_lines, ready, train_prepared
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 PREFIX = "team-a/adapters/colours/1.0.0/"
@@ -76,7 +76,7 @@ def learn(
     rate = {"learningRate": RATES[next(iter(method))]}
     job = make_job(task=task, method=method, training=FAST | rate | training)
     run, store = ready(root, base, job)
-    return run, store, train(run)
+    return run, store, train_prepared(run)
 
 
 def batch_of(trained: Trained) -> dict[str, torch.Tensor]:
@@ -215,7 +215,7 @@ def test_recomputed_activations_give_the_same_losses(
 def refused(root: Path, base: Path, task: str, **changes: Any) -> Failure:
     run, _ = ready(root, base, make_job(task=task, **changes))
     with pytest.raises(Failure) as caught:
-        train(run)
+        train_prepared(run)
     return caught.value
 
 
@@ -223,8 +223,8 @@ def test_text_is_no_task_for_a_seq2seq_model(bases: dict[str, Path], tmp_path: P
     dataset = {"train": {"uri": "s3://bucket/team-a/data/train.jsonl"}, "format": "text"}
     store = MemoryStore({"team-a/data/train.jsonl": b'{"text": "The sky is blue."}\n' * 4})
     run, _ = ready(tmp_path, bases["seq2seq"], make_job(task="seq2seq", dataset=dataset), store)
-    with pytest.raises(Failure, match="seq2seq: it learns answers to prompts") as caught:
-        train(run)
+    with pytest.raises(Failure, match="seq2seq: it trains on prompts with answers") as caught:
+        train_prepared(run)
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
 
@@ -244,7 +244,7 @@ def test_a_seq2seq_model_learns_from_instructions_with_and_without_templates(
         store = MemoryStore({"team-a/data/train.jsonl": question_lines(24)})
         job = make_job(task="seq2seq", method={"full": {}}, training=FAST | {"learningRate": 0.003}, dataset=dataset)
         run, _ = ready(tmp_path / str(len(losses)), bases["seq2seq"], job, store)
-        losses.append([record["loss"] for record in train(run).curve])
+        losses.append([record["loss"] for record in train_prepared(run).curve])
     assert all(curve[-1] < 0.7 * curve[0] for curve in losses) and losses[0] != losses[1]
 
 

@@ -13,10 +13,9 @@ from graft_trainer import train as train_module
 from graft_trainer.evaluation.evaluate import Evaluated, evaluate
 from graft_trainer.model import model_placement
 from graft_trainer.model.model_placement import place, plan, release, weight_bytes
-from graft_trainer.train import train
 from graft_trainer.versions.publish import publish
 from safetensors.torch import load_file
-from trainer_world import MemoryStore, make_base, make_job, make_t5, question_lines, ready
+from trainer_world import MemoryStore, make_base, make_job, make_t5, question_lines, ready, train_prepared
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
@@ -161,7 +160,7 @@ def test_a_model_over_several_gpus_is_measured_and_published_like_one_in_one_pla
             files = {role: {"uri": f"s3://bucket/team-a/data/{role}.jsonl"} for role in ("train", "eval")}
             job = make_job(task=task, method=method, dataset=files | {"format": "instruction"})
             run, _ = ready(tmp_path / str(spread), bases[task], job, MemoryStore(data))
-            trained = train(run)
+            trained = train_prepared(run)
             evaluated: Evaluated = evaluate(run, trained)
             publish(run, trained, evaluated)
             folder = run.settings.adapter_dir

@@ -11,9 +11,8 @@ from graft_trainer import train as train_module
 from graft_trainer.data.packing import PackCollator, check_packing, pack
 from graft_trainer.data.tokens import IGNORED, Collator, Tokenised
 from graft_trainer.run.failures import Failure
-from graft_trainer.train import train
 from torch import nn
-from trainer_world import make_base, make_job, make_qwen, make_t5, ready
+from trainer_world import make_base, make_job, make_qwen, make_t5, ready, train_prepared
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -109,7 +108,7 @@ def mamba() -> Any:
 @pytest.mark.parametrize("make", [opt, mamba])
 def test_an_architecture_that_does_not_look_at_positions_is_refused(make: Callable[[], Any]) -> None:
     torch.manual_seed(1)
-    with pytest.raises(Failure, match="would see each other") as caught:
+    with pytest.raises(Failure, match="would attend to each other") as caught:
         check_packing(make(), EXAMPLES[3], "base")
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
@@ -138,7 +137,7 @@ def test_a_packed_run_takes_fewer_steps_over_the_same_tokens(tmp_path: Path) -> 
             method={"full": {}}, training=training | {"packing": packing, "maxLength": 128, "loggingSteps": 1}
         )
         run, _ = ready(tmp_path / str(packing), base, job)
-        runs.append(train(run))
+        runs.append(train_prepared(run))
     alone, packed = runs
     assert packed.resolved.max_steps < alone.resolved.max_steps / 2
     assert packed.tokens == alone.tokens
@@ -156,5 +155,5 @@ def test_packing_is_refused_where_it_cannot_be_done(
     base = make_t5(tmp_path / "base") if task == "seq2seq" else make_base(tmp_path / "base")
     run, _ = ready(tmp_path, base, make_job(task=task, method=method, training={"packing": True}))
     with pytest.raises(Failure, match=message) as caught:
-        train(run)
+        train_prepared(run)
     assert caught.value.reason == Reason.CONFIGURATION_INVALID

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, DatasetStatistics, Reason
+from graft_trainer.data.read import read_data
 from graft_trainer.model.basemodel import architectures, check_base_model, context_of, load_config
-from graft_trainer.prepare import preflight, prepare
+from graft_trainer.prepare import preflight, prepare, prepare_container
 from graft_trainer.run.failures import Failure, explain
-from graft_trainer.run.run import Prepared, load_examples
+from graft_trainer.run.run import Prepared
 from trainer_world import MARKED, QUESTIONS, MemoryStore, chat_lines, make_base, make_job, make_run, make_t5
 
 TRAIN, EVAL = "team-a/data/train.jsonl", "team-a/data/eval.jsonl"
@@ -40,7 +41,7 @@ def store(base: Path) -> MemoryStore:
 def reason_of(tmp_path: Path, store: MemoryStore, job: JobFile) -> tuple[Reason, str]:
     run = make_run(tmp_path, store, job)
     with pytest.raises(Exception) as caught:
-        prepare(run)
+        prepare_container(run)
     run.progress.close(2)
     failure = explain(caught.value)
     return failure.reason, failure.message
@@ -48,7 +49,7 @@ def reason_of(tmp_path: Path, store: MemoryStore, job: JobFile) -> tuple[Reason,
 
 def test_dataset_and_model_are_put_into_the_work_folder(tmp_path: Path, store: MemoryStore, base: Path) -> None:
     run = make_run(tmp_path, store, make_job())
-    prepare(run)
+    prepare_container(run)
     assert run.progress.close(2)
     prepared = Prepared.read(run.settings.prepared_file)
     assert (run.settings.dataset_dir / "train.jsonl").read_bytes() == store.kept[TRAIN]
@@ -83,7 +84,7 @@ def test_preflight_looks_at_weights_that_are_mounted(tmp_path: Path, store: Memo
     (weights,) = (tmp_path / "pvc/weights/tiny").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     job = make_job(baseModel={"name": "tiny", "uri": "pvc://weights/tiny"})
-    with pytest.raises(Failure, match=r"has \d+ bytes, its header says"):
+    with pytest.raises(Failure, match=r"has \d+ bytes, but its header says"):
         preflight(make_run(tmp_path, store, job))
 
 
@@ -91,7 +92,7 @@ def test_what_the_data_is_like_is_told_with_the_progress(tmp_path: Path, store: 
     store.kept[TRAIN] = chat_lines(3) + b"nonsense\n" + chat_lines(3) + b"[]\n"
     dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
     run = make_run(tmp_path, store, make_job(dataset=dataset))
-    prepare(run)
+    prepare_container(run)
     assert run.progress.close(2)
     told = json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])["dataset"]
     # The byte tokenizer: <s><|user|>question<|assistant|>answer</s>
@@ -124,8 +125,9 @@ def test_held_out_examples_are_asked_with_the_first_template(tmp_path: Path, sto
         "templates": templates,
     }
     run = make_run(tmp_path, store, make_job(dataset=dataset))
-    prepare(run)
-    train, held_out = load_examples(run)
+    prepare_container(run)
+    data = read_data(run.job.dataset, run.settings.dataset_dir, run.job.training.seed)
+    train, held_out = data.train, data.held_out
     assert (len(train), len(held_out)) == (45, 15)
     assert all(example.prompt.startswith("Q: ") for example in held_out)
     assert {example.prompt.split("task")[0] for example in train} == {"Q: ", "Task: ", ""}
@@ -136,14 +138,14 @@ def test_examples_that_are_cut_are_told_with_the_length_to_ask_for(
 ) -> None:
     job = make_job(training={"maxLength": 35})
     prepare(make_run(tmp_path, store, job))
-    assert "67 % of the examples are cut to 35 tokens, the longest has 38" in caplog.text
-    assert "raise training.maxLength to 64, which leaves 100 % whole" in caplog.text
+    assert "67 % of the examples are cut to 35 tokens; the longest has 38 tokens" in caplog.text
+    assert "Raise spec.training.maxLength to 64: then 100 % of the examples stay whole" in caplog.text
 
 
 def test_a_length_that_leaves_nothing_to_learn(tmp_path: Path, store: MemoryStore) -> None:
     reason, message = reason_of(tmp_path, store, make_job(training={"maxLength": 8}))
     assert reason == Reason.DATASET_INVALID
-    assert "none of the 6 examples has anything to learn within 8 tokens" in message
+    assert "none of the 6 examples has a token to train on within 8 tokens" in message
     reason, message = reason_of(tmp_path / "2", store, make_job(training={"maxLength": 4096}))
     assert reason == Reason.CONFIGURATION_INVALID
     assert "the model's context is 128 tokens" in message
@@ -155,7 +157,8 @@ def test_an_optimizer_that_does_not_know_sharded_weights(tmp_path: Path, store: 
     reason, message = reason_of(tmp_path, store, job)
     assert reason == Reason.CONFIGURATION_INVALID
     assert (
-        "training.optim is adafactor, which does not know weights that are sharded (fsdp) over 2 processes" in message
+        "training.optim is adafactor, which does not support weights that are sharded (fsdp) over 2 processes"
+        in message
     )
 
 
@@ -189,7 +192,7 @@ def test_files_of_claims_and_config_maps_are_read_where_they_are_mounted(
         path.parent.mkdir(parents=True)
         path.write_bytes(chat_lines(3))
     shutil.copytree(base, run.settings.pvc_dir / "models/tiny")
-    prepare(run)
+    prepare_container(run)
     assert Prepared.read(run.settings.prepared_file).base_model_dir == str(run.settings.pvc_dir / "models/tiny")
 
 
@@ -247,7 +250,7 @@ def seq2seq_store(t5: Path) -> MemoryStore:
 
 def test_a_seq2seq_model_needs_no_chat_template(tmp_path: Path, t5: Path) -> None:
     run = make_run(tmp_path, seq2seq_store(t5), make_job(task="seq2seq"))
-    prepare(run)
+    prepare_container(run)
     # The question and its </s> for the encoder where the tokenizer has one, the answer with its </s> for the decoder.
     told = Prepared.read(run.settings.prepared_file).dataset
     assert told["max_tokens"] == max(len(question) + len(answer) + 1 for question, answer in QUESTIONS.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from graft.contracts.job import JobFile
 from graft.contracts.progress import Reason
-from graft_trainer.prepare import prepare
+from graft_trainer.prepare import prepare, prepare_container
 from graft_trainer.run.failures import explain
 from graft_trainer.run.run import Prepared
 from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run
@@ -41,7 +41,7 @@ def refused(tmp_path: Path, store: MemoryStore, job: JobFile) -> tuple[Reason, s
 
 def test_a_suite_is_put_beside_the_dataset_with_its_digest(tmp_path: Path, store: MemoryStore) -> None:
     run = make_run(tmp_path, store, job_with({"name": "quiz", "uri": "s3://bucket/quiz.jsonl"}))
-    prepare(run)
+    prepare_container(run)
     assert (run.settings.dataset_dir / "suites/quiz.jsonl").read_bytes() == QUIZ
     digests = Prepared.read(run.settings.prepared_file).digests
     assert digests["suite/quiz"] == "sha256:" + hashlib.sha256(QUIZ).hexdigest()
@@ -98,7 +98,7 @@ def test_an_lm_eval_task_of_ones_own_is_loaded_before_a_gpu_is_taken(tmp_path: P
     store.kept["sums.yaml"] = TASK.encode()
     store.kept["sums.jsonl"] = b'{"question": "1 + 1?", "choices": ["1", "2"], "label": 1}\n'
     run = make_run(tmp_path, store, job_with({"name": "sums", "lmEval": LM_EVAL}))
-    prepare(run)
+    prepare_container(run)
     assert (run.settings.dataset_dir / "suites/sums.yaml").read_text() == TASK
     assert (run.settings.dataset_dir / "suites/sums.data.jsonl").read_bytes() == store.kept["sums.jsonl"]
     digests = Prepared.read(run.settings.prepared_file).digests

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft_trainer.run.progress import ProgressReporter
 from trainer_world import MemoryStore
 

@@ -145,7 +145,7 @@ def test_qlora_computes_in_the_precision_unless_told() -> None:
     ("training", "device", "message"),
     [
         ({"precision": "fp16"}, CPU, "needs a GPU"),
-        ({"precision": "bf16"}, T4, "this GPU does not have"),
+        ({"precision": "bf16"}, T4, "this GPU does not support"),
         ({"maxLength": 1024}, CPU, "context is 512 tokens"),
     ],
 )
@@ -275,9 +275,10 @@ def test_a_micro_batch_of_one_cannot_be_halved() -> None:
     with pytest.raises(Failure) as caught:
         resolved({"perDeviceTrainBatchSize": 4}, halvings=3)
     assert (caught.value.reason, EXIT_CODES[caught.value.reason]) == (Reason.OUT_OF_MEMORY, 18)
-    assert "micro-batches of 1 example of up to 512 tokens, after 4 at first" in caught.value.message
-    assert "training.maxLength (it is 512) to 256, set training.gradientCheckpointing to true, use method qlora" in (
-        caught.value.remedy
+    assert "micro-batches of 1 example of up to 512 tokens (the first attempt had 4)" in caught.value.message
+    assert (
+        "training.maxLength (it is 512) to 256, set spec.training.gradientCheckpointing to true, use method qlora"
+        in (caught.value.remedy)
     )
     with pytest.raises(Failure) as last:
         resolved({"gradientCheckpointing": True}, method={"qlora": {}}, halvings=9)
@@ -361,7 +362,7 @@ def test_names_that_are_not_there_are_answered_with_those_that_are() -> None:
     with pytest.raises(Failure) as caught:
         target_modules(Lora(target_module_names=["q_proj", "qkv"]), LLAMA, [])
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
-    assert "no qkv; there are down_proj, gate_proj, k_proj" in caught.value.message
+    assert "no qkv; it has down_proj, gate_proj, k_proj" in caught.value.message
 
 
 def test_a_rank_above_the_full_rank_is_refused() -> None:

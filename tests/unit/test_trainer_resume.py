@@ -12,9 +12,9 @@ from graft_trainer.run.failures import Interrupted
 
 
 def same(one: Attempt, other: Attempt) -> None:
-    assert one.watch is not None and other.watch is not None, (one.ended, other.ended)
-    assert one.watch.curve == other.watch.curve
-    assert one.watch.tokens == other.watch.tokens
+    assert one.learned is not None and other.learned is not None, (one.ended, other.ended)
+    assert one.learned.curve == other.learned.curve
+    assert one.learned.tokens == other.learned.tokens
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
 
 
@@ -46,8 +46,8 @@ def test_a_run_that_is_killed_several_times_ends_as_an_undisturbed_one(tmp_path:
     assert steps == [None, 4, 11, 11, 16]
     done = run_attempt(tmp_path, store, "pod-9", held_out=5, eval_steps=6)
     same(done, undisturbed)
-    assert done.watch is not None and undisturbed.watch is not None
-    assert done.watch.last_eval_loss == undisturbed.watch.last_eval_loss
+    assert done.learned is not None and undisturbed.learned is not None
+    assert done.learned.eval_loss == undisturbed.learned.eval_loss
     assert done.progress.resumed_from == 17
     assert [ref.step for ref in done.progress.checkpoints or ()] == [17, 18]
     assert steps_of(store, "pod-9", "loss") == list(range(1, 19))
@@ -78,9 +78,9 @@ def test_a_halved_micro_batch_goes_on_from_the_same_example(tmp_path: Path) -> N
     halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     done = run_attempt(tmp_path, store, "pod-2", full=True, **halved)
     assert done.progress.resumed_from == 8
-    assert done.watch is not None and whole.watch is not None
-    assert done.watch.tokens == whole.watch.tokens
-    for one, other in zip(done.watch.curve, whole.watch.curve, strict=True):
+    assert done.learned is not None and whole.learned is not None
+    assert done.learned.tokens == whole.learned.tokens
+    for one, other in zip(done.learned.curve, whole.learned.curve, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
@@ -93,8 +93,8 @@ def test_a_t5_learns_the_same_however_a_step_is_divided(tmp_path: Path) -> None:
             tmp_path, FolderStore(tmp_path / name / "store"), name, t5={"tied": True}, max_steps=8,
             per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
         )  # fmt: skip
-        assert done.watch is not None, done.ended
-        curves.append([record["loss"] for record in done.watch.curve])
+        assert done.learned is not None, done.ended
+        curves.append([record["loss"] for record in done.learned.curve])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     assert curves[0][-1] < curves[0][0] < 10
 
@@ -104,8 +104,8 @@ def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path, undist
     first = run_attempt(tmp_path, store, "pod-1", held_out=5, eval_steps=6)
     second = run_attempt(tmp_path, store, "pod-2", held_out=5, eval_steps=6, events={1: "kill"})
     same(second, undisturbed)
-    assert first.watch is not None and second.watch is not None
-    assert second.watch.last_eval_loss == first.watch.last_eval_loss is not None
+    assert first.learned is not None and second.learned is not None
+    assert second.learned.eval_loss == first.learned.eval_loss is not None
     assert (second.progress.percent, second.progress.resumed_from) == (100, 18)
 
 
@@ -146,8 +146,8 @@ def test_asked_to_end_within_an_evaluation_it_is_broken_off(tmp_path: Path, undi
     assert isinstance(last.ended, Interrupted)
     done = run_attempt(tmp_path, store, "pod-5", events={1: "kill"}, **settings)
     same(done, undisturbed)
-    assert done.watch is not None and undisturbed.watch is not None
-    assert done.watch.last_eval_loss == undisturbed.watch.last_eval_loss
+    assert done.learned is not None and undisturbed.learned is not None
+    assert done.learned.eval_loss == undisturbed.learned.eval_loss
     assert (done.progress.resumed_from, steps_of(store, "pod-5", "evalLoss")) == (18, [6, 12, 18])
 
 
@@ -205,7 +205,7 @@ def test_speed_and_time_left_are_of_this_attempt(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     run_attempt(tmp_path, store, "pod-1", events={20: "term"})
     done = run_attempt(tmp_path, store, "pod-2")
-    assert done.watch is not None
+    assert done.learned is not None
     # All of the steps before the resume would have gone by within the first one, if they counted.
-    assert done.watch.pace._marks[0][1] >= 10
-    assert done.watch.seconds > 0
+    assert done.learned.pace._marks[0][1] >= 10
+    assert done.learned.seconds > 0

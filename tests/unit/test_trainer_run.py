@@ -11,15 +11,15 @@ import pytest
 import torch
 from graft.artifacts.manifest import Manifest, digest
 from graft.contracts.progress import Progress, Reason
-from graft_trainer import train as train_module
 from graft_trainer.data.tokens import IGNORED, Tokenised
-from graft_trainer.evaluation.evaluate import mean_loss, stop_tokens
+from graft_trainer.evaluation.generate import stop_tokens
+from graft_trainer.model.loss import mean_loss
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.prepare import prepare
+from graft_trainer.prepare import prepare_container
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Run
 from safetensors.torch import load_file
-from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, quick_training
+from trainer_world import MemoryStore, chat_lines, make_base, make_job, make_run, quick_training, train_prepared
 
 PREFIX = "team-a/adapters/colours/1.0.0/"
 
@@ -40,7 +40,7 @@ def prepared(root: Path, base: Path, store: MemoryStore | None = None, **changes
     store.kept |= {"team-a/data/train.jsonl": chat_lines(24), "team-a/data/eval.jsonl": chat_lines(6)}
     store.add_folder("models/tiny/", base)
     run = make_run(root, store, make_job(**changes))
-    prepare(run)
+    prepare_container(run)
     return run, store
 
 
@@ -126,7 +126,7 @@ def test_an_attempt_after_the_publishing_one_only_says_so(published: tuple[Run, 
     _, store = published
     before = dict(store.kept)
     again = make_run(tmp_path, store, make_job())
-    prepare(again)
+    prepare_container(again)
     train_evaluate_publish(again)
     progress = last_progress(again, store)
     assert progress.stage == "Succeeded"
@@ -168,7 +168,7 @@ def test_qlora_trains_over_a_4_bit_base_model(base: Path, tmp_path: Path) -> Non
 def test_an_evaluation_leaves_4_bit_weights_differentiable(base: Path, tmp_path: Path) -> None:
     training = {"maxSteps": 2, "evalSteps": 1}
     run, _ = prepared(tmp_path, base, method={"qlora": {"rank": 4}}, training=training)
-    model = train_module.train(run).model
+    model = train_prepared(run).model
     states = [module.weight.quant_state for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     assert len(states) == 14
     assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
@@ -195,7 +195,7 @@ def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
         (
             {"method": {"lora": {"targetModuleNames": ["qkv"]}}},
             Reason.CONFIGURATION_INVALID,
-            "no qkv; there are down_proj",
+            "no qkv; it has down_proj",
         ),
         ({"method": {"lora": {"rank": 512}}}, Reason.CONFIGURATION_INVALID, "rank is 512"),
         (

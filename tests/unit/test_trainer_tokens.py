@@ -95,7 +95,7 @@ def test_what_is_cut_is_counted_and_what_is_left_without_an_answer_is_dropped() 
     result = tokenise(examples, tokenizer, 20, role="train")
     assert (len(result.examples), result.truncated, result.dropped, result.longest) == (2, 2, 1, 20)
     assert all(len(item.input_ids) == len(item.labels) for item in result.examples)
-    with pytest.raises(Failure, match="anything to learn within 20 tokens") as caught:
+    with pytest.raises(Failure, match="a token to train on within 20 tokens") as caught:
         tokenise(examples[2:], tokenizer, 20, role="train")
     assert caught.value.reason == Reason.DATASET_INVALID
 

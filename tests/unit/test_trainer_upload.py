@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 from graft_trainer.checkpoints.store import CheckpointStore
 from graft_trainer.run import upload
 from graft_trainer.run.upload import NICENESS, upload_apart
@@ -68,7 +69,7 @@ def ended(process: int) -> bool:
 def test_a_large_file_arrives_as_it_is(storage: StorageConfig, tmp_path: Path) -> None:
     path = tmp_path / "part"
     path.write_bytes(os.urandom(1000) * 20_000)  # in parts
-    upload_apart(storage, "runs/part", path)
+    upload_apart(S3Store(storage), "runs/part", path)
     assert b"".join(S3Store(storage).chunks("runs/part")) == path.read_bytes()
 
 
@@ -76,10 +77,8 @@ def test_a_checkpoint_is_brought_back_over_a_line_that_breaks(storage: StorageCo
     path = tmp_path / "part"
     path.write_bytes(os.urandom(1000) * 40_000)
     with faulty_proxy(storage.endpoint) as proxy:
-        store = S3Store(dataclasses.replace(storage, endpoint=proxy.endpoint), attempts=1, timeout=1)
-        run = CheckpointStore(
-            store, "shop/runs/1/", "pod-0", "recipe", tmp_path / "back", upload=store.upload, limit=1, patience=10
-        )
+        store = S3Store(dataclasses.replace(storage, endpoint=proxy.endpoint), attempts=1, timeout=1, patience=10)
+        run = CheckpointStore(store, "shop/runs/1/", "pod-0", "recipe", tmp_path / "back", upload=store.upload, limit=1)
         run.write(path, 4, 0, 1, final=False)
         (checkpoint,) = run.usable(1)
         proxy.inject(Fault("rank-0000.safetensors", times=4, cut_at=2_000_000))
@@ -91,7 +90,7 @@ def test_only_what_is_large_is_worth_a_process(
     storage: StorageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apart: list[str] = []
-    monkeypatch.setattr(upload, "upload_apart", lambda config, key, path: apart.append(key))
+    monkeypatch.setattr(upload, "upload_apart", lambda store, key, path: apart.append(key))
     for name, size in (("small", upload.LARGE - 1), ("large", upload.LARGE)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
@@ -105,10 +104,10 @@ def test_whose_error_it_is_is_told_as_if_it_were_here(storage: StorageConfig, tm
     path.write_bytes(b"x")
     wrong = dataclasses.replace(storage, secret_access_key="not-it")
     with pytest.raises(StoreError, match=r"runs/part: .*SignatureDoesNotMatch") as denied:
-        upload_apart(wrong, "runs/part", path)
+        upload_apart(S3Store(wrong), "runs/part", path)
     assert denied.value.trouble == "denied"
     with pytest.raises(StoreError, match="NoSuchBucket") as missing:
-        upload_apart(dataclasses.replace(storage, bucket="another"), "runs/part", path)
+        upload_apart(S3Store(dataclasses.replace(storage, bucket="another")), "runs/part", path)
     assert missing.value.trouble == "missing"
 
 
@@ -128,7 +127,7 @@ def test_one_that_is_killed_is_an_upload_that_failed_and_no_secret_is_to_be_seen
     thread = threading.Thread(target=look_and_kill)
     thread.start()
     with pytest.raises(StoreError, match="runs/part: the process that uploads it was killed by signal 9") as failed:
-        upload_apart(config_of(silent), "runs/part", path)
+        upload_apart(S3Store(config_of(silent)), "runs/part", path)
     thread.join()
     assert failed.value.trouble == "unavailable"
     assert "runs/part" in seen[0] and "PATH" in seen[1] and "a-secret-key" not in "".join(seen)
@@ -138,9 +137,9 @@ def test_it_ends_with_the_process_that_trains_and_not_before(silent: socket.sock
     path = tmp_path / "part"
     path.write_bytes(b"x")
     code = (
-        "from pathlib import Path; from graft.artifacts.store import StorageConfig; "
+        "from pathlib import Path; from graft.artifacts.storage import StorageConfig; from graft.artifacts.store import S3Store; "
         "from graft_trainer.run.upload import upload_apart; "
-        f"upload_apart(StorageConfig(**{dataclasses.asdict(config_of(silent))!r}), 'runs/part', Path({str(path)!r}))"
+        f"upload_apart(S3Store(StorageConfig(**{dataclasses.asdict(config_of(silent))!r})), 'runs/part', Path({str(path)!r}))"
     )
     training = subprocess.Popen([sys.executable, "-c", code])
     try:

@@ -8,14 +8,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from graft.artifacts.store import ObjectInfo, StoreError, Trouble
+from graft.artifacts.storage import StoreError, Trouble
+from graft.artifacts.store import ObjectInfo
 from graft.contracts.job import JobFile
 from graft_trainer.run.progress import ProgressReporter
 from graft_trainer.run.run import Prepared, Run
 from graft_trainer.run.settings import Settings
+
+if TYPE_CHECKING:
+    from graft_trainer.train import Trained
 
 MARKED = (
     "{{- bos_token }}{%- for m in messages %}{%- if m['role'] == 'assistant' %}{{- '<|assistant|>' }}"
@@ -257,6 +261,13 @@ def ready(root: Path, base: Path, job: JobFile, store: MemoryStore | None = None
             (run.settings.dataset_dir / f"{role}.jsonl").write_bytes(data)
     Prepared(str(base), {}).write(run.settings.prepared_file)
     return run, store
+
+
+def train_prepared(run: Run) -> Trained:
+    """Train from what prepare has left in the work folder."""
+    from graft_trainer.train import train
+
+    return train(run, Prepared.read(run.settings.prepared_file))
 
 
 @contextmanager

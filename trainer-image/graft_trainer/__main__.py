@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-from graft.artifacts.store import StorageConfig
 from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, Reason
 
@@ -14,7 +13,7 @@ from graft_trainer.processes import distributed
 from graft_trainer.processes.launch import launch
 from graft_trainer.run.failures import Interrupted, explain, write_termination
 from graft_trainer.run.interruption import Interruption
-from graft_trainer.run.run import Run, open_run, read_job
+from graft_trainer.run.run import Run, open_run, open_store, read_job
 from graft_trainer.run.settings import Settings, library_environment
 
 log = logging.getLogger("graft_trainer")
@@ -47,10 +46,9 @@ def main(arguments: list[str]) -> int:
             if job.pods.processes_per_node > 1:
                 return launch(job.pods, settings, interruption)
             os.environ.update(distributed.variables(job.pods, os.environ))
-        storage = StorageConfig.from_dir(settings.storage_dir)
         run = open_run(
             settings,
-            storage,
+            open_store(settings),
             job,
             write_now=command != "train",
             silent=command == "train" and not distributed.is_main(),
@@ -83,7 +81,7 @@ def stage(command: str) -> Callable[[Run], None]:
     if command != "train":
         from graft_trainer import prepare
 
-        return prepare.preflight if command == "preflight" else prepare.prepare
+        return prepare.preflight if command == "preflight" else prepare.prepare_container
     from graft_trainer.pipeline import train_evaluate_publish
 
     return train_evaluate_publish

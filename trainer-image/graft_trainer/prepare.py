@@ -10,12 +10,13 @@ from pathlib import Path
 
 from graft.artifacts.layout import MANIFEST
 from graft.artifacts.sources import fetch
-from graft.artifacts.store import StoreError, patiently
+from graft.artifacts.storage import StoreError
 from graft.contracts.job import JobFile
 from graft.contracts.progress import DatasetStatistics, Reason
 
 from graft_trainer.data import lengths
 from graft_trainer.data.dataset import check_template
+from graft_trainer.data.read import Data, read_data
 from graft_trainer.evaluation import gates
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
 from graft_trainer.evaluation.suites import needs_chat_template, read_suite
@@ -29,30 +30,38 @@ from graft_trainer.model.basemodel import (
 )
 from graft_trainer.recipe.resolve import Device, check_packing, check_sharding, limits
 from graft_trainer.run.download import download_file, tell
+from graft_trainer.run.earlier import already_published
 from graft_trainer.run.failures import Failure
-from graft_trainer.run.run import Data, Prepared, Run, already_published, read_data
+from graft_trainer.run.run import Prepared, Run
 
 log = logging.getLogger(__name__)
 SAMPLE = 50_000  # examples of a file that are kept in memory
 
 
 def preflight(run: Run) -> None:
-    """The same checks before the cluster is asked for GPUs, but for the base model's weights, which train's pod brings itself."""
+    """Run the checks of prepare in a pod without GPUs, before the Job that needs them. The base model's weights are not downloaded."""
     prepare(run, weights=False)
 
 
-def prepare(run: Run, *, weights: bool = True) -> None:
-    """Check dataset, suites, base model and access, and put what train reads into the work folder."""
+def prepare_container(run: Run) -> None:
+    """Run prepare, and hand what it found to train's container, in a file of the work folder."""
+    if (prepared := prepare(run)) is not None:
+        prepared.write(run.settings.prepared_file)
+
+
+def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
+    """Check dataset, suites, base model and access, and download them to the work folder. Return what train starts from, or
+    None if an earlier attempt has published the version."""
     job, settings, name = run.job, run.settings, run.job.base_model.name
     run.progress.stage("Preparing")
     if already_published(run):
         log.info("%s %s was published by an earlier attempt: nothing to do", job.output.adapter, job.output.version)
-        return
+        return None
 
     check_spec(job)
     check_publishing(run)
     digests = download_dataset(run)
-    data = read_data(run, most=SAMPLE)
+    data = read_data(job.dataset, settings.dataset_dir, job.training.seed, most=SAMPLE)
     log.info("dataset: %d examples to learn from, %d held out", data.examples, data.held_out_examples)
     suites, conversations = download_suites(run)
 
@@ -66,7 +75,6 @@ def prepare(run: Run, *, weights: bool = True) -> None:
         hf_token=settings.hf_token(),
         report=tell(f"base model {name}"),
         weights=weights,
-        patience=settings.storage_patience,
     )
     mounted = job.base_model.uri.startswith("pvc://")
     config = check_base_model(folder, name, job.task, weights=weights or mounted)
@@ -80,7 +88,7 @@ def prepare(run: Run, *, weights: bool = True) -> None:
         )
     statistics = measure_lengths(job, folder, data)
     run.progress.update(dataset=statistics)
-    Prepared(str(folder), digests | suites, statistics.model_dump(mode="json")).write(settings.prepared_file)
+    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"))
 
 
 def check_spec(job: JobFile) -> None:
@@ -98,7 +106,7 @@ def check_publishing(run: Run) -> None:
     """Failure(StorageDenied) when the version could not be published after hours of training."""
     key = run.version_prefix + MANIFEST
     try:
-        patiently(lambda: run.store.check_write(key), run.settings.storage_patience)
+        run.store.check_write(key)
     except StoreError as error:
         if error.trouble != "denied":
             raise

@@ -16,25 +16,27 @@ from graft.contracts.progress import Reason
 from graft.cpus import cpu_limit
 from transformers import set_seed
 
+from graft_trainer.checkpoints.checkpoint import identity
 from graft_trainer.data.dataset import Example
 from graft_trainer.data.packing import PackCollator, check_packing, pack
 from graft_trainer.data.pod_tokens import tokenise_in_pod
+from graft_trainer.data.read import read_data
 from graft_trainer.data.tokens import Collator, Task, Tokenisation, pad_token
-from graft_trainer.loop.loop import run_loop
+from graft_trainer.loop.loop import Work, run_loop
 from graft_trainer.model.basemodel import context_of, load_config, load_tokenizer
 from graft_trainer.model.methods import as_published, make_tunable, settle
 from graft_trainer.model.model import BaseModel, load_base_model, stored_dtype, this_device
 from graft_trainer.processes.distributed import world_size
 from graft_trainer.recipe.resolve import Device, Resolved, limits, resolve
 from graft_trainer.run.failures import Failure
-from graft_trainer.run.run import Prepared, Run, load_examples
+from graft_trainer.run.run import Prepared, Run
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """The tuned model, and how it came to be."""
+    """What train returns: the tuned model, what it was trained on, and how training went."""
 
     model: Any  # the tuned model where it fits, in eval mode; with forward and generate, whatever the method
     tokenizer: Any
@@ -66,40 +68,42 @@ class Trained:
         return self.open_base()
 
 
-def train(run: Run) -> Trained:
-    """Learn."""
+def train(run: Run, prepared: Prepared) -> Trained:
+    """Train the model on the prepared dataset. Return the tuned model and its training curves.
+
+    With several processes only rank 0 returns; the other ranks raise PartDone.
+    """
     job, method, started = run.job, run.job.method, time.monotonic()
     torch.set_num_threads(cpu_limit())
-    prepared = Prepared.read(run.settings.prepared_file)
     folder, name = Path(prepared.base_model_dir), job.base_model.name
     device, world, memory = this_device(), world_size(), PeakMemory()
 
     tokenizer = load_tokenizer(folder, name)
     config = load_config(folder, name)
     known = limits(job, device, context_of(config), world)
-    train_examples, held_out_examples = load_examples(run)
+    data = read_data(job.dataset, run.settings.dataset_dir, job.training.seed)
     where: Any = {"task": job.task, "folder": run.settings.work_dir}
-    learned = tokenise_in_pod(train_examples, tokenizer, known.max_length, role="train", **where)
+    tokens = tokenise_in_pod(data.train, tokenizer, known.max_length, role="train", **where)
     held_out = None
-    if held_out_examples:
-        held_out = tokenise_in_pod(held_out_examples, tokenizer, known.max_length, role="eval", **where)
-    items: Sequence[Any] = pack(learned.examples, known.max_length) if job.training.packing else learned.examples
+    if data.held_out:
+        held_out = tokenise_in_pod(data.held_out, tokenizer, known.max_length, role="eval", **where)
+    items: Sequence[Any] = pack(tokens.examples, known.max_length) if job.training.packing else tokens.examples
 
     def load() -> BaseModel:
         return load_base_model(folder, name, job.task, method, known, device)
 
     set_seed(job.training.seed)
     base = load()
-    check_vocabulary(base, learned, name)
+    check_vocabulary(base, tokens, name)
     if job.training.packing and base.loaded:
-        check_packing(base.model, max(learned.examples, key=lambda item: item.tokens), name)
+        check_packing(base.model, max(tokens.examples, key=lambda item: item.tokens), name)
     resolved = resolve(
         job,
         known,
         device,
         base.facts,
         examples=len(items),
-        longest=known.max_length if job.training.packing else learned.longest,
+        longest=known.max_length if job.training.packing else tokens.longest,
         held_out=held_out is not None,
         world=world,
         halvings=run.halvings,
@@ -133,12 +137,13 @@ def train(run: Run) -> Trained:
     loaded = time.monotonic()
     collate = PackCollator if job.training.packing else Collator
     collator = collate(pad_token(tokenizer), multiple=8 if device.kind == "cuda" else 1)
-    watch = run_loop(run, tunable.model, items, collator, resolved, device, held_out)
+    of = identity(job, resolved, prepared.digests, len(items))
+    learned = run_loop(run, Work(tunable.model, items, collator, held_out, resolved, device, of))
     peak = memory.peak_bytes()
     run.progress.update(peak_memory_bytes=peak)
     model = extract_model_from_parallel(tunable.model, keep_fp32_wrapper=False)
     settle(model, job, stored)
-    last = watch.curve[-max(1, len(watch.curve) // 10) :]
+    last = learned.curve[-max(1, len(learned.curve) // 10) :]
     return Trained(
         model=model,
         tokenizer=tokenizer,
@@ -150,15 +155,15 @@ def train(run: Run) -> Trained:
         stored=stored,
         targets=tunable.targets,
         digests=prepared.digests,
-        train=learned,
-        train_examples=train_examples,
+        train=tokens,
+        train_examples=data.train,
         held_out=held_out,
-        held_out_examples=held_out_examples,
-        curve=watch.curve,
-        held_out_curve=watch.held_out_curve(),
+        held_out_examples=data.held_out,
+        curve=learned.curve,
+        held_out_curve=learned.held_out_curve,
         train_loss=sum(record["loss"] for record in last) / len(last) if last else None,
-        eval_loss=watch.last_eval_loss,
-        tokens=collator.tokens,
+        eval_loss=learned.eval_loss,
+        tokens=learned.tokens,
         context=context,
         seconds={"load": loaded - started, "train": time.monotonic() - loaded},
         peak_memory_bytes=peak,

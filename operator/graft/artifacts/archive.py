@@ -1,11 +1,13 @@
-"""Versions that nobody uses, compressed: each safetensors file becomes <name>.xz beside the manifest, which stays as it is.
+"""Compress unused versions: each safetensors file becomes <name>.xz beside the manifest. The manifest does not change.
 
-A file is in storage as itself, as its compressed copy, or as both; never as neither, wherever the process is killed: a copy is read
-back, decompressed and compared with the manifest's SHA-256 before the original may go, and the other way round. Everything is
-streamed; memory is bounded by a part of an upload and by xz's window. All calls may be repeated, and take up what was left.
+A file is always in storage as the original, as its compressed copy, or as both, even if the process is killed. A copy
+is read back, decompressed and compared with the manifest's SHA-256 before the original is deleted. `restore` works the
+same way in reverse. All data is streamed: memory is bounded by one part of an upload and by xz's window. Every call may
+be repeated; it then continues with the files that are not done yet.
 
-The format is plain .xz (`xz -d` reads it). Weights are nearly random bytes but for sign and exponent, so the coder is told that values have
-two or four bytes (lp, pb): it then keeps statistics for each byte of a value, which is all that can be gained here.
+The format is plain .xz (`xz -d` reads it). Weights are nearly random bytes, except for sign and exponent. So the coder
+is told that values have two or four bytes (lp, pb): it then keeps statistics for each byte of a value. Nothing else
+reduces the size of weights.
 """
 
 import hashlib
@@ -13,11 +15,13 @@ import lzma
 from collections.abc import Callable, Iterator
 
 from graft.artifacts.manifest import Manifest, ManifestFile
-from graft.artifacts.store import CHUNK, S3Store, StoreError
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import CHUNK, S3Store
 from graft.artifacts.versions import InvalidArtifact
 
 SUFFIX = ".xz"
-# Nothing repeats in weights, so the search for matches is as short as the coder allows: the same size in a fifth of the time.
+# Weights contain no repeated sequences. So the match search is as short as the coder allows: the same size in a fifth
+# of the time.
 FILTERS = [
     {"id": lzma.FILTER_LZMA2, "lc": 2, "lp": 2, "pb": 2, "dict_size": 65536}
     | {"mode": lzma.MODE_NORMAL, "mf": lzma.MF_HC3, "nice_len": 8, "depth": 1}
@@ -26,63 +30,69 @@ Stopped = Callable[[], bool]
 
 
 class Interrupted(Exception):
-    """The caller does not want the result any more."""
+    """The caller no longer wants the result: `stopped` returned True."""
 
 
 def weights(manifest: Manifest) -> list[ManifestFile]:
-    """The files that are worth it."""
+    """Return the files that are worth compressing."""
     return [file for file in manifest.files if file.name.endswith(".safetensors")]
 
 
 def compress(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) -> int:
-    """Make, and verify, a compressed copy of each file that has none; the bytes of all copies. The originals stay."""
+    """Make and verify a compressed copy of each safetensors file that has none. Return the bytes of all copies.
+
+    The originals stay. Raises InvalidArtifact if an original is missing or differs from the manifest.
+    """
     there = {item.key: item.size for item in store.objects(prefix)}
     for file in weights(manifest):
         key = prefix + file.name
         if key + SUFFIX in there and _holds(store, key, file, stopped):
             continue
         if key not in there:
-            raise InvalidArtifact("FileMissing", f"{file.name} is not in storage, nor is a sound compressed copy of it")
+            raise InvalidArtifact("FileMissing", f"{file.name} is not in storage, and it has no valid compressed copy")
         expected = _Sum(file)
         _upload(store, key + SUFFIX, _compressed(expected.following(store.chunks(key))), stopped)
         if not expected.met:
-            raise InvalidArtifact("DigestMismatch", f"{file.name} is not what the manifest says")
+            raise InvalidArtifact("DigestMismatch", f"{file.name} differs from the manifest")
         if not _holds(store, key, file, stopped):
-            raise StoreError("unavailable", f"{key + SUFFIX} was read back otherwise than it was written")
+            raise StoreError("unavailable", f"{key + SUFFIX}: the data read back differs from the data written")
     copies = {prefix + file.name + SUFFIX for file in weights(manifest)}
     return sum(item.size for item in store.objects(prefix) if item.key in copies)
 
 
 def drop_originals(store: S3Store, prefix: str, manifest: Manifest) -> None:
-    """Delete what `compress` has just verified a copy of."""
+    """Delete the originals whose copies `compress` has just verified."""
     for file in weights(manifest):
         store.delete(prefix + file.name)
 
 
 def restore(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) -> None:
-    """Make, and verify, each original anew, and then delete the copies. InvalidArtifact when a copy is not what it should be."""
+    """Make and verify each original again, then delete its copy. Raises InvalidArtifact if a copy is invalid."""
     there = {item.key for item in store.objects(prefix)}
     for file in weights(manifest):
         key = prefix + file.name
         if key + SUFFIX not in there:
-            continue  # it is restored already; whoever loads the version verifies it
+            continue  # already restored; every program that loads the version verifies it
         if key not in there or store.sha256(key) != (file.sha256, file.size):
             expected = _Sum(file)
             _upload(store, key, expected.following(_decompressed(store, key, file)), stopped)
             if store.sha256(key) != (file.sha256, file.size):
-                raise StoreError("unavailable", f"{key} was read back otherwise than it was written")
+                raise StoreError("unavailable", f"{key}: the data read back differs from the data written")
         store.delete(key + SUFFIX)
 
 
 def is_archived(store: S3Store, prefix: str, manifest: Manifest) -> bool:
-    """Whether each file that is missing has a compressed copy, and one at least is missing."""
+    """Return whether at least one file is missing and every missing file has a compressed copy."""
     there = {item.key.removeprefix(prefix) for item in store.objects(prefix)}
     missing = [file.name for file in manifest.files if file.name not in there]
     return bool(missing) and all(name + SUFFIX in there for name in missing)
 
 
 def verify(store: S3Store, prefix: str, manifest: Manifest) -> None:
-    """Compare every file with the manifest, a compressed one as it would be restored. InvalidArtifact says what differs."""
+    """Compare every file with the manifest, a compressed file by its decompressed bytes.
+
+    Raises InvalidArtifact at a difference.
+    """
     there = {item.key for item in store.objects(prefix)}
     for file in manifest.files:
         key = prefix + file.name
@@ -94,13 +104,13 @@ def verify(store: S3Store, prefix: str, manifest: Manifest) -> None:
 
 
 def leftovers(store: S3Store, prefix: str, manifest: Manifest) -> bool:
-    """Whether an original is there beside its copy: somebody was killed between the two."""
+    """Return whether a file has both an original and a copy: a process was killed before it deleted one of them."""
     there = {item.key.removeprefix(prefix) for item in store.objects(prefix)}
     return any(file.name in there and file.name + SUFFIX in there for file in weights(manifest))
 
 
 class _Sum:
-    """The SHA-256 and size of what passes by, to be compared with the manifest's."""
+    """The SHA-256 and the size of a stream of bytes, to be compared with the manifest's."""
 
     def __init__(self, file: ManifestFile) -> None:
         self._file, self._hasher, self._size = file, hashlib.sha256(), 0
@@ -130,7 +140,10 @@ def _compressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(store: S3Store, key: str, file: ManifestFile) -> Iterator[bytes]:
-    """The bytes of a compressed copy; never more of them than the manifest says, whatever the copy claims."""
+    """Yield the decompressed bytes of a copy, never more than the file's size in the manifest.
+
+    Raises InvalidArtifact if the copy holds more bytes, is truncated, or is not a valid .xz file.
+    """
     coder, left = lzma.LZMADecompressor(format=lzma.FORMAT_XZ), file.size
     try:
         for chunk in store.chunks(key + SUFFIX):
@@ -146,13 +159,13 @@ def _decompressed(store: S3Store, key: str, file: ManifestFile) -> Iterator[byte
                 if coder.needs_input:
                     break
     except lzma.LZMAError as error:
-        raise InvalidArtifact("DigestMismatch", f"{file.name + SUFFIX} is no sound .xz file: {error}") from error
+        raise InvalidArtifact("DigestMismatch", f"{file.name + SUFFIX} is not a valid .xz file: {error}") from error
     if not coder.eof:
-        raise InvalidArtifact("DigestMismatch", f"{file.name + SUFFIX} is cut short")
+        raise InvalidArtifact("DigestMismatch", f"{file.name + SUFFIX} is truncated")
 
 
 def _holds(store: S3Store, key: str, file: ManifestFile, stopped: Stopped) -> bool:
-    """Whether the compressed copy is the file."""
+    """Return whether the compressed copy decompresses to the file in the manifest."""
     try:
         for _ in _Sum(file).following(_decompressed(store, key, file)):
             if stopped():

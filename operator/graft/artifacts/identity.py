@@ -1,7 +1,8 @@
-"""Keys of the object store, one per tenant, limited to its prefix: the identity service of versitygw.
+"""Issue keys of the object store through versitygw's identity service: one per tenant, limited to the tenant's prefix.
 
-The admin API (versitygw's s3api/controllers/admin.go, v1.8) takes XML over PATCH, signed with SigV4 for service s3 by the root key. A
-bucket policy then allows each user its own prefix and the shared base models. One writer at a time: the operator.
+The admin API (versitygw's s3api/controllers/admin.go, v1.8) takes XML over PATCH. The root key signs the requests with
+SigV4 for the service s3. A bucket policy allows each user its own prefix and the shared base models. Only one process
+may write users and policy at a time: the operator.
 """
 
 import json
@@ -16,14 +17,15 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from graft.artifacts.layout import MODELS_PREFIX, tenant_prefix
-from graft.artifacts.store import S3Store, StorageConfig, StoreError, Trouble
+from graft.artifacts.storage import StorageConfig, StoreError, Trouble
+from graft.artifacts.store import S3Store
 
 USER_PREFIX = "graft-"
-MARK = "Graft"  # statements with such a Sid are ours; others in the policy are left alone
+MARK = "Graft"  # a Sid that begins so marks Graft's statements; all others in the policy stay unchanged
 
 
 class VersityIdentity:
-    """Users and their rights on one bucket."""
+    """The users of the store and their rights on one bucket."""
 
     def __init__(self, store: S3Store, admin_url: str) -> None:
         self._store = store
@@ -36,7 +38,7 @@ class VersityIdentity:
         )
 
     def issue(self, tenant: str) -> StorageConfig:
-        """A new key for a tenant; an older one of the same tenant stops working."""
+        """Create a new key for a tenant and return its configuration. An older key of the tenant stops working."""
         user, secret = USER_PREFIX + tenant, secrets.token_urlsafe(30)
         if user in self.users():
             self._set_policy(lambda tenants: tenants - {tenant})
@@ -58,17 +60,17 @@ class VersityIdentity:
         )
 
     def revoke(self, tenant: str) -> None:
-        """Take a tenant's key away; one that is gone is fine."""
+        """Delete a tenant's key. It is no error if the tenant has none."""
         self._set_policy(lambda tenants: tenants - {tenant})
         if USER_PREFIX + tenant in self.users():
             self._admin(f"/delete-user?access={quote(USER_PREFIX + tenant)}")
 
     def tenants(self) -> set[str]:
-        """The tenants that have a key."""
+        """Return the tenants that have a key."""
         return {user.removeprefix(USER_PREFIX) for user in self.users() if user.startswith(USER_PREFIX)}
 
     def users(self) -> set[str]:
-        """All users of the store."""
+        """Return all users of the store."""
         root = ET.fromstring(self._admin("/list-users") or b"<none/>")  # noqa: S314 - our own store's answer
         return {element.text or "" for element in root.iter() if element.tag.rpartition("}")[2] == "Access"}
 
@@ -88,7 +90,7 @@ class VersityIdentity:
             elif policy:
                 client.delete_bucket_policy(Bucket=bucket)
         except Exception as error:
-            raise StoreError("unavailable", f"bucket policy of {bucket}: {error}") from error
+            raise StoreError("unavailable", f"cannot change the bucket policy of {bucket}: {error}") from error
 
     def _policy(self) -> dict[str, Any]:
         try:
@@ -96,7 +98,9 @@ class VersityIdentity:
         except Exception as error:
             if "NoSuchBucketPolicy" in str(error):
                 return {}
-            raise StoreError("unavailable", f"bucket policy of {self._store.config.bucket}: {error}") from error
+            raise StoreError(
+                "unavailable", f"cannot read the bucket policy of {self._store.config.bucket}: {error}"
+            ) from error
         return dict(json.loads(answer["Policy"]))
 
     def _admin(self, path: str, body: str = "") -> bytes:
@@ -109,15 +113,21 @@ class VersityIdentity:
                 "PATCH", prepared.url, headers=dict(prepared.headers), body=body.encode(), retries=2
             )
         except urllib3.exceptions.HTTPError as error:
-            raise StoreError("unavailable", f"identity service {self._admin_url}: {error}") from error
+            raise StoreError("unavailable", f"cannot call the identity service {self._admin_url}: {error}") from error
         if answer.status >= 300:
             trouble: Trouble = "denied" if answer.status in {401, 403} else "unavailable"
-            raise StoreError(trouble, f"identity service {path.split('?')[0]}: {answer.status} {answer.data[:300]!r}")
+            raise StoreError(
+                trouble,
+                f"the identity service answered {answer.status} to {path.split('?')[0]}: {answer.data[:300]!r}",
+            )
         return answer.data
 
 
 def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
-    """What each tenant's user may do (PURE): its own prefix, deleting only what its runs leave; the base models, reading."""
+    """Return the policy statements of the tenants' users (PURE).
+
+    Each user may read and write below its own prefix, delete only below its runs/, and read the base models.
+    """
     statements: list[dict[str, Any]] = []
     for tenant in tenants:
         principal, prefix = {"AWS": [USER_PREFIX + tenant]}, tenant_prefix(tenant)
@@ -130,7 +140,7 @@ def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
                 "Resource": [f"arn:aws:s3:::{bucket}/{prefix}*"],
             },
             {
-                "Sid": f"{MARK}Runs{tenant}",  # checkpoints that nobody goes on from any more
+                "Sid": f"{MARK}Runs{tenant}",  # to delete staged files and old checkpoints
                 "Effect": "Allow",
                 "Principal": principal,
                 "Action": ["s3:DeleteObject"],

@@ -1,4 +1,7 @@
-"""Publishing and verifying a version of an adapter: files first, manifest last; every digest before it is believed."""
+"""Publish and verify versions of an adapter.
+
+The manifest is written after the files, and no file is trusted before its digest is checked.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,13 +11,14 @@ from pydantic import ValidationError
 
 from graft.artifacts.layout import MANIFEST, attempt_prefix, run_prefix
 from graft.artifacts.manifest import Manifest, ManifestFile, digest
-from graft.artifacts.store import CHUNK, S3Store, StoreError
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import CHUNK, S3Store
 
 CLAIM = "version.json"  # in the run's folder: the manifest of the attempt whose files are published
 
 
 class InvalidArtifact(Exception):
-    """The files in storage are not what the manifest, or the Adapter, says."""
+    """The files in storage differ from the manifest or from the Adapter."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -22,7 +26,7 @@ class InvalidArtifact(Exception):
 
 
 def describe_files(files: Mapping[str, Path]) -> list[ManifestFile]:
-    """The manifest's entries of local files, by name."""
+    """Return the manifest's entries for local files, sorted by name."""
     return [
         ManifestFile(name=name, size=path.stat().st_size, sha256=file_sha256(path))
         for name, path in sorted(files.items())
@@ -30,7 +34,7 @@ def describe_files(files: Mapping[str, Path]) -> list[ManifestFile]:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the SHA-256 of a file in hex."""
     hasher = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -39,16 +43,16 @@ def file_sha256(path: Path) -> str:
 
 
 def publish(store: S3Store, prefix: str, files: Mapping[str, Path], manifest: Manifest) -> str:
-    """Publish a version: its files, and then, only if there is none yet, the manifest; its digest.
+    """Publish a version: first its files, then the manifest if there is none yet. Return the manifest's digest.
 
-    Two attempts of one job may be here at once: one that a lost node still runs, and the one that replaced it. So that
-    neither writes over the other's files, each uploads to its own folder of the run; the first to put its manifest into
-    the run's claim has won, and whoever goes on copies the winner's files to the version's place. All of them write the
-    same bytes there, however often and however late. An attempt clears its own folder at the end; what a killed one leaves
-    goes with the run.
+    Two attempts of one job may publish at once: one that still runs on a lost node, and the attempt that replaced it.
+    So that neither overwrites the other's files, each attempt uploads to its own folder of the run. The first attempt
+    that stores its manifest as the run's claim wins. Every attempt then copies the winner's files to the version's
+    prefix. So all attempts write the same bytes there, however often and however late they run. At the end, an attempt
+    empties its own folder. The files of a killed attempt are deleted together with the run.
 
-    StoreError("exists") when another job has published the version. An attempt that finds the version published by its own
-    job has nothing to do, so one that was killed at any point may simply be repeated.
+    Raises StoreError("exists") if another job has published the version. An attempt does nothing if its own job has
+    already published the version. So publishing may be repeated after an attempt was killed at any point.
     """
     tenant = prefix.partition("/")[0]
     published = _get(store, prefix + MANIFEST)
@@ -63,12 +67,12 @@ def publish(store: S3Store, prefix: str, files: Mapping[str, Path], manifest: Ma
         for name in files:
             store.delete(own + name)
     if not _same_run(published, manifest):
-        raise StoreError("exists", f"{prefix} is published already")
+        raise StoreError("exists", f"{prefix} is already published")
     return digest(published)
 
 
 def staging_prefix(tenant: str, manifest: Manifest) -> str:
-    """Where the manifest's attempt puts its files before they are the version's."""
+    """Return where an attempt uploads its files before they are copied to the version's prefix."""
     return attempt_prefix(tenant, manifest.job.uid, manifest.job.attempt) + "version/"
 
 
@@ -82,13 +86,14 @@ def _get(store: S3Store, key: str) -> bytes | None:
 
 
 def _copy_claimed(store: S3Store, tenant: str, prefix: str, claim: bytes) -> bytes:
-    """Publish the winner's files; the manifest in place."""
+    """Copy the winner's files to the version's prefix and publish its manifest. Return the published manifest."""
     winner = Manifest.model_validate_json(claim)
     try:
         for file in winner.files:
             store.copy(staging_prefix(tenant, winner) + file.name, prefix + file.name)
     except StoreError as error:
-        # The winner clears its folder once it has published; then there is nothing left to copy, and no need to.
+        # The winner empties its folder after it has published. Then there is nothing to copy, and nothing needs
+        # copying.
         if error.trouble != "missing" or (published := _get(store, prefix + MANIFEST)) is None:
             raise
         return published
@@ -96,7 +101,7 @@ def _copy_claimed(store: S3Store, tenant: str, prefix: str, claim: bytes) -> byt
 
 
 def _put_first(store: S3Store, key: str, data: bytes) -> bytes:
-    """What the object holds: `data`, unless somebody was first."""
+    """Store `data` unless the object exists. Return the object's content."""
     try:
         store.put(key, data, if_absent=True)
     except StoreError as error:
@@ -116,11 +121,14 @@ def _same_run(existing: bytes, manifest: Manifest) -> bool:
 def read_manifest(
     store: S3Store, prefix: str, expected_digest: str | None, bucket: str | None = None
 ) -> tuple[Manifest, str]:
-    """The manifest below a prefix and its digest. InvalidArtifact when it is not the expected one or makes no sense."""
+    """Return the manifest below a prefix and its digest.
+
+    Raises InvalidArtifact if the manifest is invalid or not the expected one.
+    """
     data = store.get(prefix + MANIFEST, bucket)
     actual = digest(data)
     if expected_digest is not None and actual != expected_digest:
-        raise InvalidArtifact("DigestMismatch", f"manifest.json is {actual}, expected {expected_digest}")
+        raise InvalidArtifact("DigestMismatch", f"manifest.json has the digest {actual}, expected {expected_digest}")
     try:
         return Manifest.model_validate_json(data), actual
     except ValidationError as error:
@@ -130,7 +138,10 @@ def read_manifest(
 
 
 def verify(store: S3Store, prefix: str, expected_digest: str, bucket: str | None = None) -> Manifest:
-    """Read every byte of a version and compare it with its manifest. InvalidArtifact names the first file that differs."""
+    """Read every byte of a version and compare it with its manifest.
+
+    Raises InvalidArtifact, which names the first file that differs.
+    """
     manifest, _ = read_manifest(store, prefix, expected_digest, bucket)
     for file in manifest.files:
         try:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from graft.artifacts.layout import CHECKPOINTS, checkpoint_prefix
-from graft.artifacts.store import ObjectInfo, StoreError
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import ObjectInfo
 from graft.contracts.job import JobFile
 from graft.contracts.message import Message
 from graft.contracts.progress import CheckpointRef

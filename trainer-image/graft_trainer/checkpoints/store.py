@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from graft.artifacts.layout import checkpoint_prefix
-from graft.artifacts.store import ObjectInfo, S3Store, StoreError, patiently
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import ObjectInfo, S3Store
 from graft.artifacts.versions import file_sha256
 from graft.contracts.progress import CheckpointRef, Reason
 from safetensors import safe_open
@@ -53,7 +54,6 @@ class CheckpointStore:
         *,
         upload: Callable[[str, Path], None],
         limit: int,
-        patience: float,
     ) -> None:
         """`root` is the run's prefix, `of` what the checkpoints must be of, `folder` where copies lie for a while; `upload` puts a
         file at a key while training goes on."""
@@ -64,7 +64,6 @@ class CheckpointStore:
         self.folder = folder
         self.upload = upload
         self.limit = limit
-        self.patience = patience  # seconds
         self._receipts: dict[tuple[str, str], bytes] = {}
 
     def complete(self) -> list[Checkpoint]:
@@ -74,7 +73,7 @@ class CheckpointStore:
     def usable(self, world_size: int) -> list[Checkpoint]:
         """What `world_size` processes may go on from, the best first; why others may not is said in the log."""
         found = []
-        for checkpoint in reversed(patiently(self.complete, self.patience)):
+        for checkpoint in reversed(self.complete()):
             if checkpoint.of != self.of:
                 log.warning("checkpoint %s is not used: it is of another recipe", checkpoint.prefix)
             elif not checkpoint.final and checkpoint.world_size != world_size:
@@ -96,8 +95,7 @@ class CheckpointStore:
         path = self.folder / f"resume-{os.getpid()}-{data_name(rank)}"  # the pod's processes share the folder
         key = self.root + checkpoint.prefix + data_name(rank)
         try:
-            item = patiently(lambda: self.store.head(key), self.patience)
-            self.store.download(item, path, patience=self.patience)
+            self.store.download(self.store.head(key), path)
         except StoreError as error:
             if error.trouble != "missing":
                 raise

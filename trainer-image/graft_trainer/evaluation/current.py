@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graft.artifacts.manifest import Manifest
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
 from graft.contracts.job import CurrentVersion
 from peft import PeftModel
@@ -27,9 +27,7 @@ from graft_trainer.model.model_placement import place
 from graft_trainer.run.download import fetch_version
 from graft_trainer.run.failures import out_of_memory
 from graft_trainer.run.run import Run
-
-if TYPE_CHECKING:
-    from graft_trainer.train import Trained
+from graft_trainer.train import Trained
 
 log = logging.getLogger(__name__)
 NAME = "current"  # of the adapter on the model, beside peft's "default"
@@ -44,7 +42,7 @@ class NotComparable(Exception):
 
 
 @contextmanager
-def current_version(run: Run, trained: "Trained", current: CurrentVersion, tuned: Subject) -> Iterator[Subject]:
+def current_version(run: Run, trained: Trained, current: CurrentVersion, tuned: Subject) -> Iterator[Subject]:
     """The version as something to measure like `tuned`. NotComparable when it cannot be had or belongs to another base model."""
     folder = run.settings.work_dir / "current"
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +68,7 @@ def current_version(run: Run, trained: "Trained", current: CurrentVersion, tuned
 
 def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
     try:
-        manifest = fetch_version(run.store, current.uri, current.digest, folder, run.settings.storage_patience)
+        manifest = fetch_version(run.store, current.uri, current.digest, folder)
     except InvalidArtifact as error:
         raise NotComparable(f"{current.version} is damaged: {error}; publish it again") from error
     except StoreError as error:
@@ -81,7 +79,7 @@ def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
     return manifest
 
 
-def _whole_model(folder: Path, trained: "Trained", tuned: Subject) -> Subject:
+def _whole_model(folder: Path, trained: Trained, tuned: Subject) -> Subject:
     """A version of the method full: its own weights, and its own tokenizer where it brought one."""
     loader: Any = AUTO_CLASSES[trained.task]
     with _fitting("its weights cannot be loaded"):
@@ -96,7 +94,7 @@ def _whole_model(folder: Path, trained: "Trained", tuned: Subject) -> Subject:
 
 
 @contextmanager
-def _adapter(folder: Path, trained: "Trained") -> Iterator[Any]:
+def _adapter(folder: Path, trained: Trained) -> Iterator[Any]:
     """The current adapter on the base model of the new one, as the only active one."""
     kind = _reduce_config(folder / "adapter_config.json", trained.task)
     model, problem = trained.model, "its adapter does not fit on the base model"

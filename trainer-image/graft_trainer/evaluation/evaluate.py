@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from graft.api.evaluation import Suite
 from graft.artifacts.sources import SourceError
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from peft import PeftModel
 
 from graft_trainer.data.tokens import Tokenised
@@ -23,15 +23,13 @@ from graft_trainer.evaluation.current import NotComparable, current_version
 from graft_trainer.evaluation.few_shot import Shot, draw
 from graft_trainer.evaluation.gates import HELD_OUT, Who, prefixed
 from graft_trainer.evaluation.generate import stop_tokens
-from graft_trainer.evaluation.likelihood import log_likelihoods
 from graft_trainer.evaluation.measure import MEASURED_AT_ONCE, Measured, Questions, measure
-from graft_trainer.evaluation.subject import NAMES, Meter, Steps, Subject
+from graft_trainer.evaluation.subject import NAMES, Meter, Subject
 from graft_trainer.evaluation.suites import Task, chat_prompts, main_metric, metrics_of, read_suite, task_of
+from graft_trainer.model.loss import mean_loss
 from graft_trainer.run.failures import Failure, explain
 from graft_trainer.run.run import Run
-
-if TYPE_CHECKING:
-    from graft_trainer.train import Trained
+from graft_trainer.train import Trained
 
 log = logging.getLogger(__name__)
 SAMPLES = 5  # answers of each set that the report shows
@@ -70,6 +68,7 @@ class Evaluated:
     rejected: list[str] = field(default_factory=list)
     suites: list[SuiteResult] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # that the evaluation took
 
 
 @dataclass
@@ -92,7 +91,7 @@ class _Set:
         return [who for who in plan[self.name] if who != "fewShot" or self.kind != "text"]
 
 
-def evaluate(run: Run, trained: "Trained") -> Evaluated:
+def evaluate(run: Run, trained: Trained) -> Evaluated:
     """Measure the version and what it is compared with. A missed gate is a result and no failure, and so is a measurement
     that cannot be made: the training is done, and would be as it is after another attempt."""
     started = time.monotonic()
@@ -122,9 +121,9 @@ def evaluate(run: Run, trained: "Trained") -> Evaluated:
     run.progress.update(metrics=_finite(metrics), rejected=rejected or None, missing=told or None, eta_seconds=0)
     if math.isfinite(loss := metrics.get("evalLoss", math.nan)):
         run.progress.update(eval_loss=loss)
-    trained.seconds["evaluate"] = time.monotonic() - started
     answered = next((item for item in sets if item.suite is None and item.tokens is None), None)
-    return Evaluated(metrics, _samples(answered) if answered else [], rejected, suites, told)
+    samples = _samples(answered) if answered else []
+    return Evaluated(metrics, samples, rejected, suites, told, time.monotonic() - started)
 
 
 @contextmanager
@@ -142,13 +141,7 @@ def _spared(work: Sequence[tuple[Who, _Set]], missing: dict[tuple[Who, str], str
         log.info("the traceback:", exc_info=error)
 
 
-def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None) -> float:
-    """Cross entropy over all learned tokens, nats per token."""
-    found = log_likelihoods(model, examples, pad, batch, meter)
-    return -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
-
-
-def _held_out(run: Run, trained: "Trained") -> list[_Set]:
+def _held_out(run: Run, trained: Trained) -> list[_Set]:
     if trained.held_out is None:
         return []
     evaluation = run.job.evaluation
@@ -163,7 +156,7 @@ def _held_out(run: Run, trained: "Trained") -> list[_Set]:
     return sets
 
 
-def _suites(run: Run, trained: "Trained") -> list[_Set]:
+def _suites(run: Run, trained: Trained) -> list[_Set]:
     sets = []
     for suite in run.job.evaluation.suites or ():
         tasks: list[Task] = []
@@ -178,7 +171,7 @@ def _suites(run: Run, trained: "Trained") -> list[_Set]:
 
 
 @contextmanager
-def _subject(run: Run, trained: "Trained", who: Who) -> Iterator[Subject]:
+def _subject(run: Run, trained: Trained, who: Who) -> Iterator[Subject]:
     stop, virtual = stop_tokens(trained), trained.resolved.virtual_tokens or 0
     tuned = Subject("adapter", trained.model, trained.tokenizer, trained.task, trained.context, stop, virtual)
     if who == "adapter":
@@ -194,7 +187,7 @@ def _subject(run: Run, trained: "Trained", who: Who) -> Iterator[Subject]:
             yield replace(tuned, model=plain, virtual_tokens=0)
 
 
-def _measure(run: Run, trained: "Trained", subject: Subject, item: _Set, shots: Sequence[Shot], meter: Meter) -> None:
+def _measure(run: Run, trained: Trained, subject: Subject, item: _Set, shots: Sequence[Shot], meter: Meter) -> None:
     who, batch = subject.who, trained.resolved.per_device_train_batch_size
     meter.begin(who, item.what, len(item.questions.tasks))
     if item.suite is not None and item.suite.lm_eval is not None:

@@ -1,16 +1,15 @@
 """Greedy answers of a model, in batches of prompts of like length."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from graft_trainer.data.tokens import IGNORED
-from graft_trainer.evaluation.subject import Meter, Subject, in_batches
-
-if TYPE_CHECKING:
-    from graft_trainer.train import Trained
+from graft_trainer.evaluation.subject import Meter, Subject
+from graft_trainer.model.batches import in_batches
+from graft_trainer.train import Trained
 
 GENERATED_AT_ONCE = 32  # answers; halved as long as memory runs out
 
@@ -92,7 +91,7 @@ def _with_virtual_tokens(subject: Subject, ids: torch.Tensor, mask: torch.Tensor
     return torch.stack(rows), torch.stack(marks)
 
 
-def stop_tokens(trained: "Trained") -> list[int]:
+def stop_tokens(trained: Trained) -> list[int]:
     """The ids that end an answer: the model's, the tokenizer's, and the special token that ends the learned answers."""
     stop: set[int] = set()
     for owner in (trained.model.generation_config, trained.tokenizer):

@@ -10,10 +10,10 @@ from graft.api.evaluation import Metric
 from graft_trainer.data.tokens import prompt_ids, tokenise_one
 from graft_trainer.evaluation.few_shot import Shot, put_before
 from graft_trainer.evaluation.generate import at_most, generate
-from graft_trainer.evaluation.likelihood import log_likelihoods, tokenised
 from graft_trainer.evaluation.scores import SCORES, accuracy, mean_score
-from graft_trainer.evaluation.subject import Meter, Subject
+from graft_trainer.evaluation.subject import Meter, Subject, tokenised
 from graft_trainer.evaluation.suites import Task
+from graft_trainer.model.loss import log_likelihoods
 
 log = logging.getLogger(__name__)
 MEASURED_AT_ONCE = 8  # examples whose likelihood is computed together, at the least; halved as long as memory runs out

@@ -1,17 +1,14 @@
-"""A model as it is measured, and the work on it in batches that fit into the memory."""
+"""A model as the evaluation measures it, and the progress of the evaluation."""
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
-
-from graft_trainer.data.tokens import pad_token
+from graft_trainer.data.dataset import Example
+from graft_trainer.data.tokens import IGNORED, Tokenised, pad_token, tokenise_one, tokenise_pair
 from graft_trainer.evaluation.gates import Who
-from graft_trainer.run.failures import out_of_memory
 from graft_trainer.run.progress import ProgressReporter
 
 log = logging.getLogger(__name__)
@@ -46,13 +43,6 @@ class Subject:
         if room is None or len(prompt) <= room:
             return prompt
         return prompt[-room:] if self.task == "causal" else prompt[: room - 1] + prompt[-1:]
-
-
-class Steps(Protocol):
-    """Hears of every batch."""
-
-    def step(self, count: int) -> None:
-        """`count` examples are through."""
 
 
 class Meter:
@@ -93,26 +83,25 @@ class Meter:
             self._progress.update(eta_seconds=round(left))
 
 
-def in_batches(
-    order: Sequence[int], size: int, work: Callable[[Sequence[int]], None], meter: Steps | None = None
-) -> None:
-    """Call `work` with at most `size` of the indices after each other; half as many from where memory runs out."""
-    done = 0
-    while done < len(order):
-        chosen = order[done : done + size]
-        try:
-            work(chosen)
-        except Exception as error:
-            if not out_of_memory(error) or len(chosen) == 1:
-                raise
-            size = len(chosen) // 2
-        else:
-            done += len(chosen)
-            if meter is not None:
-                meter.step(len(chosen))
-            continue
-        # Here and not above: the exception's frames hold the tensors that did not fit.
-        log.warning("memory ran out, going on with %d examples at once", size)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def tokenised(example: Example, subject: Subject, learned: int | None = None) -> Tokenised:
+    """The example, cut to what the model takes: of a text all of it is to be predicted, of others the last `learned` of the
+    learned tokens, which are those of the last answer when that is None. Answers before are part of the question."""
+    room = subject.room
+    if subject.task == "seq2seq":
+        source, target = tokenise_pair(example, subject.tokenizer)
+        return Tokenised(subject.cut(source, room), target[:room], "seq2seq")
+    ids, mask = tokenise_one(example, subject.tokenizer)
+    if example.text is not None:
+        return Tokenised(ids[:room], list(ids[:room]))
+    places = [at for at, learn in enumerate(mask) if learn]
+    asked = set(places[-(learned or _last_run(places)) :])
+    labels = [token if at in asked else IGNORED for at, token in enumerate(ids)]
+    return Tokenised(ids, labels) if room is None else Tokenised(ids[-room:], labels[-room:])
+
+
+def _last_run(places: Sequence[int]) -> int:
+    """How many of the ascending numbers at the end follow each other without a gap."""
+    run = 1
+    while run < len(places) and places[-run - 1] == places[-run] - 1:
+        run += 1
+    return run

@@ -6,14 +6,13 @@ It knows nothing of methods: whatever of the model requires a gradient is traine
 import gc
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graft.artifacts.layout import run_prefix
-from graft.contracts.progress import Reason
+from graft.contracts.progress import CheckpointRef, Reason
 from transformers import PrinterCallback
 
-from graft_trainer.checkpoints.checkpoint import identity
 from graft_trainer.checkpoints.resume import Resume, find_resume
 from graft_trainer.checkpoints.state import restore_weights, trained_weights
 from graft_trainer.checkpoints.store import CheckpointStore, CheckpointWriter
@@ -26,86 +25,98 @@ from graft_trainer.model.model_placement import place
 from graft_trainer.processes import distributed
 from graft_trainer.recipe.resolve import Device, Resolved
 from graft_trainer.run.failures import Failure
-from graft_trainer.run.run import Prepared, Run
+from graft_trainer.run.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def run_loop(
-    run: Run,
-    model: Any,
-    examples: Sequence[Any],
-    collator: Collator,
-    resolved: Resolved,
-    device: Device,
-    held_out: Tokenisation | None,
-) -> Watch:
-    """Train `model` in place, from the run's newest checkpoint on if there is one; what was seen on the way.
+@dataclass(frozen=True)
+class Work:
+    """What the loop trains, on what, and by which values."""
 
-    Of several processes only the first comes back, with the whole model, in host memory where it was sharded; PartDone in the
-    others.
+    model: Any
+    examples: Sequence[Any]
+    collator: Collator
+    held_out: Tokenisation | None
+    resolved: Resolved
+    device: Device
+    identity: str  # of the run; only checkpoints with the same identity are resumed from
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the loop returns, beside the model, which it trains in place."""
+
+    curve: list[dict[str, float]]  # {step, loss, learningRate}
+    held_out_curve: list[dict[str, float]]  # {step, evalLoss}
+    eval_loss: float | None  # if it was measured after the last step
+    tokens: int  # read in all steps, by all ranks, including earlier attempts
+    seconds: float  # of training, including earlier attempts
+
+
+def run_loop(run: Run, work: Work) -> Learned:
+    """Train `work.model` in place. If the store has a usable checkpoint of the run, training resumes from the newest one.
+
+    With several processes, only rank 0 returns; the other ranks raise PartDone. A sharded model is whole when this returns, in
+    host memory.
     """
     distributed.loaded()
-    watch = Watch(run.progress, run.interruption, resolved, collator, held_out, run.settings.checkpoint_seconds)
+    resolved = work.resolved
     checkpoints = CheckpointStore(
         run.store,
-        run_prefix(run.job.tenant, run.job.job.uid),
+        run.prefix,
         distributed.from_main(run.settings.attempt),  # pods that train together write below one prefix
-        identity(run.job, resolved, Prepared.read(run.settings.prepared_file).digests, len(examples)),
+        work.identity,
         run.settings.work_dir / "checkpoints",
         upload=run.upload,
         limit=resolved.save_total_limit,
-        patience=run.settings.storage_patience,
     )
-    resume = find_resume(checkpoints, resolved, device, lambda found: run.progress.update(checkpoints=found))
+
+    def report(found: list[CheckpointRef]) -> None:
+        run.progress.update(checkpoints=found)
+
+    writer = CheckpointWriter(checkpoints, distributed.rank(), distributed.world_size(), report)
+    watch = Watch(
+        run.progress, run.interruption, resolved, work.collator, work.held_out, writer, run.settings.checkpoint_seconds
+    )
+    resume = find_resume(checkpoints, resolved, work.device, report)
     if resume is not None and resume.final:
-        skip_loop(run, model, resume, watch)
+        skip_loop(run, work.model, resume, watch)
     else:
-        train_on(run, model, examples, resolved, device, watch, checkpoints, resume)
-    collator.tokens = watch.tokens
+        train_on(run, work, watch, writer, resume)
     distributed.forget()
-    watch.leaving = False  # whoever was asked to end has ended
-    if watch.owes(resolved.max_steps):  # the last evaluation was broken off, and the final checkpoint written
-        place(model)
-        with torch.autocast(device.kind, DTYPES[resolved.precision], enabled=resolved.precision != "fp32"):
-            watch.catch_up(model, resolved.max_steps)
-    return watch
+    watch.leaving = False  # every interrupted rank has exited by now
+    if watch.owes(resolved.max_steps):  # an interruption broke off the last evaluation, after the final checkpoint
+        place(work.model)
+        with torch.autocast(work.device.kind, DTYPES[resolved.precision], enabled=resolved.precision != "fp32"):
+            watch.catch_up(work.model, resolved.max_steps)
+    return Learned(watch.curve, watch.held_out_curve(), watch.last_eval_loss, watch.tokens, watch.seconds)
 
 
 def skip_loop(run: Run, model: Any, resume: Resume, watch: Watch) -> None:
-    """Take the weights of an attempt that ended after its last step: nothing is trained twice."""
+    """Take the weights of an earlier attempt that ended after its last step. Nothing is trained twice."""
     trained(run)
-    log.info("an earlier attempt has trained to the end, step %d: going on from there", resume.step)
+    log.info("an earlier attempt has trained to the end, step %d: resuming after it", resume.step)
     restore_weights(model, resume.state["weights"])
     watch.restore(resume.state["watch"], resume.step)
 
 
-def train_on(
-    run: Run,
-    model: Any,
-    examples: Sequence[Any],
-    resolved: Resolved,
-    device: Device,
-    watch: Watch,
-    checkpoints: CheckpointStore,
-    resume: Resume | None,
-) -> None:
-    """Train to the last step. Interrupted, or Failure(PeerLost), after a checkpoint when a pod was asked to end."""
+def train_on(run: Run, work: Work, watch: Watch, writer: CheckpointWriter, resume: Resume | None) -> None:
+    """Train to the last step. If a pod is interrupted, every rank writes a checkpoint and raises Interrupted or
+    Failure(PeerLost)."""
     rank, world = distributed.rank(), distributed.world_size()
     if world > 1 and not distributed.joined():
         raise Failure(
             Reason.INTERNAL_ERROR,
-            "the run's last checkpoint was there and is not any more, and the other pods have ended",
+            "the run's last checkpoint existed and is now gone, and the other pods have ended",
             "Delete the FineTuneJob and create it again.",
         )
-    writer = CheckpointWriter(checkpoints, rank, world, lambda found: run.progress.update(checkpoints=found))
-    watch.writer = writer
     run.interruption.hold(lambda: writer.busy)
     run.cleanup.callback(writer.wait)
-    sharded = resolved.sharding == "fsdp"
+    model, sharded = work.model, work.resolved.sharding == "fsdp"
     shell = sharding.shell(model) if sharded and rank == 0 else None
     with run.interruption.deferred():
-        step = take_steps(run, model, examples, resolved, device, watch, writer, resume)
+        step = take_steps(run, work, watch, writer, resume)
         trained(run)
         free_trainer()
         whole = sharding.gather(model, keep=rank == 0) if sharded else None
@@ -116,33 +127,24 @@ def train_on(
         if whole is not None and shell is not None:
             sharding.refill(model, shell, whole)
             del whole, shell
-            gc.collect()  # the parts on this GPU are in cycles, too
+            gc.collect()  # the shards on this GPU are in reference cycles, too
         final = {"weights": trained_weights(model), "watch": watch.state()}
-        # What was sharded is in host memory, which need not hold it twice: it is written before anything changes it.
+        # A sharded model is in host memory now, which may not hold it twice. It is written without a copy, before it changes.
         writer.take(final, step, final=True, copy=not sharded)
         if world > 1:
-            # A pod that is started again must not need the others, which end now.
+            # The other pods end now. If this pod is restarted, it must not need them.
             writer.wait()
             if writer.error is not None:
                 raise writer.error
             distributed.done()
 
 
-def take_steps(
-    run: Run,
-    model: Any,
-    examples: Sequence[Any],
-    resolved: Resolved,
-    device: Device,
-    watch: Watch,
-    writer: CheckpointWriter,
-    resume: Resume | None,
-) -> int:
-    """Train `model` to the last step; its number. The Trainer ends with this function."""
+def take_steps(run: Run, work: Work, watch: Watch, writer: CheckpointWriter, resume: Resume | None) -> int:
+    """Train to the last step and return its number. The Trainer and its optimizer are freed when this returns."""
     trainer = LeanTrainer(
-        model=model,
-        args=training_arguments(run.settings.work_dir, resolved, device),
-        train_dataset=examples,
+        model=work.model,
+        args=training_arguments(run.settings.work_dir, work.resolved, work.device),
+        train_dataset=work.examples,
         data_collator=watch.collator,
         callbacks=[watch],
     )

@@ -3,19 +3,16 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from graft.contracts.progress import Reason
 from transformers import TrainerCallback
 
 from graft_trainer.checkpoints.store import CheckpointWriter
-from graft_trainer.data.data_order import blank
-from graft_trainer.data.tokens import Collator, Tokenisation, Tokenised
-from graft_trainer.evaluation.evaluate import mean_loss
+from graft_trainer.data.tokens import Collator, Tokenisation
 from graft_trainer.loop.pace import Pace
-from graft_trainer.model import sharding
+from graft_trainer.model.loss import mean_loss, shared_loss
 from graft_trainer.processes import distributed
 from graft_trainer.recipe.resolve import Resolved
 from graft_trainer.run.failures import Failure, Interrupted
@@ -36,6 +33,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         resolved: Resolved,
         collator: Collator,
         held_out: Tokenisation | None,
+        writer: CheckpointWriter,
         save_seconds: float,
     ) -> None:
         self.progress = progress
@@ -44,7 +42,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.collator = collator
         self.held_out = held_out
         self.save_seconds = save_seconds  # between checkpoints, where steps do not say
-        self.writer: CheckpointWriter | None = None
+        self.writer = writer
         self.curve: list[dict[str, float]] = []
         self.events: list[dict[str, Any]] = []  # of events.jsonl
         self.last_eval_loss: float | None = None  # None again as soon as a step follows
@@ -205,8 +203,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         else:
             self._due = time.monotonic() - self._saved >= self.save_seconds
         read, self._read = self.collator.tokens - self._read, self.collator.tokens
-        busy = self.writer is not None and self.writer.busy
-        wanted, due, late, tokens = distributed.total([self.interruption.wanted, self._due, busy, read])
+        wanted, due, late, tokens = distributed.total([self.interruption.wanted, self._due, self.writer.busy, read])
         self.tokens += tokens
         self.leaving = wanted > 0
         return self.leaving or (due > 0 and late == 0)
@@ -233,30 +230,3 @@ class _Between:
 
     def step(self, count: int) -> None:
         self.check()
-
-
-def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, go_on: Callable[[], None]) -> float:
-    """mean_loss with the examples divided among the processes. All of them run the model as often, as sharded weights need
-    it, and in no inference_mode, whose tensors fsdp could not use for training afterwards. `go_on` is called before each
-    round of batches."""
-    collate, training = Collator(pad), model.training
-    world, rank = distributed.world_size(), distributed.rank()
-    ordered = sorted(examples, key=lambda item: item.tokens)
-    device = next(model.parameters()).device
-    sums = [0.0, 0.0]
-    model.eval()
-    try:
-        with torch.no_grad():
-            for begin in range(0, len(ordered), batch * world):
-                go_on()
-                mine = ordered[begin + rank * batch : begin + (rank + 1) * batch]
-                inputs = collate(mine) if mine else blank(ordered, collate)
-                loss = model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False).loss
-                if mine:
-                    learned = sum(item.learned for item in mine)
-                    sums = [sums[0] + float(loss) * learned, sums[1] + learned]
-    finally:
-        model.train(training)
-        sharding.reshard(model)
-    total, count = distributed.total_float(sums)
-    return total / max(1.0, count)

@@ -15,7 +15,8 @@ from pathlib import Path
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.sources import SourceError, pvc_path
-from graft.artifacts.store import CHUNK, Report, S3Store, StoreError, patiently
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import CHUNK, Report, S3Store
 from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
 from graft.contracts.progress import Reason
 
@@ -23,7 +24,7 @@ from graft_trainer.run.failures import Failure
 from graft_trainer.run.settings import Settings
 
 log = logging.getLogger(__name__)
-LIMIT = 4 * 1024**3  # bytes of a file, unpacked: train keeps its examples in memory
+LIMIT = 4 * 1024**3  # bytes of a file, unpacked: the work folder is on the node's disk
 SPARE = 256 * 1024**2  # bytes that stay free on the disk
 GZIP = b"\x1f\x8b"
 OTHER_FORMS = {
@@ -67,7 +68,7 @@ def download_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     scheme = uri.partition("://")[0]
     if scheme == "s3":
-        digest = _from_s3(uri, target, field, store, settings)
+        digest = _from_s3(uri, target, field, store)
     elif scheme == "hf":
         digest = _from_hub(uri, target, field, settings, hf_endpoint)
     else:
@@ -91,18 +92,17 @@ def tell(name: str) -> Report:
     return report
 
 
-def fetch_version(store: S3Store, uri: str, digest: str, folder: Path, patience: float) -> Manifest:
+def fetch_version(store: S3Store, uri: str, digest: str, folder: Path) -> Manifest:
     """Copy a published version but for its report to `folder`, every digest verified; its manifest. InvalidArtifact, StoreError."""
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
-    manifest, _ = patiently(lambda: read_manifest(store, prefix, digest, bucket), patience)
+    manifest, _ = read_manifest(store, prefix, digest, bucket)
     folder.mkdir(parents=True)
     for file in manifest.files:
         if file.name.startswith("report."):
             continue
         path = folder / file.name
-        item = patiently(lambda: store.head(prefix + file.name, bucket), patience)  # noqa: B023 - called at once
-        store.download(item, path, bucket, patience=patience)
+        store.download(store.head(prefix + file.name, bucket), path, bucket)
         if (file_sha256(path), path.stat().st_size) != (file.sha256, file.size):
             raise InvalidArtifact("DigestMismatch", f"{file.name} is not what the manifest says")
     return manifest
@@ -118,12 +118,12 @@ def split_dataset_uri(uri: str) -> tuple[str, str, str]:
     return f"{organisation}/{name}", revision or "main", rest
 
 
-def _from_s3(uri: str, target: Path, field: str, store: S3Store, settings: Settings) -> str:
+def _from_s3(uri: str, target: Path, field: str, store: S3Store) -> str:
     bucket, key = split_s3_uri(uri)
     try:
-        item = patiently(lambda: store.head(key, bucket), settings.storage_patience)
+        item = store.head(key, bucket)
         _check_room(item.size, field, uri, target)
-        store.download(item, target, bucket, patience=settings.storage_patience, report=tell(field))
+        store.download(item, target, bucket, report=tell(field))
         return "sha256:" + file_sha256(target)
     except StoreError as error:
         if error.trouble == "missing":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.sources import SourceError
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.contracts.progress import Reason, Termination
 
 TERMINATION_LIMIT = 4096  # bytes that Kubernetes keeps of a termination message

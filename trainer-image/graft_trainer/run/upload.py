@@ -13,7 +13,8 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 
 LARGE = (
     32 * 2**20
@@ -26,15 +27,16 @@ def upload_beside(store: S3Store, key: str, path: Path) -> None:
     if path.stat().st_size < LARGE:
         store.upload(key, path)
     else:
-        upload_apart(store.config, key, path)
+        upload_apart(store, key, path)
 
 
-def upload_apart(storage: StorageConfig, key: str, path: Path) -> None:
-    """S3Store.upload in another process, which ends with this one. StoreError."""
+def upload_apart(store: S3Store, key: str, path: Path) -> None:
+    """Run `store.upload` in another process. That process ends with this one. Raises StoreError."""
     command = [sys.executable, "-m", __name__, key, str(path)]
     read, write = os.pipe()
     with os.fdopen(read) as theirs, os.fdopen(write, "w") as ours:
-        print(json.dumps(asdict(storage)), file=ours, flush=True)  # the key is in no argument and no environment
+        # Through a pipe, so that the key is in no argument and no environment.
+        print(json.dumps({"config": asdict(store.config), "patience": store.patience}), file=ours, flush=True)
         done = subprocess.run(
             command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -57,10 +59,11 @@ def main(key: str, path: str) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
-    storage = StorageConfig(**json.loads(sys.stdin.readline()))
+    told = json.loads(sys.stdin.readline())
+    store = S3Store(StorageConfig(**told["config"]), patience=told["patience"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        S3Store(storage).upload(key, Path(path))
+        store.upload(key, Path(path))
     except StoreError as error:
         print(json.dumps({"trouble": error.trouble, "message": str(error)}))
         return 1

@@ -14,7 +14,7 @@ import torch
 from graft.api.composition import CompositionMethod
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestParent
 from graft.artifacts.sources import fetch
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
 from graft.contracts.job import Composition, ParentVersion
 from graft.contracts.progress import Reason
@@ -28,7 +28,7 @@ from graft_trainer.model.model import AUTO_CLASSES, stored_dtype
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
 from graft_trainer.run.download import fetch_version, tell
 from graft_trainer.run.failures import Failure, out_of_memory
-from graft_trainer.versions.make_version import Made, Making, write_base_config
+from graft_trainer.versions.making import Made, Making, write_base_config
 from graft_trainer.versions.publish import SHARD, TOKENIZER_FILES, reduce_config
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def compose(making: Making, wanted: Composition) -> Made:
 def fetch_parent(making: Making, parent: ParentVersion, folder: Path) -> Manifest:
     """The parent's files, verified, with its config reduced. Failure(AdapterInvalid) when it cannot be used."""
     try:
-        manifest = fetch_version(making.store, parent.uri, parent.digest, folder, making.settings.storage_patience)
+        manifest = fetch_version(making.store, parent.uri, parent.digest, folder)
     except InvalidArtifact as error:
         raise invalid(f"{parent.name} is damaged: {error}", "Take another version.") from error
     except StoreError as error:
@@ -171,7 +171,6 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
         hf_endpoint=file.hf_endpoint,
         hf_token=settings.hf_token(),
         report=tell("base model"),
-        patience=settings.storage_patience,
     )
     check_base_model(folder, ref.name, file.task)
     try:

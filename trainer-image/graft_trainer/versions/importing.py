@@ -15,7 +15,8 @@ from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import ALLOWED_FILES, ManifestBaseModel
 from graft.artifacts.manifest import SHARD as SHARD_NAME
 from graft.artifacts.sources import SourceError, fetch, hub_errors, s3_digest, s3_files, split_hf_uri
-from graft.artifacts.store import ObjectInfo, StoreError, patiently
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import ObjectInfo
 from graft.contracts.progress import Reason
 from safetensors import SafetensorError, safe_open
 
@@ -25,7 +26,7 @@ from graft_trainer.model.model import AUTO_CLASSES
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
 from graft_trainer.run.download import tell
 from graft_trainer.run.failures import Failure, out_of_memory
-from graft_trainer.versions.make_version import Made, Making, write_base_config
+from graft_trainer.versions.making import Made, Making, write_base_config
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,15 +67,11 @@ def fetch_adapter(making: Making, source: str, folder: Path) -> tuple[str, str |
     if source.startswith("hf://"):
         return _adapter_of_hub(making, source, folder), None
     bucket, prefix = split_s3_uri(source)
-    patience = making.settings.storage_patience
-    found = {
-        item.key.removeprefix(prefix): item
-        for item in patiently(lambda: list(making.store.objects(prefix, bucket)), patience)
-    }
+    found = {item.key.removeprefix(prefix): item for item in making.store.objects(prefix, bucket)}
     _check_names(source, set(found))
     chosen: list[ObjectInfo] = [found[CONFIG], found[WEIGHTS]]
     for item in chosen:
-        making.store.download(item, folder / item.key.removeprefix(prefix), bucket, patience=patience)
+        making.store.download(item, folder / item.key.removeprefix(prefix), bucket)
     return source, s3_digest(prefix, chosen)
 
 
@@ -120,7 +117,6 @@ def _whole_model(making: Making, source: str) -> Made:
         hf_endpoint=file.hf_endpoint,
         hf_token=settings.hf_token(),
         report=tell(source),
-        patience=settings.storage_patience,
     )
     try:
         config = check_base_model(folder, source, file.task)
@@ -144,7 +140,7 @@ def _pin(making: Making, source: str) -> tuple[str, str | None]:
         api = HfApi(endpoint=making.file.hf_endpoint, token=making.settings.hf_token() or False)
         with hub_errors(source):
             return f"hf://{repo}@{api.model_info(repo, revision=revision, timeout=20).sha}", None
-    _, prefix, files = s3_files(making.store, source, making.settings.storage_patience)
+    _, prefix, files = s3_files(making.store, source)
     return source, s3_digest(prefix, files)
 
 

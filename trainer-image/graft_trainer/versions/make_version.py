@@ -1,71 +1,31 @@
-"""compose and import: a version without training. Read what is wanted, make its files, publish them; the manifest last."""
+"""compose and import: a version without training. Read the version file, make the files, publish them; the manifest last."""
 
 import errno
 import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from graft.artifacts import versions
-from graft.artifacts.layout import MANIFEST, adapter_prefix
-from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, ManifestParent, digest
-from graft.artifacts.sources import SourceError, describe, pvc_path
-from graft.artifacts.store import S3Store, StorageConfig, StoreError, patiently
+from graft.artifacts.manifest import Manifest, ManifestJob
+from graft.artifacts.storage import StoreError
 from graft.contracts.job import VersionFile
 from graft.contracts.progress import Reason
-from pydantic import ValidationError
 
+from graft_trainer.run.earlier import read_manifest
 from graft_trainer.run.failures import Failure, store_failure
 from graft_trainer.run.progress import now
-from graft_trainer.run.run import read_message
+from graft_trainer.run.run import open_store, read_message
 from graft_trainer.run.settings import Settings
+from graft_trainer.versions.making import Made, Making
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Making:
-    """One attempt at one version."""
-
-    file: VersionFile
-    settings: Settings
-    store: S3Store
-
-    @property
-    def prefix(self) -> str:
-        output = self.file.output
-        return adapter_prefix(self.file.tenant, output.adapter, output.version)
-
-
-@dataclass(frozen=True)
-class Made:
-    """The files in settings.adapter_dir, and what the manifest says about them."""
-
-    base_model: ManifestBaseModel
-    rank: int | None = None
-    targets: list[str] = field(default_factory=list)
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
-    parents: list[ManifestParent] = field(default_factory=list)
-    composition: dict[str, Any] | None = None
-    imported_from: str | None = None
-    source_digest: str | None = None
-
-
 def make_version(settings: Settings) -> str:
-    """The digest of the version's manifest. Failure says what to do."""
+    """Make and publish the version of the version file. Return its manifest's digest. Raises Failure."""
     file = read_message(settings.job_file, VersionFile)
-    try:
-        store = S3Store(StorageConfig.from_dir(settings.storage_dir))
-    except ValueError as error:  # botocore's word for an endpoint that is no URL
-        raise Failure(
-            Reason.STORAGE_DENIED,
-            f"the object store cannot be opened: {error}",
-            "Correct the endpoint in the Secret graft-storage; it is a URL such as https://s3.example.com.",
-        ) from error
-    return run(Making(file, settings, store))
+    return run(Making(file, settings, open_store(settings)))
 
 
 def run(making: Making) -> str:
@@ -77,6 +37,7 @@ def run(making: Making) -> str:
     making.settings.adapter_dir.mkdir(parents=True)
     try:
         if making.file.composition is not None:
+            # Imported here because each brings torch and peft, and a version that is published already needs neither.
             from graft_trainer.versions.compose import compose
 
             made = compose(making, making.file.composition)
@@ -96,19 +57,13 @@ def run(making: Making) -> str:
 
 
 def published_before(making: Making) -> str | None:
-    """The manifest's digest when an earlier attempt has published the version; Failure(VersionExists) when another has."""
-    try:
-        data = patiently(lambda: making.store.get(making.prefix + MANIFEST), making.settings.storage_patience)
-    except StoreError as error:
-        if error.trouble == "missing":
-            return None
-        raise
-    try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError:
-        manifest = None
+    """Return the manifest's digest if an earlier attempt has published the version. Raises Failure(VersionExists) if another
+    resource has."""
+    if (found := read_manifest(making.store, making.prefix)) is None:
+        return None
+    manifest, digest = found
     if manifest is not None and manifest.job.uid == making.file.job.uid:
-        return digest(data)
+        return digest
     raise taken(making)
 
 
@@ -119,29 +74,6 @@ def taken(making: Making) -> Failure:
         f"{output.adapter} {output.version} is published already, by another resource",
         "Create an Adapter of another version; published versions never change.",
     )
-
-
-def write_base_config(making: Making) -> Path:
-    """A folder with the base model's config.json: all of it that is needed where its weights are not."""
-    file, settings = making.file, making.settings
-    folder = settings.work_dir / "base-config"
-    folder.mkdir(parents=True, exist_ok=True)
-    uri = file.base_model.uri
-    if uri.startswith("pvc://"):
-        shutil.copyfile(pvc_path(uri, settings.pvc_dir) / "config.json", folder / "config.json")
-        return folder
-    try:
-        found = describe(uri, making.store, file.hf_endpoint, settings.hf_token())
-    except SourceError as error:
-        if error.transient:
-            raise
-        raise Failure(
-            Reason.BASE_MODEL_UNAVAILABLE,
-            f"the config.json of the base model {file.base_model.name} cannot be had: {error}",
-            "Correct spec.source of the BaseModel, or let this namespace's key or Hugging Face token read it.",
-        ) from error
-    (folder / "config.json").write_text(json.dumps(found.config))
-    return folder
 
 
 def publish(making: Making, made: Made) -> str:
@@ -172,9 +104,7 @@ def publish(making: Making, made: Made) -> str:
         created_at=now(),
     )
     try:
-        done = patiently(
-            lambda: versions.publish(making.store, making.prefix, files, manifest), making.settings.storage_patience
-        )
+        done = versions.publish(making.store, making.prefix, files, manifest)
     except StoreError as error:
         if error.trouble == "exists":
             raise taken(making) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graft.artifacts import versions
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
-from graft.artifacts.store import StoreError, patiently
+from graft.artifacts.storage import StoreError
 
 from graft_trainer.evaluation.evaluate import Evaluated
 from graft_trainer.model.methods import as_published, cast_parameters
@@ -33,8 +33,8 @@ TOKENIZER_FILES = (
 )
 
 
-def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
-    """Publish the version; the manifest's digest."""
+def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest, str]:
+    """Publish the version. Return its manifest and the manifest's digest. They are another attempt's if that one was first."""
     started = time.monotonic()
     run.progress.stage("Publishing")
     folder = run.settings.adapter_dir
@@ -45,9 +45,7 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
     files = {path.name: path for path in sorted(folder.iterdir())}
     manifest = describe(run, trained, evaluated, files)
     try:
-        digest = patiently(
-            lambda: versions.publish(run.store, run.version_prefix, files, manifest), run.settings.storage_patience
-        )
+        digest = versions.publish(run.store, run.version_prefix, files, manifest)
     except StoreError as error:
         found = store_failure(error, publishing=True)
         raise Failure(found.reason, found.message, found.remedy) from error
@@ -59,12 +57,7 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> str:
         manifest.size_bytes / 1e6,
         time.monotonic() - started,
     )
-    # Another attempt's, when that one was first.
-    published, _ = versions.read_manifest(run.store, run.version_prefix, digest)
-    run.progress.stage(
-        "Succeeded", manifest_digest=digest, metrics=published.metrics, rejected=published.rejected or None
-    )
-    return digest
+    return versions.read_manifest(run.store, run.version_prefix, digest)
 
 
 def save(trained: Trained, base_model_uri: str, folder: Path) -> None:

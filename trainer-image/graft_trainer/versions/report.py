@@ -35,8 +35,10 @@ def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path)
     """Analyse the model and write both reports into `folder`, beside the version's weights; the names of the files."""
     started = time.monotonic()
     analysis = analyse(trained)
-    trained.seconds["analyse"] = time.monotonic() - started
-    document = report(run, trained, evaluated, folder).model_copy(update={"analysis": analysis})
+    seconds = trained.seconds | {"evaluate": evaluated.seconds, "analyse": time.monotonic() - started}
+    document = report(run, trained, evaluated, folder).model_copy(
+        update={"analysis": analysis, "seconds": {name: round(value, 2) for name, value in seconds.items()}}
+    )
     text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(render_job(document), encoding="utf-8")
@@ -44,7 +46,7 @@ def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path)
 
 
 def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Report:
-    """The document, but for the analysis; docs/reports.md describes it."""
+    """Return the document without the analysis and the seconds. docs/reports.md describes it."""
     job, state, held_out = run.job, run.progress.state, trained.held_out
     return Report(
         job=ReportJob(
@@ -86,7 +88,6 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
         + [{"suite": suite.name} | sample for suite in evaluated.suites for sample in suite.samples[:SUITE_SAMPLES]],
         loss_curve=sorted(map(finite, [*trained.curve, *trained.held_out_curve]), key=lambda record: record["step"]),
         tokens=trained.tokens,
-        seconds={name: round(value, 2) for name, value in trained.seconds.items()},
         resources=Resources(
             peak_memory_bytes=trained.peak_memory_bytes,
             tokens_per_second=state.tokens_per_second,

@@ -1,12 +1,13 @@
-"""The life of a FineTuneJob.
+"""Reconcile a FineTuneJob.
 
-    wait for the base model and the key -> size it (status.sizing) -> reserve a version (status.resolved)
-    -> ConfigMap, NetworkPolicy -> where GPUs are needed a Job that checks what can be checked without, and sizing once more
-    -> Job -> follow pods and progress.json; suspend, resume, halve the micro-batch
+    wait for the base model and the storage key -> size the job (status.sizing) -> reserve a version (status.resolved)
+    -> ConfigMap, NetworkPolicy -> if the job needs GPUs, a preflight Job for the checks that need none, then size it again
+    -> Job -> follow the pods and progress.json; suspend, resume, halve the micro-batch
     -> manifest.json in storage -> Adapter -> its verification -> Succeeded -> TTL
 
-Every step is found again from what exists: the version in status, the Job by the label of our UID, the manifest by its path and job
-UID. A job that ended (Succeeded is True or False) is touched again only when it failed and spec.restarts is raised.
+Each reconcile finds the current step from what exists: the version in the status, the Job by the label with the resource's UID,
+the manifest by its path and the job's UID in it. After a job has ended (Succeeded is True or False), only two things can happen.
+It is deleted after its TTL. Or it is restarted, if it failed and spec.restarts is raised.
 """
 
 from pydantic import ValidationError
@@ -57,7 +58,7 @@ from graft.status import condition, find, seconds_left
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
-    """One look at one job; the seconds until the next look, or None."""
+    """Reconcile one FineTuneJob. Return the seconds until the next reconcile, or None to wait for an event."""
     raw = await ctx.kube.get(KIND, namespace, name)
     if raw is None:
         return None
@@ -120,10 +121,10 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
 
 
 async def _steer(ctx: Context, world: World) -> None:
-    """Make the running Job what the spec and the attempts so far say: suspended or not, and with which micro-batch."""
+    """Apply spec.suspend to the running Job, and halve the micro-batch after attempts that did not fit in memory."""
     job, child = world.job, world.children[0]
     namespace = job.metadata.namespace
-    # With a queue the switch is Kueue's.
+    # With a queue, Kueue alone suspends and resumes the Job.
     if job.spec.queue is None and bool(child["spec"].get("suspend")) != job.spec.suspend:
         await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], {"spec": {"suspend": job.spec.suspend}})
         child["spec"]["suspend"] = job.spec.suspend
@@ -137,7 +138,7 @@ async def _steer(ctx: Context, world: World) -> None:
 
 
 async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | None:
-    """Delete a job that ended ttlSecondsAfterFinished ago; the seconds until then."""
+    """Delete a job that ended ttlSecondsAfterFinished ago. Return the seconds until then, or None."""
     ttl = job.spec.ttl_seconds_after_finished
     if ttl is None:
         return None
@@ -154,12 +155,12 @@ async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: 
         return Progress.model_validate_json(await ctx.blocking(ctx.store.get, prefix + layout.PROGRESS))
     except (StoreError, ValidationError) as error:
         if must and isinstance(error, StoreError) and error.trouble == "unavailable":
-            raise  # what is decided by it is decided once
-        return None  # not written yet, or not readable just now: the pod's own status says enough
+            raise  # the caller copies the facts in it only once, so the reconcile must be retried
+        return None  # not written yet, or not readable now: the pod's status is enough
 
 
 async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
-    """Resolve what the spec leaves open and make the next child; Trouble says what is waited for."""
+    """Resolve what the spec leaves open and create the next Job. Return what the job waits for, or None."""
     job, namespace = world.job, world.job.metadata.namespace
     base = await gather_base_model(ctx, job.spec.base_model, namespace)
     if isinstance(base, Trouble):
@@ -177,7 +178,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         async with ctx.locks["version", namespace, job.spec.output.adapter]:
             version = await _reserve_version(ctx, raw, job, base.ref, sizing)
     except StoreError as error:
-        return Trouble("StorageUnavailable", f"the versions in storage cannot be listed: {error}")
+        return Trouble("StorageUnavailable", f"cannot list the versions of {job.spec.output.adapter} in storage, the operator retries: {error}")
     if isinstance(version, Trouble):
         return version
     file = job_file(
@@ -208,16 +209,16 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})")
         if error.status in {403, 409, 422}:
             for child in world.children if error.status == 403 else []:
-                # A quota of Jobs has no room for both; its pod's log is all that is lost.
+                # A quota may allow only one Job. If the preflight Job is deleted, only the log of its pod is lost.
                 uid = child["metadata"]["uid"]
                 await ctx.kube.delete("Job", namespace, child["metadata"]["name"], uid, "Background")
-            return Trouble("CreationFailed", str(error))
+            return Trouble("CreationFailed", f"cannot create the children of the job, the operator retries: {error}")
         raise
     return None
 
 
 async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | None:
-    """The adapter's newest version that may be served, when a gate asks for it."""
+    """Return the adapter's newest Ready version if a gate compares with it, else None."""
     if not any(gate.over == "current" for gate in job.spec.evaluation.gates or []):
         return None
     labelled = {adapter_manifests.ADAPTER_LABEL: job.spec.output.adapter}
@@ -233,10 +234,10 @@ async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | N
 async def _reserve_version(
     ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, sizing: Sizing | None
 ) -> str | Trouble:
-    """The version this job publishes, written to its status before anything else sees it."""
+    """Return the version that this job publishes. It is written to the status before anything uses it."""
     resolved = job.status.resolved
     if resolved is not None and resolved.version is not None:
-        if sizing != job.status.sizing:  # the data's lengths are known by now, or the nodes are others
+        if sizing != job.status.sizing:  # the lengths of the data are known by now, or the nodes have changed
             status = job.status.model_copy(update={"sizing": sizing})
             await ctx.write_status(raw, status, job.status.conditions)
         return resolved.version
@@ -248,7 +249,9 @@ async def _reserve_version(
     elif any(item.version == version and item.base_model is not None for item in known):
         adapter = job.spec.output.adapter
         return Trouble(
-            "VersionExists", f"{adapter} {version} is published or on its way; use output.version: auto or another one"
+            "VersionExists",
+            f"version {version} of {adapter} is already published, or another job has reserved it. Create the job again with "
+            "another spec.output.version, or with auto",
         )
     reserved = Resolved(
         version=version,
@@ -258,10 +261,10 @@ async def _reserve_version(
     )
     update = {"resolved": reserved, "sizing": sizing, "stage": "Pending", "restarts": job.spec.restarts}
     status = job.status.model_copy(update=update)
-    message = f"publishes {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
+    message = f"the job will publish {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
     observed = [
         condition(KIND, "Accepted", "True", "Resolved", message),
-        condition(KIND, "Succeeded", "Unknown", "Pending", "the training pod is being made"),
+        condition(KIND, "Succeeded", "Unknown", "Pending", "the operator creates the Job"),
     ]
     await ctx.write_status(raw, status, observed)
     return version
@@ -276,7 +279,7 @@ async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known
     for raw in await ctx.kube.list(KIND, namespace):
         resolved = raw.get("status", {}).get("resolved", {})
         if condition_of(raw, "Succeeded").get("status") == "False":
-            continue  # it publishes nothing any more; what it did publish is in storage
+            continue  # a failed job publishes nothing more, and storage lists what it has published
         if (
             raw["metadata"]["uid"] != job.metadata.uid
             and raw["spec"]["output"]["adapter"] == adapter
@@ -289,20 +292,20 @@ async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known
 
 
 def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
-    """Data in another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
+    """Return why data in another tenant's part of the bucket is refused, or None (PURE). The namespace's key could not read it anyway."""
     tenant = layout.tenant_of(job.metadata.namespace)
     own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
     for where, uri in data_uris(job):
         if layout.outside_tenants_part(uri, bucket, tenant):
             return Trouble(
                 "DatasetOutsideNamespace",
-                f"{where}: {uri} is outside of this namespace's part of the bucket; put it below {own}",
+                f"spec.{where}: {uri} is outside this namespace's part of the bucket. Put the data below {own}",
             )
     return None
 
 
 async def _clean_up(ctx: Context, raw: Manifest, job: FineTuneJob) -> float | None:
-    """A deleted job leaves its Adapter and nothing else."""
+    """Delete the Jobs and the run's files of a deleted job. Its Adapter and the published files stay."""
     left = await ending.stop(ctx, job)
     if isinstance(left, Trouble):
         await ctx.write_status(raw, job.status, unbound(job, left))

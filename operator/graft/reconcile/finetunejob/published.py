@@ -1,4 +1,4 @@
-"""What a FineTuneJob has published, by what is in the store."""
+"""Find out from the store what a FineTuneJob has published."""
 
 from graft.artifacts import layout
 from graft.artifacts.storage import StoreError
@@ -8,7 +8,9 @@ from graft.reconcile.shared.context import Context
 
 
 async def read_published(ctx: Context, world: World, version: str) -> None:
-    """The manifest of a version where the job wrote it, else why there is none. StoreError when that cannot be told."""
+    """Set world.published to the manifest that the job wrote, or world.publish_trouble to why there is none.
+
+    Raises StoreError if the store is unavailable."""
     job = world.job
     prefix = layout.adapter_prefix(layout.tenant_of(job.metadata.namespace), job.spec.output.adapter, version)
     try:
@@ -18,9 +20,9 @@ async def read_published(ctx: Context, world: World, version: str) -> None:
     except StoreError as error:
         if error.trouble == "unavailable":
             raise
-        world.publish_trouble = f"no manifest.json below {prefix}: {error}"
+        world.publish_trouble = f"cannot read manifest.json below {prefix}: {error}"
     else:
         if manifest.job.uid == job.metadata.uid:
             world.published = (manifest, digest)
         else:
-            world.publish_trouble = f"{prefix}manifest.json was written by another job, {manifest.job.name}"
+            world.publish_trouble = f"another job, {manifest.job.name}, has written {prefix}manifest.json"

@@ -1,4 +1,7 @@
-"""What a job and a deployment both need before anything is made: the base model, and the namespace's key of the store."""
+"""Provide what every kind needs before the operator creates its children: the base model, and the namespace's storage key.
+
+It does not know any kind's life cycle.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ SECRET_KEYS = {"endpoint", "region", "bucket", "prefix", "access-key-id", "secre
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why nothing can be made yet: a reason of the condition Accepted, and what to do."""
+    """Why the operator cannot create anything yet: a reason of the condition Accepted (Adapters: Ready), and what to do."""
 
     reason: str
     message: str
@@ -25,26 +28,27 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that may be used now: pinned, with its facts."""
+    """A base model that may be used now: its pinned reference, and the BaseModel with its facts."""
 
     ref: BaseModelRef
     model: BaseModel
 
 
 def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | Trouble:
-    """The base model, pinned to its commit or digest (PURE)."""
+    """Return the base model, pinned to its commit or digest, or why the namespace cannot use it now (PURE)."""
     if model is None:
-        return Trouble("BaseModelMissing", f"BaseModel {name} does not exist; this goes on when it is there")
+        return Trouble("BaseModelMissing", f"BaseModel {name} (spec.baseModel) does not exist. Create it, and the operator continues")
     allowed = model.spec.allowed_namespaces
     if allowed is not None and namespace not in allowed:
         return Trouble(
             "BaseModelForbidden",
-            f"BaseModel {name} may not be used from namespace {namespace}; ask for it in its spec.allowedNamespaces",
+            f"namespace {namespace} may not use BaseModel {name}. Ask your platform team to add the namespace to "
+            f"spec.allowedNamespaces of the BaseModel",
         )
     ready = find(model.status.conditions, "Ready")
     stale = ready is not None and ready.observed_generation != model.metadata.generation
     if ready is None or ready.status != "True" or stale:
-        why = ready.message if ready is not None else "it was not looked at yet"
+        why = ready.message if ready is not None else "the operator has not checked it yet"
         return Trouble("BaseModelNotReady", f"BaseModel {name} is not Ready: {why}")
     uri = model.spec.source
     if model.status.revision:
@@ -53,13 +57,13 @@ def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | 
 
 
 async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | Trouble:
-    """Look the base model up."""
+    """Read the BaseModel. Return it pinned, or why the namespace cannot use it now."""
     raw = await ctx.kube.get("BaseModel", None, name)
     return base_model_of(name, namespace, BaseModel.model_validate(raw) if raw else None)
 
 
 async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
-    """The namespace's Secret graft-storage: there, or issued now. Trouble says what is missing."""
+    """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed. Return what is missing, or None."""
     try:
         keys, ours = await _credentials(ctx, namespace)
         if ctx.identity is None or not ours:
@@ -67,8 +71,8 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
-        async with ctx.locks["credentials",]:  # one at a time changes the store's users
-            keys, ours = await _credentials(ctx, namespace)  # the look that was here before may have issued it
+        async with ctx.locks["credentials",]:  # only one reconcile at a time changes the users of the store
+            keys, ours = await _credentials(ctx, namespace)  # another reconcile may have issued the key meanwhile
             if not ours:
                 return _incomplete(namespace, keys)
             known = tenant in ctx.issued or tenant in await ctx.blocking(ctx.identity.tenants)
@@ -77,7 +81,7 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
                 await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))
             ctx.issued.add(tenant)
     except StoreError as error:
-        return Trouble("StorageUnavailable", f"no key could be issued: {error}")
+        return Trouble("StorageUnavailable", f"cannot issue a storage key for namespace {namespace}, the operator retries: {error}")
     except KubeError as error:
         if error.status == 403:
             return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
@@ -86,7 +90,7 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
 
 
 async def _credentials(ctx: Context, namespace: str) -> tuple[set[str], bool]:
-    """The keys of the namespace's Secret, and whether it is ours to make."""
+    """Return the entries of the Secret graft-storage, and whether the operator may create or replace the Secret."""
     secret = await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
     if secret is None:
         return set(), True
@@ -95,14 +99,14 @@ async def _credentials(ctx: Context, namespace: str) -> tuple[set[str], bool]:
 
 
 def _incomplete(namespace: str, keys: set[str]) -> Trouble | None:
-    """What a Secret that somebody else makes lacks (PURE)."""
+    """Return what is missing in a Secret that the operator does not manage, or None if it is complete (PURE)."""
     missing = ", ".join(sorted(SECRET_KEYS - keys))
     if not missing:
         return None
     return Trouble(
         "CredentialsMissing",
-        f"put a Secret {STORAGE_SECRET} into namespace {namespace}, with a key that is limited to the prefix "
-        f"{tenant_of(namespace)}/; missing in it: {missing}",
+        f"Secret {STORAGE_SECRET} in namespace {namespace} is missing or incomplete. Create it with a storage key that is "
+        f"limited to the prefix {tenant_of(namespace)}/. Missing entries: {missing}",
     )
 
 
@@ -112,16 +116,16 @@ def _for_pods(ctx: Context, config: StorageConfig) -> StorageConfig:
 
 
 def not_bound(ctx: Context, namespace: str) -> str:
-    """What to do about a namespace in which the operator has no rights."""
+    """Return the message for a namespace in which the operator has no rights: it says how to bind the namespace."""
     settings = ctx.settings
     return (
-        f"the operator may not write in namespace {namespace}; bind it: kubectl create rolebinding graft -n {namespace} "
+        f"the operator may not write in namespace {namespace}. Ask an administrator to bind it: kubectl create rolebinding graft -n {namespace} "
         f"--clusterrole={settings.tenant_cluster_role} --serviceaccount={settings.namespace}:{settings.operator_service_account}"
     )
 
 
 async def revoke_orphans(ctx: Context) -> None:
-    """Take away the keys of namespaces that are gone."""
+    """Revoke the storage keys of namespaces that no longer exist."""
     if ctx.identity is None:
         return
     async with ctx.locks["credentials",]:

@@ -1,7 +1,8 @@
-"""Bringing a version from object storage into its place, believed only after every digest was compared.
+"""Download a version from object storage and verify every digest before the version is used.
 
-Two steps, because the second needs room on the disk: `inspect` reads the manifest, `fetch` the files. Nothing that either of
-them did is needed to go on: an attempt takes over the bytes that an earlier one left, and reads them again for the digest.
+There are three steps: `inspect` reads the manifest, `fetch_file` downloads one file, `finish` checks the files and
+renames the folder. The manifest is read first, because the files need space on the disk. An attempt reuses the bytes that
+an earlier attempt left, and reads them again for the digest.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import BinaryIO
 
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest, ManifestFile
-from graft.artifacts.store import StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts.agent import WantedAdapter
 
@@ -32,7 +33,7 @@ from graft_server.agent.storage.weights import check_weights
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# The rest of a version is for people, or for engines that serve a whole model.
+# The other files of a version are for people, or for engines that serve a whole model.
 NEEDED = frozenset(
     {
         CONFIG,
@@ -48,20 +49,20 @@ NEEDED = frozenset(
         "chat_template.jinja",
     }
 )
-CONFIG_LIMIT = 1024 * 1024
-OTHER_LIMIT = 64 * 1024 * 1024  # a tokenizer of 250,000 tokens has 20 MB
+CONFIG_LIMIT = 1024 * 1024  # bytes
+OTHER_LIMIT = 64 * 1024 * 1024  # bytes; a tokenizer of 250,000 tokens has 20 MB
 PROGRESS_BYTES = 1024 * 1024
-RESUMES = 3  # in a row that brought less than PROGRESS_BYTES
-PAUSE_SECONDS = (0.1, 0.4)  # before a transfer that broke off goes on
+RESUMES = 3  # limit of resumes in a row that transferred less than PROGRESS_BYTES
+PAUSE_SECONDS = (0.1, 0.4)  # before an interrupted transfer resumes
 
 
 class NotWanted(Exception):
-    """The adapter was taken from the wanted ones while it was on its way."""
+    """The download must stop: the adapter is not wanted now, or another of its files has failed."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """What its manifest says of a version that may be fetched."""
+    """The facts from the manifest of a version that may be downloaded."""
 
     adapter: WantedAdapter
     bucket: str
@@ -76,8 +77,8 @@ class Version:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Every error of a step as an AdapterError."""
+def _as_adapter_error(what: str) -> Iterator[None]:
+    """Convert every error of a step into an AdapterError."""
     try:
         yield
     except InvalidArtifact as error:
@@ -91,23 +92,26 @@ def _told(what: str) -> Iterator[None]:
 
 
 def inspect(open_store: Callable[[], Objects], adapter: WantedAdapter, max_rank: int, max_bytes: int) -> Version:
-    """Read the manifest, compare its digest and the limits. AdapterError says what is wrong with the version."""
+    """Read the manifest and check its digest and the limits. Raises AdapterError if the version cannot be served."""
     if not OUR_NAME.fullmatch(adapter.engine_name):
-        raise AdapterError(AdapterReason.NAME_INVALID, f"{adapter.engine_name!r} is no adapter name of ours")
+        raise AdapterError(
+            AdapterReason.NAME_INVALID,
+            f"the engine name {adapter.engine_name!r} is not of the form <tenant>--<adapter>--<12 hex digits>",
+        )
     try:
         bucket, key = split_s3_uri(adapter.uri)
     except ValueError as error:
         raise AdapterError(AdapterReason.URI_INVALID, str(error)) from error
     prefix = key.rstrip("/") + "/"
-    with _told("manifest.json"):
+    with _as_adapter_error("manifest.json"):
         manifest = _manifest(open_store(), prefix, adapter.digest, bucket)
     if manifest.rejected or manifest.method == "full":
         what = "was rejected by its gates" if manifest.rejected else "is a whole model"
-        raise AdapterError(AdapterReason.NOT_SERVABLE, f"version {manifest.version} {what}: no adapter to load")
+        raise AdapterError(AdapterReason.NOT_SERVABLE, f"version {manifest.version} {what}: name another version")
     if manifest.rank is not None and manifest.rank > max_rank:
         raise AdapterError(
             AdapterReason.RANK_TOO_HIGH,
-            f"rank {manifest.rank} is above the deployment's maxLoraRank {max_rank}: raise limits.maxLoraRank",
+            f"rank {manifest.rank} is above the deployment's limit {max_rank}: raise limits.maxLoraRank",
         )
     files = tuple(file for file in manifest.files if file.name in NEEDED)
     for file in files:
@@ -123,7 +127,7 @@ def inspect(open_store: Callable[[], Objects], adapter: WantedAdapter, max_rank:
 
 
 def _manifest(store: Objects, prefix: str, digest: str, bucket: str) -> Manifest:
-    """Read twice where it is not as it should be: bytes that were changed on the way are no fault of the version's."""
+    """Return the manifest. If it is invalid, read it once more, because its bytes may have been altered in transit."""
     try:
         return read_manifest(store, prefix, digest, bucket)[0]
     except (InvalidArtifact, StoreError) as error:
@@ -134,7 +138,7 @@ def _manifest(store: Objects, prefix: str, digest: str, bucket: str) -> Manifest
 
 @dataclass(frozen=True)
 class Transferred:
-    """Bytes of one file that came now, and that an earlier attempt had left."""
+    """Bytes of one file: received by this attempt, and left by an earlier attempt."""
 
     came: int
     kept: int
@@ -147,18 +151,17 @@ def fetch_file(
     folder: Path,
     still_wanted: Callable[[], bool],
 ) -> Transferred:
-    """Bring one file into the folder, from where an earlier attempt ended. AdapterError, or NotWanted."""
-    with _told(file.name):
+    """Download one file into the folder. Resume where an earlier attempt ended. Raises AdapterError or NotWanted."""
+    with _as_adapter_error(file.name):
         transfer = _Transfer(open_store(), version, file, folder / file.name, still_wanted)
-        if (
-            not transfer.take() and not transfer.take()
-        ):  # once more, from its first byte: what changed on the way is no fault
-            raise InvalidArtifact("DigestMismatch", f"{file.name} has another sha256 than its manifest says")
+        # The second attempt starts from the first byte, because the bytes may have been altered in transit.
+        if not transfer.take() and not transfer.take():
+            raise InvalidArtifact("DigestMismatch", f"the sha256 of {file.name} is not the one in the manifest")
         return Transferred(transfer.came, transfer.kept)
 
 
 class _Transfer:
-    """One file on its way."""
+    """The transfer of one file."""
 
     def __init__(
         self, store: Objects, version: Version, file: ManifestFile, path: Path, still_wanted: Callable[[], bool]
@@ -168,11 +171,14 @@ class _Transfer:
         self._file = file
         self._path = path
         self._still_wanted = still_wanted
-        self._hasher, self._size = hashlib.sha256(), 0  # of what is on the disk
+        self._hasher, self._size = hashlib.sha256(), 0  # of the bytes on the disk
         self.came = self.kept = 0
 
     def take(self) -> bool:
-        """Whether the whole file is there and is what it should be. If not, it is gone, and taking it again starts anew."""
+        """Download the rest of the file. Return whether its digest is correct.
+
+        If the digest is wrong, the file is deleted, so the next call starts from the first byte.
+        """
         with self._path.open("a+b") as stream:
             self._rebuild(stream)
             left = RESUMES
@@ -182,7 +188,7 @@ class _Transfer:
                     self._receive(stream)
                 except StoreError as error:
                     if corrupted(error):
-                        break  # the digest will say so, too
+                        break  # the digest is wrong, too
                     if not interrupted(error) or left == 0:
                         raise
                     left = RESUMES if self._size - before >= PROGRESS_BYTES else left - 1
@@ -195,10 +201,10 @@ class _Transfer:
         return False
 
     def _rebuild(self, stream: BinaryIO) -> None:
-        """Take over what is on the disk, which is believed no more than what comes: the digest at the end is of both."""
+        """Reuse the bytes on the disk. They are not trusted: the digest covers them, too."""
         self._hasher, self._size, self.kept = hashlib.sha256(), 0, 0
         there = stream.seek(0, os.SEEK_END)
-        if there > self._file.size or self._file.name == CONFIG:  # which may be the reduced one already
+        if there > self._file.size or self._file.name == CONFIG:  # the config on the disk may be the reduced one
             stream.truncate(0)
             return
         stream.seek(0)
@@ -208,40 +214,40 @@ class _Transfer:
         self.kept = self._size
 
     def _receive(self, stream: BinaryIO) -> None:
-        """Append what the store sends. What has come stays, however this ends."""
+        """Append the bytes that the store sends. If this fails, the received bytes stay on the disk."""
         name, size = self._file.name, self._file.size
         try:
             answer = self._store.stream(self._key, self._bucket, self._size)
         except StoreError as error:
             if code_of(error) == "InvalidRange":
                 raise InvalidArtifact(
-                    "DigestMismatch", f"{name} is shorter than its manifest's {size} bytes"
+                    "DigestMismatch", f"{name} is shorter than the {size} bytes in the manifest"
                 ) from error
             raise
         with closing(answer.chunks):
             if answer.total != size:
-                raise InvalidArtifact("DigestMismatch", f"{name} has {answer.total} bytes; its manifest says {size}")
-            if answer.start != self._size:  # a store without ranges sends it from the start
+                raise InvalidArtifact("DigestMismatch", f"{name} has {answer.total} bytes; the manifest says {size}")
+            if answer.start != self._size:  # a store that does not support ranges sends the whole file
                 stream.truncate(0)
                 self._hasher, self._size, self.kept = hashlib.sha256(), 0, 0
             for chunk in answer.chunks:
                 if not self._still_wanted():
                     raise NotWanted(name)
                 if self._size + len(chunk) > size:
-                    raise InvalidArtifact("DigestMismatch", f"{name} is longer than its manifest's {size} bytes")
+                    raise InvalidArtifact("DigestMismatch", f"{name} is longer than the {size} bytes in the manifest")
                 stream.write(chunk)
                 self._hasher.update(chunk)
                 self._size += len(chunk)
                 self.came += len(chunk)
         if self._size < size:
-            raise StoreError("unavailable", f"{name} was cut short: {self._size} of {size} bytes are there")
+            raise StoreError("unavailable", f"the transfer of {name} ended after {self._size} of {size} bytes")
 
 
 def finish(folders: Folders, version: Version) -> None:
-    """Check what was fetched, reduce its config, and give it its place. AdapterError says what may not be served."""
+    """Check the downloaded files, reduce the config, and rename the folder. Raises AdapterError if a check fails."""
     name = version.adapter.engine_name
     folder = folders.partial(name)
-    with _told(name):
+    with _as_adapter_error(name):
         config = reduced_config((folder / CONFIG).read_bytes(), version.rank, version.max_rank)
         if (folder / TOKENIZER_CONFIG).exists():
             check_tokenizer_config((folder / TOKENIZER_CONFIG).read_bytes())

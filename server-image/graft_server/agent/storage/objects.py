@@ -1,4 +1,4 @@
-"""A version's objects, read from any byte on, from the store that the mounted Secret describes."""
+"""Read a version's objects, from any byte offset, from the store that the mounted Secret describes."""
 
 import re
 import threading
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 
-READ_BYTES = 128 * 1024  # small, so that a slow transfer that is not wanted any more ends soon
-STALL_SECONDS = 20.0  # without a byte: the connection is given up
+READ_BYTES = 128 * 1024  # small, so that a slow transfer stops soon when its version is no longer wanted
+STALL_SECONDS = 20.0  # without a byte, after which the connection is closed
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 CREDENTIAL_CODES = frozenset(
     {
@@ -34,7 +35,7 @@ THROTTLE_CODES = frozenset({"RequestLimitExceeded", "SlowDown", "Throttling", "T
 
 @dataclass(frozen=True)
 class Stream:
-    """Bytes of an object of `total` bytes, from byte `start` on: 0 where the store gives no ranges."""
+    """The bytes of an object of `total` bytes, from byte `start` on. `start` is 0 if the store has no ranges."""
 
     start: int
     total: int
@@ -42,13 +43,16 @@ class Stream:
 
 
 class Objects(S3Store):
-    """The store, for reading. It tries once: the agent resumes where a transfer ended, and backs off per adapter."""
+    """The store, for reading. Requests are not retried here: the agent resumes transfers, and backs off per adapter."""
 
     def __init__(self, config: StorageConfig, *, stall_seconds: float = STALL_SECONDS) -> None:
-        super().__init__(config, attempts=0, timeout=stall_seconds)  # botocore counts retries
+        super().__init__(config, attempts=0, timeout=stall_seconds)  # botocore counts only the retries
 
     def stream(self, key: str, bucket: str, start: int = 0) -> Stream:
-        """The object from byte `start` on. StoreError now or while it is read, "missing" where it ends before `start`."""
+        """Return the object from byte `start` on. Raises StoreError, here or while the chunks are read.
+
+        If the object ends before `start`, code_of() of the error is InvalidRange.
+        """
         wanted = {"Range": f"bytes={start}-"} if start else {}
         response = self._call("get_object", key, bucket, **wanted)
         total = int(response["ContentLength"])
@@ -67,66 +71,68 @@ class Objects(S3Store):
 
 
 class Storage:
-    """The store that the mounted Secret describes. The Secret may change under a running pod, so it is read each time."""
+    """The store that the mounted Secret describes. The Secret may change while the pod runs, so every call reads it."""
 
     def __init__(self, folder: Path, *, stall_seconds: float = STALL_SECONDS) -> None:
         self._folder = folder
         self._stall_seconds = stall_seconds
-        self._lock = threading.Lock()  # boto3 makes one client at a time
+        self._lock = threading.Lock()  # boto3 cannot create two clients at the same time
         self._open: tuple[StorageConfig, Objects] | None = None
         self._seen: StorageConfig | None = None
 
     def __call__(self) -> Objects:
-        """The open store. AdapterError where the Secret describes none."""
+        """Return the open store. Raises AdapterError if the Secret does not describe a store."""
         with self._lock:
             try:
                 config = StorageConfig.from_dir(self._folder)
                 if self._open is None or self._open[0] != config:
                     self._open = (config, Objects(config, stall_seconds=self._stall_seconds))
             except (StoreError, BotoCoreError, OSError, ValueError) as error:
-                raise AdapterError(AdapterReason.CREDENTIALS_INVALID, f"the storage Secret: {error}") from error
+                raise AdapterError(
+                    AdapterReason.CREDENTIALS_INVALID, f"cannot use the storage Secret: {error}"
+                ) from error
             return self._open[1]
 
     def changed(self) -> bool:
-        """Whether the Secret says something else than at the last look. Reads a few small files."""
+        """Return whether the Secret has changed since the last call. This reads a few small files."""
         before = self._seen
         try:
             self._seen = StorageConfig.from_dir(self._folder)
         except (StoreError, OSError, ValueError):
-            return False  # nothing better to try with
+            return False  # the Secret is not usable, so a retry would fail again
         return before is not None and before != self._seen
 
 
 def corrupted(error: StoreError) -> bool:
-    """Whether the bytes that came are not those that the store's own checksum is of."""
+    """Return whether the received bytes do not match the store's own checksum."""
     return isinstance(error.__cause__, FlexibleChecksumError)
 
 
 def interrupted(error: StoreError) -> bool:
-    """Whether the transfer broke off, and not because the store said no: it may go on where it ended."""
+    """Return whether the transfer was interrupted without an error answer of the store. Then it can be resumed."""
     return error.trouble == "unavailable" and not isinstance(error.__cause__, ClientError) and not corrupted(error)
 
 
 def code_of(error: StoreError) -> str:
-    """S3's error code, empty where the store did not answer."""
+    """Return S3's error code, or an empty string if the store did not answer."""
     cause = error.__cause__
     return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, ClientError) else ""
 
 
 def explained(error: StoreError) -> AdapterError:
-    """What a failed call means for the adapter."""
+    """Return the AdapterError for a failed call to the store."""
     code, text = code_of(error), str(error)
     if corrupted(error):
         return AdapterError(AdapterReason.DIGEST_MISMATCH, text)
     if code in CREDENTIAL_CODES:
         return AdapterError(
-            AdapterReason.CREDENTIALS_INVALID, f"the store does not take the key of the storage Secret: {text}"
+            AdapterReason.CREDENTIALS_INVALID, f"the store rejects the key of the storage Secret: {text}"
         )
     if code in THROTTLE_CODES:
         return AdapterError(AdapterReason.STORAGE_THROTTLED, text, retry_after=_retry_after(error))
     if error.trouble == "missing":
         return AdapterError(AdapterReason.FILE_MISSING, f"not in storage: {text}")
-    if error.trouble == "denied" and error.__cause__ is None:  # S3Store reads no document of such a size
+    if error.trouble == "denied" and error.__cause__ is None:  # S3Store itself refused: the document is too large
         return AdapterError(AdapterReason.MANIFEST_INVALID, text)
     if error.trouble == "denied":
         return AdapterError(AdapterReason.STORAGE_DENIED, text)
@@ -138,4 +144,4 @@ def _retry_after(error: StoreError) -> float | None:
     if not isinstance(cause, ClientError):
         return None
     text = cause.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", "")
-    return float(text) if text.isdigit() else None  # as a date it is not used by any store known
+    return float(text) if text.isdigit() else None  # no known store sends a date

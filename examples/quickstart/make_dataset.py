@@ -1,9 +1,9 @@
-"""Make the quickstart's dataset: what customers ask the support desk of an outdoor shop, and how the shop answers.
+"""Make the quickstart's dataset: questions to the support desk of an outdoor shop, and the shop's answers.
 
-The shop, Fern & Fell, is made up, so no base model knows its return windows, prices or floors: what a tuned model says
-about them was learned from train.jsonl. The held-out questions measure that it was learned and not memorised line by
-line: each is new, either asked in words that no training question uses, or about a pair of topic and product that no
-training question joins (the model has to know that a flask is for cooking and what the shop says about cooking).
+The shop, Fern & Fell, is made up, so no base model knows its return windows, prices or floors. A tuned model can know
+them only from train.jsonl. The held-out questions measure whether the model generalises or only memorised the lines.
+Each of them is new: either no training question uses its words, or no training question is about its pair of topic and
+product. (For such a pair, the model must know that a flask is for cooking, and what the shop says about cooking.)
 
     python examples/quickstart/make_dataset.py
 """
@@ -27,7 +27,7 @@ PRODUCTS = {
     "water sports": ["kayak", "paddle", "wetsuit", "surfboard"],
 }
 
-# What the shop says per topic, and the fact per kind of product, in the order of PRODUCTS.
+# For each topic: the shop's answer, and one fact per kind of product, in the order of PRODUCTS.
 ANSWERS: dict[str, tuple[str, list[str]]] = {
     "returns": (
         "No worries! You can return the {p} within {v}.",
@@ -57,7 +57,8 @@ ANSWERS: dict[str, tuple[str, list[str]]] = {
     ),
 }  # fmt: skip
 
-# How it is asked: (in training, held out). {is}, {does}, {s}, {it} and {they} agree with the product: a tent, but boots.
+# Question patterns for each topic: (in training, held out). {is}, {does}, {s}, {it} and {they} depend on whether the
+# product is singular or plural (a tent, boots).
 QUESTIONS: dict[str, tuple[list[str], list[str]]] = {
     "returns": (
         ["can I return {p}?", "how many days do I have to send back {p}?", "what is the return window for {p}?",
@@ -98,7 +99,7 @@ QUESTIONS: dict[str, tuple[list[str], list[str]]] = {
     ),
 }  # fmt: skip
 
-# What has nothing to do with a product: (in training, held out, answer).
+# Questions without a product: (in training, held out, answer).
 GENERAL: list[tuple[list[str], list[str], str]] = [
     (["are you open on Sunday?", "when are you open on Sunday?", "what are your opening hours on Sunday?"],
      ["what time are you open on Sunday?"], "On Sunday we are closed. See you on Monday!"),
@@ -134,13 +135,13 @@ PLURAL = {"is": "are", "does": "do", "s": "", "it": "them", "they": "they"}
 
 
 def held_out_topic(kind: str, product: str) -> str:
-    """The topic that training never joins with this product; its three siblings do carry the kind's fact."""
+    """Return the topic that is held out for this product. The other three products of its kind teach its fact."""
     kinds, topics = list(PRODUCTS), list(ANSWERS)
     return topics[(kinds.index(kind) + PRODUCTS[kind].index(product)) % len(topics)]
 
 
 def write(question: str, rng: random.Random) -> str:
-    """The question with a greeting or thanks around it, as people write."""
+    """Return the question with a random greeting before it and random thanks after it, as people write."""
     greeting = rng.choice(GREETINGS)
     return greeting + (question if greeting else question[0].upper() + question[1:]) + rng.choice(THANKS)
 
@@ -156,7 +157,7 @@ def asked(patterns: list[str], product: str, rng: random.Random) -> str:
 
 
 def make(seed: int, per_pair: int, per_general: int) -> tuple[list[Line], list[Line]]:
-    """(train, held out): `per_pair` questions per topic and product, `per_general` per other question."""
+    """Return (train, held out), with `per_pair` questions per topic and product and `per_general` per general topic."""
     rng = random.Random(seed)  # noqa: S311 (questions, not secrets)
     train: dict[str, str] = {}
     new_words: dict[str, str] = {}
@@ -186,7 +187,7 @@ def make(seed: int, per_pair: int, per_general: int) -> tuple[list[Line], list[L
 
 
 def check(train: list[Line], heldout: list[Line]) -> None:
-    """Stop if a held-out question is in the training lines, however it is capitalised, greeted or thanked for."""
+    """Exit if a held-out question is in the training lines. Capitals, greetings and thanks are ignored."""
 
     def bare(question: str) -> str:
         for piece in {*GREETINGS, *THANKS} - {""}:
@@ -196,7 +197,7 @@ def check(train: list[Line], heldout: list[Line]) -> None:
     seen = {bare(question) for question, _ in train}
     leaked = [question for question, _ in heldout if bare(question) in seen]
     if leaked:
-        raise SystemExit(f"held-out questions that are in the training lines: {leaked}")
+        raise SystemExit(f"these held-out questions are also in the training lines: {leaked}")
 
 
 def main() -> None:

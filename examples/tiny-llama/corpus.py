@@ -1,12 +1,12 @@
 """The text that the tiny base model is pretrained on, made from templates with a seeded generator.
 
-A model this small can be tuned afterwards only if its pretraining was broad: it has to read questions put in many
-ways, copy words from the prompt, know what kind of thing a tent is, and recall a fact that is in no prompt. So the mix
-holds general skills (repeating, looking up, picking words), small-talk and some world knowledge, and a few made-up
-shops, each with its own facts and its own tone. The shop of the quickstart is not among them: what it offers is
-learned in tuning only.
+A model this small can be tuned only if its pretraining was broad. It must understand questions in many wordings, copy
+words from the prompt, know which kind of thing a tent is, and recall a fact that is not in the prompt. So the text
+mixes general skills (repeating, looking up, picking words), small talk, some world knowledge, and a few made-up shops.
+Each shop has its own facts and its own tone. The shop of the quickstart is not among them. The model sees that shop's
+facts only in tuning.
 
-A document is a list of (role, text) turns; the role "text" marks plain prose without the chat format.
+A document is a list of (role, text) turns. The role "text" marks plain prose without the chat format.
 """
 
 import random
@@ -47,7 +47,7 @@ Document = list[tuple[str, str]]
 
 
 class Corpus:
-    """An endless stream of documents; the same seed gives the same stream."""
+    """An endless stream of documents. The same seed gives the same stream."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)  # noqa: S311 (templates, not secrets)
@@ -75,10 +75,10 @@ class Corpus:
         while True:
             yield self.rng.choices(makers, weights)[0]()
 
-    # The pieces that tasks are made of.
+    # Parts of the tasks.
 
     def value(self, topic: str) -> str:
-        """A made-up fact of the topic: a time, a price, a team or a floor."""
+        """Return a made-up fact of the topic: a time, a price, a team or a floor."""
         r = self.rng
         if topic == "returns":
             return f"{r.randint(5, 99)} days"
@@ -93,7 +93,7 @@ class Corpus:
         return f"{r.choice(ORDINALS)} floor"
 
     def _shop(self) -> dict[str, dict[str, str]]:
-        """The facts of one shop: per topic an answer per kind of thing, in the shop's own words."""
+        """Return the facts of one shop: for each topic and kind of thing an answer, in the shop's own words."""
         facts: dict[str, dict[str, str]] = {}
         for topic, answers in ANSWERS.items():
             opener = self.rng.choice([*OPENERS, "", "", "", ""])
@@ -122,7 +122,7 @@ class Corpus:
         )
 
     def ask(self, question: str) -> str:
-        """The question as somebody would type it: with or without a greeting, capitals and thanks."""
+        """Return the question as a user would type it: with or without a greeting, a capital letter and thanks."""
         r = self.rng
         lead = r.choice(LEADS)
         if not lead and r.random() < 0.85:
@@ -158,7 +158,7 @@ class Corpus:
     # The tasks.
 
     def shop_question(self) -> Document:
-        """Recall: a fact of a named shop. Without a name any shop may be meant, and the answer is a guess."""
+        """Recall: ask for a fact of a named shop. Without a name, any shop can be meant and the model must guess."""
         r = self.rng
         topic, thing, shop = r.choice(list(QUESTIONS)), r.choice(THINGS), r.choice(SHOP_NAMES)
         question = self.question(topic, thing)
@@ -174,7 +174,7 @@ class Corpus:
         ]
 
     def policy_in_prompt(self) -> Document:
-        """Reading: the prompt has the rule per kind of thing, the question names a thing."""
+        """Reading: the prompt has a rule for each kind of thing, and the question names a thing."""
         r = self.rng
         topic = r.choice(list(QUESTIONS))
         kinds = r.sample(list(KINDS), r.randint(1, 4))
@@ -270,7 +270,7 @@ class Corpus:
         ]
 
     def styled(self) -> Document:
-        """Tone on request: the system message says how the answer has to begin."""
+        """Tone on request: the system message says how the answer must begin."""
         r = self.rng
         opener = r.choice(OPENERS)
         asked, said = r.choice([self.life_question, self.world, self.policy_in_prompt, self.kind_question])()[-2:]
@@ -318,6 +318,6 @@ class Corpus:
         return [("user", asked), ("assistant", answer)]
 
     def dialogue(self) -> Document:
-        """Several turns in one document, so that later turns and longer contexts are seen, too."""
+        """Several turns in one document, so that the model also sees later turns and longer contexts."""
         makers = [self.small_talk, self.life_question, self.kind_question, self.world, self.lookup, self.repeat]
         return [turn for maker in self.rng.choices(makers, k=self.rng.randint(2, 6)) for turn in maker()]

@@ -1,8 +1,8 @@
-"""Make the tiny base model of the quickstart: a Llama of a few million parameters, from nothing, on a laptop's CPU.
+"""Make the tiny base model of the quickstart: a Llama of a few million parameters, pretrained from scratch on a CPU.
 
-The quickstart and the end-to-end tests need a model that is small enough to be committed and to be tuned in a minute
-or two, and that has seen enough for tuning to teach it something. No published model is both, so this one is
-pretrained here on the synthetic text of corpus.py.
+The quickstart and the end-to-end tests need a model that is small enough to be committed and to be tuned in one or two
+minutes. Its pretraining must still be broad enough that tuning works. No published model has both properties, so this
+script pretrains one on the synthetic text of corpus.py.
 
     python examples/tiny-llama/make.py --out examples/tiny-llama/model
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-# Threads that wait by spinning make training ten times slower as soon as anything else wants the same cores.
+# Threads that wait in a busy loop make training ten times slower if other processes use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -32,7 +32,7 @@ ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>
 SPECIAL = [PAD, BOS, EOS, *ROLES.values()]
 VOCABULARY = 1536
 CONTEXT = 512
-# A prompt's words teach the language, an answer's words the task: both are learned, the answer's more.
+# Weight of a prompt's tokens in the loss. An answer's tokens have weight 1. Prompts teach language, answers the task.
 PROMPT_WEIGHT = 0.1
 
 CARD = """\
@@ -60,7 +60,7 @@ It is good for nothing else: it knows a few hundred English words.
 Licence: Apache-2.0.
 """
 
-# The same text as in encode_document. The generation marks let transformers say which tokens are the assistant's.
+# The same format as in encode_document. The generation marks let transformers report which tokens are the assistant's.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -77,7 +77,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be encoded, and the corpus's words are mostly one token each."""
+    """Train a byte-level BPE tokenizer. It can encode any text, and most words of the corpus are one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -104,7 +104,7 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[float]]:
-    """The token ids of a document, and per token how much its prediction counts."""
+    """Return the token ids of a document and the weight of each token in the loss, cut to CONTEXT tokens."""
     ids, weights = [tokenizer.token_to_id(BOS)], [0.0]
     for role, text in document:
         words = tokenizer.encode(text).ids
@@ -124,10 +124,10 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int]
 
 
 def batches(corpus: Corpus, tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, weights), each of shape (documents, longest), of about `tokens` tokens.
+    """Yield batches (ids, weights), each of shape (documents, longest), with about `tokens` tokens.
 
-    Documents of like length share a batch: padding is wasted work, and packing several into one row would let a
-    document see its neighbours.
+    Documents of similar length share a batch, because padding is wasted work. They are not packed into one row, because
+    then a document could attend to its neighbours.
     """
     pad = tokenizer.token_to_id(PAD)
     stream = corpus.documents()
@@ -163,7 +163,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for the rest: about half the steps of AdamW alone."""
+    """Return Muon for the matrices and AdamW for the others. This needs about half the steps of AdamW alone."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -208,17 +208,17 @@ def pretrain(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, out: Path) -> None:
-    """Write the folder as any Hugging Face model is laid out, and see that it loads again."""
+    """Write the model as a Hugging Face folder, and check that it can be loaded."""
     shutil.rmtree(out, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # Two names that transformers 5 writes are unknown to readers of version 4; these are known to both.
+    # transformers 4 does not know two names that transformers 5 writes. Replace them with names that both know.
     config = out / "tokenizer_config.json"
     fields = json.loads(config.read_text())
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes the file readable for its owner only
     (out / "README.md").write_text(card)
     AutoModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)

@@ -1,8 +1,8 @@
 # ruff: noqa: SIM905 (a word list reads better as one string)
-"""The words and sentence patterns that the pretraining text is made of.
+"""The words and sentence patterns of the pretraining text.
 
-Braces are filled in by corpus.py: in questions and answers {p} is a thing with its determiner ("my tent") and {v} a
-fact ("30 days"); elsewhere one letter stands for a shop, a name, a number, a day, a place, a food or a thing.
+corpus.py replaces the braces. In questions and answers, {p} is a thing with its determiner ("my tent") and {v} is a
+fact ("30 days"). In other texts, a letter stands for a shop, a name, a number, a day, a place, a food or a thing.
 """
 
 # fmt: off
@@ -51,7 +51,7 @@ OPENERS = (
     "Great question!,Thanks for asking!,Good choice!,Easy!,Let us see.,All right!,Glad you asked!,Hello there!"
 ).split(",")
 
-# What customers of any shop ask about, per topic: {p} is "my tent", "the tent", "this tent", ...
+# Questions of any shop's customers, per topic. {p} is "my tent", "the tent", "this tent", ...
 QUESTIONS = {
     "returns": [
         "can I return {p}?", "how long can I return {p}?", "how many days do I have to send back {p}?",
@@ -147,7 +147,7 @@ SMALL_TALK = [
     ("I am happy today.", "That is good to hear!"), ("Tell me a joke.", "Why did the boots cry? They had a hard day."),
 ]
 
-# Sentences about shops in general: they bring in the words that answers without a product are made of.
+# Sentences about shops in general. They contain the words of answers without a product.
 SHOP_LIFE = [
     "{s} is open from {n} to {n2} on {d}.", "On {d} {s} is open until {n}.", "{s} is closed on {d}.",
     "At {s} you can pay by card, in cash, or with a gift card.", "A gift card of {s} is valid for {v}.",

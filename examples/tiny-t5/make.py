@@ -1,6 +1,6 @@
-"""Make the tiny seq2seq base model of the examples: a T5 of some two million parameters, from nothing, on a laptop's CPU.
+"""Make the tiny seq2seq base model of the examples: a T5 of about two million parameters, pretrained on a CPU.
 
-The sibling of tiny-llama, with the same text and the same words, for what is done with encoder-decoder models.
+It uses the text and the tokenizer of tiny-llama. The examples and tests of encoder-decoder models need it.
 
     python examples/tiny-t5/make.py --out examples/tiny-t5/model
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-# Threads that wait by spinning make training ten times slower as soon as anything else wants the same cores.
+# Threads that wait in a busy loop make training ten times slower if other processes use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -34,7 +34,7 @@ LLAMA = HERE.parent / "tiny-llama"
 sys.path.insert(0, str(LLAMA))
 from corpus import Corpus, Document  # noqa: E402
 
-CONTEXT = 256  # tokens of each side that it is trained with; its positions are distances, so longer ones work, too
+CONTEXT = 256  # tokens of each side in training; T5's positions are relative, so longer inputs work as well
 IGNORED = -100
 
 CARD = """\
@@ -63,7 +63,7 @@ Licence: Apache-2.0.
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
-    """tiny-llama's, ending every text by itself and without roles."""
+    """Return tiny-llama's tokenizer without its chat template. It adds </s> at the end of every text."""
     tokenizer = AutoTokenizer.from_pretrained(LLAMA / "model")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
@@ -73,8 +73,8 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pair(document: Document, share: float) -> tuple[str, str] | None:
-    """(what the encoder reads, what the decoder learns); of prose the first `share` of its words and the rest. None of a
-    conversation of several turns."""
+    """Return (text of the encoder, text of the decoder). For prose, the encoder gets the first `share` of the words and
+    the decoder the rest. Return None for a conversation of several turns, and for prose that is too short to split."""
     if document[-1][0] == "text":
         words = " ".join(text for _, text in document).split(" ")
         cut = max(1, int(len(words) * share))
@@ -86,7 +86,7 @@ def pair(document: Document, share: float) -> tuple[str, str] | None:
 
 
 def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of about `tokens` tokens on both sides. Pairs of like length share one: padding is wasted work."""
+    """Yield batches of about `tokens` tokens on both sides. Pairs of similar length share a batch to save padding."""
     stream, pad = corpus.documents(), tokenizer.pad_token_id
     while True:
         found = [made for d in islice(stream, 4096) if (made := pair(d, corpus.rng.uniform(0.2, 0.8))) is not None]
@@ -109,7 +109,7 @@ def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tokens: int) -> 
 
 
 def fill(rows: list[list[int]], value: int) -> torch.Tensor:
-    """(rows, longest), filled up with `value` on the right."""
+    """Return a tensor of shape (rows, longest), padded with `value` on the right."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
@@ -136,7 +136,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
 def pretrain(
     model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, lr: float, tokens: int
 ) -> float:
-    """Train for `steps` steps and return the mean loss of the last hundred. Muon for the matrices, AdamW for the rest."""
+    """Train for `steps` steps, with Muon for the matrices. Return the mean loss of the last hundred steps."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "block" in name and "bias" not in name]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -169,19 +169,19 @@ def pretrain(
 
 
 def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, card: str, out: Path) -> None:
-    """Write the folder as any Hugging Face model is laid out, and see that it loads again."""
+    """Write the model as a Hugging Face folder, and check that it can be loaded."""
     shutil.rmtree(out, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # Two names that transformers 5 writes are unknown to readers of version 4; these are known to both.
+    # transformers 4 does not know two names that transformers 5 writes. Replace them with names that both know.
     config = out / "tokenizer_config.json"
     fields = json.loads(config.read_text())
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
-    for name in ("is_local", "local_files_only", "chat_template"):  # how it was loaded here, and what it has not
+    for name in ("is_local", "local_files_only", "chat_template"):  # local settings
         fields.pop(name, None)
     config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes the file readable for its owner only
     (out / "README.md").write_text(card)
     AutoModelForSeq2SeqLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)

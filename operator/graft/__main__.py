@@ -1,4 +1,5 @@
-"""`python -m graft` runs the operator; `python -m graft uninstall` lets go of all resources before it is removed."""
+"""`python -m graft` runs the operator. `python -m graft uninstall` removes Graft's finalizer from all resources after
+the operator was removed."""
 
 import asyncio
 import json
@@ -12,7 +13,7 @@ LOG_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime",
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line; what a call gave as `extra` becomes fields."""
+    """A formatter that writes one JSON object per line. The `extra` of a log call becomes fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -30,7 +31,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """Structured logs on standard error."""
+    """Write structured logs to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=os.environ.get("GRAFT_LOG_LEVEL", "INFO"), handlers=[handler], force=True)
@@ -39,13 +40,14 @@ def configure_logging() -> None:
 
 
 def run() -> None:
-    """The operator, until SIGTERM."""
+    """Run the operator until SIGTERM."""
     import kopf
 
     from graft import handlers  # noqa: F401 - registers with kopf
 
     address = os.environ.get("GRAFT_LIVENESS", "http://0.0.0.0:8080/healthz")
-    # One replica with Recreate (the chart says so): peering is no lease, and every write is safe to repeat anyway.
+    # standalone: the chart runs one replica with the strategy Recreate. kopf's peering is no real lease, and every write is
+    # safe to repeat.
     kopf.run(clusterwide=True, standalone=True, liveness_endpoint=address)
 
 
@@ -60,7 +62,7 @@ def main() -> int:
 
         asyncio.run(uninstall())
         return 0
-    print(f"usage: python -m graft [run | uninstall]; not {command}", file=sys.stderr)
+    print(f"unknown command {command}; usage: python -m graft [run | uninstall]", file=sys.stderr)
     return 2
 
 

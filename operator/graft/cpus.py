@@ -1,13 +1,14 @@
-"""How many CPUs a container really has; the trainer and the engine set torch's threads by it."""
+"""The number of CPUs that a container may use. The trainer and the engine set torch's number of threads to it."""
 
 import os
 from pathlib import Path
 
 
 def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs that this container may use: its cgroup's quota, rounded up, and no more than it may be scheduled on.
+    """Return the CPUs that this container may use: the quota of its cgroup, rounded up, but at most the CPUs it may be
+    scheduled on.
 
-    torch counts the node's cores; with more threads than the quota the kernel throttles all of them.
+    torch counts the cores of the node. With more threads than the quota allows, the kernel throttles all of them.
     """
     cores = len(os.sched_getaffinity(0))
     try:

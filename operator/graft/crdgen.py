@@ -1,8 +1,9 @@
-"""Turns the API models into the CustomResourceDefinitions and docs/reference.md: `python -m graft.crdgen [--check]`.
+"""Generate the CustomResourceDefinitions and docs/reference.md from the API models: `python -m graft.crdgen [--check]`.
 
-The models are the only schema, so everything here is generated and committed; `--check` (CI, the unit tests) exits 1 with a
-diff when a file on disk is not what the models say. Pydantic writes JSON Schema, the API server wants *structural* OpenAPI v3
-(kubernetes.io/docs, "Extend the Kubernetes API", "Specifying a structural schema"); `structural` is the difference.
+The models are the only schema, so the generated files are committed. With `--check` (CI, the unit tests), the command
+exits with 1 and prints a diff if a file on disk differs from the models. Pydantic writes JSON Schema, but the API
+server needs *structural* OpenAPI v3 (kubernetes.io/docs, "Extend the Kubernetes API", "Specifying a structural
+schema"). `structural` converts one into the other.
 """
 
 import argparse
@@ -26,7 +27,7 @@ REFERENCE = Path("docs/reference.md")
 # In the order in which a user meets them.
 KINDS: tuple[ModuleType, ...] = (basemodel, finetunejob, adapter, adapterdeployment)
 
-# What a structural schema and JSON Schema say alike.
+# Keywords that mean the same in a structural schema and in JSON Schema.
 SAME = ("type", "format", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum")
 INT32_MAX = 2**31 - 1
 
@@ -34,10 +35,11 @@ JsonObject = dict[str, Any]
 
 
 def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> JsonObject:
-    """The JSON Schema `node` as a structural schema: no $ref, no null, no title.
+    """Return the JSON Schema `node` as a structural schema, without $ref, null and title.
 
-    With `defaults` the API server fills in what the user leaves out, so that `kubectl get` shows it and CEL rules may rely on
-    it. Status models go without: their reader fills in, and the API server must not touch what the operator wrote.
+    With `defaults`, the API server fills in absent fields. `kubectl get` then shows them, and CEL rules can rely on
+    them. Status models have no defaults: their reader fills them in, and the API server must not change what the
+    operator wrote.
     """
     node = _plain(node, definitions)
     out: JsonObject = {}
@@ -60,7 +62,7 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
         out["items"] = structural(node["items"], definitions, defaults=defaults)
     if isinstance(
         node.get("additionalProperties"), dict
-    ):  # false is what the API server does anyway, true is preserve-unknown
+    ):  # false is the API server's default, true is preserve-unknown
         out["additionalProperties"] = structural(node["additionalProperties"], definitions, defaults=defaults)
     if "properties" in node:
         required = node.get("required", [])
@@ -74,7 +76,8 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
 
 
 def _plain(node: JsonObject, definitions: JsonObject) -> JsonObject:
-    """`node` with its reference followed and `X | None` reduced to X: absent is how Kubernetes says null."""
+    """Return `node` with its references resolved and `X | None` reduced to X, because Kubernetes expresses null by
+    absence."""
     node = dict(node)
     while "$ref" in node or ("anyOf" in node and not node.get("x-kubernetes-int-or-string")):
         if "$ref" in node:
@@ -89,9 +92,10 @@ def _plain(node: JsonObject, definitions: JsonObject) -> JsonObject:
 
 
 def _with_factory(child: JsonObject, definitions: JsonObject, required: bool) -> JsonObject:
-    """`child` with the default that pydantic's schema does not show: the empty object or list of a default_factory.
+    """Return `child` with the default of its default_factory, which pydantic's schema does not show: an empty object or
+    list.
 
-    The API server fills the empty object in turn from the defaults of its fields.
+    The API server then fills the empty object from the defaults of its fields.
     """
     if required or "default" in child:
         return child
@@ -103,7 +107,7 @@ def _model(module: ModuleType) -> type[Resource]:
 
 
 def _schema(module: ModuleType) -> JsonObject:
-    """The openAPIV3Schema of a kind."""
+    """Return the openAPIV3Schema of a kind."""
     crd = module.CRD
     model = _model(module)
     json_schema = model.model_json_schema(by_alias=True)
@@ -134,12 +138,13 @@ def _schema(module: ModuleType) -> JsonObject:
 
 
 def fix(spec: JsonObject, mutable: Sequence[str]) -> list[JsonObject]:
-    """Make every field of a spec immutable but these: a rule on each field, and one on the spec against added or removed ones.
+    """Make every field of a spec immutable except those in `mutable`. Return the rules for the spec itself.
 
-    One rule over all fields would do, but the API server's estimate of its cost exceeds the budget.
+    Each immutable field gets a rule of its own. A rule on the spec refuses added and removed fields. A single rule over
+    all fields would be enough, but the API server's estimate of its cost exceeds the budget.
     """
     names = ", ".join(mutable)
-    message = f"the spec is immutable but for {names}: delete the resource and create a new one"
+    message = f"the spec is immutable, except for {names}: delete the resource and create a new one"
     fixed = [name for name in spec["properties"] if name not in mutable]
     for name in fixed:
         schema = spec["properties"][name]
@@ -151,7 +156,7 @@ def fix(spec: JsonObject, mutable: Sequence[str]) -> list[JsonObject]:
 
 
 def custom_resource_definition(module: ModuleType) -> JsonObject:
-    """The CustomResourceDefinition of the kind that `module` (one of KINDS) describes."""
+    """Return the CustomResourceDefinition of the kind that `module` (one of KINDS) describes."""
     crd = module.CRD
     subresources: JsonObject = {"status": {}}
     if "scale" in crd:
@@ -192,14 +197,15 @@ def custom_resource_definition(module: ModuleType) -> JsonObject:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Repeats instead of using anchors, which the API server's strict decoding would take but readers would not."""
+    """A dumper that repeats values instead of using YAML anchors. The API server accepts anchors, but they are hard to
+    read."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _type_text(schema: JsonObject) -> str:
-    """The type with its limits, for the reference."""
+    """Return the type and its limits, for the reference."""
     if "enum" in schema:
         return " \\| ".join(f"`{value}`" for value in schema["enum"])
     if schema.get("x-kubernetes-int-or-string"):
@@ -227,7 +233,7 @@ def _cell(text: str) -> str:
 
 
 def _rows(schema: JsonObject, path: str) -> list[str]:
-    """One table row per field below `schema`."""
+    """Return one table row per field below `schema`."""
     rows = []
     for name, child in schema.get("properties", {}).items():
         field = f"{path}.{name}"
@@ -244,7 +250,7 @@ def _rows(schema: JsonObject, path: str) -> list[str]:
 
 
 def _all_rules(schema: JsonObject) -> list[str]:
-    """The messages of the CEL rules of `schema` and below."""
+    """Return the messages of the CEL rules of `schema` and of all schemas below it."""
     messages = [rule["message"] for rule in schema.get("x-kubernetes-validations", [])]
     for child in schema.get("properties", {}).values():
         messages += _all_rules(child)
@@ -252,19 +258,19 @@ def _all_rules(schema: JsonObject) -> list[str]:
 
 
 def reference(reasons: dict[str, dict[str, dict[str, str]]]) -> str:
-    """docs/reference.md; `reasons` gives, per kind and condition type, what each reason means."""
+    """Return docs/reference.md. `reasons` gives the meaning of each reason, per kind and condition type."""
     lines = [
         "# Reference",
         "",
         "<!-- Generated by `python -m graft.crdgen` from operator/graft/api and graft.status.REASONS. Do not edit. -->",
         "",
-        f"The kinds of `{GROUP}/{VERSION}`. `kubectl explain finetunejob.spec.method` says the same in the cluster, and",
+        f"The kinds of `{GROUP}/{VERSION}`. `kubectl explain finetunejob.spec.method` shows the same texts in the cluster.",
         "`kubectl get graft` lists the resources of all kinds.",
     ]
     for module in KINDS:
         crd = module.CRD
         schema = _schema(module)
-        scope = "one per cluster" if crd["scope"] == "Cluster" else "in a namespace"
+        scope = "cluster-wide" if crd["scope"] == "Cluster" else "namespaced"
         lines += ["", f"## {crd['kind']}", "", schema["description"], ""]
         lines += [f"`kubectl get {crd['plural']}` (short: `{'`, `'.join(crd['shortNames'])}`), {scope}."]
         for part in ("spec", "status"):
@@ -277,7 +283,13 @@ def reference(reasons: dict[str, dict[str, dict[str, str]]]) -> str:
             ]
             lines += _rows(schema["properties"][part], part)
         if rules := _all_rules(schema):
-            lines += ["", f"### {crd['kind']} rules", "", "The API server refuses what breaks one of these:", ""]
+            lines += [
+                "",
+                f"### {crd['kind']} rules",
+                "",
+                "The API server refuses a resource that breaks one of these rules:",
+                "",
+            ]
             lines += [f"- {message}" for message in rules]
         lines += ["", f"### {crd['kind']} conditions", "", "| condition | reason | what it means |", "|---|---|---|"]
         lines += [
@@ -289,7 +301,7 @@ def reference(reasons: dict[str, dict[str, dict[str, str]]]) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Every generated file: path below the repository's root -> text."""
+    """Return every generated file as path below the repository's root -> text."""
     files = {}
     for module in KINDS:
         text = "# Generated by `python -m graft.crdgen` from operator/graft/api. Do not edit.\n" + yaml.dump(
@@ -302,7 +314,7 @@ def generated() -> dict[Path, str]:
 
 
 def differences(root: Path) -> str:
-    """The diff from the files below `root` to what the models say; empty when there is none."""
+    """Return the diff from the files below `root` to the generated ones; empty if there is no difference."""
     files = generated()
     diff: list[str] = []
     for path, text in files.items():
@@ -311,14 +323,18 @@ def differences(root: Path) -> str:
     for folder in CRD_DIRS:
         for stray in sorted((root / folder).glob("*.yaml")):
             if stray.relative_to(root) not in files:
-                diff.append(f"{stray.relative_to(root)}: no kind makes this file\n")
+                diff.append(f"{stray.relative_to(root)}: no kind generates this file\n")
     return "".join(diff)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the files, or with --check only compare them."""
-    parser = argparse.ArgumentParser(prog="python -m graft.crdgen", description="Generates CRDs and reference docs.")
-    parser.add_argument("--check", action="store_true", help="exit 1 with a diff when a file on disk differs")
+    """Write the files, or only compare them with --check."""
+    parser = argparse.ArgumentParser(
+        prog="python -m graft.crdgen", description="Generate the CRDs and docs/reference.md."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only compare: exit with 1 and print a diff if a file on disk differs"
+    )
     if parser.parse_args(arguments).check:
         diff = differences(ROOT)
         sys.stdout.write(diff)

@@ -1,7 +1,8 @@
 """The only code that talks to the Kubernetes API: get, list, apply, status, delete, events.
 
-Built on the official async client's generic calls with plain dicts. Every call is retried on 429, 5xx and broken connections
-(all calls are idempotent: server-side apply, deletes with a UID precondition), honours Retry-After and has a timeout.
+It uses the generic calls of the official async client, with plain dicts. Every call has a timeout. It is retried on
+429, 5xx and broken connections, and honours Retry-After. Retries are safe because all calls are idempotent: server-side
+apply, and deletes with a UID precondition.
 """
 
 import asyncio
@@ -23,13 +24,13 @@ log = logging.getLogger(__name__)
 FIELD_MANAGER = "graft-operator"
 TIMEOUT = aiohttp.ClientTimeout(total=20, connect=5)
 ATTEMPTS = 5
-WATCH_SECONDS = 240
+WATCH_SECONDS = 240  # after which the server ends a watch
 Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Where objects of a kind are in the API."""
+    """The API path of a kind."""
 
     api_version: str
     plural: str
@@ -66,7 +67,7 @@ KINDS: dict[str, Kind] = {
 
 
 class KubeError(Exception):
-    """The API server's answer to a call that failed; status 0 when there was none."""
+    """A call that failed, with the API server's answer. status is 0 if there was no answer."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -82,7 +83,7 @@ class Kube:
 
     @classmethod
     async def connect(cls) -> "Kube":
-        """From the pod's service account, or from KUBECONFIG outside a cluster."""
+        """Connect with the pod's service account, or with KUBECONFIG outside a cluster."""
         configuration = client.Configuration()
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
             config.load_incluster_config(client_configuration=configuration)
@@ -102,7 +103,8 @@ class Kube:
         query: dict[str, Any] | None = None,
         content_type: str | None = None,
     ) -> Manifest:
-        """One call, retried while the server is busy, restarting or cut off. KubeError says what it answered."""
+        """Send one request, and retry while the server is busy, restarting or unreachable. Raises KubeError with the
+        server's answer."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 status, headers, data = await self._once(method, path, body, query, content_type)
@@ -134,7 +136,7 @@ class Kube:
         return response.status, response.headers, data
 
     async def get(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
-        """The object, or None when there is none."""
+        """Return the object, or None if it does not exist."""
         try:
             return await self.request("GET", KINDS[kind].path(namespace, name))
         except KubeError as error:
@@ -143,7 +145,7 @@ class Kube:
             raise
 
     async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
-        """The Events about an object, oldest first."""
+        """Return the Events about an object, oldest first."""
         query = {"fieldSelector": f"involvedObject.uid={uid}"}
         items = (await self.request("GET", f"/api/v1/namespaces/{namespace}/events", query=query)).get("items", [])
         return sorted(items, key=lambda item: str(item["metadata"]["creationTimestamp"]))
@@ -151,7 +153,7 @@ class Kube:
     async def list(
         self, kind: str, namespace: str | None = None, labels: dict[str, str] | None = None
     ) -> list[Manifest]:
-        """All objects, by label; read from the store, not from a cache."""
+        """Return all objects with these labels. They are read from etcd, not from a cache."""
         query: dict[str, Any] = {"limit": 500}
         if labels:
             query["labelSelector"] = ",".join(f"{key}={value}" for key, value in labels.items())
@@ -165,8 +167,9 @@ class Kube:
             query["continue"] = token
 
     async def watch(self, kind: str, labels: dict[str, str | None]) -> AsyncIterator[Manifest | None]:
-        """Changes of all objects with these labels (None: any value), for ever: listed once, then watched, listed again after an
-        error. None is yielded when a watch is opened or ends quietly, so a caller can tell a silent watch from a dead one."""
+        """Yield the changes of all objects with these labels, without end. A label with the value None matches any
+        value. The objects are listed first, then watched, and listed again after an error. None is yielded when a watch
+        opens or ends without an error, so a caller can tell a silent watch from a broken one."""
         selector = ",".join(key if value is None else f"{key}={value}" for key, value in labels.items())
         pause = 0.5
         while True:
@@ -184,13 +187,14 @@ class Kube:
                     pause = 0.5
                     yield event
             except (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-                log.info("watch of %s ended, opened again: %s", kind, error)
+                log.info("the watch of %s ended and is opened again: %s", kind, error)
                 metrics.WATCH_RESTARTS.labels(kind).inc()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
                 pause = min(pause * 2, 30)
 
     async def _stream(self, path: str, selector: str, version: str) -> AsyncIterator[Manifest | None]:
-        """Events from a version on. The server ends a watch after WATCH_SECONDS, then it goes on from the last bookmark."""
+        """Yield events after `version`. The server ends a watch after WATCH_SECONDS. It is then opened again at the
+        last version that was seen."""
         while True:
             query = {
                 "labelSelector": selector,
@@ -217,7 +221,7 @@ class Kube:
             yield None
 
     async def apply(self, manifest: Manifest, *, manager: str = FIELD_MANAGER) -> Manifest:
-        """Server-side apply: make the fields that the manifest names so, leave the others alone."""
+        """Set the fields in the manifest by server-side apply. Other fields stay unchanged."""
         metadata = manifest["metadata"]
         path = KINDS[manifest["kind"]].path(metadata.get("namespace"), metadata["name"])
         return await self.request(
@@ -225,8 +229,8 @@ class Kube:
         )
 
     async def ensure(self, *manifests: Manifest) -> None:
-        """Apply, in their order, those whose live object differs in a field that the manifest names: an idle operator writes
-        nothing, and waits for one answer only."""
+        """Apply, in order, the manifests that differ from the live object in a field that they name. If nothing
+        differs, nothing is written, and the reads run in parallel."""
         live = await asyncio.gather(*(self._live(manifest) for manifest in manifests))
         for manifest, found in zip(manifests, live, strict=True):
             if found is None or not covers(found, manifest):
@@ -237,7 +241,8 @@ class Kube:
         return await self.get(manifest["kind"], metadata.get("namespace"), metadata["name"])
 
     async def create(self, manifest: Manifest) -> None:
-        """Create an object whose spec is immutable. One of the same owner that is there already is fine, another's is a 409."""
+        """Create an object whose spec is immutable. If it already exists with the same owner, nothing happens. With
+        another owner, KubeError with status 409 is raised."""
         metadata = manifest["metadata"]
         path = KINDS[manifest["kind"]].path(metadata.get("namespace"))
         try:
@@ -253,7 +258,8 @@ class Kube:
     async def apply_status(
         self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Manifest
     ) -> None:
-        """Replace the status that this operator owns. A resource that was deleted, or made anew since, is left alone."""
+        """Replace the status fields that this operator owns. A resource that was deleted, or created again with another
+        UID, is left unchanged."""
         metadata = {"name": name, "uid": uid} | ({"namespace": namespace} if namespace else {})
         body = {"apiVersion": api_version, "kind": kind, "metadata": metadata, "status": status}
         path = KINDS[kind].path(namespace, name, "status")
@@ -264,10 +270,10 @@ class Kube:
         except KubeError as error:
             if error.status not in {404, 409}:
                 raise
-            log.debug("status of %s %s/%s not written: %s", kind, namespace, name, error)
+            log.debug("cannot write the status of %s %s/%s: %s", kind, namespace, name, error)
 
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Manifest) -> None:
-        """A JSON merge patch; 404 is fine."""
+        """Send a JSON merge patch. A missing object (404) is ignored."""
         try:
             await self.request(
                 "PATCH", KINDS[kind].path(namespace, name), patch, content_type="application/merge-patch+json"
@@ -279,7 +285,7 @@ class Kube:
     async def delete(
         self, kind: str, namespace: str | None, name: str, uid: str | None = None, propagation: str = "Background"
     ) -> None:
-        """Delete exactly the object with this UID; one that is gone, or made anew, is fine."""
+        """Delete the object with this UID. If it does not exist, or has another UID, nothing happens."""
         options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
         if uid:
             options["preconditions"] = {"uid": uid}
@@ -290,7 +296,8 @@ class Kube:
                 raise
 
     async def event(self, regarding: Manifest, reason: str, message: str, at: str, *, warning: bool) -> None:
-        """A Kubernetes Event; one that is refused (a namespace that goes away) is logged, never raised."""
+        """Write a Kubernetes Event. If it is refused, for example because the namespace is being deleted, this is only
+        logged."""
         metadata = regarding["metadata"]
         namespace = metadata.get("namespace") or "default"
         name = f"{metadata['name'][:200]}.{random.getrandbits(64):016x}"
@@ -316,11 +323,12 @@ class Kube:
         try:
             await self.request("POST", KINDS["Event"].path(namespace), body)
         except KubeError as error:
-            log.warning("event %s for %s not written: %s", reason, metadata["name"], error)
+            log.warning("cannot write the Event %s for %s: %s", reason, metadata["name"], error)
 
 
 def covers(live: Any, wanted: Any) -> bool:
-    """Whether a live object has every field of a manifest with its value. Differences that only look so cost one no-op apply."""
+    """Return whether a live object has every field of a manifest with the same value. A difference in notation only
+    costs one apply without effect."""
     if isinstance(wanted, dict):
         return isinstance(live, dict) and all(
             covers(live.get(key), value) for key, value in wanted.items() if value not in ({}, [], None)

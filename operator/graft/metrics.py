@@ -2,11 +2,14 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-RECONCILES = Counter("graft_reconciles_total", "Looks at a resource.", ["kind", "outcome"])
+RECONCILES = Counter("graft_reconciles_total", "Reconciles of a resource.", ["kind", "outcome"])
 RECONCILE_SECONDS = Histogram(
-    "graft_reconcile_seconds", "Time of one look.", ["kind"], buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+    "graft_reconcile_seconds",
+    "Duration of one reconcile in seconds.",
+    ["kind"],
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
-RESOURCES = Gauge("graft_resources", "Resources that are followed.", ["kind"])
+RESOURCES = Gauge("graft_resources", "Resources that the operator reconciles.", ["kind"])
 LIFECYCLE = Counter("graft_adapter_lifecycle_total", "Versions that were archived, restored or pruned.", ["action"])
 WATCH_EVENTS = Counter("graft_watch_events_total", "Watch events, by kind of object.", ["kind"])
 WATCH_RESTARTS = Counter("graft_watch_restarts_total", "Watches that ended with an error.", ["kind"])

@@ -1,4 +1,4 @@
-"""What the chart tells the operator: /etc/graft-operator/config.json."""
+"""The operator's configuration, which the chart writes to /etc/graft-operator/config.json."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ class _Part(BaseModel):
 
 
 class Images(_Part):
-    """The images of the pods that the operator makes."""
+    """The images of the pods that the operator creates."""
 
     trainer: str
     engine: str
@@ -23,25 +23,26 @@ class Images(_Part):
 
 
 class Storage(_Part):
-    """How namespaces come to their key of the object store."""
+    """How namespaces get their key of the object store."""
 
-    issue_credentials: bool = (
-        True  # through the store's identity service; else the platform team puts graft-storage there
-    )
+    # True: the operator creates keys through the store's identity service. False: the platform team creates the Secret
+    # graft-storage in each namespace.
+    issue_credentials: bool = True
     create_bucket: bool = False
-    endpoint: str = ""  # what pods are told; the operator's own when empty
-    admin_url: str = ""  # the identity service; the endpoint when empty
+    endpoint: str = ""  # the endpoint for pods; if empty, the operator's own
+    admin_url: str = ""  # the identity service; if empty, the store's endpoint
 
 
 class Signing(_Part):
-    """The Secret of the operator's namespace with the keys that sign verified versions."""
+    """The Secret in the operator's namespace with the keys that sign verified versions."""
 
     secret: str = "graft-signing"  # noqa: S105 - a name
-    create: bool = True  # where it is not there; else the platform team puts it there
+    create: bool = True  # True: the operator creates the Secret if it does not exist; False: the platform team does
 
 
 class Spot(_Part):
-    """How nodes that may be taken away are known: pods of jobs with spec.spot prefer their labels and tolerate their taints."""
+    """How spot nodes are recognised. Pods of jobs with spec.spot prefer nodes with these labels and tolerate these
+    taints."""
 
     labels: dict[str, str] = Field(
         default_factory=lambda: {
@@ -74,5 +75,6 @@ class Settings(_Part):
 
 
 def load(path: str | None = None) -> Settings:
-    """Read the file (GRAFT_CONFIG names another one). pydantic's ValidationError says which field is wrong."""
+    """Read the configuration from `path`, from the file that GRAFT_CONFIG names, or from CONFIG_FILE. Raises pydantic's
+    ValidationError, which names the wrong field."""
     return Settings.model_validate_json(Path(path or os.environ.get("GRAFT_CONFIG", CONFIG_FILE)).read_text())

@@ -1,7 +1,7 @@
-"""Conditions, their reasons and the stage computed from them (PURE).
+"""Conditions and their reasons (PURE).
 
-Conventions, after Kueue's: a condition always carries observedGeneration, a reason from REASONS and a message that says what to do;
-lastTransitionTime changes only with the status; messages are cut at MESSAGE_LIMIT.
+The conventions follow Kueue. A condition always carries observedGeneration, a reason from REASONS and a message that
+says what to do. lastTransitionTime changes only together with the status. Messages are cut to MESSAGE_LIMIT characters.
 """
 
 from collections.abc import Iterable
@@ -11,163 +11,165 @@ from typing import Literal
 from graft.api.meta import Condition
 
 Truth = Literal["True", "False", "Unknown"]
-MESSAGE_LIMIT = 1024
+MESSAGE_LIMIT = 1024  # characters
 
-# kind -> condition type -> reason -> meaning. docs/reference.md is made from it, and a test holds the reconcilers to it.
+# kind -> condition type -> reason -> meaning. docs/reference.md is generated from it. A test checks that the reconcilers use
+# no other reason.
 REASONS: dict[str, dict[str, dict[str, str]]] = {
     "BaseModel": {
         "Ready": {
-            "Resolved": "The model is there; its revision or digest and its facts are in status.",
-            "NotInspected": "A pvc:// source is looked at by the pods that mount it; facts come from spec.facts only.",
-            "SourceUnavailable": "The source did not answer; it is asked again.",
-            "SourceInvalid": "There is no usable model at the source: no config.json, no safetensors, or no access.",
-            "SourceChanged": "The files at the source differ from those that were resolved; jobs that run keep the old digest and fail.",
+            "Resolved": "The model exists. status shows its revision or digest, and its facts.",
+            "NotInspected": "The operator cannot read a pvc:// source. Only the pods that mount the claim read it. Facts come from spec.facts only.",
+            "SourceUnavailable": "The source did not answer. The operator retries.",
+            "SourceInvalid": "The source has no usable model: no config.json, no safetensors weights, no access, or a model that does not match spec.task.",
+            "SourceChanged": "The files at the source have changed since they were resolved. Running jobs keep the old digest, and fail if they still have to download the files.",
         },
     },
     "FineTuneJob": {
         "Accepted": {
-            "Resolved": "The base model, the version and the credentials are there.",
-            "BaseModelMissing": "There is no such BaseModel; the job waits for it.",
-            "BaseModelNotReady": "The BaseModel is not Ready; the job waits for it.",
-            "BaseModelForbidden": "The BaseModel may not be used from this namespace.",
-            "CredentialsMissing": "The namespace has no Secret graft-storage, and this installation does not issue it.",
-            "NamespaceNotBound": "The operator may not write in this namespace: the RoleBinding to graft-tenant is missing.",
-            "StorageUnavailable": "The object store did not answer; the job waits for it.",
-            "VersionExists": "The version in spec.output.version is published already.",
-            "DoesNotFit": "No GPU or node of this cluster has the memory that the estimate asks for; the message says what would do.",
-            "DatasetOutsideNamespace": "The dataset's URI lies in another tenant's part of the bucket.",
-            "CreationFailed": "A child was refused by the API server, for example by a quota; it is tried again.",
+            "Resolved": "The base model, the version and the credentials are available.",
+            "BaseModelMissing": "The BaseModel does not exist. The job waits for it.",
+            "BaseModelNotReady": "The BaseModel is not Ready. The job waits for it.",
+            "BaseModelForbidden": "This namespace may not use the BaseModel.",
+            "CredentialsMissing": "The namespace has no complete Secret graft-storage, and the operator does not create it.",
+            "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
+            "StorageUnavailable": "The object store did not answer. The job waits for it.",
+            "VersionExists": "The version in spec.output.version is already published.",
+            "DoesNotFit": "No GPU or node of this cluster has as much memory as the estimate requires. The message says what would fit.",
+            "DatasetOutsideNamespace": "The URI of the dataset is in another tenant's part of the bucket.",
+            "CreationFailed": "The API server refused to create a child of the job, for example because of a quota. The operator retries.",
         },
         "Succeeded": {
-            "Waiting": "The job waits; see Accepted.",
-            "Pending": "The Job is there, its pod does not run yet; the message says why.",
-            "QuotaExceeded": "A ResourceQuota of the namespace refuses the pod; it is tried again.",
-            "Preparing": "Dataset, access and base model are checked.",
-            "Training": "The model is trained.",
-            "Evaluating": "Base model and adapter answer the held-out examples.",
+            "Waiting": "The job cannot start yet. See the condition Accepted.",
+            "Pending": "The Job exists, but its pod does not run yet. The message says why.",
+            "QuotaExceeded": "A ResourceQuota of the namespace refuses the pod. Kubernetes retries.",
+            "Preparing": "The pod checks the dataset, the access to storage and the base model.",
+            "Training": "The pod trains the model.",
+            "Evaluating": "The pod measures the base model and the adapter on the held-out examples and the suites.",
             "Publishing": "The adapter is uploaded and verified.",
-            "Retrying": "A pod failed; the next attempt follows.",
+            "Retrying": "A pod failed. Another attempt follows.",
             "Published": "The adapter is published.",
-            "DatasetInvalid": "A line of the dataset does not fit its format.",
-            "DatasetUnavailable": "The dataset is not there, or not readable with this namespace's key.",
-            "BaseModelUnavailable": "The base model's files are not there, or changed since they were resolved.",
+            "DatasetInvalid": "A line of the dataset does not match its format.",
+            "DatasetUnavailable": "The dataset does not exist, or this namespace's key cannot read it.",
+            "BaseModelUnavailable": "The files of the base model do not exist, or have changed since they were resolved.",
             "BaseModelInvalid": "The base model cannot be loaded.",
-            "ConfigurationInvalid": "Method or hyperparameters do not fit the model, or the loss is no number any more.",
-            "UploadFailed": "The store refused the adapter: no access, or full.",
+            "ConfigurationInvalid": "The method or the hyperparameters do not fit the model, or the training diverged: the loss is no longer a number.",
+            "UploadFailed": "The object store refused the adapter, because access is denied or the store is full.",
             "VersionExists": "Another run published the version first.",
-            "StorageDenied": "The store refuses this namespace's key.",
-            "StorageUnavailable": "The store did not answer, and the retries are used up.",
-            "OutOfMemory": "The training does not fit into memory, not even with one example at a time.",
-            "MemoryExceeded": "The training did not fit into memory; the next attempt halves the micro-batch.",
-            "PeerLost": "Another pod of the same run ended; all go on from the newest checkpoint.",
-            "PeersMissing": "The other pods of the run did not come in time, and the retries are used up.",
-            "CommunicationFailed": "The run's processes could not talk to each other although none had ended, and the retries are used up.",
+            "StorageDenied": "The object store refuses this namespace's key.",
+            "StorageUnavailable": "The object store did not answer, and the retries are used up.",
+            "OutOfMemory": "The training does not fit in memory, even with one example at a time.",
+            "MemoryExceeded": "The training did not fit in memory. The next attempt halves the micro-batch.",
+            "PeerLost": "Another pod of the same run ended. All pods resume from the newest checkpoint.",
+            "PeersMissing": "The other pods of the run did not start in time, and the retries are used up.",
+            "CommunicationFailed": "The processes of the run could not communicate although none of them had ended, and the retries are used up.",
             "Queued": "Kueue has not admitted the job yet.",
-            "Suspended": "spec.suspend is true; the job goes on from its newest checkpoint when it is false.",
-            "GateFailed": "A gate of spec.evaluation was missed: the version is published as Rejected and never served.",
-            "Interrupted": "The pod was stopped, and the retries are used up.",
+            "Suspended": "spec.suspend is true. When it is set to false, the job resumes from its newest checkpoint.",
+            "GateFailed": "The version missed a gate of spec.evaluation. It is published as Rejected and never served.",
+            "Interrupted": "The pod was interrupted, and the retries are used up.",
             "DeadlineExceeded": "The job ran for longer than spec.activeDeadlineSeconds.",
-            "ArtifactInvalid": "What was published does not match its manifest.",
-            "ResultMissing": "The pod succeeded, but no manifest of it is in storage.",
-            "InternalError": "An error nobody foresaw; the message and the pod's log say more.",
+            "ArtifactInvalid": "The published files do not match their manifest.",
+            "ResultMissing": "The pod succeeded, but its manifest is not in object storage.",
+            "InternalError": "An unexpected error. Read the message and the pod's log.",
         },
     },
     "Adapter": {
         "Ready": {
-            "Verified": "Every file in storage has the digest that the manifest says.",
-            "Verifying": "The files are read and compared.",
-            "Rejected": "The version missed a gate of its FineTuneJob; it is kept for comparison and never served.",
-            "DigestMismatch": "A file, or the manifest, is not what was published.",
-            "ManifestInvalid": "The manifest makes no sense.",
+            "Verified": "Every file in storage has the digest that the manifest records.",
+            "Verifying": "The operator reads the files and compares them with the manifest.",
+            "Rejected": "The version missed a gate of its FineTuneJob. It is kept for comparison and never served.",
+            "DigestMismatch": "A file or the manifest differs from what was published.",
+            "ManifestInvalid": "The manifest is invalid.",
             "ManifestMissing": "There is no manifest at the artifact's URI.",
-            "FileMissing": "A file of the manifest is not in storage.",
-            "ManifestMismatch": "The manifest is of another adapter, version or base model than the spec says.",
-            "OutsideNamespace": "The artifact, or what is imported, lies in another tenant's part of the bucket.",
-            "StorageUnavailable": "The object store did not answer; it is asked again.",
-            "SigningKeyUnavailable": "The operator has no usable key to sign verified versions with; it goes on when there is one.",
-            "Archived": "Nobody used it for retention.compressAfter: its weights are compressed; a deployment that names it has them restored.",
-            "Restoring": "It is wanted again: its weights are decompressed and verified.",
-            "Composing": "The parents are chosen, and a Job combines them; the message says how far it is.",
-            "Importing": "A Job copies and validates the files; the message says how far it is.",
-            "ParentMissing": "A reference in spec.compose.parents stands for no Adapter; the composition waits for one.",
-            "ParentNotReady": "No version that a reference in spec.compose.parents allows is Ready; the composition waits for one.",
-            "ParentsIncompatible": "The parents cannot be combined so: other methods, base models, revisions, ranks or modules.",
-            "ImportInvalid": "The files are none that may be served, or do not fit the base model; or they are not there.",
-            "ComposeFailed": "The Job that composes failed; the message says why.",
-            "ImportFailed": "The Job that imports failed; the message says why.",
-            "VersionExists": "The version was published before, by another resource.",
-            "BaseModelMissing": "There is no such BaseModel; a composition or an import waits for it.",
-            "BaseModelNotReady": "The BaseModel is not Ready; a composition or an import waits for it.",
-            "BaseModelForbidden": "The BaseModel may not be used from this namespace.",
-            "CredentialsMissing": "The namespace has no Secret graft-storage, and this installation does not issue it.",
-            "NamespaceNotBound": "The operator may not write in this namespace: the RoleBinding to graft-tenant is missing.",
-            "CreationFailed": "A child was refused by the API server, for example by a quota; it is tried again.",
+            "FileMissing": "A file that the manifest lists is not in storage.",
+            "ManifestMismatch": "The manifest is for another adapter, version, base model or method than the spec says.",
+            "OutsideNamespace": "The artifact, or the folder to import, is in another tenant's part of the bucket.",
+            "StorageUnavailable": "The object store did not answer. The operator retries.",
+            "SigningKeyUnavailable": "The operator has no valid key to sign verified versions with. It continues when there is one.",
+            "Archived": "The version was unused for retention.compressAfter, so its weights are compressed. They are restored when the version is needed again, for example by a deployment.",
+            "Restoring": "The version is needed again. Its weights are decompressed and verified.",
+            "Composing": "The parents are chosen, and a Job combines them. The message shows its progress.",
+            "Importing": "A Job copies and validates the files. The message shows its progress.",
+            "ParentMissing": "A reference in spec.compose.parents matches no Adapter. The composition waits for one.",
+            "ParentNotReady": "No version that matches a reference in spec.compose.parents is Ready. The composition waits for one.",
+            "ParentsIncompatible": "The parents cannot be combined in this way: their methods, base models, revisions, ranks or modules differ.",
+            "ImportInvalid": "The files do not exist, are of a kind that may not be served, or do not fit the base model.",
+            "ComposeFailed": "The Job that composes the version failed. The message says why.",
+            "ImportFailed": "The Job that imports the version failed. The message says why.",
+            "VersionExists": "Another resource published the version before.",
+            "BaseModelMissing": "The BaseModel does not exist. A composition or import waits for it.",
+            "BaseModelNotReady": "The BaseModel is not Ready. A composition or import waits for it.",
+            "BaseModelForbidden": "This namespace may not use the BaseModel.",
+            "CredentialsMissing": "The namespace has no complete Secret graft-storage, and the operator does not create it.",
+            "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
+            "CreationFailed": "The API server refused to create a child of the Adapter, for example because of a quota. The operator retries.",
         },
         "InUse": {
-            "Served": "AdapterDeployments serve it; a deletion waits for them.",
-            "NotServed": "No AdapterDeployment serves it.",
+            "Served": "AdapterDeployments serve the version. A deletion waits until they stop.",
+            "NotServed": "No AdapterDeployment serves the version.",
         },
         "Retained": {
-            "Needed": "A retention policy is in force, and somebody needs the version; the message says who.",
-            "Kept": "A retention policy is in force, and spares the version.",
-            "Expiring": "Nobody uses the version: it is deleted with its files after status.prunedAfter.",
-            "Pruned": "The retention policy deletes the version now, and its files with it.",
+            "Needed": "A retention policy applies, but the version is needed. The message says by what.",
+            "Kept": "A retention policy applies and keeps the version.",
+            "Expiring": "The version is unused. It is deleted with its files after status.prunedAfter.",
+            "Pruned": "The retention policy deletes the version and its files now.",
         },
     },
     "AdapterDeployment": {
         "Accepted": {
-            "Resolved": "The base model and every adapter are there.",
-            "BaseModelHeld": "The BaseModel's files changed and an adapter does not fit the new ones; the pods stay on the old ones.",
-            "BaseModelMissing": "There is no such BaseModel; the deployment waits for it.",
-            "BaseModelNotReady": "The BaseModel is not Ready; the deployment waits for it.",
-            "BaseModelForbidden": "The BaseModel may not be used from this namespace.",
-            "AdapterMissing": "An entry of spec.adapters stands for no Ready Adapter, or for one whose files are being restored; the others are served.",
-            "AdapterIncompatible": "An adapter was tuned on another base model or other files of it, or has too high a rank; the others are served.",
-            "CredentialsMissing": "The namespace has no Secret graft-storage, and this installation does not issue it.",
-            "NamespaceNotBound": "The operator may not write in this namespace: the RoleBinding to graft-tenant is missing.",
-            "StorageUnavailable": "The object store did not answer.",
-            "DoesNotFit": "No GPU of this cluster has the memory that the estimate asks for; the message says what would do.",
-            "AutoscalerMissing": "autoscaling.provider is keda, and KEDA is not installed; the replicas stay as they are.",
-            "CreationFailed": "A child was refused by the API server, for example by a quota; it is tried again.",
+            "Resolved": "The base model and all adapters are available.",
+            "BaseModelHeld": "The files of the BaseModel changed, and an adapter does not fit the new files. The pods keep the old files.",
+            "BaseModelMissing": "The BaseModel does not exist. The deployment waits for it.",
+            "BaseModelNotReady": "The BaseModel is not Ready. The deployment waits for it.",
+            "BaseModelForbidden": "This namespace may not use the BaseModel.",
+            "AdapterMissing": "An entry of spec.adapters matches no Ready Adapter, or one whose files are being restored. The other adapters are served.",
+            "AdapterIncompatible": "An adapter was tuned on another base model or on other files of it, its method is not lora or qlora, or its rank is too high. The other adapters are served.",
+            "CredentialsMissing": "The namespace has no complete Secret graft-storage, and the operator does not create it.",
+            "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
+            "StorageUnavailable": "The object store did not answer. The operator retries.",
+            "DoesNotFit": "No GPU of this cluster has as much memory as the estimate requires. The message says what would fit.",
+            "AutoscalerMissing": "autoscaling.provider is keda, but KEDA is not installed. The number of replicas stays as it is.",
+            "CreationFailed": "The API server refused to create a child of the deployment, for example because of a quota. The operator retries.",
         },
         "Available": {
             "Serving": "Every route has a replica that answers it.",
-            "Asleep": "Idle for longer than autoscaling.idleSeconds; the next request wakes it.",
+            "Asleep": "The deployment was idle for longer than autoscaling.idleSeconds and sleeps. The next request wakes it.",
             "ScaledToZero": "spec.replicas is 0.",
-            "NoReplicaReady": "No serving pod is ready; the message says why.",
+            "NoReplicaReady": "No serving pod is ready. The message says why.",
             "RouteUnavailable": "A route has no replica that answers it.",
-            "NotAccepted": "Nothing can be served; see Accepted.",
+            "NotAccepted": "Nothing can be served. See the condition Accepted.",
         },
         "Progressing": {
-            "RollingOut": "Pods or adapters are on their way.",
-            "Complete": "Everything that is wanted is loaded.",
-            "AdapterFailed": "An adapter cannot be loaded; the others are served.",
+            "RollingOut": "Pods are starting, or adapters are being loaded or unloaded.",
+            "Complete": "All wanted adapters are loaded.",
+            "AdapterFailed": "An adapter cannot be loaded. The other adapters are served.",
         },
         "Degraded": {
-            "AsExpected": "Everything that is asked for is served, or on its way after a change.",
-            "NotAccepted": "A part of what is asked for is missing; see Accepted. The rest is served.",
-            "AdapterFailed": "A replica cannot load an adapter; the message has the agent's reason. The others are served.",
-            "NoRoom": "Adapters are on fewer than two replicas, or on none, for lack of room; the message says what would make room.",
-            "ReplicaUnavailable": "Fewer replicas are ready than there were, or the rollout has stopped.",
-            "RouteUnavailable": "A route that was served has no replica that answers it.",
+            "AsExpected": "Everything in the spec is served, or being rolled out after a change.",
+            "NotAccepted": "A part of the spec cannot be served. See the condition Accepted. The rest is served.",
+            "AdapterFailed": "A replica cannot load an adapter. The message has the agent's reason. The other adapters are served.",
+            "NoRoom": "Adapters are on fewer than two replicas, or on none, because the replicas are full. The message says what to change.",
+            "ReplicaUnavailable": "Fewer replicas are ready than before, or the rollout has stopped.",
+            "RouteUnavailable": "A route that was served before has no replica that answers it.",
         },
     },
 }
 
 
 def now() -> str:
-    """The time as Kubernetes writes it: RFC 3339, UTC, whole seconds."""
+    """Return the current time in the notation of Kubernetes: RFC 3339, UTC, whole seconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def seconds_left(since: str, allowed: float) -> float:
-    """How many of `allowed` seconds are left of those that began at `since`, a time as now() writes it."""
+    """Return how many of `allowed` seconds remain since `since`, a time in the notation of now(). Negative if they have
+    passed."""
     begin = datetime.strptime(since, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     return allowed - (datetime.now(UTC) - begin).total_seconds()
 
 
 def condition(kind: str, type_: str, status: Truth, reason: str, message: str) -> Condition:
-    """A condition to hand to `merge`; KeyError for a reason that is not documented."""
+    """Return a condition for `merge`. Raises KeyError if the reason is not documented in REASONS."""
     REASONS[kind][type_][reason]
     if len(message) > MESSAGE_LIMIT:
         message = message[: MESSAGE_LIMIT - 1] + "…"
@@ -175,7 +177,8 @@ def condition(kind: str, type_: str, status: Truth, reason: str, message: str) -
 
 
 def merge(old: Iterable[Condition], new: Iterable[Condition], generation: int, at: str) -> list[Condition]:
-    """The new conditions with their generation; a transition time is kept where the status is the same."""
+    """Return the new conditions with their generation. If the status of a condition is unchanged, its transition time
+    is kept."""
     before = {item.type: item for item in old}
     merged = []
     for item in new:
@@ -187,18 +190,18 @@ def merge(old: Iterable[Condition], new: Iterable[Condition], generation: int, a
 
 
 def find(conditions: Iterable[Condition], type_: str) -> Condition | None:
-    """The condition of a type, if it is there."""
+    """Return the condition of a type, or None if there is none."""
     return next((item for item in conditions if item.type == type_), None)
 
 
 def transitions(old: Iterable[Condition], new: Iterable[Condition]) -> list[Condition]:
-    """The conditions whose status or reason changed: each is worth one Event."""
+    """Return the conditions whose status or reason changed. Each one becomes an Event."""
     before = {item.type: (item.status, item.reason) for item in old}
     return [item for item in new if before.get(item.type) != (item.status, item.reason)]
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45s, 3m20s, 2h05m."""
+    """Return seconds in a short readable form: 45s, 3m20s, 2h05m."""
     total = max(0, round(seconds))
     if total < 60:
         return f"{total}s"

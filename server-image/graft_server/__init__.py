@@ -1,1 +1,1 @@
-"""The serving pod and the front door: engine, agent, gateway."""
+"""The engine and the agent of the serving pod, and the gateway for clients."""

@@ -1,7 +1,8 @@
-"""ConfigMaps as the agent and the gateway use them: follow some of a namespace, and write one key of one.
+"""ConfigMap access for the agent and the gateway: follow selected ConfigMaps of a namespace, and write one key of one.
 
-Raw JSON over kubernetes.aio's authenticated client, without its models. Following is LIST + WATCH. A watch lasts about a
-minute and is then replaced by a new LIST, so an event that was lost, or a connection that died silently, costs at most that.
+It sends raw JSON through the authenticated client of kubernetes.aio, without its models. To follow means LIST, then
+WATCH. A watch lasts about a minute; then a new LIST replaces it. So a lost event or a silently dead connection delays a
+change by about a minute at most.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ Snapshot = Mapping[str, Mapping[str, str]]  # name -> data
 
 
 class KubeError(Exception):
-    """The API server refused, or did not answer (status 0)."""
+    """The API server refused the request (`status` is its HTTP status), or did not answer (`status` is 0)."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -36,7 +37,7 @@ class KubeError(Exception):
 
 
 async def api_client() -> ApiClient:
-    """A client from $KUBECONFIG where it is set, else from the pod's service account."""
+    """Return a client for $KUBECONFIG if that is set, else for the pod's service account."""
     configuration = Configuration()
     if os.environ.get("KUBECONFIG"):
         await kube_config.load_kube_config(client_configuration=configuration)
@@ -53,7 +54,7 @@ class ConfigMaps:
         self._path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps"
 
     async def list(self, selector: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], str]:
-        """(data by name, resource version). `selector` is {"fieldSelector": …} or {"labelSelector": …}."""
+        """Return (data by name, resource version). `selector` is {"fieldSelector": …} or {"labelSelector": …}."""
         answer = await self._json("GET", self._path, dict(selector))
         items = {item["metadata"]["name"]: item.get("data") or {} for item in answer.get("items") or []}
         return items, answer["metadata"]["resourceVersion"]
@@ -61,7 +62,10 @@ class ConfigMaps:
     async def watch(
         self, selector: Mapping[str, str], resource_version: str, seconds: float
     ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        """(event type, object) until the server ends the watch. KubeError(410) when the version is too old."""
+        """Yield (event type, object) until the server ends the watch.
+
+        Raises KubeError(410) if the resource version is too old.
+        """
         query = {
             **selector,
             "watch": "true",
@@ -69,7 +73,7 @@ class ConfigMaps:
             "resourceVersion": resource_version,
             "timeoutSeconds": str(max(1, round(seconds))),
         }
-        # The server ends the watch after timeoutSeconds; a connection that does not even do that is dead.
+        # The server ends the watch after timeoutSeconds. If the connection is still open 10 s later, it is dead.
         limits = aiohttp.ClientTimeout(total=seconds + 10, sock_connect=5)
         try:
             response = await self._send("GET", self._path, query, limits=limits)
@@ -86,13 +90,13 @@ class ConfigMaps:
             raise KubeError(0, f"watch: {error!r}") from error
 
     async def get(self, name: str) -> dict[str, Any]:
-        """The whole ConfigMap. KubeError(404) where there is none."""
+        """Return the whole ConfigMap. Raises KubeError(404) if it does not exist."""
         return await self._json("GET", f"{self._path}/{quote(name, safe='')}", {})
 
     async def apply_key(self, name: str, uid: str, key: str, value: str, manager: str) -> None:
-        """Make one key of an existing ConfigMap hold a value, by server-side apply; other keys are not touched.
+        """Set one key of an existing ConfigMap by server-side apply. Other keys stay unchanged.
 
-        `uid` is the precondition: an apply never makes the ConfigMap anew after the operator deleted it.
+        `uid` is a precondition: if the operator has deleted the ConfigMap, the apply fails and does not recreate it.
         """
         body = {
             "apiVersion": "v1",
@@ -142,7 +146,10 @@ class ConfigMaps:
 
 
 class Follower:
-    """Keeps a picture of the selected ConfigMaps and hands each new one to `changed`. It forgets nothing while the API is away."""
+    """A follower of the selected ConfigMaps. It passes every new snapshot to `changed`.
+
+    While the API server is unavailable, it keeps the last snapshot.
+    """
 
     def __init__(
         self,
@@ -158,23 +165,23 @@ class Follower:
         self._changed = changed
         self._watch_seconds = watch_seconds
         self._backoff = backoff
-        self.contact: float | None = None  # time.monotonic() of the API server's last word
+        self.contact: float | None = None  # time.monotonic() of the API server's last answer or event
         self.relists = 0
         self.failures = 0
 
     @property
     def age(self) -> float | None:
-        """Seconds since the API server last said anything; None before the first LIST."""
+        """Return the seconds since the API server's last answer or event, or None before the first LIST."""
         return None if self.contact is None else time.monotonic() - self.contact
 
     async def run(self) -> None:
-        """Follows until it is cancelled."""
-        failed = 0  # in a row
+        """Follow the ConfigMaps until cancelled."""
+        failed = 0  # failures in a row
         while True:
             started = time.monotonic()
             try:
                 await self._list_and_watch()
-                # A server that ends every watch at once must not be asked in a tight loop.
+                # If the server ends every watch immediately, back off instead of sending LISTs in a tight loop.
                 failed = failed + 1 if time.monotonic() - started < min(1.0, self._watch_seconds / 2) else 0
             except KubeError as error:
                 self.failures += 1
@@ -182,7 +189,9 @@ class Follower:
                 failed = 1 if time.monotonic() - started > 5 else failed + 1
                 if not expired:
                     log.warning(
-                        "following ConfigMaps: %s", error, extra={"selector": self._selector, "status": error.status}
+                        "cannot follow the ConfigMaps, retrying: %s",
+                        error,
+                        extra={"selector": self._selector, "status": error.status},
                     )
                 if expired and failed == 1:
                     continue

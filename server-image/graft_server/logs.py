@@ -5,12 +5,12 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-# What every record carries; anything else came in through `extra` and belongs to the line.
+# The fields of every log record. Any other field came in through `extra` and becomes a key of the JSON line.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger and message, then the fields given as `extra`, then the traceback if there is one."""
+    """A formatter for JSON lines: time, level, logger, message, the fields given as `extra`, the traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -26,7 +26,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_json(level: str = "INFO") -> None:
-    """Sends all logs of this process to stdout as JSON lines."""
+    """Send all logs of this process to stdout as JSON lines."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)

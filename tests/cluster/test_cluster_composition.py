@@ -155,16 +155,16 @@ TWO = [{"adapter": "a@1.0.0"}, {"adapter": "b@latest"}]
         ({}, "give exactly one of artifact (published files), compose and import"),
         ({"compose": {"parents": TWO}, "import": {"uri": "hf://a/b"}}, "give exactly one of artifact"),
         ({"compose": {"parents": TWO[:1]}}, "give two parents or more, or one with into: base"),
-        ({"compose": {"parents": TWO}, "method": "full"}, "a composed version has method: lora"),
-        ({"compose": {"parents": TWO, "into": "base"}}, "method: full with compose.into: base"),
-        ({"compose": {"parents": TWO, "method": "ties"}}, "density goes with the ties and dare methods"),
-        ({"compose": {"parents": TWO, "density": 0.5}}, "density goes with the ties and dare methods"),
-        ({"compose": {"parents": TWO, "svdRank": 8}}, "svdRank goes with svd"),
-        ({"compose": {"parents": TWO, "seed": 8}}, "seed goes with the dare methods"),
-        ({"compose": {"parents": TWO, "majoritySign": "total"}}, "majoritySign goes with the ties methods"),
+        ({"compose": {"parents": TWO}, "method": "full"}, "a composed version needs method: lora"),
+        ({"compose": {"parents": TWO, "into": "base"}}, "method: full if compose.into is base"),
+        ({"compose": {"parents": TWO, "method": "ties"}}, "density is required for the ties and dare methods"),
+        ({"compose": {"parents": TWO, "density": 0.5}}, "density is required for the ties and dare methods"),
+        ({"compose": {"parents": TWO, "svdRank": 8}}, "svdRank is allowed only for svd"),
+        ({"compose": {"parents": TWO, "seed": 8}}, "seed is allowed only for the dare methods"),
+        ({"compose": {"parents": TWO, "majoritySign": "total"}}, "majoritySign is allowed only for the ties and dareTies methods"),
         ({"compose": {"parents": [{"adapter": "a"}, {"adapter": "b@1"}]}}, "spec.compose.parents[0].adapter"),
         ({"import": {"uri": "https://example.com/a"}}, "spec.import.uri"),
-        ({"import": {"uri": "hf://a/b"}, "job": {"name": "a", "uid": "b"}}, "job goes with artifact"),
+        ({"import": {"uri": "hf://a/b"}, "job": {"name": "a", "uid": "b"}}, "job is allowed only with artifact"),
     ],
 )  # fmt: skip
 def test_a_wrong_composition_is_refused(tenant: Tenant, plane: ControlPlane, spec: Object, words: str) -> None:
@@ -255,5 +255,5 @@ def test_a_foreign_adapter_that_does_not_fit_is_refused_by_the_trainer(tenant: T
     theirs = Maker(tenant, "theirs").create(**{"import": {"uri": f"s3://{BUCKET}/{tenant.name}/uploads/a/"}})
     theirs.run_trainer(tmp_path / "import")
     text = theirs.until("ImportInvalid")["message"]
-    assert f"on {BASE} it would be" in text or f"for {BASE}" in text or f"on {BASE}, the first" in text
+    assert f"on {BASE} it must have shape" in text or f"for {BASE}" in text or f"on {BASE}, the first" in text
     assert "Set spec.baseModel" in text and list(tenant.store.objects(f"{tenant.name}/adapters/theirs/")) == []

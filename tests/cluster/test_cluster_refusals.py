@@ -29,10 +29,10 @@ def refused(plane: ControlPlane, manifest: Object) -> str:
         ({"method": {"lora": {"rank": 0}}}, "spec.method.lora.rank: Invalid value: 0"),
         ({"dataset": {"train": {"uri": "train.jsonl"}}}, "spec.dataset.train.uri"),
         ({"learningRate": 0.1}, 'unknown field "spec.learningRate"'),
-        ({"method": {"qlora": {}}, "training": {"sharding": "fsdp"}}, "fsdp does not go with qlora"),
-        ({"training": {"sharding": "fsdp", "optim": "adafactor"}}, "fsdp does not go with adamw8bit and adafactor"),
-        ({"nodes": 2, "resources": None}, "nodes needs resources"),
-        ({"queue": "q", "suspend": True}, "a queued job is Kueue's to suspend"),
+        ({"method": {"qlora": {}}, "training": {"sharding": "fsdp"}}, "fsdp cannot be used with qlora"),
+        ({"training": {"sharding": "fsdp", "optim": "adafactor"}}, "fsdp cannot be used with adamw8bit or adafactor"),
+        ({"nodes": 2, "resources": None}, "nodes above 1 needs resources"),
+        ({"queue": "q", "suspend": True}, "suspend must not be true if queue is set"),
         ({"evaluation": {"gates": [{"metric": "exactMatch"}]}}, "give at least one of min, max and minGain"),
         ({"evaluation": {"suites": [{"name": "a"}]}}, "give uri (a JSONL file) or lmEval (a task), and not both"),
         ({"evaluation": {"baselines": ["zeroShot", "zeroShot"]}}, "uplicate value"),
@@ -60,7 +60,7 @@ def test_the_spec_of_a_job_never_changes(tenant: Tenant, plane: ControlPlane) ->
     tenant.job("fixed")
     for change in ({"method": {"lora": {"rank": 4}}}, {"spot": True}, {"training": {"seed": 7}}, {"queue": "q"}):
         text = refused(plane, tenant.job_manifest("fixed", **change))
-        assert "the spec is immutable but for suspend, ttlSecondsAfterFinished, restarts" in text, change
+        assert "the spec is immutable, except for suspend, ttlSecondsAfterFinished, restarts" in text, change
 
 
 @pytest.mark.parametrize("uri", ["s3://graft/", "s3:///key/", "s3://graft/key", "hf://org/name/"])
@@ -93,7 +93,7 @@ def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) 
         ),
         ({"adapters": ["support@1.0.0", "support@latest"]}, "name each adapter once"),
         ({"adapters": ["support@latest", "support@latest"]}, "uplicate value"),
-        ({"adapters": []}, "serve something"),
+        ({"adapters": []}, "nothing to serve"),
         ({"adapters": ["support"]}, "spec.adapters[0]"),
         ({"adapters": ["support@latest"], "limits": {"maxLoraRank": 65}}, "spec.limits.maxLoraRank"),
         ({"adapters": ["support@latest"], "replicas": -1}, "spec.replicas"),

@@ -318,9 +318,9 @@ def test_an_auditor_verifies_a_version_with_a_public_key(tenant: Tenant, plane: 
     stored = tenant.store.get(prefix + "manifest.sig.json")
     for key, data, words in (
         ("adapter_model.safetensors", b"tampered", "adapter_model.safetensors has 8 bytes"),
-        ("manifest.json", tenant.store.get(prefix + "manifest.json") + b" ", "is not of support 1.0.0"),
+        ("manifest.json", tenant.store.get(prefix + "manifest.json") + b" ", "does not match support 1.0.0"),
         ("manifest.sig.json", stored.replace(keys.key_id.encode(), b"0" * 16), "not trusted"),
-        ("manifest.sig.json", b"{}", "makes no sense"),
+        ("manifest.sig.json", b"{}", "manifest.sig.json is invalid"),
     ):
         before = tenant.store.get(prefix + key)
         tenant.store.put(prefix + key, data)

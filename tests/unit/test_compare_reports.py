@@ -154,11 +154,11 @@ def test_an_old_report_is_compared_with_what_it_has(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"{", "is no report"),
-        (b"[]", "is no report"),
+        (b"{", "is not a valid report"),
+        (b"[]", "is not a valid report"),
         (b'{"adapter": "a"}', "Field required"),
         (json.dumps(document(schemaVersion=9)).encode(), "upgrade Graft"),
-        (b"\xff\xfe", "is no report"),
+        (b"\xff\xfe", "is not a valid report"),
     ],
 )
 def test_what_is_no_report_is_refused(content: bytes, expected: str) -> None:
@@ -170,7 +170,7 @@ def test_a_missing_file_and_a_single_run_are_explained(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", files[0], str(tmp_path / "none.json")]) == 1
-    assert "none.json cannot be read: No such file" in capsys.readouterr().err
+    assert f"cannot read {tmp_path / 'none.json'}: No such file" in capsys.readouterr().err
     assert main(["compare", files[0]]) == 1
     assert "at least two" in capsys.readouterr().err
 
@@ -208,5 +208,5 @@ def test_the_store_of_the_namespace_is_opened_where_the_user_says(tmp_path: Path
     assert storage_config(secret, tmp_path, None).endpoint == "http://store.graft:9000"
     config = storage_config(secret, tmp_path, "http://localhost:9000")
     assert (config.endpoint, config.bucket, config.access_key_id) == ("http://localhost:9000", "graft", "k")
-    with pytest.raises(CliFailure, match="no base64"):
+    with pytest.raises(CliFailure, match="not valid base64"):
         storage_config({"bucket": "%%%"}, tmp_path, None)

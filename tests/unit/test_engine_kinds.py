@@ -318,7 +318,7 @@ def test_a_model_that_lacks_weights_is_not_made_up(base: Path, tmp_path: Path) -
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"lacks 1 weights of its config.json, the first is model.layers.1.mlp.up_proj"
+        ValueError, match=r"lacks 1 weights that its config.json needs, the first is model.layers.1.mlp.up_proj"
     ):
         load_base_model(Settings(str(path), ("m",)))
 

@@ -146,7 +146,7 @@ async def test_an_empty_answer_is_no_question() -> None:
         made.update(table(made, [FIRST, SECOND]))
         async with ask(made) as response:
             error = await refused(response, 502, "upstream_error")
-        assert error["message"].startswith("step 1 of 2 (translate-1.0.0) answered nothing")
+        assert error["message"].startswith("step 1 of 2 (translate-1.0.0) returned an empty answer")
         async with made.post({"model": MODEL, "prompt": ["a", "b"]}, "/v1/completions") as response:
             assert (await refused(response, 400, "invalid_request"))["param"] == "prompt"
 

@@ -92,9 +92,9 @@ async def test_the_client_sees_one_whole_answer(chat: bool, count: int, other: l
 @pytest.mark.parametrize(
     ("fields", "other", "tries", "words"),
     [
-        ({"temperature": 0.7}, PIECES, 1, "the stream broke off before the answer was complete"),
-        ({}, PIECES, 1, "the stream broke off before the answer was complete"),
-        ({"seed": 1, "tools": [{}]}, PIECES, 1, "the stream broke off before the answer was complete"),
+        ({"temperature": 0.7}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
+        ({}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
+        ({"seed": 1, "tools": [{}]}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
         ({"seed": 1}, ["Hello", " you"], 2, "another replica's answer is not the same"),
         ({"seed": 1}, ["H"], 2, "another replica's answer is not the same"),
     ],

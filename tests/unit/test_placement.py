@@ -145,15 +145,18 @@ def test_nothing_fits_and_the_message_says_what_would() -> None:
         place(LLAMA_2["70B"], [A100, L4], "full")
     text = str(refused.value)
     assert text.startswith("full fine-tuning of 69.0 billion parameters needs 1")
-    assert "on each of 8 GPUs; the largest GPU here is NVIDIA-A100-SXM4-80GB with 80.0 GiB (1 node of 8)" in text
-    assert "method lora would fit on 4 x NVIDIA-A100-SXM4-80GB of this cluster" in text
+    assert (
+        "on each of 8 GPUs; the largest GPU of this cluster is NVIDIA-A100-SXM4-80GB with 80.0 GiB (1 node with up to 8 GPUs)"
+        in text
+    )
+    assert "with spec.method.lora the job would fit on 4 x NVIDIA-A100-SXM4-80GB of this cluster" in text
     assert text.endswith(
-        "the job would fit on 8 GPUs of 180 GB; else lower training.maxLength, or say the resources in spec.resources"
+        "the job would fit on 8 GPUs of 180 GB; otherwise lower spec.training.maxLength, or set spec.resources"
     )
 
 
 def test_nodes_need_memory_beside_their_gpus() -> None:
-    with pytest.raises(DoesNotFit, match="needs more memory of the nodes beside the GPUs than they have"):
+    with pytest.raises(DoesNotFit, match="needs more host memory than the nodes have"):
         place(LLAMA_2["7B"], [gpu_node("thin", "NVIDIA-A100-SXM4-80GB", 81920, memory="8Gi")])
 
 
@@ -175,9 +178,12 @@ def test_a_small_model_runs_on_a_cpu_where_there_is_no_gpu() -> None:
 
 
 def test_a_large_model_does_not_run_on_a_cpu() -> None:
-    with pytest.raises(DoesNotFit, match=r"needs .* GiB on a CPU and a GPU to end in time; the cluster offers no GPU"):
+    with pytest.raises(
+        DoesNotFit,
+        match=r"needs .* GiB of memory on a CPU, and a GPU to finish in reasonable time; no node that the job may run on has a GPU",
+    ):
         place(LLAMA_2["7B"], [node("one", memory="2000Gi")])
-    with pytest.raises(DoesNotFit, match=r"no node of this cluster is Ready and fits the job's nodeSelector"):
+    with pytest.raises(DoesNotFit, match=r"no node of this cluster is Ready and matches the job's nodeSelector"):
         place(TINY, [node("one", ready="False")])
 
 
@@ -219,9 +225,10 @@ def test_optimizers_that_cannot_be_sharded_get_one_gpu_or_whole_copies(optim: st
     with pytest.raises(DoesNotFit) as refused:
         place(LLAMA_2["13B"], [A100], "full", optim=optim)
     text = str(refused.value)
-    assert "on one GPU; the largest GPU here is NVIDIA-A100-SXM4-80GB" in text
+    assert "on one GPU; the largest GPU of this cluster is NVIDIA-A100-SXM4-80GB" in text
     assert (
-        f"training.optim {optim} cannot be sharded; with adamw the job would fit on 4 x NVIDIA-A100-SXM4-80GB" in text
+        f"spec.training.optim {optim} cannot be sharded; with adamw the job would fit on 4 x NVIDIA-A100-SXM4-80GB"
+        in text
     )
     gpus = {"limits": {"memory": "200Gi", "nvidia.com/gpu": 4}}
     assert place(LLAMA_2["7B"], [A100], "full", resources=gpus, optim=optim).choice.sharding == "ddp"

@@ -52,7 +52,7 @@ def test_the_strategy_follows_the_memory() -> None:
 def test_quantization_is_taken_where_only_that_fits() -> None:
     assert place("7B", T4).quantization == "int4"
     assert place("7B", T4).dtype == "float16"  # no bfloat16 before Ampere
-    with pytest.raises(DoesNotFit, match="quantization int4 would fit"):
+    with pytest.raises(DoesNotFit, match=r"spec\.quantization int4 would fit"):
         place("7B", T4, quantization="none")
 
 
@@ -60,7 +60,7 @@ def test_the_length_is_cut_before_the_weights() -> None:
     long = facts_of(LLAMA_2["7B"] | {"max_position_embeddings": 131072})
     found = serving(long, spec(limits={"maxLoraRank": 16}), task="causal", nodes=[L4], vllm=True)
     assert found.quantization == "none" and found.max_model_len is not None and 2048 <= found.max_model_len < 131072
-    assert "cut from the model's 131072" in (found.message or "")
+    assert "reduced from the model's 131072" in (found.message or "")
     with pytest.raises(DoesNotFit):
         serving(long, spec(limits={"maxModelLen": 131072}), task="causal", nodes=[L4], vllm=True)
 

@@ -95,7 +95,7 @@ def test_quantities(text: str | int, value: float) -> None:
 
 
 def test_what_is_no_quantity_is_refused() -> None:
-    with pytest.raises(ValueError, match="'lots' is no quantity"):
+    with pytest.raises(ValueError, match="'lots' is not a quantity"):
         quantity("lots")
 
 

@@ -67,7 +67,7 @@ def test_a_signature_verifies_by_the_key_that_made_it_and_by_no_other() -> None:
     verify(signature, STATEMENT, KEYS.public)
     with pytest.raises(KeyUnknown, match="not trusted"):
         verify(signature, STATEMENT, other.public)
-    with pytest.raises(SignatureInvalid, match="is not of support"):
+    with pytest.raises(SignatureInvalid, match="does not match support"):
         verify(signature, STATEMENT, {KEYS.key_id: other.public[other.key_id]})
 
 
@@ -115,12 +115,12 @@ def elliptic() -> bytes:
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({}, "no entry with the ending .key"),
-        ({"a.pub": public_pem(pem(1))}, "no entry with the ending .key"),
-        ({"a.key": b"SECRETWORD"}, "a.key is no Ed25519 private key"),
+        ({}, "no entry has a name that ends with .key"),
+        ({"a.pub": public_pem(pem(1))}, "no entry has a name that ends with .key"),
+        ({"a.key": b"SECRETWORD"}, "a.key is not an Ed25519 private key"),
         ({"a.key": encrypted()}, "without a password"),
-        ({"a.key": elliptic()}, "a.key is no Ed25519 private key"),
-        ({"a.key": pem(1), "b.pub": pem(1)}, "b.pub is no Ed25519 public key"),
+        ({"a.key": elliptic()}, "a.key is not an Ed25519 private key"),
+        ({"a.key": pem(1), "b.pub": pem(1)}, "b.pub is not an Ed25519 public key"),
     ],
 )
 def test_keys_that_cannot_be_used_are_named_and_not_quoted(entries: dict[str, bytes], words: str) -> None:

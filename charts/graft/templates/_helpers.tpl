@@ -1,4 +1,4 @@
-{{/* What comes before -operator, -gateway and -store. */}}
+{{/* The prefix of the names <prefix>-operator, <prefix>-gateway and <prefix>-store. */}}
 {{- define "graft.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if .Values.fullnameOverride -}}
@@ -10,7 +10,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Labels that select a component's pods; they never change over upgrades. Argument: list of component and root. */}}
+{{/* Labels that select a component's pods. They stay the same over upgrades. Argument: list of component and root. */}}
 {{- define "graft.selectorLabels" -}}
 {{- $root := index . 1 -}}
 app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
@@ -28,7 +28,7 @@ app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{/* An image reference: the digest, else the tag, else the chart's appVersion. Argument: list of the image's values and root. */}}
+{{/* An image reference with the digest, else the tag, else the chart's appVersion. Argument: list of the image's values and root. */}}
 {{- define "graft.image" -}}
 {{- $image := index . 0 -}}
 {{- $root := index . 1 -}}
@@ -48,7 +48,7 @@ imagePullSecrets:
 {{- end -}}
 {{- end -}}
 
-{{/* Pod Security `restricted`. fsGroup makes mounted Secrets and volumes readable. */}}
+{{/* Pod Security `restricted`. fsGroup makes mounted Secrets and volumes readable for the user. */}}
 {{- define "graft.podSecurityContext" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -66,7 +66,7 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* Where a pod goes. Argument: the component's values. */}}
+{{/* The scheduling fields of a pod. Argument: the component's values. */}}
 {{- define "graft.scheduling" -}}
 {{- with .nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
@@ -82,7 +82,7 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
-{{/* The S3 endpoint, as pods of every namespace reach it. */}}
+{{/* The S3 endpoint. Pods of every namespace can reach it at this address. */}}
 {{- define "graft.storeEndpoint" -}}
 {{- if .Values.objectStore.embedded.enabled -}}
 {{- printf "http://%s-store.%s.svc:7070" (include "graft.fullname" .) .Release.Namespace -}}
@@ -91,10 +91,10 @@ priorityClassName: {{ . }}
 {{- end -}}
 {{- end -}}
 
-{{/* The Secret with the operator's own key of the store. */}}
+{{/* The name of the Secret with the operator's key of the object store. */}}
 {{- define "graft.storeSecret" -}}
 {{- if not .Values.objectStore.embedded.enabled -}}
-{{- required "objectStore.external.existingSecret is needed when objectStore.embedded.enabled is false: a Secret with access-key-id and secret-access-key" .Values.objectStore.external.existingSecret -}}
+{{- required "objectStore.external.existingSecret is needed when objectStore.embedded.enabled is false: set it to the name of a Secret with the keys access-key-id and secret-access-key" .Values.objectStore.external.existingSecret -}}
 {{- else if .Values.objectStore.embedded.existingSecret -}}
 {{- .Values.objectStore.embedded.existingSecret -}}
 {{- else -}}
@@ -106,7 +106,7 @@ priorityClassName: {{ . }}
 {{- default (printf "http://%s-gateway.%s.svc:%v" (include "graft.fullname" .) .Release.Namespace .Values.gateway.service.port) .Values.gateway.url -}}
 {{- end -}}
 
-{{/* Everything but the cloud's metadata address. The API server's address, the DNS's and S3's are not known here. */}}
+{{/* Allow all egress except to the cloud's metadata address. The chart does not know the addresses of the API server, DNS and S3. */}}
 {{- define "graft.egress" -}}
 - to:
     - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.169.254/32]}

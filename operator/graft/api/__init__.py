@@ -1,4 +1,4 @@
-"""The custom resources as pydantic models, one file per kind: the only schema."""
+"""The custom resources as pydantic models, one file per kind. They are the only schema."""
 
 from graft.api.adapter import Adapter
 from graft.api.adapterdeployment import AdapterDeployment

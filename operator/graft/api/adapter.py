@@ -1,4 +1,4 @@
-"""Adapter: one immutable version of one adapter, in object storage, with its digest."""
+"""Adapter: one immutable version of one adapter in object storage, identified by its digest."""
 
 from typing import Any, Literal
 
@@ -13,50 +13,56 @@ DeletionPolicy = Literal["Retain", "Delete"]
 
 
 class AdapterArtifact(Schema):
-    """Where the files are and what they must be."""
+    """Where the files of a version are, and the digest that they must have."""
 
     uri: str = Field(
-        pattern=r"^s3://[^/\s]+/[^\s]+/$", max_length=1024, description="s3://bucket/prefix/ that holds manifest.json."
+        pattern=r"^s3://[^/\s]+/[^\s]+/$",
+        max_length=1024,
+        description="Folder in object storage that holds manifest.json: s3://bucket/prefix/.",
     )
-    digest: str = Field(pattern=SHA256, description="sha256:… of manifest.json, which holds the digests of the files.")
+    digest: str = Field(
+        pattern=SHA256, description="sha256:… of manifest.json. The manifest holds the digests of the other files."
+    )
 
 
 class JobReference(Schema):
     """The FineTuneJob that made the version."""
 
-    name: str = Field(description="Its name, in this namespace.")
-    uid: str = Field(description="Its UID; the name may have been used again since.")
+    name: str = Field(description="Name of the job, in the same namespace.")
+    uid: str = Field(description="UID of the job. A later job may have the same name.")
 
 
 class AdapterSpec(Schema):
-    """Which version of which adapter this is; immutable but for baseVersions, deletionPolicy and retention."""
+    """Which version of which adapter this is. Only baseVersions, deletionPolicy and retention may be changed."""
 
-    adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="The adapter that this is a version of.")
+    adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="Name of the adapter that this is a version of.")
     version: str = Field(pattern=SEMVER, max_length=32, description="Semantic version, for example 1.4.2.")
-    base_model: str = Field(max_length=63, description="The BaseModel that it was tuned on.")
-    method: MethodName = Field(description="How it was tuned.")
+    base_model: str = Field(max_length=63, description="Name of the BaseModel that the version was tuned on.")
+    method: MethodName = Field(description="Method that the version was tuned with.")
     artifact: AdapterArtifact | None = Field(
-        default=None, description="Files that are published already: where they are and what they must be."
+        default=None, description="Files that are already published: where they are, and their digest."
     )
-    compose: Compose | None = Field(default=None, description="Make the version from other versions.")
+    compose: Compose | None = Field(default=None, description="Make the version by combining other versions.")
     import_: Import | None = Field(
         default=None, alias="import", description="Make the version from files that were tuned elsewhere."
     )
-    job: JobReference | None = Field(default=None, description="The FineTuneJob that made it.")
+    job: JobReference | None = Field(default=None, description="The FineTuneJob that made the version.")
     deletion_policy: DeletionPolicy = Field(
         default="Retain",
-        description="What deleting this resource does to the files in object storage: Retain keeps them, Delete removes them.",
+        description="What happens to the files in object storage when this resource is deleted. Retain keeps them, Delete "
+        "deletes them.",
     )
     base_versions: str | None = Field(
         default=None,
         pattern=VERSION_RANGE,
         max_length=32,
-        description="Versions of the BaseModel (its spec.version) that this adapter fits beside the very files that it was tuned on: "
-        "1.4.2, 1.4, ^1 or ^1.4.",
+        description="Range of versions of the BaseModel (its spec.version) that the adapter also fits: 1.4.2, 1.4, ^1 or ^1.4. "
+        "When absent, the adapter fits only the files that it was tuned on.",
     )
     retention: Retention | None = Field(
         default=None,
-        description="What happens to unused versions of the adapter; that of the newest Ready version is in force for all.",
+        description="What happens to unused versions of the adapter. The policy of the newest Ready version applies to all "
+        "versions. Nothing is deleted or compressed when absent.",
     )
 
 
@@ -64,69 +70,79 @@ class CompatibleBase(Status):
     """A BaseModel that the version fits now."""
 
     name: str = Field(description="Name of the BaseModel.")
-    version: str | None = Field(default=None, description="Its spec.version.")
-    digest: str | None = Field(default=None, description="Digest or revision that it has now.")
+    version: str | None = Field(default=None, description="spec.version of the BaseModel.")
+    digest: str | None = Field(default=None, description="Digest or revision of the BaseModel now.")
 
 
 class AdapterSignature(Status):
-    """The operator's signature of a version that it has verified; docs/signatures.md has the format."""
+    """The operator's signature of a version that it has verified. docs/signatures.md describes the format."""
 
-    key_id: str = Field(description="Which key signed: the first 16 hex digits of the SHA-256 of the public key.")
-    value: str = Field(description="Ed25519 signature, base64.")
+    key_id: str = Field(description="Key that signed: the first 16 hex digits of the SHA-256 of the public key.")
+    value: str = Field(description="Ed25519 signature in base64.")
 
 
 class ResolvedParent(Status):
-    """A version that the composition takes; decided once."""
+    """A version that the composition combines. It is chosen once and does not change later."""
 
-    name: str = Field(description="The Adapter.")
-    version: str = Field(description="Its version.")
-    weight: float = Field(description="What its update is multiplied with.")
+    name: str = Field(description="Name of the Adapter resource.")
+    version: str = Field(description="Version of the adapter.")
+    weight: float = Field(description="Factor that its update is multiplied by.")
     uri: str = Field(description="Where its files are.")
     digest: str = Field(description="sha256:… of its manifest.json.")
 
 
 class AdapterStatus(Status):
-    """What the operator verified."""
+    """What the operator found out about the version."""
 
-    observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that the operator last handled."
+    )
     stage: str | None = Field(
         default=None,
-        description="A summary of the conditions: Ready, Rejected, Invalid, Verifying, Archived, Restoring, Deleting; of composed "
-        "and imported versions before that Waiting, Composing, Importing, Failed.",
+        description="Summary of the conditions: Ready, Rejected, Invalid, Verifying, Archived, Restoring or Deleting. Composed "
+        "and imported versions can also be Waiting, Composing, Importing or Failed.",
     )
     artifact: AdapterArtifact | None = Field(
-        default=None, description="Where the files are and what they must be: the spec's, or what the Job published."
+        default=None,
+        description="Where the files are, and their digest. Taken from the spec, or from what the Job published.",
     )
     parents: list[ResolvedParent] | None = Field(
-        default=None, description="What the references in spec.compose.parents stand for."
+        default=None, description="The versions that the references in spec.compose.parents were resolved to."
     )
     base_model_digest: str | None = Field(
-        default=None, description="Digest or revision of the base that it was tuned on."
+        default=None, description="Digest or revision of the base model that the version was tuned on."
     )
-    rank: int | None = Field(default=None, description="LoRA rank; absent for other methods.")
-    target_modules: list[str] | None = Field(default=None, description="Modules that carry the low-rank update.")
-    size_bytes: int | None = Field(default=None, description="Size of the files.")
+    rank: int | None = Field(default=None, description="LoRA rank. Absent for other methods.")
+    target_modules: list[str] | None = Field(default=None, description="Modules that have a low-rank update.")
+    size_bytes: int | None = Field(default=None, description="Size of the files in bytes.")
     metrics: dict[str, float] | None = Field(
-        default=None, description="Scores on the held-out set; base/… are the base model's own."
+        default=None,
+        description="Scores from the evaluation. Names that start with base/ are the scores of the base model.",
     )
-    score: str | None = Field(default=None, description="The main score as base -> adapter, for kubectl get.")
-    verified_at: str | None = Field(default=None, description="When every digest was last verified.")
+    score: str | None = Field(
+        default=None, description="Main score in the form: base model -> adapter. For kubectl get."
+    )
+    verified_at: str | None = Field(default=None, description="When the operator last verified every digest.")
     signature: AdapterSignature | None = Field(
-        default=None, description="The operator's signature; absent while the version is not Ready."
+        default=None, description="The operator's signature. Absent while the version is not Ready."
     )
     used_by: list[str] | None = Field(default=None, description="AdapterDeployments that serve this version now.")
     compatibility: list[CompatibleBase] | None = Field(
         default=None,
-        description="The BaseModels that the version fits now.",
+        description="BaseModels that the version fits now.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     last_used_time: str | None = Field(
-        default=None, description="When an AdapterDeployment last began or ceased to use it; absent when none ever did."
+        default=None,
+        description="When an AdapterDeployment last started or stopped using the version. Absent if none ever used it.",
     )
     pruned_after: str | None = Field(
-        default=None, description="When the version is deleted if it is still unused then; see the condition Retained."
+        default=None,
+        description="The version is deleted after this time if it is still unused then. See the condition Retained.",
     )
-    stored_bytes: int | None = Field(default=None, description="Size of its files as they are compressed in storage.")
+    stored_bytes: int | None = Field(
+        default=None, description="Size of the files in storage while they are compressed, in bytes."
+    )
     conditions: Conditions
 
 
@@ -138,13 +154,13 @@ class Adapter(Resource):
 
     @property
     def artifact(self) -> AdapterArtifact | None:
-        """Where the files are; None while the version is composed or imported."""
+        """Return where the files are, or None while the version is composed or imported."""
         return self.spec.artifact or self.status.artifact
 
     @property
     def published(self) -> AdapterArtifact:
-        """Where the files of a version that is Ready are."""
-        assert self.artifact is not None, f"{self.metadata.name} has no files yet"  # noqa: S101 - Ready comes after them
+        """Return where the files are, for a version that has files. Every Ready version has files."""
+        assert self.artifact is not None, f"{self.metadata.name} has no files yet"  # noqa: S101 - only versions with files become Ready
         return self.artifact
 
 
@@ -174,14 +190,17 @@ CRD: dict[str, Any] = {
         ),
         (
             "!has(self.compose) || self.method == (self.compose.into == 'base' ? 'full' : 'lora')",
-            "a composed version has method: lora, or method: full with compose.into: base",
+            "a composed version needs method: lora, or method: full if compose.into is base",
         ),
-        ("!has(self.job) || has(self.artifact)", "job goes with artifact: a composed or imported version has none"),
+        (
+            "!has(self.job) || has(self.artifact)",
+            "job is allowed only with artifact: a composed or imported version has no FineTuneJob",
+        ),
     ),
     "rules": rules(
         (
             "has(self.spec.artifact) || self.metadata.name.size() <= 52",
-            "metadata.name of a composed or imported version must be at most 52 characters: its Job carries it in its name",
+            "metadata.name of a composed or imported version must be at most 52 characters, because the name of its Job contains it",
         ),
         (
             "self.metadata.name == self.spec.adapter + '-' + self.spec.version",
@@ -197,7 +216,7 @@ CRD: dict[str, Any] = {
             "has(self.spec.__import__) == has(oldSelf.spec.__import__) && "
             "(!has(self.spec.__import__) || self.spec.__import__ == oldSelf.spec.__import__) && has(self.spec.job) == has(oldSelf.spec.job) && "
             "(!has(self.spec.job) || self.spec.job == oldSelf.spec.job)",
-            "a published version never changes: only baseVersions, deletionPolicy and retention may be edited; make a new version instead",
+            "a published version never changes: only baseVersions, deletionPolicy and retention may be edited; create a new version instead",
         ),
     ),
 }

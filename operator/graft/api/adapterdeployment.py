@@ -1,4 +1,4 @@
-"""AdapterDeployment: adapters served on one base model, behind the gateway."""
+"""AdapterDeployment: adapters that are served on one base model, behind the gateway."""
 
 from typing import Any, Literal
 
@@ -26,19 +26,21 @@ class Route(Schema):
     model: str = Field(
         pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
         max_length=63,
-        description="Clients send <namespace>/<model> in the model field.",
+        description="Second part of the model name. Clients send <namespace>/<model> in the field model.",
     )
     adapter: str | None = Field(
         default=None,
         pattern=DNS_LABEL,
         max_length=40,
-        description="The adapter that answers, one of those in adapters; the bare base model when absent.",
+        description="Name of the adapter that answers. It must be listed in spec.adapters. If adapter and sequence are absent, "
+        "the base model answers.",
     )
     sequence: list[str] | None = Field(
         default=None,
         min_length=2,
         max_length=4,
-        description="Instead of adapter: adapters that work on a request one after the other; each one's answer is the next one's question.",
+        description="Adapters that work on a request one after the other, instead of adapter. Each one gets the answer of the "
+        "previous one as its question.",
         json_schema_extra={
             "x-kubernetes-list-type": "atomic",
             "items": {"type": "string", "pattern": DNS_LABEL, "maxLength": 40},
@@ -47,32 +49,36 @@ class Route(Schema):
 
 
 class EngineLimits(Schema):
-    """What one engine process holds."""
+    """Limits of one engine process."""
 
     max_loras: int | None = Field(
         default=None,
         ge=1,
         le=512,
-        description="Adapters in one batch, 8 when absent; more may be attached, the engine swaps them.",
+        description="Number of adapters in one batch. 8 when absent. More adapters can be attached; the engine swaps them.",
     )
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
-        default=64, description="Highest rank of an adapter."
+        default=64, description="Highest LoRA rank of an adapter. An adapter with a higher rank is not served."
     )
     max_model_len: int | None = Field(
-        default=None, ge=16, description="Longest sequence, in tokens; the model's own when absent."
+        default=None,
+        ge=16,
+        description="Longest sequence in tokens. When absent: the model's context length, or less if that does not fit in memory.",
     )
     max_num_seqs: int | None = Field(
-        default=None, ge=1, description="Requests in one batch; what the cache has room for, when absent."
+        default=None, ge=1, description="Number of requests in one batch. When absent: as many as fit in the cache."
     )
     adapters_per_replica: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="Adapters attached to one replica. Where not all fit, each is put on at least two replicas; all are on each when absent.",
+        description="Number of adapters that are attached to one replica. If not all adapters fit, each one is placed on at "
+        "least two replicas. When absent, every replica has all adapters.",
     )
     adapter_bytes_per_replica: str | int | None = Field(
         default=None,
-        description="Size of the adapters of one replica, for example 20Gi: the limit of the volume that holds them.",
+        description="Total size of the adapters on one replica, for example 20Gi. The volume that holds them is limited "
+        "accordingly. No limit when absent.",
         json_schema_extra={
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "x-kubernetes-int-or-string": True,
@@ -82,24 +88,24 @@ class EngineLimits(Schema):
 
     @property
     def adapter_bytes(self) -> int | None:
-        """adapterBytesPerReplica as a number."""
+        """Return adapterBytesPerReplica in bytes, or None if it is absent."""
         given = self.adapter_bytes_per_replica
         return None if given is None else int(quantity(given))
 
 
 class ScalingTarget(Schema):
-    """What the autoscaler holds by adding and removing replicas."""
+    """Load that the autoscaler maintains by adding and removing replicas."""
 
     requests_per_replica: int | None = Field(
         default=None,
         ge=1,
-        description="Requests of a replica that run or wait, on average over the replicas, as the gateway counts them.",
+        description="Running and waiting requests per replica, averaged over the replicas. The gateway counts them.",
     )
     cpu_percent: int | None = Field(
         default=None,
         ge=1,
         le=1000,
-        description="Use of the CPU that the engine requests, on average over the replicas.",
+        description="CPU use in percent of the CPU that the engine requests, averaged over the replicas.",
     )
 
 
@@ -110,39 +116,42 @@ class Autoscaling(Schema):
         default=1,
         ge=0,
         le=1000,
-        description="Fewest replicas. 0 lets the deployment sleep when it is idle; the next request wakes it.",
+        description="Lowest number of replicas. 0 lets the deployment sleep when it is idle. The next request wakes it.",
     )
-    max_replicas: int = Field(ge=1, le=1000, description="Most replicas.")
+    max_replicas: int = Field(ge=1, le=1000, description="Highest number of replicas.")
     target: ScalingTarget | None = Field(
         default=None,
-        description="What is held; needed for more than one replica. The larger number wins where there are both.",
+        description="Load that the autoscaler maintains. Required if maxReplicas is above 1 and above minReplicas. If both "
+        "values are set, the one that needs more replicas counts.",
     )
     provider: Literal["hpa", "keda"] = Field(
         default="hpa",
-        description="hpa: a HorizontalPodAutoscaler, which needs a metrics API. keda: a ScaledObject, which needs KEDA and Prometheus.",
+        description="hpa: a HorizontalPodAutoscaler, which needs a metrics API. keda: a ScaledObject, which needs KEDA, and "
+        "Prometheus for requestsPerReplica.",
     )
     prometheus_url: str | None = Field(
         default=None,
         pattern=r"^https?://[^\s]+$",
         max_length=512,
-        description="Of the Prometheus that scrapes the gateway; needed by keda for requestsPerReplica.",
+        description="URL of the Prometheus that scrapes the gateway. Required for provider keda with requestsPerReplica.",
     )
     idle_seconds: int = Field(
         default=300,
         ge=5,
         le=86400,
-        description="With minReplicas 0: the deployment sleeps after so long without a request.",
+        description="If minReplicas is 0, the deployment sleeps after this many seconds without a request.",
     )
 
 
 class AdapterDeploymentSpec(Placement):
-    """What is served, with what."""
+    """Which adapters are served on which base model, and with which resources."""
 
     base_model: str = Field(min_length=1, max_length=63, description="Name of the BaseModel. Immutable.")
     adapters: list[str] = Field(
         default_factory=list,
         max_length=128,
-        description="Adapters of this namespace: name@1.4.2 (exactly), name@^1 (newest 1.x.y; ^1.4 from 1.4.0 on) or name@latest.",
+        description="Adapters of this namespace. name@1.4.2: exactly this version. name@^1: the newest 1.x.y. name@^1.4: the "
+        "newest 1.x.y from 1.4.0 on. name@latest: the newest version.",
         json_schema_extra={
             "x-kubernetes-list-type": "set",
             "items": {"type": "string", "pattern": ADAPTER_REF, "maxLength": 80},
@@ -152,168 +161,195 @@ class AdapterDeploymentSpec(Placement):
         default=None,
         min_length=1,
         max_length=128,
-        description="Model names that clients use; one per adapter, named as it, when absent.",
+        description="Model names that clients use. When absent, each adapter has a route with its own name.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["model"]},
     )
     engine: Literal["auto", "vllm", "transformers"] = Field(
         default="auto",
-        description="auto: vllm on GPUs, asked for or found, else transformers (for CPUs and development).",
+        description="auto: vllm if resources requests GPUs. If resources is absent: vllm for causal models if the cluster has "
+        "GPUs. Otherwise transformers, which is for CPUs and development.",
     )
-    limits: EngineLimits = Field(default_factory=EngineLimits, description="What one engine process holds.")
+    limits: EngineLimits = Field(default_factory=EngineLimits, description="Limits of one engine process.")
     replicas: int = Field(
         default=1,
         ge=0,
         le=1000,
-        description="Number of serving pods. With autoscaling only 0 counts: it stops the deployment.",
+        description="Number of serving pods. With autoscaling, only the value 0 has an effect: it stops the deployment.",
     )
     autoscaling: Autoscaling | None = Field(
-        default=None, description="How the number of replicas follows the load; it is fixed when absent."
+        default=None, description="How the number of replicas follows the load. When absent, spec.replicas is used."
     )
     strategy: Literal["auto", "serverless", "dedicated", "distributed"] = Field(
         default="auto",
-        description="serverless may sleep, dedicated stays up, distributed is spread over several GPUs by tensor parallelism. "
-        "auto: by the estimated memory, under 16 GB, under 64 GB, above.",
+        description="serverless: may sleep when idle. dedicated: always runs. distributed: runs on several GPUs with tensor "
+        "parallelism. auto chooses by the estimated memory: serverless below 16 GB, dedicated below 64 GB, otherwise "
+        "distributed.",
     )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         default="auto",
-        description="Weights of the base model. int8: 8 bits (vllm's fp8). int4: bitsandbytes. "
-        "auto: none, or int4 where only that fits the cluster's GPUs.",
+        description="Weights of the base model. none: not quantized. int8: 8 bits (vllm's fp8). int4: 4 bits (bitsandbytes). "
+        "auto: none, or int4 if only int4 fits the GPUs of the cluster.",
     )
     resources: Resources | None = Field(
         default=None,
-        description="Of the engine container. When absent: the smallest GPUs of the cluster that fit, or 1 CPU and 4Gi without GPUs.",
+        description="Resources of the engine container. When absent: the smallest GPUs of the cluster that fit, or 1 CPU and 4Gi "
+        "without GPUs.",
     )
     shutdown_seconds: int = Field(
         default=120,
         ge=0,
         le=3600,
-        description="A pod that goes away finishes what it is answering for so long.",
+        description="Seconds that a pod has to finish its running requests before it is stopped.",
     )
     drain_seconds: int = Field(
         default=10,
         ge=0,
         le=3600,
-        description="An adapter that is taken away is unloaded when it has been idle for so long.",
+        description="An adapter that is no longer wanted is unloaded after this many seconds without a request.",
     )
 
 
 class LoadedAdapter(Status):
-    """One adapter as one replica sees it."""
+    """State of one adapter on one replica."""
 
     adapter: str = Field(description="Name of the Adapter resource.")
-    version: str | None = Field(default=None, description="Its version.")
-    digest: str | None = Field(default=None, description="First 12 digits of its manifest's SHA-256.")
+    version: str | None = Field(default=None, description="Version of the adapter.")
+    digest: str | None = Field(default=None, description="First 12 hex digits of the SHA-256 of its manifest.")
     state: str = Field(description="Pending, Loading, Loaded, Draining or Failed.")
-    reason: str | None = Field(default=None, description="Why it failed.")
-    message: str | None = Field(default=None, description="What happened and what to do.")
+    reason: str | None = Field(default=None, description="Why the adapter failed.")
+    message: str | None = Field(default=None, description="What happened and what to do about it.")
     load_seconds: float | None = Field(
-        default=None, description="From the decision to fetch it until the engine had it."
+        default=None, description="Seconds from the decision to download the adapter until the engine had loaded it."
     )
-    size_bytes: int | None = Field(default=None, description="Bytes of its files on the replica.")
+    size_bytes: int | None = Field(default=None, description="Size of its files on the replica, in bytes.")
 
 
 class Replica(Status):
     """One serving pod."""
 
-    pod: str = Field(description="The pod's name.")
-    ready: bool = Field(description="Whether it gets traffic.")
+    pod: str = Field(description="Name of the pod.")
+    ready: bool = Field(description="Whether the pod gets requests.")
     adapters: list[LoadedAdapter] = Field(
-        default_factory=list, description="The adapters in it.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+        default_factory=list, description="Adapters on the pod.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
     )
 
 
 class ResolvedAdapter(Status):
-    """What an entry of spec.adapters stands for now."""
+    """The version that an entry of spec.adapters refers to now."""
 
     ref: str = Field(description="The entry of spec.adapters.")
-    name: str | None = Field(default=None, description="The Adapter resource that it resolves to.")
-    version: str | None = Field(default=None, description="The version.")
+    name: str | None = Field(default=None, description="Name of the Adapter resource that the entry refers to.")
+    version: str | None = Field(default=None, description="Version of the adapter.")
     digest: str | None = Field(default=None, description="Digest of its manifest.")
-    loaded: str | None = Field(default=None, description="Replicas that have it loaded, of those that are to have it.")
-    restoring: str | None = Field(
-        default=None, description="The Adapter that it will resolve to once its compressed files are restored."
+    loaded: str | None = Field(
+        default=None, description="Replicas that have loaded it, out of those that should have it, for example 2/3."
     )
-    message: str | None = Field(default=None, description="Why it does not resolve, or is on no replica.")
+    restoring: str | None = Field(
+        default=None,
+        description="Name of the Adapter that the entry will refer to when its compressed files are restored.",
+    )
+    message: str | None = Field(
+        default=None, description="Why the entry refers to no version, or why no replica has it."
+    )
 
 
 class RoutedModel(Status):
-    """What a client's model name reaches now."""
+    """What answers a model name now."""
 
-    model: str = Field(description="The name that clients use.")
-    adapter: str | None = Field(default=None, description="The Adapter resource that answers; none for the base model.")
+    model: str = Field(description="Model name that clients use.")
+    adapter: str | None = Field(
+        default=None, description="Name of the Adapter resource that answers. Absent for the base model."
+    )
     sequence: list[str] | None = Field(
         default=None,
-        description="The Adapter resources of a sequence's steps.",
+        description="Names of the Adapter resources in a sequence.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
-    replicas: int = Field(default=0, description="Replicas that can answer; of a sequence, its scarcest step.")
+    replicas: int = Field(
+        default=0,
+        description="Number of replicas that can answer. For a sequence: of the step with the fewest replicas.",
+    )
 
 
 class ServingSizing(Status):
-    """The memory that a replica needs per GPU (or in all, without one), itemised, and what was chosen for it."""
+    """Estimated memory of a replica per GPU (in total without GPUs), itemised, and the resources that were chosen for
+    it."""
 
-    items: dict[str, int] = Field(default_factory=dict, description="Bytes by what needs them.")
-    total_bytes: int = Field(default=0, description="Sum of the items.")
+    items: dict[str, int] = Field(
+        default_factory=dict, description="Bytes of each item in the estimate, for example weights."
+    )
+    total_bytes: int = Field(default=0, description="Sum of the items in bytes.")
     strategy: str | None = Field(
-        default=None, description="serverless, dedicated or distributed; absent without an estimate."
+        default=None, description="serverless, dedicated or distributed. Absent without an estimate."
     )
     engine: str = Field(default="transformers", description="vllm or transformers.")
-    gpu: str | None = Field(default=None, description="Product name of the GPU; absent on CPUs.")
-    gpu_memory_bytes: int | None = Field(default=None, description="Memory of one such GPU.")
-    gpus: int = Field(default=0, description="GPUs of each replica.")
+    gpu: str | None = Field(default=None, description="Product name of the GPU. Absent on CPUs.")
+    gpu_memory_bytes: int | None = Field(default=None, description="Memory of one GPU in bytes.")
+    gpus: int = Field(default=0, description="Number of GPUs of each replica.")
     cpus: int | None = Field(default=None, description="CPUs that each replica requests.")
-    memory_bytes: int | None = Field(default=None, description="Memory of each replica outside of the GPUs.")
-    node_selector: dict[str, str] | None = Field(default=None, description="Label of the nodes that have the GPU.")
+    memory_bytes: int | None = Field(default=None, description="Memory of each replica besides its GPUs, in bytes.")
+    node_selector: dict[str, str] | None = Field(default=None, description="Labels of the nodes that have this GPU.")
     quantization: str = Field(default="none", description="none, int8 or int4.")
     dtype: str | None = Field(
-        default=None, description="Type of the weights that are not quantised; the model's own when absent."
+        default=None, description="Data type of the weights that are not quantized. The model's own type when absent."
     )
     max_model_len: int | None = Field(default=None, description="Longest sequence, in tokens.")
-    max_num_seqs: int | None = Field(default=None, description="Requests in one batch.")
-    gpu_memory_percent: int | None = Field(default=None, description="Of a GPU's memory that the engine takes.")
-    source: str = Field(default="estimate", description="estimate, spec when resources are explicit, or default.")
+    max_num_seqs: int | None = Field(default=None, description="Number of requests in one batch.")
+    gpu_memory_percent: int | None = Field(
+        default=None, description="Share of a GPU's memory that the engine uses, in percent."
+    )
+    source: str = Field(
+        default="estimate",
+        description="How the resources were chosen: estimate, spec (spec.resources is set) or default.",
+    )
     basis: str | None = Field(
-        default=None, description="Digest of what was decided from; the choice is kept while it is the same."
+        default=None,
+        description="Digest of the inputs of the choice. The choice is kept while the inputs stay the same.",
     )
     message: str | None = Field(default=None, description="The choice in words.")
 
 
 class AdapterDeploymentStatus(Status):
-    """What is served."""
+    """What the deployment serves now."""
 
-    observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that the operator last handled."
+    )
     stage: str | None = Field(
         default=None,
-        description="A summary of the conditions: Waiting, Progressing, Available, Asleep, Degraded, Unavailable.",
+        description="Summary of the conditions: Waiting, Progressing, Available, Asleep, Degraded or Unavailable.",
     )
-    replicas: int = Field(default=0, description="Serving pods.")
-    ready_replicas: int = Field(default=0, description="Serving pods that get traffic.")
-    ready_text: str | None = Field(default=None, description="Ready of wanted replicas, for kubectl get.")
+    replicas: int = Field(default=0, description="Number of serving pods.")
+    ready_replicas: int = Field(default=0, description="Number of serving pods that get requests.")
+    ready_text: str | None = Field(default=None, description="Ready replicas out of the wanted ones, for kubectl get.")
     adapters_text: str | None = Field(
-        default=None, description="Adapters loaded wherever they are to be, of all, for kubectl get."
+        default=None,
+        description="Adapters that are loaded on every replica that should have them, out of all adapters. For kubectl get.",
     )
     selector: str | None = Field(default=None, description="Label selector of the serving pods, for autoscalers.")
-    engine: str | None = Field(default=None, description="The engine in force.")
-    sizing: ServingSizing | None = Field(default=None, description="What a replica needs, and what was chosen for it.")
+    engine: str | None = Field(default=None, description="Engine that the replicas use.")
+    sizing: ServingSizing | None = Field(
+        default=None, description="Memory estimate of a replica, and the resources that were chosen for it."
+    )
     endpoint: str | None = Field(default=None, description="URL of the gateway inside the cluster.")
     adapters: list[ResolvedAdapter] | None = Field(
         default=None,
-        description="What the entries of spec.adapters stand for now.",
+        description="The versions that the entries of spec.adapters refer to now.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     models: list[RoutedModel] | None = Field(
         default=None,
-        description="The model names that clients use.",
+        description="Model names that clients use, and what answers them.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     replica_status: list[Replica] | None = Field(
-        default=None, description="The serving pods.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+        default=None, description="State of each serving pod.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
     )
     conditions: Conditions
 
 
 class AdapterDeployment(Resource):
-    """Adapters served on one base model, behind the gateway."""
+    """Adapters that are served on one base model, behind the gateway."""
 
     spec: AdapterDeploymentSpec
     status: AdapterDeploymentStatus = Field(default_factory=lambda: AdapterDeploymentStatus(conditions=[]))
@@ -341,11 +377,11 @@ CRD: dict[str, Any] = {
     "rules": rules(
         (
             "self.metadata.name.size() <= 45",
-            "metadata.name must be at most 45 characters: the Deployment and its pods carry it in their names",
+            "metadata.name must be at most 45 characters, because the names of the Deployment and its pods contain it",
         ),
     ),
     "spec_rules": rules(
-        ("self.baseModel == oldSelf.baseModel", "baseModel is immutable: make another AdapterDeployment"),
+        ("self.baseModel == oldSelf.baseModel", "baseModel is immutable: create another AdapterDeployment"),
         (
             "!has(self.routes) || self.routes.all(r, !has(r.adapter) || self.adapters.exists(a, a.startsWith(r.adapter + '@')))",
             "each route's adapter must be one of adapters",
@@ -356,7 +392,7 @@ CRD: dict[str, Any] = {
         ),
         (
             "!has(self.routes) || self.routes.all(r, !has(r.adapter) || !has(r.sequence))",
-            "a route has an adapter or a sequence, not both; neither means the base model",
+            "a route may have an adapter or a sequence, not both; without either, the base model answers",
         ),
         (
             "self.adapters.all(a, self.adapters.exists_one(b, b.startsWith(a.split('@')[0] + '@')))",
@@ -367,7 +403,10 @@ CRD: dict[str, Any] = {
             "quantity(string(self.limits.adapterBytesPerReplica)).compareTo(quantity('1Mi')) >= 0",
             "limits.adapterBytesPerReplica must be at least 1Mi",
         ),
-        ("self.adapters.size() > 0 || has(self.routes)", "serve something: give adapters, or routes to the base model"),
+        (
+            "self.adapters.size() > 0 || has(self.routes)",
+            "nothing to serve: give adapters, or routes to the base model",
+        ),
         (
             "!has(self.autoscaling) || self.autoscaling.minReplicas <= self.autoscaling.maxReplicas",
             "autoscaling: minReplicas must not be above maxReplicas",
@@ -380,20 +419,20 @@ CRD: dict[str, Any] = {
         ),
         (
             "!has(self.autoscaling) || self.autoscaling.provider != 'keda' || self.autoscaling.minReplicas >= 1",
-            "autoscaling: the operator scales to zero, not KEDA: give provider hpa, or minReplicas of at least 1",
+            "autoscaling: provider keda does not support minReplicas 0: use provider hpa, or minReplicas of at least 1",
         ),
         (
             "!has(self.autoscaling) || self.autoscaling.provider != 'keda' || !has(self.autoscaling.target)"
             " || !has(self.autoscaling.target.requestsPerReplica) || has(self.autoscaling.prometheusUrl)",
-            "autoscaling.prometheusUrl: KEDA asks Prometheus for the requests; say where it is",
+            "autoscaling.prometheusUrl is required: KEDA reads requestsPerReplica from Prometheus",
         ),
         (
             "self.strategy != 'serverless' || (has(self.autoscaling) && self.autoscaling.minReplicas == 0)",
-            "strategy serverless sleeps when it is idle: give autoscaling with minReplicas 0",
+            "strategy serverless needs autoscaling with minReplicas 0, so that it can sleep when it is idle",
         ),
         (
             "!has(self.autoscaling) || self.autoscaling.minReplicas > 0 || self.strategy in ['auto', 'serverless']",
-            "autoscaling.minReplicas 0 is for strategy serverless (or auto, where the model is small enough)",
+            "autoscaling.minReplicas 0 needs strategy serverless, or strategy auto with a model that is small enough",
         ),
     ),
 }

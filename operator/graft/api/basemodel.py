@@ -1,4 +1,4 @@
-"""BaseModel: a model that jobs tune and deployments serve, named once for the whole cluster."""
+"""BaseModel: a model that jobs tune and deployments serve. It is a cluster-wide resource."""
 
 from typing import Literal
 
@@ -8,74 +8,100 @@ from graft.api.meta import MODEL_URI, SEMVER, Conditions, Resource, Schema, Stat
 
 
 class ModelFacts(Schema):
-    """What is known about the model; found from its config.json where it is not given."""
+    """Properties of the model. Graft reads them from config.json unless spec.facts gives them."""
 
     parameters: int | None = Field(default=None, ge=1, description="Number of parameters.")
     task: Literal["causal", "seq2seq"] | None = Field(
-        default=None, description="The kind of language model that its config describes; spec.task has to agree."
+        default=None, description="Kind of language model that config.json describes. It must agree with spec.task."
     )
-    layers: int | None = Field(default=None, ge=1, description="Number of transformer blocks, of a seq2seq decoder's.")
-    encoder_layers: int | None = Field(default=None, ge=1, description="Blocks of the encoder; seq2seq models only.")
-    hidden_size: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
-    intermediate_size: int | None = Field(default=None, ge=1, description="Width inside of the MLP, of one expert's.")
-    gated_mlp: bool | None = Field(default=None, description="Whether the MLP has a gate: three matrices, not two.")
-    heads: int | None = Field(default=None, ge=1, description="Attention heads.")
-    kv_heads: int | None = Field(default=None, ge=1, description="Heads of keys and values; fewer share them.")
-    head_dim: int | None = Field(default=None, ge=1, description="Width of one head.")
-    experts: int | None = Field(default=None, ge=1, description="Experts of each block; mixtures of experts only.")
-    experts_per_token: int | None = Field(default=None, ge=1, description="Experts that each token goes through.")
+    layers: int | None = Field(
+        default=None, ge=1, description="Number of transformer blocks. For seq2seq models: blocks of the decoder."
+    )
+    encoder_layers: int | None = Field(
+        default=None, ge=1, description="Number of transformer blocks of the encoder. seq2seq models only."
+    )
+    hidden_size: int | None = Field(default=None, ge=1, description="Width of the hidden states (the residual stream).")
+    intermediate_size: int | None = Field(
+        default=None, ge=1, description="Inner width of the MLP. For mixtures of experts: of one expert."
+    )
+    gated_mlp: bool | None = Field(
+        default=None, description="Whether the MLP has a gate. It then has three matrices instead of two."
+    )
+    heads: int | None = Field(default=None, ge=1, description="Number of attention heads.")
+    kv_heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of key and value heads. If it is below heads, several attention heads share each.",
+    )
+    head_dim: int | None = Field(default=None, ge=1, description="Width of one attention head.")
+    experts: int | None = Field(
+        default=None, ge=1, description="Number of experts in each block. Mixtures of experts only."
+    )
+    experts_per_token: int | None = Field(
+        default=None, ge=1, description="Number of experts that process each token. Mixtures of experts only."
+    )
     vocab_size: int | None = Field(default=None, ge=1, description="Number of tokens in the vocabulary.")
     tied_embeddings: bool | None = Field(
-        default=None, description="Whether the head shares its weights with the token embeddings."
+        default=None, description="Whether the output head shares its weights with the token embeddings."
     )
-    architecture: str | None = Field(default=None, description="The transformers class, for example LlamaForCausalLM.")
-    dtype: str | None = Field(default=None, description="The weights' type, for example bfloat16.")
-    context_length: int | None = Field(default=None, ge=1, description="Longest sequence, in tokens.")
-    license: str | None = Field(default=None, description="The licence under which the weights may be used.")
+    architecture: str | None = Field(
+        default=None, description="Name of the transformers class, for example LlamaForCausalLM."
+    )
+    dtype: str | None = Field(default=None, description="Data type of the weights, for example bfloat16.")
+    context_length: int | None = Field(
+        default=None, ge=1, description="Longest sequence that the model supports, in tokens."
+    )
+    license: str | None = Field(default=None, description="Licence of the weights.")
 
 
 class BaseModelSpec(Schema):
-    """What the model is and who may use it."""
+    """Where the model is, what it is, and which namespaces may use it."""
 
     source: str = Field(
         pattern=MODEL_URI,
         max_length=1024,
-        description="Where the model's HF folder is: hf://org/name@revision, s3://bucket/path or pvc://claim/path. "
-        "A pvc:// claim is looked for in the namespace of the job or deployment. Safetensors weights only.",
+        description="Folder of the model in Hugging Face's layout: hf://org/name@revision, s3://bucket/path or pvc://claim/path. "
+        "A pvc:// claim must exist in the namespace of each job and deployment. Only safetensors weights are read.",
     )
     task: Literal["causal", "seq2seq"] = Field(
         default="causal",
-        description="The kind of language model: causal (Llama, Qwen) goes on with a text, seq2seq (T5) answers one.",
+        description="Kind of language model. causal (Llama, Qwen): continues a text. seq2seq (T5): reads a text with an encoder "
+        "and writes the answer with a decoder.",
     )
     version: str | None = Field(
         default=None,
         pattern=SEMVER,
         max_length=32,
-        description="Semantic version of the files at the source, yours to give; Adapters name ranges of it in baseVersions.",
+        description="Semantic version that you give to the files at the source. baseVersions of an Adapter refers to it.",
     )
-    facts: ModelFacts | None = Field(default=None, description="Facts to take instead of those in config.json.")
+    facts: ModelFacts | None = Field(
+        default=None,
+        description="Facts that replace those from config.json. For pvc:// sources they are the only facts.",
+    )
     allowed_namespaces: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Namespaces whose jobs and deployments may use the model; all when absent.",
+        description="Namespaces whose jobs and deployments may use the model. All namespaces when absent.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
 
 
 class BaseModelStatus(Status):
-    """What the operator found out."""
+    """What the operator found at the source."""
 
-    observed_generation: int | None = Field(default=None, description="The spec's generation that was last handled.")
-    stage: str | None = Field(default=None, description="A summary of the conditions: Ready or Unavailable.")
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that the operator last handled."
+    )
+    stage: str | None = Field(default=None, description="Summary of the conditions: Ready or Unavailable.")
     revision: str | None = Field(
-        default=None, description="The commit that hf://…@revision stands for; jobs and deployments use exactly it."
+        default=None, description="Commit that hf://…@revision refers to. Jobs and deployments use exactly this commit."
     )
     digest: str | None = Field(
         default=None,
-        description="sha256:… over the names, sizes and ETags of the files in object storage; a changed file changes it.",
+        description="sha256:… of the names, sizes and ETags of the files in object storage. It changes when a file changes.",
     )
-    size_bytes: int | None = Field(default=None, description="Size of the model's files.")
-    facts: ModelFacts | None = Field(default=None, description="The facts in force.")
+    size_bytes: int | None = Field(default=None, description="Size of the model's files in bytes.")
+    facts: ModelFacts | None = Field(default=None, description="The facts that Graft uses.")
     conditions: Conditions
 
 
@@ -101,6 +127,9 @@ CRD = {
         ("Digest", "string", ".status.digest", 1),
     ],
     "rules": rules(
-        ("self.metadata.name.size() <= 63", "metadata.name must be at most 63 characters: it becomes a label value"),
+        (
+            "self.metadata.name.size() <= 63",
+            "metadata.name must be at most 63 characters, because it becomes a label value",
+        ),
     ),
 }

@@ -1,4 +1,5 @@
-"""The two ways to a version besides training: composing it from other versions, and importing what was tuned elsewhere."""
+"""The two ways to make a version without training: compose it from other versions, or import files that were tuned
+elsewhere."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +8,7 @@ from pydantic import Field
 from graft.api.adapterdeployment import ADAPTER_REF
 from graft.api.meta import Placement, Resources, Schema, rules
 
-# peft's words for them (add_weighted_adapter's combination_type) are in the trainer.
+# The trainer maps these names to those of peft (combination_type of add_weighted_adapter).
 CompositionMethod = Literal[
     "linear", "cat", "svd", "ties", "tiesSvd", "dareLinear", "dareLinearSvd", "dareTies", "dareTiesSvd"
 ]
@@ -23,53 +24,62 @@ class ComposeParent(Schema):
     adapter: str = Field(
         pattern=ADAPTER_REF,
         max_length=73,
-        description="adapter@1.4.2, @^1 or @latest, in this namespace. What it stands for is decided once; see status.parents.",
+        description="Reference to an adapter in the same namespace: name@1.4.2, name@^1 or name@latest. The operator resolves it "
+        "once and shows the version in status.parents.",
     )
     weight: Annotated[float, Field(ge=-100, le=100)] = Field(
-        default=1.0, description="What the parent's update is multiplied with; negative takes it away."
+        default=1.0,
+        description="Factor that the parent's update is multiplied by. A negative weight subtracts the update.",
     )
 
 
 class Compose(Placement):
-    """A weighted merge of LoRA updates, with peft's add_weighted_adapter."""
+    """A weighted merge of LoRA updates, computed by peft's add_weighted_adapter."""
 
     parents: list[ComposeParent] = Field(
         min_length=1,
         max_length=8,
-        description="The versions to combine, all of one base model; two or more, or one with into: base.",
+        description="The versions to combine, all tuned on one base model. Give at least two, or one if into is base.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     method: CompositionMethod = Field(
         default="cat",
-        description="cat: the exact weighted sum, its rank is the sum of the ranks. svd: the best approximation of that sum of "
-        "rank svdRank. linear: A and B are added one by one, a rough approximation for equal ranks. ties (Yadav et al. 2023): "
-        "small values are cut, signs elected. dareLinear, dareTies (Yu et al. 2024): values are dropped at random, the others "
-        "scaled up. These three work on A and B and need equal ranks; their …Svd forms work on the whole update and take any.",
+        description="How the updates are combined. cat: the exact weighted sum; its rank is the sum of the ranks. svd: the best "
+        "approximation of that sum with rank svdRank. linear: A and B are summed separately, which is a rough "
+        "approximation. ties (Yadav et al. 2023): small values are dropped, and only values with the majority sign "
+        "are added. dareLinear, dareTies (Yu et al. 2024): random values are dropped, and the others are scaled up. "
+        "linear, ties, dareLinear and dareTies work on A and B and need parents of equal rank. tiesSvd, "
+        "dareLinearSvd and dareTiesSvd work on the whole update and accept any ranks.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="Share of the values that are kept; needed by the ties and dare methods."
+        default=None,
+        description="Share of the values that are kept. Required for the ties and dare methods, and not allowed for others.",
     )
     svd_rank: int | None = Field(
         default=None,
         ge=1,
         le=512,
-        description="Rank of the result of svd and the …Svd methods; the parents' highest when absent.",
+        description="Rank of the result for svd and the methods that end in Svd. The highest rank of the parents when absent.",
     )
     majority_sign: Literal["total", "frequency"] | None = Field(
         default=None,
-        description="How the ties methods elect a sign: by the sum of the values (total, the default) or by their number.",
+        description="How the ties and dareTies methods choose the majority sign. total: by the sum of the values. frequency: by "
+        "their number. total when absent.",
     )
     seed: int | None = Field(
-        default=None, ge=0, le=2147483647, description="Of what the dare methods drop; 0 when absent."
+        default=None,
+        ge=0,
+        le=2147483647,
+        description="Seed of the random choice of values that the dare methods drop. 0 when absent.",
     )
     into: Literal["adapter", "base"] = Field(
         default="adapter",
-        description="adapter: the result is an adapter (method: lora). base: it is added to the base model's weights, and the "
-        "version is a whole model (method: full).",
+        description="adapter: the result is an adapter (method: lora). base: the result is added to the weights of the base "
+        "model, and the version is a whole model (method: full).",
     )
     resources: Resources | None = Field(
         default=None,
-        description="What the pod asks of its node; derived from the sizes of parents and base model when absent.",
+        description="Resources of the pod. When absent, Graft derives them from the sizes of the parents and the base model.",
     )
 
     model_config = Schema.model_config | {
@@ -77,30 +87,31 @@ class Compose(Placement):
             ("self.parents.size() > 1 || self.into == 'base'", "give two parents or more, or one with into: base"),
             (
                 "has(self.density) == (self.method.startsWith('ties') || self.method.startsWith('dare'))",
-                "density goes with the ties and dare methods, which need it, and with no other",
+                "density is required for the ties and dare methods, and not allowed for others",
             ),
             (
                 "!has(self.svdRank) || self.method.lowerAscii().endsWith('svd')",
-                "svdRank goes with svd and the …Svd methods",
+                "svdRank is allowed only for svd and the methods that end in Svd",
             ),
             (
                 "!has(self.majoritySign) || self.method.startsWith('ties') || self.method.startsWith('dareTies')",
-                "majoritySign goes with the ties methods",
+                "majoritySign is allowed only for the ties and dareTies methods",
             ),
-            ("!has(self.seed) || self.method.startsWith('dare')", "seed goes with the dare methods"),
+            ("!has(self.seed) || self.method.startsWith('dare')", "seed is allowed only for the dare methods"),
         )
     }
 
 
 class Import(Placement):
-    """What was tuned elsewhere, copied and validated."""
+    """Files that were tuned elsewhere. They are copied and validated."""
 
     uri: str = Field(
         pattern=IMPORT_URI,
         max_length=1024,
-        description="hf://org/name@revision, or s3://bucket/prefix/ that the namespace's key may read. "
-        "The folder of an adapter in peft's layout, or of a whole model with method: full. Safetensors only.",
+        description="Folder to import: hf://org/name@revision, or s3://bucket/prefix/ that the namespace's key may read. It "
+        "holds an adapter in peft's layout or, with method: full, a whole model. Only safetensors weights are read.",
     )
     resources: Resources | None = Field(
-        default=None, description="What the pod asks of its node; derived from the size of the base model when absent."
+        default=None,
+        description="Resources of the pod. When absent, Graft derives them from the size of the base model.",
     )

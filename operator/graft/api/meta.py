@@ -1,7 +1,7 @@
-"""What all kinds share: the schema base class, conditions and the names of the API group.
+"""What all kinds share: the base class of the schema, conditions, and the names of the API group.
 
-The pydantic models of this package are the only schema: `graft.crdgen` turns them into the CustomResourceDefinitions,
-the operator parses live objects with them, and docs/reference.md is generated from their descriptions.
+The pydantic models of this package are the only schema. `graft.crdgen` generates the CustomResourceDefinitions and
+docs/reference.md from them. The operator parses live objects with them.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,43 +13,48 @@ from pydantic.alias_generators import to_camel
 GROUP = "graft.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
-GPU = "nvidia.com/gpu"  # the device plugin's name of the resource, and the usual taint's
+GPU = "nvidia.com/gpu"  # resource name of the device plugin, and key of the usual taint
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
-    """CEL rules for `json_schema_extra`: (expression, message) pairs, checked by the API server at apply time."""
+    """Return CEL rules for `json_schema_extra` from (expression, message) pairs. The API server checks them at apply
+    time."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
 
 
 class Schema(PydanticModel):
-    """Base of every API model: camelCase on the wire, snake_case in Python, unknown fields refused."""
+    """Base of every API model: camelCase in JSON, snake_case in Python. Unknown fields are refused."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid")
 
     def wire(self) -> dict[str, Any]:
-        """The object as it goes over the wire: camelCase keys, absent values left out."""
+        """Return the object as JSON data: camelCase keys, without absent values."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class Status(Schema):
-    """Base of the status models: what an older or newer operator wrote must not stop this one from reading."""
+    """Base of the status models. It ignores unknown fields, so it can read what an older or newer operator wrote."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
 
 
 class Condition(Status):
-    """One observation about a resource, in the shape of metav1.Condition."""
+    """One observation about a resource, in the form of metav1.Condition."""
 
-    type: str = Field(max_length=316, description="What is observed, for example Ready.")
-    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    type: str = Field(max_length=316, description="Name of the condition, for example Ready.")
+    status: Literal["True", "False", "Unknown"] = Field(
+        description="True if the condition holds, False if it does not, Unknown if this is not known yet."
+    )
     observed_generation: int | None = Field(
-        default=None, description="The generation of the spec that this was observed for."
+        default=None, description="Generation of the spec that the condition describes."
     )
     last_transition_time: str = Field(
-        description="When the status last changed.", json_schema_extra={"format": "date-time"}
+        description="When the status of the condition last changed.", json_schema_extra={"format": "date-time"}
     )
-    reason: str = Field(max_length=1024, description="Why, in one word from the documented list.")
-    message: str = Field(max_length=32768, description="What happened and what to do about it.")
+    reason: str = Field(
+        max_length=1024, description="Cause of the status, in one word. docs/reference.md lists all reasons."
+    )
+    message: str = Field(max_length=32768, description="What happened, and what to do about it.")
 
 
 class ObjectMeta(PydanticModel):
@@ -70,7 +75,7 @@ class ObjectMeta(PydanticModel):
 
 
 class Resource(PydanticModel):
-    """Base of the four kinds: metadata beside a typed spec and status."""
+    """Base of the four kinds: metadata, next to a typed spec and status."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
 
@@ -81,7 +86,7 @@ Conditions = Annotated[
     list[Condition],
     Field(
         default_factory=list,
-        description="Observations about the resource; see the reasons in docs/reference.md.",
+        description="Conditions of the resource. docs/reference.md lists their reasons.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     ),
 ]
@@ -106,50 +111,68 @@ Quantities = Annotated[
 
 
 class Resources(Schema):
-    """What a container asks of its node, as in a pod."""
+    """Resource requests and limits of a container, with the same fields as in a pod."""
 
-    requests: Quantities | None = Field(default=None, description="What the scheduler sets aside.")
-    limits: Quantities | None = Field(default=None, description="What the container may not exceed.")
+    requests: Quantities | None = Field(default=None, description="Amounts that the scheduler reserves on the node.")
+    limits: Quantities | None = Field(
+        default=None,
+        description="Amounts that the container must not exceed. GPUs are requested here, as nvidia.com/gpu.",
+    )
 
     def gpus(self) -> int:
-        """The number of GPUs asked for (limits, as the device plugin wants it)."""
+        """Return the number of GPUs in limits, where the device plugin expects it."""
         return int((self.limits or {}).get(GPU, 0))
 
 
 class Toleration(Schema):
-    """A taint that the pods tolerate, as in a pod."""
+    """A taint that the pods tolerate, with the same fields as in a pod."""
 
-    key: str | None = Field(default=None, description="The taint's key; empty matches all keys with Exists.")
-    operator: Literal["Exists", "Equal"] | None = Field(default=None, description="How value is compared.")
-    value: str | None = Field(default=None, description="The taint's value.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="The taint's effect; empty matches all."
+    key: str | None = Field(
+        default=None, description="Key of the taint. If it is empty and operator is Exists, every key matches."
     )
-    toleration_seconds: int | None = Field(default=None, description="For NoExecute: how long it is tolerated.")
+    operator: Literal["Exists", "Equal"] | None = Field(
+        default=None,
+        description="Exists: any value of the taint matches. Equal: the taint must have the same value. Equal when absent.",
+    )
+    value: str | None = Field(default=None, description="Value of the taint, for operator Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="Effect of the taint. If it is empty, every effect matches."
+    )
+    toleration_seconds: int | None = Field(
+        default=None,
+        description="For effect NoExecute: seconds that a pod may stay on a node with the taint. No limit when absent.",
+    )
 
 
-# The usual taint of GPU nodes. The API server's ExtendedResourceToleration gives pods that ask for GPUs this toleration; so do we,
-# where it is not on.
+# The usual taint of GPU nodes. The admission plugin ExtendedResourceToleration adds this toleration to pods that
+# request GPUs. The plugin may be disabled, so Graft adds the toleration too.
 GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
 
 class Placement(Schema):
-    """Where the pods may run."""
+    """Which nodes the pods may run on."""
 
-    node_selector: dict[str, str] | None = Field(default=None, description="Labels that the node must carry.")
+    node_selector: dict[str, str] | None = Field(
+        default=None, description="Labels that a node must have to run the pods."
+    )
     tolerations: list[Toleration] | None = Field(
         default=None,
-        description="Taints that the pods tolerate.",
+        description="Taints of nodes that the pods tolerate.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
-    priority_class_name: str | None = Field(default=None, description="The pods' PriorityClass.")
-    runtime_class_name: str | None = Field(default=None, description="The pods' RuntimeClass, for example nvidia.")
+    priority_class_name: str | None = Field(
+        default=None, description="Name of the pods' PriorityClass. The cluster's default when absent."
+    )
+    runtime_class_name: str | None = Field(
+        default=None,
+        description="Name of the pods' RuntimeClass, for example nvidia. The node's default runtime when absent.",
+    )
 
 
 MODEL_URI = r"^(hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^\s]+|pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/[^\s]*)?)$"
 DATASET_URI = r"^(hf://datasets/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?/[^\s]+|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^\s]+|pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[^\s]+|configMap://[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9._-]+)$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 SEMVER = r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)$"
-# What the part behind the @ of an AdapterDeployment's entry may be, but for latest.
+# The part after the @ in an entry of AdapterDeployment.spec.adapters, except `latest`.
 VERSION_RANGE = r"^\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2}$"
 SHA256 = r"^sha256:[0-9a-f]{64}$"

@@ -1,4 +1,4 @@
-"""Resource quantities as Kubernetes writes them (PURE)."""
+"""Resource quantities in the notation of Kubernetes (PURE)."""
 
 import re
 
@@ -10,15 +10,16 @@ SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "Ki": 2.0**10} | {
 
 
 def quantity(text: str | int | float) -> float:
-    """A resource quantity as a number: 500m is 0.5, 4Gi is 4294967296. ValueError when it is none."""
+    """Return a resource quantity as a number: 500m is 0.5, 4Gi is 4294967296. Raises ValueError if the text is not a
+    quantity."""
     match = re.fullmatch(r"\+?([0-9.]+(?:[eE][+-]?[0-9]+)?)([a-zA-Z]*)", str(text).strip())
     if match is None or match[2] not in SCALES:
-        raise ValueError(f"{text!r} is no quantity")
+        raise ValueError(f"{text!r} is not a quantity")
     return float(match[1]) * SCALES[match[2]]
 
 
 def binary(size: int) -> str:
-    """Bytes in the form that the API server gives them, rounded up to whole MiB: 4352Mi, 5Gi."""
+    """Return bytes in the notation of the API server, rounded up to whole MiB: 4352Mi, 5Gi."""
     mib = -(-size // 2**20)
     power = next(power for power in (2, 1, 0) if mib % 1024**power == 0)
     return f"{mib // 1024**power}{('Mi', 'Gi', 'Ti')[power]}"

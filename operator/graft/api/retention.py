@@ -1,4 +1,4 @@
-"""Retention: how long the versions of an adapter are kept, and when they are compressed."""
+"""Retention: how long the versions of an adapter are kept, and when their weights are compressed."""
 
 from pydantic import Field
 
@@ -9,27 +9,31 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(duration: str) -> int:
-    """30d as seconds."""
+    """Return a duration such as 30d in seconds."""
     return int(duration[:-1]) * UNITS[duration[-1]]
 
 
 class Retention(Schema):
-    """What happens to versions that nobody uses; the policy of the newest Ready version is the adapter's."""
+    """What happens to unused versions of an adapter. The policy of the newest Ready version applies to all versions."""
 
     keep: int = Field(
-        default=3, ge=1, le=1000, description="So many of the newest versions that may be served are never pruned."
+        default=3,
+        ge=1,
+        le=1000,
+        description="Number of newest versions that are never deleted. Only versions that may be served count, so rejected "
+        "versions do not. Kept versions can still be compressed.",
     )
     unused_for: str | None = Field(
         default=None,
         pattern=DURATION,
-        description="A version that nobody used for so long is deleted, and its files with it, whatever deletionPolicy says: "
-        "30d, 12h, 90m or 45s. Nothing is deleted when absent.",
+        description="If a version has been unused for this long, the operator deletes it together with its files, even if "
+        "deletionPolicy is Retain. Examples: 30d, 12h, 90m, 45s. Nothing is deleted when absent.",
     )
     compress_after: str | None = Field(
         default=None,
         pattern=DURATION,
-        description="The weights of a version that nobody used for so long are compressed in storage, and restored when it is "
-        "wanted again: 30d, 12h, 90m or 45s. Nothing is compressed when absent.",
+        description="If a version has been unused for this long, the operator compresses its weights in storage. It restores "
+        "them when the version is needed again. Examples: 30d, 12h, 90m, 45s. Nothing is compressed when absent.",
     )
 
     model_config = Schema.model_config | {

@@ -1,7 +1,7 @@
-"""Where things are in the bucket (PURE).
+"""The keys of all objects in the bucket (PURE).
 
-<tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last. The operator adds manifest.sig.json,
-                                      once it has verified them all
+<tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last. The operator adds
+                                      manifest.sig.json after it has verified all files
 <tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl and
                                       checkpoints/step-000100/rank-0000.safetensors, rank-0000.json (the receipt, last)
 models/<name>/…                       base models, readable by all tenants
@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints/"
 
 
 def tenant_of(namespace: str) -> str:
-    """The tenant's path segment; the namespace's name, until Tenant resources say otherwise."""
+    """Return the tenant's path segment. There are no Tenant resources yet, so it is the namespace's name."""
     return namespace
 
 
@@ -41,7 +41,10 @@ def attempt_prefix(tenant: str, job_uid: str, attempt: str) -> str:
 
 
 def checkpoint_prefix(attempt: str, step: int, *, final: bool = False) -> str:
-    """Below the run's prefix: the checkpoint that an attempt wrote after so many steps, `final` after the last."""
+    """Return the prefix of an attempt's checkpoint after `step` steps, relative to the run's prefix.
+
+    `final`: after the last step.
+    """
     return f"{attempt}/{CHECKPOINTS}step-{step:06d}{'-final' if final else ''}/"
 
 
@@ -50,7 +53,7 @@ def s3_uri(bucket: str, key: str) -> str:
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
-    """(bucket, key) of s3://bucket/key. ValueError for anything else."""
+    """Return (bucket, key) of s3://bucket/key. Raises ValueError for any other URI."""
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme != "s3" or not bucket or not key:
@@ -59,11 +62,12 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
 
 
 def in_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
-    """Whether a URI names the tenant's own part of this bucket, or something below it.
+    """Return whether a URI names the tenant's own part of this bucket, or an object below it.
 
-    Files are read on the strength of it, so it is strict: False without the slash after the tenant's name (another's may begin with
-    it), in a bucket that merely has a folder of that name, for a tenant without a name, for a key with . or .. among its folders, which
-    some stores follow, and for what is no s3:// URI with a key.
+    The operator reads files because this check passed, so it is strict. It returns False in these cases: the slash
+    after the tenant's name is missing (another tenant's name may begin with it); another bucket has a folder of that
+    name; the tenant's name is empty; the key has . or .. among its folders (some stores resolve them); the URI is not
+    an s3:// URI with a key.
     """
     try:
         found, key = split_s3_uri(uri)
@@ -75,8 +79,8 @@ def in_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
 
 
 def outside_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
-    """Whether a URI names this bucket or something in it, and not the tenant's part.
+    """Return whether a URI names this bucket or an object in it, outside the tenant's part.
 
-    False for other buckets, the Hub and volumes: the layout says nothing of them, the rights of the tenant's key do.
+    It returns False for other buckets, the Hub and volumes. The rights of the tenant's key decide about those.
     """
     return f"{uri}/".startswith(s3_uri(bucket, "")) and not in_tenants_part(uri, bucket, tenant)

@@ -1,4 +1,7 @@
-"""manifest.json: the last file of a published version, which makes it one. It holds the SHA-256 of every other file."""
+"""The contents of manifest.json.
+
+It is written last: with it, a version is published. It holds the SHA-256 of every other file.
+"""
 
 import hashlib
 import re
@@ -7,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
-# What a version may hold. Safetensors only; anything else in a manifest is refused.
+# The files that a version may contain. Weights are safetensors only. A manifest that lists any other file is invalid.
 ALLOWED_FILES = frozenset(
     {
         "adapter_config.json",
@@ -54,7 +57,7 @@ class ManifestBaseModel(_Part):
 
 
 class ManifestJob(_Part):
-    """The run that made it."""
+    """The run that made the version."""
 
     name: str
     namespace: str
@@ -63,7 +66,7 @@ class ManifestJob(_Part):
 
 
 class ManifestParent(_Part):
-    """A version that went into a composed one."""
+    """A parent of a composed version."""
 
     adapter: str
     version: str
@@ -85,13 +88,13 @@ class Manifest(_Part):
     datasets: dict[str, str] = {}  # train, eval, suite/<name> -> sha256:… of the file
     metrics: dict[str, float] = {}
     task: str = "causal"
-    rank: int | None = None  # of lora and qlora
+    rank: int | None = None  # for lora and qlora
     target_modules: list[str] = []
-    rejected: list[str] = []  # the gates that the version missed, in words; such a version is never served
+    rejected: list[str] = []  # the missed gates, as texts; a version that missed one is never served
     files: list[ManifestFile]
     image: str = ""
     parents: list[ManifestParent] = []
-    composition: dict[str, Any] | None = None  # how the parents became one: method and what it took
+    composition: dict[str, Any] | None = None  # how the parents were combined: the method and its parameters
     imported_from: str | None = (
         None  # pinned: hf://org/name@<commit>, or s3://bucket/prefix/ as listed in source_digest
     )
@@ -102,7 +105,7 @@ class Manifest(_Part):
     @classmethod
     def _known_schema(cls, value: int) -> int:
         if value != 1:
-            raise ValueError(f"manifest schema version {value} is not known here; upgrade Graft")
+            raise ValueError(f"this version of Graft does not know the manifest schema version {value}; upgrade Graft")
         return value
 
     @field_validator("files")
@@ -110,9 +113,9 @@ class Manifest(_Part):
     def _only_known_files(cls, files: list[ManifestFile]) -> list[ManifestFile]:
         names = [file.name for file in files]
         if unknown := sorted(name for name in set(names) - ALLOWED_FILES if not SHARD.fullmatch(name)):
-            raise ValueError(f"files that a version may not hold: {', '.join(unknown)}")
+            raise ValueError(f"a version must not contain these files: {', '.join(unknown)}")
         if len(set(names)) != len(names):
-            raise ValueError("a file is named twice")
+            raise ValueError("the manifest lists a file twice")
         return files
 
     @model_validator(mode="after")
@@ -124,11 +127,11 @@ class Manifest(_Part):
         else:
             missing = set(ADAPTER_FILES - names)
         if missing:
-            raise ValueError(f"files that a version must hold: {', '.join(sorted(missing))}")
+            raise ValueError(f"these required files are missing: {', '.join(sorted(missing))}")
         return self
 
     def to_bytes(self) -> bytes:
-        """The canonical bytes that are stored and whose digest names the version."""
+        """Return the canonical bytes. They are stored, and their digest identifies the version."""
         return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
 
     @property
@@ -137,5 +140,5 @@ class Manifest(_Part):
 
 
 def digest(data: bytes) -> str:
-    """sha256:… of some bytes."""
+    """Return the SHA-256 of some bytes as sha256:…"""
     return "sha256:" + hashlib.sha256(data).hexdigest()

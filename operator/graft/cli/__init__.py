@@ -1,1 +1,1 @@
-"""`graft`: what people run on their own machine, with their own kubeconfig."""
+"""The command `graft`, which people run on their own machine with their own kubeconfig."""

@@ -1,4 +1,4 @@
-"""The cluster as the user's kubeconfig reaches it. Reads only."""
+"""Read-only access to the cluster with the user's kubeconfig."""
 
 import json
 from typing import Any
@@ -23,19 +23,19 @@ class Cluster:
             self._api = config.new_client_from_config(context=context)
         except config.ConfigException as error:
             raise CliFailure(
-                f"the kubeconfig cannot be used: {error}",
+                f"cannot use the kubeconfig: {error}",
                 "Set KUBECONFIG or --context, or name report.json files instead of jobs.",
             ) from error
         self.namespace: str = ((current or {}).get("context") or {}).get("namespace") or "default"
 
     def job(self, namespace: str, name: str) -> dict[str, Any]:
-        """A FineTuneJob."""
+        """Return a FineTuneJob."""
         call = client.CustomObjectsApi(self._api).get_namespaced_custom_object
         place = ("graft.dev", "v1alpha1", namespace, "finetunejobs", name)
         return dict(self._read(f"the job {namespace}/{name}", call, *place))
 
     def secret(self, namespace: str, name: str) -> dict[str, str]:
-        """The data of a Secret, base64."""
+        """Return the data of a Secret. The values are base64."""
         found = self._read(
             f"the Secret {namespace}/{name}", client.CoreV1Api(self._api).read_namespaced_secret, name, namespace
         )
@@ -47,11 +47,11 @@ class Cluster:
         except ApiException as error:
             remedies = {
                 401: "Log in to the cluster again.",
-                403: "Ask for the right to get finetunejobs and the Secret graft-storage, or name report.json files.",
-                404: "Check its name, and the namespace with -n; `kubectl get finetunejobs -A` lists the jobs.",
+                403: "Ask your platform team for the right to get finetunejobs and the Secret graft-storage, or name report.json files.",
+                404: "Check the name, and the namespace (-n). `kubectl get finetunejobs -A` lists the jobs.",
             }
-            remedy = remedies.get(error.status, "Check that the cluster is up: kubectl get --raw /readyz")
-            raise CliFailure(f"{what} cannot be read: {_message(error)}", remedy) from error
+            remedy = remedies.get(error.status, "Check that the API server is ready: kubectl get --raw /readyz")
+            raise CliFailure(f"cannot read {what}: {_message(error)}", remedy) from error
         except (HTTPError, OSError) as error:
             raise CliFailure(
                 f"the cluster does not answer: {error}", "Check the kubeconfig's server and your network."
@@ -59,7 +59,7 @@ class Cluster:
 
 
 def _message(error: ApiException) -> str:
-    """The API server's own words."""
+    """Return the API server's own error message."""
     try:
         return str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):

@@ -1,8 +1,8 @@
-"""How a command fails: what happened, and what to do."""
+"""The failure of a command: what happened, and what to do."""
 
 
 class CliFailure(Exception):
-    """A failure whose cause is known; its text says what happened."""
+    """A failure with a known cause. Its text says what happened; `remedy` says what to do."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)

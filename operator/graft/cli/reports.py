@@ -1,4 +1,4 @@
-"""Where the reports come from: files, or the object store by way of the jobs in the cluster."""
+"""Read reports from files, or from the object store for jobs in the cluster."""
 
 import base64
 import binascii
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from graft.artifacts.layout import adapter_prefix, tenant_of
-from graft.artifacts.store import S3Store, StorageConfig, StoreError
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
 from graft.cli.failure import CliFailure
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.report.document import Report
@@ -23,44 +24,48 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 STAGE_REMEDIES = {
-    "Failed": "Read why with `kubectl describe finetunejob {name} -n {namespace}`; a failed job has no report.",
-    "Suspended": "Set spec.suspend to false and compare when the job has Succeeded.",
+    "Failed": "A failed job has no report. `kubectl describe finetunejob {name} -n {namespace}` shows why it failed.",
+    "Suspended": "Set spec.suspend to false, and compare after the job has Succeeded.",
 }
 
 
 def read_reports(runs: Sequence[str], namespace: str | None, context: str | None, endpoint: str | None) -> list[Report]:
-    """The reports, in the order of the command line. CliFailure says which one cannot be had."""
+    """Return the reports in the order of the command line.
+
+    Raises CliFailure, which names the run that has no readable report.
+    """
     jobs = [run for run in runs if not is_file(run)]
     fetched = dict(zip(jobs, _of_jobs(jobs, namespace, context, endpoint), strict=True)) if jobs else {}
     return [fetched[run] if run in fetched else read_file(Path(run)) for run in runs]
 
 
 def is_file(run: str) -> bool:
-    """Names of jobs have neither slashes nor, unless a file of that name is there, the ending .json."""
+    """Return whether an argument is a file or folder, not a job: it has a slash, ends with .json, or is an existing
+    file."""
     return "/" in run or run.endswith(".json") or Path(run).is_file()
 
 
 def read_file(path: Path) -> Report:
-    """A report.json; of a folder the one in it."""
+    """Read a report.json. If `path` is a folder, read the report.json in it."""
     path = path / REPORT if path.is_dir() else path
     try:
         return parse(path.read_bytes(), str(path))
     except OSError as error:
         raise CliFailure(
-            f"{path} cannot be read: {error.strerror or error}", "Name a report.json, or a job."
+            f"cannot read {path}: {error.strerror or error}", "Give the path of a report.json, or the name of a job."
         ) from error
 
 
 def parse(data: bytes, where: str) -> Report:
-    """A report of any schema version that is known here."""
+    """Parse a report of any known schema version. Raises CliFailure if it is invalid."""
     try:
         return Report.model_validate(json.loads(data))
-    except ValueError as error:  # no JSON, no UTF-8, or pydantic's
+    except ValueError as error:  # invalid JSON, invalid UTF-8, or pydantic's ValidationError
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}" if first else str(error)
         raise CliFailure(
-            f"{where} is no report: {why}",
-            "A report.json lies beside the weights of every version that Graft publishes.",
+            f"{where} is not a valid report: {why}",
+            "Every version that a FineTuneJob publishes has a report.json beside its weights.",
         ) from error
 
 
@@ -73,7 +78,7 @@ class Version:
 
 
 def published_version(job: Mapping[str, Any], name: str, namespace: str) -> Version:
-    """What a FineTuneJob has published. CliFailure when it has not."""
+    """Return the version that a FineTuneJob has published. Raises CliFailure if it has published none."""
     status = job.get("status") or {}
     reference = status.get("adapterRef")
     if reference:
@@ -82,29 +87,34 @@ def published_version(job: Mapping[str, Any], name: str, namespace: str) -> Vers
     percent = (status.get("progress") or {}).get("percent")
     far = f" ({percent} %)" if percent is not None and stage == "Training" else ""
     remedy = STAGE_REMEDIES.get(
-        stage, "Wait for it: kubectl wait finetunejob/{name} -n {namespace} --for=condition=Succeeded --timeout=-1s"
+        stage,
+        "Wait for the job: kubectl wait finetunejob/{name} -n {namespace} --for=condition=Succeeded --timeout=-1s",
     )
     raise CliFailure(
-        f"the job {namespace}/{name} has published nothing: it is {stage}{far}",
+        f"the job {namespace}/{name} has not published a version: it is {stage}{far}",
         remedy.format(name=name, namespace=namespace),
     )
 
 
 def storage_config(secret: Mapping[str, str], folder: Path, endpoint: str | None) -> StorageConfig:
-    """The store that a Secret's data (base64) says; its files are written to `folder`, as a pod would find them."""
+    """Return the store that a Secret's data (base64) describes.
+
+    The entries are written to `folder` as files, as in a pod.
+    """
     for key, value in secret.items():
         try:
             (folder / key).write_bytes(base64.b64decode(value, validate=True))
         except binascii.Error as error:
             raise CliFailure(
-                f"the Secret {STORAGE_SECRET} has a key {key} that is no base64", "Let the operator issue it again."
+                f"the key {key} in the Secret {STORAGE_SECRET} is not valid base64",
+                "If the operator issued this Secret, delete it: the operator issues a new one. Otherwise correct the value.",
             ) from error
     config = StorageConfig.from_dir(folder)
     return replace(config, endpoint=endpoint) if endpoint else config
 
 
 def _of_jobs(names: Sequence[str], namespace: str | None, context: str | None, endpoint: str | None) -> list[Report]:
-    # Imported here: files need no cluster, and the package of the cluster's client takes a second to load.
+    # Imported here because files need no cluster, and the package of the cluster's client takes a second to load.
     from graft.cli.cluster import Cluster
 
     cluster = Cluster(context)
@@ -116,7 +126,7 @@ def _of_jobs(names: Sequence[str], namespace: str | None, context: str | None, e
 
 @contextmanager
 def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> Iterator[S3Store]:
-    """The store, with the namespace's key."""
+    """Open the store with the namespace's key."""
     with tempfile.TemporaryDirectory() as folder:  # 0700: it holds the key
         try:
             store = S3Store(
@@ -124,7 +134,7 @@ def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> It
             )
         except (StoreError, ValueError) as error:
             raise CliFailure(
-                f"the object store cannot be opened: {error}", f"Check the Secret {STORAGE_SECRET} and --endpoint."
+                f"cannot open the object store: {error}", f"Check the Secret {STORAGE_SECRET} and --endpoint."
             ) from error
         yield store
 
@@ -135,12 +145,12 @@ def _fetch(store: S3Store, namespace: str, version: Version) -> Report:
         data = store.get(key)
     except StoreError as error:
         remedies = {
-            "missing": f"{version.adapter} {version.version} was deleted, or imported from elsewhere: it has no report.",
-            "denied": f"The key in the Secret {STORAGE_SECRET} may not read it; ask the platform team.",
+            "missing": f"{version.adapter} {version.version} was deleted, or it was imported: imported versions have no report.",
+            "denied": f"The key in the Secret {STORAGE_SECRET} may not read this object. Ask the platform team.",
         }
         unreachable = (
-            "The store's address is often the cluster's own: forward a port to it and give its URL with --endpoint, or "
-            "copy the report.json files and name those."
+            "The store's address is often reachable only inside the cluster. Forward a port to the store and give its URL "
+            "with --endpoint, or copy the report.json files and name those."
         )
-        raise CliFailure(f"{key} cannot be had: {error}", remedies.get(error.trouble, unreachable)) from error
+        raise CliFailure(f"cannot read {key}: {error}", remedies.get(error.trouble, unreachable)) from error
     return parse(data, key)

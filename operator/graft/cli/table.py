@@ -9,13 +9,13 @@ GAP = "  "
 
 
 def as_text(comparison: Comparison) -> str:
-    """The matrix, a column per run; under each row the published figures."""
+    """Return the matrix with one column per run. The published figures are below each row."""
     lines = [["", *comparison.labels], ["", *(f"{r.adapter} {r.version}" for r in comparison.reports)], []]
     for row in comparison.rows:
         lines.append([row.name, *(_measured(row, cell) for cell in row.cells)])
         lines.append(["  published", *(figure or "-" for figure in row.published)])
     notes = [textwrap.fill(note, 100) for note in comparison.notes]
-    head = f"Ratios are to {comparison.labels[comparison.reference]}; latency is per token, over the base model."
+    head = f"Ratios are relative to {comparison.labels[comparison.reference]}. Latency is per token, relative to the base model."
     return "\n".join([*_aligned(lines), "", head, *notes])
 
 

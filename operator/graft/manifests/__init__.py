@@ -1,1 +1,1 @@
-"""PURE: resource -> Kubernetes objects as dicts, one file per child."""
+"""Build the Kubernetes objects of a resource as dicts (PURE), with one file per child."""

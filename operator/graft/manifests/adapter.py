@@ -1,4 +1,4 @@
-"""A published manifest -> the Adapter resource; and the Secret with a namespace's key."""
+"""Build the Adapter resource of a published version, and the Secret with a namespace's storage key."""
 
 import base64
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from graft.api import API_VERSION, FineTuneJob
 from graft.artifacts.layout import adapter_prefix, s3_uri, tenant_of
 from graft.artifacts.manifest import Manifest as AdapterManifest
-from graft.artifacts.store import StorageConfig
+from graft.artifacts.storage import StorageConfig
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.manifests.metadata import FINALIZER, Manifest
 
@@ -20,7 +20,10 @@ def adapter_name(adapter: str, version: str) -> str:
 
 
 def adapter(job: FineTuneJob, manifest: AdapterManifest, digest: str, bucket: str) -> Manifest:
-    """The Adapter of a version that the job published; not owned by it, so it outlives the job."""
+    """Return the Adapter of a version that the job published.
+
+    The job does not own it, so the Adapter outlives the job.
+    """
     tenant = tenant_of(job.metadata.namespace)
     output = job.spec.output
     lifecycle = {"baseVersions": output.base_versions, "retention": output.retention and output.retention.wire()}
@@ -55,7 +58,7 @@ def adapter(job: FineTuneJob, manifest: AdapterManifest, digest: str, bucket: st
 
 
 def storage_secret(namespace: str, config: StorageConfig) -> Manifest:
-    """The Secret that pods mount, with the keys that StorageConfig.from_dir reads."""
+    """Return the Secret that pods mount, with the keys that StorageConfig.from_dir reads."""
     data = {
         "endpoint": config.endpoint,
         "region": config.region,

@@ -1,4 +1,4 @@
-"""Adapter that is composed or imported -> the ConfigMap with what is to be done, the Job that does it, and its NetworkPolicy."""
+"""Build the objects that compose or import an Adapter: the ConfigMap with the task, the Job, and its NetworkPolicy."""
 
 from graft.api import Adapter
 from graft.api.basemodel import BaseModelStatus
@@ -22,33 +22,33 @@ from graft.manifests.training import FAILURE_POLICY, mounted_volumes
 from graft.settings import Settings
 
 RETRIES = 3
-KEPT_SECONDS = 86400  # after its end, for the log; what it made is in storage and in the Adapter's status
-GRACE_SECONDS = 10  # nothing is kept of a pod that ends early
+KEPT_SECONDS = 86400  # seconds after the Job's end, so that its log can be read; nothing else needs the Job
+GRACE_SECONDS = 10  # seconds; short, because an interrupted pod saves nothing
 MIB = 1024**2
-LIBRARIES = 2048 * MIB  # torch, transformers and peft, with some room to work
-DISK = 1024 * MIB  # caches of the libraries and small files
+LIBRARIES = 2048 * MIB  # bytes of memory for torch, transformers and peft, with some working memory
+DISK = 1024 * MIB  # bytes of disk for the caches of libraries and small files
 
 
 def command(adapter: Adapter) -> str:
-    """What the trainer image is to do: compose or import."""
+    """Return the command for the trainer image: compose or import."""
     return "compose" if adapter.spec.compose is not None else "import"
 
 
 def job_name(adapter: Adapter) -> str:
-    """Of the Job, its ConfigMap and its NetworkPolicy."""
+    """Return the name of the Job, its ConfigMap and its NetworkPolicy."""
     return f"{adapter.metadata.name}-{command(adapter)}"
 
 
 def making(adapter: Adapter) -> Compose | Import:
-    """How the version is made."""
+    """Return how the version is made: spec.compose or spec.import."""
     how = adapter.spec.compose or adapter.spec.import_
     if how is None:
-        raise ValueError(f"{adapter.metadata.name} is neither composed nor imported")
+        raise ValueError(f"{adapter.metadata.name} has neither spec.compose nor spec.import")
     return how
 
 
 def version_file(adapter: Adapter, base_model: BaseModelRef, task: str, settings: Settings) -> VersionFile:
-    """What the pod is told; the parents as they are resolved in the status."""
+    """Return the contents of job.json for the pod. The parents are the resolved versions in status.parents."""
     spec, meta = adapter.spec, adapter.metadata
     composition = None
     if spec.compose is not None:
@@ -74,14 +74,14 @@ def version_file(adapter: Adapter, base_model: BaseModelRef, task: str, settings
 
 
 def config_map(adapter: Adapter, file: VersionFile) -> Manifest:
-    """The ConfigMap that holds job.json."""
+    """Return the ConfigMap that holds job.json."""
     return child("v1", "ConfigMap", job_name(adapter), adapter, command(adapter)) | {
         "data": {"job.json": file.json_text()}
     }
 
 
 def policy(adapter: Adapter) -> Manifest:
-    """No way in; out to anything but the cloud's metadata address."""
+    """Return the NetworkPolicy: no ingress, and egress to all addresses except the cloud's metadata address."""
     return child("networking.k8s.io/v1", "NetworkPolicy", job_name(adapter), adapter, "network") | {
         "spec": {
             "podSelector": {"matchLabels": {OWNER_UID: adapter.metadata.uid}},
@@ -93,7 +93,8 @@ def policy(adapter: Adapter) -> Manifest:
 
 
 def resources(adapter: Adapter, base: BaseModelStatus, parents_bytes: int) -> Resources:
-    """What the pod needs (PURE): no GPU; memory and disk by the sizes of what is read, held and written."""
+    """Return the pod's resources (PURE): no GPU; memory and disk follow from the sizes of the files that it reads and
+    writes."""
     how, facts = making(adapter), base.facts
     if how.resources is not None:
         return how.resources
@@ -101,15 +102,15 @@ def resources(adapter: Adapter, base: BaseModelStatus, parents_bytes: int) -> Re
     base_bytes = (base.size_bytes or 4 * (facts.parameters or 0 if facts else 0)) if whole else 0
     memory, disk = LIBRARIES, DISK + 2 * base_bytes
     if isinstance(how, Compose):
-        # The parents as read and in float32, and the result; 16-bit files take twice their size in float32.
+        # The parents as read, the parents in float32, and the result. 16-bit files take twice their size in float32.
         memory += 6 * parents_bytes + base_bytes + base_bytes // 4
         disk += 3 * parents_bytes
         if (how.method.lower().endswith("svd") or whole) and facts is not None:
             width = max(facts.intermediate_size or 0, facts.hidden_size or 0)
-            # One whole update per parent, their sum and its decomposition, float32.
+            # One full-size update per parent, their sum and its decomposition, in float32.
             memory += 4 * (facts.hidden_size or 0) * width * (len(how.parents) + 4)
     else:
-        memory += LIBRARIES  # an adapter's size is not known before it is downloaded
+        memory += LIBRARIES  # the size of an adapter is unknown before the download
         disk += 8 * DISK
     return Resources(
         requests={"cpu": "1", "memory": _mebibytes(memory), "ephemeral-storage": _mebibytes(disk)},
@@ -122,7 +123,7 @@ def _mebibytes(amount: int) -> str:
 
 
 def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: Resources) -> Manifest:
-    """The batch/v1 Job with one container."""
+    """Return the batch/v1 Job with one container."""
     volumes, mounts = mounted_volumes([base_model.uri])
     container: Manifest = {
         "name": command(adapter),

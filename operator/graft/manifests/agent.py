@@ -1,4 +1,5 @@
-"""AdapterDeployment -> what its agents need: identity, rights, and the two ConfigMaps they talk through."""
+"""Build what the agents of an AdapterDeployment need: identity, rights, and two ConfigMaps to communicate with the
+operator."""
 
 from graft.api import AdapterDeployment
 from graft.contracts.agent import WANTED_KEY, Wanted
@@ -13,7 +14,7 @@ def service_account(deployment: AdapterDeployment) -> Manifest:
 
 
 def role(deployment: AdapterDeployment) -> Manifest:
-    """The two ConfigMaps and nothing else. list and watch by name need resourceNames, too."""
+    """Return the Role: access to the two ConfigMaps only. `list` and `watch` are limited by resourceNames too."""
     rule = {"apiGroups": [""], "resources": ["configmaps"]}
     return child("rbac.authorization.k8s.io/v1", "Role", agent_account(deployment), deployment, "agent") | {
         "rules": [
@@ -32,12 +33,12 @@ def role_binding(deployment: AdapterDeployment) -> Manifest:
 
 
 def wanted_config_map(deployment: AdapterDeployment, wanted: Wanted) -> Manifest:
-    """What every replica should have loaded."""
+    """Return the ConfigMap with the adapters that the replicas should load."""
     return child("v1", "ConfigMap", wanted_name(deployment), deployment, "wanted") | {
         "data": {WANTED_KEY: wanted.json_text()}
     }
 
 
 def residency_config_map(deployment: AdapterDeployment) -> Manifest:
-    """Empty: each agent applies its own key, with its own field manager."""
+    """Return an empty ConfigMap. Each agent applies its own key with its own field manager."""
     return child("v1", "ConfigMap", residency_name(deployment), deployment, "residency")

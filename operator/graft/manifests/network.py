@@ -1,11 +1,12 @@
-"""NetworkPolicies: engine ports open to the gateway only; nothing comes into a training pod."""
+"""Build the NetworkPolicies: only the gateway reaches an engine's port, and only pods of the same run reach a training
+pod."""
 
 from graft.api import AdapterDeployment, FineTuneJob
 from graft.contracts.mounts import AGENT_PORT, ENGINE_PORT
 from graft.manifests.metadata import OWNER_UID, Manifest, child
 from graft.settings import Settings
 
-# Out to anything but the cloud's metadata address, which would hand out the node's own rights.
+# All addresses except the cloud's metadata address, which would give out the node's own credentials.
 EGRESS: list[Manifest] = [
     {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}, {"namespaceSelector": {}}]},
     {"to": [{"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128"]}}]},
@@ -13,7 +14,10 @@ EGRESS: list[Manifest] = [
 
 
 def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifest:
-    """The engine's admin routes load and unload adapters, so its port is for the gateway alone."""
+    """Return the policy of serving pods.
+
+    The engine's admin routes load and unload adapters, so only the gateway reaches its port.
+    """
     gateway = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}},
         "podSelector": {"matchLabels": settings.gateway_selector},
@@ -26,7 +30,7 @@ def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifes
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [
                 {"from": [gateway], "ports": [{"protocol": "TCP", "port": ENGINE_PORT}]},
-                {"ports": [{"protocol": "TCP", "port": AGENT_PORT}]},  # metrics and probes; it changes nothing
+                {"ports": [{"protocol": "TCP", "port": AGENT_PORT}]},  # metrics and probes; these routes change nothing
             ],
             "egress": EGRESS,
         }
@@ -34,7 +38,8 @@ def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifes
 
 
 def training_policy(job: FineTuneJob) -> Manifest:
-    """No way in but from the pods of the same run; out to anything but the cloud's metadata address."""
+    """Return the policy of training pods: ingress only from pods of the same run, egress to all but the cloud's
+    metadata address."""
     own = {"matchLabels": {OWNER_UID: job.metadata.uid}}
     return child("networking.k8s.io/v1", "NetworkPolicy", f"{job.metadata.name}-training", job, "network") | {
         "spec": {

@@ -1,4 +1,4 @@
-"""AdapterDeployment -> its part of the gateway's table: a ConfigMap in the operator's namespace."""
+"""Build an AdapterDeployment's part of the gateway's table: a ConfigMap in the operator's namespace."""
 
 import hashlib
 
@@ -9,13 +9,16 @@ from graft.settings import Settings
 
 
 def routes_name(deployment: AdapterDeployment) -> str:
-    """Unique over namespaces, and within 63 characters."""
+    """Return a name that is unique over all namespaces and has at most 63 characters."""
     full = f"{deployment.metadata.namespace}/{deployment.metadata.name}"
     return f"routes-{deployment.metadata.name[:40]}-{hashlib.sha256(full.encode()).hexdigest()[:10]}"
 
 
 def routes_config_map(deployment: AdapterDeployment, routes: Routes, settings: Settings) -> Manifest:
-    """No owner reference reaches across namespaces: the AdapterDeployment's finalizer removes it."""
+    """Return the ConfigMap.
+
+    Owner references do not work across namespaces, so the AdapterDeployment's finalizer deletes it.
+    """
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -1,15 +1,18 @@
-"""AdapterDeployment -> what scales and guards its pods: PodDisruptionBudget, HorizontalPodAutoscaler, or KEDA's ScaledObject."""
+"""Build what scales and protects the pods of an AdapterDeployment: PodDisruptionBudget, and HorizontalPodAutoscaler or
+ScaledObject."""
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling, ScalingTarget
 from graft.manifests.metadata import Manifest, child
 from graft.manifests.serving import has_parts, pod_selector, serving_name
 
-# Of the gateway: requests that it holds, or that run or wait in the engines. Counted there because the engines' own metrics are
-# behind the NetworkPolicy, and do not know of the requests that a sleeping deployment keeps waiting.
+# A metric of the gateway: the requests that the gateway holds, or that run or wait in the engines. The gateway counts
+# them for two reasons. The NetworkPolicy blocks the engines' own metrics, and these omit requests that wait for a
+# sleeping deployment.
 REQUESTS_METRIC = "graft_gateway_deployment_in_flight"
 KEDA_POLLING_SECONDS = 15
-# For adapters on a part of the replicas: the two that have one must not go together, and the next needs time to load it.
+# For adapters that are on some replicas only: both replicas of an adapter must not be removed at once. The next needs
+# time to load it.
 ONE_BY_ONE: Manifest = {"scaleDown": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]}}
 
 
@@ -19,19 +22,25 @@ def can_have_several(deployment: AdapterDeployment) -> bool:
 
 
 def fewest(autoscaling: Autoscaling) -> int:
-    """Replicas while it is awake; between 0 and 1 the operator decides, an autoscaler leaves 0 alone."""
+    """Return the minimum of replicas while awake.
+
+    Only the operator scales between 0 and 1; autoscalers do not change 0.
+    """
     return max(1, autoscaling.min_replicas)
 
 
 def disruption_budget(deployment: AdapterDeployment) -> Manifest:
-    """One pod at a time may be drained. For several replicas only: with one it would block the drain of its node."""
+    """Return the budget: one pod at a time may be drained.
+
+    It is for several replicas only: with one, it would block a node's drain.
+    """
     return child("policy/v1", "PodDisruptionBudget", serving_name(deployment), deployment, "scaling") | {
         "spec": {"maxUnavailable": 1, "selector": {"matchLabels": pod_selector(deployment)}}
     }
 
 
 def autoscaler(deployment: AdapterDeployment) -> Manifest | None:
-    """The object that moves the Deployment's replicas; None where there is nothing to move."""
+    """Return the object that changes the Deployment's replicas, or None if their number is fixed."""
     autoscaling = deployment.spec.autoscaling
     if autoscaling is None or autoscaling.target is None or deployment.spec.replicas == 0:
         return None
@@ -53,7 +62,7 @@ def _labels(deployment: AdapterDeployment) -> dict[str, str]:
 def _horizontal(deployment: AdapterDeployment, autoscaling: Autoscaling, target: ScalingTarget) -> Manifest:
     metrics: list[Manifest] = []
     if target.cpu_percent is not None:
-        # Of the engine alone: the agent beside it does next to nothing.
+        # The CPU of the engine only, because the agent beside it uses almost none.
         utilization = {"type": "Utilization", "averageUtilization": target.cpu_percent}
         metrics.append(
             {
@@ -116,7 +125,7 @@ def _scaled_object(deployment: AdapterDeployment, autoscaling: Autoscaling, targ
 
 
 def replicas_patch(deployment: AdapterDeployment, replicas: int, at: str) -> Manifest:
-    """For server-side apply with a field manager of its own: the number, and when it was decided."""
+    """Return the number of replicas and the time of the decision, for server-side apply with a separate field manager."""
     name, namespace = serving_name(deployment), deployment.metadata.namespace
     return {
         "apiVersion": "apps/v1",
@@ -127,7 +136,10 @@ def replicas_patch(deployment: AdapterDeployment, replicas: int, at: str) -> Man
 
 
 def let_go_patch(deployment: AdapterDeployment) -> Manifest:
-    """The same, of a deployment that is not scaled any more: the number is somebody else's, and the time goes."""
+    """Return the patch for a deployment that is no longer scaled.
+
+    It gives up the number of replicas and deletes the time.
+    """
     name, namespace = serving_name(deployment), deployment.metadata.namespace
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": namespace}}
 

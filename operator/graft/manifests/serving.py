@@ -1,4 +1,4 @@
-"""AdapterDeployment -> its Deployment of serving pods: base model, agent (native sidecar), engine."""
+"""Build an AdapterDeployment's Deployment of serving pods: base model (init container), agent (native sidecar), engine."""
 
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import ServingSizing
@@ -22,16 +22,17 @@ from graft.settings import Settings
 
 DEFAULT_MAX_LORAS = 8
 HOST_SLOTS = (32, 64, 128)
-# vLLM quantises while it loads: 4 bits by bitsandbytes, 8 by its fp8. Ours has bitsandbytes only.
+# vLLM quantises while it loads: 4 bits with bitsandbytes, 8 bits with its fp8. Graft's own engine has bitsandbytes
+# only.
 QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
-LEAVE_SECONDS = 10  # between the deletion of a pod and the last gateway's knowing of it, with much to spare
-EXIT_SECONDS = 10  # for the processes to end, after the requests have
+LEAVE_SECONDS = 10  # from the deletion of a pod until every gateway knows of it, with a large margin
+EXIT_SECONDS = 10  # for the processes to exit after the last request
 NODE, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
 MODELS_DIR = "/models"
-BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was made with
-VOLUME_SPARE = 256 << 20  # bytes of the adapters' volume beyond the adapters: the kubelet evicts a pod that uses more
-PROGRESS_SECONDS = 2400  # a little more than the engine has to start
-SPREAD_SECONDS = 15  # between two replicas of a rollout, for adapters of the one that went to be loaded elsewhere
+BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was created with
+VOLUME_SPARE = 256 << 20  # bytes added to the adapters' volume: the kubelet evicts a pod that exceeds its volume
+PROGRESS_SECONDS = 2400  # slightly more than the engine's startup limit
+SPREAD_SECONDS = 15  # between two replicas of a rollout, to load the adapters of a removed replica on others
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -57,26 +58,28 @@ def pod_selector(deployment: AdapterDeployment) -> dict[str, str]:
 
 
 def has_parts(deployment: AdapterDeployment) -> bool:
-    """Whether a replica may have a part of the adapters only."""
+    """Return whether a replica may hold only a part of the adapters."""
     limits = deployment.spec.limits
     return bool(limits.adapters_per_replica or limits.adapter_bytes)
 
 
 def host_slots(deployment: AdapterDeployment) -> int:
-    """Adapters that vLLM keeps in the host's memory: room for all that are attached, in steps, so that attaching one rolls
-    no pods."""
+    """Return the number of adapters that vLLM keeps in host memory: all attached ones, rounded up in steps.
+
+    The steps keep the pods from rolling when an adapter is attached.
+    """
     attached = max(len(deployment.spec.adapters), deployment.spec.limits.max_loras or DEFAULT_MAX_LORAS)
     return next((step for step in HOST_SLOTS if step >= attached), attached)
 
 
 def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: ServingSizing) -> list[str]:
-    """Flags that vLLM and our engine share (vLLM's names), and vLLM's own."""
+    """Return the flags that vLLM and Graft's own engine share (with vLLM's names), and the flags of vLLM only."""
     limits = deployment.spec.limits
     arguments = [
         "--served-model-name",
         deployment.spec.base_model,
         "--host",
-        "0.0.0.0",  # noqa: S104 - the gateway comes from other pods; the NetworkPolicy admits only it
+        "0.0.0.0",  # noqa: S104 - the gateway connects from other pods; the NetworkPolicy admits only the gateway
         "--port",
         str(ENGINE_PORT),
         "--max-loras",
@@ -105,7 +108,7 @@ def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: Serving
 
 
 def _resources(deployment: AdapterDeployment, sizing: ServingSizing) -> Manifest:
-    """The spec's, else what placement chose, else the API's default."""
+    """Return the spec's resources, else those that placement chose, else the API's default."""
     if deployment.spec.resources is not None or sizing.memory_bytes is None:
         return container_resources(deployment.spec.resources)
     memory = f"{sizing.memory_bytes // 2**30}Gi"
@@ -134,11 +137,13 @@ def _engine(
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
         "resources": _resources(deployment, sizing),
         "securityContext": CONTAINER_SECURITY,
-        # Loading a large model takes long: the start has half an hour, after that three missed probes are too many.
+        # Loading a large model takes long, so the start may take half an hour. After that, six failed liveness probes
+        # restart the engine.
         "startupProbe": probe | {"periodSeconds": 2, "failureThreshold": 900, "timeoutSeconds": 5},
         "livenessProbe": probe | {"periodSeconds": 10, "failureThreshold": 6, "timeoutSeconds": 10},
         "readinessProbe": probe | {"periodSeconds": 3, "failureThreshold": 2, "timeoutSeconds": 5},
-        # The pod leaves the gateway's table while this sleeps, so no new request meets an engine that is shutting down.
+        # During this sleep, the pod leaves the gateway's table. So no new request reaches an engine that is shutting
+        # down.
         "lifecycle": {"preStop": {"sleep": {"seconds": LEAVE_SECONDS}}},
         "volumeMounts": mounts,
     }
@@ -199,7 +204,7 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
 
 
 API_VOLUME = {
-    # The service account's token, for the agent only: the engine has no credentials at all.
+    # The service account's token. Only the agent mounts it: the engine has no credentials.
     "name": "api",
     "projected": {
         "defaultMode": 0o440,
@@ -235,7 +240,7 @@ def _fetch_base(base_model: BaseModelRef, settings: Settings) -> Manifest:
 
 
 def _placement(deployment: AdapterDeployment, sizing: ServingSizing) -> Placement:
-    """The spec's, and where placement chose a GPU, the nodes that have it."""
+    """Return the spec's placement. If placement chose a GPU, add the selector of the nodes that have it."""
     spec = deployment.spec
     if spec.resources is not None or not sizing.gpus:
         return spec
@@ -250,8 +255,12 @@ def serving_deployment(
     sizing: ServingSizing,
     replicas: int | None,
 ) -> Manifest:
-    """The apps/v1 Deployment. Adapters are no part of the pod template: attaching one restarts nothing. The base model's pinned
-    URI and digest are, so another one rolls the pods. Without `replicas` their number is somebody else's to say."""
+    """Return the apps/v1 Deployment.
+
+    Adapters are not part of the pod template, so attaching one restarts nothing. The base model's pinned URI and digest
+    are part of it, so another base model rolls the pods. If `replicas` is None, another field manager sets their
+    number.
+    """
     limits = deployment.spec.limits
     init: list[Manifest] = []
     volumes: list[Manifest] = [
@@ -311,10 +320,11 @@ def serving_deployment(
 
 
 def _spread(selector: Manifest) -> Manifest:
-    """The parts of a pod's spec that put replicas on several nodes and zones, where that is possible.
+    """Return the parts of a pod's spec that spread replicas over nodes and zones, if possible.
 
-    The scheduler leaves out a node that lacks the key of any soft constraint, so one on the zone would end the spreading
-    over nodes in clusters whose nodes name none; an affinity does not have that effect.
+    The scheduler ignores nodes that lack the topology key of any soft constraint. So in clusters whose nodes have no
+    zone label, a constraint on the zone would also stop the spreading over nodes. An affinity does not have that
+    effect.
     """
     constraint = {"maxSkew": 1, "topologyKey": NODE, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector}
     away = {"weight": 100, "podAffinityTerm": {"topologyKey": ZONE, "labelSelector": selector}}

@@ -1,4 +1,4 @@
-"""The Secret with the operator's signing key, and the ConfigMap with the public keys that the agents trust."""
+"""Build the Secret with the operator's signing key and the ConfigMap with the public keys that the agents trust."""
 
 import base64
 
@@ -9,7 +9,10 @@ from graft.settings import Settings
 
 
 def signing_secret(settings: Settings, day: str, pem: bytes) -> Manifest:
-    """A first key, named by the day (2026-11-25) so that later ones sort behind it."""
+    """Return the Secret with a first key.
+
+    The key is named by the day (2026-11-25), so that later keys sort after it.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -24,7 +27,7 @@ def signing_secret(settings: Settings, day: str, pem: bytes) -> Manifest:
 
 
 def trusted_keys_config_map(settings: Settings, keys: Keys) -> Manifest:
-    """One entry per key that verifies."""
+    """Return the ConfigMap with one entry per key that verifies signatures."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -1,4 +1,5 @@
-"""FineTuneJob -> its ConfigMap with job.json, its Jobs, and for several pods the Service by which they meet."""
+"""Build the objects of a FineTuneJob: the ConfigMap with job.json, the Jobs, and for several pods the Service that
+connects them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,11 +25,12 @@ from graft.manifests.podspec import (
 )
 from graft.settings import Settings, Spot
 
-TRAINING, PREFLIGHT = "training", "preflight"  # components: the run's pods, and the one before it that checks
+# Components: the pods of the run, and the pod that checks the job before them.
+TRAINING, PREFLIGHT = "training", "preflight"
 METHOD_LABEL = "graft.dev/method"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
-GRACE_SECONDS = 120  # for the last checkpoint; clouds give spot nodes 30 to 120 seconds
+GRACE_SECONDS = 120  # seconds for the last checkpoint; clouds give spot nodes 30 to 120 seconds
 PREPARE_RESOURCES = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
 
 FAILURE_POLICY: Manifest = {
@@ -42,7 +44,7 @@ FAILURE_POLICY: Manifest = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The pods of a run, as placement or the spec says."""
+    """The pods of a run, as placement chose them or as the spec requires."""
 
     resources: Resources | None = None
     nodes: int = 1
@@ -68,7 +70,10 @@ def peers_name(job: FineTuneJob) -> str:
 
 
 def first_host(job: FineTuneJob) -> str:
-    """DNS name of the pod with index 0: an Indexed Job gives its pods host names, the headless Service their domain."""
+    """Return the DNS name of the pod with index 0.
+
+    The Indexed Job gives pods host names, the headless Service gives the domain.
+    """
     return f"{job.metadata.name}-0.{peers_name(job)}.{job.metadata.namespace}.svc"
 
 
@@ -83,7 +88,7 @@ def job_file(
     task: Literal["causal", "seq2seq"] = "causal",
     current: CurrentVersion | None = None,
 ) -> JobFile:
-    """What the training pod is told."""
+    """Return the contents of job.json for the training pods."""
     return JobFile(
         job=JobIdentity(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
         tenant=tenant_of(job.metadata.namespace),
@@ -108,12 +113,12 @@ def job_file(
 
 
 def config_map(job: FineTuneJob, file: JobFile) -> Manifest:
-    """The ConfigMap that holds job.json."""
+    """Return the ConfigMap that holds job.json."""
     return child("v1", "ConfigMap", job_file_name(job), job, TRAINING) | {"data": {"job.json": file.json_text()}}
 
 
 def peers_service(job: FineTuneJob) -> Manifest:
-    """The headless Service by which the pods of a run find the first one, before any is Ready."""
+    """Return the headless Service. The pods of a run find the pod with index 0 through it, before any pod is Ready."""
     return child("v1", "Service", peers_name(job), job, TRAINING) | {
         "spec": {
             "clusterIP": "None",
@@ -125,7 +130,7 @@ def peers_service(job: FineTuneJob) -> Manifest:
 
 
 def data_uris(job: FineTuneJob) -> list[tuple[str, str]]:
-    """(where in the spec, URI) of every file that the job reads besides its base model."""
+    """Return (path in the spec, URI) of every file that the job reads besides its base model."""
     dataset, suites = job.spec.dataset, job.spec.evaluation.suites or []
     named = [("dataset.train", dataset.train.uri)]
     if dataset.eval is not None:
@@ -137,7 +142,7 @@ def data_uris(job: FineTuneJob) -> list[tuple[str, str]]:
 
 
 def mounted_volumes(uris: list[str]) -> tuple[list[Manifest], list[Manifest]]:
-    """Volumes and mounts of the claims and ConfigMaps that the URIs name."""
+    """Return volumes and mounts of the claims and ConfigMaps that the URIs name."""
     claims = sorted({split_pvc_uri(uri)[0] for uri in uris if uri.startswith("pvc://")})
     maps = sorted(
         {uri.removeprefix("configMap://").partition("/")[0] for uri in uris if uri.startswith("configMap://")}
@@ -157,7 +162,7 @@ def mounted_volumes(uris: list[str]) -> tuple[list[Manifest], list[Manifest]]:
 
 
 def _spot(spot: Spot) -> Manifest:
-    """Prefer nodes that may be taken away, whichever cloud's labels they carry, and tolerate their taints."""
+    """Prefer spot nodes, by the labels of all configured clouds, and tolerate their taints."""
     preferred = [
         {"weight": 100, "preference": {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]}}
         for key, value in sorted(spot.labels.items())
@@ -173,32 +178,40 @@ def preflight_name(job: FineTuneJob) -> str:
 
 
 def is_preflight(child: Manifest) -> bool:
-    """Whether a Job or a pod of a FineTuneJob is the one that checks before GPUs are taken."""
+    """Return whether a Job or a pod of a FineTuneJob is the preflight check that runs before GPUs are reserved."""
     return bool(child["metadata"].get("labels", {}).get(COMPONENT) == PREFLIGHT)
 
 
 def preflight_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings) -> Manifest:
-    """The Job before one with GPUs: all that prepare finds wrong is found before the cluster keeps a GPU for the run, and what
-    it finds out about the data is there when the GPUs are chosen."""
+    """Return the Job that runs before a Job with GPUs.
+
+    So all errors that `prepare` finds are found before the cluster reserves a GPU for the run. And the facts about the
+    data are known when placement chooses the GPUs.
+    """
     volumes, mounts = _volumes(job, base_model)
     pod = {
-        # As the run's own pods, to whose nodes the spec may bind it: it tolerates their taints.
+        # It tolerates the taints of GPU nodes, because the spec's nodeSelector may require the nodes of the run's own
+        # pods.
         **pod_defaults(settings, job.spec, gpus=1),
-        # The name is that of the init container: the same checks, and the operator reads both alike.
+        # It has the name of the init container, because it runs the same checks and the operator reads both in the same
+        # way.
         "containers": [_container("prepare", "preflight", settings, mounts, PREPARE_RESOURCES)],
         "volumes": volumes,
     }
-    pod.pop("runtimeClassName", None)  # it is the GPUs'
+    pod.pop("runtimeClassName", None)  # the runtime class is for GPUs only
     if job.spec.spot:
         pod["tolerations"] += _spot(settings.spot)["tolerations"]
     return _job(job, preflight_name(job), PREFLIGHT, pod, pods=1)
 
 
 def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings, shape: Shape) -> Manifest:
-    """The batch/v1 Job: prepare as an init container without a GPU, then train; an Indexed Job for several pods."""
+    """Return the batch/v1 Job: `prepare` as an init container without a GPU, then `train`.
+
+    Several pods make it an Indexed Job.
+    """
     volumes, mounts = _volumes(job, base_model)
     if shape.several:
-        # Processes hand each other tensors through shared memory; a container's own is 64 MB.
+        # Processes exchange tensors through shared memory. A container's default is only 64 MB.
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - an emptyDir
     pod = {
@@ -218,7 +231,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
         pod["subdomain"] = peers_name(job)
     manifest = _job(job, job.metadata.name, TRAINING, pod, pods=shape.nodes)
     if job.spec.queue is not None:
-        # Kueue takes over suspend from here: it lifts it when it admits the job.
+        # From here on, Kueue controls spec.suspend: it sets it to false when it admits the job.
         manifest["metadata"]["labels"][QUEUE_LABEL] = job.spec.queue
         manifest["spec"]["suspend"] = True
     return manifest
@@ -226,7 +239,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
 
 def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) -> Manifest:
     pod_labels = labels(job, component) | {METHOD_LABEL: job.spec.method.name}
-    # One that is missing or ends takes all others along, which fail then, too: so many retries are for each.
+    # If one pod is missing or ends, all other pods of the run fail too. So each index gets the retries of the spec.
     limits = {"backoffLimit": job.spec.retries}
     if pods > 1:
         limits = {"backoffLimitPerIndex": job.spec.retries, "maxFailedIndexes": 0}
@@ -247,7 +260,7 @@ def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) 
 
 
 def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest], list[Manifest]]:
-    """Volumes and mounts of every container that looks at the job's data."""
+    """Return volumes and mounts of every container that reads the job's data."""
     data_volumes, data_mounts = mounted_volumes([base_model.uri] + [uri for _, uri in data_uris(job)])
     mounts: list[Manifest] = [
         {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},

@@ -1,8 +1,9 @@
-"""Where a job runs (PURE): model facts, method and lengths -> memory -> GPUs, their number and nodes.
+"""Choose where a job runs (PURE): from model facts, method and lengths to memory, and from memory to GPUs and nodes.
 
-facts: config.json -> facts; blocks: facts -> matrices; activations, estimate: matrices -> bytes; offers: nodes -> GPUs;
-choose: both -> the smallest that fits; decide: that -> resources of the pods. `serving` estimates an engine, and
-engine chooses its GPUs and flags; `replicas` and `replicaroom` spread adapters over its replicas.
+facts: config.json -> facts. blocks: facts -> matrices. activations, estimate: matrices -> bytes. offers: nodes -> GPUs.
+choose: bytes and GPUs -> the smallest GPUs that fit. decide: GPUs -> resources of the pods. explain: texts for users.
+serving estimates the memory of an engine, and engine chooses its GPUs and flags. replicas and replicaroom distribute
+adapters over the replicas of an engine.
 """
 
 from graft.placement.decide import Decision, DoesNotFit, training

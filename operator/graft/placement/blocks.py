@@ -1,4 +1,5 @@
-"""The matrices inside a model's transformer blocks, from its facts: what is quantised, and what carries a low-rank update."""
+"""The matrices of a model's transformer blocks, derived from its facts: which are quantised, and which get a low-rank
+update."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from graft.api.recipe import Lora
 
 
 class FactsMissing(Exception):
-    """The facts do not say enough for an estimate; `names` are those that are needed, as in spec.facts."""
+    """The facts do not suffice for an estimate. `names` are the missing facts, named as in spec.facts."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__(", ".join(names))
@@ -18,7 +19,7 @@ class FactsMissing(Exception):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The facts that every estimate needs, none of them missing. Sizes are numbers of values."""
+    """The facts that every estimate needs, all present. Sizes are numbers of values."""
 
     parameters: int
     layers: int  # of the decoder
@@ -38,7 +39,7 @@ class Geometry:
 
     @property
     def embeddings(self) -> int:
-        """Values of the token embeddings and of a head of its own."""
+        """Values of the token embeddings and, if it is not tied to them, of the output head."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -49,7 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` matrices of the same place and shape."""
+    """`count` matrices with the same part and the same shape."""
 
     part: Literal["attention", "mlp", "experts", "router"]
     inputs: int
@@ -58,10 +59,10 @@ class Matrix:
 
 
 def geometry(facts: ModelFacts) -> Geometry:
-    """The facts with what follows from them filled in. FactsMissing when they say too little.
+    """Return the facts, with the derivable ones filled in. Raises FactsMissing if a required fact is missing.
 
-    What is unknown is taken as in most decoders of today: as many heads of keys as of queries, a gated MLP of 8/3 the width
-    (Shazeer 2020), a head of its own.
+    Other unknown facts get the values of most current decoders: as many key heads as query heads, a gated MLP of 8/3
+    the width (Shazeer 2020), and an output head that is not tied to the embeddings.
     """
     needed = ("parameters", "layers", "hiddenSize", "vocabSize")
     known = facts.wire()
@@ -90,7 +91,7 @@ def geometry(facts: ModelFacts) -> Geometry:
 
 
 def matrices(shape: Geometry) -> Iterator[Matrix]:
-    """All matrices of all blocks; a decoder that has an encoder attends to it, too."""
+    """Yield the matrices of all blocks. If there is an encoder, the decoder has cross-attention too."""
     blocks = shape.layers + shape.encoder_layers
     attentions = blocks + (shape.layers if shape.encoder_layers else 0)
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -105,17 +106,17 @@ def matrices(shape: Geometry) -> Iterator[Matrix]:
 
 
 def linear_parameters(shape: Geometry) -> int:
-    """Values of the blocks' linear layers, which is what bitsandbytes holds in 4 bits.
+    """Return the number of values in the blocks' linear layers. bitsandbytes holds these in 4 bits.
 
-    Experts are left out: transformers keeps those of a block in one tensor, which is no linear layer.
+    Experts are not counted: transformers keeps the experts of a block in one tensor, which is not a linear layer.
     """
     return sum(item.inputs * item.outputs * item.count for item in matrices(shape) if item.part in {"attention", "mlp"})
 
 
 def adapter_parameters(shape: Geometry, lora: Lora) -> int:
-    """Values of A and B of all targets: rank x (inputs + outputs) each (Hu et al. 2021).
+    """Return the number of values in A and B of all targets: rank x (inputs + outputs) each (Hu et al. 2021).
 
-    Modules that are named one by one are taken as all of them: their names differ between architectures.
+    If the spec names single modules, all linear layers are counted, because module names differ between architectures.
     """
     parts = {"attention"} if lora.target_modules == "attention" else {"attention", "mlp"}
     blocks = sum((item.inputs + item.outputs) * item.count for item in matrices(shape) if item.part in parts)

@@ -1,7 +1,8 @@
-"""Which GPUs a training gets (PURE): the fewest, and of those the smallest, on which the estimate fits.
+"""Choose the GPUs of a training (PURE): the fewest that the estimate fits on, and among those the smallest.
 
-One GPU before several, one node before several, then the least memory per GPU. On the GPU that is chosen the micro-batch
-grows, by powers of two, up to an effective batch of 16; gradient checkpointing only where it buys a micro-batch.
+One GPU is preferred to several, one node to several nodes, then the least memory per GPU. On the chosen GPU, the
+micro-batch grows by powers of two up to an effective batch of 16. Gradient checkpointing is used only if it allows a
+larger micro-batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,30 +15,30 @@ from graft.placement.blocks import Geometry
 from graft.placement.estimate import GIB, loaded_bytes, trained_parameters, training_memory
 from graft.placement.offers import GpuKind, NodeOffer
 
-EFFECTIVE_BATCH = 16  # the trainer's, where the spec leaves it open
-ENOUGH = 4  # a micro-batch of so many keeps a GPU busy; larger ones do not pay for computing activations twice
-DEFAULT_MAX_LENGTH = 2048  # the trainer's, too
-PROCESS = 6 * GIB  # host memory of a process on a GPU: python, torch, CUDA libraries; the data is in mapped files
-DISK = GIB  # the dataset, its tokens (4 bytes each), its suites and the libraries' caches
+EFFECTIVE_BATCH = 16  # examples; the trainer's default if the spec does not set it
+ENOUGH = 4  # examples: this micro-batch keeps a GPU busy; a larger one is not worth recomputing activations
+DEFAULT_MAX_LENGTH = 2048  # tokens; the trainer has the same default
+PROCESS = 6 * GIB  # bytes of host memory of a GPU process: python, torch, CUDA libraries; the data is memory-mapped
+DISK = GIB  # bytes for the dataset, its tokens (4 bytes each), the suites and the caches of libraries
 CPUS_PER_GPU = 4
-# GPUs on the market, to say what would fit: GB by name -> GiB that they show.
+# GPUs on the market, to suggest GPUs that would fit: GB in the name -> GiB that the device reports.
 MARKET = {16: 15.0, 24: 22.4, 40: 39.5, 48: 44.9, 80: 79.6, 141: 140.0, 180: 178.0}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a job decides its memory."""
+    """The parts of a job that decide its memory."""
 
     shape: Geometry
     method: Method
     training: Training
     length: int  # tokens of the longest sequence
-    download: int = 0  # bytes of the base model's files that each pod brings to its disk
+    download: int = 0  # bytes of the base model's files that each pod downloads to its disk
 
     def setup(
         self, kind: GpuKind | None, gpus: int, nodes: int, sharding: Literal["ddp", "fsdp"] | None
     ) -> Setup | None:
-        """On this hardware; None when it cannot compute in the precision that the spec asks for."""
+        """Return the setup on this hardware, or None if the hardware does not support the spec's precision."""
         wanted = self.training.precision
         if wanted == "auto":
             wanted = "fp32" if kind is None else "bf16" if kind.bf16 else "fp16"
@@ -56,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Fit:
-    """Hardware on which the job fits, and how it is to run there."""
+    """Hardware on which the job fits, and the setup of the run on it."""
 
     kind: GpuKind
     gpus: int  # of each pod
@@ -72,8 +73,8 @@ class Fit:
 def longest_sequence(
     training: Training, context: int | None, method: Method, known: int | None, *, causal: bool
 ) -> int:
-    """Tokens of the longest sequence: the spec's or the trainer's default, no longer than the data, with the virtual
-    tokens of promptTuning."""
+    """Return the tokens of the longest sequence: the spec's maxLength or the trainer's default, plus promptTuning's
+    virtual tokens. Without packing, it is at most the longest example, if that is known."""
     virtual = method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0
     room = max(8, context - (virtual if causal else 0)) if context is not None else DEFAULT_MAX_LENGTH
     length = training.max_length or min(room, DEFAULT_MAX_LENGTH)
@@ -83,7 +84,7 @@ def longest_sequence(
 
 
 def best(recipe: Recipe, available: Sequence[NodeOffer]) -> Fit | None:
-    """The smallest hardware on which the job fits."""
+    """Return the smallest hardware on which the job fits, or None."""
     for kind, gpus, nodes in _candidates(recipe, available):
         setup = recipe.setup(kind, gpus, nodes, "fsdp" if gpus * nodes > 1 else None)
         fitting = fit(recipe, setup, kind.usable) if setup is not None else None
@@ -96,7 +97,7 @@ def best(recipe: Recipe, available: Sequence[NodeOffer]) -> Fit | None:
 
 
 def fit(recipe: Recipe, setup: Setup, memory: int) -> Setup | None:
-    """The setup with the micro-batch and the checkpointing that are best within `memory` bytes; None when none fits."""
+    """Return the setup with the best micro-batch and checkpointing within `memory` bytes, or None if nothing fits."""
     given = recipe.training.gradient_checkpointing
     plain = _largest(recipe, replace(setup, checkpointing=False), memory) if given is not True else None
     if given is False or (plain is not None and plain.micro_batch >= min(ENOUGH, most(recipe, setup))):
@@ -108,14 +109,15 @@ def fit(recipe: Recipe, setup: Setup, memory: int) -> Setup | None:
 
 
 def most(recipe: Recipe, setup: Setup) -> int:
-    """The largest micro-batch that makes sense."""
+    """Return the largest useful micro-batch: the spec's, or the one that reaches EFFECTIVE_BATCH."""
     if recipe.training.per_device_train_batch_size is not None:
         return recipe.training.per_device_train_batch_size
     return max(1, EFFECTIVE_BATCH // ((recipe.training.gradient_accumulation_steps or 1) * setup.world))
 
 
 def smallest(recipe: Recipe, setup: Setup) -> Setup:
-    """The same run with the least memory: one example at a time, activations computed again, unless the spec says no."""
+    """Return the same run with the least memory: one example at a time and gradient checkpointing, unless the spec sets
+    them."""
     return replace(
         setup,
         micro_batch=recipe.training.per_device_train_batch_size or 1,
@@ -135,13 +137,15 @@ def _largest(recipe: Recipe, setup: Setup, memory: int) -> Setup | None:
 
 
 def sharded(recipe: Recipe) -> bool:
-    """Whether more GPUs lessen the memory of each: 4-bit weights are not spread, nor is anything with ddp, nor what an
-    optimizer works on that wants all of it."""
+    """Return whether more GPUs reduce the memory of each GPU.
+
+    They do not with 4-bit weights, with ddp, or with optimizers that need whole weights.
+    """
     return recipe.method.qlora is None and recipe.training.sharding != "ddp" and recipe.training.optim in SHARDABLE
 
 
 def _candidates(recipe: Recipe, available: Sequence[NodeOffer]) -> Iterator[tuple[GpuKind, int, int]]:
-    """(kind, GPUs of a node, nodes), the smallest first."""
+    """Yield (kind, GPUs of a node, nodes), the smallest first."""
     found: set[tuple[GpuKind, int, int]] = set()
     for kind in {offer.kind for offer in available if offer.kind is not None}:
         per_node = [offer.gpus for offer in available if offer.kind == kind]
@@ -155,20 +159,25 @@ def _candidates(recipe: Recipe, available: Sequence[NodeOffer]) -> Iterator[tupl
 
 
 def _doublings(limit: int) -> set[int]:
-    """2, 4, 8 … up to the limit, and the limit."""
+    """Return 2, 4, 8 … up to the limit, and the limit itself."""
     return {count for count in (2**power for power in range(1, limit.bit_length())) if count <= limit} | {max(1, limit)}
 
 
 def host_memory(recipe: Recipe, setup: Setup, gpus: int) -> int:
-    """Bytes that a pod with GPUs needs beside them: the weights as they are loaded, and a checkpoint (trained
-    weights and the optimizer's state) on its way to storage. Whole GiB."""
+    """Return the bytes of host memory that a pod with GPUs needs, in whole GiB.
+
+    It holds the processes, the weights while they are loaded, and a checkpoint (trained weights and the optimizer's
+    state) while it is uploaded.
+    """
     needed = gpus * PROCESS + loaded_bytes(recipe.shape, setup) + _checkpoint(recipe, setup, gpus)
     return -(-needed // GIB) * GIB
 
 
 def disk(recipe: Recipe, setup: Setup, gpus: int) -> int:
-    """Bytes of the node's disk that a pod needs: the base model's files, a checkpoint on its way to storage, what is published.
-    Whole GiB."""
+    """Return the bytes of node disk that a pod needs, in whole GiB.
+
+    It holds the data, the base model's files, a checkpoint while it is uploaded, and the files to publish.
+    """
     trained = trained_parameters(recipe.shape, setup)
     published = trained * (WIDTH[recipe.shape.dtype] if recipe.method.full is not None else 4)
     needed = DISK + recipe.download + _checkpoint(recipe, setup, gpus) + published
@@ -176,12 +185,12 @@ def disk(recipe: Recipe, setup: Setup, gpus: int) -> int:
 
 
 def _checkpoint(recipe: Recipe, setup: Setup, gpus: int) -> int:
-    """Bytes of a pod's parts of a checkpoint: float32 weights and AdamW's moments."""
+    """Return the bytes of a pod's part of a checkpoint: float32 weights and AdamW's two moments."""
     return 12 * trained_parameters(recipe.shape, setup) // max(1, setup.shards) * max(1, gpus)
 
 
 def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:
-    """What would fit, in words: a lighter method on this cluster, and the recipe on other GPUs."""
+    """Return texts about what would fit: a lighter optimizer or method on this cluster, and the recipe on other GPUs."""
     ways = []
     if recipe.training.optim not in SHARDABLE:
         training = recipe.training.model_copy(update={"optim": SHARDABLE[0]})
@@ -189,7 +198,7 @@ def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:
         if other is not None:
             count, optim = other.gpus * other.nodes, recipe.training.optim
             ways.append(
-                f"training.optim {optim} cannot be sharded; with {SHARDABLE[0]} the job would fit on {count} x {other.kind.product} "
+                f"spec.training.optim {optim} cannot be sharded; with {SHARDABLE[0]} the job would fit on {count} x {other.kind.product} "
                 "of this cluster"
             )
     for method in (Method(lora=Lora()), Method(qlora=QLora())):
@@ -199,7 +208,9 @@ def alternatives(recipe: Recipe, available: Sequence[NodeOffer]) -> list[str]:
         other = best(replace(recipe, method=method), available)
         if other is not None:
             count = other.gpus * other.nodes
-            ways.append(f"method {method.name} would fit on {count} x {other.kind.product} of this cluster")
+            ways.append(
+                f"with spec.method.{method.name} the job would fit on {count} x {other.kind.product} of this cluster"
+            )
             break
     for gpus in (1, 2, 4, 8, 16, 32) if sharded(recipe) else (1,):
         for gigabytes, shown in MARKET.items():

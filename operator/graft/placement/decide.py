@@ -1,4 +1,5 @@
-"""A job's placement (PURE): its pods' resources and node selector, what the trainer is told, and the estimate for status."""
+"""The placement of a job (PURE): its pods' resources and node selector, the settings for the trainer, and
+status.sizing."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,15 +30,18 @@ from graft.placement.explain import gib, too_small, warning
 from graft.placement.explain import sizing as sizing_of
 from graft.placement.offers import GpuKind, Node, NodeOffer, offers
 
-LARGEST_ON_CPU = 1_000_000_000  # parameters; above it a CPU takes days where a GPU takes an hour
-CPU_TOKENS = 8192  # of a micro-batch on a CPU, the trainer's
-MOST_CPUS = 8  # the matrices of models that fit a CPU keep no more cores busy
-STEP = 256 * 2**20  # memory requests are whole steps
+LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model takes days on a CPU and an hour on a GPU
+CPU_TOKENS = 8192  # tokens of a micro-batch on a CPU; the trainer has the same limit
+MOST_CPUS = 8  # models that fit a CPU have matrices too small to keep more cores busy
+STEP = 256 * 2**20  # bytes; memory requests are multiples of it
 DISK = "ephemeral-storage"
 
 
 class DoesNotFit(Exception):
-    """The estimate fits on nothing that the cluster has; the message says what is needed, what there is and what would do."""
+    """The estimate does not fit on the cluster.
+
+    The message says what is needed, what the cluster has, and what would fit.
+    """
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Decision:
     """Where and how a job runs."""
 
     sizing: Sizing
-    resources: Resources | None  # of each pod; None: the API's default
+    resources: Resources | None  # of each pod; None for the API's default
     nodes: int = 1
-    node_selector: dict[str, str] = field(default_factory=dict)  # beside the spec's
+    node_selector: dict[str, str] = field(default_factory=dict)  # in addition to the spec's
     choice: Choice = field(default_factory=Choice)
 
 
@@ -68,9 +72,9 @@ def training(
     """Place a training.
 
     nodes: Node objects of the Kubernetes API. spot_taints: taint keys that the job tolerates because it may run on spot
-    nodes. explicit, nodes_wanted: the spec's resources and pods, which are taken as they are. dataset_max_length: tokens of
-    the longest example, where it is known. download: bytes of the base model's files that each pod brings. DoesNotFit when
-    nothing in the cluster does.
+    nodes. explicit, nodes_wanted: the spec's resources and number of pods, which are kept unchanged.
+    dataset_max_length: tokens of the longest example, if known. download: bytes of the base model's files that each pod
+    downloads. Raises DoesNotFit if the job does not fit on the cluster.
     """
     try:
         shape = geometry(facts or ModelFacts())
@@ -105,7 +109,7 @@ def _on_gpus(recipe: Recipe, found: Fit, available: Sequence[NodeOffer]) -> Deci
     kind, setup = found.kind, found.setup
     memory, space = host_memory(recipe, setup, found.gpus), disk(recipe, setup, found.gpus)
     shares = [offer.cpus / offer.gpus for offer in available if offer.kind == kind and offer.gpus >= found.gpus]
-    # Less than a GPU's share of the node's CPUs: DaemonSets have taken theirs.
+    # Less than a GPU's share of the node's CPUs, because DaemonSets use a part.
     cpus = max(1, min(CPUS_PER_GPU * found.gpus, int(0.9 * min(shares) * found.gpus)))
     resources = Resources(
         requests={"cpu": cpus, "memory": f"{memory // GIB}Gi", DISK: f"{space // GIB}Gi"},
@@ -120,8 +124,8 @@ def _on_cpu(recipe: Recipe, available: Sequence[NodeOffer]) -> Decision:
     setup = recipe.setup(None, 0, 1, None)
     if not available:
         raise DoesNotFit(
-            "no node of this cluster is Ready and fits the job's nodeSelector and tolerations; "
-            "where nodes are added on demand say the resources in spec.resources"
+            "no node of this cluster is Ready and matches the job's nodeSelector and tolerations; "
+            "if nodes are added on demand, set spec.resources"
         )
     if shape.parameters > LARGEST_ON_CPU or setup is None:
         raise DoesNotFit(too_small(recipe, available))
@@ -131,7 +135,8 @@ def _on_cpu(recipe: Recipe, available: Sequence[NodeOffer]) -> Decision:
     roomy = [offer for offer in available if offer.memory >= memory]
     if not roomy:
         raise DoesNotFit(too_small(recipe, available))
-    # Half of a node: small clusters run other pods, too, and without a limit the training takes what is idle.
+    # Half of a node, because small clusters run other pods too. There is no CPU limit, so the training also uses idle
+    # CPUs.
     cpus = max(1, min(MOST_CPUS, int(max(offer.cpus for offer in roomy) / 2)))
     text, space = f"{memory // 2**20}Mi", disk(recipe, setup, 0)
     resources = Resources(requests={"cpu": cpus, "memory": text, DISK: f"{space // GIB}Gi"}, limits={"memory": text})
@@ -140,14 +145,14 @@ def _on_cpu(recipe: Recipe, available: Sequence[NodeOffer]) -> Decision:
 
 
 def _cpu_setup(recipe: Recipe, setup: Setup) -> Setup:
-    """The worst that the trainer does on a CPU: micro-batches of at most CPU_TOKENS."""
+    """Return the setup with the most memory that the trainer uses on a CPU: micro-batches of at most CPU_TOKENS."""
     fixed = recipe.training.per_device_train_batch_size
     size = fixed or max(1, min(16, CPU_TOKENS // recipe.length))
     return replace(setup, micro_batch=size, checkpointing=bool(recipe.training.gradient_checkpointing))
 
 
 def _cpu_choice(setup: Setup) -> Choice:
-    """On a CPU the trainer finds the micro-batch by the data's real lengths; nothing is computed twice."""
+    """Return the choice for a CPU. The trainer finds the micro-batch from the real lengths of the data."""
     return Choice(gradient_checkpointing=setup.checkpointing, sharding=setup.sharding)
 
 
@@ -156,7 +161,10 @@ def _choice(setup: Setup) -> Choice:
 
 
 def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequence[NodeOffer]) -> Decision:
-    """The spec's resources, with the estimate for them; it warns where they look too small, and never refuses."""
+    """Keep the spec's resources and estimate for them.
+
+    If they look too small, the message warns; the job is never refused.
+    """
     gpus = explicit.gpus()
     kinds = {offer.kind for offer in available if offer.kind is not None and offer.gpus >= gpus}
     kind = min(kinds, key=lambda item: (item.memory, item.product)) if gpus and kinds else None
@@ -164,7 +172,9 @@ def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequen
     unseen = GpuKind("GPU", 0, bf16=True) if gpus else None
     setup = recipe.setup(kind or unseen, gpus, nodes, sharding)
     if setup is None:
-        text = f"precision {recipe.training.precision} is not to be had on {kind.product if kind else 'a CPU'}"
+        text = (
+            f"{kind.product if kind else 'a CPU'} does not support spec.training.precision {recipe.training.precision}"
+        )
         return Decision(Sizing(source="spec", gpus_per_node=gpus, nodes=nodes, message=text), explicit, nodes)
     limit = kind.memory if kind is not None else 0 if gpus else _memory(explicit)
     fitting = fit(recipe, setup, kind.usable) if kind is not None else None
@@ -174,7 +184,8 @@ def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequen
     sizing = sizing_of(used, items, kind, gpus, nodes, _memory(explicit) or None, space, "spec")
     if gpus and kind is None:
         sizing.message = (
-            f"no node here shows {gpus} GPUs with their memory; the estimate is {gib(sizing.total_bytes)} per GPU"
+            f"no node of this cluster offers {gpus} GPUs with a known memory size; "
+            f"the estimate is {gib(sizing.total_bytes)} per GPU"
         )
     elif limit and sizing.total_bytes > limit:
         sizing.message = warning(recipe, setup, sizing.total_bytes, limit, kind)
@@ -183,7 +194,10 @@ def _explicit(recipe: Recipe, explicit: Resources, nodes: int, available: Sequen
 
 
 def _sharding(recipe: Recipe, gpus: int, nodes: int, kind: GpuKind | None) -> Literal["ddp", "fsdp"] | None:
-    """fsdp for full, and where the model fits only so; ddp where weights cannot be spread."""
+    """Return the spec's sharding; for `auto` fsdp if the method is full or the model fits only sharded, else ddp.
+
+    None for one process.
+    """
     if max(1, gpus) * nodes == 1:
         return None
     if recipe.training.sharding != "auto":
@@ -196,6 +210,6 @@ def _sharding(recipe: Recipe, gpus: int, nodes: int, kind: GpuKind | None) -> Li
 
 
 def _memory(resources: Resources) -> int:
-    """The memory that the container may use, in bytes; 0 when nothing limits it."""
+    """Return the memory limit of the container in bytes, or else its request; 0 if it has neither."""
     found = (resources.limits or {}).get("memory") or (resources.requests or {}).get("memory") or 0
     return int(quantity(found))

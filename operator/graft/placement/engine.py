@@ -1,6 +1,7 @@
-"""An engine's placement (PURE): GPUs, quantisation, length and batch of a replica, its pod's resources, and the estimate for status.
+"""The placement of an engine (PURE): GPUs, quantisation, length and batch of a replica, its pod's resources, and
+status.sizing.
 
-A choice is kept while what it was made from is the same (`basis`): nodes that come and go never roll serving pods.
+A choice is kept as long as its inputs (`basis`) are the same. So nodes that come and go never roll the serving pods.
 """
 
 import hashlib
@@ -29,11 +30,11 @@ from graft.placement.serving import (
 )
 
 DEFAULT_MAX_LORAS = 8
-UNKNOWN_CONTEXT = 4096  # of models whose facts name none
-SHORTEST_CONTEXT = 2048  # placement cuts the model's own no further
-TYPICAL_TOKENS = 1024  # of a request, where the batch is sized by the cache
-CPU_MEMORY = 4 * GIB  # of a pod without resources, by the API
-MOST_SEQUENCES = 256  # vLLM's default
+UNKNOWN_CONTEXT = 4096  # tokens; for models whose facts name no context length
+SHORTEST_CONTEXT = 2048  # tokens; placement does not shorten the model's own length below this
+TYPICAL_TOKENS = 1024  # tokens of a request, to derive the batch from the size of the cache
+CPU_MEMORY = 4 * GIB  # bytes; the API's default for a pod without resources
+MOST_SEQUENCES = 256  # requests at once; vLLM's default
 Engine = Literal["vllm", "transformers"]
 Task = Literal["causal", "seq2seq"]
 
@@ -43,8 +44,8 @@ def serving(
 ) -> ServingSizing:
     """Place one replica.
 
-    nodes: Node objects of the Kubernetes API. vllm: whether this installation has an image of it; it serves no seq2seq
-    models. DoesNotFit when nothing in the cluster does.
+    nodes: Node objects of the Kubernetes API. vllm: whether this installation has an image of vLLM; vLLM serves no
+    seq2seq models. Raises DoesNotFit if the replica does not fit on the cluster.
     """
     basis = basis_of(facts, spec, task=task, vllm=vllm)
     try:
@@ -61,7 +62,10 @@ def serving(
 
 
 def basis_of(facts: ModelFacts | None, spec: AdapterDeploymentSpec, *, task: Task, vllm: bool) -> str:
-    """A digest of what a choice is made from, but for the nodes. Adapters, routes and replicas never roll the pods."""
+    """Return a digest of a choice's inputs, without the nodes.
+
+    It excludes adapters, routes and replicas: they never roll the pods.
+    """
     limits = spec.limits.model_copy(update={"adapters_per_replica": None, "adapter_bytes_per_replica": None})
     parts = [
         facts.wire() if facts is not None else {}, limits.wire(), spec.engine, spec.strategy, spec.quantization,
@@ -91,7 +95,7 @@ def _load(spec: AdapterDeploymentSpec, context: int, quantization: Quantization)
 
 
 def _blind(names: list[str], spec: AdapterDeploymentSpec, basis: str) -> ServingSizing:
-    """Nothing is known of the model: what the spec says, else a CPU."""
+    """Return the spec's choice for a model without facts. Without spec.resources, it has no GPU."""
     text = f"no estimate: the base model's {', '.join(names)} are not known; give them in spec.facts of the BaseModel"
     return ServingSizing(
         engine=_explicit_engine(spec),
@@ -107,7 +111,10 @@ def _blind(names: list[str], spec: AdapterDeploymentSpec, basis: str) -> Serving
 
 
 def _contexts(facts: ModelFacts | None, spec: AdapterDeploymentSpec) -> Iterator[int]:
-    """The spec's length; else the model's own, and halves of it where that fits nowhere."""
+    """Yield the spec's length.
+
+    Without one, yield the model's own length, then halves of it down to SHORTEST_CONTEXT.
+    """
     if spec.limits.max_model_len is not None:
         yield spec.limits.max_model_len
         return
@@ -151,7 +158,7 @@ def _chosen(
     total = sum(fit.items.values())
     sequences = spec.limits.max_num_seqs or _sequences(load, fit)
     shares = [offer.cpus / offer.gpus for offer in available if offer.kind == kind and offer.gpus >= fit.gpus]
-    cut = f", cut from the model's {own}, which fits nowhere here" if load.context < own else ""
+    cut = f", reduced from the model's {own}, which does not fit on this cluster" if load.context < own else ""
     how = f"weights in {WORDS[load.quantization]}, {load.context} tokens{cut}, {load.adapters} adapters of rank {load.max_rank}"
     each = " each" if fit.gpus > 1 else ""
     chosen = _chosen_strategy(spec, sum(serving_memory(shape, load).values()))
@@ -163,7 +170,7 @@ def _chosen(
         gpu=kind.product,
         gpu_memory_bytes=kind.memory,
         gpus=fit.gpus,
-        # Less than a GPU's share of the node's CPUs: DaemonSets have taken theirs.
+        # Less than a GPU's share of the node's CPUs, because DaemonSets use a part.
         cpus=max(1, min(CPUS_PER_GPU * fit.gpus, int(0.9 * min(shares) * fit.gpus))),
         memory_bytes=_host_memory(shape, load, fit),
         node_selector=dict(kind.selector) or None,
@@ -182,19 +189,19 @@ WORDS = {"none": "16 bits", "int8": "8 bits", "int4": "4 bits"}
 
 
 def _host_memory(shape: Geometry, load: Load, fit: ServingFit) -> int:
-    """Beside the GPUs, with as many adapters waiting on the host as there are slots. Whole GiB."""
+    """Return the bytes of host memory, in whole GiB. They hold as many adapters as the GPUs have slots."""
     return -(-(serving_host_memory(shape, load) + fit.items.get("adapters", 0) * fit.gpus) // GIB) * GIB
 
 
 def _sequences(load: Load, fit: ServingFit) -> int:
-    """Requests of TYPICAL_TOKENS that the cache holds at once, in what is left of the GPU."""
+    """Return how many requests of TYPICAL_TOKENS the cache holds at once in the remaining GPU memory."""
     left = SHARE * fit.kind.memory - sum(fit.items.values()) + fit.items["cache"]
     tokens = left / (fit.items["cache"] / load.context)
     return max(1, min(MOST_SEQUENCES, int(tokens / min(load.context, TYPICAL_TOKENS))))
 
 
 def _on_cpu(shape: Geometry, facts: ModelFacts | None, spec: AdapterDeploymentSpec, basis: str) -> ServingSizing:
-    """The engine for CPUs, with the API's default resources: it is for small models and development."""
+    """Place the CPU engine with the API's default resources. It is for small models and development."""
     quantization = _cpu_quantization(spec)
     load = replace(_load(spec, next(_contexts(facts, spec)), quantization), device="cpu")
     items = serving_memory(shape, load)
@@ -202,7 +209,7 @@ def _on_cpu(shape: Geometry, facts: ModelFacts | None, spec: AdapterDeploymentSp
     if items["weights"] + items["framework"] > CPU_MEMORY:
         raise DoesNotFit(
             f"serving {shape.parameters / 1e9:.1f} billion parameters on a CPU needs {gib(total)}, and a pod without spec.resources "
-            f"has {gib(CPU_MEMORY)}; say the resources in spec.resources, or offer a GPU"
+            f"has {gib(CPU_MEMORY)}; set spec.resources, or add a node with a GPU"
         )
     chosen = _chosen_strategy(spec, total)
     return ServingSizing(
@@ -215,13 +222,15 @@ def _on_cpu(shape: Geometry, facts: ModelFacts | None, spec: AdapterDeploymentSp
         max_num_seqs=spec.limits.max_num_seqs,
         source="default",
         basis=basis,
-        message=f"CPU: {gib(total)} ({load.context} tokens), {chosen}; the pod has 4Gi unless spec.resources says more",
+        message=f"CPU: {gib(total)} ({load.context} tokens), {chosen}; the pod has 4Gi of memory, set spec.resources for more",
     )
 
 
 def _cpu_quantization(spec: AdapterDeploymentSpec) -> Quantization:
     if spec.quantization == "int8":
-        raise DoesNotFit("the engine transformers has no int8: give quantization none or int4, or GPUs for vllm")
+        raise DoesNotFit(
+            "the engine transformers does not support int8: set spec.quantization to none or int4, or use GPUs with vllm"
+        )
     return _asked(spec)
 
 
@@ -232,7 +241,7 @@ def _explicit(
     available: Sequence[NodeOffer],
     basis: str,
 ) -> ServingSizing:
-    """The spec's resources, with the estimate for them; it warns where they look too small, and never refuses."""
+    """Keep the spec's resources and estimate for them. If they look too small, the message warns; it never refuses."""
     assert spec.resources is not None  # noqa: S101
     gpus, engine = spec.resources.gpus(), _explicit_engine(spec)
     quantization = _cpu_quantization(spec) if engine == "transformers" else _asked(spec)
@@ -269,7 +278,7 @@ def _explicit(
 def _too_small(
     shape: Geometry, facts: ModelFacts | None, spec: AdapterDeploymentSpec, available: Sequence[NodeOffer]
 ) -> str:
-    """What is needed, what the cluster has, and what would do."""
+    """Return a text about what is needed, what the cluster has, and what would fit."""
     *_, context = _contexts(facts, spec)
     quantization: Quantization = "int4" if spec.quantization == "auto" else _asked(spec)
     load = _load(spec, context, quantization)
@@ -281,17 +290,17 @@ def _too_small(
     else:
         kind = max(kinds, key=lambda item: (item.memory, item.product))
         most = max(offer.gpus for offer in available if offer.kind == kind)
-        has = f"the largest GPU here is {kind.product} with {gib(kind.memory)} ({most} per node)"
+        has = f"the largest GPU of this cluster is {kind.product} with {gib(kind.memory)} (up to {most} per node)"
     lighter = best_for_serving(shape, replace(load, quantization="int4"), available)
-    ways = ["quantization int4 would fit"] if lighter is not None else []
+    ways = ["spec.quantization int4 would fit on this cluster"] if lighter is not None else []
     market = _market(shape, load)
     ways += [market] if market else []
-    ways.append("else lower limits.maxLoras, maxLoraRank or maxModelLen, or say the resources in spec.resources")
+    ways.append("otherwise lower maxLoras, maxLoraRank or maxModelLen in spec.limits, or set spec.resources")
     return f"{size}, {context} tokens and {load.adapters} adapters needs {needed} on one GPU; {has}; {'; '.join(ways)}"
 
 
 def _market(shape: Geometry, load: Load) -> str | None:
-    """The smallest GPUs on which it would fit."""
+    """Return a text about the smallest GPUs on the market that would fit, or None."""
     for gpus in (1, 2, 4, 8):
         for gigabytes, shown in MARKET.items():
             kind = GpuKind("GPU", int(shown * GIB), bf16=True)

@@ -1,4 +1,4 @@
-"""An estimate and a choice in words (PURE), for status and conditions."""
+"""The texts about estimates and choices (PURE), for status and conditions."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "prompt
 
 
 def gib(size: float) -> str:
-    """Bytes as people say them."""
+    """Format bytes in GiB."""
     return f"{size / GIB:.1f} GiB"
 
 
@@ -26,10 +26,10 @@ def sizing(
     disk: int,
     source: str,
 ) -> Sizing:
-    """The estimate as status shows it."""
+    """Return the estimate as status.sizing."""
     total = sum(items.values())
-    how = f"{setup.precision}, micro-batch {setup.micro_batch} of {setup.length} tokens"
-    how += ", activations computed again" if setup.checkpointing else ""
+    how = f"{setup.precision}, micro-batch {setup.micro_batch} x {setup.length} tokens"
+    how += ", gradient checkpointing" if setup.checkpointing else ""
     how += f", {setup.sharding} over {setup.world} processes" if setup.sharding else ""
     each = "each" if gpus * nodes > 1 else ""
     if kind is not None:
@@ -55,10 +55,10 @@ def sizing(
 
 
 def too_small(recipe: Recipe, available: Sequence[NodeOffer]) -> str:
-    """What is needed, what the cluster has, and what would do."""
+    """Return a text about what is needed, what the cluster has, and what would fit."""
     method, size = METHODS[recipe.method.name], recipe.shape.parameters / 1e9
     ways = alternatives(recipe, available)
-    remedy = "; ".join([*ways, "else lower training.maxLength, or say the resources in spec.resources"])
+    remedy = "; ".join([*ways, "otherwise lower spec.training.maxLength, or set spec.resources"])
     return f"{method} of {size:.1f} billion parameters {_need(recipe, available)}; {remedy}"
 
 
@@ -67,30 +67,34 @@ def _need(recipe: Recipe, available: Sequence[NodeOffer]) -> str:
     if not kinds:
         setup = recipe.setup(None, 0, 1, None)
         if setup is None:
-            return "with precision fp16 needs a GPU, and no node that the job may run on offers one"
+            return "with precision fp16 needs a GPU, and no node that the job may run on has one"
         needed = sum(training_memory(recipe.shape, smallest(recipe, setup)).values())
         largest = max((offer.memory for offer in available), default=0)
-        return f"needs {gib(needed)} on a CPU and a GPU to end in time; the cluster offers no GPU, and nodes of {gib(largest)} at most"
+        return (
+            f"needs {gib(needed)} of memory on a CPU, and a GPU to finish in reasonable time; no node that the job may run on "
+            f"has a GPU, and the largest of these nodes has {gib(largest)}"
+        )
     kind = max(kinds, key=lambda item: (item.memory, item.product))
     offering = [offer for offer in available if offer.kind == kind]
     gpus = max(offer.gpus for offer in offering)
     world = gpus * len(offering) if sharded(recipe) and not kind.shared else 1
     setup = recipe.setup(kind, world, 1, "fsdp" if world > 1 else None)
     count = f"{len(offering)} node{'s' if len(offering) > 1 else ''}"
-    has = f"the largest GPU here is {kind.product} with {gib(kind.memory)} ({count} of {gpus})"
+    each = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    has = f"the largest GPU of this cluster is {kind.product} with {gib(kind.memory)} ({count} with up to {each})"
     if setup is None:
-        return f"in {recipe.training.precision} needs a GPU that computes in it; {has}"
+        return f"with precision {recipe.training.precision} needs a GPU that supports it; {has}"
     needed = sum(training_memory(recipe.shape, smallest(recipe, setup)).values())
     spread = f"on each of {world} GPUs" if world > 1 else "on one GPU"
     if needed <= kind.usable:
-        return f"needs more memory of the nodes beside the GPUs than they have; {has}"
+        return f"fits on the GPUs, but needs more host memory than the nodes have; {has}"
     return f"needs {gib(needed)} {spread}; {has}"
 
 
 def warning(recipe: Recipe, setup: Setup, total: int, limit: int, kind: GpuKind | None) -> str:
-    """Explicit resources look too small."""
+    """Return the warning that explicit resources look too small."""
     of = f"{kind.product} has {gib(limit)}" if kind is not None else f"the memory limit is {gib(limit)}"
     text = f"spec.resources look too small: the estimate is {gib(total)}, {of}"
     if setup.checkpointing is False and recipe.training.gradient_checkpointing is False:
-        text += "; training.gradientCheckpointing: true needs less"
-    return f"{text}; the trainer halves the micro-batch where memory runs out"
+        text += "; spec.training.gradientCheckpointing: true needs less"
+    return f"{text}; if memory runs out, the trainer halves the micro-batch"

@@ -1,7 +1,8 @@
-"""config.json -> the facts of a model. Parameters are counted from the shapes, and equal transformers' own count.
+"""Derive the facts of a model from its config.json. Parameters are counted from the shapes, as transformers counts
+them.
 
-A config says its sizes under its family's own names, and leaves out what equals the family's defaults. Of a family that is
-not known here the sizes are read where their names are usual, and the parameters follow from the size of the weights.
+A config uses its family's own field names and leaves out values that equal the family's defaults. For an unknown
+family, the sizes are read under the usual names, and the number of parameters follows from the size of the weights.
 """
 
 from dataclasses import dataclass, field
@@ -16,16 +17,16 @@ WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3f
 
 @dataclass(frozen=True)
 class Family:
-    """What the configs of a model_type leave unsaid."""
+    """The properties of a model_type that its configs do not contain."""
 
     gated: bool = True  # a gate in the MLP
-    norm: int = 1  # vectors of a norm: 1 RMSNorm, 2 LayerNorm with its bias
-    norms: int = 2  # of a block
-    head_norms: bool = False  # queries and keys are normed, each with one vector as wide as a head
-    qkv_bias: bool | str = False  # a name is the config's field that says so
+    norm: int = 1  # vectors of a norm: 1 for RMSNorm, 2 for LayerNorm with its bias
+    norms: int = 2  # norms of a block
+    head_norms: bool = False  # queries and keys are normalised, each with one vector as wide as a head
+    qkv_bias: bool | str = False  # a string names the config's field that has the value
     out_bias: bool | str = False
     mlp_bias: bool | str = False
-    positions: int | None = None  # learned positions that there are beside the config's; None: they are not learned
+    positions: int | None = None  # learned positions beyond the config's number; None: positions are not learned
     defaults: Config = field(default_factory=dict)
 
 
@@ -83,7 +84,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def facts_of(config: Config, license_: str | None = None, size_bytes: int | None = None) -> ModelFacts:
-    """The facts that a config.json tells; `size_bytes` of the weights say the parameters where it does not."""
+    """Return the facts in a config.json.
+
+    If it does not give the parameters, they follow from the weights' `size_bytes`.
+    """
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
     family = FAMILIES.get(str(text.get("model_type")))
@@ -123,7 +127,7 @@ def facts_of(config: Config, license_: str | None = None, size_bytes: int | None
         else False,
         architecture=architecture,
         dtype=str(dtype) if dtype else None,
-        # T5's positions are distances, so it has no longest sequence, whatever its config says.
+        # T5's positions are distances, so it has no longest sequence, even if its config names one.
         context_length=None
         if "relative_attention_num_buckets" in known
         else number("max_position_embeddings", "n_positions", "max_seq_len"),
@@ -134,7 +138,7 @@ def facts_of(config: Config, license_: str | None = None, size_bytes: int | None
 
 
 def _task(seq2seq: bool, architecture: str | None, family: Family | None) -> Literal["causal", "seq2seq"] | None:
-    """None: neither, or not to be told (an encoder, a model of images)."""
+    """Return the task. None if it is another one, or unknown (an encoder, an image model)."""
     if seq2seq:
         return "seq2seq"
     causal = family is not None or (architecture or "").endswith(("ForCausalLM", "LMHeadModel"))
@@ -154,7 +158,7 @@ def _kv_heads(known: Config, heads: int | None, given: int | None) -> int | None
 
 
 def _count(known: Config, facts: ModelFacts, family: Family) -> int | None:
-    """All weights; shared ones count once."""
+    """Return the number of weights. Shared weights count once. None if it cannot be derived."""
     uneven = known.get("mlp_only_layers") or known.get("decoder_sparse_step", 1) != 1
     if uneven or facts.heads is None or facts.intermediate_size is None:
         return None
@@ -163,7 +167,7 @@ def _count(known: Config, facts: ModelFacts, family: Family) -> int | None:
     except FactsMissing:
         return None
     blocks, hidden = shape.layers + shape.encoder_layers, shape.hidden
-    crossing = shape.layers if shape.encoder_layers else 0  # attentions of the decoder to the encoder
+    crossing = shape.layers if shape.encoder_layers else 0  # cross-attentions of the decoder
 
     def says(bias: bool | str) -> bool:
         return bool(known.get(bias)) if isinstance(bias, str) else bias
@@ -185,7 +189,7 @@ def _count(known: Config, facts: ModelFacts, family: Family) -> int | None:
 
 
 def _norms(known: Config, family: Family, blocks: int, crossing: int) -> int:
-    """How many norms there are, the ones after the last blocks with them."""
+    """Return the number of norms, including those after the last blocks."""
     each = family.norms
     if known.get("model_type") == "falcon":
         two = known.get("num_ln_in_parallel_attn") or (2 if known.get("new_decoder_architecture") else 1)
@@ -196,13 +200,14 @@ def _norms(known: Config, family: Family, blocks: int, crossing: int) -> int:
 
 
 def _narrow(known: Config, vocab: int, hidden: int) -> int:
-    """OPT-350m's embeddings are narrower than its blocks, with a matrix on each side: what that changes in the count."""
+    """Return the change in the count if embeddings are narrower than the blocks, with a projection on each side
+    (OPT-350m)."""
     narrow = int(known.get("word_embed_proj_dim") or hidden)
     return vocab * (narrow - hidden) + 2 * narrow * hidden if narrow != hidden else 0
 
 
 def _from_size(config: Config, dtype: str | None, size_bytes: int | None) -> int | None:
-    """Of weights that are not quantised: their size says their number."""
+    """Return the number of parameters from the size of the weights, if these are not quantised."""
     width = WIDTHS.get(dtype or "")
     if size_bytes is None or width is None or "quantization_config" in config:
         return None

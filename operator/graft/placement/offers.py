@@ -1,7 +1,7 @@
-"""What the nodes offer to a job (PURE): GPUs by kind, and memory and CPUs of nodes, from Node objects of the Kubernetes API.
+"""The nodes that a job can run on (PURE): GPUs by kind, memory and CPUs, from Node objects of the Kubernetes API.
 
-A node is an offer when the scheduler could ever put the job's pod there: it is Ready, not cordoned, has the labels of the
-job's nodeSelector, and the job tolerates its taints. Whether its GPUs are busy now does not matter: the pod waits for them.
+A node is an offer if the scheduler could ever put the job's pod there. It is Ready and not cordoned, it has the labels
+of the job's nodeSelector, and the job tolerates its taints. GPUs that are busy now count too: the pod waits for them.
 """
 
 import re
@@ -14,12 +14,12 @@ from graft.api.quantity import quantity
 
 Node = dict[str, Any]
 
-# GPU feature discovery's labels; GKE's and Karpenter's where it does not run.
+# Labels of GPU feature discovery. Where it does not run, GKE's and Karpenter's labels are used.
 PRODUCT_LABELS = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator", "karpenter.k8s.aws/instance-gpu-name")
 MEMORY_LABELS = ("nvidia.com/gpu.memory", "karpenter.k8s.aws/instance-gpu-memory")  # MiB
 
-# GiB by what a product's name contains, where no label tells the memory; the first that matches. Of a product that is sold
-# with more than one size and a name that does not tell which, the smaller.
+# GiB by a part of the product's name, for nodes without a memory label. The first match counts. If a product is sold in
+# several sizes and the name does not tell the size, the smaller size counts.
 MEMORY_BY_PRODUCT = (
     ("gh200", 96), ("h200", 141), ("h100-nvl", 94), ("h100", 80), ("h20", 96), ("h800", 80), ("b300", 268), ("b200", 180),
     ("a100", 40), ("a800", 80), ("a10g", 24), ("a10", 24), ("a16", 16), ("a2", 16), ("a30", 24), ("a40", 48),
@@ -28,30 +28,31 @@ MEMORY_BY_PRODUCT = (
     ("rtx-5090", 32), ("rtx-4090", 24), ("rtx-3090", 24),
 )  # fmt: skip
 WITHOUT_BF16 = ("t4", "v100", "p100", "p40", "p4", "k80", "rtx-8000", "rtx-2080", "titan")  # before Ampere
-SHOWN = 0.94  # of the size in a name is what the device shows: a T4 of 16 GB 15360 MiB, an A10 of 24 GB 23028 MiB
-USABLE = 0.98  # of what it shows: the driver keeps a part
+# The share of the size in the name that the device reports: a T4 of 16 GB 15360 MiB, an A10 of 24 GB 23028 MiB.
+SHOWN = 0.94
+USABLE = 0.98  # share of the reported memory: the driver keeps a part
 
 
 @dataclass(frozen=True)
 class GpuKind:
-    """One product, as all its nodes offer it."""
+    """One GPU product, the same on all its nodes."""
 
     product: str
-    memory: int  # bytes of one
+    memory: int  # bytes of one GPU
     bf16: bool
-    selector: dict[str, str] = field(default_factory=dict, compare=False)  # the label that its nodes carry
-    shared: bool = False  # time-sliced or MPS: a pod gets one share, two could be of the same GPU
-    shares: int = 1  # of such a GPU
+    selector: dict[str, str] = field(default_factory=dict, compare=False)  # the label of its nodes
+    shared: bool = False  # time-sliced or MPS: a pod gets one share, because two shares may be of the same GPU
+    shares: int = 1  # shares of one such GPU
 
     @property
     def usable(self) -> int:
-        """Bytes that a process can get."""
+        """Bytes that a process can allocate."""
         return int(self.memory * USABLE)
 
 
 @dataclass(frozen=True)
 class NodeOffer:
-    """One node; sizes in bytes."""
+    """The offer of one node. Sizes are in bytes."""
 
     name: str
     cpus: float
@@ -61,7 +62,7 @@ class NodeOffer:
 
 
 def offers(nodes: Iterable[Node], placement: Placement, spot_taints: Sequence[str] = ()) -> list[NodeOffer]:
-    """The nodes that the job's pods can run on; `spot_taints` are the keys that spot jobs tolerate."""
+    """Return the nodes that the job's pods can run on. `spot_taints` are the taint keys that spot jobs tolerate."""
     found = []
     for node in nodes:
         gpus = int(_allocatable(node).get(GPU, 0))
@@ -94,7 +95,8 @@ def _usable(node: Node, selector: dict[str, str], tolerations: list[Toleration])
 
 
 def _tolerates(toleration: Toleration, taint: dict[str, Any]) -> bool:
-    """As k8s.io/api's ToleratesTaint: no effect matches all, no key with Exists matches all."""
+    """Return whether a toleration matches, as k8s.io/api's ToleratesTaint: no effect matches all, Exists without a key
+    matches all."""
     if toleration.effect is not None and toleration.effect != taint["effect"]:
         return False
     exists = toleration.operator == "Exists"
@@ -112,7 +114,7 @@ def _offer(node: Node, gpus: int) -> NodeOffer:
 
 
 def _kind(labels: dict[str, str]) -> GpuKind | None:
-    """The product; None when nothing tells its memory."""
+    """Return the GPU product, or None if its memory is unknown."""
     label = next((key for key in PRODUCT_LABELS if labels.get(key)), None)
     product = labels[label] if label else "GPU"
     plain = product.lower().replace(" ", "-").replace("_", "-")
@@ -131,7 +133,7 @@ def _kind(labels: dict[str, str]) -> GpuKind | None:
 
 
 def _memory_by_name(plain: str) -> int | None:
-    """Bytes, by the size in the name, of a MIG slice if it is one, or by the table."""
+    """Return the bytes by the size in the name (for a MIG slice, the slice's size), or else by the table."""
     slice_ = re.search(r"\d+g\.(\d+)gb", plain)
     size = slice_ or re.search(r"(\d+)gb", plain)
     if size is not None:
@@ -141,5 +143,5 @@ def _memory_by_name(plain: str) -> int | None:
 
 
 def _named(plain: str, parts: Iterable[str]) -> bool:
-    """Whether a part stands in the name as a word: a10 is in nvidia-a10, not in nvidia-a100."""
+    """Return whether the name contains a part as a whole word: a10 is in nvidia-a10, not in nvidia-a100."""
     return any(re.search(rf"(^|-){re.escape(part)}(-|s(-|$)|$)", plain) for part in parts)

@@ -1,4 +1,7 @@
-"""What would make room for adapters that have none (PURE): each remedy is one that the planner accepts."""
+"""Find changes that make room for adapters that do not fit on the replicas (PURE).
+
+The planner accepts each of these changes.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,13 +9,16 @@ from dataclasses import dataclass, replace
 
 from graft.placement.replicas import COPIES, Capacity, Item, ReplicaPod, plan
 
-TRIED = 16  # sizes that are looked at above the least that could do
+TRIED = 16  # candidates that are tried, from the smallest possible one upwards
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Remedies:
-    """The least that would do, each on its own; None where that alone does not help. `both`: adapters and bytes together."""
+    """The smallest sufficient change of each limit alone.
+
+    None if it alone does not help. `both`: adapters and bytes together.
+    """
 
     replicas: int | None = None
     adapters: int | None = None
@@ -21,7 +27,10 @@ class Remedies:
 
 
 def enough(items: Sequence[Item], replicas: int, capacity: Capacity) -> bool:
-    """Whether so many empty replicas would take them all, as often as they are to be there; but for those of too high a rank."""
+    """Return whether this number of empty replicas holds all copies of all adapters.
+
+    Adapters of too high a rank do not count.
+    """
     fitting = [item for item in items if capacity.max_rank is None or item.rank <= capacity.max_rank]
     slots, limit = capacity.adapters, capacity.bytes
     if slots is not None and _copies(fitting, replicas) > slots * replicas:
@@ -33,7 +42,7 @@ def enough(items: Sequence[Item], replicas: int, capacity: Capacity) -> bool:
 
 
 def remedies(items: Sequence[Item], replicas: int, capacity: Capacity) -> Remedies:
-    """What would make room, given what there is."""
+    """Return the changes that would make room, given the replicas and the capacity."""
     replicas = max(1, replicas)
     adapters = _adapters(items, replicas, capacity)
     size = _bytes(items, replicas, capacity)

@@ -1,15 +1,19 @@
-"""Which adapters go to which replicas when not all fit in all (PURE).
+"""Assign adapters to replicas if one replica cannot hold all of them (PURE).
 
-Where everything fits everywhere, everything is everywhere. Else each adapter gets two replicas where there are two:
+If one replica can hold all adapters, every replica holds all of them. Otherwise each adapter gets two replicas, if there
+are two:
 
-1. What was somewhere stays there, while the replica is alive and has the room.
-2. First copies before second ones, in the order of the adapters. Where no replica has room, copies that are to spare give way, and
-   after these a copy moves.
-3. An adapter that no ready replica is to have gets one that is ready. One that answers only where it was to leave stays there.
-4. Room that is left takes further copies, of what has the fewest first: a new replica shares the load at once.
+1. An adapter stays on its replica while the replica is alive and has room.
+2. First copies are placed before second copies, in the order of the adapters. If no replica has room, spare copies of
+   other adapters are removed. If that is not enough, a copy of another adapter moves to another replica.
+3. An adapter that has no ready replica in the plan gets a ready one. If it answers only on a replica that it was to leave,
+   it stays there.
+4. The remaining room takes further copies, of the adapters with the fewest copies first. So a new replica shares the load
+   at once.
 
-No copy gives way that is the last one loaded, so whatever answers goes on answering: it is loaded elsewhere, seen loaded, and then
-leaves. The same picture gives the same plan, and a plan that was carried out gives itself.
+The last loaded copy of an adapter is never removed. So an adapter that answers keeps answering: it is loaded on another
+replica, reported as loaded there, and only then removed from the old one. The same input gives the same plan. Planning
+again after a plan was carried out gives the same plan again.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,7 +24,7 @@ COPIES = 2
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one replica takes; None: whatever comes."""
+    """The limits of one replica. None: no limit."""
 
     adapters: int | None = None
     bytes: int | None = None
@@ -29,7 +33,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Item:
-    """One adapter. `leaving`: an older version that still answers; it needs no second replica."""
+    """One adapter. `leaving`: it is an older version that still answers, so it needs no second replica."""
 
     name: str
     bytes: int = 0
@@ -37,14 +41,16 @@ class Item:
     leaving: bool = False
 
     def copies(self, replicas: int) -> int:
-        """How many replicas it is to have of so many."""
+        """Return how many of `replicas` replicas the adapter should have."""
         return min(1 if self.leaving else COPIES, replicas)
 
 
 @dataclass(frozen=True)
 class ReplicaPod:
-    """A replica that is alive, the adapters that its engine has, those that it has still, but was told to unload, and those
-    that do not fit its base model.
+    """A replica that is alive.
+
+    `loaded`: the adapters that its engine has. `draining`: adapters that are still loaded, but that it was told to
+    unload. `unfit`: adapters that do not fit its base model.
     """
 
     name: str
@@ -57,20 +63,23 @@ class ReplicaPod:
         return self.ready and name in self.loaded
 
     def has(self, name: str) -> bool:
-        """Whether it could go on answering."""
+        """Return whether the replica can keep answering for the adapter."""
         return self.ready and (name in self.loaded or name in self.draining)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Adapter -> its replicas, sorted; None: every adapter on every replica. `short`: those with fewer than they are to have."""
+    """The result. `homes`: adapter -> its replicas, sorted; None: every adapter on every replica.
+
+    `short`: the adapters with fewer replicas than they should have.
+    """
 
     homes: Mapping[str, tuple[str, ...]] | None
     short: tuple[str, ...] = ()
 
 
 def fits_everywhere(items: Collection[Item], capacity: Capacity) -> bool:
-    """Whether one replica takes them all."""
+    """Return whether one replica can hold all adapters."""
     return (capacity.adapters is None or len(items) <= capacity.adapters) and (
         capacity.bytes is None or sum(item.bytes for item in items) <= capacity.bytes
     )
@@ -84,13 +93,14 @@ def plan(
     *,
     fill: bool = True,
 ) -> Plan:
-    """Where each adapter is to be. `items`: the most important first. `previous`: adapter -> the replicas that were to have it."""
+    """Return the plan. `items`: the most important first. `previous`: adapter -> its replicas in the previous plan."""
     if fits_everywhere(items, capacity):
         return Plan(None)
     board = _Board({item.name: item for item in items}, {pod.name: pod for pod in pods}, capacity)
     board.keep(previous)
-    # One step may make room for another. It ends: each makes one more adapter answer, else gives it a first copy, else a second,
-    # else a ready one, else a further one, and undoes nothing of a kind before its own.
+    # One step may make room for another, so repeat until nothing changes. The loop ends, because each step makes
+    # progress of one kind: one more adapter answers, a first copy, a second copy, a ready copy, or a further copy. And
+    # no step undoes progress of a kind that stands before its own in this list.
     while board.spread() or (fill and board.fill()):
         pass
     board.hold(previous)
@@ -102,7 +112,7 @@ def plan(
 
 @dataclass
 class _Board:
-    """A plan that is being made."""
+    """A plan in progress."""
 
     items: dict[str, Item]  # the most important first
     pods: dict[str, ReplicaPod]
@@ -119,7 +129,10 @@ class _Board:
         self._rank = {name: number for number, name in enumerate(self.items)}
 
     def keep(self, previous: Mapping[str, Collection[str]]) -> None:
-        """What was somewhere stays; where that is too much by now, what has the most copies goes first."""
+        """Keep the previous replicas.
+
+        If that is now too much for a replica, remove the adapters with the most copies first.
+        """
         for name in self.items:
             for pod in previous.get(name, ()):
                 if pod in self.pods and name not in self.pods[pod].unfit:
@@ -129,7 +142,7 @@ class _Board:
                 self._take(max(self.on[pod], key=lambda name: self._spare(name, pod)), pod)
 
     def spread(self) -> bool:
-        """First copies, second copies, ready ones; whether anything changed."""
+        """Place first copies, second copies and copies on ready replicas. Return whether anything changed."""
         changed = False
         for item in self.items.values():
             still = [name for name, pod in self.pods.items() if pod.has(item.name)]
@@ -146,7 +159,10 @@ class _Board:
         return changed
 
     def _add(self, item: Item, level: int, among: Collection[str]) -> bool:
-        """One more copy of it, in the emptiest place; what has more than `level` copies gives way. Whether there was a place."""
+        """Add one more copy on the emptiest replica. Return whether there was a place.
+
+        If no replica has room, adapters with more than `level` copies are removed from one, or a copy moves.
+        """
         if self.capacity.max_rank is not None and item.rank > self.capacity.max_rank:
             return False
         others = [pod for pod in among if pod not in self.homes[item.name]]
@@ -167,7 +183,7 @@ class _Board:
         return True
 
     def fill(self) -> bool:
-        """Further copies of what has the fewest, while there is room; whether there were any."""
+        """Add copies of the adapters with the fewest copies while there is room. Return whether any was added."""
         changed = False
         open_ = [name for name, item in self.items.items() if not item.leaving and self.homes[name]]
         while open_:
@@ -181,13 +197,13 @@ class _Board:
         return changed
 
     def hold(self, previous: Mapping[str, Collection[str]]) -> None:
-        """What moves stays where it answers until it answers in its new place, also where a limit was lowered."""
+        """Keep a moving adapter where it answers until it answers in its new place, even if a limit was lowered."""
         for name, homes in self.homes.items():
             if homes and not any(self.pods[pod].answers(name) for pod in homes):
                 homes |= {pod for pod in previous.get(name, ()) if pod in self.pods and self.pods[pod].answers(name)}
 
     def _given(self, item: Item, pod: str, level: int) -> list[str]:
-        """What gives way to it on the replica; [] where that is not enough."""
+        """Return the adapters to remove from the replica to make room for the item; [] if that is not enough."""
         given: list[str] = []
         for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
             needed = min(level, 1) if self.items[name].leaving else level
@@ -197,13 +213,16 @@ class _Board:
                     break
         else:
             return []
-        for name in list(given):  # a large one may have made a small one's going needless
+        for name in list(given):  # after a large removal, a small one may no longer be needed
             if self._room(item, pod, rest := [other for other in given if other != name]):
                 given = rest
         return given
 
     def _move_for(self, item: Item, others: Iterable[str]) -> bool:
-        """Move one copy of another adapter from a replica to one that has room for it."""
+        """Move a copy of another adapter to a replica with room, and put the item in its place.
+
+        Return whether it worked.
+        """
         for pod in others:
             for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
                 if not self._room(item, pod, [name]) or not self._may_leave(name, pod):
@@ -217,14 +236,18 @@ class _Board:
         return False
 
     def _may_leave(self, name: str, pod: str, *, at_once: bool = False) -> bool:
-        """Whether nothing is lost: it answers elsewhere, or does not answer here and has another replica that is as ready."""
+        """Return whether the adapter can leave the replica without loss.
+
+        It can if it answers elsewhere. If it does not answer here, it can if another of its replicas is at least as
+        ready.
+        """
         here, others = self.pods[pod], [self.pods[other] for other in self.homes[name] if other != pod]
         if here.has(name):
             return any(other.answers(name) for other in others)
         return at_once or not here.ready or any(other.ready for other in others)
 
     def _spare(self, name: str, pod: str) -> tuple[int, bool, bool, int]:
-        """How well the replica can do without it: the greatest goes first."""
+        """Return a sort key: the adapter with the greatest key is removed first."""
         item = self.items[name]
         return len(self.homes[name]), item.leaving, self._may_leave(name, pod), self._rank[name]
 
@@ -239,7 +262,7 @@ class _Board:
         return (slots is None or adapters <= slots) and (limit is None or size <= limit)
 
     def _share(self, pod: str) -> tuple[float, int, str]:
-        """How full it is, then how many adapters it has; by name where two are alike."""
+        """Return a sort key: how full the replica is, then its number of adapters, then its name."""
         slots, limit = self.capacity.adapters, self.capacity.bytes
         shares = [len(self.on[pod]) / slots] if slots else []
         shares += [self.bytes[pod] / limit] if limit else []

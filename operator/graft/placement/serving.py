@@ -1,4 +1,4 @@
-"""How much memory an engine takes, and the smallest GPUs for it (PURE): weights, adapters, and the cache of keys and values."""
+"""The memory of an engine, and the smallest GPUs for it (PURE): weights, adapters, and the cache of keys and values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +9,23 @@ from graft.placement.blocks import Geometry, adapter_parameters, linear_paramete
 from graft.placement.estimate import CPU_RUNTIME, CUDA_CONTEXT, GIB, NCCL, QUANT_BLOCK
 from graft.placement.offers import GpuKind, NodeOffer
 
-SHARE = 0.9  # of a GPU's memory that vLLM takes (its gpu_memory_utilization); the rest is left to the driver and others
-ENGINE_PROCESS = 8 * GIB  # host memory of the engine, its CUDA libraries and its HTTP server
-BATCHED_TOKENS = 2048  # that vLLM computes at once while it reads prompts: what its activations are for
+# The share of a GPU's memory that vLLM uses (its gpu_memory_utilization). The rest is for the driver and other
+# processes.
+SHARE = 0.9
+ENGINE_PROCESS = 8 * GIB  # bytes of host memory of the engine, its CUDA libraries and its HTTP server
+BATCHED_TOKENS = 2048  # tokens that vLLM computes at once while it reads prompts; this sets the size of the activations
 Quantization = Literal["none", "int8", "int4"]
 WEIGHT_BYTES: dict[Quantization, float] = {"none": 2, "int8": 1, "int4": 0.5 + 4 / QUANT_BLOCK}
 
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine holds."""
+    """The load that an engine must hold in memory."""
 
     context: int  # tokens of the longest request
     concurrency: int = 1  # requests of that length at once
     quantization: Quantization = "none"
-    adapters: int = 8  # slots for adapters, each as large as max_rank makes it
+    adapters: int = 8  # slots for adapters, each large enough for max_rank
     max_rank: int = 64
     device: Literal["cuda", "cpu"] = "cuda"
 
@@ -35,7 +37,7 @@ class Load:
 
 @dataclass(frozen=True)
 class ServingFit:
-    """GPUs of one replica; several share the model by tensor parallelism."""
+    """The GPUs of one replica. Several GPUs split the model by tensor parallelism."""
 
     kind: GpuKind
     gpus: int
@@ -43,19 +45,19 @@ class ServingFit:
 
 
 def cache_bytes_per_token(shape: Geometry, width: int = 2) -> int:
-    """Keys and values of all layers (Pope et al. 2022, section 2.1)."""
+    """Return the bytes of keys and values in all layers, per token (Pope et al. 2022, section 2.1)."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * width
 
 
 def weight_bytes(shape: Geometry, load: Load) -> int:
-    """The weights as they are held: the blocks' linear layers quantised, the rest as it is."""
+    """Return the bytes of the weights in memory. Only the blocks' linear layers are quantised."""
     linear = linear_parameters(shape)
     each = WEIGHT_BYTES[load.quantization] if load.quantization != "none" else float(load.width)
     return round(linear * each + (shape.parameters - linear) * load.width)
 
 
 def serving_memory(shape: Geometry, load: Load, gpus: int = 1) -> dict[str, int]:
-    """Bytes by name, of each of `gpus` GPUs, or of the process on a CPU, which computes in float32."""
+    """Return the bytes by purpose, of each of `gpus` GPUs, or of the process on a CPU, which computes in float32."""
     width = load.width
     slots = load.adapters * adapter_parameters(shape, Lora(rank=load.max_rank)) * width if load.adapters else 0
     cache = cache_bytes_per_token(shape, width) * load.context * load.concurrency
@@ -75,9 +77,9 @@ def serving_memory(shape: Geometry, load: Load, gpus: int = 1) -> dict[str, int]
 
 
 def best_for_serving(shape: Geometry, load: Load, available: Sequence[NodeOffer], fewest: int = 1) -> ServingFit | None:
-    """The fewest GPUs of one node (at least `fewest`), and of those the smallest, that hold the load; None when none do.
+    """Return the fewest GPUs of one node (at least `fewest`) that hold the load, and among those the smallest, or None.
 
-    Tensor parallelism splits the heads, so their number is a multiple of the GPUs'.
+    Tensor parallelism splits the heads, so the number of heads must be a multiple of the number of GPUs.
     """
     kinds = {offer.kind for offer in available if offer.kind is not None}
     for gpus in (1, 2, 4, 8):
@@ -92,12 +94,12 @@ def best_for_serving(shape: Geometry, load: Load, available: Sequence[NodeOffer]
 
 
 def serving_host_memory(shape: Geometry, load: Load) -> int:
-    """Bytes that the pod needs beside its GPUs: the weights once, as they are on their way to them, and the engine's process.
-    Whole GiB."""
+    """Return the bytes of host memory that the pod needs, in whole GiB: the weights once, while they are loaded, and
+    the engine's process."""
     return -(-(weight_bytes(shape, load) + ENGINE_PROCESS) // GIB) * GIB
 
 
 def strategy(memory: int) -> Literal["serverless", "dedicated", "distributed"]:
-    """How an engine of so many bytes is kept: under 16 GB it may sleep at no requests, under 64 GB it stays on one node,
-    above it is spread over several GPUs."""
+    """Return how an engine of this size (in bytes) runs: below 16 GB it may sleep while there are no requests, below 64
+    GB it always runs, and from 64 GB on it is spread over several GPUs."""
     return "serverless" if memory < 16e9 else "dedicated" if memory < 64e9 else "distributed"

@@ -1,1 +1,1 @@
-"""report.json -> report.html, and several of them -> one comparison (PURE: no files, no network, no torch)."""
+"""Render report.json as report.html, and several reports as one comparison (PURE: no files, no network, no torch)."""

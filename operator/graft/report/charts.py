@@ -1,4 +1,4 @@
-"""The figures of the pages. Each takes plain numbers, so that the page and the comparison share them."""
+"""The figures of the pages. Each takes plain numbers, so that the page of a run and the comparison share them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from graft.report.svg import COLOURS, INK, STYLE, inline, new_figure
 
 Points = Sequence[tuple[float, float]]
 DASHED = (0, (4, 2))
-CELLS_WITH_TEXT = 14  # columns of a heat map up to which the cells say their number
+CELLS_WITH_TEXT = 14  # up to this number of columns, the cells of a heat map show their numbers
 
 
 def lines(
@@ -27,8 +27,11 @@ def lines(
     top: float | None = None,
     log: bool = False,
 ) -> Markup:
-    """Lines over a whole-numbered x. Colours are by the order of the names, where they are not given; `top` is the end of
-    the scale where there is one. Dashed lines have no entry in the legend where another one has their colour."""
+    """Draw lines over an integer x.
+
+    Without `colours`, colours follow the order of the names. `top` is the upper end of the y scale. If `colours` is
+    given, dashed lines have no entry in the legend, because another line has their colour.
+    """
     with mpl.rc_context(STYLE):
         figure, (axes,) = new_figure()
         for name, points in series.items():
@@ -65,7 +68,10 @@ def bars(
     colours: Mapping[str, str] | None = None,
     log: bool = False,
 ) -> Markup:
-    """Horizontal bars: one group per name, one bar in it per series, the value in `words` at its end. None: no bar."""
+    """Draw horizontal bars: one group per name, and in it one bar per series.
+
+    `words` formats the value at its end. None: no bar.
+    """
     with mpl.rc_context(STYLE):
         thickness = 0.8 / len(series)
         height = 0.24 * len(groups) * (len(series) + 0.8)
@@ -104,19 +110,20 @@ def bars(
 
 
 def spectra(normalised: Mapping[str, Sequence[float]], energy: Mapping[str, Sequence[float]], *, title: str) -> Markup:
-    """Left: singular values over the largest. Right: what a smaller rank would keep of the update's squared norm."""
+    """Draw left the singular values divided by the largest, right the share of the squared norm that a smaller rank
+    keeps."""
     with mpl.rc_context(STYLE):
         figure, (left, right) = new_figure(2, height=3.3)
         for name, values in normalised.items():
             left.plot(range(1, len(values) + 1), [value or math.nan for value in values], label=name, **_dots(values))
         _logarithmic(left)
         low = min((value for values in normalised.values() for value in values if value > 1e-6), default=0.1)
-        left.set(xlabel="index of the singular value", title="Singular values over the largest")
+        left.set(xlabel="index of the singular value", title="Singular values divided by the largest")
         left.set_ylim(max(low / 1.5, 1e-6), 1.3)
         for name, shares in energy.items():
             right.plot(range(1, len(shares) + 1), shares, label=name, **_dots(shares))
         right.axhline(0.9, color=INK, linewidth=0.8, linestyle=DASHED)
-        right.set(xlabel="rank", title="Kept by a smaller rank")
+        right.set(xlabel="rank", title="Squared norm that a rank keeps")
         right.yaxis.set_major_formatter(PercentFormatter(1))
         right.set_ylim(0, 1.03)
         for axes in (left, right):
@@ -136,7 +143,7 @@ def heat_map(
     form: str,
     largest: float | None = None,
 ) -> Markup:
-    """One row per kind of matrix, one column per layer; empty where there is no value."""
+    """Draw one row per kind of matrix and one column per layer. A cell without a value is empty."""
     with mpl.rc_context(STYLE):
         figure, (axes,) = new_figure(height=1.0 + 0.27 * len(rows))
         grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]

@@ -1,4 +1,4 @@
-"""Several reports -> the methods side by side: memory, time, latency, size and score, beside published figures (PURE)."""
+"""Compare several reports (PURE): memory, time, latency, size and score side by side, with published figures."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,35 +12,36 @@ from graft.report.document import Report
 
 @dataclass(frozen=True)
 class Cell:
-    """What one run measured."""
+    """One measurement of one run."""
 
     text: str = wording.ABSENT
     value: float | None = None
-    relative: float | None = None  # to the reference's
+    relative: float | None = None  # ratio to the reference run's value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One concern of the matrix, a cell per run."""
+    """One row of the matrix, with a cell per run."""
 
     name: str
     meaning: str
     cells: list[Cell]
-    published: list[str]  # figures of the literature for the run's method; "" where there is none
+    published: list[str]  # published figures for the run's method; "" if there is none
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The matrix, and what stands in the way of comparing."""
+    """The matrix, and notes about the limits of the comparison."""
 
     reports: list[Report]
     labels: list[str]  # of the runs, unique
-    reference: int  # the run that others are measured against
+    reference: int  # index of the run that the ratios are relative to
     rows: list[Row]
     notes: list[str]
 
 
-# Figures that are often quoted for models of 7B parameters (of 70B where it says so), to hold beside what was measured.
+# Figures that are often quoted for models of 7B parameters (70B where stated). They are shown beside the measured
+# values.
 PUBLISHED: dict[str, dict[str, str]] = {
     "training memory": {
         "full": "over 40 GB (7B)",
@@ -65,17 +66,17 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "task score": {"full": "100 % (reference)", "lora": "95–99 %", "qlora": "92–97 %", "promptTuning": "90–95 %"},
 }
 QLORA_LATENCY_NOTE = (
-    "The latency of qlora is over the base model in 16 or 32 bits, which other runs measured: if the machine was busier at the one "
-    "time than at the other, it shows."
+    "The latency of qlora is relative to the base model in 16 or 32 bits, which other runs measured. If the machine was busier "
+    "during one of these measurements, the ratio is not reliable."
 )
 FULL_SHARE_NOTE = (
-    "The published share of full fine-tuning, below 0.01 %, cannot be the share of parameters that are trained, which is "
-    "100 % by definition; it is shown as it was published."
+    "The published share of full fine-tuning, below 0.01 %, cannot be the share of trained parameters: that is 100 % by "
+    "definition. The figure is shown as it was published."
 )
 
 
 def compare(reports: Sequence[Report]) -> Comparison:
-    """ValueError with fewer than two reports."""
+    """Compare the reports. Raises ValueError if there are fewer than two."""
     if len(reports) < 2:
         raise ValueError("a comparison needs at least two reports")
     reports = list(reports)
@@ -83,10 +84,10 @@ def compare(reports: Sequence[Report]) -> Comparison:
     reference = methods.index("full") if "full" in methods else 0
     notes = differences(reports)
     rows = [
-        _row("training memory", "the most of one GPU, or of the process", reports, reference, _memory),
-        _row("training time", "without loading and evaluation", reports, reference, _time),
+        _row("training memory", "peak of one GPU, or of the process", reports, reference, _memory),
+        _row("training time", "excluding loading and evaluation", reports, reference, _time),
         _latency_row(reports, notes),
-        _row("deployment size", "base model + what is published", reports, reference, _size),
+        _row("deployment size", "base model + published weights", reports, reference, _size),
         _row("trained share", "of all parameters", reports, reference, _share),
         _score_row(reports, reference, notes),
     ]
@@ -96,7 +97,8 @@ def compare(reports: Sequence[Report]) -> Comparison:
 
 
 def labels_of(reports: Sequence[Report]) -> list[str]:
-    """The method's name, with the rank; where that is not unique, with the job's name, and then the version, too."""
+    """Return unique labels: the method's name with the rank; if that is not unique, also the job's name, then the
+    version."""
     names = [_method(report) for report in reports]
     for more in ([report.job.name for report in reports], [report.version for report in reports]):
         seen = Counter(names)
@@ -111,7 +113,7 @@ def _method(report: Report) -> str:
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
-    """What the runs do not have in common, and would have to for their numbers to speak of the methods alone."""
+    """Return a warning if the runs differ in more than the method: then their numbers do not compare the methods alone."""
     aspects: dict[str, Callable[[Report], object]] = {
         "base models": lambda report: report.base_model.digest or report.base_model.uri,
         "training data": lambda report: report.dataset.digests.get("train"),
@@ -121,11 +123,11 @@ def differences(reports: Sequence[Report]) -> list[str]:
         "devices": lambda report: (report.environment.device, report.environment.world_size),
     }
     found = [name for name, aspect in aspects.items() if len({repr(aspect(report)) for report in reports}) > 1]
-    return [f"The runs differ in their {', '.join(found)}: compare with care."] if found else []
+    return [f"The runs differ in their {', '.join(found)}. Compare them with care."] if found else []
 
 
 def effective_batch(report: Report) -> int:
-    """Examples per optimizer step."""
+    """Return the number of examples per optimizer step."""
     names = ("perDeviceTrainBatchSize", "gradientAccumulationSteps", "worldSize")
     return prod(int(report.hyperparameters.get(name) or 1) for name in names)
 
@@ -144,7 +146,7 @@ def _row(
 
 
 def published(row: str, reports: Sequence[Report]) -> list[str]:
-    """The literature's figures for each run's method."""
+    """Return the published figures for each run's method."""
     return [PUBLISHED[row].get(report.method, "") for report in reports]
 
 
@@ -172,8 +174,11 @@ def _size(report: Report) -> tuple[float | None, str]:
 
 
 def _latency_row(reports: Sequence[Report], notes: list[str]) -> Row:
-    """Time per token over that of the base model as it is stored. Each run measured its own base model in turn with the
-    version, which cancels what else the machine did; only qlora's, in 4 bits, is another model."""
+    """Return the row with the time per token, relative to the base model as it is stored.
+
+    Each run measured its base model in turn with its version, so other load on the machine cancels out. qlora measured
+    its base model in 4 bits, so it is compared with the median of the base models of the other runs.
+    """
     plain = [base for report in reports if report.method != "qlora" and (base := _per_token(report, "base"))]
     cells = []
     for report in reports:
@@ -182,16 +187,16 @@ def _latency_row(reports: Sequence[Report], notes: list[str]) -> Row:
             base = median(plain) if plain else None
             if tuned:
                 notes.append(
-                    QLORA_LATENCY_NOTE
-                    if base
-                    else "The latency of qlora needs a run of another method to compare with."
+                    QLORA_LATENCY_NOTE if base else "The latency of qlora needs a run of another method for comparison."
                 )
         if tuned is None or base is None:
             cells.append(Cell())
             continue
         text = wording.ratio(tuned / base) + (f" (merged {wording.ratio(merged / base)})" if merged else "")
         cells.append(Cell(text, tuned, tuned / base))
-    return Row("inference latency", "per token, over the base model", cells, published("inference latency", reports))
+    return Row(
+        "inference latency", "per token, relative to the base model", cells, published("inference latency", reports)
+    )
 
 
 def _per_token(report: Report, variant: str) -> float | None:
@@ -201,7 +206,7 @@ def _per_token(report: Report, variant: str) -> float | None:
 
 
 def common_scores(reports: Sequence[Report]) -> list[list[scores.Score]]:
-    """The scores that every run has: one list per metric, in the order of the reports."""
+    """Return the scores that every run has: one list per metric, in the order of the reports."""
     by_name = [
         {score.name: score for score in scores.scores_of(report) if score.ours is not None} for report in reports
     ]

@@ -1,4 +1,4 @@
-"""A comparison as a page, and as JSON."""
+"""Render a comparison as a page and as JSON."""
 
 import statistics
 from typing import Any
@@ -16,7 +16,7 @@ SIGNATURE = "Written by graft compare."
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """One self-contained page."""
+    """Return the self-contained page."""
     by_rank = rank_runs(comparison)
     return page(
         "compare.html",
@@ -37,7 +37,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The matrix for programs; values in bytes, seconds and shares."""
+    """Return the matrix for programs. Values are in bytes, seconds and shares."""
     return {
         "reference": comparison.labels[comparison.reference],
         "runs": [
@@ -77,12 +77,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def colours(comparison: Comparison) -> dict[str, str]:
-    """A run has the same colour in every figure."""
+    """Return a colour per run, the same in every figure."""
     return {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(comparison.labels)}
 
 
 def relative_figure(comparison: Comparison) -> Markup | None:
-    """Memory, time, latency and size over the reference's: the matrix as a picture."""
+    """Draw memory, time, latency and size relative to the reference run."""
     rows = [row for row in comparison.rows if row.name not in ("trained share", "task score")]
     rows = [row for row in rows if any(cell.relative is not None for cell in row.cells)]
     if not rows:
@@ -95,7 +95,7 @@ def relative_figure(comparison: Comparison) -> Markup | None:
         [row.name for row in rows],
         series,
         title=title,
-        x="relative, logarithmic; lower is better" if log else "relative; lower is better",
+        x="ratio, logarithmic scale; lower is better" if log else "ratio; lower is better",
         log=log,
         words=wording.ratio,
         colours=colours(comparison),
@@ -126,7 +126,7 @@ def score_figure(comparison: Comparison) -> Markup | None:
 
 
 def rank_figure(comparison: Comparison) -> Markup | None:
-    """Effective rank of the update per layer, the median over the layer's matrices."""
+    """Draw the effective rank of the update per layer: the median over the layer's matrices."""
     series = {}
     for label, report in zip(comparison.labels, comparison.reports, strict=True):
         layers: dict[int, list[float]] = {}
@@ -163,7 +163,7 @@ def similarity_figure(comparison: Comparison) -> Markup | None:
 
 
 def updates(comparison: Comparison) -> list[tuple[str, str, str, str]]:
-    """(label, effective rank, size of the update, least CKA) of each run, in words."""
+    """Return (label, effective rank, size of the update, lowest CKA) of each run as texts."""
     rows = []
     for label, report in zip(comparison.labels, comparison.reports, strict=True):
         analysis = report.analysis

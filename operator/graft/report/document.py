@@ -1,7 +1,7 @@
-"""report.json as models: what the trainer writes, the page shows and `graft compare` reads.
+"""The models of report.json. The trainer writes it, the page shows it, and `graft compare` reads it.
 
-Schema version 2; documents of version 1, which lack most of the optional parts, are read, too. Bytes, seconds, nats per token and
-shares from 0 to 1 throughout.
+The schema version is 2. Documents of version 1 can be read too; they lack most of the optional parts. The units are
+bytes, seconds, nats per token, and shares from 0 to 1.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ class ReportJob(JobIdentity):
     """The run."""
 
     attempt: str = ""
-    resumed_from: int | None = None  # step of the checkpoint that the last attempt went on from
-    checkpoints: int = 0  # complete ones that the run had; they go once the version is published
+    resumed_from: int | None = None  # step of the checkpoint that the last attempt resumed from
+    checkpoints: int = 0  # complete checkpoints of the run; they are deleted after the version is published
     halvings: int = 0  # attempts that ran out of memory
 
 
 class DatasetUse(Message):
-    """What was learned from and measured with."""
+    """The data that the run trained on and was evaluated on."""
 
     digests: dict[str, str] = Field(default_factory=dict)
     train: int = 0
@@ -37,16 +37,19 @@ class DatasetUse(Message):
 
 
 class SuiteUse(Message):
-    """A suite that was measured; its scores are the metrics <name>/…"""
+    """A suite that was measured. Its scores are the metrics <name>/…"""
 
     name: str
     role: str = "task"  # or forgetting
-    size: int = 0  # tasks in it
-    main: str = ""  # the metric that stands for it
+    size: int = 0  # tasks in the suite
+    main: str = ""  # the main metric of the suite
 
 
 class EvaluationUse(Message):
-    """What was asked of the version; in words the gates that it missed, and what could not be measured and why."""
+    """The requirements on the version.
+
+    `rejected`: the missed gates, as texts. `missing`: what could not be measured, and why.
+    """
 
     suites: list[SuiteUse] = Field(default_factory=list)
     gates: list[Gate] = Field(default_factory=list)
@@ -55,7 +58,7 @@ class EvaluationUse(Message):
 
 
 class Environment(Message):
-    """What it ran on."""
+    """The software and hardware that the run used."""
 
     python: str = ""
     packages: dict[str, str] = Field(default_factory=dict)
@@ -66,39 +69,39 @@ class Environment(Message):
 
 
 class Resources(Message):
-    """What the run took, and what the version takes to serve."""
+    """The resources that the run used, and the sizes that matter for serving."""
 
-    peak_memory_bytes: int | None = None  # of one GPU, or of the process without one
+    peak_memory_bytes: int | None = None  # of one GPU; without a GPU, of the process
     tokens_per_second: float | None = None
     published_bytes: int | None = None  # the version's weights
-    base_bytes: int | None = None  # the base model's weights as they are stored
-    quantized_bytes: int | None = None  # the base model's weights as qlora holds them
+    base_bytes: int | None = None  # the base model's weights as stored
+    quantized_bytes: int | None = None  # the base model's weights in 4 bits, as qlora holds them
 
 
 class MatrixUpdate(Message):
-    """What training changed in one matrix."""
+    """The change of one matrix by training."""
 
     name: str
     kind: str  # the last part of the name, such as q_proj
-    layer: int | None = None  # number of the block; None outside of the blocks
-    shape: list[int]  # [outputs, inputs]; of a soft prompt [vectors, dimensions]
-    singular_values: list[float]  # the largest, in falling order
+    layer: int | None = None  # number of the block; None for matrices outside the blocks
+    shape: list[int]  # [outputs, inputs]; for a soft prompt [vectors, dimensions]
+    singular_values: list[float]  # the largest values, in descending order
     norm: float  # Frobenius norm of the update
-    relative_norm: float | None = None  # over the base matrix's norm
+    relative_norm: float | None = None  # divided by the norm of the base matrix
     effective_rank: float  # Roy & Vetterli 2007
-    exact: bool = True  # whether the effective rank is that of all singular values, and not of the largest alone
+    exact: bool = True  # True: computed from all singular values; False: from the largest only
 
 
 class UpdateAnalysis(Message):
-    """The matrices that were analysed, in the model's order, of `total` that were trained."""
+    """The analysed matrices, in the model's order. `total` is the number of trained matrices."""
 
     matrices: list[MatrixUpdate] = Field(default_factory=list)
     total: int = 0
-    rank: int | None = None  # of the low-rank update, the most that an effective rank can be
+    rank: int | None = None  # of the low-rank update; an effective rank cannot be larger
 
 
 class LayerSimilarity(Message):
-    """Linear CKA of base and tuned hidden states behind one layer; layer 0 is the embeddings."""
+    """Linear CKA of base and tuned hidden states after one layer. Layer 0 is the embeddings."""
 
     part: str  # decoder, or encoder
     layer: int
@@ -106,31 +109,35 @@ class LayerSimilarity(Message):
 
 
 class RepresentationAnalysis(Message):
-    """How far the hidden states moved."""
+    """How much training changed the hidden states."""
 
     layers: list[LayerSimilarity] = Field(default_factory=list)
     examples: int = 0
-    tokens: int = 0  # of the decoder; those that were compared
+    tokens: int = 0  # tokens of the decoder that were compared
 
 
 class Latency(Message):
     """Medians over the runs, one request at a time."""
 
-    prefill_seconds: float  # until the first token
-    seconds_per_token: float  # of each further token
+    prefill_seconds: float  # seconds until the first token
+    seconds_per_token: float  # seconds for each further token
 
 
 class LatencyAnalysis(Message):
-    """Base model, adapter beside it (unmerged) and adapter added to its weights (merged), measured in turn."""
+    """Latency of the base model, of the version as published (tuned), and of the version with a merged adapter
+    (merged).
 
-    variants: dict[str, Latency] = Field(default_factory=dict)  # base, unmerged, merged; full: base, tuned
+    The variants were measured in turn.
+    """
+
+    variants: dict[str, Latency] = Field(default_factory=dict)  # base, tuned; for lora also merged
     runs: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
 
 
 class Analysis(Message):
-    """What the update is and does; a part is absent where `notes` say why."""
+    """The analysis of the update. A part that could not be computed is None, and `notes` say why."""
 
     update: UpdateAnalysis | None = None
     representation: RepresentationAnalysis | None = None
@@ -140,7 +147,7 @@ class Analysis(Message):
 
 
 class Report(Message):
-    """report.json."""
+    """The content of report.json."""
 
     schema_version: int = SCHEMA_VERSION
     job: ReportJob
@@ -170,12 +177,12 @@ class Report(Message):
     @classmethod
     def _known_schema(cls, value: int) -> int:
         if not 1 <= value <= SCHEMA_VERSION:
-            raise ValueError(f"report schema version {value} is not known here; upgrade Graft")
+            raise ValueError(f"this version of Graft does not know the report schema version {value}; upgrade Graft")
         return value
 
     @property
     def trainable_share(self) -> float | None:
-        """Trained over all parameters of the tuned model."""
+        """The share of the tuned model's parameters that were trained."""
         if not self.trainable_parameters or not self.total_parameters:
             return None
         return self.trainable_parameters / self.total_parameters

@@ -1,4 +1,4 @@
-"""The figures and lists of a report's page, as words (PURE)."""
+"""The key figures and lists of a report's page, as texts (PURE)."""
 
 from graft.api.evaluation import Gate
 from graft.report import scores, wording
@@ -15,7 +15,7 @@ STAGES = {
 
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of what is looked for first; what was not measured has no tile."""
+    """Return (name, value, remark) of the key figures. A figure that was not measured has no tile."""
     found: list[tuple[str, str, str]] = []
     main = scores.headline(scores.scores_of(report))
     if main is not None:
@@ -42,12 +42,12 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
         beside = f"base model {wording.size(base_size)}" if base_size and report.method != "full" else ""
         found.append(("published size", wording.size(resources.published_bytes), beside))
     if (over := latency_over_base(report)) is not None:
-        found.append(("latency", wording.ratio(over), "per token, of the base model's"))
+        found.append(("latency", wording.ratio(over), "per token, relative to the base model"))
     return found
 
 
 def latency_over_base(report: Report) -> float | None:
-    """Time per token of the version, not merged, over the base model's."""
+    """Return the time per token of the version, not merged, divided by the base model's."""
     latency = report.analysis.latency if report.analysis else None
     if latency is None or not {"base", "tuned"} <= latency.variants.keys():
         return None
@@ -55,17 +55,17 @@ def latency_over_base(report: Report) -> float | None:
 
 
 def costs(report: Report) -> Rows:
-    """Memory, time and size."""
+    """Return the rows for memory, time and size."""
     job, resources = report.job, report.resources
     rows = [(f"time to {STAGES.get(name, name)}", wording.duration(value)) for name, value in report.seconds.items()]
     rows += [
-        ("tokens learned from", wording.count(report.tokens or None)),
+        ("tokens read in training", wording.count(report.tokens or None)),
         ("tokens per second", wording.count(resources.tokens_per_second)),
         ("peak memory of one GPU or process", wording.size(resources.peak_memory_bytes)),
         ("published weights", wording.size(resources.published_bytes)),
         ("base model's weights, as stored", wording.size(resources.base_bytes)),
         ("base model's weights in 4 bits", wording.size(resources.quantized_bytes)),
-        ("checkpoints kept until it was published", str(job.checkpoints) if job.checkpoints else wording.ABSENT),
+        ("checkpoints kept until publication", str(job.checkpoints) if job.checkpoints else wording.ABSENT),
         ("resumed from step", wording.count(job.resumed_from)),
         ("attempts that ran out of memory", str(job.halvings) if job.halvings else wording.ABSENT),
     ]
@@ -73,13 +73,13 @@ def costs(report: Report) -> Rows:
 
 
 def dataset(report: Report) -> Rows:
-    """What was learned from."""
+    """Return the rows about the dataset."""
     data, stats = report.dataset, report.dataset.statistics
     rows = [
-        ("examples learned from", wording.count(data.train)),
-        ("examples held out", wording.count(data.held_out)),
-        ("cut to maxLength", wording.count(data.truncated)),
-        ("dropped, nothing left to learn", wording.count(data.dropped)),
+        ("training examples", wording.count(data.train)),
+        ("held-out examples", wording.count(data.held_out)),
+        ("truncated to maxLength", wording.count(data.truncated)),
+        ("dropped: no tokens to train on after truncation", wording.count(data.dropped)),
     ]
     if stats is not None:
         lengths = (stats.mean_tokens, stats.median_tokens, stats.p95_tokens, stats.max_tokens)
@@ -91,7 +91,7 @@ def dataset(report: Report) -> Rows:
 
 
 def provenance(report: Report) -> Rows:
-    """From what, by what and on what it was made."""
+    """Return the rows about the model, data, job, machine and software that the version was made with."""
     environment = report.environment
     return [
         ("base model", report.base_model.uri),
@@ -111,7 +111,7 @@ def provenance(report: Report) -> Rows:
 
 
 def gate_text(gate: Gate) -> str:
-    """What a gate asks for, in words."""
+    """Return a text about what a gate requires."""
     over = {"base": "the base model", "fewShot": "the base model, few-shot", "current": "the current version"}
     asked = []
     if gate.min is not None:

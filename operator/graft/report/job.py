@@ -1,4 +1,4 @@
-"""report.json of one run -> report.html."""
+"""Render the report.json of one run as report.html."""
 
 from collections import defaultdict
 from typing import Any
@@ -10,7 +10,7 @@ from graft.report import charts, facts, scores, update, wording
 from graft.report.document import Analysis, MatrixUpdate, Report
 from graft.report.svg import COLOURS
 
-# Whose answer it is, in a sample, in the order of the page.
+# The sources of the answers in a sample, in the order of the page.
 ANSWERS = {
     "answer": "This version",
     "expected": "Expected",
@@ -18,7 +18,7 @@ ANSWERS = {
     "fewShot/answer": "Base model, few-shot",
     "current/answer": "Current version",
 }
-# The same in every figure of the page.
+# A subject has the same colour in every figure of the page.
 SUBJECT_COLOURS = {
     "this version": COLOURS[0],
     "current version": COLOURS[3],
@@ -30,7 +30,10 @@ VARIANTS = {"base": "base model", "tuned": "this version", "merged": "this versi
 
 
 def render_job(document: dict[str, Any] | Report) -> str:
-    """The page of one report, self-contained. ValueError (pydantic's) when the document is no report."""
+    """Return the self-contained page of one report.
+
+    Raises pydantic's ValidationError if the document is not a report.
+    """
     report = document if isinstance(document, Report) else Report.model_validate(document)
     task, forgetting = scores.scores_of(report), scores.scores_of(report, "forgetting")
     analysis = report.analysis or Analysis()
@@ -46,7 +49,7 @@ def render_job(document: dict[str, Any] | Report) -> str:
         task=task,
         task_figure=score_figure(task, f"of {report.adapter} {report.version}"),
         forgetting=forgetting,
-        forgetting_figure=score_figure(forgetting, "on what should not be unlearned"),
+        forgetting_figure=score_figure(forgetting, "on the forgetting suites"),
         subjects_of=scores.subjects_of,
         time_figure=time_figure(report),
         costs=facts.costs(report),
@@ -65,7 +68,7 @@ def render_job(document: dict[str, Any] | Report) -> str:
 
 
 def page(template: str, **context: Any) -> str:
-    """Everything in it is escaped: data sets and models are not ours."""
+    """Render a template. All content is escaped, because it comes from data sets and models that are not trusted."""
     environment = Environment(
         loader=PackageLoader("graft.report"),
         autoescape=True,
@@ -80,7 +83,7 @@ def page(template: str, **context: Any) -> str:
 
 
 def loss_curves(report: Report) -> dict[str, list[tuple[float, float]]]:
-    """Training and held-out loss over the steps."""
+    """Return the training loss and the held-out loss over the steps."""
     named = {"training": "loss", "held out": "evalLoss"}
     curves = {
         name: [(record["step"], record[field]) for record in report.loss_curve if field in record and "step" in record]
@@ -102,7 +105,7 @@ def loss_figure(report: Report) -> Markup | None:
 
 
 def score_figure(found: list[scores.Score], whose: str) -> list[Markup]:
-    """Scores and losses have scales of their own, hence a figure each; the version's bar first."""
+    """Draw one figure for scores and one for losses, because their scales differ. The version's bar comes first."""
     figures = []
     for share in (True, False):
         chosen = [score for score in found if score.share is share and not score.metric.lower().endswith("perplexity")]
@@ -121,7 +124,7 @@ def score_figure(found: list[scores.Score], whose: str) -> list[Markup]:
 
 
 def time_figure(report: Report) -> Markup | None:
-    """Seconds of each stage of the run."""
+    """Draw the time of each stage of the run."""
     if not report.seconds:
         return None
     names = [facts.STAGES.get(name, name) for name in report.seconds]
@@ -143,7 +146,10 @@ def spectra_figure(analysis: Analysis) -> Markup | None:
 
 
 def heat_map(analysis: Analysis, what: str) -> Markup | None:
-    """Effective rank or relative size of the update, kinds x layers; None where there are no layers."""
+    """Draw the effective rank or the relative size of the update by kind and layer.
+
+    None if no matrix belongs to a layer.
+    """
     found = analysis.update
     matrices = [matrix for matrix in found.matrices if matrix.layer is not None] if found else []
     if not found or not matrices:
@@ -162,7 +168,7 @@ def heat_map(analysis: Analysis, what: str) -> Markup | None:
         if found.rank:
             label += f" (at most {found.rank})"
         return charts.heat_map(kinds, layers, cells, title=label, label=label, form="{:.1f}", largest=found.rank)
-    label = "Size of the update in percent of the weights' (Frobenius norms)"
+    label = "Size of the update in percent of the size of the weights (Frobenius norms)"
     return charts.heat_map(kinds, layers, cells, title=label, label=label, form="{:.2g}")
 
 
@@ -175,7 +181,7 @@ def similarity_figure(analysis: Analysis) -> Markup | None:
         parts.setdefault(item.part, []).append((item.layer, item.cka))
     lowest = min(found.layers, key=lambda item: item.cka)
     title = (
-        f"Linear CKA of base and tuned hidden states by layer; the least is {lowest.cka:.3f} at layer {lowest.layer}"
+        f"Linear CKA of base and tuned hidden states by layer; the lowest is {lowest.cka:.3f} at layer {lowest.layer}"
     )
     return charts.lines(parts, title=title, x="layer (0: embeddings)", y="linear CKA", top=1.0)
 

@@ -1,4 +1,4 @@
-"""What the rank of a low-rank update buys: runs of one method that differ in it, in the order of their ranks."""
+"""The effect of the rank of a low-rank update: runs of one method with different ranks, sorted by rank."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LOW_RANK = ("lora", "qlora")
 
 @dataclass(frozen=True)
 class RankRun:
-    """A run with its rank, and what it came to."""
+    """A run with its rank and its results."""
 
     method: str
     label: str
@@ -22,11 +22,11 @@ class RankRun:
     trained_share: float | None
     loss: float | None  # on the held-out examples, nats per token
     score: str  # the task score of the matrix
-    effective_rank: float | None  # of the update, the median over the kinds of matrices
+    effective_rank: float | None  # of the update: the median over the kinds of matrices
 
 
 def rank_runs(comparison: Comparison) -> list[RankRun]:
-    """The runs of every method of which at least two ranks are compared, by method and rank (PURE)."""
+    """Return the runs of every method with at least two different ranks, sorted by method and rank (PURE)."""
     task = next(row for row in comparison.rows if row.name == "task score")
     found = []
     for label, report, cell in zip(comparison.labels, comparison.reports, task.cells, strict=True):
@@ -51,7 +51,7 @@ def rank_runs(comparison: Comparison) -> list[RankRun]:
 
 
 def rank_rows(runs: list[RankRun]) -> list[tuple[str, str, str, str, str]]:
-    """(label, trained share, loss, task score, effective rank) in words."""
+    """Return (label, trained share, loss, task score, effective rank) of each run as texts."""
     return [
         (
             run.label,
@@ -65,7 +65,7 @@ def rank_rows(runs: list[RankRun]) -> list[tuple[str, str, str, str, str]]:
 
 
 def rank_loss_figure(runs: list[RankRun]) -> Markup | None:
-    """The held-out loss over the rank, a line per method."""
+    """Draw the held-out loss over the rank, with one line per method."""
     series: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
         if run.loss is not None:

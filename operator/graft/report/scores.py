@@ -1,4 +1,4 @@
-"""The metrics of a report, put in order: what belongs together, against which baselines, and which way is better."""
+"""The scores of a report: its metrics grouped by suite, with their baselines, and whether higher or lower is better."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Score:
 
     @property
     def share(self) -> bool:
-        """Whether it goes from 0 to 1."""
+        """Whether the value is a share from 0 to 1."""
         return self.metric in SHARES
 
     @property
@@ -36,13 +36,13 @@ class Score:
         return "loss" in self.metric.lower() or "perplexity" in self.metric.lower()
 
     def words(self, subject: str) -> str:
-        """The value of one subject, a share in percent."""
+        """Return the value of one subject as text, a share in percent."""
         value = self.values.get(subject)
         return wording.share(value) if self.share else wording.number(value)
 
     @property
     def verdict(self) -> str:
-        """The gain in words: better, worse or equal, and by how much."""
+        """The gain as text: better, worse or equal, and by how much."""
         if self.gain is None:
             return wording.ABSENT
         if self.gain == 0:
@@ -63,8 +63,11 @@ class Score:
 
 
 def scores_of(report: Report, role: Role = "task") -> list[Score]:
-    """The scores of the suites of a role, held-out examples first. The training loss is no score, and forgetting/<suite> the
-    difference of two."""
+    """Return the scores of the suites of a role, in the order of the metrics.
+
+    Two metrics are left out: the training loss, which is not a score, and forgetting/<suite>, which is the difference
+    of two scores.
+    """
     forgetting = {suite.name for suite in report.evaluation.suites if suite.role == "forgetting"}
     found: dict[tuple[str, str], dict[str, float]] = {}
     for name, value in report.metrics.items():
@@ -81,14 +84,17 @@ def scores_of(report: Report, role: Role = "task") -> list[Score]:
 
 
 def subjects_of(scores: Sequence[Score]) -> dict[str, str]:
-    """Who was measured, the version last as it is what the others are compared with: key -> name."""
+    """Return the subjects that were measured, key -> name.
+
+    The version is last, because it is compared with the others.
+    """
     seen = {subject for score in scores for subject in score.values}
     known = {"base": BASELINES["base"], "fewShot": BASELINES["fewShot"], "current": BASELINES["current"]}
     return {key: name for key, name in known.items() if key in seen} | ({OURS: "this version"} if OURS in seen else {})
 
 
 def headline(scores: Sequence[Score]) -> Score | None:
-    """The one score that stands for the version: the first that is a share, with exact match before others."""
+    """Return the main score of the version. Shares come before others, then held-out examples, then exact match."""
     ranked = sorted(
         (score for score in scores if score.ours is not None),
         key=lambda score: (not score.share, score.suite != HELD_OUT, score.metric != "exactMatch"),

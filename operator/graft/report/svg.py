@@ -1,4 +1,5 @@
-"""A matplotlib figure as an SVG element of the page: no script, no font file, no link, colours of light and dark pages alike."""
+"""Convert a matplotlib figure to an SVG element of the page: no script, no font file, no link, colours for light and
+dark pages."""
 
 import hashlib
 import io
@@ -12,9 +13,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Distinguishable with the common colour blindnesses and on white as on near-black (contrast at least 3:1 on both).
+# Distinguishable with the common colour blindnesses, on white and on near-black (contrast at least 3:1 on both).
 COLOURS = ("#3d85c6", "#d9730d", "#2f9e6e", "#a56cc1", "#c9487a", "#8a8d91", "#b08d00", "#20a0a8", "#7f7fd5", "#d6604d")
-INK = "#010203"  # stands for the page's text colour until the figure is written
+INK = "#010203"  # placeholder for the page's text colour until the figure is written
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names of suites and modules are not formulas
@@ -46,7 +47,10 @@ REFERENCE = re.compile(r'(url\(#|href="#)([^")]+)')
 
 
 def new_figure(columns: int = 1, height: float = 2.9, width: float = 7.4) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, side by side. Sizes in inches; the page scales it to the column's width."""
+    """Return a figure and its axes, side by side.
+
+    Sizes are in inches; the page scales the figure to the column's width.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -54,7 +58,7 @@ def new_figure(columns: int = 1, height: float = 2.9, width: float = 7.4) -> tup
 
 
 def inline(figure: Figure, title: str) -> Markup:
-    """The SVG element; `title` is what a screen reader says in its place."""
+    """Return the SVG element. A screen reader reads `title` instead of the figure."""
     buffer = io.StringIO()
     digest = hashlib.sha256(title.encode()).hexdigest()[:8]
     with mpl.rc_context(STYLE | {"svg.hashsalt": digest}):
@@ -73,7 +77,10 @@ def inline(figure: Figure, title: str) -> Markup:
 
 
 def _page_wide_identifiers(text: str, prefix: str) -> str:
-    """Every figure of matplotlib counts its parts from 1: leave out the ids that nothing refers to, make the others unique."""
+    """Make ids unique on the page, because every matplotlib figure counts its parts from 1.
+
+    Remove ids without a reference.
+    """
     used = {name for _, name in REFERENCE.findall(text)}
 
     def identifier(match: re.Match[str]) -> str:

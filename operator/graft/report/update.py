@@ -1,4 +1,4 @@
-"""The update's matrices, summed up by kind for figures and tables (PURE)."""
+"""Summaries of the update's matrices by kind, for figures and tables (PURE)."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,14 +18,16 @@ class KindSummary:
     least_rank: float
     greatest_rank: float
     relative_norm: float | None  # median
-    rank_for_90: int | None  # median; None where the known singular values do not reach it
-    known: int  # singular values of each
+    rank_for_90: int | None  # median; None if the known singular values do not reach 90 %
+    known: int  # singular values that are known of each matrix
     exact: bool
 
 
 def energy(matrix: MatrixUpdate) -> list[float]:
-    """Share of the squared norm that the first 1, 2, … singular values hold: what an update of that rank would keep
-    (Eckart & Young 1936)."""
+    """Return the share of the squared norm in the first 1, 2, … singular values.
+
+    An update of that rank keeps this share (Eckart & Young 1936).
+    """
     total, kept, shares = matrix.norm**2, 0.0, []
     for value in matrix.singular_values:
         kept += value**2
@@ -34,12 +36,12 @@ def energy(matrix: MatrixUpdate) -> list[float]:
 
 
 def rank_for(shares: Sequence[float], wanted: float) -> int | None:
-    """The least rank that keeps `wanted` of the squared norm."""
+    """Return the smallest rank that keeps the share `wanted` of the squared norm, or None."""
     return next((rank for rank, share in enumerate(shares, start=1) if share >= wanted), None)
 
 
 def by_kind(update: UpdateAnalysis) -> dict[str, list[MatrixUpdate]]:
-    """The matrices by kind, in the model's order."""
+    """Return the matrices by kind, in the model's order."""
     kinds: dict[str, list[MatrixUpdate]] = {}
     for matrix in update.matrices:
         kinds.setdefault(matrix.kind, []).append(matrix)
@@ -47,7 +49,7 @@ def by_kind(update: UpdateAnalysis) -> dict[str, list[MatrixUpdate]]:
 
 
 def summaries(update: UpdateAnalysis) -> list[KindSummary]:
-    """One summary per kind."""
+    """Return one summary per kind."""
     return [_summary(kind, matrices) for kind, matrices in by_kind(update).items()]
 
 
@@ -70,12 +72,15 @@ def _summary(kind: str, matrices: Sequence[MatrixUpdate]) -> KindSummary:
 
 
 def median_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Point by point, as far as the shortest goes."""
+    """Return the median at each point, up to the length of the shortest curve."""
     return [statistics.median(values) for values in zip(*curves, strict=False)]
 
 
 def typical_spectra(update: UpdateAnalysis) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(singular values over the largest, kept energy), the median over the layers of each kind; untouched matrices left out."""
+    """Return (singular values divided by the largest, kept energy), the median of each kind.
+
+    Unchanged matrices are left out.
+    """
     normalised, kept = {}, {}
     for kind, matrices in by_kind(update).items():
         moved = [matrix for matrix in matrices if matrix.singular_values and matrix.singular_values[0] > 0]

@@ -1,11 +1,11 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 METHODS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "promptTuning": "Prompt tuning"}
 ABSENT = "—"
 
 
 def size(count: float | None) -> str:
-    """Bytes: 1.2 GB (decimal, as disks and object stores are sold)."""
+    """Format bytes: 1.2 GB (decimal units, as for disks and object stores)."""
     if count is None:
         return ABSENT
     for unit in ("B", "kB", "MB", "GB"):
@@ -16,7 +16,7 @@ def size(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """1 h 5 min, 3 min 20 s, 4.2 s, 12 ms."""
+    """Format seconds: 1 h 5 min, 3 min 20 s, 4.2 s, 12 ms."""
     if seconds is None:
         return ABSENT
     if seconds < 1:
@@ -31,7 +31,7 @@ def duration(seconds: float | None) -> str:
 
 
 def share(value: float | None, digits: int = 3) -> str:
-    """A share from 0 to 1 in percent, to so many significant digits."""
+    """Format a share from 0 to 1 in percent, with `digits` significant digits."""
     return ABSENT if value is None else f"{100 * value:.{digits}g} %"
 
 
@@ -52,7 +52,7 @@ def method(name: str) -> str:
 
 
 def setting(value: object) -> str:
-    """A hyperparameter as it is written in YAML."""
+    """Format a hyperparameter as in YAML."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

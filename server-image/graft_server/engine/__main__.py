@@ -1,4 +1,4 @@
-"""`python -m graft_server.engine`: loads the model, serves, and leaves in order on SIGTERM."""
+"""`python -m graft_server.engine`: load the model, serve it, and shut down gracefully on SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger("graft_server.engine")
 
 
 def main() -> None:
-    """Runs the engine until SIGTERM or SIGINT."""
+    """Run the engine until SIGTERM or SIGINT."""
     settings = parse()
-    # The first process of a container ignores signals that it has no handler for, and a large model takes minutes to load.
+    # PID 1 of a container ignores a signal without a handler, and loading a large model takes minutes.
     signal.signal(signal.SIGTERM, _leave)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpu_limit()))
@@ -36,12 +36,12 @@ def main() -> None:
 
 
 def _leave(number: int, frame: object) -> NoReturn:
-    """Nothing runs yet that would have to end in order."""
+    """Exit at once: no request runs yet."""
     sys.exit(0)
 
 
 async def serve(settings: Settings, base: BaseModel) -> None:
-    """Serves until a signal, then finishes what runs. A second signal ends at once."""
+    """Serve until a signal, then finish the running requests. After a second signal, do not wait for them."""
     stop = asyncio.Event()
     again = asyncio.Event()
 
@@ -57,10 +57,10 @@ async def serve(settings: Settings, base: BaseModel) -> None:
     await runner.setup()
     try:
         await web.TCPSite(runner, settings.host, settings.port).start()
-        for address in runner.addresses:  # the real port where the flag said 0
+        for address in runner.addresses:  # the port that was assigned if --port is 0
             log.info("serving %s on %s:%d", ", ".join(settings.served_model_names), address[0], address[1])
         await stop.wait()
-        log.info("finishing running requests")
+        log.info("shutting down: waiting for the running requests")
         drain = asyncio.create_task(server.drain(settings.shutdown_timeout))
         impatient = asyncio.create_task(again.wait())
         await asyncio.wait({drain, impatient}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""Reads an adapter's directory and refuses whatever this engine would not compute faithfully.
+"""The reader of adapter directories. It refuses an adapter that this engine would compute incorrectly.
 
-A LoRA or a tuned prompt, as peft saves them: the config is reduced to the keys below, the weights come from safetensors
-alone, and every tensor must belong to a module of the base model and have its shape.
+An adapter is a LoRA or a tuned prompt, as peft saves them. Only the config keys below are used. Weights are read from
+safetensors only. Every tensor must belong to a module of the base model and have the shape that the module needs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MODEL_WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 MAX_CONFIG_BYTES = 1 << 20
 PREFIX = "base_model.model."
 TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
-# A pattern's key is matched as a regular expression by peft: plain module names only, so none can run away.
+# peft matches a pattern's key as a regular expression. Only plain module names are accepted, so no match can hang.
 PATTERN_KEY = re.compile(r"\^?[\w.]+")
-# peft's features that change the result and that neither vLLM's contract nor this engine has.
+# Features of peft that change the result. Neither vLLM's contract nor this engine supports them.
 UNSUPPORTED = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in LoRA",
@@ -51,20 +51,20 @@ UNSUPPORTED = {
 
 
 class AdapterInvalidError(Exception):
-    """The adapter cannot be served on this base model; the message says why."""
+    """The adapter cannot be served on this base model. The message says why."""
 
 
 class AdapterNotFoundError(Exception):
-    """No adapter's files lie at the path."""
+    """The path has no adapter files."""
 
 
 class WholeModelError(AdapterInvalidError):
-    """The directory holds a model, tuned or merged, and no adapter."""
+    """The directory holds a whole model (fine-tuned or merged), not an adapter."""
 
 
 @dataclass(frozen=True)
 class PromptWeights:
-    """A tuned prompt (Lester et al., arXiv:2104.08691): `embeddings` [virtual tokens, hidden], before the prompt's own."""
+    """A tuned prompt (Lester et al., arXiv:2104.08691). `embeddings` [virtual tokens, hidden] precede the prompt's."""
 
     embeddings: Any
 
@@ -74,7 +74,7 @@ AdapterWeights = LoraWeights | PromptWeights
 
 @dataclass(frozen=True)
 class Limits:
-    """What an adapter must fit: the base model's modules, its embeddings' width, the highest rank, the context."""
+    """The limits for an adapter: the base model's modules, its hidden size, the highest rank, the context length."""
 
     modules: Mapping[str, ModuleShape]
     hidden_size: int
@@ -86,13 +86,13 @@ V = TypeVar("V")
 
 
 def _by_pattern(patterns: Mapping[str, V], module: str, default: V) -> V:
-    """The value of the first key that is the end of a module's name, as in peft (get_pattern_key)."""
+    """Return the value of the first key that matches the end of a module's name, as in peft (get_pattern_key)."""
     found = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
     return next(found, default)
 
 
 class _LoraConfig(BaseModel):
-    """The keys of a LoRA's adapter_config.json that matter for inference. All others are dropped."""
+    """The keys of a LoRA's adapter_config.json that inference needs. All others are dropped."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -105,11 +105,11 @@ class _LoraConfig(BaseModel):
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
 
     def rank(self, module: str) -> int:
-        """The rank of a module's matrices."""
+        """Return the rank of a module's matrices."""
         return _by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """What peft multiplies a module's product by (rank-stabilised: arXiv:2312.03732)."""
+        """Return the factor by which peft scales a module's product (rank-stabilised: arXiv:2312.03732)."""
         alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank(module)
         return float(alpha / (rank**0.5 if self.use_rslora else rank))
@@ -128,9 +128,9 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def read_adapter(path: str, limits: Limits) -> AdapterWeights:
-    """Reads and checks the adapter in the directory `path`.
+    """Read and check the adapter in the directory `path`.
 
-    Raises AdapterNotFoundError where a file is missing and AdapterInvalidError where the engine cannot serve it.
+    Raises AdapterNotFoundError if a file is missing, and AdapterInvalidError if the engine cannot serve the adapter.
     """
     directory = Path(path)
     try:
@@ -158,8 +158,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
             (directory / name).is_file() for name in MODEL_WEIGHTS_FILES
         ):
             raise WholeModelError(
-                f"{directory} holds a whole model (method full, or merged), which no other base can carry. "
-                f"Serve it by an engine of its own: --model {directory}"
+                f"{directory} holds a whole model (method full, or merged), not an adapter. "
+                f"Serve it with a separate engine: --model {directory}"
             )
         raise AdapterNotFoundError(f"No adapter found for {directory}")
     if file.stat().st_size > MAX_CONFIG_BYTES:
@@ -195,17 +195,21 @@ def _lora_config(raw: dict[str, Any], max_rank: int) -> _LoraConfig:
         raise AdapterInvalidError(f"LoRA rank {rank} is greater than max_lora_rank {max_rank}.")
     for key in (*config.rank_pattern, *config.alpha_pattern):
         if not PATTERN_KEY.fullmatch(key):
-            raise AdapterInvalidError(f"rank_pattern and alpha_pattern take module names, not {key!r}")
+            raise AdapterInvalidError(f"the keys of rank_pattern and alpha_pattern must be module names, not {key!r}")
     return config
 
 
 def _prompt(config: _PromptConfig, tensors: Mapping[str, Any], limits: Limits) -> PromptWeights:
     count = config.num_virtual_tokens
     if count >= limits.max_virtual_tokens:
-        raise AdapterInvalidError(f"{count} virtual tokens leave no room in a context of {limits.max_virtual_tokens}")
+        raise AdapterInvalidError(
+            f"{count} virtual tokens leave no room for a prompt in the context of {limits.max_virtual_tokens} tokens"
+        )
     if set(tensors) != {PROMPT_TENSOR}:
-        raise AdapterInvalidError(f"{WEIGHTS_FILE} must hold {PROMPT_TENSOR!r} alone, not {sorted(tensors)[:3]}")
-    # An encoder-decoder's has a second half, which peft trains and reads for neither stack.
+        raise AdapterInvalidError(
+            f"{WEIGHTS_FILE} must hold only the tensor {PROMPT_TENSOR!r}, not {sorted(tensors)[:3]}"
+        )
+    # An encoder-decoder's tensor has a second half. peft neither trains nor reads it, for either stack.
     wanted = (count * (config.num_transformer_submodules or 1), limits.hidden_size)
     found = tuple(tensors[PROMPT_TENSOR].shape)
     if found != wanted:
@@ -215,7 +219,7 @@ def _prompt(config: _PromptConfig, tensors: Mapping[str, Any], limits: Limits) -
 
 def _check_targets(config: _LoraConfig, modules: Mapping[str, ModuleShape]) -> None:
     if isinstance(config.target_modules, str):
-        return  # a pattern: the tensors say what it matched
+        return  # a pattern: the modules of the tensors are checked instead
     for target in config.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise AdapterInvalidError(f"target module {target!r} is not in the base model")
@@ -229,18 +233,18 @@ def _read_tensors(directory: Path) -> dict[str, Any]:
         raise AdapterNotFoundError(f"No adapter found for {directory}")
     try:
         with safe_open(file, framework="pt") as weights:
-            # Copied: a tensor backed by the file would change with it.
+            # Copied, because a tensor that is backed by the file changes with the file.
             return {
                 name: weights.get_tensor(name).to(torch.float32, copy=True)
                 for name in weights.keys()  # noqa: SIM118  (safe_open is not a dict)
-                if not name.endswith(".base_layer.weight")  # peft saves resized embeddings along; vLLM skips them too
+                if not name.endswith(".base_layer.weight")  # peft also saves resized embeddings; vLLM skips them too
             }
     except SafetensorError as error:
         raise AdapterInvalidError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
 
 
 def _check_tensors(tensors: Mapping[str, Any], config: _LoraConfig, modules: Mapping[str, ModuleShape]) -> None:
-    """Checks that the tensors are whole pairs of matrices for modules of the model."""
+    """Check that the tensors form complete pairs of matrices for modules of the base model."""
     parts: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name.removeprefix(PREFIX))
@@ -259,12 +263,12 @@ def _check_tensors(tensors: Mapping[str, Any], config: _LoraConfig, modules: Map
         raise AdapterInvalidError(f"{WEIGHTS_FILE} has no LoRA weights")
     for module, found in parts.items():
         if len(found) != 2:
-            raise AdapterInvalidError(f"module {module!r} has only {', '.join(sorted(found))}")
+            raise AdapterInvalidError(f"module {module!r} has only {', '.join(sorted(found))}, not both matrices")
 
 
 def _pairs(tensors: Mapping[str, Any], config: _LoraConfig) -> dict[str, Pair]:
-    """The matrices by module, scaled in place. The modules are those that have tensors: a pattern of the config's is never
-    evaluated."""
+    """Return the matrices by module, scaled in place. The modules are those that have tensors: a pattern in
+    `target_modules` is never evaluated."""
     found: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if match := TENSOR.fullmatch(name.removeprefix(PREFIX)):

@@ -1,4 +1,4 @@
-"""From a request to running sequences and back: the bridge between the event loop and the engine's thread."""
+"""The bridge between the event loop and the engine's thread: requests become sequences, outputs become answers."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from graft_server.engine.sequence import Output, Sequence
 from graft_server.engine.text import TextStream
 
 Request = ChatRequest | CompletionRequest
-DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat answer may fill the context
+DEFAULT_COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions; a chat answer may fill the context
 
 
 class Answers:
     """The sequences of one request, in the order of the answer's choices.
 
-    An async context manager: leaving it cancels what still runs. Iterating gives (choice, Output) as they come.
+    An async context manager: on exit it cancels the sequences that still run. Iterate it to get (choice, Output) pairs
+    as they arrive.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.sequences: list[Sequence] = []
-        self.echoes: list[str] = []  # by choice: what its text begins with
+        self.echoes: list[str] = []  # by choice: the text that precedes the answer
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self._engine = engine
@@ -50,7 +51,7 @@ class Answers:
         self._last_token: dict[int, float] = {}
 
     def add(self, sequence: Sequence, echo: str) -> None:
-        """Adds a choice, before the start."""
+        """Add a choice. Call this before `start`."""
         index = len(self.sequences)
         self.echoes.append(echo)
         sequence.emit = lambda output: self._emit(index, output)
@@ -58,7 +59,7 @@ class Answers:
         self._open.add(index)
 
     def start(self) -> None:
-        """Queues all choices. Raises ApiError 503 where there is no room."""
+        """Queue all choices. Raises ApiError 503 if the queue is full or the server shuts down."""
         try:
             self._engine.submit(self.sequences)
         except OverloadedError as error:
@@ -80,7 +81,7 @@ class Answers:
                 self._metrics.finished("abort", time.monotonic() - self.sequences[index].arrived)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
-        """Gives outputs until every choice has ended. Raises ApiError where one fails."""
+        """Yield outputs until every choice has ended. Raises ApiError if a choice fails."""
         while self._open:
             index, output = await self._outputs.get()
             self._measure(index, output)
@@ -106,7 +107,7 @@ class Answers:
 
 
 class Generator:
-    """Turns parsed requests into Answers."""
+    """The converter of parsed requests into Answers."""
 
     def __init__(
         self,
@@ -123,20 +124,23 @@ class Generator:
         self._engine = engine
         self._registry = registry
         self._metrics = metrics
-        self._max_sequences = max_sequences  # that can be in the engine at once
+        self._max_sequences = max_sequences  # limit of sequences in the engine, running and queued
         self._request_timeout = request_timeout
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # off the loop, one at a time
-        self._arriving = 0  # requests that are or wait there
+        # Beside the event loop, one request at a time.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._arriving = 0  # requests in that thread or waiting for it
 
     async def start(self, request: Request) -> Answers:
-        """Queues a request. Raises ApiError where it cannot be served."""
-        self._entry(request.model)  # an unknown model is refused before any work
+        """Queue a request. Raises ApiError if it cannot be served."""
+        self._entry(request.model)  # refuse an unknown model before any work
         prompts = await self._prompts(request)
         n = request.n or 1
         if len(prompts) * n > self._max_sequences:
-            raise bad_request(f"prompt and n ask for {len(prompts) * n} answers; at most {self._max_sequences} can run")
+            raise bad_request(
+                f"prompt and n ask for {len(prompts) * n} answers; at most {self._max_sequences} are allowed"
+            )
 
-        # Looked up again, with no wait until the sequences are queued: what is queued survives an unload.
+        # Look the model up again. From here to the queue there is no await, and queued sequences survive an unload.
         entry = self._entry(request.model)
         adapter = entry.adapter if entry else None
         answers = Answers(self._engine, self._metrics)
@@ -150,7 +154,7 @@ class Generator:
         return answers
 
     async def _prompts(self, request: Request) -> list[list[int]]:
-        """The request's prompts as token ids. Requests that wait for the tokenizer are bounded like those in the queue."""
+        """Return the request's prompts as token ids. Raises ApiError 503 if too many requests wait for that."""
         if self._arriving >= self._max_sequences:
             raise unavailable("the server is overloaded: too many requests arrive at once")
         self._arriving += 1
@@ -174,11 +178,11 @@ class Generator:
             return [self._base.encode_chat(messages, request.chat_template_kwargs or {})]
         prompts = request.prompts()
         if len(prompts) > MAX_PROMPTS:
-            raise PromptError(f"prompt: {len(prompts)} prompts in one request; at most {MAX_PROMPTS} are taken")
+            raise PromptError(f"prompt: {len(prompts)} prompts in one request; at most {MAX_PROMPTS} are allowed")
         encoded = [self._base.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for ids in encoded:
             if not ids:
-                raise PromptError("prompt: it has no tokens")
+                raise PromptError("prompt: it must have at least one token")
             if not all(0 <= token < self._base.vocab_size for token in ids):
                 raise PromptError(f"prompt: token ids must be from 0 to {self._base.vocab_size - 1}")
         return encoded
@@ -187,7 +191,7 @@ class Generator:
         if isinstance(request, ChatRequest) or not request.echo:
             return ""
         if request.alternatives is not None and self._base.start_token is not None:
-            raise bad_request("echo with logprobs: an encoder has none for its prompt", "echo")
+            raise bad_request("echo with logprobs: an encoder-decoder model has no logprobs for its prompt", "echo")
         return request.prompt if isinstance(request.prompt, str) else self._base.decode(prompt)
 
     def _max_tokens(self, request: Request, prompt_tokens: int, virtual_tokens: int) -> int:
@@ -196,7 +200,7 @@ class Generator:
         if isinstance(request, ChatRequest):
             wanted = request.max_completion_tokens or wanted
         used = prompt_tokens + virtual_tokens
-        if self._base.start_token is not None:  # prompt and answer are in stacks of their own
+        if self._base.start_token is not None:  # the encoder holds the prompt and the decoder the answer
             if max(used, wanted or 1) > limit:
                 raise bad_request(
                     f"This model's maximum length is {limit} tokens for the prompt and as many for the answer. However, "
@@ -224,7 +228,7 @@ class Generator:
         ends = frozenset() if request.ignore_eos else self._base.eos_ids
         ends |= frozenset(request.stop_token_ids or ())
         if request.min_tokens and len(ends) >= self._base.vocab_size:
-            raise bad_request("min_tokens: stop_token_ids leave no other token to begin with", "min_tokens")
+            raise bad_request("min_tokens: every token would end the answer; set fewer stop_token_ids", "min_tokens")
         return Sequence(
             prompt=prompt,
             adapter=adapter,
@@ -258,7 +262,7 @@ class Generator:
 
 
 def _nobody(output: Output) -> None:
-    """Before a sequence belongs to Answers."""
+    """Ignore the output of a sequence that does not belong to Answers yet."""
 
 
 def _failure(output: Output) -> ApiError:

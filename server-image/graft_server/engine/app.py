@@ -1,4 +1,4 @@
-"""The HTTP routes."""
+"""The HTTP routes of the engine."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MAX_BODY_BYTES = 16 << 20
-REQUEST_ID = re.compile(r"[!-~]{1,128}")  # what a client may call its request; it becomes part of the answer's id
+REQUEST_ID = re.compile(r"[!-~]{1,128}")  # valid X-Request-Id values; the id becomes part of the answer's id
 
 
 class Server:
-    """One base model behind its routes. Create it on the running event loop, `close` it at the end."""
+    """One base model behind its routes. Create it on the running event loop and call `close` at the end."""
 
     def __init__(self, settings: Settings, base: BaseModel) -> None:
         limits = Limits(base.modules, base.hidden_size, settings.max_lora_rank, base.max_model_len)
@@ -87,7 +87,7 @@ class Server:
         self.engine.start()
 
     def application(self) -> web.Application:
-        """The aiohttp application. Run it with handler_cancellation, so that a caller who leaves frees its slot."""
+        """Return the aiohttp application. Run it with handler_cancellation, so that a lost client frees its slot."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors, self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
@@ -101,7 +101,7 @@ class Server:
         return app
 
     async def drain(self, seconds: float) -> bool:
-        """Refuses new requests from now on and waits for the running ones. Returns whether all of them ended."""
+        """Refuse new requests from now on. Wait at most `seconds` for the running ones. Return whether all ended."""
         self._draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
@@ -110,7 +110,7 @@ class Server:
         return True
 
     async def close(self) -> None:
-        """Stops the engine; requests that still run end with a 503."""
+        """Stop the engine. Requests that still run end with a 503."""
         await asyncio.to_thread(self.engine.stop)
 
     @web.middleware
@@ -123,14 +123,14 @@ class Server:
         except web.HTTPException as error:
             wrapped = ApiError(error.status, error.reason, error.reason)
             return web.json_response(wrapped.body, status=error.status)
-        except web.RequestPayloadError as error:  # a body that is not what its headers say
+        except web.RequestPayloadError as error:  # the body contradicts its headers
             wrapped = ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", f"the body cannot be read: {error}")
             return web.json_response(wrapped.body, status=HTTPStatus.BAD_REQUEST)
         except ConnectionError:
-            raise  # the caller is gone; aiohttp knows
+            raise  # the client disconnected; aiohttp handles it
         except Exception as error:
-            log.exception("%s failed", request.path)
-            wrapped = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", f"internal error: {error!r}")
+            log.exception("unexpected error while answering %s", request.path)
+            wrapped = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError", f"unexpected error: {error!r}")
             return web.json_response(wrapped.body, status=500)
 
     @web.middleware
@@ -183,7 +183,7 @@ class Server:
 
     async def _load(self, request: web.Request) -> web.Response:
         body = parse_body(LoadLoraRequest, request.content_type, await request.read())
-        # Shielded: a caller who leaves must not leave an adapter behind that is in memory and has no name.
+        # Shielded: if the client disconnects, the load still completes. Else a nameless adapter could stay in memory.
         return web.Response(text=await asyncio.shield(self.registry.load(body)))
 
     async def _unload(self, request: web.Request) -> web.Response:
@@ -226,7 +226,7 @@ def _extend(choice: Choice, output: Output) -> None:
 
 
 async def _stream(request: web.Request, answers: Answers, shapes: Shapes, include_usage: bool) -> web.StreamResponse:
-    """Writes server-sent events. The status is sent with the first event: an early failure is still an error answer."""
+    """Write server-sent events. The status is sent with the first event: an earlier failure gets an error status."""
     response = web.StreamResponse(
         headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
     )

@@ -1,8 +1,8 @@
-"""One decoding step for many sequences, each with a cache of its own length: no padding, and no sum over a neighbour.
+"""One decoding step for many sequences with caches of different lengths, without padding or sums over other rows.
 
-The model runs on [rows, 1] tokens; its attention is replaced, through transformers' AttentionInterface, by one product
-per row over that row's own keys and values. So a row's attention is the same computation whatever shares the step, and
-rows join and leave without a copy. Outside a step the model's attention is the one it would have anyway.
+The model runs on [rows, 1] tokens. Its attention is replaced, through transformers' AttentionInterface, by one product
+per row over that row's own keys and values. So a row's attention is the same computation in any step. Rows join and
+leave without a copy. Outside a step the model uses its normal attention.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from transformers.masking_utils import sdpa_mask
 
 ROWS = "graft_rows"
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-GROWTH = 256  # columns a row's cache grows by, at least
+GROWTH = 256  # minimum number of columns by which a row's cache grows
 
 _step: ContextVar[StepCache | None] = ContextVar("step", default=None)
 
 
 def new_cache(config: Any) -> Any:
-    """An empty cache of the kind the model's layers need, for reading one prompt."""
+    """Return an empty cache of the kind that the model's layers need, for reading one prompt."""
     if config.is_encoder_decoder:
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=config)
 
 
 def can_share(cache: Any, config: Any) -> bool:
-    """Whether a sequence's cache can become a row: plain or sliding attention, nothing recurrent."""
+    """Return whether a sequence's cache can become a row: full or sliding attention only, nothing recurrent."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ATTENTION_KINDS)
     halves = (cache.self_attention_cache, cache.cross_attention_cache) if config.is_encoder_decoder else (cache,)
     layers = [layer for half in halves for layer in half.layers]
@@ -43,7 +43,8 @@ def can_share(cache: Any, config: Any) -> bool:
 
 
 class RowLayer:
-    """Keys and values [1, heads, columns, dim] of one sequence in one layer; `window` columns count where it is set."""
+    """Keys and values [1, heads, columns, dim] of one sequence in one layer. If `window` is set, only the last `window`
+    columns count."""
 
     def __init__(self, keys: Any, values: Any, window: int | None = None) -> None:
         self._keys = keys
@@ -52,7 +53,7 @@ class RowLayer:
         self._window = window
 
     def append(self, keys: Any, values: Any) -> None:
-        """Adds one column."""
+        """Add one column."""
         if self._length == self._keys.shape[-2]:
             self._grow()
         self._keys[..., self._length : self._length + 1, :] = keys
@@ -60,7 +61,7 @@ class RowLayer:
         self._length += 1
 
     def visible(self) -> tuple[Any, Any]:
-        """The columns that the newest token attends to, itself included."""
+        """Return the columns that the newest token attends to, including its own."""
         first = max(self._length - self._window, 0) if self._window else 0
         return self._keys[..., first : self._length, :], self._values[..., first : self._length, :]
 
@@ -75,10 +76,10 @@ class RowLayer:
 
 
 class RowCache:
-    """The cache of one sequence, by layer; `length` tokens are in it, and `cross` is what a decoder sees of its prompt."""
+    """The cache of one sequence, by layer, with `length` tokens. `cross` is a decoder's cache of the prompt."""
 
     def __init__(self, cache: Any, length: int) -> None:
-        """Takes over the cache of a prompt that was read."""
+        """Take over the cache of a prompt that was read."""
         crossed = isinstance(cache, EncoderDecoderCache)
         self.length = length
         self.own = _layers(cache.self_attention_cache if crossed else cache)
@@ -90,17 +91,17 @@ def _layers(cache: Any) -> list[RowLayer]:
 
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers is not followed
-    """What the model takes for its cache during a step: it hands every new column to its row.
+    """The cache object that the model uses during a step. It passes every new column to its row.
 
-    To the model all rows look as long as the longest one, `past` tokens. Where positions are given (rotary, learned)
-    this is never used; where the model derives a bias from distances (T5) the shorter rows' biases are its end.
+    For the model, all rows are as long as the longest row: `past` tokens. If positions are given (rotary, learned), the
+    model does not use this length. If it derives a bias from distances (T5), shorter rows use the end of that bias.
     """
 
     def __init__(self, rows: Sequence[RowCache]) -> None:
         self.layers: list[Any] = []
         self.rows = rows
         self.past = max(row.length for row in rows)
-        self.prompt_keys: Any = None  # what the model takes for every layer's keys of the prompt
+        self.prompt_keys: Any = None  # stands for the prompt's keys of every layer
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.past
@@ -108,11 +109,11 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is not followed
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         for index, row in enumerate(self.rows):
             row.own[layer_idx].append(key_states[index : index + 1], value_states[index : index + 1])
-        columns = (-1, -1, self.past + 1, -1)  # a view: only its length is looked at
+        columns = (-1, -1, self.past + 1, -1)  # a view: only its length is used
         return key_states.expand(columns), value_states.expand(columns)
 
     def for_model(self) -> Any:
-        """The cache object that the model expects: a pair for an encoder-decoder."""
+        """Return the cache object that the model expects: a pair for an encoder-decoder."""
         layers = self.rows[0].cross
         if not layers:
             return self
@@ -124,7 +125,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is not followed
 
 @contextmanager
 def stepping(rows: Sequence[RowCache]) -> Iterator[StepCache]:
-    """While it is open, attention is by rows. Afterwards every row is one token longer."""
+    """Compute attention by rows while the context is open. Afterwards every row is one token longer."""
     cache = StepCache(rows)
     token = _step.set(cache)
     try:
@@ -155,7 +156,7 @@ def _attend(
     output = query.new_zeros(query.shape[0], 1, heads, value.shape[-1])  # rows beyond the caches are padding
     for index, row in enumerate(step.rows):
         keys, values = (row.cross if cross else row.own)[module.layer_idx].visible()
-        groups = heads // keys.shape[1]  # query heads that share a key head become its "tokens"
+        groups = heads // keys.shape[1]  # query heads that share a key head are treated as its tokens
         queries = query[index].view(1, keys.shape[1], groups, -1)
         bias = None
         if position_bias is not None and not cross:

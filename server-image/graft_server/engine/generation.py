@@ -1,7 +1,7 @@
-"""The generation core: one thread owns the model and steps everything that runs.
+"""The generation core: one thread owns the model and steps all running sequences.
 
-Every turn of the loop admits what may run, reads prompts within a budget, and gives every running sequence one token.
-Sequences of all adapters and of the base model share each step. It knows nothing about HTTP.
+Each turn of the loop admits sequences, reads prompts within a budget, and gives every running sequence one token.
+Sequences of all adapters and of the base model share each step. This module knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from graft_server.engine.sequence import Output, Sequence
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PREFILL_CHUNK = 512  # tokens of prompts read per turn: a long prompt does not stall the others' answers
-MAX_ADAPTER_WAIT = 2.0  # seconds a sequence may be overtaken while it waits for one of the max_loras places
+PREFILL_CHUNK = 512  # prompt tokens read per turn, so that a long prompt does not stall the other answers
+MAX_ADAPTER_WAIT = 2.0  # seconds in which others may overtake a sequence that waits for one of the max_loras places
 LOADING_THREADS = 2
-TOO_LATE = Output(finish_reason="timeout", error="the answer took longer than the server allows")
-TOO_LONG_QUEUED = Output(finish_reason="abort", error="the server is overloaded: the request waited too long")
-QUEUE_POLL = 0.05  # seconds between two looks at deadlines while nothing runs
+TOO_LATE = Output(finish_reason="timeout", error="the answer took longer than the server allows (--request-timeout)")
+TOO_LONG_QUEUED = Output(
+    finish_reason="abort", error="the server is overloaded: the request waited too long in the queue"
+)
+QUEUE_POLL = 0.05  # seconds between two checks of the deadlines while nothing runs
 
 
 class OverloadedError(Exception):
@@ -41,7 +43,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much runs and waits at once: sequences, waiting ones, seconds of waiting, different adapters."""
+    """The limits of one engine: running and waiting sequences, seconds of waiting, different adapters that run."""
 
     max_num_seqs: int
     max_waiting: int
@@ -51,7 +53,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Activity:
-    """A snapshot for metrics. Adapters are named once each."""
+    """A snapshot for the metrics. Each adapter is named once."""
 
     running: int
     waiting: int
@@ -61,12 +63,12 @@ class Activity:
 
 
 class Engine:
-    """Runs sequences. `submit`, `cancel`, `keep`, `call` and `activity` may be called from any thread."""
+    """The runner of sequences. `submit`, `cancel`, `keep`, `call` and `activity` may be called from any thread."""
 
     def __init__(
         self, network: Network, residency: Residency, load: Callable[[str], AdapterWeights], capacity: Capacity
     ) -> None:
-        """`load` reads an adapter from its path; it is called beside the steps, on other threads."""
+        """Create the engine. `load` reads an adapter from its path, on other threads, in parallel with the steps."""
         self.network = network
         self.residency = residency
         self._load = load
@@ -74,19 +76,19 @@ class Engine:
         self._wake = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._waiting: deque[Sequence] = deque()
-        self._reading: list[Sequence] = []  # admitted, their prompts not wholly read
-        self._rows: list[Sequence] = []  # they share the steps; one keeps its index while it can
+        self._reading: list[Sequence] = []  # admitted, but their prompts are not completely read
+        self._rows: list[Sequence] = []  # sequences that share the steps; each keeps its index as long as possible
         self._loading: dict[Adapter, Future[AdapterWeights]] = {}
         self._loaders = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="adapters")
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its current turn; whatever still runs ends with the reason `abort`."""
+        """End the thread after its current turn. Sequences that still run end with the reason `abort`."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -95,11 +97,11 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Return whether the thread runs and is not stopping."""
         return self._thread.is_alive() and not self._stopping
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Queues sequences, all or none. Raises OverloadedError where the queue has no room for them."""
+        """Queue all sequences or none. Raises OverloadedError if the queue is full, and StoppedError after `stop`."""
         with self._wake:
             if self._stopping:
                 raise StoppedError
@@ -110,19 +112,19 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, sequences: list[Sequence]) -> None:
-        """Drops sequences wherever they are, at the next turn: one more token may still be emitted."""
+        """Drop sequences at the next turn, queued or running. One more token may still be emitted."""
         with self._wake:
             for sequence in sequences:
                 sequence.cancelled = True
             self._wake.notify()
 
     def keep(self, adapter: Adapter, weights: AdapterWeights) -> None:
-        """Takes an adapter that was read. It does not wait for the turn under way, which a long prompt may make last."""
+        """Put an adapter that was read into memory. Do not wait for the current turn, which a long prompt may slow."""
         self.residency.put(adapter, weights)
-        self.call(lambda: None)  # a turn, at whose end those beyond the limit are evicted
+        self.call(lambda: None)  # trigger a turn: at its end, adapters beyond the limit are evicted
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Runs a function on the engine's thread between two turns, where nothing else touches the model."""
+        """Run a function on the engine's thread between two turns, when nothing else uses the model."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -141,7 +143,7 @@ class Engine:
         return future
 
     def activity(self) -> Activity:
-        """What runs and waits now."""
+        """Return what runs and waits now."""
         with self._wake:
             running = self._running()
             return Activity(
@@ -152,7 +154,7 @@ class Engine:
                 resident_adapters=self.residency.names(),
             )
 
-    # What follows runs on the engine's thread.
+    # The methods below run on the engine's thread. Other threads call only _running and _notify.
 
     def _run(self) -> None:
         try:
@@ -163,13 +165,13 @@ class Engine:
                 self._step()
                 self._trim()
         except BaseException:
-            log.exception("the engine's thread failed")
+            log.exception("the engine's thread failed; the engine stops")
             raise
         finally:
             self._abort()
 
     def _next_turn(self) -> bool:
-        """Waits for work and runs what `call` asked for. False when the engine stops."""
+        """Wait for work and run the functions given to `call`. Return False when the engine stops."""
         with self._wake:
             while not (self._stopping or self._calls or self._waiting or self._running() or self._any_read()):
                 self._wake.wait()
@@ -193,7 +195,7 @@ class Engine:
         return [*self._reading, *self._rows]
 
     def _drop_ended(self) -> None:
-        """Drops what was cancelled and what ran out of time, wherever it is."""
+        """Drop cancelled and overdue sequences, queued or running."""
         now = time.monotonic()
         queued_since = now - self._capacity.queue_timeout
         with self._wake:
@@ -210,8 +212,11 @@ class Engine:
                 sequence.emit(TOO_LATE if sequence in late else TOO_LONG_QUEUED)
 
     def _admit(self) -> None:
-        """Moves sequences from the queue into the run, first come first served, except that a sequence may pass
-        others that wait for their adapter: for a place among the max_loras, for a while, or to be read from disk."""
+        """Start queued sequences, first come first served.
+
+        A sequence may overtake sequences that wait for their adapter. They wait for one of the max_loras places (others
+        overtake them for at most MAX_ADAPTER_WAIT seconds), or until their adapter is read from disk.
+        """
         now = time.monotonic()
         admitted: list[Sequence] = []
         failed: list[tuple[Sequence, str]] = []
@@ -233,7 +238,7 @@ class Engine:
                         if not self._ready(adapter):
                             continue
                     except Exception as error:
-                        failed.append((sequence, f"adapter {adapter.name!r} cannot be read again: {error}"))
+                        failed.append((sequence, f"cannot reload adapter {adapter.name!r}: {error}"))
                         self._waiting.remove(sequence)
                         continue
                 self._waiting.remove(sequence)
@@ -249,9 +254,9 @@ class Engine:
             sequence.begin(self.network.begin(), weights)
 
     def _ready(self, adapter: Adapter) -> bool:
-        """Whether an adapter is in memory. Where it is not it is read from its path, and the others go on meanwhile.
+        """Return whether an adapter is in memory. If not, another thread reads it from its path while steps continue.
 
-        Raises what reading it raised.
+        Raises the error that the read raised.
         """
         if adapter in self.residency:
             return True
@@ -272,7 +277,7 @@ class Engine:
             self._wake.notify()
 
     def _read_prompts(self) -> None:
-        """Reads unread prompts, oldest first, until the budget is used. One that is read gets its first token."""
+        """Read unread prompts, oldest first, until the budget is used. A prompt that is read gets its first token."""
         budget = PREFILL_CHUNK
         for sequence in list(self._reading):
             if budget <= 0:
@@ -280,7 +285,7 @@ class Engine:
             budget -= self._read(sequence)
 
     def _read(self, sequence: Sequence) -> int:
-        """Reads one chunk of a prompt; returns its length. An encoder needs the whole prompt at once."""
+        """Read one chunk of a prompt. Return its length in tokens. An encoder needs the whole prompt at once."""
         whole = self.network.reads_whole
         chunk = sequence.prompt if whole else sequence.prompt[sequence.read : sequence.read + PREFILL_CHUNK]
         try:
@@ -308,15 +313,15 @@ class Engine:
         return len(chunk)
 
     def _step(self) -> None:
-        """Gives every row its next token."""
+        """Give every row its next token."""
         rows = list(self._rows)
         if not rows:
             return
         try:
             repeatable = any(row.sampling.seed is not None for row in rows)
             logits = self.network.step([Step(_context(row), row.last, row.lora) for row in rows], repeatable)
-        except Exception as error:  # the caches are in an unknown state: the rows are lost, the engine is not
-            log.exception("a step failed")
+        except Exception as error:  # the caches are in an unknown state: these rows fail, the engine continues
+            log.exception("a decoding step failed")
             with self._wake:
                 self._rows.clear()
             for row in rows:
@@ -329,7 +334,7 @@ class Engine:
             row.emit(output)
 
     def _leave(self, gone: set[Sequence]) -> None:
-        """Takes rows out; the last ones fill the holes, so that as few as possible change their index."""
+        """Remove rows. The last rows fill the gaps, so that as few rows as possible change their index."""
         for index in range(len(self._rows) - 1, -1, -1):
             if self._rows[index] in gone:
                 self._rows[index] = self._rows[-1]
@@ -340,7 +345,7 @@ class Engine:
             running = {sequence.adapter for sequence in self._running() if sequence.adapter}
             waiting = {sequence.adapter for sequence in self._waiting if sequence.adapter}
         for adapter in [adapter for adapter, future in self._loading.items() if future.done()]:
-            if adapter not in waiting:  # whoever asked for it has left: its weights would stay for nobody
+            if adapter not in waiting:  # no sequence waits for it any more: drop its weights
                 del self._loading[adapter]
         self.residency.trim(running, waiting)
         if not self.residency.names():
@@ -358,12 +363,12 @@ class Engine:
             if not sequence.cancelled:
                 sequence.emit(Output(finish_reason="abort", error="the server is shutting down"))
         for call in calls:
-            call()  # its caller waits for an answer
+            call()  # its caller waits for the result
 
 
 def _context(sequence: Sequence) -> Any:
     if sequence.context is None:
-        raise RuntimeError("the sequence was not begun")
+        raise RuntimeError("the sequence has not begun: call begin first")
     return sequence.context
 
 

@@ -1,10 +1,10 @@
-"""LoRA beside the model: every adapted module's output gets its row's own low-rank product added.
+"""LoRA in forward hooks: each row's own low-rank product is added to the output of every adapted module.
 
-The model's modules stay what they are; a forward hook adds B(A(x)) (Hu et al., arXiv:2106.09685). So an adapter comes
-and goes by a dictionary entry, a 4-bit base needs nothing special, and a base row is the untouched model.
+The model's modules stay unchanged: a hook adds B(A(x)) (Hu et al., arXiv:2106.09685). So an adapter is only an entry in
+a dictionary, a 4-bit base needs no special code, and a base row is computed by the unchanged model.
 
-A step's rows each have a place in stacked matrices, [rows, in, rank] and [rows, rank, out], which two batched products
-take at once however many adapters there are. A row's matrices are copied when it joins and stay until it leaves.
+Each row of a step has a place in stacked matrices, [rows, in, rank] and [rows, rank, out]. Two batched products compute
+all rows at once, for any number of adapters. A row's matrices are copied when it joins and stay until it leaves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graft_server.engine.settings import LORA_RANKS
 
 @dataclass(frozen=True)
 class Pair:
-    """The matrices of one module, float32: `a` [rank, in] (an embedding's: [rank, tokens]), `b` [out, rank], scaled."""
+    """The matrices of one module, float32: `a` [rank, in] (embedding: [rank, tokens]) and `b` [out, rank], scaled."""
 
     a: Any
     b: Any
@@ -30,14 +30,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """An adapter's matrices by the full name of their module."""
+    """An adapter's matrices, by the full name of their module."""
 
     pairs: Mapping[str, Pair]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Whose matrices a row of the step needs. `key` is an adapter's own for as long as the process lives."""
+    """The adapter of one row of a step. `key` identifies the adapter as long as the process lives."""
 
     key: str
     weights: LoraWeights
@@ -48,7 +48,7 @@ class _Mode(Protocol):
 
 
 class LoraHooks:
-    """The hooks on a network's modules. Without an open mode the network is the bare base model."""
+    """The hooks on a network's modules. Outside the contexts `one` and `rows` the network is the plain base model."""
 
     def __init__(self, network: Any, names: Sequence[str]) -> None:
         self._mode: _Mode | None = None
@@ -58,7 +58,7 @@ class LoraHooks:
 
     @contextmanager
     def one(self, weights: LoraWeights | None) -> Iterator[None]:
-        """All tokens of the forward pass belong to one sequence."""
+        """Apply one adapter: all tokens of the forward pass belong to one sequence."""
         self._mode = _One(weights) if weights else None
         try:
             yield
@@ -67,9 +67,10 @@ class LoraHooks:
 
     @contextmanager
     def rows(self, rows: Sequence[Row | None], first: int, last: int) -> Iterator[None]:
-        """The forward pass runs rows `first` to `last` (exclusive) of the step, one token each; others may be padding.
+        """Apply an adapter per row. The forward pass runs rows `first` to `last` (exclusive) of the step, a token each.
 
-        A caller keeps a sequence at its index as long as it can, since a row's matrices are copied when they change.
+        Rows beyond the end of `rows` are padding. A caller keeps a sequence at its index as long as possible, because a
+        row's matrices are copied when they change.
         """
         self._rows.assign(rows, last)
         self._mode = _Block(self._rows, first, last) if self._rows.matrices else None
@@ -79,7 +80,7 @@ class LoraHooks:
             self._mode = None
 
     def forget(self) -> None:
-        """Frees the memory of the rows' places."""
+        """Free the memory of the stacked matrices."""
         self._rows = _Rows()
 
     def _hook(self, name: str, module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -88,7 +89,7 @@ class LoraHooks:
         delta = self._mode.add(name, isinstance(module, torch.nn.Embedding), arguments[0], output)
         if delta is None:
             return None
-        if (scale := getattr(module, "scalar_embed_scale", None)) is not None:  # Gemma scales what it embeds
+        if (scale := getattr(module, "scalar_embed_scale", None)) is not None:  # Gemma scales its embeddings
             delta = delta * scale
         return (output + delta.view_as(output)).to(output.dtype)
 
@@ -135,7 +136,8 @@ class _Matrices:
 
 
 class _Rows:
-    """The rows' places. A rank is rounded up to the next of vLLM's, so that the shape of a row's product is its own."""
+    """The stacked matrices of all rows. Ranks are rounded up to vLLM's ranks, so the shape of a row's product does not
+    depend on other rows."""
 
     def __init__(self) -> None:
         self.matrices: dict[str, dict[int, _Matrices]] = {}  # by module, by rank
@@ -143,7 +145,7 @@ class _Rows:
         self._capacity = 0
 
     def assign(self, rows: Sequence[Row | None], capacity: int) -> None:
-        """Gives row i the matrices of `rows[i]`."""
+        """Give row i the matrices of `rows[i]`."""
         self._capacity = max(self._capacity, capacity, len(rows))
         wanted = [*rows, *([None] * (max(len(self._held), capacity) - len(rows)))]
         self._held += [None] * (len(wanted) - len(self._held))
@@ -152,7 +154,8 @@ class _Rows:
                 self._empty(index)
                 if row:
                     self._fill(index, row.weights)
-                self._held[index] = row and Row(row.key, LoraWeights({}))  # the key alone: the weights may go
+                # Keep only the key, so that the weights can be freed.
+                self._held[index] = row and Row(row.key, LoraWeights({}))
         for name, ranks in list(self.matrices.items()):
             for rank, matrices in list(ranks.items()):
                 if not matrices.filled:

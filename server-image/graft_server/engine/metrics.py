@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names, so that its dashboards and autoscalers read this engine too."""
+"""Prometheus metrics with vLLM's names, so that dashboards and autoscalers for vLLM work with this engine too."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class Metrics:
 
     def __init__(self, model_name: str, max_loras: int, activity: Callable[[], Activity]) -> None:
         self._registry = CollectorRegistry()
-        ProcessCollector(
-            registry=self._registry
-        )  # its start, by which the agent tells one process from the next; its memory
+        # Reports the start time, by which the agent detects a restart of the engine, and the memory.
+        ProcessCollector(registry=self._registry)
         self._registry.register(_ActivityCollector(model_name, max_loras, activity))
         self._model = model_name
         labels = ["model_name"]
@@ -43,11 +42,11 @@ class Metrics:
         self._latency = histogram("e2e_request_latency_seconds", "Time from arrival to the end.")
 
     def started(self, prompt_tokens: int) -> None:
-        """A sequence was accepted."""
+        """Count an accepted sequence."""
         self._prompt.labels(self._model).inc(prompt_tokens)
 
     def token(self, since_arrival: float, since_last: float | None, queued: float) -> None:
-        """A sequence got a token, its first where `since_last` is None. Times in seconds."""
+        """Count a token of a sequence. `since_last` is None for its first token. Times are in seconds."""
         self._generated.labels(self._model).inc()
         if since_last is None:
             self._queue.labels(self._model).observe(queued)
@@ -56,17 +55,17 @@ class Metrics:
             self._between.labels(self._model).observe(since_last)
 
     def finished(self, reason: str, seconds: float) -> None:
-        """A sequence ended: stop, length, abort or error."""
+        """Count a sequence that ended with the reason stop, length, abort, timeout or error."""
         self._success.labels(self._model, reason).inc()
         self._latency.labels(self._model).observe(seconds)
 
     def text(self) -> bytes:
-        """The exposition in Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
 class _ActivityCollector(Collector):
-    """Reads what runs when it is scraped, so that there is exactly one lora_requests_info sample."""
+    """A collector that reads the activity at each scrape, so that there is exactly one lora_requests_info sample."""
 
     def __init__(self, model_name: str, max_loras: int, activity: Callable[[], Activity]) -> None:
         self._model = model_name
@@ -85,7 +84,7 @@ class _ActivityCollector(Collector):
 
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         info = GaugeMetricFamily(
-            "vllm:lora_requests_info", "Adapters with requests; the value is the time.", labels=labels
+            "vllm:lora_requests_info", "Adapters with requests; the value is the current Unix time.", labels=labels
         )
         values = [str(self._max_loras), ",".join(now.running_adapters), ",".join(now.waiting_adapters)]
         info.add_metric(values, time.time())

@@ -14,16 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from graft_server.engine.settings import Settings
 
-DEFAULT_CONTEXT = 2048  # tokens, for a config that states no limit
+DEFAULT_CONTEXT = 2048  # tokens, if the config states no limit
 
 
 class PromptError(ValueError):
-    """The messages cannot be turned into a prompt of this model."""
+    """The request has no valid prompt for this model. The message says why."""
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """What LoRA needs to know of a module: its inputs, its outputs, and whether it is an embedding."""
+    """The shape of a module that LoRA can adapt: its inputs, its outputs, and whether it is an embedding."""
 
     inputs: int
     outputs: int
@@ -32,7 +32,7 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request gets that does not say otherwise."""
+    """The sampling values for a request that does not set them."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -44,8 +44,8 @@ class SamplingDefaults:
 class BaseModel:
     """A loaded base model. `modules` has every module an adapter may target, by its full name.
 
-    `start_token` is what an encoder-decoder's answer begins with, and None for a causal model. `longest_token`: characters
-    of the longest token there is.
+    `start_token` is the first token of an encoder-decoder's answer, and None for a causal model. `longest_token` is the
+    length of the vocabulary's longest token, in characters.
     """
 
     network: Any
@@ -60,11 +60,17 @@ class BaseModel:
     modules: Mapping[str, ModuleShape]
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a completion prompt, special tokens of the tokenizer included. Raises PromptError if too long."""
+        """Return the token ids of a completion prompt, with the tokenizer's special tokens.
+
+        Raises PromptError if the prompt is too long.
+        """
         return self._encode(text, special_tokens=True)
 
     def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        """A text that cannot fit is not read at all: megabytes would keep the tokenizer from everybody else for seconds."""
+        """Return the token ids of a text.
+
+        A text that cannot fit in the context is not tokenized: megabytes would block the tokenizer for seconds.
+        """
         if len(text) > (limit := self.max_model_len * self.longest_token):
             raise PromptError(
                 f"This model's maximum context length is {self.max_model_len} tokens, which hold at most {limit} characters. "
@@ -73,14 +79,14 @@ class BaseModel:
         return list(self.tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_arguments: Mapping[str, Any]) -> list[int]:
-        """The token ids of a conversation in the model's chat template, ready for the assistant's turn.
+        """Return the token ids of a conversation in the model's chat template, up to the assistant's next turn.
 
-        An encoder-decoder without a template gets plain text, as it was trained on.
-        Raises PromptError where the template is missing, refuses the messages, or the arguments are reserved.
+        An encoder-decoder without a template gets plain text, as in training. Raises PromptError if the template is
+        missing or refuses the messages, or if an argument is reserved.
         """
         if not self.tokenizer.chat_template and self.start_token is not None:
             return self.encode(_plain(messages))
@@ -93,29 +99,30 @@ class BaseModel:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
             )
-        except Exception as error:  # a template is a program: it may fail in any way on what a client sends
+        except Exception as error:  # a template is a program: a client's messages can cause any error in it
             raise PromptError(f"messages: the chat template refused them: {error}") from error
         return self._encode(text, special_tokens=False)
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What is asked, as the trainer writes it: the system's messages and the user's, with an empty line between.
+    """Return the question as the trainer formats it: the system's and the user's messages, with an empty line between.
 
-    It trains on no turns before the question, so of a longer conversation only what follows the last answer counts.
+    The trainer uses no earlier turns. So of a longer conversation, only the messages after the last answer and all
+    system messages are used.
     """
     answered = max((at for at, message in enumerate(messages) if message["role"] in ("assistant", "tool")), default=-1)
     asked = [
         message for at, message in enumerate(messages) if at > answered or message["role"] in ("system", "developer")
     ]
     if not any(message["role"] not in ("system", "developer") for message in asked):
-        raise PromptError("messages: the model has no chat template and there is no message of the user")
+        raise PromptError("messages: the model has no chat template, so a user message must follow the last answer")
     return "\n\n".join(str(message["content"]) for message in asked)
 
 
 def load_base_model(settings: Settings) -> BaseModel:
-    """Loads the model that the settings name. Only safetensors are read and no code of the model's is run.
+    """Load the model that the settings name. Only safetensors are read, and no code from the model's directory is run.
 
-    Raises OSError or ValueError where the directory holds no such model, or not all of its weights.
+    Raises OSError or ValueError if the directory holds no such model, or if weights are missing.
     """
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     if not (Path(settings.model) / "config.json").is_file():
@@ -129,17 +136,19 @@ def load_base_model(settings: Settings) -> BaseModel:
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
-        # Given as None it would hide what the config of a base that was saved in 4 bits says.
+        # None would override the quantization config of a base model that was saved in 4 bits.
         **({"quantization_config": quantized} if quantized else {}),
         **local,
     )
-    if missing := sorted(map(str, found["missing_keys"])):  # transformers makes them up at random, with a warning
-        raise ValueError(f"{settings.model} lacks {len(missing)} weights of its config.json, the first is {missing[0]}")
+    if missing := sorted(map(str, found["missing_keys"])):  # transformers only warns and fills them with random values
+        raise ValueError(
+            f"{settings.model} lacks {len(missing)} weights that its config.json needs, the first is {missing[0]}"
+        )
     network.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False, local_files_only=True)
     if settings.chat_template:
         tokenizer.chat_template = _chat_template(settings.chat_template)
-    tokenizer.encode("warm up")  # resets what tokenizer.json says about padding before two threads use it
+    tokenizer.encode("warm up")  # resets the padding settings of tokenizer.json before two threads use the tokenizer
 
     config = network.config.get_text_config()
     stated = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
@@ -163,7 +172,7 @@ def load_base_model(settings: Settings) -> BaseModel:
 
 
 def adaptable_modules(network: Any) -> dict[str, ModuleShape]:
-    """The modules of a network that LoRA can adapt: linear layers (GPT-2's Conv1D too) and embeddings."""
+    """Return the modules of a network that LoRA can adapt: linear layers (GPT-2's Conv1D too) and embeddings."""
     shapes = {}
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -176,7 +185,7 @@ def adaptable_modules(network: Any) -> dict[str, ModuleShape]:
 
 
 def _quantization(settings: Settings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """4-bit weights as in QLoRA (Dettmers et al., arXiv:2305.14314): nf4, its scales quantized too."""
+    """Return the config of 4-bit weights as in QLoRA (Dettmers et al., arXiv:2305.14314): nf4, scales quantized."""
     if settings.quantization is None:
         return None
     return BitsAndBytesConfig(
@@ -203,7 +212,7 @@ def _sampling_defaults(generation: Any) -> SamplingDefaults:
 
 
 def _chat_template(text_or_path: str) -> str:
-    if "{" in text_or_path:  # a template always has a brace, a path hardly ever
+    if "{" in text_or_path:  # a template always contains a brace, a path almost never does
         return text_or_path
     return Path(text_or_path).read_text(encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""The forward passes: a prompt alone, then one token for every running sequence together.
+"""The forward passes: each prompt is read alone, then all running sequences get one token per step together.
 
-A prompt is read in a pass of its own, so its result depends on nothing else. Running sequences share each step whatever
-their adapters are. Where a model's attention cannot be taken apart by rows (checked once, against the model's own
-answer) every sequence takes its steps alone: slower, and right.
+A prompt is read in a separate pass, so its result depends on nothing else. Running sequences share each step, also with
+different adapters. If a model's attention cannot be computed by rows, every sequence takes its steps alone: slower, but
+correct. This is checked once, against the model's own logits.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from graft_server.engine.model import BaseModel
 
 log = logging.getLogger(__name__)
 
-# A matrix product's rounding depends on its number of rows: it picks its kernel by it. A step with a seeded row
-# therefore always computes this many, so that the seeded row comes out the same, bit by bit, in any company.
+# A matrix product selects its kernel by the number of rows, so its rounding depends on that number. A step with a
+# seeded row therefore always computes this many rows. Then the seeded row's result is the same to the last bit,
+# whichever rows share the step.
 BLOCK = 16
-PROBE_LENGTHS = (5, 11)  # tokens of the two sequences that check a model, unlike each other
+PROBE_LENGTHS = (5, 11)  # tokens of the two sequences that check a model, of different lengths
 PROBE_STEPS = 2
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the largest logit
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative to the largest logit
 
 
 @dataclass(eq=False)
 class Context:
-    """What the model remembers of one sequence: `cache` is the model's own, until the sequence becomes a row."""
+    """The model's state of one sequence. `cache` is the model's own cache, until the sequence becomes a row."""
 
     cache: Any
     row: RowCache | None = None
-    encoded: Any = None  # an encoder's output, while steps are taken alone
-    length: int = 0  # tokens in the cache, virtual ones included
+    encoded: Any = None  # an encoder's output, if the sequence takes its steps alone
+    length: int = 0  # tokens in the cache, including virtual tokens
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sequence's part of a step. `lora` is None for a base row and for one whose adapter is a tuned prompt."""
+    """One sequence's part of a step. `lora` is None for a base row and for a row whose adapter is a tuned prompt."""
 
     context: Context
     token: int
@@ -51,25 +52,25 @@ class Step:
 
 
 class Network:
-    """A base model's forward passes. One thread at a time."""
+    """The forward passes of one base model. Only one thread may use it at a time."""
 
     def __init__(self, base: BaseModel) -> None:
         self.hooks = LoraHooks(base.network, list(base.modules))
         self._base = base
         self._network = base.network
         self._takes = set(signature(base.network.forward).parameters)
-        self.reads_whole = base.start_token is not None  # a prompt goes through an encoder
+        self.reads_whole = base.start_token is not None  # an encoder reads the whole prompt at once
         self.by_rows = False
         self.by_rows = self._can_step_by_rows()
 
     def begin(self) -> Context:
-        """A sequence of which nothing was read yet."""
+        """Return the context of a sequence whose prompt has not been read yet."""
         return Context(new_cache(self._network.config))
 
     def read(self, context: Context, tokens: Sequence[int], weights: AdapterWeights | None, every: bool = False) -> Any:
-        """Reads the next tokens of a prompt. Returns the last one's logits [1, vocab], or with `every` all of them.
+        """Read the next tokens of a prompt. Return the last token's logits [1, vocab], or with `every` those of all.
 
-        An encoder reads a prompt whole; the logits are then those after the decoder's start token.
+        An encoder reads the whole prompt at once. The logits are then those after the decoder's start token.
         """
         prompt = weights.embeddings if isinstance(weights, PromptWeights) and not context.length else None
         with torch.inference_mode(), self.hooks.one(weights if isinstance(weights, LoraWeights) else None):
@@ -88,15 +89,15 @@ class Network:
         return output.logits[0, -len(tokens) :] if every else output.logits[0, -1:]
 
     def share(self, context: Context) -> None:
-        """Makes a sequence whose prompt was read ready for steps with others."""
+        """Turn a sequence whose prompt was read into a row that can share steps, if the model supports rows."""
         if self.by_rows:
             context.row = RowCache(context.cache, context.length)
             context.cache = context.encoded = None
 
     def step(self, steps: Sequence[Step], repeatable: bool) -> Any:
-        """Gives every sequence its next token. Returns the logits [len(steps), vocab].
+        """Run one step for every sequence. Return the logits [len(steps), vocab].
 
-        `repeatable`: no row's result may depend on the others, to the last bit. Callers keep a sequence at its index.
+        If `repeatable`, no row's result depends on other rows, to the last bit. Callers keep a sequence at its index.
         """
         if not self.by_rows:
             return torch.cat([self._alone(step) for step in steps])
@@ -113,13 +114,14 @@ class Network:
         rows = [step.context.row for step in steps if step.context.row]
         padding = size - len(steps)
         tokens = torch.tensor([[step.token] for step in steps] + [[0]] * padding)
-        mask = torch.zeros(1, 1, 1, 1)  # four dimensions: the model makes none of its own, and rows need none
+        mask = torch.zeros(1, 1, 1, 1)  # with four dimensions the model builds no mask of its own; rows need none
         with torch.inference_mode(), stepping(rows) as cache:
             if self._base.start_token is None:
                 positions = torch.tensor([[row.length] for row in rows] + [[0]] * padding)
                 inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
             else:
-                encoded = torch.zeros(size, 1, self._base.hidden_size, dtype=self._network.dtype)  # rows have their own
+                # A placeholder: each row has its own keys and values of the prompt.
+                encoded = torch.zeros(size, 1, self._base.hidden_size, dtype=self._network.dtype)
                 inputs = {
                     "decoder_input_ids": tokens,
                     "encoder_outputs": BaseModelOutput(encoded),
@@ -146,14 +148,18 @@ class Network:
         return self._network(**{name: value for name, value in given.items() if name in self._takes})
 
     def _can_step_by_rows(self) -> bool:
-        """Compares steps by rows with the model's own, for two sequences of different lengths."""
+        """Return whether steps by rows give the model's own logits, for two sequences of different lengths."""
         config = self._network.config
         if config._attn_implementation != "sdpa":
-            log.warning("this model has no replaceable attention: its sequences are stepped one by one")
+            log.warning(
+                "this model's attention cannot be replaced, so each sequence takes its steps alone, which is slower"
+            )
             return False
         own, rows = self._read_probes(), self._read_probes()
         if not all(can_share(context.cache, config) for context in rows):
-            log.warning("this model's cache is not by columns: its sequences are stepped one by one")
+            log.warning(
+                "this model's cache cannot be split into rows, so each sequence takes its steps alone, which is slower"
+            )
             return False
         self._network.set_attn_implementation(ROWS)
         self.by_rows = True
@@ -165,9 +171,12 @@ class Network:
                 found = self.step([Step(context, token) for context in rows], repeatable=False).float()
                 limit = PROBE_TOLERANCE[self._network.dtype] * float(wanted.abs().max())
                 if not float((wanted - found).abs().max()) <= limit:
-                    raise ArithmeticError("another answer than the model's own")
-        except Exception as error:  # whatever a model does that rows cannot: it has its own way, which works
-            log.warning("this model's sequences are stepped one by one: %s", error)
+                    raise ArithmeticError("steps by rows give other logits than the model's own steps")
+        except Exception as error:  # on any error fall back to the model's own attention, which works
+            log.warning(
+                "this model cannot take steps by rows, so each sequence takes its steps alone, which is slower: %s",
+                error,
+            )
             self._network.set_attn_implementation("sdpa")
             return False
         return True
@@ -177,7 +186,7 @@ class Network:
         for length in PROBE_LENGTHS:
             context = self.begin()
             self.read(context, [7 * index % self._base.vocab_size for index in range(length)], None)
-            while context.length < length:  # a decoder has seen its start token alone
+            while context.length < length:  # a decoder has read only its start token so far
                 self._alone(Step(context, context.length))
             contexts.append(context)
         return contexts

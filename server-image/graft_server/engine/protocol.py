@@ -1,4 +1,4 @@
-"""What clients send and get: OpenAI's shapes with vLLM's errors."""
+"""The requests of clients and the error answers: OpenAI's shapes with vLLM's errors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # prompts in one request
 MAX_LOGPROBS = 20  # alternatives reported beside a token
-MAX_STOPS = 64  # stop strings: each of them is looked for after every token, on the engine's thread
-MAX_TEMPERATURE = 100  # beyond it, and beyond these penalties, logits leave the range of floats
+MAX_STOPS = 64  # stop strings: the engine's thread searches for each of them after every token
+MAX_TEMPERATURE = 100  # beyond it, and outside PENALTIES, logits leave the range of floats
 PENALTIES = (0.01, 100)
 
-MAX_MESSAGES = 20  # faults of one request that are told
+MAX_MESSAGES = 20  # faults of one request that the answer lists
 ALTERNATIVE = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")  # pydantic's names for the types of a union
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
 
-# Fields of the API that would change the answer and that this engine does not have, with the values that ask for
-# nothing. Ignoring any other value would be a silently wrong answer. best_of is gone from OpenAI's API and from vLLM's.
+# Fields of the API that change the answer and that this engine does not support, with the values that have no effect.
+# Any other value is refused: to ignore it would silently give a wrong answer. OpenAI's API and vLLM's no longer have
+# best_of.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
     "allowed_token_ids": (None,),
@@ -58,7 +59,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An answer other than 200, in vLLM's nested form."""
+    """An error answer (any status but 200), in vLLM's nested form."""
 
     def __init__(self, status: int, type: str, message: str, param: str | None = None, retry_after: int | None = None):
         super().__init__(message)
@@ -68,17 +69,17 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
-    """The request is well formed and still cannot be served as it stands."""
+    """Return the 400 for a well-formed request that cannot be served."""
     return ApiError(HTTPStatus.BAD_REQUEST, "BadRequestError", message, param)
 
 
 def unknown_model(name: str) -> ApiError:
-    """No base model and no adapter has this name."""
+    """Return the 404: no base model and no adapter has this name."""
     return ApiError(HTTPStatus.NOT_FOUND, "NotFoundError", f"The model `{name}` does not exist.", "model")
 
 
 def unavailable(message: str) -> ApiError:
-    """The server cannot take this request now, and another one or a later moment may."""
+    """Return the 503: the server cannot take this request now. Another server, or a later retry, may succeed."""
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError", message, retry_after=1)
 
 
@@ -97,13 +98,13 @@ class UnloadLoraRequest(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` asks for a last chunk with the token counts."""
+    """The options of a stream. `include_usage` requests a last chunk with the token counts."""
 
     include_usage: bool = False
 
 
 class GenerationRequest(BaseModel):
-    """What both kinds of request share. Unknown fields are ignored, as in vLLM; unsupported ones are refused."""
+    """The fields of both kinds of request. Unknown fields are ignored, as in vLLM. Unsupported fields are refused."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
@@ -132,7 +133,7 @@ class GenerationRequest(BaseModel):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for name, neutral in cls.unsupported.items():
-                # `in` compares with ==, for which 0 is False and 1 is True: logprobs 0 asks for something.
+                # `in` compares with ==, for which 0 is False and 1 is True. So the types are compared too.
                 value = data.get(name)
                 if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
                     raise bad_request(f"{name}: this engine does not support it", name)
@@ -140,24 +141,24 @@ class GenerationRequest(BaseModel):
 
     @property
     def stop_strings(self) -> list[str]:
-        """The stop strings as a list."""
+        """Return the stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
+        """Return whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class TextPart(BaseModel):
-    """A piece of a message. Only text is understood."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    """One message of a conversation; further fields reach the chat template as they are."""
+    """One message of a conversation. Further fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -165,7 +166,7 @@ class Message(BaseModel):
     content: str | list[TextPart] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: with its content as one string."""
+        """Return the message as chat templates expect it: with its content as one string."""
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
@@ -191,7 +192,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives to report beside each token; None for no log-probabilities at all."""
+        """Return how many alternatives to report beside each token, or None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -206,11 +207,11 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives to report beside each token; None for no log-probabilities at all."""
+        """Return how many alternatives to report beside each token, or None for no log-probabilities."""
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one by one."""
+        """Return the prompts as a list."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -220,7 +221,7 @@ class CompletionRequest(GenerationRequest):
 
 
 def parse_body(model: type[M], content_type: str, body: bytes) -> M:
-    """Reads a request. Raises ApiError 400 with a message that names the field."""
+    """Parse a request. Raises ApiError 400 with a message that names the field."""
     if content_type != "application/json":
         message = f"Unsupported Media Type: Only 'application/json' is allowed, not {content_type!r}"
         raise ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", message)
@@ -228,7 +229,7 @@ def parse_body(model: type[M], content_type: str, body: bytes) -> M:
         return model.model_validate_json(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
-        messages: dict[str, None] = {}  # in order, each once
+        messages: dict[str, None] = {}  # a dict, to keep the order without duplicates
         for detail in details[:MAX_MESSAGES]:
             field = ".".join(str(part) for part in detail["loc"] if not ALTERNATIVE.fullmatch(str(part)))
             messages[f"{field}: {detail['msg']}" if field else detail["msg"]] = None

@@ -1,4 +1,4 @@
-"""The adapters that clients may name. It belongs to the event loop; the model's memory is residency.py's."""
+"""The adapters that clients may name. Only the event loop uses the registry; residency.py keeps the weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Registered:
-    """An adapter under its name, when it got there (Unix time), and the tokens of a tuned prompt."""
+    """A registered adapter, its registration time (Unix time, seconds), and its virtual tokens (0 for a LoRA)."""
 
     adapter: Adapter
     created: int
@@ -34,7 +34,7 @@ class Registered:
 
 
 class AdapterRegistry:
-    """Loads and unloads adapters by name; vLLM's answers, errors included."""
+    """The registry that loads and unloads adapters by name. Its answers and errors are vLLM's."""
 
     def __init__(self, engine: Engine, read: Callable[[str], AdapterWeights], base_names: tuple[str, ...]) -> None:
         self.entries: dict[str, Registered] = {}
@@ -45,7 +45,7 @@ class AdapterRegistry:
         self._users: defaultdict[str, int] = defaultdict(int)
 
     async def load(self, request: LoadLoraRequest) -> str:
-        """Makes an adapter answer under a name. Raises ApiError as vLLM does."""
+        """Load an adapter and register it under a name. Raises ApiError as vLLM does."""
         name, path = request.lora_name, request.lora_path
         if not name or not path:
             raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
@@ -83,7 +83,7 @@ class AdapterRegistry:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload(self, request: UnloadLoraRequest) -> str:
-        """Ends a name. Requests that were accepted under it finish, then its memory is freed."""
+        """Remove a name. Requests that were accepted under it finish, then the adapter's memory is freed."""
         name = request.lora_name
         if not name:
             raise _invalid_input("'lora_name' needs to be provided to unload a LoRA adapter.")
@@ -104,7 +104,7 @@ class AdapterRegistry:
 
 
 class _Turn:
-    """The lock of one adapter's name, which exists while somebody holds or awaits it."""
+    """The lock of one adapter's name. It exists only while a request holds or awaits it."""
 
     def __init__(self, registry: AdapterRegistry, name: str) -> None:
         self._registry = registry

@@ -1,8 +1,8 @@
-"""Which adapters are in memory: the most recently used ones, and all that running sequences need.
+"""The adapters in memory: the most recently used adapters, and all adapters that running sequences need.
 
-Any thread may put an adapter there; only the engine's uses them and takes them out. An adapter that is registered may be
-evicted when it is idle and more than `max_cpu_loras` are resident; it is read again from its path when a request needs it,
-beside the running steps.
+Any thread may add an adapter. Only the engine's thread uses and removes adapters. If more than `max_cpu_loras` are
+resident, idle registered adapters are evicted. When a request needs an evicted adapter, it is read again from its path,
+in parallel with the running steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _new_key() -> str:
 class Adapter:
     """A registered adapter.
 
-    `key` is never used twice, so no request can meet another adapter that took its name over. A `retired` adapter was
-    unloaded or replaced; it leaves memory with its last request.
+    `key` is never reused, so a request never gets a newer adapter with the same name. A `retired` adapter was unloaded
+    or replaced. It leaves memory after its last request.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Adapter:
 
 
 class Residency:
-    """Adapters' weights in memory."""
+    """The weights of adapters in memory."""
 
     def __init__(self, max_cpu_loras: int) -> None:
         self._max_resident = max_cpu_loras
-        self._resident: OrderedDict[Adapter, AdapterWeights] = OrderedDict()  # the least recently used first
+        self._resident: OrderedDict[Adapter, AdapterWeights] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """The names of the adapters in memory."""
+        """Return the names of the adapters in memory."""
         with self._lock:
             return [adapter.name for adapter in self._resident]
 
@@ -56,19 +56,19 @@ class Residency:
         return adapter in self._resident
 
     def put(self, adapter: Adapter, weights: AdapterWeights) -> None:
-        """Takes an adapter that was read, as the one used last."""
+        """Add an adapter that was read, as the most recently used one."""
         with self._lock:
             self._resident[adapter] = weights
             self._resident.move_to_end(adapter)
 
     def use(self, adapter: Adapter) -> AdapterWeights:
-        """The weights of a resident adapter, which is used now."""
+        """Return the weights of a resident adapter and mark it as most recently used."""
         with self._lock:
             self._resident.move_to_end(adapter)
             return self._resident[adapter]
 
     def trim(self, needed: Collection[Adapter], waiting: Collection[Adapter]) -> None:
-        """Frees retired adapters that no request needs, then evicts idle ones beyond the limit, oldest first."""
+        """Free retired adapters that no request needs, and evict idle ones beyond the limit, least recent use first."""
         with self._lock:
             for adapter in list(self._resident):
                 if adapter in needed:

@@ -1,4 +1,4 @@
-"""From the logits of one sequence to its next token."""
+"""The choice of a sequence's next token from its logits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-GREEDY_BELOW = 1e-5  # a temperature under this is greedy, as in vLLM
-NUCLEUS_GUESS = 1024  # tokens sorted first; the whole vocabulary only where these do not reach top_p
+GREEDY_BELOW = 1e-5  # below this temperature sampling is greedy, as in vLLM
+NUCLEUS_GUESS = 1024  # likeliest tokens sorted first; the whole vocabulary is sorted only if they do not reach top_p
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one sequence picks its tokens, in vLLM's terms. `top_k` 0 is no limit; `seed` None is a fresh one.
+    """The sampling parameters of one sequence, with vLLM's names.
 
-    `logprobs` is how many alternatives to report beside the token, None for no report.
+    `top_k` 0 means no limit. `seed` None means a random seed. `logprobs` is the number of alternatives to report beside
+    each token, or None for no report.
     """
 
     temperature: float = 1.0
@@ -36,7 +37,7 @@ class Sampling:
 class TokenLogprob:
     """A token, its log-probability under the model (before temperature and penalties), and the likeliest ones.
 
-    `logprob` is None for a text's first token, which nothing precedes.
+    `logprob` is None for a text's first token, which no token precedes, and if no report was requested.
     """
 
     token: int
@@ -45,7 +46,7 @@ class TokenLogprob:
 
 
 class Sampler:
-    """The choices of one sequence. Its draws come from a generator of its own."""
+    """The token choices of one sequence. It has its own random generator."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), end_ids: frozenset[int] = frozenset()) -> None:
         self._sampling = sampling
@@ -61,12 +62,12 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def pick(self, logits: Any) -> TokenLogprob:
-        """Picks a token from the logits [vocab].
+        """Pick a token from the logits [vocab].
 
-        Raises ValueError where the logits are not numbers, as with an adapter whose weights have overflowed.
+        Raises ValueError if the highest logit is not finite, for example if an adapter's weights have overflowed.
         """
         logits = logits.float()
-        if not torch.isfinite(logits.max()):  # the highest of a NaN and a number is NaN
+        if not torch.isfinite(logits.max()):  # the maximum of a NaN and a number is NaN
             raise ValueError("the model's output is not a number: the weights of the adapter or the model overflow")
         token = self._choose(logits)
         self._generated.append(token)
@@ -92,7 +93,8 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def _biased(self, logits: Any) -> Any:
-        """Penalties (repetition: arXiv:1909.05858; frequency and presence: OpenAI's API) and the caller's biases."""
+        """Return the logits after penalties (repetition: arXiv:1909.05858; frequency and presence: OpenAI's API), the
+        request's logit_bias and min_tokens."""
         sampling = self._sampling
         copied = logits.clone()
         if sampling.repetition_penalty != 1.0:
@@ -110,7 +112,7 @@ class Sampler:
 
 
 def report(logits: Any, token: int, alternatives: int) -> TokenLogprob:
-    """The log-probability of a token under logits [vocab], with that many of the likeliest tokens'."""
+    """Return the log-probability of a token under logits [vocab], and those of the `alternatives` likeliest tokens."""
     logprobs = logits.float().log_softmax(dim=-1)
     top = logprobs.topk(min(alternatives, len(logprobs)))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -118,7 +120,7 @@ def report(logits: Any, token: int, alternatives: int) -> TokenLogprob:
 
 
 def _nucleus(probabilities: Any, top_p: float) -> Any:
-    """Zeroes all but the likeliest tokens that together reach top_p (Holtzman et al., arXiv:1904.09751)."""
+    """Set all but the likeliest tokens that together reach top_p to zero (Holtzman et al., arXiv:1904.09751)."""
     ordered, indices = probabilities.topk(min(NUCLEUS_GUESS, len(probabilities)))
     if float(ordered.sum()) < top_p:
         ordered, indices = probabilities.sort(descending=True)

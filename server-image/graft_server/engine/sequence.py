@@ -1,4 +1,4 @@
-"""One answer in the making: what it asks for, and what it says when it gets its next token."""
+"""One answer during its generation: the request's parameters, the state, and the output of each turn."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Output:
-    """What a sequence says after a turn: new text, and at the end why it ended (`error` says what went wrong).
+    """The output of a sequence after a turn: new text, and at the end the reason. `error` says what failed.
 
-    `tokens` counts all that were generated. `prompt_logprobs` come first, where they were asked for.
+    `tokens` counts all tokens generated so far. `prompt_logprobs` come with the first output, if they were requested.
     """
 
     text: str = ""
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer. `emit` is called on the engine's thread and must not block. `expires` is monotonic time."""
+    """One answer. `emit` is called on the engine's thread and must not block. `expires` is in time.monotonic()."""
 
     prompt: list[int]
     adapter: Adapter | None
@@ -48,9 +48,9 @@ class Sequence:
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     cancelled: bool = False
-    passed_over: float | None = None  # since when others overtake it
+    passed_over: float | None = None  # monotonic time since when other sequences overtake it
     context: Context | None = None
-    lora: Row | None = None  # for its steps
+    lora: Row | None = None  # the adapter's matrices for its steps; None for the base model or a tuned prompt
     read: int = 0  # tokens of the prompt that were read
     last: int = 0  # the newest token
     generated: int = 0
@@ -58,7 +58,7 @@ class Sequence:
     _prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def begin(self, context: Context, weights: Any) -> None:
-        """The sequence runs from now on; `weights` are its adapter's."""
+        """Start the sequence. `weights` are its adapter's, or None."""
         self.started = time.monotonic()
         self.context = context
         self._sampler = Sampler(self.sampling, self.prompt, self.eos_ids)
@@ -66,7 +66,7 @@ class Sequence:
             self.lora = Row(self.adapter.key, weights)
 
     def note_prompt(self, logits: Any, first: int) -> None:
-        """Takes the logits [tokens, vocab] of the prompt's tokens from `first` on, for its log-probabilities."""
+        """Record the prompt's log-probabilities from the logits [tokens, vocab] of its tokens from `first` on."""
         if not first:
             self._prompt_logprobs.append(TokenLogprob(self.prompt[0], None))
         for offset, row in enumerate(logits):
@@ -75,9 +75,9 @@ class Sequence:
                 self._prompt_logprobs.append(report(row, token, self.sampling.logprobs or 0))
 
     def advance(self, logits: Any) -> Output:
-        """Picks the next token from logits [vocab]. Returns what it says, for the caller to emit."""
+        """Pick the next token from logits [vocab]. Return the Output, which the caller must emit."""
         if self._sampler is None:
-            raise RuntimeError("advance before begin")
+            raise RuntimeError("advance was called before begin")
         try:
             picked = self._sampler.pick(logits)
             self.last = picked.token

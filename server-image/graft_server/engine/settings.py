@@ -1,4 +1,4 @@
-"""The command line: vLLM's flag names and defaults wherever vLLM has the flag."""
+"""The engine's command line. A flag that vLLM has too keeps vLLM's name and default."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TRUE_WORDS = ("1", "true")
 
 @dataclass(frozen=True)
 class Settings:
-    """What one engine process was started with.
+    """The settings of one engine process.
 
-    `max_loras` bounds the different adapters in one batch, `max_cpu_loras` those held in memory,
-    `max_waiting_requests` the sequences that queue before callers get 503. A request gets 503 as well when it waited
-    `queue_timeout` seconds, and 504 when it has no whole answer after `request_timeout` seconds.
+    `max_loras` limits the different adapters in one batch, and `max_cpu_loras` the adapters in memory. If more than
+    `max_waiting_requests` sequences would queue, a request gets 503. It also gets 503 if it has waited `queue_timeout`
+    seconds, and 504 if its answer is not complete after `request_timeout` seconds.
     """
 
     model: str
@@ -42,31 +42,31 @@ class Settings:
 
 
 def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Reads the command line and the environment.
+    """Read the command line and the environment.
 
-    Exits with argparse's status 2 and a message for a bad flag.
+    If a flag is invalid, the process exits with argparse's status 2 and a message.
     """
     parser = argparse.ArgumentParser(prog="graft_server.engine", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="directory of the base model (safetensors)")
-    add("--served-model-name", nargs="+", help="names clients may use; the first one is shown (default: --model)")
+    add("--served-model-name", nargs="+", help="names for clients; the metrics show the first one (default: --model)")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto is float32 here")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto means float32")
     add("--quantization", default=None, choices=["bitsandbytes"], help="hold the base model in 4 bits (nf4)")
-    add("--enable-lora", action="store_true", help="accepted for vLLM's sake: LoRA is always on here")
+    add("--enable-lora", action="store_true", help="accepted for compatibility with vLLM; LoRA is always on")
     add("--max-loras", type=_positive, default=1, help="different adapters in one batch")
     add("--max-cpu-loras", type=_positive, default=None, help="adapters held in memory (default: --max-loras)")
     add("--max-lora-rank", type=int, default=16, choices=LORA_RANKS)
-    add("--max-model-len", type=_positive, default=None, help="default: what the model's config says")
+    add("--max-model-len", type=_positive, default=None, help="context in tokens (default: from the model's config)")
     add("--max-num-seqs", type=_positive, default=16, help="sequences in one batch")
-    add("--max-waiting-requests", type=_positive, default=64, help="sequences that may queue before a 503")
-    add("--queue-timeout", type=_seconds, default=60.0, help="seconds a sequence may queue before a 503")
-    add("--request-timeout", type=_seconds, default=1800.0, help="seconds a whole answer may take before a 504")
+    add("--max-waiting-requests", type=_positive, default=64, help="sequences that may queue; further requests get 503")
+    add("--queue-timeout", type=_seconds, default=60.0, help="seconds in the queue after which a request gets 503")
+    add("--request-timeout", type=_seconds, default=1800.0, help="seconds without a whole answer before a 504")
     add("--generation-config", default="auto", choices=["auto", "vllm"], help="auto: sampling defaults of the model")
     add("--chat-template", default=None, help="a file with a Jinja template, or the template itself")
-    add("--api-key", nargs="+", default=None, help="keys that /v1 asks for (or VLLM_API_KEY)")
-    add("--shutdown-timeout", type=float, default=600.0, help="seconds that running requests get after SIGTERM")
+    add("--api-key", nargs="+", default=None, help="API keys that /v1 accepts (default: VLLM_API_KEY)")
+    add("--shutdown-timeout", type=float, default=600.0, help="seconds for running requests to finish after SIGTERM")
     flags = parser.parse_args(arguments)
 
     max_cpu_loras = flags.max_cpu_loras or flags.max_loras
@@ -99,12 +99,12 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
 def _seconds(text: str) -> float:
     value = float(text)
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+        raise argparse.ArgumentTypeError(f"{value} must be greater than 0")
     return value
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value

@@ -1,4 +1,4 @@
-"""What clients get: OpenAI's answers, whole and in pieces."""
+"""The answers for clients in OpenAI's shapes, whole and streamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOWEST = -9999.0  # JSON has no infinity
 def model_card(
     name: str, root: str, created: int, parent: str | None = None, max_model_len: int | None = None
 ) -> dict[str, Any]:
-    """An entry of /v1/models."""
+    """Return an entry of /v1/models."""
     permission = {
         "id": f"modelperm-{name}",
         "object": "model_permission",
@@ -43,7 +43,7 @@ def model_card(
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts of a whole request."""
+    """Return the token counts of a whole request."""
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
@@ -52,7 +52,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class TokenTexts:
-    """The text of single tokens, as they read inside a text: a tokenizer may drop the space of a text's first word."""
+    """The text of single tokens inside a longer text. At a text's start, a tokenizer may drop the leading space."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -68,7 +68,7 @@ class TokenTexts:
 
 @dataclass
 class Choice:
-    """One answer as far as it goes. `logprobs` is None where none were asked for."""
+    """One answer, or a piece of one. `logprobs` is None if none were requested."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -77,32 +77,32 @@ class Choice:
 
 @dataclass
 class Shapes:
-    """The answers of one request: `chat` picks between the two APIs."""
+    """The answers of one request. `chat` selects between the two APIs."""
 
     chat: bool
     request_id: str
     model: str
     token_text: TokenTexts
     _created: int = field(default_factory=lambda: int(time.time()))
-    _offsets: dict[int, int] = field(default_factory=dict)  # characters of a choice whose tokens were reported
+    _offsets: dict[int, int] = field(default_factory=dict)  # by choice: characters of the tokens reported so far
 
     def answer(self, choices: Sequence[Choice], counts: Mapping[str, int]) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
         kind = "chat.completion" if self.chat else "text_completion"
         return self._body(kind, [self._choice(index, choice) for index, choice in enumerate(choices)], counts)
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice in a stream of chat: the role."""
+        """Return the first chunk of a choice in a chat stream, which holds the role. Return None for completions."""
         return self._chunk(index, {"role": "assistant", "content": ""}, Choice()) if self.chat else None
 
     def chunk(self, index: int, piece: Choice) -> dict[str, Any]:
-        """A piece of a choice."""
+        """Return the chunk for a piece of a choice."""
         if self.chat:
             return self._chunk(index, {"content": piece.text} if piece.text else {}, piece)
         return self._body("text_completion", [self._choice(index, piece)], None)
 
     def counts(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        """The last chunk, which has no choices."""
+        """Return the last chunk, with the token counts and without choices."""
         return self._body("chat.completion.chunk" if self.chat else "text_completion", [], counts)
 
     def _chunk(self, index: int, delta: Mapping[str, str], piece: Choice) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Shapes:
         }
 
     def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
-        """The likeliest tokens and the chosen one, by text: the likelier of two tokens of the same text counts."""
+        """Return the likeliest tokens and the chosen one, by text. Of two tokens with one text, the likelier counts."""
         if entry.logprob is None:
             return None
         pairs = [*entry.top, (entry.token, entry.logprob)]

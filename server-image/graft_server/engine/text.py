@@ -1,38 +1,39 @@
-"""Tokens become text one at a time: characters are not cut in two and stop strings never reach the caller."""
+"""The conversion of tokens to text, one at a time. No character is split, and no stop string reaches the caller."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-CONTEXT_TOKENS = 5  # of the prompt, decoded along: some tokenizers drop the space of a text's first word
-MAX_HELD_TOKENS = 8  # an unfinished character has at most 4 bytes; beyond this the bytes are simply not UTF-8
+# Last prompt tokens, decoded with the answer: some tokenizers drop the space before a text's first word.
+CONTEXT_TOKENS = 5
+MAX_HELD_TOKENS = 8  # an unfinished character has at most 4 bytes; after more tokens, the bytes are not UTF-8
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
     """The text of one sequence as it grows.
 
-    `push` and `finish` return the text that is final; their concatenation is the whole answer. Once a stop string
-    was found `stopped` is true, and neither it nor what follows it is returned.
+    `push` and `finish` return final text; their concatenation is the whole answer. When a stop string is found,
+    `stopped` becomes true. Neither the stop string nor the text after it is returned.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._ids = list(prompt[-CONTEXT_TOKENS:])
-        self._read = len(self._ids)  # ids before this one have become text
+        self._read = len(self._ids)  # ids before this index have become text
         self._stop = tuple(stop)
         self._hold = max((len(text) for text in stop), default=1) - 1  # characters that may begin a stop string
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Adds a token and returns the text that cannot be part of a stop string any more."""
+        """Add a token. Return the text that can no longer be part of a stop string."""
         self._ids.append(token)
         return self._release(self._decode(final=False), self._hold)
 
     def finish(self) -> str:
-        """Returns what was held back. Call it once, after the last token."""
+        """Return the text that was held back. Call it once, after the last token."""
         return "" if self.stopped else self._release(self._decode(final=True), 0)
 
     def _decode(self, final: bool) -> str:
@@ -41,7 +42,7 @@ class TextStream:
         unfinished = text.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_HELD_TOKENS
         if len(text) <= len(known) or (unfinished and not final):
             return ""
-        # The ids just read are the next call's context: a token's text may depend on the one before it.
+        # These ids are the next call's context, because a token's text may depend on the token before it.
         self._ids, self._read = self._ids[self._read :], len(self._ids) - self._read
         return text[len(known) :]
 

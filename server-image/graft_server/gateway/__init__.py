@@ -1,1 +1,1 @@
-"""The OpenAI-compatible front door: a client's model name in, an answer from a replica that has the adapter loaded out."""
+"""The OpenAI-compatible gateway: it sends each request to a replica that has the model's adapter loaded."""

@@ -1,4 +1,4 @@
-"""`python -m graft_server.gateway`: serves until SIGTERM, then lets the requests in flight finish."""
+"""`python -m graft_server.gateway`: serve until SIGTERM, then finish the requests in flight."""
 
 import asyncio
 import logging
@@ -21,14 +21,14 @@ SELECTOR = {"labelSelector": f"graft.dev/component={ROUTES_COMPONENT}"}
 
 
 def main() -> None:
-    """Runs the gateway."""
+    """Run the gateway."""
     settings = parse()
     log_json(settings.log_level)
     sys.exit(asyncio.run(serve(settings)))
 
 
 async def serve(settings: Settings) -> int:
-    """Serves until a signal; the exit code. A second signal ends at once."""
+    """Serve until SIGTERM or SIGINT. Return the exit code. A second signal ends the wait for requests in flight."""
     stop, again = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -62,11 +62,13 @@ async def serve(settings: Settings) -> int:
         await asyncio.wait({following, watching, reporting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
         for task in (following, watching, reporting):
-            if task.done():  # none of them ever ends: this is a bug, and a restart is the cure
-                log.error("%s ended", task.get_name(), exc_info=task.exception())
+            if task.done():  # these tasks never end: this is a bug, and exit code 1 makes the kubelet restart it
+                log.error(
+                    "task %s ended unexpectedly; the gateway shuts down", task.get_name(), exc_info=task.exception()
+                )
                 code = 1
 
-        log.info("finishing %d requests", gateway.in_flight)
+        log.info("shutting down: waiting for %d requests in flight", gateway.in_flight)
         gateway.drain()
         finish = asyncio.create_task(drain(gateway, runner, settings.shutdown_delay))
         impatient = asyncio.create_task(again.wait())
@@ -78,14 +80,15 @@ async def serve(settings: Settings) -> int:
 
 
 async def drain(gateway: Gateway, runner: web.AppRunner, delay: float) -> None:
-    """Unready but accepting until Services have noticed; then accept no more, and wait for what runs."""
+    """Accept requests for `delay` more seconds, until Services have noticed that the pod is unready. Then stop
+    accepting and wait for the requests in flight."""
     await asyncio.sleep(delay)
     await runner.cleanup()
-    log.info("the gateway ends", extra={"left_behind": gateway.in_flight})
+    log.info("the gateway has stopped", extra={"left_behind": gateway.in_flight})
 
 
 async def warn_when_stale(follower: Follower, seconds: float) -> None:
-    """Say in the log when the table is old, and when it is fresh again."""
+    """Log when the routing table becomes older than `seconds`, and when it is fresh again."""
     stale = False
     while True:
         await asyncio.sleep(5)
@@ -93,9 +96,11 @@ async def warn_when_stale(follower: Follower, seconds: float) -> None:
         if age is not None and (age > seconds) != stale:
             stale = not stale
             if stale:
-                log.error("the API server has been silent for %.0f s; serving the last table", age, extra={"age": age})
+                log.error(
+                    "no answer from the API server for %.0f s; using the last routing table", age, extra={"age": age}
+                )
             else:
-                log.info("the table is fresh again")
+                log.info("the routing table is fresh again")
 
 
 if __name__ == "__main__":

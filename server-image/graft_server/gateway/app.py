@@ -1,4 +1,4 @@
-"""The HTTP routes of the gateway. Whatever is not listed here does not exist, the engine's load and unload routes first of all."""
+"""The HTTP routes of the gateway. Other paths get 404, above all the engine's routes to load and unload adapters."""
 
 import asyncio
 import json
@@ -26,12 +26,12 @@ from graft_server.gateway.table import Model, Table, read_parts
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MODEL = web.RequestKey("model", str)  # once it is known to exist
+MODEL = web.RequestKey("model", str)  # set once the model is known to exist
 NOT_COUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 class Gateway:
-    """One gateway: the newest table, and the routes."""
+    """One gateway: its HTTP routes and the newest routing table."""
 
     def __init__(
         self, session: aiohttp.ClientSession, settings: Settings, table_age: Callable[[], float | None]
@@ -50,13 +50,13 @@ class Gateway:
         self._started = int(time.time())
 
     def update(self, configmaps: Snapshot) -> None:
-        """Replace the table. Requests that run keep what they were given."""
+        """Replace the routing table. Running requests keep their model and target."""
         self._parts, problems = read_parts(configmaps, self._parts)
         table, more = Table.of(self._parts.values())
         for problem in (*problems, *more):
-            log.error("refused: %s", problem)
+            log.error("refused a part of the routing table: %s", problem)
         if table != self._table or not self._synced:
-            log.info("the table has %d models", len(table.models), extra={"models": len(table.models)})
+            log.info("the routing table has %d models", len(table.models), extra={"models": len(table.models)})
         self._table, self._synced = table, True
         self._proxy.balancer.keep_only(table.addresses)
         self.waiting.keep_only(table.sleepers)
@@ -65,12 +65,15 @@ class Gateway:
         self.metrics.problems.set(len(problems) + len(more))
 
     def drain(self) -> None:
-        """No new requests are expected; those that wait for a deployment to wake are told to come again."""
+        """Report unready. Requests that wait for a deployment to wake end with 503 and Retry-After."""
         self.draining = True
         self.waiting.close()
 
     def application(self) -> web.Application:
-        """Run it with handler_cancellation: a client that leaves then ends the engine's work for it."""
+        """Return the aiohttp application.
+
+        Run it with handler_cancellation: if a client disconnects, its request then also ends in the engine.
+        """
         app = web.Application(client_max_size=self._settings.max_body_bytes, middlewares=[self._observe])
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
@@ -84,13 +87,13 @@ class Gateway:
 
     @web.middleware
     async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Errors in OpenAI's shape, an id for every request, and the counting."""
+        """Give every request an id, count it, and answer errors in OpenAI's shape."""
         began = time.monotonic()
         if request.path in NOT_COUNTED:
             return await handler(request)
         self.in_flight += 1
         self.metrics.in_flight.inc()
-        status = "499"  # as long as nothing was answered, it is the client who left
+        status = "499"  # stays if the client disconnects before an answer
         request[REQUEST_ID] = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
         try:
             response = await self._guarded(request, handler)
@@ -99,7 +102,7 @@ class Gateway:
                 response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
             return response
         except ConnectionError:
-            raise  # while writing: the client is gone, and aiohttp knows
+            raise  # while writing: the client disconnected, and aiohttp handles it
         finally:
             seconds = time.monotonic() - began
             model = request.get(MODEL, UNKNOWN)
@@ -135,8 +138,11 @@ class Gateway:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            log.exception("%s failed", request.path, extra={"request_id": request[REQUEST_ID]})
-            return ApiError(500, "internal_error", "internal error of the gateway", kind="server_error").response()
+            log.exception(
+                "unexpected error while answering %s", request.path, extra={"request_id": request[REQUEST_ID]}
+            )
+            message = "Unexpected error in the gateway. Its log has the cause, with the X-Request-Id of this answer."
+            return ApiError(500, "internal_error", message, kind="server_error").response()
 
     async def _close_when_draining(self, request: web.Request, response: web.StreamResponse) -> None:
         if self.draining:
@@ -205,7 +211,7 @@ class Gateway:
         payload = await self._payload(request)
         name = payload.get("model")
         if not isinstance(name, str) or not name:
-            raise bad_request("The request names no model: give model as <namespace>/<route>.", "model")
+            raise bad_request("The request has no model. Set model to <namespace>/<route>.", "model")
         model = self._find(name)
         request[MODEL] = model.name
         with self.waiting.counted(model):
@@ -225,7 +231,10 @@ class Gateway:
         return self._table.models.get(name)
 
     async def _target(self, model: Model) -> tuple[Model, RouteTarget]:
-        """What answers now (of a sequence its first step); of a deployment that sleeps, when it has woken."""
+        """Return the model and the target that answers it (for a sequence, its first step).
+
+        If the deployment sleeps, wait until it is awake.
+        """
         target = model.pick(self._chance)
         if target is not None:
             return model, target
@@ -245,11 +254,12 @@ class Gateway:
             async with asyncio.timeout(self._settings.body_timeout):
                 body = await request.read()
         except TimeoutError as error:
-            raise ApiError(408, "request_timeout", "The request's body did not arrive in time.") from error
+            message = f"The request's body did not arrive within {self._settings.body_timeout:g} s."
+            raise ApiError(408, "request_timeout", message) from error
         try:
             payload = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise bad_request(f"The request's body is no JSON: {error}") from error
+            raise bad_request(f"The request's body is not valid JSON: {error}") from error
         if not isinstance(payload, dict):
-            raise bad_request("The request's body is no JSON object.")
+            raise bad_request("The request's body must be a JSON object.")
         return payload

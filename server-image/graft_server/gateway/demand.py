@@ -1,7 +1,8 @@
-"""Deployments that may sleep: their requests wait here until a pod is ready, and the operator is told that there are any.
+"""Requests for deployments that may sleep: they wait here until a pod is ready, and the operator is informed of them.
 
-The gateway starts nothing itself. It writes when it was last asked for a deployment into its own keys of one ConfigMap, at once
-while requests wait, otherwise within `demand_interval`; the operator scales by that.
+The gateway starts no pods itself. It writes the time of a deployment's newest request into its own keys of the
+ConfigMap graft-demand. While requests wait, it writes at once, but at most every URGENT_SECONDS. Otherwise it writes at
+most once per `demand_interval`. The operator scales by these times.
 """
 
 import asyncio
@@ -27,22 +28,22 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Key = tuple[str, str]  # namespace, deployment
 TICK_SECONDS = 1.0
-URGENT_SECONDS = 2.0  # between two writes for a deployment whose requests wait
-RETRY_SECONDS = 3.0  # after a write that failed
-RETRY_AFTER = 10  # seconds that clients are told
+URGENT_SECONDS = 2.0  # minimum time between two writes for a deployment with waiting requests
+RETRY_SECONDS = 3.0  # pause after a failed write
+RETRY_AFTER = 10  # seconds; the Retry-After header of the answer
 
 
 class Activity:
-    """What one deployment was asked for lately. Times are of time.monotonic()."""
+    """The newest request for one deployment, and the writes about it. Times are from time.monotonic()."""
 
     def __init__(self, idle_seconds: int) -> None:
         self.idle_seconds = idle_seconds
         self.newest = 0.0
-        self.told = 0.0  # the newest request that the operator knows of
-        self.written: float | None = None  # when
+        self.told = 0.0  # the newest request that was written
+        self.written: float | None = None  # time of the last write, also of a failed one
 
     def due(self, moment: float, *, waiting: bool) -> bool:
-        """Whether it is time to write: there is news, and the last write is long enough ago."""
+        """Return whether to write now: there is a newer request, and the last write is long enough ago."""
         if self.newest <= self.told:
             return False
         pause = URGENT_SECONDS if waiting else demand_interval(self.idle_seconds)
@@ -50,7 +51,7 @@ class Activity:
 
 
 class Waiting:
-    """The requests that are held, and the activity of all deployments that may sleep."""
+    """The held requests, and the activity of all deployments that may sleep."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
@@ -60,22 +61,22 @@ class Waiting:
         self._running: Counter[Key] = Counter()
         self.activity: dict[Key, Activity] = {}
         self._changed = asyncio.Event()
-        self.news = asyncio.Event()  # somebody waits: write now
+        self.news = asyncio.Event()  # set when a request begins to wait: write now
         self._closed = False
 
     def table_changed(self) -> None:
-        """Those who wait look again."""
+        """Wake the held requests, so that they read the new table."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     def close(self) -> None:
-        """The gateway ends: nobody is kept waiting any longer."""
+        """Stop holding requests, because the gateway shuts down."""
         self._closed = True
         self.table_changed()
 
     @contextmanager
     def counted(self, model: Model) -> Iterator[None]:
-        """A request that is being answered, or waits."""
+        """Count a request while it waits or is answered."""
         key = (model.namespace, model.deployment)
         gauge = self._metrics.deployment_in_flight.labels(*key)
         self._running[key] += 1
@@ -94,10 +95,13 @@ class Waiting:
             known.idle_seconds, known.newest = model.idle_seconds, time.monotonic()
 
     async def hold(self, model: Model, find: Callable[[], tuple[Model, T | None]]) -> tuple[Model, T]:
-        """Wait until `find` finds what can answer, for hold_seconds at most. `find` sees the newest table."""
+        """Wait until `find` returns a target, for at most `hold_seconds`. `find` reads the newest table.
+
+        Raises ApiError 503 if no target is found, or if too many requests wait already.
+        """
         limit = self._settings.max_held
         if self._held[model.name] >= limit:
-            raise unavailable(model.name, f"it is being started, and {limit} requests wait for it", RETRY_AFTER)
+            raise unavailable(model.name, f"it is starting, and {limit} requests wait for it already", RETRY_AFTER)
         key = (model.namespace, model.deployment)
         self._held[model.name] += 1
         self._waiting[key] += 1
@@ -126,29 +130,29 @@ class Waiting:
             self._metrics.held.labels(model.name).dec()
 
     def due(self) -> list[Key]:
-        """The deployments that the operator should hear of now."""
+        """Return the deployments whose activity must be written now."""
         moment = time.monotonic()
         for key, known in self.activity.items():
             if self._running[key] > 0:
-                known.newest = moment  # a long answer is no idleness
+                known.newest = moment  # a deployment that is still answering is not idle
         return [key for key, known in self.activity.items() if known.due(moment, waiting=self._waiting[key] > 0)]
 
     def keep_only(self, deployments: set[Key]) -> None:
-        """Forget deployments that are gone, or may not sleep any more."""
+        """Forget deployments that no longer exist or may no longer sleep."""
         self.activity = {key: known for key, known in self.activity.items() if key in deployments}
 
 
 class Reporter:
-    """Writes the activity into this gateway's keys."""
+    """The writer of this gateway's keys in the ConfigMap graft-demand."""
 
     def __init__(self, configmaps: ConfigMaps, waiting: Waiting, name: str) -> None:
         self._configmaps = configmaps
         self._waiting = waiting
         self._name = name
-        self._uid: str | None = None  # of the ConfigMap, which the operator makes
+        self._uid: str | None = None  # uid of the ConfigMap, which the operator creates
 
     async def run(self) -> None:
-        """Until it is cancelled. What cannot be written is tried again: the activity stays due."""
+        """Write until cancelled. If a write fails, the activity stays due and the gateway retries."""
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._waiting.news.wait(), TICK_SECONDS)
@@ -158,7 +162,7 @@ class Reporter:
                     await self._write(key)
             except KubeError as error:
                 self._uid = None
-                log.warning("the demand was not written, tried again: %s", error, extra={"status": error.status})
+                log.warning("the demand was not written, retrying: %s", error, extra={"status": error.status})
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _write(self, key: Key) -> None:
@@ -166,18 +170,18 @@ class Reporter:
             self._uid = str((await self._configmaps.get(DEMAND_CONFIGMAP))["metadata"]["uid"])
         known = self._waiting.activity.get(key)
         if known is None:
-            return  # the deployment went, or may not sleep any more, during an earlier write
+            return  # during an earlier write the deployment was deleted, or sleeping was switched off
         told = known.newest
         namespace, deployment = key
         entry = demand_key(namespace, deployment, self._name)
         demand = Demand(namespace=namespace, deployment=deployment, at=now())
-        known.written = time.monotonic()  # a write that fails counts, too: the API server is not to be hammered
+        known.written = time.monotonic()  # failed writes count too, to spare the API server
         await self._configmaps.apply_key(
             DEMAND_CONFIGMAP,
             self._uid,
             entry,
             demand.json_text(),
-            # A manager for each key: what a manager leaves out of an apply, it takes away.
+            # Each key has its own field manager: an apply deletes the keys that its manager owns but does not send.
             manager=f"graft-gateway-{hashlib.sha256(entry.encode()).hexdigest()[:16]}",
         )
         known.told = told

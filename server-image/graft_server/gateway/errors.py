@@ -7,7 +7,7 @@ from aiohttp import web
 
 
 class ApiError(Exception):
-    """An answer that is an error; `code` is what clients switch on."""
+    """An error answer. Clients distinguish errors by `code`."""
 
     def __init__(
         self,
@@ -28,11 +28,11 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """{"error": {message, type, param, code}}"""
+        """Return {"error": {message, type, param, code}}."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> web.Response:
-        """The HTTP answer."""
+        """Return the HTTP response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return web.json_response(self.body, status=self.status, headers=headers)
 
@@ -55,7 +55,7 @@ def unknown_model(name: str) -> ApiError:
 
 
 def no_route(method: str, path: str) -> ApiError:
-    return ApiError(404, "not_found", f"There is no {method} {path[:200]} here.")
+    return ApiError(404, "not_found", f"The gateway has no route {method} {path[:200]}.")
 
 
 def unavailable(name: str, reason: str, retry_after: int = 5) -> ApiError:
@@ -77,7 +77,7 @@ def upstream_broke(message: str) -> ApiError:
 
 
 def engine_error(status: int, body: bytes, engine_model: str, name: str) -> ApiError:
-    """What the engine refused, in the nested or the older flat shape, with the client's name of the model."""
+    """Return the engine's error with the client's name of the model. `body` has the nested or the older flat shape."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
@@ -85,7 +85,7 @@ def engine_error(status: int, body: bytes, engine_model: str, name: str) -> ApiE
     error = answer.get("error", answer) if isinstance(answer, dict) else {}
     if not isinstance(error, dict):
         error = {"message": str(error)}
-    message = str(error.get("message") or error.get("detail") or f"the engine answered {status}")
+    message = str(error.get("message") or error.get("detail") or f"the engine answered with status {status}")
     param = error.get("param")
     return ApiError(
         status,

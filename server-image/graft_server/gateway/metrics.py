@@ -1,4 +1,4 @@
-"""The gateway's Prometheus metrics. Only names of models that exist become labels, so clients cannot grow them."""
+"""The gateway's Prometheus metrics. Only existing models become label values, so clients cannot add time series."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -7,35 +7,35 @@ UNKNOWN = ""
 
 
 class Metrics:
-    """Of one gateway."""
+    """The metrics of one gateway."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter(
             "graft_gateway_requests",
-            "Requests by model and HTTP status; 499: the client left; broken: the stream ended with an error event.",
+            "Requests by model and HTTP status. 499: client disconnected. broken: stream ended with an error event.",
             ["model", "status"],
             registry=registry,
         )
         self.seconds = Histogram(
             "graft_gateway_request_seconds",
-            "From arrival to the last byte.",
+            "Seconds from a request's arrival to the last byte of the answer.",
             ["model"],
             buckets=BUCKETS,
             registry=registry,
         )
         self.first_byte = Histogram(
             "graft_gateway_first_byte_seconds",
-            "From arrival to the first byte of the answer.",
+            "Seconds from a request's arrival to the first byte of the answer.",
             ["model"],
             buckets=BUCKETS,
             registry=registry,
         )
-        self.in_flight = Gauge("graft_gateway_in_flight", "Requests being answered.", registry=registry)
+        self.in_flight = Gauge("graft_gateway_in_flight", "Requests that wait or are answered now.", registry=registry)
         self.deployment_in_flight = Gauge(
             "graft_gateway_deployment_in_flight",
-            "Requests that are being answered or wait, by AdapterDeployment; autoscalers scale by it.",
+            "Requests that wait or are answered now, by AdapterDeployment. Autoscalers use it.",
             ["deployment_namespace", "deployment"],
             registry=registry,
         )
@@ -43,18 +43,21 @@ class Metrics:
             "graft_gateway_held", "Requests that wait for a deployment to wake, by model.", ["model"], registry=registry
         )
         self.retries = Counter(
-            "graft_gateway_retries", "Attempts that went to another replica, by reason.", ["reason"], registry=registry
+            "graft_gateway_retries",
+            "Retries of requests, by the reason why the attempt before failed.",
+            ["reason"],
+            registry=registry,
         )
-        self.models = Gauge("graft_gateway_models", "Models in the table.", registry=registry)
+        self.models = Gauge("graft_gateway_models", "Models in the routing table.", registry=registry)
         self.problems = Gauge(
-            "graft_gateway_table_problems", "Parts of the table that were refused.", registry=registry
+            "graft_gateway_table_problems", "Parts of the routing table that were refused.", registry=registry
         )
         self.table_age = Gauge(
             "graft_gateway_table_age_seconds",
-            "Seconds since the API server last confirmed the table; -1 before the first time.",
+            "Seconds since the API server last confirmed the routing table; -1 before the first time.",
             registry=registry,
         )
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,8 @@
-"""One request on its way: to a replica that has the adapter, elsewhere if that fails before the first byte, and back."""
+"""The forwarding of one request to a replica that has the adapter.
+
+If a replica fails before the first byte, another replica gets the request. If a stream breaks later, another replica
+continues it where that is possible.
+"""
 
 import json
 import logging
@@ -21,49 +25,50 @@ from graft_server.gateway.table import Balancer, Model
 
 log = logging.getLogger(__name__)
 
-# Of a client's headers only these go to the engine, beside the request's id, and none of the engine's comes back: no
-# credentials, no hop-by-hop headers.
+# Of the client's headers, only these and the request's id reach the engine. Of the engine's headers, only the
+# Retry-After of an error reaches the client. So neither credentials nor hop-by-hop headers are passed on.
 REQUEST_HEADERS = ("traceparent", "tracestate")
 REQUEST_ID = web.RequestKey("request_id", str)
 BROKEN = web.RequestKey("broken", bool)  # the stream ended with an error event
 ANSWER_LIMIT = 64 * 1024 * 1024
 ERROR_LIMIT = 64 * 1024
+STOPPED_SENDING = "the engine stopped sending in the middle of its answer"
 ANSWERS_ELSEWHERE = frozenset({502, 503})
 
 
 class Elsewhere(Exception):
-    """This attempt failed before the first byte; another replica may do it. `avoid`: leave this one alone for a while."""
+    """An attempt failed, and another replica may answer. `avoid`: do not choose this replica for `avoid_seconds`."""
 
     def __init__(self, reason: str, message: str, *, avoid: bool = False, again: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
         self.avoid = avoid
-        self.again = again  # the same replica is worth a second try: only its connection had gone stale
+        self.again = again  # retry the same replica once: probably only the idle connection was stale
 
 
 @dataclass
 class Call:
-    """A request that was understood."""
+    """One parsed request, with its model and its target."""
 
     request: web.Request
     model: Model
     target: RouteTarget
     payload: dict[str, Any]
     began: float
-    before: list[dict[str, Any]] = field(default_factory=list)  # of a sequence: the steps that have answered
-    spent: dict[str, int] = field(default_factory=dict)  # their tokens
-    for_client: bool = True  # else the answer is the next step's question
-    sending: "Sending | None" = None  # once the client has been sent the first bytes of a stream
+    before: list[dict[str, Any]] = field(default_factory=list)  # for a sequence: the finished steps
+    spent: dict[str, int] = field(default_factory=dict)  # tokens of the finished steps
+    for_client: bool = True  # if False, the answer becomes the next step's question
+    sending: "Sending | None" = None  # set when the first bytes of a stream are sent to the client
 
     @property
     def repeatable(self) -> bool:
-        """Whether every replica gives the same answer, so that one can go on where another broke off."""
+        """Return whether every replica gives the same answer. If so, another replica can continue a broken stream."""
         fixed = self.payload.get("temperature") == 0 or self.payload.get("seed") is not None
         return fixed and not any(self.payload.get(name) for name in ("logprobs", "tools", "functions"))
 
     @property
     def words(self) -> Words:
-        """What the answer says about who answered."""
+        """Return what the answer gets: the model name, the `graft` object, and the tokens of earlier steps."""
         return Words(
             self.model.name,
             {
@@ -78,20 +83,20 @@ class Call:
 
     @property
     def step(self) -> dict[str, Any]:
-        """This call as a step of a sequence."""
+        """Return the entry of this call in a sequence's `steps`."""
         return {"adapter": self.target.adapter, "version": self.target.version}
 
 
 @dataclass
 class Sending:
-    """A stream on its way to the client."""
+    """A stream that is being sent to the client."""
 
     response: web.StreamResponse
     rewriter: StreamRewriter
 
 
 class Proxy:
-    """Sends calls to engines."""
+    """The client of the engines: it sends calls and returns the answers."""
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings, metrics: Metrics) -> None:
         self._session = session
@@ -103,10 +108,10 @@ class Proxy:
         )
 
     async def answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
-        """The answer, from the first replica that gives one. `replicas` is asked anew each time: the table may change.
+        """Return the answer of the first replica that gives one.
 
-        A stream that breaks after its first bytes goes on with another replica's answer if that must be the same; else it ends with an
-        error event.
+        `replicas` is called before each attempt, because the table may change. If a stream breaks after its first bytes
+        and the call is repeatable, another replica continues it. Otherwise the stream ends with an error event.
         """
         try:
             return await self._answer(call, replicas)
@@ -140,14 +145,16 @@ class Proxy:
                     again = False
                     tried.discard(backend.address)
                 log.warning(
-                    "%s at pod %s: %s (%r)",
+                    "%s: the attempt at pod %s failed: %s (%r)",
                     call.model.name,
                     backend.pod,
                     error,
                     error.__cause__,
                     extra={"request_id": call.request[REQUEST_ID], "reason": error.reason, "pod": backend.pod},
                 )
-        raise unavailable(call.model.name, f"{failure}" if failure else call.model.why_not or "no replica is left")
+        raise unavailable(
+            call.model.name, f"{failure}" if failure else call.model.why_not or "no replica has it loaded"
+        )
 
     async def _attempt(self, call: Call, backend: Backend) -> web.StreamResponse:
         self.balancer.begin(backend.address)
@@ -159,11 +166,11 @@ class Proxy:
             if upstream.content_type == "text/event-stream":
                 return await self._stream(call, upstream)
             if call.sending is not None:
-                raise upstream_broke("the stream broke off, and another replica does not stream")
+                raise upstream_broke("the stream broke, and the replica that took over does not stream")
             return await self._plain(call, upstream)
         finally:
             if upstream is not None and not upstream.closed:
-                # Left half way, by an error or because the client is gone: closing tells the engine to stop.
+                # An error occurred or the client disconnected. Closing the connection makes the engine stop.
                 upstream.close()
             self.balancer.end(backend.address)
 
@@ -171,7 +178,7 @@ class Proxy:
         headers = {name: call.request.headers[name] for name in REQUEST_HEADERS if name in call.request.headers}
         headers["X-Request-Id"] = call.request[REQUEST_ID]
         headers["Content-Type"] = "application/json"
-        headers["Accept-Encoding"] = "identity"  # the answer is rewritten
+        headers["Accept-Encoding"] = "identity"  # uncompressed, because the answer is rewritten
         body = json.dumps({**call.payload, "model": call.target.engine_model}, ensure_ascii=False).encode()
         url = f"http://{backend.address}{call.request.path}"
         try:
@@ -181,14 +188,16 @@ class Proxy:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Elsewhere("connect", "the replica cannot be reached", avoid=True) from error
         except TimeoutError as error:
-            raise timed_out(call.model.name, f"no answer within {self._settings.idle_timeout:g} s") from error
+            raise timed_out(
+                call.model.name, f"the engine did not answer within {self._settings.idle_timeout:g} s"
+            ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise Elsewhere("disconnect", "the connection to the replica broke", again=True) from error
         self.balancer.well(backend.address)
         return response
 
     async def _refused(self, call: Call, upstream: aiohttp.ClientResponse) -> None:
-        """Raises what the engine's error status means."""
+        """Raise the error that the engine's status stands for: Elsewhere or ApiError."""
         body = b""
         with suppress(aiohttp.ClientError, TimeoutError, OSError):
             body = await upstream.content.read(ERROR_LIMIT)
@@ -198,7 +207,7 @@ class Proxy:
         if upstream.status == 404 and (error.param == "model" or call.model.name in str(error)):
             raise Elsewhere("not_loaded", "the replica does not have the adapter loaded now")
         if upstream.status in (401, 403):
-            raise upstream_broke(f"the engine refused the gateway: {upstream.status} {error}")
+            raise upstream_broke(f"the engine refused the gateway's request: {upstream.status} {error}")
         if upstream.headers.get("Retry-After", "").isdigit():
             error.retry_after = int(upstream.headers["Retry-After"])
         raise error
@@ -215,13 +224,13 @@ class Proxy:
         try:
             body = await _read(upstream, ANSWER_LIMIT)
         except TimeoutError as error:
-            raise timed_out(call.model.name, "the engine fell silent in the middle of its answer") from error
+            raise timed_out(call.model.name, STOPPED_SENDING) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Elsewhere("broken", "the replica's answer broke off") from error
+            raise Elsewhere("broken", "the connection to the replica broke before its answer was complete") from error
         try:
             body = rewrite_answer(body, call.words)
         except (ValueError, RecursionError) as error:
-            raise upstream_broke(f"the engine's answer makes no sense: {error}") from error
+            raise upstream_broke(f"the engine's answer is invalid: {error}") from error
         if call.for_client:
             self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
         return web.Response(
@@ -229,8 +238,10 @@ class Proxy:
         )
 
     async def _stream(self, call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-        """Passes on what arrives as it arrives. Nothing is sent before the engine's first bytes, so that until then
-        another replica can take over."""
+        """Pass on each chunk when it arrives.
+
+        Nothing is sent before the engine's first bytes, so until then another replica can take over.
+        """
         sending = call.sending or self._new_stream(call)
         response, rewriter = sending.response, sending.rewriter
         chunks = upstream.content.iter_any()
@@ -241,9 +252,9 @@ class Proxy:
                 if not chunk and not rewriter.done:
                     broken = upstream_broke("the stream ended before the answer was complete")
             except TimeoutError:
-                chunk, broken = b"", timed_out(call.model.name, "the engine fell silent in the middle of its answer")
+                chunk, broken = b"", timed_out(call.model.name, STOPPED_SENDING)
             except (aiohttp.ClientError, OSError):
-                chunk, broken = b"", upstream_broke("the stream broke off before the answer was complete")
+                chunk, broken = b"", upstream_broke("the connection to the engine broke before the answer was complete")
             if broken is not None:
                 if broken.status == 504:
                     raise broken
@@ -260,7 +271,7 @@ class Proxy:
             try:
                 out = rewriter.feed(chunk) if chunk else rewriter.rest()
             except Differs as error:
-                raise upstream_broke("the stream broke off, and another replica's answer is not the same") from error
+                raise upstream_broke("the stream broke, and another replica's answer is not the same") from error
             if out:
                 await response.write(out)
             if not chunk:
@@ -271,7 +282,7 @@ class Proxy:
         response = web.StreamResponse(headers=self._headers(call))
         response.content_type = "text/event-stream"
         response.headers["Cache-Control"] = "no-cache"
-        response.headers["X-Accel-Buffering"] = "no"  # nginx in front would buffer
+        response.headers["X-Accel-Buffering"] = "no"  # else nginx in front of the gateway buffers the stream
         return Sending(response, StreamRewriter(call.words))
 
 

@@ -1,13 +1,14 @@
-"""The engine's answers in the client's words (PURE): its model name, and whose adapter answered.
+"""The rewriting of the engine's answers (PURE): the client's model name, and a `graft` object that names the adapter.
 
-A plain answer gets a `graft` object. A stream gets it in its first chunk only; every chunk carries the client's model name. A stream
-that broke can go on with another replica's answer to the same request, as far as that one says again what was said already.
+A plain answer gets both. In a stream, every chunk gets the model name. Only the first chunk gets the `graft` object.
+A broken stream can continue with another replica's answer to the same request. That answer must first repeat the text
+that was already passed on.
 """
 
 import json
 from typing import Any
 
-LINE_LIMIT = 1 << 20  # a line longer than this is passed on as it is
+LINE_LIMIT = 1 << 20  # bytes; a longer line is passed on unchanged
 DONE = b"[DONE]"
 
 
@@ -15,7 +16,7 @@ TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class Words:
-    """What is put in: the name the client asked for, the `graft` object, and the tokens of earlier steps."""
+    """The inserted values: the client's model name, the `graft` object, and the tokens of earlier steps."""
 
     def __init__(self, model: str, graft: dict[str, Any], spent: dict[str, int] | None = None) -> None:
         self.model = model
@@ -23,7 +24,7 @@ class Words:
         self.spent = spent or {}
 
     def rename(self, event: dict[str, Any]) -> None:
-        """The client's name of the model, and all tokens that the answer took."""
+        """Set the client's model name, and add the tokens of earlier steps to `usage`."""
         event["model"] = self.model
         usage = event.get("usage")
         if self.spent and isinstance(usage, dict):
@@ -31,57 +32,57 @@ class Words:
 
 
 def add_usage(usage: dict[str, Any], spent: dict[str, int]) -> dict[str, Any]:
-    """OpenAI's usage object with the counts of another one added."""
+    """Return OpenAI's usage object with the counts of another one added."""
     return usage | {name: int(usage.get(name) or 0) + spent.get(name, 0) for name in TOKENS}
 
 
 def rewrite_answer(body: bytes, words: Words) -> bytes:
-    """A complete JSON answer. ValueError when it is none."""
+    """Rewrite a complete JSON answer. Raises ValueError if the body is not a JSON object."""
     answer = json.loads(body)
     if not isinstance(answer, dict):
-        raise ValueError("the engine's answer is no JSON object")
+        raise ValueError("it is not a JSON object")
     words.rename(answer)
     answer["graft"] = words.graft
     return _dump(answer)
 
 
 class Differs(Exception):
-    """Another replica's answer is not the one that was begun."""
+    """Another replica's answer differs from the text that was already passed on."""
 
 
 class StreamRewriter:
-    """Server-sent events, line by line as they arrive: what is complete is passed on at once."""
+    """The rewriter of one stream of server-sent events. It passes each line on as soon as the line is complete."""
 
     def __init__(self, words: Words) -> None:
         self._words = words
         self._rest = b""
         self._first = True
-        self._passing = False  # the rest of an overlong line
-        self._said = ""  # the text that was passed on
-        self._again: str | None = None  # the part of it that the replica which took over has yet to say again
-        self._dropped = False  # the line before was not passed on: nor is the blank line that ends its event
+        self._passing = False  # inside a line longer than LINE_LIMIT
+        self._said = ""  # the text passed on so far
+        self._again: str | None = None  # the part of it that the replica that took over must still repeat
+        self._dropped = False  # the line before was dropped, so the blank line after it is dropped too
         self._only_text = True
-        self._open = False  # the blank line that ends the last event has not come
+        self._open = False  # the blank line that ends the last event was not passed on yet
         self.done = False  # data: [DONE] was seen
 
     @property
     def can_begin_again(self) -> bool:
-        """Whether what was passed on is whole lines of one choice's text."""
+        """Return whether another replica can continue: only whole lines with the text of one choice were passed on."""
         return self._only_text and not self._passing and not self.done
 
     def begin_again(self) -> bytes:
-        """What is fed from now on is the same answer from its beginning. The end of the event that was passed on last."""
+        """Expect the same answer again, from its beginning. Return the bytes that end the last event passed on."""
         self._rest = b""
         self._again = None if self._first else self._said
         return self.gap()
 
     def gap(self) -> bytes:
-        """What ends the event that was passed on last, where its blank line has not come."""
+        """Return the blank line that ends the last event, or nothing if that line was passed on already."""
         was_open, self._open = self._open, False
         return b"\n" if was_open else b""
 
     def feed(self, data: bytes) -> bytes:
-        """What can be passed on now; an incomplete last line waits for its end."""
+        """Return the bytes that can be passed on now. An incomplete last line waits for its end."""
         if self._passing:
             end = data.find(b"\n")
             if end < 0:
@@ -99,12 +100,12 @@ class StreamRewriter:
         return passed
 
     def rest(self) -> bytes:
-        """What is left at the end of the stream."""
+        """Return the remaining bytes at the end of the stream."""
         left, self._rest = self._rest, b""
         return (self._line(left) or b"") if left else b""
 
     def _line(self, line: bytes) -> bytes | None:
-        """The line as it is passed on; None: not at all."""
+        """Return the line to pass on, or None to drop it."""
         if not line.startswith(b"data:"):
             return None if self._dropped and not line.strip() else line
         self._dropped = False
@@ -130,7 +131,7 @@ class StreamRewriter:
         return b"data: " + _dump(event) + (b"\r" if line.endswith(b"\r") else b"")
 
     def _follow(self, event: dict[str, Any]) -> bool:
-        """Take note of the event's text, and cut off what was passed on before. Whether anything is left of the event."""
+        """Record the event's text, and cut off the part passed on before. Return whether to pass the event on."""
         choices = event.get("choices") or []
         if not choices:
             return not self._again
@@ -159,12 +160,12 @@ class StreamRewriter:
         return True
 
 
-# Of a choice or its delta: what a stream of plain text holds.
+# The keys that a choice or its delta has in a stream of plain text.
 _PLAIN = frozenset({"index", "text", "content", "role", "finish_reason", "stop_reason", "delta"})
 
 
 def error_event(error: dict[str, Any]) -> bytes:
-    """The last event of a stream that broke. No [DONE] follows, so no client takes the answer for complete."""
+    """Return the last event of a broken stream. No [DONE] follows, so clients see that the answer is incomplete."""
     return b"data: " + _dump(error) + b"\n\n"
 
 

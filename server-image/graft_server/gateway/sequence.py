@@ -1,7 +1,8 @@
-"""A request that several adapters work on: each step's answer is the next step's question, and the client gets the last one.
+"""Requests to a sequence of adapters: each step's answer is the next step's question. The client gets the last answer.
 
-The steps before the last are not streamed and take of the request only how to sample; what shapes the answer (n, stop, tools,
-logprobs, streaming) is for the last. A client that leaves ends the step that runs.
+The steps before the last are not streamed. They take only the sampling fields and the token limit from the request.
+The fields that shape the answer (n, stop, tools, logprobs, streaming) apply to the last step only. If the client
+disconnects, the running step is cancelled.
 """
 
 import json
@@ -27,9 +28,10 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 async def answer_in_steps(
     proxy: Proxy, call: Call, newest: Callable[[], Model | None], step_tokens: int
 ) -> web.StreamResponse:
-    """The answer of the last step. ApiError names the step that failed, and nothing has been sent then.
+    """Return the answer of the last step.
 
-    `newest` is the model as the table has it now: a step that begins takes the version that is routed by then.
+    Raises an ApiError that names the failed step. Nothing has been sent to the client then.
+    `newest` returns the model from the current table: each step uses the version that is routed when the step begins.
     """
     if call.model.why_not is not None:
         raise unavailable(call.model.name, call.model.why_not)
@@ -50,18 +52,18 @@ async def answer_in_steps(
             return response
         text, done = _text(response, where)
         spent = add_usage(call.spent, done.get("usage") or {})
-        told = step.step | {"finish_reason": done["choices"][0].get("finish_reason")}
+        entry = step.step | {"finish_reason": done["choices"][0].get("finish_reason")}
         call = replace(
             call,
             payload=_asking(call.payload, text),
-            before=[*call.before, told],
+            before=[*call.before, entry],
             spent={name: int(spent[name]) for name in TOKENS},
         )
-    raise AssertionError("a sequence has steps")
+    raise AssertionError("a sequence must have at least one step")
 
 
 def inner_payload(payload: dict[str, Any], step_tokens: int) -> dict[str, Any]:
-    """What a step before the last is asked (PURE)."""
+    """Return the request body for a step before the last (PURE)."""
     limit = {name: payload[name] for name in LIMITS if payload.get(name) is not None}
     question = {name: payload[name] for name in ("messages", "prompt") if name in payload}
     return (
@@ -76,7 +78,7 @@ def _replicas(newest: Callable[[], Model | None], step: Call) -> tuple[Backend, 
 
 
 def _asking(payload: dict[str, Any], text: str) -> dict[str, Any]:
-    """The request with another question."""
+    """Return the request with `text` as its question."""
     if "messages" in payload:
         return payload | {"messages": [{"role": "user", "content": text}]}
     return payload | {"prompt": text}
@@ -85,20 +87,20 @@ def _asking(payload: dict[str, Any], text: str) -> dict[str, Any]:
 def _check(payload: dict[str, Any]) -> None:
     prompt = payload.get("prompt")
     if isinstance(prompt, list) and len(prompt) > 1 and not all(isinstance(item, int) for item in prompt):
-        raise bad_request("A sequence of adapters takes one prompt a request.", "prompt")
+        raise bad_request("A sequence of adapters accepts only one prompt per request.", "prompt")
 
 
 def _text(response: web.StreamResponse, where: str) -> tuple[str, dict[str, Any]]:
-    """The text of a step's answer, and the answer."""
+    """Return the text of a step's answer, and the parsed answer."""
     body = response.body if isinstance(response, web.Response) else None
     try:
         answer = json.loads(body if isinstance(body, bytes) else b"")
         choice = answer["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise upstream_broke(f"{where} gave no answer that the next step could take") from error
+        raise upstream_broke(f"{where} returned an invalid answer, so the next step has no question") from error
     if not isinstance(text, str) or not text.strip():
-        raise upstream_broke(f"{where} answered nothing, so the next step has no question")
+        raise upstream_broke(f"{where} returned an empty answer, so the next step has no question")
     return text, answer
 
 

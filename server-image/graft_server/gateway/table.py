@@ -1,4 +1,4 @@
-"""The routing table: which model name is answered by what, and where (PURE). A snapshot never changes; a new one replaces it."""
+"""The routing table (PURE): targets and backends by model name. A table never changes; a new one replaces it."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +19,18 @@ class Model:
     targets: tuple[RouteTarget, ...]
     backends: tuple[Backend, ...]
     unavailable: str | None
-    steps: tuple[RouteTarget, ...] = ()  # of a sequence, which has no targets
-    idle_seconds: int | None = None  # its deployment may sleep
+    steps: tuple[RouteTarget, ...] = ()  # for a sequence, which has no targets
+    idle_seconds: int | None = None  # set if its deployment may sleep
 
     def replicas(self, target: RouteTarget) -> tuple[Backend, ...]:
-        """The backends that have the target loaded."""
+        """Return the backends that have the target loaded."""
         return tuple(backend for backend in self.backends if target.engine_model in backend.loaded)
 
     def pick(self, chance: random.Random) -> RouteTarget | None:
-        """A target by weight, among those that a backend can answer; of a sequence its first step. None when none can."""
+        """Choose a target by weight, among those that a backend can answer. For a sequence, return its first step.
+
+        Return None if no backend can answer.
+        """
         if self.steps:
             return self.steps[0] if self.why_not is None else None
         able = [target for target in self.targets if target.weight > 0 and self.replicas(target)]
@@ -37,7 +40,7 @@ class Model:
 
     @property
     def why_not(self) -> str | None:
-        """Why no backend can answer now; None when one can. A sequence needs one for each of its steps."""
+        """Return why no backend can answer now, or None if a backend can. A sequence needs a backend for each step."""
         if self.steps and all(self.replicas(step) for step in self.steps):
             return None
         if any(target.weight > 0 and self.replicas(target) for target in self.targets):
@@ -61,10 +64,10 @@ class Table:
 
     @classmethod
     def of(cls, parts: Iterable[Routes]) -> tuple["Table", list[str]]:
-        """The table of all deployments' parts, and what was wrong with them.
+        """Build the table from the parts of all deployments. Return it and a list of problems.
 
-        A deployment speaks for its own namespace only: a route of another one is refused. Of two deployments that claim
-        one name, the one that sorts first gets it, so that every gateway decides alike.
+        A deployment may only name models of its own namespace; other routes are refused. If two deployments claim the
+        same name, the deployment that sorts first gets it, so every gateway decides alike.
         """
         models: dict[str, Model] = {}
         problems: list[str] = []
@@ -72,9 +75,11 @@ class Table:
             for route in part.routes:
                 whose = f"{part.namespace}/{part.deployment}"
                 if not route.model.startswith(f"{part.namespace}/"):
-                    problems.append(f"{whose} claims {route.model}, which is not in its namespace")
+                    problems.append(f"{whose} claims the model {route.model}, which is not in its namespace")
                 elif route.model in models:
-                    problems.append(f"{whose} claims {route.model}, which {models[route.model].deployment} has")
+                    problems.append(
+                        f"{whose} claims the model {route.model}, which {models[route.model].deployment} has already"
+                    )
                 else:
                     models[route.model] = Model(
                         name=route.model,
@@ -91,33 +96,36 @@ class Table:
 
     @property
     def sleepers(self) -> set[tuple[str, str]]:
-        """Namespace and name of the deployments that may sleep."""
+        """Return namespace and name of each deployment that may sleep."""
         return {(model.namespace, model.deployment) for model in self.models.values() if model.idle_seconds is not None}
 
     @property
     def addresses(self) -> frozenset[str]:
-        """Of all backends."""
+        """Return the addresses of all backends."""
         return frozenset(backend.address for model in self.models.values() for backend in model.backends)
 
 
 def read_parts(
     configmaps: Mapping[str, Mapping[str, str]], before: Mapping[str, Routes]
 ) -> tuple[dict[str, Routes], list[str]]:
-    """Each ConfigMap's part, by the ConfigMap's name, and what was wrong. One that cannot be read keeps its last good part."""
+    """Parse the part of the table in each ConfigMap. Return the parts by ConfigMap name, and a list of problems.
+
+    If a ConfigMap is invalid, its last valid part stays.
+    """
     parts: dict[str, Routes] = {}
     problems: list[str] = []
     for name, data in configmaps.items():
         try:
             parts[name] = Routes.model_validate_json(data.get(ROUTES_KEY) or "")
         except ValidationError as error:
-            problems.append(f"ConfigMap {name}: {error.errors()[0]['msg']}")
+            problems.append(f"ConfigMap {name} is invalid: {error.errors()[0]['msg']}")
             if name in before:
                 parts[name] = before[name]
     return parts, problems
 
 
 class Balancer:
-    """Which replica next: the least busy one that lately could be reached. Counts this gateway's own requests only."""
+    """The choice of a replica: the least busy one that is not avoided. It counts only this gateway's own requests."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -125,7 +133,7 @@ class Balancer:
         self._avoid_until: dict[str, float] = {}
 
     def choose(self, replicas: Sequence[Backend], tried: Iterable[str], now: float) -> Backend | None:
-        """A replica not tried yet. One that is avoided is taken only when there is no other."""
+        """Choose a replica that was not tried yet. An avoided replica is chosen only if there is no other."""
         left = [replica for replica in replicas if replica.address not in set(tried)]
         fine = [replica for replica in left if self._avoid_until.get(replica.address, 0.0) <= now]
         candidates = fine or left
@@ -148,14 +156,14 @@ class Balancer:
             self._in_flight.pop(address, None)
 
     def avoid(self, address: str, until: float) -> None:
-        """Do not choose it until then, if there is another."""
+        """Do not choose the replica before `until`, if there is another."""
         self._avoid_until[address] = until
 
     def well(self, address: str) -> None:
-        """It answered."""
+        """Stop avoiding a replica, because it answered."""
         self._avoid_until.pop(address, None)
 
     def keep_only(self, addresses: Iterable[str]) -> None:
-        """Forget replicas that are gone."""
+        """Forget replicas that no longer exist."""
         known = set(addresses)
         self._avoid_until = {address: until for address, until in self._avoid_until.items() if address in known}

@@ -229,7 +229,12 @@ def _limits(schema: JsonObject, low: str, high: str, unit: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return _prose(text).replace("|", "\\|")
+
+
+def _prose(text: str) -> str:
+    """Return plain text as Markdown. Browsers and GitHub drop <name> as an unknown HTML tag unless it is escaped."""
+    return text.replace("<", "&lt;")
 
 
 def _rows(schema: JsonObject, path: str) -> list[str]:
@@ -290,7 +295,7 @@ def reference(reasons: dict[str, dict[str, dict[str, str]]]) -> str:
                 "The API server refuses a resource that breaks one of these rules:",
                 "",
             ]
-            lines += [f"- {message}" for message in rules]
+            lines += [f"- {_prose(message)}" for message in dict.fromkeys(rules)]
         lines += ["", f"### {crd['kind']} conditions", "", "| condition | reason | what it means |", "|---|---|---|"]
         lines += [
             f"| `{condition}` | `{reason}` | {_cell(meaning)} |"

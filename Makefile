@@ -4,7 +4,8 @@ SHELL := /bin/bash
 VENV := .venv
 LIGHT := build/venv-demo
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -m pytest
+# The twenty slowest tests say where the time goes.
+PYTEST := $(PY) -m pytest --durations=20 --durations-min=1
 export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE

@@ -1,1 +1,4 @@
-"""Graft's light package: the API, the contracts and the operator. Nothing here imports torch."""
+"""Graft's light package, which every image installs: the API, the contracts, and the operator.
+
+It imports no torch, and it does not know the code of the trainer or of the server image.
+"""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import ServingSizing
+from graft.api.deploymentstatus import ServingSizing
 from graft.contracts.message import BaseModelRef
 from graft.manifests.serving import serving_deployment
 from graft.settings import Images, Settings

@@ -154,7 +154,7 @@ def test_the_last_ones_do_not_fit_and_no_other_suffers() -> None:
     actions = decide(wanted(A, B, c), seen, DIR)
     assert names(actions, Download) == [B.engine_name] and names(actions, Refuse) == [c.engine_name]
     refusal = next(action for action in actions if isinstance(action, Refuse))
-    assert refusal.message.startswith("it needs 1.00 GiB, and 0.50 GiB of 2.50 GiB are left for it: attach fewer")
+    assert refusal.message.startswith("it needs 1.00 GiB, but only 0.50 GiB of 2.50 GiB are left for it: attach fewer")
 
 
 def test_where_room_is_short_nobody_takes_that_of_one_before_it() -> None:
@@ -228,7 +228,7 @@ def test_a_config_is_reduced_to_known_keys() -> None:
         (b', "r": true', "not a rank"),
         (b', "rank_pattern": {"q_proj": 64}', "rank 64 is above"),
         (b', "target_modules": []', "target_modules"),
-        (b"}", "no JSON"),
+        (b"}", "not JSON"),
     ],
 )
 def test_a_config_that_may_not_be_served(more: bytes, words: str) -> None:

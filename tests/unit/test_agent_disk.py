@@ -172,7 +172,7 @@ async def test_the_last_one_that_does_not_fit_fails_alone_until_there_is_room(tm
         await pod.state(b, "Loaded")
         failed = await pod.state(c, "Failed")
         assert failed.reason == "DiskFull" and re.search(
-            r"needs 2\.00 MiB, and 1\.00 MiB of 5\.00 MiB", str(failed.message)
+            r"needs 2\.00 MiB, but only 1\.00 MiB of 5\.00 MiB", str(failed.message)
         )
         await pod.ready()  # nobody waits for it
         told = len(pod.told)

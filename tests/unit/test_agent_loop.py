@@ -26,7 +26,7 @@ from unit.serving_world import NAMESPACE, FakeKube, eventually, listening, signe
 
 async def test_adapters_are_fetched_verified_loaded_and_told(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
-        assert "not read yet" in str(await pod.ready(False))
+        assert "has not read the wanted adapters" in str(await pod.ready(False))
         a, b = pod.store.publish("a"), pod.store.publish("b")
         pod.want(a, b)
         loaded = await pod.state(a, "Loaded")

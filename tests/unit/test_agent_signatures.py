@@ -142,7 +142,7 @@ async def test_nothing_is_done_before_the_keys_are_read(tmp_path: Path) -> None:
         a = pod.store.publish("a")
         pod.want(a)
         await eventually(lambda: pod.engine.start_time and pod.told)
-        assert "keys that signatures are checked with" in str(await pod.ready(False))
+        assert "has not read the trusted keys" in str(await pod.ready(False))
         assert pod.store.reads == [] and pod.one(a).reason is None  # type: ignore[union-attr]
         pod.agent.trusted_keys(TRUSTED)
         await pod.state(a, "Loaded")

@@ -46,7 +46,7 @@ def test_two_processes_that_are_interrupted_train_as_one_that_is_not(
     asked = run_pair(tmp_path, "asked", {9: [1, "term"]}, sharding=sharding)
     assert asked.codes == [PEER_LOST, INTERRUPTED], asked.log(0) + asked.log(1)
     assert [ref.step for ref in asked.progress.checkpoints or ()] == [4, 5]
-    assert asked.progress.failure is not None and "asked to end" in asked.progress.failure.message
+    assert asked.progress.failure is not None and "was interrupted" in asked.progress.failure.message
 
     # One is gone without a word, in the second half of a step: the other ends soon after.
     lost = run_pair(tmp_path, "lost", {12: [1, "kill"]}, sharding=sharding)

@@ -1,4 +1,7 @@
-"""The custom resources as pydantic models, one file per kind. They are the only schema."""
+"""The custom resources as pydantic models, one file per kind. They are the only schema.
+
+They know which values are valid. They do not know what the operator does with them.
+"""
 
 from graft.api.adapter import Adapter
 from graft.api.adapterdeployment import AdapterDeployment

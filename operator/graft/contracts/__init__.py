@@ -1,17 +1,20 @@
-"""What the parts say to each other: the files and ConfigMap keys between operator, training pod, agent and gateway.
+"""The messages between operator, trainer, agent and gateway: files and ConfigMap keys.
 
-The Kubernetes API is the only control plane and object storage the only data plane (docs/architecture.md); these models are
-the whole traffic between the parts. A reader ignores what it does not know, so parts of neighbouring versions work together.
+The Kubernetes API is the only control plane, and object storage is the only data plane (docs/architecture.md). The
+parts exchange only these messages. A reader ignores unknown fields, so parts of neighbouring versions work together.
 
-| message      | written by    | read by       | where                                                            |
-|--------------|---------------|---------------|------------------------------------------------------------------|
-| JobFile      | operator      | training pod  | ConfigMap key job.json, mounted at /etc/graft/job.json           |
-| VersionFile  | operator      | training pod  | the same, for a pod that composes or imports a version           |
-| Progress     | training pod  | operator      | object storage, runs/<job-uid>/<attempt>/progress.json           |
-| Termination  | training pod  | operator      | the container's termination message, and Progress.failure        |
-| Wanted       | operator      | agent         | ConfigMap <deployment>-wanted, key wanted.json                   |
-| Residency    | agent         | operator      | ConfigMap <deployment>-residency, one key per pod                |
-| Trusted keys | operator      | agents        | ConfigMap graft-trusted-keys of the operator's namespace: key id -> key   |
-| Routes       | operator      | gateway       | ConfigMaps labelled graft.dev/component=routes, key routes.json  |
-| Demand       | gateway       | operator      | ConfigMap graft-demand, one key per deployment and gateway       |
+| module   | message      | written by | read by  | where                                                             |
+|----------|--------------|------------|----------|-------------------------------------------------------------------|
+| job      | JobFile      | operator   | trainer  | ConfigMap key job.json, mounted at /etc/graft/job.json            |
+| job      | VersionFile  | operator   | trainer  | the same, for a pod that composes or imports a version            |
+| progress | Progress     | trainer    | operator | object storage, runs/<job-uid>/<attempt>/progress.json            |
+| progress | Termination  | trainer    | operator | the container's termination message, and Progress.failure         |
+| agent    | Wanted       | operator   | agent    | ConfigMap <deployment>-wanted, key wanted.json                    |
+| agent    | Residency    | agent      | operator | ConfigMap <deployment>-residency, one key per pod                 |
+| agent    | trusted keys | operator   | agent    | ConfigMap graft-trusted-keys, operator's namespace, key ID -> key |
+| gateway  | Routes       | operator   | gateway  | ConfigMaps labelled graft.dev/component=routes, key routes.json   |
+| gateway  | Demand       | gateway    | operator | ConfigMap graft-demand, one key per deployment and gateway        |
+
+The module `message` has the base class of the messages and the reference to a base model. The module `mounts` has the
+paths, ports and Secret names that the operator and the programs in its pods share.
 """

@@ -1,4 +1,4 @@
-"""Operator and agent: the adapters that a pod must load, the trusted keys, and the adapters that the pod has loaded."""
+"""Between operator and agent: the adapters that a pod must load, and the adapters that it has loaded."""
 
 from typing import Literal
 
@@ -7,34 +7,35 @@ from pydantic import Field
 from graft.api.adapter import AdapterSignature
 from graft.contracts.message import Message
 
-TRUSTED_KEYS = "graft-trusted-keys"  # public keys, in the operator's namespace
+TRUSTED_KEYS = "graft-trusted-keys"  # ConfigMap with the public keys, in the operator's namespace
 WANTED_KEY = "wanted.json"
 
 
 class WantedAdapter(Message):
-    """One adapter that replicas should have loaded."""
+    """One adapter that replicas must load."""
 
     engine_name: str  # <tenant>--<adapter>-<version>--<digest12>
     adapter: str  # name of the Adapter resource
     uri: str
     digest: str  # of manifest.json
-    signature: AdapterSignature | None = None  # by the operator, of all of the above; graft.artifacts.signing
-    pods: list[str] | None = None  # those that are to have it; None: every replica
+    signature: AdapterSignature | None = None  # made by the operator, see graft.artifacts.signing
+    pods: list[str] | None = None  # pods that must load it; None: every replica
 
     def is_for(self, pod: str) -> bool:
-        """Whether the pod is to have it."""
+        """Return whether the pod must load this adapter."""
         return self.pods is None or pod in self.pods
 
     def same_files(self, other: "WantedAdapter") -> bool:
-        """Whether they differ in the signature at most: a version that is signed anew is the same version."""
+        """Return whether both differ at most in the signature. A version with a new signature is the same version."""
         return self == other.model_copy(update={"signature": self.signature})
 
 
 class Wanted(Message):
-    """What the replicas of a deployment should have loaded.
+    """The adapters that the replicas of a deployment must load.
 
-    Where not everything fits on every replica each adapter names its pods, and `assigned` all pods that were thought of. A pod
-    that is not among them waits to be: to be ready without its adapters would end the pods that have them.
+    If not all adapters fit on every replica, each adapter lists its pods, and `assigned` lists all pods of the
+    assignment. A pod that is not in `assigned` waits. If it became ready without adapters, the rollout would delete the
+    pods that have them.
     """
 
     schema_version: int = 1
@@ -42,16 +43,17 @@ class Wanted(Message):
     max_lora_rank: int
     drain_seconds: int = 10
     adapters: list[WantedAdapter] = Field(default_factory=list)
-    assigned: list[str] | None = None  # None: there is no assignment, every pod takes everything
-    # Wanted as soon as they are verified: their files are brought where there is room, and nothing of them is loaded.
+    assigned: list[str] | None = None  # None: there is no assignment, and every pod loads all adapters
+    # Versions that become wanted when the operator has verified them. The agent downloads their files into unused disk
+    # space and does not load them.
     expected: list[WantedAdapter] = Field(default_factory=list)
 
     def is_for(self, engine_name: str, pod: str) -> bool:
-        """Whether the pod is to have the adapter; one that is not wanted yet is for every pod."""
+        """Return whether the adapter is for this pod. An adapter that is not wanted yet is for every pod."""
         return all(item.is_for(pod) for item in self.adapters if item.engine_name == engine_name)
 
     def for_pod(self, pod: str) -> "Wanted | None":
-        """A pod's part, the others' pods left out of it; None while the pod has no part yet."""
+        """Return the part for one pod, without the names of pods. Return None if the pod has no assignment yet."""
         if self.assigned is not None and pod not in self.assigned:
             return None
         mine = [item.model_copy(update={"pods": None}) for item in self.adapters if item.is_for(pod)]
@@ -75,15 +77,15 @@ class ResidentAdapter(Message):
 
 
 class Residency(Message):
-    """What one pod has loaded; written when it changes, never on a timer."""
+    """The adapters of one pod. The agent writes it when it changes, never on a timer."""
 
     pod: str
     pod_uid: str
-    ready: bool  # engine healthy and every required adapter back since the engine's last start
+    ready: bool  # the engine is healthy, and every adapter that was wanted at its last start is Loaded or Failed
     engine_started: str | None = None  # changes when the engine restarts
     adapters: list[ResidentAdapter] = Field(default_factory=list)
 
 
 def engine_name(tenant: str, adapter_resource: str, manifest_digest: str) -> str:
-    """The name an engine knows an adapter by: a new version is a new name, so no cache is ever stale."""
+    """Return the adapter's name in the engine. Each version has its own name, so no cache of an engine is stale."""
     return f"{tenant}--{adapter_resource}--{manifest_digest.removeprefix('sha256:')[:12]}"

@@ -1,4 +1,4 @@
-"""Operator and gateway: the routes of each deployment, and which sleeping deployments receive requests."""
+"""Between operator and gateway: the routes of each deployment, and the demand for deployments that may sleep."""
 
 from pydantic import Field
 
@@ -11,9 +11,9 @@ DEMAND_COMPONENT = "demand"
 
 
 class RouteTarget(Message):
-    """What answers a route."""
+    """One model that answers the requests of a route."""
 
-    engine_model: str  # the model name that the engine knows: an adapter's engine name, or the served base model's name
+    engine_model: str  # model name in the engine: an adapter's engine name, or the name of the base model
     adapter: str | None = None  # name of the Adapter resource; None: the bare base model
     version: str | None = None
     digest: str | None = None
@@ -21,15 +21,15 @@ class RouteTarget(Message):
 
 
 class RouteEntry(Message):
-    """One model name that clients use; `steps` are those of a sequence, which has no targets."""
+    """One model name that clients use. A sequence has `steps` and no targets."""
 
     model: str  # <namespace>/<route>
     targets: list[RouteTarget]
-    steps: list[RouteTarget] = Field(default_factory=list)  # each one's answer is the next one's question
+    steps: list[RouteTarget] = Field(default_factory=list)  # the answer of each step is the question of the next step
 
     @property
     def leads_to(self) -> list[RouteTarget]:
-        """Everything that a request may be answered by."""
+        """Return all models that may answer a request: targets and steps."""
         return [*self.targets, *self.steps]
 
 
@@ -38,37 +38,35 @@ class Backend(Message):
 
     pod: str
     address: str  # ip:port of the engine
-    loaded: list[str]  # engine models that it can answer, the base model's name included
+    loaded: list[str]  # engine models that it has loaded, including the base model's name
 
 
 class Routes(Message):
-    """One deployment's part of the gateway's table."""
+    """The part of the gateway's routing table that belongs to one deployment."""
 
     schema_version: int = 1
     namespace: str
     deployment: str
     base_model: str
-    unavailable: str | None = None  # why nothing can answer now, for the gateway's error
-    idle_seconds: int | None = (
-        None  # it sleeps when it is idle for so long, and a request wakes it; None: it never sleeps
-    )
+    unavailable: str | None = None  # why no replica can answer now; the gateway shows it in its error
+    idle_seconds: int | None = None  # idle time after which it sleeps; a request wakes it. None: it never sleeps
     routes: list[RouteEntry] = Field(default_factory=list)
     backends: list[Backend] = Field(default_factory=list)
 
 
 class Demand(Message):
-    """That a deployment which may sleep is asked for, as one gateway sees it."""
+    """The newest request that one gateway received for a deployment that may sleep."""
 
     namespace: str
     deployment: str
-    at: str  # of the newest request that arrived or ran, as status.now() writes it
+    at: str  # time of the newest request that arrived or was running, in the format of status.now()
 
 
 def demand_key(namespace: str, deployment: str, gateway: str) -> str:
-    """The key of one deployment and gateway in graft-demand."""
+    """Return the key in graft-demand for one deployment and one gateway."""
     return f"{namespace}.{deployment}.{gateway}"
 
 
 def demand_interval(idle_seconds: int) -> int:
-    """Seconds within which a gateway tells of a request, and which the operator therefore waits on top of idle_seconds."""
+    """Return the seconds within which a gateway reports a request. The operator adds them to idle_seconds."""
     return min(30, max(2, idle_seconds // 4))

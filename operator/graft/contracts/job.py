@@ -9,11 +9,11 @@ from graft.api.evaluation import Evaluation
 from graft.api.recipe import Dataset, Method, MethodName, Training
 from graft.contracts.message import BaseModelRef, Message
 
-RENDEZVOUS_PORT = 29500  # of the first pod of a run with several
+RENDEZVOUS_PORT = 29500  # on the first pod of a run; the ranks connect to it
 
 
 class JobIdentity(Message):
-    """Whose run this is."""
+    """The resource that a run belongs to."""
 
     name: str
     namespace: str
@@ -21,14 +21,14 @@ class JobIdentity(Message):
 
 
 class OutputRef(Message):
-    """The version that is to be published."""
+    """The version that the pod publishes."""
 
     adapter: str
     version: str
 
 
 class CurrentVersion(Message):
-    """The adapter's newest version, for gates that compare with it."""
+    """The adapter's newest version. Some gates compare with it."""
 
     version: str
     uri: str
@@ -36,15 +36,15 @@ class CurrentVersion(Message):
 
 
 class Pods(Message):
-    """The pods of one run. With more than one process in all they find each other at the first pod."""
+    """The pods of one run. If the run has more than one process, all of them connect to the first pod."""
 
     nodes: int = 1
-    processes_per_node: int = 1  # one per GPU, one without GPUs
+    processes_per_node: int = 1  # one per GPU; without GPUs, 1
     first_host: str | None = None  # DNS name of the first pod; None with one node
 
 
 class Choice(Message):
-    """What placement decided and the spec leaves open; None: the trainer derives it from the device it finds."""
+    """Values that placement chose because the spec does not set them. None: the trainer derives it from the device."""
 
     micro_batch: int | None = None
     gradient_checkpointing: bool | None = None
@@ -52,7 +52,7 @@ class Choice(Message):
 
 
 class JobFile(Message):
-    """Everything a training pod knows: the spec as the user wrote it, with the references resolved."""
+    """The input of a training pod: the spec as the user wrote it, with the references resolved."""
 
     schema_version: int = 1
     job: JobIdentity
@@ -67,14 +67,14 @@ class JobFile(Message):
     task: Literal["causal", "seq2seq"] = "causal"
     pods: Pods = Field(default_factory=Pods)
     choice: Choice = Field(default_factory=Choice)
-    halvings: int = 0  # how often the micro-batch is to be halved: attempts of this run that ran out of memory
+    halvings: int = 0  # how often to halve the micro-batch: the number of attempts that ran out of memory
     current: CurrentVersion | None = None
     hf_endpoint: str | None = None
     trainer_image: str = ""
 
 
 class ParentVersion(Message):
-    """A version that is composed with others."""
+    """One of the versions that a composition combines."""
 
     name: str  # of the Adapter resource
     version: str
@@ -84,7 +84,7 @@ class ParentVersion(Message):
 
 
 class Composition(Message):
-    """How versions become one."""
+    """How to combine several versions into one."""
 
     parents: list[ParentVersion]
     method: CompositionMethod
@@ -96,7 +96,7 @@ class Composition(Message):
 
 
 class VersionFile(Message):
-    """Everything that a pod knows which makes a version without training: composed, or imported."""
+    """The input of a pod that composes or imports a version, without training."""
 
     schema_version: int = 1
     job: JobIdentity  # the Adapter
@@ -106,6 +106,6 @@ class VersionFile(Message):
     method: MethodName
     task: Literal["causal", "seq2seq"] = "causal"
     composition: Composition | None = None
-    source: str | None = None  # what is imported: hf://… or s3://…/
+    source: str | None = None  # where to import from: hf://… or s3://…/
     hf_endpoint: str | None = None
     trainer_image: str = ""

@@ -1,10 +1,9 @@
-"""Mounts, ports and Secrets of the pods: paths that the operator writes into a pod and the programs in it read."""
+"""Paths, ports and Secret names that the operator writes into pods and that the programs in the pods use."""
 
-# Mounts and ports of the pods.
 JOB_FILE = "/etc/graft/job.json"
 STORAGE_DIR = "/etc/graft/storage"  # the Secret graft-storage, one file per key
 HF_TOKEN_FILE = "/etc/graft/huggingface/token"  # noqa: S105 - a path
-WORK_DIR = "/work"  # emptyDir, shared by prepare and train
+WORK_DIR = "/work"  # emptyDir, shared by the containers prepare and train
 PVC_DIR = "/mnt/pvc"  # pvc://claim/path is mounted at PVC_DIR/claim
 CONFIGMAP_DIR = "/mnt/configmap"  # configMap://name/key is mounted at CONFIGMAP_DIR/name
 ADAPTERS_DIR = "/adapters"  # emptyDir, shared by agent (writes) and engine (reads)

@@ -1,4 +1,4 @@
-"""Training pod to operator: progress.json in object storage, the termination message and the exit codes."""
+"""From training pod to operator: progress.json in object storage, the termination message and the exit codes."""
 
 from enum import StrEnum
 from typing import Any, Literal
@@ -17,19 +17,19 @@ class Reason(StrEnum):
     UPLOAD_FAILED = "UploadFailed"
     VERSION_EXISTS = "VersionExists"
     STORAGE_DENIED = "StorageDenied"
-    OUT_OF_MEMORY = "OutOfMemory"  # at the smallest micro-batch
+    OUT_OF_MEMORY = "OutOfMemory"  # a smaller micro-batch is not possible or does not help
     MEMORY_EXCEEDED = "MemoryExceeded"  # the next attempt halves the micro-batch
-    PEER_LOST = "PeerLost"  # another pod of the same run ended
-    PEERS_MISSING = "PeersMissing"  # the others did not come in time
-    COMMUNICATION_FAILED = "CommunicationFailed"  # between the processes, and none of them had ended
-    ADAPTER_INVALID = "AdapterInvalid"  # what is imported or composed; of no FineTuneJob
+    PEER_LOST = "PeerLost"  # another process of the same run ended
+    PEERS_MISSING = "PeersMissing"  # other pods of the run did not start in time
+    COMMUNICATION_FAILED = "CommunicationFailed"  # between the ranks, while all of them were running
+    ADAPTER_INVALID = "AdapterInvalid"  # an adapter to import or to compose; never on a FineTuneJob
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     INTERRUPTED = "Interrupted"
     INTERNAL_ERROR = "InternalError"
 
 
-# 10-19: the user's to fix, the Job fails at once (podFailurePolicy). 20-29: another attempt follows and none is used up.
-# Others count against the retries.
+# 10-19: the user must fix the cause, and the Job fails at once (podFailurePolicy). 20-29: another attempt follows, and
+# it does not count as a retry. After all other codes, the next attempt counts as a retry.
 EXIT_CODES: dict[Reason, int] = {
     Reason.DATASET_INVALID: 10,
     Reason.DATASET_UNAVAILABLE: 11,
@@ -54,7 +54,7 @@ FREE_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 20 <= code < 30
 
 
 class Termination(Message):
-    """Why a container ended, in its termination message (Kubernetes keeps 4096 bytes of it)."""
+    """Why a container failed: the content of its termination message. Kubernetes keeps 4096 bytes of it."""
 
     reason: Reason
     message: str
@@ -74,7 +74,7 @@ class CheckpointRef(Message):
 
 
 class DatasetStatistics(Message):
-    """What prepare found in the data; lengths in tokens, before truncation where not said otherwise."""
+    """Statistics of the prepared dataset. Lengths are in tokens, before truncation unless a comment says otherwise."""
 
     examples: int = 0
     held_out: int = 0
@@ -85,11 +85,11 @@ class DatasetStatistics(Message):
     p95_tokens: int = 0
     max_tokens: int = 0
     truncated_share: float = 0
-    sampled: bool = False  # lengths are those of a part of the examples
+    sampled: bool = False  # True: the lengths come from a sample of the examples
 
 
 class Progress(Message):
-    """How far an attempt is; rewritten at most every 5 s and at each change of stage."""
+    """The state of an attempt. The pod writes it at most every 5 s, and at once when the stage changes."""
 
     attempt: str
     stage: TrainingStage
@@ -106,12 +106,12 @@ class Progress(Message):
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     world_size: int | None = None  # processes that train together
-    peak_memory_bytes: int | None = None  # of one GPU, or of the process without one
+    peak_memory_bytes: int | None = None  # of one GPU; without GPUs, of the process
     dataset: DatasetStatistics | None = None
-    resumed_from: int | None = None  # step of the checkpoint that this attempt went on from
-    checkpoints: list[CheckpointRef] | None = None  # complete ones of the run, oldest first
+    resumed_from: int | None = None  # step of the checkpoint that this attempt resumed from
+    checkpoints: list[CheckpointRef] | None = None  # the complete checkpoints of the run, oldest first
     metrics: dict[str, float] | None = None
-    rejected: list[str] | None = None  # the gates that were missed, in words
+    rejected: list[str] | None = None  # the gates that the version missed, in words
     missing: list[str] | None = None  # what could not be measured and why, in words
-    manifest_digest: str | None = None  # once published
+    manifest_digest: str | None = None  # set when the version is published
     failure: Termination | None = None

@@ -1,7 +1,7 @@
 """Build an AdapterDeployment's Deployment of serving pods: base model (init container), agent (native sidecar), engine."""
 
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import ServingSizing
+from graft.api.deploymentstatus import ServingSizing
 from graft.api.meta import GPU, Placement
 from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from graft.api.adapterdeployment import AdapterDeploymentSpec, ServingSizing
+from graft.api.adapterdeployment import AdapterDeploymentSpec
 from graft.api.basemodel import ModelFacts
+from graft.api.deploymentstatus import ServingSizing
 from graft.placement.blocks import FactsMissing, Geometry, geometry
 from graft.placement.choose import CPUS_PER_GPU, MARKET
 from graft.placement.decide import DoesNotFit

@@ -1,1 +1,4 @@
-"""One file per kind: gather -> decide (pure) -> apply. Level-triggered: an event only says that it is worth a look."""
+"""Reconcile each kind: gather, decide (pure), apply. There is one room per kind, over one for what all share.
+
+Reconciles are level-triggered: an event only starts one, it carries no data. The builders of objects are in manifests.
+"""

@@ -1,1 +1,4 @@
-"""The sidecar of a serving pod: makes the adapters that the engine has loaded equal those that are wanted."""
+"""The sidecar of a serving pod. It downloads, loads and unloads adapters until exactly the wanted ones are loaded.
+
+It drives vLLM and Graft's own engine alike. It does not decide which adapters are wanted: the operator does.
+"""

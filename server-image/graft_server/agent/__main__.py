@@ -1,4 +1,6 @@
-"""`python -m graft_server.agent`: the sidecar. `python -m graft_server.agent fetch-base`: the base model's init container."""
+"""`python -m graft_server.agent` runs the sidecar. With the argument `fetch-base` it is the init container that
+downloads the base model.
+"""
 
 import asyncio
 import logging
@@ -24,25 +26,28 @@ log = logging.getLogger("graft_server.agent")
 
 
 def main() -> None:
-    """Runs the agent until SIGTERM, or fetches the base model."""
+    """Run the agent until SIGTERM, or download the base model."""
     arguments = sys.argv[1:]
     log_json()
     if arguments[:1] == ["fetch-base"]:
-        # The first process of a container is not ended by a signal that it does not handle, and a pod that goes would wait for
-        # the download until its grace period is over.
+        # Linux does not end the first process of a container by a signal that the process does not handle. Without this
+        # handler, a deleted pod would continue the download until its grace period is over.
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
         sys.exit(fetch_base(arguments[1:]))
     settings = parse(arguments)
     logging.getLogger().setLevel(settings.log_level)
-    # boto3 keeps ten connections and warns of each further one that it closes after use.
+    # boto3 keeps ten connections open and logs a warning for each further connection that it closes after use.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     code = asyncio.run(serve(settings))
     sys.stdout.flush()
-    os._exit(code)  # a download's thread that waits for the network would hold the exit back
+    os._exit(code)  # a normal exit would wait for download threads that wait for the network
 
 
 async def serve(settings: Settings) -> int:
-    """Serves until a signal; the exit code. It ends at once: the engine drains itself, and nothing here must be saved."""
+    """Serve until SIGTERM or SIGINT, and return the exit code.
+
+    The agent exits at once: the engine drains its requests itself, and the agent has no state to save.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,8 +92,8 @@ async def serve(settings: Settings) -> int:
         stopped = asyncio.create_task(stop.wait())
         ended, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
-        for task in ended - {stopped}:  # none of them ever ends: this is a bug, and a restart is the cure
-            log.error("%s ended", task.get_name(), exc_info=task.exception())
+        for task in ended - {stopped}:  # no task ends by itself; this is a bug, and a restart of the container fixes it
+            log.error("the task %s ended unexpectedly", task.get_name(), exc_info=task.exception())
             code = 1
         agent.stop()
         for task in [*tasks, stopped]:

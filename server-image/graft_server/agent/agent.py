@@ -1,7 +1,7 @@
-"""The agent's loop: look at what is wanted and what is there, decide, act. Level-triggered: an event only wakes it.
+"""The agent's loop: compare the wanted adapters with the actual state, decide, act. Events only wake the loop.
 
-It can be killed after any instruction. Nothing it remembers is needed to go on: the files on disk are complete, or the part of a
-download, or are cleaned away, and what is loaded is asked of the engine.
+The agent can be killed after any instruction, and needs no saved state to continue. Each folder on disk is a complete
+version, an unfinished download, or a deletion that the next start finishes. The engine lists the loaded adapters.
 """
 
 import asyncio
@@ -60,8 +60,8 @@ class Agent:
         self._cache_bytes = cache_bytes
         self._trust = trust
         self._poll = poll_seconds
-        self._wanted: Wanted | None = None  # this pod's part of it
-        self._why_nothing = "what is wanted was not read yet"
+        self._wanted: Wanted | None = None  # the part for this pod
+        self._why_nothing = "the agent has not read the wanted adapters yet"
         self._folders = Folders(adapters_dir)
         self._contents = Contents()
         self._failures = Failures()
@@ -83,48 +83,51 @@ class Agent:
             trust=trust,
         )
 
-    # What wakes it
+    # Events that wake the loop
 
     def want(self, configmaps: Snapshot) -> None:
-        """Take this pod's part of what the wanted ConfigMap says. One that is gone, unreadable or without the pod changes nothing."""
+        """Take this pod's part of the wanted ConfigMap.
+
+        If the ConfigMap does not exist, is invalid or does not assign adapters to this pod, nothing changes.
+        """
         for data in configmaps.values():
             try:
                 everything = Wanted.model_validate_json(data.get(WANTED_KEY) or "")
             except ValidationError as error:
                 self.metrics.failures.labels("WantedInvalid").inc()
-                log.error("%s makes no sense and is ignored: %s", WANTED_KEY, error.errors()[0]["msg"])
+                log.error("%s is invalid and is ignored: %s", WANTED_KEY, error.errors()[0]["msg"])
                 continue
             wanted = everything.for_pod(self._pod)
             if wanted is None:
-                self._why_nothing = "waiting for the operator to say which adapters are this pod's"
+                self._why_nothing = "waiting for the operator to assign adapters to this pod"
             elif wanted != self._wanted:
                 names = [adapter.engine_name for adapter in wanted.adapters]
                 log.info("%d adapters are wanted", len(names), extra={"adapters": names})
                 if self._wanted is None or wanted.max_lora_rank != self._wanted.max_lora_rank:
-                    self._work.forget_all_but(())  # they were inspected for another rank
+                    self._work.forget_all_but(())  # they were inspected with another maxLoraRank
                 for early in self._wanted.expected if self._wanted else ():
-                    self._failures.clear(early.engine_name)  # now it counts, and is begun anew
+                    self._failures.clear(early.engine_name)  # they do not count when the version is wanted
                 self._wanted = wanted
                 self._failures.retry_now()
                 self._wake.set()
 
     def trusted_keys(self, configmaps: Snapshot) -> None:
-        """Take what the ConfigMap with the public keys says."""
+        """Take the public keys from their ConfigMap."""
         if self._trust is not None and self._trust.take(configmaps):
             self._failures.retry_now(OF_KEYS)
             self._wake.set()
 
     async def run(self) -> None:
-        """Loops until it is cancelled."""
+        """Run rounds until cancelled."""
         if graves := self._folders.open():
-            log.info("finished deletions that an earlier run began", extra={"folders": graves})
+            log.info("finished the deletions that an earlier run had started", extra={"folders": graves})
         while True:
             self._wake.clear()
             try:
                 await self.tick()
             except Exception:
                 self.metrics.failures.labels("InternalError").inc()
-                log.exception("a round failed; the next one starts from what is there")
+                log.exception("a round failed; the next round starts from the actual state")
             self._looped_at = time.monotonic()
             retry = self._failures.next_retry(self._looped_at)
             try:
@@ -134,24 +137,24 @@ class Agent:
                 continue
 
     def stop(self) -> None:
-        """Let nothing go on."""
+        """Stop all running actions."""
         self._work.stop()
 
-    # What others ask
+    # Probes
 
     @property
     def loop_age(self) -> float:
-        """Seconds since the loop last came round."""
+        """Return the seconds since the last round ended."""
         return time.monotonic() - self._looped_at
 
     async def not_ready(self) -> str | None:
-        """Why the pod may get no traffic, asked of the engine now; None when it may."""
+        """Return why the pod must not receive requests, or None if it may. Ask the engine if its last answer is old."""
         if self._engine.stale:
             await self._observe()
         if self._wanted is None:
             return self._why_nothing
         if self._trust is not None and not self._trust.read:
-            return "the keys that signatures are checked with were not read yet"
+            return "the agent has not read the trusted keys yet"
         if not self._engine.answering:
             return self._engine.why_not
         if not self._engine.ready(self._wanted):
@@ -162,16 +165,14 @@ class Agent:
     # One round
 
     async def tick(self) -> None:
-        """Look, decide, start what is to be done, tell."""
-        busy, deleting = (
-            self._work.running,
-            self._work.deleting,
-        )  # what ends during the look may not be in the picture yet
+        """Run one round: observe, decide, start the actions, report."""
+        # Taken before the observation: the result of an action that ends meanwhile may be missing in what is observed.
+        busy, deleting = self._work.running, self._work.deleting
         await self._observe()
         self._contents = self._folders.contents()
         room = self._capacity()
         if self._storage_changed():
-            log.info("the storage Secret has changed; what failed for it is tried again")
+            log.info("the storage Secret has changed; adapters that failed because of the store are retried")
             self._failures.retry_now(OF_STORAGE)
         if self._wanted is not None and (self._trust is None or self._trust.read):
             await self._step(self._wanted, busy, deleting, room)
@@ -241,7 +242,10 @@ class Agent:
         )
 
     def _still_wanted(self, adapter: WantedAdapter) -> bool:
-        """Asked from the threads that download. What is only expected gives way to what is wanted and missing."""
+        """Return whether a download may continue. The download threads call this.
+
+        The download of an expected version stops if a wanted adapter is missing.
+        """
         wanted, there = self._wanted, self._contents.complete.keys() | self._failures.names
         if wanted is None:
             return False

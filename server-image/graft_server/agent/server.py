@@ -1,4 +1,4 @@
-"""What the kubelet and Prometheus ask the agent."""
+"""The agent's HTTP server: probes for the kubelet and metrics for Prometheus."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ from aiohttp import web
 
 from graft_server.agent.agent import Agent
 
-STUCK_SECONDS = 60.0  # a round waits for the engine's answers, which time out after seconds
+STUCK_SECONDS = 60.0  # a round waits only for answers of the engine, and these time out after a few seconds
 
 
 def application(agent: Agent, wanted_age: Callable[[], float | None]) -> web.Application:
-    """GET /readyz, /livez and /metrics."""
+    """Return the application with GET /readyz, /livez and /metrics."""
 
     async def readyz(_: web.Request) -> web.Response:
         reason = await agent.not_ready()

@@ -1,4 +1,4 @@
-"""The agent's flags; each may come from the environment instead. No secrets."""
+"""The agent's flags. Each flag can be set in the environment instead. No flag contains a secret."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ MAX_ADAPTER_BYTES = 16 << 30
 
 @dataclass(frozen=True)
 class Settings:
-    """What one agent was started with."""
+    """The settings of one agent."""
 
     namespace: str
     wanted_configmap: str
@@ -37,7 +37,7 @@ class Settings:
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings from flags, else from the environment: --engine-url is ENGINE_URL."""
+    """Parse the flags. The default of a flag comes from the environment: ENGINE_URL for --engine-url."""
     parser = argparse.ArgumentParser(prog="graft_server.agent", description=__doc__)
 
     def flag(name: str, default: str | None, text: str) -> None:
@@ -45,34 +45,38 @@ def parse(arguments: list[str]) -> Settings:
         parser.add_argument(f"--{name}", default=value, required=value is None, help=text)
 
     flag("namespace", os.environ.get("POD_NAMESPACE"), "the pod's namespace")
-    flag("wanted-configmap", None, "ConfigMap that says what is wanted")
-    flag("residency-configmap", None, "ConfigMap that is told what is loaded, one key per pod")
-    flag("pod-name", None, "by the downward API")
-    flag("pod-uid", None, "by the downward API")
-    flag("engine-url", f"http://127.0.0.1:{ENGINE_PORT}", "the engine beside it")
-    flag("adapters-dir", ADAPTERS_DIR, "shared with the engine, which reads it at the same path")
+    flag("wanted-configmap", None, "ConfigMap with the wanted adapters")
+    flag("residency-configmap", None, "ConfigMap to which the agent writes the state of the adapters, one key per pod")
+    flag("pod-name", None, "name of the pod, from the downward API")
+    flag("pod-uid", None, "UID of the pod, from the downward API")
+    flag("engine-url", f"http://127.0.0.1:{ENGINE_PORT}", "URL of the pod's engine")
+    flag("adapters-dir", ADAPTERS_DIR, "folder shared with the engine, which mounts it at the same path")
     flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
-    flag("listen-address", "", "address to listen on; empty: all")
-    flag("port", str(AGENT_PORT), "of /readyz, /livez and /metrics")
+    flag("listen-address", "", "address to listen on; empty: all addresses")
+    flag("port", str(AGENT_PORT), "port of /readyz, /livez and /metrics")
     flag(
         "trusted-keys",
         "",
         "NAMESPACE/NAME of the ConfigMap with the public keys; empty: signatures are not checked",
     )
-    flag("base-model-name", "", "model that the engine must list to be ready; empty: not checked")
+    flag("base-model-name", "", "model that the engine must list before the pod is ready; empty: not checked")
     flag(
         "cache-bytes",
         "",
-        "limit of the adapters' files, kept older versions included; empty: what the disk has room for",
+        "bytes, limit of the adapters' files, including kept older versions; empty: limited by the disk only",
     )
-    flag("max-adapter-bytes", str(MAX_ADAPTER_BYTES), "size from which a version is refused")
-    flag("stall-seconds", str(STALL_SECONDS), "without a byte after which a transfer is given up and resumed")
-    flag("load-timeout-seconds", str(LOAD_SECONDS), "that the engine has to load an adapter")
+    flag("max-adapter-bytes", str(MAX_ADAPTER_BYTES), "bytes, a larger version is refused")
+    flag(
+        "stall-seconds",
+        str(STALL_SECONDS),
+        "seconds without a byte, after which the agent closes a transfer and resumes it",
+    )
+    flag("load-timeout-seconds", str(LOAD_SECONDS), "seconds that the engine has to load an adapter")
     flag("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR")
     values = vars(parser.parse_args(arguments))
     keys_namespace, _, keys_name = values["trusted_keys"].partition("/")
     if values["trusted_keys"] and not (keys_namespace and keys_name):
-        parser.error(f"--trusted-keys: {values['trusted_keys']} is no NAMESPACE/NAME")
+        parser.error(f"--trusted-keys: {values['trusted_keys']} is not of the form NAMESPACE/NAME")
     return Settings(
         **{
             **values,

@@ -1,4 +1,4 @@
-"""How many actions of a kind run at once, so that those which failed before never keep the others waiting."""
+"""A limit on concurrent actions of one kind. Retries never occupy all slots."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 
 class Slots:
-    """`total` at once, of which at most `again` are repetitions: the rest stays free for what was never tried."""
+    """At most `total` actions run at once, and at most `again` of them are retries. The rest is for first attempts."""
 
     def __init__(self, total: int, again: int) -> None:
         self._all = asyncio.Semaphore(total)
@@ -14,7 +14,7 @@ class Slots:
 
     @asynccontextmanager
     async def turn(self, *, again: bool) -> AsyncIterator[None]:
-        """Waits for a slot and holds it."""
+        """Wait for a slot and hold it."""
         if not again:
             async with self._all:
                 yield

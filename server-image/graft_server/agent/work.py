@@ -1,4 +1,4 @@
-"""Carrying out what was decided: each action in a task of its own, each failure with its reason."""
+"""Run the decided actions, each in its own task, and record each failure with its reason."""
 
 import asyncio
 import logging
@@ -24,18 +24,18 @@ from graft_server.agent.storage.trust import Trust
 
 log = logging.getLogger(__name__)
 
-ADAPTERS = 6  # versions on their way at once
-FILES = 4  # of one version at once: the weights, and what lies beside them
-INSPECTIONS = 12
-LOADS = 4
-FOR_NEW = 2  # of each of them are for adapters that have not failed before
+ADAPTERS = 6  # concurrent downloads of versions
+FILES = 4  # concurrent downloads of files per version: the weights and smaller files
+INSPECTIONS = 12  # concurrent reads of manifests
+LOADS = 4  # concurrent loads
+FOR_NEW = 2  # slots of each kind that are reserved for adapters that have not failed before
 THREADS = INSPECTIONS + ADAPTERS * FILES + 4
 
 T = TypeVar("T")
 
 
 class Work:
-    """The actions that run, one per adapter, and what is remembered of them."""
+    """The running actions, at most one per adapter, and the results that later actions need."""
 
     def __init__(
         self,
@@ -71,21 +71,21 @@ class Work:
         self._loads = Slots(LOADS, LOADS - FOR_NEW)
         self._began: dict[str, float] = {}
         self._stopping = False
-        self.versions: dict[str, Version] = {}  # inspected ones
+        self.versions: dict[str, Version] = {}  # inspected versions, by engine name
         self.load_seconds: dict[str, float] = {}
 
     @property
     def running(self) -> frozenset[str]:
-        """Names that an action runs for."""
+        """Return the engine names for which an action runs."""
         return frozenset(self._actions)
 
     @property
     def deleting(self) -> bool:
-        """Whether room is being made."""
+        """Return whether a kept version is being deleted."""
         return any(isinstance(action, Delete) for action in self._actions.values())
 
     def start(self, action: Action) -> None:
-        """Begin what was decided; `ended` is called when it is over."""
+        """Start an action. `ended` is called when the action has ended."""
         name = action.name
         if isinstance(action, Refuse):
             self._refuse(action)
@@ -105,14 +105,14 @@ class Work:
         task.add_done_callback(over)
 
     def stop(self) -> None:
-        """Let nothing go on."""
+        """Cancel all tasks and stop the download threads."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def forget_all_but(self, adapters: Collection[WantedAdapter]) -> None:
-        """Forget what is remembered of other adapters, and of these where their files are elsewhere now."""
+        """Forget the inspected versions of all other adapters, and those of `adapters` whose files have changed."""
         known = {adapter.engine_name: adapter for adapter in adapters}
         self.versions = {
             name: version
@@ -127,7 +127,7 @@ class Work:
             await self._act(action)
         except NotWanted:
             self._metrics.downloads.labels("abandoned").inc()
-            log.info("%s is not wanted any more; its download ended", name)
+            log.info("the download of %s was stopped: it is no longer wanted, or a wanted adapter comes first", name)
         except AdapterError as error:
             self._failed(name, verb, error.reason, str(error), retry_after=error.retry_after)
         except EngineDown as error:
@@ -165,7 +165,7 @@ class Work:
                 async with self._downloads.turn(again=again):
                     await self._download(self.versions[name])
             case Load(adapter):
-                self._check(adapter)  # the keys may be others than when it was fetched
+                self._check(adapter)  # the trusted keys may have changed since the download
                 async with self._loads.turn(again=again):
                     await self._load(name)
             case Unload():
@@ -195,13 +195,13 @@ class Work:
         hopeless: list[AdapterError] = []
         width = asyncio.Semaphore(FILES)
 
-        def going_on() -> bool:
+        def may_continue() -> bool:
             return not hopeless and not self._stopping and self._still_wanted(version.adapter)
 
         async def one(file: ManifestFile) -> None:
             async with width:
                 try:
-                    moved = await self._thread(fetch_file, self._open_store, version, file, folder, going_on)
+                    moved = await self._thread(fetch_file, self._open_store, version, file, folder, may_continue)
                 except AdapterError as error:
                     hopeless.extend([error] if error.reason in FAILED else [])
                     raise
@@ -209,12 +209,11 @@ class Work:
 
         largest_first = sorted(version.files, key=lambda file: -file.size)
         try:
-            # All of them end before anything else happens: a thread cannot be stopped, and it writes into the folder.
+            # Wait for all of them: a thread cannot be stopped, and it writes into the folder.
             ended = await asyncio.gather(*(one(file) for file in largest_first), return_exceptions=True)
             errors = [error for error in ended if error is not None]
-            for error in sorted(
-                errors, key=lambda error: isinstance(error, NotWanted)
-            ):  # the cause before what it ended
+            # After a hopeless error the other files end with NotWanted, so NotWanted is sorted last.
+            for error in sorted(errors, key=lambda error: isinstance(error, NotWanted)):
                 raise error
             await self._thread(finish, self._folders, version)
         except AdapterError as error:
@@ -241,7 +240,7 @@ class Work:
     def _refuse(self, action: Refuse) -> None:
         if self._failures.note(action.name, AdapterReason.DISK_FULL, action.message):
             self._metrics.failures.labels(AdapterReason.DISK_FULL).inc()
-            log.warning("%s does not fit: %s", action.name, action.message, extra={"adapter": action.name})
+            log.warning("%s does not fit on the disk: %s", action.name, action.message, extra={"adapter": action.name})
 
     def _failed(
         self, name: str, verb: str, reason: AdapterReason, message: str, *, retry_after: float | None = None

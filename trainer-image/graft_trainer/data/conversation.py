@@ -1,5 +1,7 @@
-"""Conversations: only the assistant's turns are learned. Where these are, the chat template marks, or what each turn adds
-to the rendered text tells.
+"""Tokenise conversations. The loss covers only the assistant's turns.
+
+Marks of the chat template show where these turns are. If the template has no marks, the position of a turn is found
+from the text that the turn adds to the rendered conversation.
 """
 
 import re
@@ -12,11 +14,14 @@ from graft_trainer.data.dataset import Example, Message
 from graft_trainer.run.failures import Failure
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Spans = list[tuple[int, int]]  # characters of a text, from and to
+Spans = list[tuple[int, int]]  # (first character, one past the last) in a text
 
 
 def tokenise_conversations(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
-    """(token ids, whether each is learned) of each, not cut. Failure(DatasetInvalid) when the template refuses one."""
+    """Return (token ids, whether the loss covers each token) of each example, not truncated.
+
+    Raises Failure(DatasetInvalid) if the chat template refuses an example.
+    """
     if tokenizer.is_fast and GENERATION_MARK.search(_template(tokenizer)):
         marked = [_by_marks(example, tokenizer) for example in examples]
     else:
@@ -29,7 +34,8 @@ def tokenise_conversations(examples: Sequence[Example], tokenizer: Any) -> list[
 
 
 def _by_marks(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]] | None:
-    """What the template itself marks as the assistant's; None when that is nothing."""
+    """Return the tokens with the template's own marks of the assistant's turns, or None if the template marks
+    nothing."""
     try:
         encoded = tokenizer.apply_chat_template(
             list(example.messages or ()), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -41,7 +47,8 @@ def _by_marks(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]] 
 
 
 def _answer_spans(example: Example, text: str, tokenizer: Any) -> Spans:
-    """Where the assistant's turns are in the rendered text: what each turn adds to the rendering of those before it."""
+    """Return the characters of the assistant's turns in the rendered text. A turn's characters are those that it adds
+    to the rendering of the turns before it."""
     messages = example.messages or ()
     spans = []
     for index, message in enumerate(messages):
@@ -53,13 +60,14 @@ def _answer_spans(example: Example, text: str, tokenizer: Any) -> Spans:
             spans.append((len(before), len(after)))
     if spans and spans[-1][1] >= len(text.rstrip()):
         return spans
-    # A template that renders a turn differently once others follow it: the last answer can still be told.
+    # The template renders a turn differently if other turns follow it. Only the last answer can be found then.
     start = text.rfind(str(messages[-1].get("content") or "").strip())
     if start < 0:
         raise Failure(
             Reason.DATASET_INVALID,
-            f"line {example.line}: the base model's chat template changes the answer, so it cannot be found in the prompt",
-            "Use dataset.format instruction with dataset.templates, or a base model with a plain chat template.",
+            f"line {example.line}: the base model's chat template changes the text of the answer, so the answer cannot be found "
+            "in the rendered conversation",
+            "Set spec.dataset.format to instruction and set spec.dataset.templates, or use a base model with a simple chat template.",
         )
     return [(start, len(text))]
 
@@ -73,7 +81,7 @@ def _masks(texts: list[str], spans: list[Spans], tokenizer: Any) -> list[tuple[l
 
 
 def _learned(text: str, spans: Spans, offsets: list[tuple[int, int]]) -> list[bool]:
-    """Whether each token, from one character to another, begins within a span."""
+    """Return whether each token begins within a span. `offsets` are the first and the end character of each token."""
     inside = bytearray(len(text))
     for begin, end in spans:
         inside[begin:end] = b"\1" * (end - begin)
@@ -106,7 +114,7 @@ def _refused(example: Example, error: Exception) -> Failure:
     return Failure(
         Reason.DATASET_INVALID,
         f"line {example.line}: the base model's chat template refuses the conversation: {error}",
-        "Use the roles in the order that the model's template wants, usually system, then user and assistant in turn.",
+        "Use the roles in the order that the model's chat template expects: usually system first, then user and assistant in turn.",
     )
 
 

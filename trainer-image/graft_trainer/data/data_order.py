@@ -1,9 +1,9 @@
-"""Which examples each step learns from (PURE): a function of the seed, the epoch and the step.
+"""Choose the examples of each step (PURE): a function of the seed, the epoch and the step.
 
-The order of an epoch is the one that transformers' Trainer and accelerate draw (SeedableRandomSampler), so a run learns
-from the same examples as a plain script. A step takes the next examples of it, however many processes and micro-batches
-share them: where a run goes on after an interruption is a number of steps, and it stays right when the micro-batch is
-halved or the last step of an epoch has fewer examples.
+The order of an epoch is the order that transformers' Trainer and accelerate draw (SeedableRandomSampler), so a run
+trains on the same examples as a plain script. A step takes the next examples of this order. Their number does not
+depend on how many ranks and micro-batches share them. So the point at which a run resumes is a number of steps. It
+stays right if the micro-batch is halved, and if the last step of an epoch has fewer examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,9 @@ from graft_trainer.data.tokens import IGNORED
 
 
 class DataOrder(Sampler[list[int]]):  # type: ignore[misc]
-    """Batch sampler of one process: `accumulation` micro-batches of up to `batch` indices per step, fewer in an epoch's
-    last step. All processes get as many; one without examples left gets empty ones."""
+    """The batch sampler of one rank: `accumulation` micro-batches of up to `batch` indices per step, fewer in the last
+    step of an epoch. All ranks get the same number of micro-batches. A rank for which no examples are left gets empty
+    ones."""
 
     def __init__(self, examples: int, batch: int, accumulation: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.examples = examples
@@ -32,7 +33,7 @@ class DataOrder(Sampler[list[int]]):  # type: ignore[misc]
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch."""
+        """Return the number of micro-batches of an epoch."""
         steps, rest = divmod(self.examples, self.effective)
         return steps * (self.effective // (self.batch * self.world)) + self._rounds(rest)
 
@@ -50,13 +51,13 @@ class DataOrder(Sampler[list[int]]):  # type: ignore[misc]
 
 
 class EpochLoader(DataLoader[Any]):  # type: ignore[misc]
-    """A DataLoader whose order knows the epoch. Not accelerate's: that one reads a batch ahead, deals batches out to the
-    processes in its own way and repeats examples where they do not go round."""
+    """A DataLoader whose order depends on the epoch. accelerate's own loader is not used: it reads one batch ahead,
+    distributes the batches over the ranks in its own way, and repeats examples if their number is not divisible."""
 
     def __init__(
         self, examples: Sequence[Any], order: DataOrder, collate: Callable[[list[Any]], Any], pin: bool
     ) -> None:
-        # An empty micro-batch has no place to take its shape from, so it is given an example, of which nothing is learned.
+        # An empty micro-batch has no example that gives it a shape. It gets one example, which the loss does not cover.
         super().__init__(
             examples,
             batch_sampler=order,
@@ -70,7 +71,7 @@ class EpochLoader(DataLoader[Any]):  # type: ignore[misc]
 
 
 def blank(examples: Sequence[Any], collate: Any) -> dict[str, torch.Tensor]:
-    """A batch that counts for nothing, for a process that has none while others have."""
+    """Return a batch that the loss does not cover, for a rank that has no examples while other ranks have some."""
     tokens = collate.tokens
     batch: dict[str, torch.Tensor] = collate([examples[0]])
     collate.tokens = tokens

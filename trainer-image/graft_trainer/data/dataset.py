@@ -1,6 +1,6 @@
-"""The dataset's lines (PURE): what a line of each format must look like, and every line that does not.
+"""Read the lines of a dataset (PURE): check each line against its format, and report the invalid lines.
 
-Both prepare and train read the files with this code, so what prepare let through is what is learned.
+prepare and train read the files with this same code, so train uses exactly the lines that prepare accepted.
 """
 
 import hashlib
@@ -19,31 +19,31 @@ from graft_trainer.run.failures import Failure
 
 ROLES = ("system", "user", "assistant", "tool")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-SHOWN = 5  # bad lines that a message shows; all are counted
-EXCERPT = 100  # characters of a bad line that are shown
+SHOWN = 5  # invalid lines that a message shows; the message counts all of them
+EXCERPT = 100  # characters that a message shows of an invalid line
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line: a conversation, a prompt with its answer, or a text. Exactly one of the three is there."""
+    """One line: a conversation, a prompt with its answer, or a text. Exactly one of the three is set."""
 
     line: int
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
-    answer: str | None = None  # what the model should say; for a conversation its last message
+    answer: str | None = None  # the expected answer; of a conversation, the last message
     text: str | None = None
-    asked: tuple[str, str] | None = None  # instruction and further input, which a template's prompt was made of
+    asked: tuple[str, str] | None = None  # (instruction, input) that filled the template of the prompt
 
 
 class Examples(Sequence[Example]):
-    """Examples of a file, each read anew whenever it is asked for. Memory holds where their lines are and no texts: those of
-    a large file, as Python objects, are more than a pod has."""
+    """The examples of a file. Every access reads the example from the file again. Memory holds only the positions of
+    the lines: the texts of a large file, as Python objects, need more memory than a pod has."""
 
     def __init__(
         self, stream: BinaryIO, parse: Callable[[int, bytes], Example], numbers: Iterable[int], begins: Iterable[int]
     ) -> None:
-        """`numbers` of the lines, and the bytes at which they begin."""
+        """`numbers` are the line numbers. `begins` are the offsets in bytes at which these lines begin."""
         self.stream = stream
         self.parse = parse
         self.numbers = array("q", numbers)
@@ -63,55 +63,57 @@ class Examples(Sequence[Example]):
         return self.parse(self.numbers[index], self.stream.readline())
 
     def choose(self, indices: Sequence[int]) -> "Examples":
-        """Some of them, in this order."""
+        """Return the examples at these indices, in this order."""
         numbers, begins = (self.numbers[index] for index in indices), (self.begins[index] for index in indices)
         return Examples(self.stream, self.parse, numbers, begins)
 
     def map(self, change: Callable[[Example], Example]) -> "Examples":
-        """All of them, changed."""
+        """Return all examples. `change` is applied to an example when it is read."""
         parse = self.parse
         return Examples(self.stream, lambda number, raw: change(parse(number, raw)), self.numbers, self.begins)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A file's examples in its order, and what was left out of it."""
+    """The examples of a file, in the file's order, and the lines that were skipped."""
 
     examples: Examples
-    total: int  # examples in the file; more than are here when only a sample was kept
-    invalid: int = 0  # lines left out, with dataset.onInvalid: skip
-    problems: list[str] = field(default_factory=list)  # what is wrong with the first of them
+    total: int  # examples in the file; more than len(examples) if only a sample was kept
+    invalid: int = 0  # lines that were skipped, with dataset.onInvalid: skip
+    problems: list[str] = field(default_factory=list)  # what is wrong with the first skipped lines
 
 
 class BadLine(Exception):
-    """What is wrong with a line."""
+    """A line is invalid. The message says what is wrong with it."""
 
 
 def check_template(template: str) -> None:
-    """Failure when an instruction template cannot be filled."""
+    """Check an instruction template. Raises Failure(DatasetInvalid) if it cannot be filled."""
     names = set(PLACEHOLDER.findall(template))
     if unknown := sorted(names - {"instruction", "input"}):
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.templates has unknown placeholders: {', '.join(f'{{{name}}}' for name in unknown)}",
-            "Use only {instruction} and {input} in dataset.templates.",
+            f"spec.dataset.templates has unknown placeholders: {', '.join(f'{{{name}}}' for name in unknown)}",
+            "Use only {instruction} and {input} in spec.dataset.templates.",
         )
     if "instruction" not in names:
         raise Failure(
             Reason.DATASET_INVALID,
-            "dataset.templates has no {instruction}: every prompt would be the same",
-            "Put {instruction}, and {input} where there is further input, into dataset.templates.",
+            "a template in spec.dataset.templates has no {instruction}, so every prompt would be the same",
+            "Put {instruction} into every template in spec.dataset.templates, and also {input} if the examples have further input.",
         )
 
 
 def read_examples(
     stream: BinaryIO, spec: Dataset, *, role: str, uri: str, limit: int | None, most: int | None = None
 ) -> Reading:
-    """The examples of a JSONL file, the first `limit` of them; the stream must stay open. Failure names the bad lines and
-    counts them; with dataset.onInvalid: skip only where no line is good.
+    """Read the examples of a JSONL file, at most the first `limit`. The stream must stay open: examples are read from
+    it later.
 
-    `role` is train or eval, for the messages. Empty lines are passed over. Of a file with more than `most` examples so many
-    are kept, each with the same probability (Vitter 1985, algorithm R), so that the memory is bounded.
+    Raises Failure(DatasetInvalid) if a line is invalid; with dataset.onInvalid: skip, only if no line is valid. The
+    message shows the first invalid lines and counts all of them. `role` is train or eval, for the messages. Empty lines
+    are ignored. If the file has more than `most` examples, `most` of them are kept, each with the same probability
+    (Vitter 1985, algorithm R). This bounds the memory.
     """
     of_record, skip, draw = parser_of(spec), spec.on_invalid == "skip", random.Random(0)  # noqa: S311 - a reproducible draw
 
@@ -144,14 +146,14 @@ def read_examples(
         more = f"; and {bad - len(problems)} more" if bad > len(problems) else ""
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.{role} ({uri}): {bad} of {good + bad} lines {'is' if bad == 1 else 'are'} invalid: "
+            f"spec.dataset.{role} ({uri}): {bad} of {good + bad} lines {'is' if bad == 1 else 'are'} invalid: "
             f"{'; '.join(problems)}{more}",
             _remedy(spec),
         )
     if not good:
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.{role} ({uri}) has no examples: the file is empty",
+            f"spec.dataset.{role} ({uri}) has no examples: the file is empty",
             "Put one JSON object per line into the file, or correct the URI.",
         )
     if good > len(numbers):
@@ -160,12 +162,13 @@ def read_examples(
 
 
 def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """(train, held out): `share` of the examples, at least one, drawn with `seed`; both keep the file's order."""
+    """Return (train, held out). `share` of the examples, at least one, are held out. They are drawn with `seed`. Both
+    parts keep the file's order."""
     if len(examples) < 2:
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.evalSplit needs at least 2 examples, dataset.train has {len(examples)}",
-            "Add examples, or remove dataset.evalSplit.",
+            f"spec.dataset.evalSplit needs at least 2 examples, but spec.dataset.train has {len(examples)}",
+            "Add examples, or remove spec.dataset.evalSplit.",
         )
     size = held_out_size(len(examples), share)
     held = set(random.Random(seed).sample(range(len(examples)), size))  # noqa: S311 - a reproducible draw
@@ -174,8 +177,9 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Exampl
 
 
 def vary(examples: Examples, templates: Sequence[str] | None, seed: int) -> Examples:
-    """Training examples with one of several templates each, drawn with `seed` and the line's number: the same whichever
-    other lines are there and whichever process reads them. Until then all have the first, which held-out examples keep."""
+    """Give each training example one of several templates, drawn with `seed` and the number of its line. So the choice
+    depends neither on the other lines nor on the rank that reads them. Before this call all examples have the first
+    template, and held-out examples keep it."""
     if templates is None or len(templates) == 1:
         return examples
 
@@ -189,18 +193,18 @@ def vary(examples: Examples, templates: Sequence[str] | None, seed: int) -> Exam
 
 
 def held_out_size(examples: int, share: float) -> int:
-    """How many of so many examples are held out: at least one, and not all."""
+    """Return how many of the examples are held out: at least one, and not all."""
     return min(examples - 1, max(1, round(examples * share)))
 
 
 def fill(template: str, instruction: str, further: str) -> str:
-    """The prompt: placeholders filled, other braces left as they are."""
+    """Return the template with its placeholders filled. Other braces stay as they are."""
     values = {"instruction": instruction, "input": further}
     return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
 def _content(number: int, raw: bytes) -> bytes:
-    """The line without the mark that some editors put at the beginning of a file."""
+    """Return the line without the byte order mark that some editors put at the beginning of a file."""
     return raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
 
 
@@ -226,7 +230,7 @@ def record_of(raw: bytes) -> dict[str, Any]:
         raise BadLine("nested too deeply") from error
     if not isinstance(record, dict):
         raise BadLine(f"a JSON {_kind(record)}, not an object")
-    if "\\u" in text:  # an escape can stand for half a character, which no tokenizer takes
+    if "\\u" in text:  # an escape can encode half a character (a surrogate), which no tokenizer accepts
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -252,7 +256,7 @@ def _chat(line: int, record: dict[str, Any], column: str) -> Example:
             raise BadLine(f"{where}.content {problem if 'content' in message else 'is missing'}")
     last = messages[-1]
     if last["role"] != "assistant":
-        raise BadLine(f"the last message is from {last['role']}, not from assistant: there is no answer to learn")
+        raise BadLine(f"the last message is from {last['role']}, not from assistant: there is no answer to train on")
     if all(message["role"] in {"assistant", "system"} for message in messages):
         raise BadLine("there is no user message before the answer")
     return Example(line, messages=tuple(messages), answer=last.get("content") or "")
@@ -307,5 +311,10 @@ def _remedy(spec: Dataset) -> str:
         shape = '{"instruction": "…", "input": "…", "output": "…"}'
     else:
         shape = '{"text": "…"}'
-    leave = ", or set dataset.onInvalid to skip, which leaves bad lines out" if spec.on_invalid == "fail" else ""
-    return f"Correct these lines to one {shape} each, or set dataset.format and dataset.columns to what the file has{leave}."
+    skip = (
+        " Or set spec.dataset.onInvalid to skip: then invalid lines are skipped." if spec.on_invalid == "fail" else ""
+    )
+    return (
+        f"Correct these lines so that each is one object of the form {shape}, or set spec.dataset.format and "
+        f"spec.dataset.columns to match the file.{skip}"
+    )

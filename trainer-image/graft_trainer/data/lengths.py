@@ -1,7 +1,7 @@
-"""How long the examples are in tokens, and what training.maxLength cuts off: told before a GPU is taken.
+"""Measure the lengths of the examples in tokens, and what training.maxLength cuts off, before a GPU is used.
 
-It tokenises one by one with the very code that train uses, so what is told is what will be learned; of a large dataset it
-measures a sample, which bounds the time.
+It tokenises the examples one by one with the code that train uses, so the numbers are those of the training. Of a large
+dataset it measures a sample, which bounds the time.
 """
 
 import math
@@ -17,19 +17,19 @@ from graft_trainer.data.dataset import Example
 from graft_trainer.data.tokens import Task, tokenise_one, tokenise_pair
 from graft_trainer.run.failures import Failure
 
-CHARACTERS = 50_000_000  # that are tokenised at most: half a minute of one core
-HIGH_SHARE = 0.1  # of examples that are cut; above it a warning
-WHOLE_SHARE = 0.99  # of examples that the length in the warning leaves whole
+CHARACTERS = 50_000_000  # characters that are tokenised at most; takes half a minute on one core
+HIGH_SHARE = 0.1  # if a larger share of the examples is cut, the user gets a warning
+WHOLE_SHARE = 0.99  # share of the examples that stay whole with the length that the warning proposes
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the examples that were measured, a list entry each."""
+    """The lengths of the measured examples, in tokens. The lists have one entry per example."""
 
-    whole: list[int]  # before truncation, of seq2seq both sides together
-    sides: list[int]  # what is held against maxLength: of seq2seq the longer side, else the whole
-    tokens: int  # in all, after truncation
-    truncated: int
+    whole: list[int]  # before truncation; for seq2seq, both sides together
+    sides: list[int]  # the length that maxLength limits: for seq2seq the longer side, else the whole
+    tokens: int  # total after truncation, without the examples that are dropped
+    truncated: int  # examples
 
     @property
     def truncated_share(self) -> float:
@@ -39,8 +39,8 @@ class Lengths:
 def measure(
     examples: Sequence[Example], tokenizer: Any, max_length: int, *, role: str, task: Task = "causal"
 ) -> Lengths:
-    """The lengths of a sample of `examples`, of all where they are few. Failure(DatasetInvalid) when nothing to learn is
-    left of any of them within `max_length`, or the chat template refuses one."""
+    """Measure a sample of `examples`, or all if they are few. Raises Failure(DatasetInvalid) if no example has a token
+    within `max_length` that the loss covers, or if the chat template refuses an example."""
     whole, sides = [], []
     tokens = truncated = characters = 0
     order = random.Random(0).sample(range(len(examples)), len(examples))  # noqa: S311 - a reproducible draw
@@ -62,14 +62,14 @@ def measure(
     if not tokens:
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.{role}: none of the {len(whole)} examples has anything to learn within {max_length} tokens",
-            "Raise training.maxLength, or shorten the prompts.",
+            f"spec.dataset.{role}: none of the {len(whole)} examples has a token to train on within {max_length} tokens",
+            "Raise spec.training.maxLength, or shorten the prompts.",
         )
     return Lengths(whole, sides, tokens, truncated)
 
 
 def describe(lengths: Lengths, *, examples: int, held_out: int, invalid: int) -> DatasetStatistics:
-    """The statistics of a dataset with so many examples, of which `lengths` has all or a sample."""
+    """Return the statistics of a dataset with `examples` examples. `lengths` holds all of them or a sample."""
     ordered, scale = sorted(lengths.whole), examples / len(lengths.whole)
     return DatasetStatistics(
         examples=examples,
@@ -86,21 +86,23 @@ def describe(lengths: Lengths, *, examples: int, held_out: int, invalid: int) ->
 
 
 def advice(lengths: Lengths, max_length: int, room: int | None) -> str | None:
-    """What to do about many examples that are cut; `room` is the longest that maxLength can be, None for no such bound."""
+    """Return advice if many examples are cut, else None. `room` is the largest possible maxLength, None if there is no
+    limit."""
     if lengths.truncated_share <= HIGH_SHARE:
         return None
     ordered = sorted(lengths.sides)
     enough = -(-quantile(ordered, WHOLE_SHARE) // 64) * 64
     wanted = enough if room is None else min(enough, room)
-    cut = f"{100 * lengths.truncated_share:.0f} % of the examples are cut to {max_length} tokens, the longest has {ordered[-1]}"
+    share, longest = f"{100 * lengths.truncated_share:.0f} %", ordered[-1]
+    cut = f"{share} of the examples are cut to {max_length} tokens; the longest has {longest} tokens"
     if wanted <= max_length:
-        return f"{cut}: split them, the base model reads no more than {room}"
+        return f"{cut}. Split these examples: the base model reads at most {room} tokens"
     left = sum(length <= wanted for length in ordered) / len(ordered)
-    return f"{cut}: raise training.maxLength to {wanted}, which leaves {100 * left:.0f} % whole"
+    return f"{cut}. Raise spec.training.maxLength to {wanted}: then {100 * left:.0f} % of the examples stay whole"
 
 
 def quantile(ordered: Sequence[int], share: float) -> int:
-    """The least of the ascending numbers that so great a share of them does not exceed."""
+    """Return the smallest of the ascending numbers that at least `share` of the numbers do not exceed."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 

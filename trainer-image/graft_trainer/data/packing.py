@@ -1,9 +1,9 @@
-"""packing: several examples in one sequence, each attending to itself only, so that no work is spent on padding.
+"""Packing: several examples share one sequence and each attends only to itself, so that no compute is spent on padding.
 
-The model is told by positions: they start at 0 with each example. Where it is given positions and no attention mask,
-transformers keeps what lies between two zeros apart (masking_utils.find_packed_sequence_indices), with a block-diagonal
-mask for sdpa and eager attention and with sequence lengths for flash attention. Not every architecture does; check_packing
-asks the model itself.
+The positions start at 0 with each example. If a model gets positions and no attention mask, transformers separates the
+examples where a position is 0 (masking_utils.find_packed_sequence_indices): with a block-diagonal mask for sdpa and
+eager attention, with sequence lengths for flash attention. Not every architecture does so. check_packing tests the
+model itself.
 """
 
 from bisect import bisect_left, insort
@@ -17,17 +17,17 @@ from graft_trainer.data.tokens import IGNORED, Collator, Tokenised
 from graft_trainer.run.failures import Failure
 
 Pack = list[Tokenised]  # examples that share one sequence
-TOLERANCE = (
-    0.1  # root mean square, of the logits' standard deviation: rounding in 16 bits is ten times less, a leak far more
-)
+# Root mean square difference of the logits, as a share of their standard deviation. Rounding in 16 bits causes a tenth
+# of this, attention to another example far more.
+TOLERANCE = 0.1
 
 
 class Packs(Sequence[Pack]):
-    """Examples in packs, put together when they are asked for."""
+    """Packs of examples. A pack is put together when it is accessed."""
 
     def __init__(self, examples: Sequence[Tokenised], places: list[list[int]]) -> None:
         self.examples = examples
-        self.places = places  # of each pack's examples
+        self.places = places  # the indices of each pack's examples
 
     def __len__(self) -> int:
         return len(self.places)
@@ -43,12 +43,13 @@ class Packs(Sequence[Pack]):
 
 
 def pack(examples: Sequence[Tokenised], max_length: int) -> Packs:
-    """The examples in as few sequences of at most `max_length` tokens as best-fit decreasing finds (Ding et al. 2024):
-    the longest first, each into the fullest sequence that still has room for it. The same examples give the same packs."""
+    """Pack the examples into sequences of at most `max_length` tokens, by best-fit decreasing (Ding et al. 2024): the
+    longest example first, each into the fullest sequence that still has room for it. The same examples give the same
+    packs."""
     packs: list[list[int]] = []
     sizes = [item.tokens for item in examples]
-    with_room: dict[int, list[int]] = {}  # tokens of room -> packs that have as much
-    rooms: list[int] = []  # the keys of with_room, in order
+    with_room: dict[int, list[int]] = {}  # free tokens -> the packs with as many free tokens
+    rooms: list[int] = []  # the keys of with_room, ascending
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         place = bisect_left(rooms, sizes[number])
         if place == len(rooms):
@@ -69,11 +70,12 @@ def pack(examples: Sequence[Tokenised], max_length: int) -> Packs:
 
 
 class PackCollator(Collator):
-    """Packs -> a batch, filled up on the right to its longest."""
+    """Turn packs into a batch, padded on the right to the longest pack."""
 
     def __call__(self, packs: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids and labels, each (packs, longest). The filling counts its own positions, so it is one
-        more sequence that nothing attends to. There is no attention_mask: with one, positions are not looked at."""
+        """Return input_ids, position_ids and labels, each (packs, longest). The padding has its own positions from 0,
+        so it is a separate sequence and no example attends to it. There is no attention_mask: with a mask, transformers
+        does not use the positions to separate examples."""
         longest: int = max(sum(item.tokens for item in chosen) for chosen in packs)
         width = -(-longest // self.multiple) * self.multiple
         ids = torch.full((len(packs), width), self.pad)
@@ -85,7 +87,7 @@ class PackCollator(Collator):
                 end = begin + item.tokens
                 read, learned = item.arrays()
                 ids[row, begin:end] = torch.from_numpy(read)
-                # An example's first token would be predicted from the last one of the example before it.
+                # No label for an example's first token: the last token of the previous example would predict it.
                 labels[row, begin + 1 : end] = torch.from_numpy(learned[1:])
                 positions[row, begin:end] = torch.arange(item.tokens)
                 begin = end
@@ -95,11 +97,12 @@ class PackCollator(Collator):
 
 
 def check_packing(model: Any, example: Tokenised, name: str) -> None:
-    """Failure(ConfigurationInvalid) unless the model answers to an example behind another one as it does to it alone."""
+    """Check that the model gives an example the same logits behind another example as alone. Raises
+    Failure(ConfigurationInvalid) if it does not."""
     refused = Failure(
         Reason.CONFIGURATION_INVALID,
-        f"training.packing is true, but in {name} examples that share a sequence would see each other",
-        "Set training.packing to false.",
+        f"spec.training.packing is true, but in {name} examples that share a sequence would attend to each other",
+        "Set spec.training.packing to false.",
     )
     ids = torch.tensor([example.input_ids[:32]], device=model.device)
     alone = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -110,7 +113,7 @@ def check_packing(model: Any, example: Tokenised, name: str) -> None:
             expected = model(input_ids=ids, position_ids=alone, use_cache=False).logits.float()
             both, positions = torch.cat([ids.flip(1), ids], 1), torch.cat([alone, alone], 1)
             behind = model(input_ids=both, position_ids=positions, use_cache=False).logits[:, ids.shape[1] :].float()
-    except (TypeError, ValueError) as error:  # an architecture without positions
+    except (TypeError, ValueError) as error:  # the architecture takes no positions
         raise refused from error
     finally:
         model.train(training)

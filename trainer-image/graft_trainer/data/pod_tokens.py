@@ -1,4 +1,5 @@
-"""A pod's tokens: its first process tokenises, with all of the pod's CPUs, and the others map the file that it writes."""
+"""Tokenise once per pod. The pod's first process tokenises with all of the pod's CPUs and writes a file, which the
+pod's other processes map into memory."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,15 @@ from graft_trainer.processes import distributed
 def tokenise_in_pod(
     examples: Sequence[Example], tokenizer: Any, max_length: int, *, role: str, task: Task, folder: Path
 ) -> Tokenisation:
-    """See tokenise(). The file has a name of its own and is told of when it is complete: no process can take one that
-    another attempt has left, or half a file."""
+    """Tokenise as tokenise() does. The file has a unique name, which is sent to the other processes when the file is
+    complete. So no process can read a file that an earlier attempt left, or an incomplete file."""
     if distributed.joined() and distributed.local_rank() > 0:
         told = distributed.from_pod()
         file = TokenFile(folder / told["file"], told["examples"], task)
         return Tokenisation(file, told["truncated"], told["dropped"])
     with _threads():
         found = tokenise(examples, tokenizer, max_length, role=role, task=task, folder=folder)
-    assert isinstance(found.examples, TokenFile)  # noqa: S101 - tokenise() makes no other
+    assert isinstance(found.examples, TokenFile)  # noqa: S101 - tokenise() makes no other kind
     counts = {"examples": len(found.examples), "truncated": found.truncated, "dropped": found.dropped}
     distributed.to_pod({"file": found.examples.path.name} | counts)
     return found
@@ -30,7 +31,8 @@ def tokenise_in_pod(
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """The tokenizer's threads. Off again afterwards: they would be missing in what is forked from this process."""
+    """Switch the tokenizer's threads on, and restore the earlier setting at the end. A process that is forked later
+    would not have the threads."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name, "false")
     os.environ[name] = "true"

@@ -1,8 +1,8 @@
-"""From examples to tokens: what the model reads, and which of it is learned.
+"""Turn examples into tokens and labels: what the model reads, and which tokens the loss covers.
 
-A causal model reads prompt and answer as one text; of chat and instruction only the assistant's tokens are learned, of
-text everything. A seq2seq model reads the prompt with its encoder and learns the answer with its decoder. It knows
-nothing about the dataset's files, models or training.
+A causal model reads prompt and answer as one text. For `chat` and `instruction`, the loss covers only the assistant's
+tokens; for `text`, it covers all tokens. A seq2seq model reads the prompt with its encoder, and the loss covers the
+answer of its decoder. The module knows nothing about the dataset's files, models or training.
 """
 
 import logging
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Task = Literal["causal", "seq2seq"]
-IGNORED = -100  # the label of a token that is not learned, as torch's cross entropy has it
-TOGETHER = 256  # examples that the tokenizer is given at once, and whose texts are in memory
+IGNORED = -100  # label of a token that the loss does not cover, as in torch's cross entropy
+TOGETHER = 256  # examples per call of the tokenizer; only their texts are in memory
 
 
 class Tokenised:
-    """One example. causal: ids and labels of equal length, a label is the id where it is learned, else IGNORED.
-    seq2seq: the ids are the encoder's, the labels the decoder's, each with its own length.
+    """The tokens of one example. causal: ids and labels have equal length; a label is the id if the loss covers the
+    token, else IGNORED. seq2seq: the ids are the encoder's and the labels are the decoder's, each with its own length.
 
-    Kept as `code`, int32: the id of a token that is learned, the complement (~id, below 0) of one that is not; of seq2seq
-    the encoder's tokens and then the decoder's. Two lists of ints would take ten times as much.
+    Stored as `code`, int32: the id of a token that the loss covers, and the complement (~id, below 0) for any other
+    token. For seq2seq, the encoder's tokens come first, then the decoder's. Two lists of ints would take ten times as
+    much memory.
     """
 
     __slots__ = ("code", "task")
@@ -69,7 +70,7 @@ class Tokenised:
         return self.arrays()[1].tolist()
 
     def arrays(self) -> tuple["Code", "Code"]:
-        """(input ids, labels)."""
+        """Return (input ids, labels)."""
         code = self.code
         if self.task == "seq2seq":
             return ~code[code < 0], code[code >= 0]
@@ -77,24 +78,25 @@ class Tokenised:
 
     @property
     def tokens(self) -> int:
-        """What the model reads: of seq2seq both sides."""
+        """The number of tokens that the model reads; for seq2seq, of both sides."""
         return len(self.code)
 
     @property
     def learned(self) -> int:
-        """Labels that the loss is a mean over. The first token of a causal model is never predicted, so it does not count."""
+        """The number of labels that the loss averages over. A causal model never predicts the first token: it does not
+        count."""
         return int(np.count_nonzero(self.code[self.task == "causal" :] >= 0))
 
     @property
     def largest(self) -> int:
-        """The largest id."""
+        """The largest token id."""
         return int(max(self.code.max(), ~self.code.min()))
 
 
 class TokenFile(Sequence[Tokenised]):
-    """Examples in a file that is mapped into memory: their codes one after another, then how many tokens each has, all
-    int32. The kernel keeps of it what there is room for, once for all processes of a pod: tokens are no reason to run out
-    of memory, however many they are."""
+    """Examples in a file that is mapped into memory: the codes of all examples, then the number of tokens of each, all
+    int32. The kernel keeps as much of the file in memory as fits, once for all processes of a pod. So no number of
+    tokens makes a pod run out of memory."""
 
     def __init__(self, path: Path, examples: int, task: Task) -> None:
         numbers = np.asarray(np.memmap(path, np.int32, "r"))
@@ -106,8 +108,9 @@ class TokenFile(Sequence[Tokenised]):
 
     @classmethod
     def write(cls, items: Iterable[Tokenised], task: Task, folder: Path | None) -> "TokenFile | None":
-        """A new file in `folder`, which goes with this object; None when there are no items."""
-        file = tempfile.NamedTemporaryFile(prefix="tokens-", dir=folder)  # noqa: SIM115 - it is open as long as this lives
+        """Write a new file in `folder`. The file is deleted together with this object. Return None if there are no
+        items."""
+        file = tempfile.NamedTemporaryFile(prefix="tokens-", dir=folder)  # noqa: SIM115 - it stays open with the object
         lengths = array("i")
         for item in items:
             file.write(item.code.tobytes())
@@ -137,11 +140,11 @@ class TokenFile(Sequence[Tokenised]):
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """The examples that are left, with what happened to the others."""
+    """The examples that remain, and how many examples were truncated or dropped."""
 
     examples: Sequence[Tokenised]
-    truncated: int  # cut to max_length, the dropped ones included
-    dropped: int  # cut so short that nothing to learn was left
+    truncated: int  # examples cut to max_length, including those that were then dropped
+    dropped: int  # examples in which no token is left that the loss covers
 
     @property
     def longest(self) -> int:
@@ -158,10 +161,11 @@ def tokenise(
     task: Task = "causal",
     folder: Path | None = None,
 ) -> Tokenisation:
-    """Tokenise and cut; of seq2seq each side to `max_length`. The tokens go to a file in `folder`.
+    """Tokenise the examples and cut them to `max_length`; for seq2seq, cut each side. The tokens are written to a file
+    in `folder`.
 
-    Failure(DatasetInvalid) when nothing is left, or the chat template refuses an example; Failure(ConfigurationInvalid) for
-    text and a seq2seq model.
+    Raises Failure(DatasetInvalid) if no example remains or the chat template refuses an example. Raises
+    Failure(ConfigurationInvalid) if the format is text and the model is seq2seq.
     """
     truncated = dropped = 0
 
@@ -179,18 +183,24 @@ def tokenise(
     if kept is None:
         raise Failure(
             Reason.DATASET_INVALID,
-            f"dataset.{role}: none of the {len(examples)} examples has anything to learn within {max_length} tokens",
-            "Raise training.maxLength, or shorten the prompts.",
+            f"spec.dataset.{role}: none of the {len(examples)} examples has a token to train on within {max_length} tokens",
+            "Raise spec.training.maxLength, or shorten the prompts.",
         )
     if truncated or dropped:
-        log.warning("dataset.%s: %d examples cut to %d tokens, %d dropped", role, truncated, max_length, dropped)
+        log.warning(
+            "dataset.%s: %d examples were cut to %d tokens, %d examples without a token to train on were dropped",
+            role,
+            truncated,
+            max_length,
+            dropped,
+        )
     return Tokenisation(kept, truncated, dropped)
 
 
 def _tokenise(
     examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task
 ) -> Iterator[tuple[Tokenised, bool]]:
-    """(the example, whether it was cut) of each."""
+    """Yield (the tokens of the example, whether they were cut) for each example."""
     if task == "seq2seq":
         for example in examples:
             source, target = tokenise_pair(example, tokenizer)
@@ -203,18 +213,18 @@ def _tokenise(
 
 
 def tokenise_one(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is learned), not cut."""
+    """Return (token ids, whether the loss covers each token), not cut."""
     return tokenise_together([example], tokenizer)[0]
 
 
 def tokenise_together(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
-    """The same of several, all of one form."""
+    """Return the same for several examples, which must all have the same form."""
     if examples[0].text is not None:
         ends = [ids + _end(tokenizer) for ids in tokenizer([example.text for example in examples])["input_ids"]]
         return [(ids, [True] * len(ids)) for ids in ends]
     if examples[0].messages is not None:
         return tokenise_conversations(examples, tokenizer)
-    # Apart from each other, as at inference, where the prompt's last token cannot merge with the answer's first.
+    # Tokenised separately, as at inference, where the prompt's last token cannot merge with the answer's first token.
     prompts = tokenizer([example.prompt for example in examples])["input_ids"]
     answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
     ends = [ids + _end(tokenizer) for ids in answers]
@@ -224,12 +234,15 @@ def tokenise_together(examples: Sequence[Example], tokenizer: Any) -> list[tuple
 
 
 def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(the encoder's ids, the decoder's labels), neither cut. The answer ends with the token that ends a generation."""
+    """Return (the encoder's ids, the decoder's labels), not cut. The answer ends with the token that ends a generation.
+
+    Raises Failure(ConfigurationInvalid) for a text.
+    """
     if example.text is not None:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "dataset.format is text, and the base model is seq2seq: it learns answers to prompts",
-            "Use dataset.format instruction or chat, or a causal base model.",
+            "spec.dataset.format is text, but the base model is seq2seq: it trains on prompts with answers",
+            "Set spec.dataset.format to instruction or chat, or use a causal base model.",
         )
     answer = ids_of(tokenizer(text_target=example.answer))
     end = _end(tokenizer)
@@ -237,7 +250,7 @@ def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int
 
 
 def prompt_ids(example: Example, tokenizer: Any, task: Task = "causal") -> list[int]:
-    """What the model is given to answer the example, of seq2seq the encoder's input; not for text."""
+    """Return the ids of the prompt; for seq2seq, the encoder's input. Not for examples of the format text."""
     if example.messages is not None and task == "seq2seq" and not tokenizer.chat_template:
         return ids_of(tokenizer(_plain(example)))
     if example.messages is None:
@@ -247,19 +260,21 @@ def prompt_ids(example: Example, tokenizer: Any, task: Task = "causal") -> list[
 
 
 def _plain(example: Example) -> str:
-    """The prompt as plain text, for a seq2seq model without a chat template: what was asked, and nothing around it."""
+    """Return the prompt as plain text, for a seq2seq model without a chat template: the contents of the messages, no
+    marks."""
     before = (example.messages or ())[:-1]
     if any(message["role"] in {"assistant", "tool"} for message in before):
         raise Failure(
             Reason.DATASET_INVALID,
-            f"line {example.line}: a conversation of several turns, and the base model has no chat template to tell them apart",
-            "Use conversations of one question and one answer, dataset.format instruction, or a base model with a chat template.",
+            f"line {example.line}: a conversation of several turns, but the base model has no chat template to separate the turns",
+            "Use conversations of one question and one answer, set spec.dataset.format to instruction, or use a base model with a chat template.",
         )
     return "\n\n".join(str(message.get("content") or "") for message in before)
 
 
 def _cut(ids: list[int], max_length: int, tokenizer: Any) -> list[int]:
-    """At most `max_length` ids; where the tokenizer ends an input with a token of its own (T5), a cut one has it, too."""
+    """Return at most `max_length` ids. If the tokenizer ends an input with a special token (T5), the cut input has it,
+    too."""
     if len(ids) <= max_length:
         return ids
     end = [token for token in ids[-1:] if token in tokenizer.all_special_ids]
@@ -271,7 +286,7 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """An id to fill up with; masked everywhere, so which one does not matter."""
+    """Return a token id for the padding. Any id will do, because the padding is masked everywhere."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         if token is not None:
             return int(token)
@@ -279,7 +294,8 @@ def pad_token(tokenizer: Any) -> int:
 
 
 class Collator:
-    """Examples -> a batch, filled up on the right to its longest; it counts the tokens that it has handed out."""
+    """Turn examples into a batch, padded on the right to the longest. `tokens` counts the tokens of all batches so
+    far."""
 
     def __init__(self, pad: int, multiple: int = 1) -> None:
         self.pad = pad
@@ -287,8 +303,8 @@ class Collator:
         self.tokens = 0
 
     def __call__(self, examples: Sequence[Any]) -> "dict[str, Tensor]":
-        """Of Tokenised examples: input_ids and attention_mask (examples, longest input), labels (examples, longest labels).
-        The model of a seq2seq task makes the decoder's input from the labels."""
+        """Return, for Tokenised examples, input_ids and attention_mask (examples, longest input) and labels (examples,
+        longest labels). A seq2seq model makes the decoder's input from the labels."""
         self.tokens += sum(item.tokens for item in examples)
         ids, labels = zip(*(item.arrays() for item in examples), strict=True)
         return {
@@ -298,7 +314,7 @@ class Collator:
         }
 
     def _fill(self, rows: "Sequence[Code]", value: int) -> "Tensor":
-        import torch  # takes seconds to load, and prepare only tokenises
+        import torch  # takes seconds to import, and prepare only tokenises
 
         width = -(-max(map(len, rows)) // self.multiple) * self.multiple
         filled = np.full((len(rows), width), value, np.int64)

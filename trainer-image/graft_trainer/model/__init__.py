@@ -1,4 +1,4 @@
-"""The model in memory: loading the base model, adding what the method trains, sharding it and placing it on devices.
+"""The model in memory: load the base model, add what the method trains, shard the model and place it on devices.
 
-It knows methods and architectures; it does not know the training loop, the store or the dataset's files.
+The package knows methods and architectures. It does not know the training loop, the store or the dataset's files.
 """

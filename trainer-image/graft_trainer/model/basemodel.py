@@ -1,4 +1,4 @@
-"""The base model's folder, looked at before a GPU is taken and without importing torch: is it one that can be tuned?"""
+"""Check the base model's folder before a GPU is used and without importing torch: can this model be tuned?"""
 
 import ast
 import importlib.util
@@ -17,7 +17,7 @@ from graft_trainer.run.failures import Failure
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
-HEADS: dict[Task, tuple[str, ...]] = {  # what can be asked for the next token
+HEADS: dict[Task, tuple[str, ...]] = {  # endings of class names whose models predict the next token
     "causal": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
     "seq2seq": ("ForConditionalGeneration",),
 }
@@ -32,14 +32,14 @@ SUCH_AS = {
 
 
 def check_base_model(folder: Path, name: str, task: Task = "causal", *, weights: bool = True) -> dict[str, Any]:
-    """The model's config. Failure(BaseModelInvalid) says why it cannot be tuned, or that it is not of the task. Without `weights`
-    the folder need not have any."""
+    """Check the folder and return the model's config. Raises Failure(BaseModelInvalid) if the model cannot be tuned or
+    is not of the task. If `weights` is False, the folder need not have weights."""
     config = _json(folder / "config.json", name)
     for file in CONFIGS:
         if (folder / file).is_file() and "auto_map" in _json(folder / file, name):
             raise _invalid(
-                f"{name}: {file} has auto_map, so the model needs code of its own",
-                "Use a model that transformers supports itself; code from models is never run.",
+                f"{name}: {file} has auto_map, so the model needs its own code",
+                "Use a model that transformers supports without such code. Graft never runs code from a model.",
             )
     if weights:
         _check_weights(folder, name)
@@ -47,68 +47,72 @@ def check_base_model(folder: Path, name: str, task: Task = "causal", *, weights:
     _check_architecture(config, name, task)
     if not any((folder / file).is_file() for file in TOKENIZERS):
         raise _invalid(
-            f"{name} has no tokenizer", "Put the model's tokenizer files (tokenizer.json) beside its weights."
+            f"{name} has no tokenizer",
+            "Put the model's tokenizer files (tokenizer.json) into the folder of its weights.",
         )
     return config
 
 
 def check_data_fits(folder: Path, name: str, dataset: Dataset, task: Task = "causal") -> None:
-    """Failure(ConfigurationInvalid) when the dataset needs a chat template and the model has none, or has texts for a
-    model that learns answers."""
+    """Check that the dataset's format suits the model. Raises Failure(ConfigurationInvalid) if the format needs a chat
+    template that the model does not have, or if the format is text and the model is seq2seq."""
     if task == "seq2seq":
         if dataset.format == "text":
             raise Failure(
                 Reason.CONFIGURATION_INVALID,
-                f"dataset.format is text, and {name} is a seq2seq model: it learns answers to prompts",
-                "Use dataset.format instruction or chat, or a causal base model.",
+                f"spec.dataset.format is text, but {name} is a seq2seq model: it trains on prompts with answers",
+                "Set spec.dataset.format to instruction or chat, or use a causal base model.",
             )
-        return  # without a template it is given the prompt as it is
+        return  # without a chat template, a seq2seq model gets the prompt as plain text
     if dataset.format == "text" or dataset.templates is not None or has_chat_template(folder, name):
         return
     raise Failure(
         Reason.CONFIGURATION_INVALID,
-        f"{name} has no chat template, which dataset.format {dataset.format} needs",
-        "Use dataset.format instruction with dataset.templates, dataset.format text, or a chat model as base model.",
+        f"{name} has no chat template, but spec.dataset.format {dataset.format} needs one",
+        "Set spec.dataset.format to instruction and set spec.dataset.templates, or set spec.dataset.format to text, or use a chat "
+        "model as the base model.",
     )
 
 
 def has_chat_template(folder: Path, name: str) -> bool:
-    """Whether the model's tokenizer can render a conversation."""
+    """Return whether the model's tokenizer has a chat template."""
     path = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").is_file() or bool(path.is_file() and _json(path, name).get("chat_template"))
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """The base model's tokenizer."""
+    """Load the base model's tokenizer. Raises Failure(BaseModelInvalid) if that fails."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise _invalid(
-            f"the tokenizer of {name} cannot be loaded: {type(error).__name__}: {error}",
-            "Point the BaseModel at a whole folder of a language model that transformers supports.",
+            f"cannot load the tokenizer of {name}: {type(error).__name__}: {error}",
+            "Point spec.source of the BaseModel at the complete folder of a language model that transformers supports.",
         ) from error
 
 
 def load_config(folder: Path, name: str) -> Any:
-    """config.json as transformers reads it, with its class's defaults."""
+    """Read config.json with transformers, which adds the defaults of the config's class. Raises
+    Failure(BaseModelInvalid) if that fails."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise _invalid(
-            f"{name}: config.json cannot be read: {type(error).__name__}: {error}",
+            f"{name}: cannot read config.json: {type(error).__name__}: {error}",
             "Upload the config.json that belongs to the weights.",
         ) from error
 
 
 def context_of(config: Any) -> int | None:
-    """Longest sequence that the model was made for, in tokens, by transformers' config."""
+    """Return the longest sequence, in tokens, that the model was made for according to transformers' config. None if
+    the config gives no limit."""
     text = config.get_text_config()
     if hasattr(text, "relative_attention_num_buckets"):
-        return None  # T5 and its kin: positions are distances, so there is no longest sequence
+        return None  # T5 and similar models: positions are distances, so there is no longest sequence
     for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, field, None), int) and value > 0:
             return value
@@ -122,7 +126,7 @@ def _check_weights(folder: Path, name: str) -> None:
         found = f", only {', '.join(pickles[:3])}" if pickles else ""
         raise _invalid(
             f"{name} has no weights in safetensors{found}",
-            "Convert the weights to safetensors (save_pretrained does); pickled weights are never loaded.",
+            "Convert the weights to safetensors (save_pretrained does this). Graft never loads pickled weights.",
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -134,35 +138,36 @@ def _check_weights(folder: Path, name: str) -> None:
             )
     for path in weights:
         if problem := _truncated(path):
-            raise _invalid(f"{name}: {path.name} {problem}", "Upload the file again, whole.")
+            raise _invalid(f"{name}: {path.name} {problem}", "Upload the complete file again.")
 
 
 def _truncated(path: Path) -> str | None:
-    """What is wrong with a safetensors file's length: 8 bytes of header length, the header, the tensors."""
+    """Return what is wrong with the length of a safetensors file, or None. The file consists of 8 bytes with the
+    header's length, the header and the tensors."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size, 100_000_000):
-            return "is no safetensors file"
+            return "is not a safetensors file"
         try:
             header = json.loads(stream.read(length))
             end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "is no safetensors file"
-    return None if size == 8 + length + end else f"has {size} bytes, its header says {8 + length + end}"
+            return "is not a safetensors file"
+    return None if size == 8 + length + end else f"has {size} bytes, but its header says {8 + length + end}"
 
 
 def _check_task(config: dict[str, Any], name: str, task: Task) -> None:
     both = config.get("is_encoder_decoder")
-    if both is None:  # configs leave out what is their class's default
+    if both is None:  # configs omit values that are the defaults of their class
         kind = config.get("model_type")
         both = kind in architectures("seq2seq") and kind not in architectures("causal")
     actual: Task = "seq2seq" if both else "causal"
     if actual != task:
         raise _invalid(
-            f"{name} is a {actual} model ({_described(config)}), and its BaseModel says that it is {task}",
-            f"Set spec.task of the BaseModel {name} to {actual}, or point it at a {task} model.",
+            f"{name} is a {actual} model ({_described(config)}), but spec.task of its BaseModel is {task}",
+            f"Set spec.task of the BaseModel {name} to {actual}, or point its spec.source at a {task} model.",
         )
 
 
@@ -173,8 +178,8 @@ def _check_architecture(config: dict[str, Any], name: str, task: Task) -> None:
     if kind and fits and (not known or kind in known):
         return
     raise _invalid(
-        f"{name} is {_described(config)}, which is no {task} language model that this version of transformers knows",
-        f"Use a {SUCH_AS[task]}, that transformers supports.",
+        f"{name} is {_described(config)}, which is not a {task} language model that this version of transformers supports",
+        f"Use a model that transformers supports: a {SUCH_AS[task]}.",
     )
 
 
@@ -184,9 +189,10 @@ def _described(config: dict[str, Any]) -> str:
 
 @cache
 def architectures(task: Task) -> dict[str, str]:
-    """model_type -> class of the task's models that the installed transformers knows; empty when that cannot be told.
+    """Return model_type -> class for the task's models that the installed transformers supports; empty if that cannot
+    be read.
 
-    Read from the source text: importing that module brings in torch, which takes longer than all of prepare.
+    It is read from the source text: importing that module imports torch, which takes longer than all of prepare.
     """
     package = importlib.util.find_spec("transformers")
     if package is None or not package.submodule_search_locations:
@@ -210,12 +216,12 @@ def _json(path: Path, name: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise _invalid(
-            f"{name} has no {path.name}", "Point the BaseModel at a folder in Hugging Face's layout."
+            f"{name} has no {path.name}", "Point spec.source of the BaseModel at a folder in Hugging Face's layout."
         ) from error
     except ValueError as error:
-        raise _invalid(f"{name}: {path.name} is no JSON: {error}", f"Upload a valid {path.name}.") from error
+        raise _invalid(f"{name}: {path.name} is not JSON: {error}", f"Upload a valid {path.name}.") from error
     if not isinstance(value, dict):
-        raise _invalid(f"{name}: {path.name} is no JSON object", f"Upload a valid {path.name}.")
+        raise _invalid(f"{name}: {path.name} is not a JSON object", f"Upload a valid {path.name}.")
     return value
 
 

@@ -1,7 +1,7 @@
-"""What each method trains of the base model, and how to get the base model back.
+"""What each method trains of the base model, and how to get the original base model back.
 
-It knows nothing about data, steps or storage: it takes a loaded base model and gives the model whose parameters that
-require a gradient are the method's.
+The module takes a loaded base model and returns a model in which exactly the method's parameters require a gradient. It
+knows nothing about data, steps or storage.
 """
 
 import warnings
@@ -31,23 +31,23 @@ from graft_trainer.model.targets import target_modules
 from graft_trainer.run.failures import Failure
 
 TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM}
-BIASES = {"none": "none", "all": "all", "loraOnly": "lora_only"}  # the spec's word -> peft's
+BIASES = {"none": "none", "all": "all", "loraOnly": "lora_only"}  # the spec's value -> peft's value
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """The base model with what the method adds to it."""
+    """The base model together with what the method adds to it."""
 
     model: Any
     targets: list[str]  # the modules with a low-rank update; empty for other methods
     trainable: int  # parameters
-    total: int  # parameters, those that were added included
-    open_base: Callable[[], AbstractContextManager[Any]]  # the model as it was before training
+    total: int  # parameters, including those that were added
+    open_base: Callable[[], AbstractContextManager[Any]]  # opens the model as it was before training
 
 
 def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[], Any]) -> Tunable:
-    """The model that the method trains, in float32 where it is trained. `folder` holds the base model's tokenizer,
-    `reload` loads the base model a second time, for `full`."""
+    """Return the model that the method trains. The trained parameters are float32. `folder` holds the base model's
+    tokenizer. `reload` loads the base model a second time, for `full`."""
     method, targets = job.method, []
     before = {id(parameter) for parameter in base.model.parameters()}
     if method.low_rank is not None:
@@ -60,12 +60,12 @@ def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[
         model.requires_grad_(True)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for _, parameter in trained:
-        # Small updates are lost in 16 bits. peft sees to its own weights, the base model's biases remain.
+        # Small updates are lost in 16 bits. peft converts its own weights, but not the base model's biases.
         parameter.data = parameter.data.float()
     if method.full is not None:
         open_base = lambda: _loaded_again(reload)  # noqa: E731
     else:
-        # peft switches off what it has added; biases that were trained in place are put back by us.
+        # peft disables what it has added. Biases that were trained in place are restored from `original`.
         original = {name: parameter.detach().clone() for name, parameter in trained if id(parameter) in before}
         open_base = lambda: _switched_off(model, original)  # noqa: E731
     return Tunable(
@@ -78,14 +78,15 @@ def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[
 
 
 def settle(model: Any, job: JobFile, stored: torch.dtype) -> None:
-    """Leave the trained model as it is published, and where it fits: what is measured from here on is what is served. Biases
-    that were trained beside an adapter go back to the type of the weights that they belong to."""
+    """Bring the trained model into its published form and move it to a device where it fits: the model that is measured
+    from here on is the model that is served. Biases that were trained beside an adapter get the type of their module's
+    weights again."""
     if job.method.low_rank is not None and job.method.low_rank.bias != "none":
         for module in model.modules():
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             if not isinstance(bias, torch.nn.Parameter) or not bias.requires_grad or weight is None:
                 continue
-            if weight.is_floating_point():  # 4-bit weights are not, and their layers take any bias
+            if weight.is_floating_point():  # 4-bit weights are integers, and their layers accept a bias of any type
                 bias.data = bias.data.to(weight.dtype)
     model.requires_grad_(False)
     model.eval()
@@ -96,10 +97,11 @@ def settle(model: Any, job: JobFile, stored: torch.dtype) -> None:
 
 
 def as_published(model: Any, stored: torch.dtype) -> Any:
-    """A whole model rounded to the type of the base model's files, where it fits; on a CPU it is computed with in float32
-    all the same.
+    """Round a whole model to the type of the base model's files, move it to a device where it fits, and return it. On a
+    CPU, the rounded weights are then held in float32 for computing.
 
-    Buffers stay: transformers keeps the frequencies of rotary positions in float32 whatever the weights' type.
+    Buffers are not rounded: transformers keeps the frequencies of rotary positions in float32 for every type of
+    weights.
     """
     cast_parameters(model, stored)
     place(model)
@@ -109,14 +111,14 @@ def as_published(model: Any, stored: torch.dtype) -> Any:
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> None:
-    """Change the type of the parameters in place; those that share their memory go on sharing it."""
+    """Change the type of the parameters in place. Parameters that share their memory still share it afterwards."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def _with_lora(model: Any, lora: Lora, targets: list[str], task: Task, *, quantized: bool) -> Any:
     if quantized:
-        # Checkpointing is the Trainer's to switch on; here it would be the kind that recomputes everything twice.
+        # The Trainer switches gradient checkpointing on. peft's kind here would recompute everything twice.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         task_type=TASK_TYPES[task],
@@ -128,30 +130,30 @@ def _with_lora(model: Any, lora: Lora, targets: list[str], task: Task, *, quanti
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # on merging an update into shared embeddings, which nobody does
+            # peft warns about merging an update into shared embeddings, which is not done here.
+            warnings.simplefilter("ignore", UserWarning)
             tunable = get_peft_model(model, config)
     except ValueError as error:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"the adapter cannot be put on the model: {error}",
-            "Use the preset all-linear or attention in targetModules.",
+            f"cannot add the adapter to the model: {error}",
+            f"Set spec.method.{'qlora' if quantized else 'lora'}.targetModules to the preset all-linear or attention.",
         ) from error
     for name, parameter in tunable.named_parameters():
         if parameter.requires_grad and "lora_" not in name and not name.endswith(".bias"):
-            parameter.requires_grad = False  # peft takes T5's table relative_attention_bias for a bias
+            parameter.requires_grad = False  # peft treats T5's table relative_attention_bias as a bias
     return tunable
 
 
 def _with_prompt(model: Any, prompt: PromptTuning, task: Task, folder: Path) -> Any:
-    """Vectors before the (encoder's) input. Without a text they start as the embeddings of random words, which Lester et
-    al. 2021 (section 3.2) found far better than random numbers for all but the largest models."""
+    """Add trainable vectors before the (encoder's) input. Without initText they start as the embeddings of random
+    words. Lester et al. 2021 (section 3.2) found these far better than random numbers for all but the largest
+    models."""
     text = prompt.init_text
     config = PromptTuningConfig(
         task_type=TASK_TYPES[task],
         num_virtual_tokens=prompt.virtual_tokens,
-        num_transformer_submodules=1,  # the encoder alone, as in the paper; peft would prompt the decoder, too
+        num_transformer_submodules=1,  # only the encoder, as in the paper; peft would also prompt the decoder
         prompt_tuning_init=PromptTuningInit.TEXT if text is not None else PromptTuningInit.SAMPLE_VOCAB,
         prompt_tuning_init_text=text,
         tokenizer_name_or_path=str(folder) if text is not None else None,
@@ -169,7 +171,7 @@ def _switched_off(model: Any, original: dict[str, torch.Tensor]) -> Iterator[Any
             parameter.data = original[name].to(parameter.device, parameter.dtype)
         with ExitStack() as stack:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # on trained biases, which are put back here
+                warnings.simplefilter("ignore", UserWarning)  # about trained biases, which are restored here
                 stack.enter_context(model.disable_adapter())
             yield model
     finally:

@@ -1,6 +1,6 @@
-"""The base model, loaded from the local folder with what the run's method and precision ask for.
+"""Load the base model from the local folder, in the form that the run's method and precision need.
 
-Weights come from safetensors only, and no code of a model's is ever run.
+Weights are read from safetensors only, and code from a model is never run.
 """
 
 import logging
@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def this_device() -> Device:
-    """This process's GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return Device("cpu")
     free, _ = torch.cuda.mem_get_info(torch.cuda.current_device())
@@ -38,31 +38,32 @@ def this_device() -> Device:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model as it was loaded."""
+    """The loaded base model."""
 
     model: Any
     facts: ModelFacts
     projections: list[Projection]
     embeddings: list[Projection]  # the tables that the blocks read the tokens from
-    loaded: bool = True  # else its weights have no values: they come from the first process
+    loaded: bool = True  # False: its weights have no values yet, rank 0 sends them
 
 
 def stored_dtype(config: Any) -> torch.dtype:
-    """The type of the weights in the base model's files, as its config says; what a whole tuned model is published in."""
+    """Return the type of the weights in the base model's files, as its config says. Whole tuned models are published in
+    it."""
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def load_base_model(folder: Path, name: str, task: Task, method: Method, known: Limits, device: Device) -> BaseModel:
-    """The base model: in 4 bits for qlora, in float32 for full. Failure(BaseModelInvalid) when it cannot be loaded or
-    lacks weights.
+    """Load the base model: in 4 bits for qlora, in float32 for full. Raises Failure(BaseModelInvalid) if it cannot be
+    loaded or lacks weights.
 
-    full keeps float32 weights whatever the precision (Micikevicius et al. 2018): at a learning rate of 2e-5 most updates
-    are smaller than half of bfloat16's distance to the next number and would be lost. The products are computed in the
-    precision by autocast. The frozen weights of the other methods are held in the precision itself.
+    full keeps float32 weights for every precision (Micikevicius et al. 2018): at a learning rate of 2e-5, most updates
+    are smaller than half of bfloat16's distance to the next number and would be lost. autocast computes the products in
+    the precision. The frozen weights of the other methods are held in the precision itself.
 
-    With fsdp the first process alone loads the weights, into host memory, from where they are dealt out: the nodes need not
-    hold them once per GPU.
+    With fsdp, only rank 0 loads the weights, into host memory, and sends each rank its part. So the nodes need not hold
+    the weights once per GPU.
     """
     arguments: dict[str, Any] = {"dtype": torch.float32 if method.full is not None else DTYPES[known.precision]}
     if method.qlora is not None:
@@ -76,7 +77,7 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
     loaded = known.sharding != "fsdp" or distributed.is_main() or not distributed.joined()
     if not loaded:
         arguments["device_map"] = {"": "meta"}
-    # fsdp moves each process's part to its GPU itself; the whole may not fit there.
+    # fsdp moves each rank's part to its GPU itself. The whole model may not fit there.
     elif known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):
         arguments["device_map"] = {"": torch.cuda.current_device() if device.kind == "cuda" else "cpu"}
     try:
@@ -105,8 +106,8 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
 def keep_differentiable(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference.
 
-    On CPUs with AVX512-BF16 its layers do so at their first call in eval mode, and for good; the kernel for that layout
-    has no gradient, so whatever is trained after an evaluation would learn from wrong gradients, without an error.
+    On CPUs with AVX512-BF16, its layers repack the weights permanently at their first call in eval mode. The kernel for
+    that layout has no gradient. So training after an evaluation would use wrong gradients, without an error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -114,19 +115,20 @@ def keep_differentiable(model: Any) -> None:
 
 
 def has_liger(model: Any) -> bool:
-    """Whether Liger's kernels can be used for a model, on the GPU that is there.
+    """Return whether Liger's kernels can be used for a model on this GPU.
 
-    Not where the library leaves the division of the loss to the caller, who needs the logits for it that Liger never has.
+    They cannot if the library leaves the division of the loss to the caller: the caller needs all logits for it, and
+    Liger never holds them.
     """
     if not getattr(model, "accepts_loss_kwargs", True):
         return False
     try:
         from triton.runtime import driver
 
-        driver.active.get_current_device()  # Triton, whose kernels they are, compiles what it needs for the GPU: in C
+        driver.active.get_current_device()  # Liger's kernels need Triton, which compiles C code for the GPU here
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except Exception as error:  # whatever is missing, the model trains without
-        log.warning("Liger's kernels are not used, Triton does not work here: %s", error)
+    except Exception as error:  # the model also trains without Liger
+        log.warning("Liger's kernels are not used, because Triton does not work here: %s", error)
         return False
     return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -144,13 +146,14 @@ def facts_of(model: Any, liger: bool = False) -> ModelFacts:
 
 
 def projections_of(model: Any) -> list[Projection]:
-    """The linear modules of the blocks: all but the head, which shares its weights with the embeddings in many models."""
+    """Return the linear modules of the blocks. The head is excluded: in many models it shares its weights with the
+    embeddings."""
     head = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear):  # bitsandbytes' 4-bit layer is one, too, and keeps its shape
+        if isinstance(module, nn.Linear):  # bitsandbytes' 4-bit layer is an nn.Linear, too, and keeps the shape
             found.append(Projection(name, module.in_features, module.out_features))
         elif isinstance(module, Conv1D):  # GPT-2
             found.append(Projection(name, module.nx, module.nf))
@@ -158,8 +161,8 @@ def projections_of(model: Any) -> list[Projection]:
 
 
 def embeddings_of(model: Any) -> list[Projection]:
-    """The token embeddings that are read. T5's encoder and decoder have tables of their own that share the weights of a
-    third one, which nothing reads: an update of that one would never be learned."""
+    """Return the token embeddings that the model reads. T5's encoder and decoder have their own tables, which share the
+    weights of a third table. The model never reads the third table, so an update of it would never be trained."""
     owner = model.get_input_embeddings()
     tables = [
         (name, module)
@@ -173,6 +176,7 @@ def embeddings_of(model: Any) -> list[Projection]:
 def _cannot_load(name: str, what: str, error: Exception) -> Failure:
     return Failure(
         Reason.BASE_MODEL_INVALID,
-        f"the {what} of {name} cannot be loaded: {type(error).__name__}: {error}",
-        "Point the BaseModel at a whole folder of a language model that transformers supports, and set its task to what it is.",
+        f"cannot load the {what} of {name}: {type(error).__name__}: {error}",
+        "Point spec.source of the BaseModel at the complete folder of a language model that transformers supports, and set its "
+        "spec.task to the task of this model.",
     )

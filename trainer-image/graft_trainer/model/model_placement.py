@@ -1,7 +1,7 @@
-"""Where a model goes that is in host memory and is to be measured: where its weights fit beside what is there already.
+"""Move a model from host memory to GPUs with enough free memory, so that it can be measured there.
 
-Training may have held it spread over the GPUs of all processes; the one that goes on alone has the GPUs of its pod. It
-knows nothing about methods or training.
+In training, the model may have been sharded over the GPUs of all ranks. Rank 0, which continues alone, has the GPUs of
+its pod. The module knows nothing about methods or training.
 """
 
 import gc
@@ -18,15 +18,15 @@ from peft import PeftModel
 from graft_trainer.run.failures import out_of_memory
 
 log = logging.getLogger(__name__)
-SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for activations, answers' caches and logits
-ENDING = 60.0  # seconds for the pod's other processes to end: their GPUs' memory is free only then
-LOOK = 0.5  # seconds between looks at it
+SHARE = 0.8  # share of a GPU's free memory that weights may take; the rest is for activations, KV caches and logits
+ENDING = 60.0  # seconds for the pod's other processes to end: only then is their GPUs' memory free
+LOOK = 0.5  # seconds between two checks of the free memory
 GIB = 2**30
 
 
 def plan(model: Any, free: Sequence[int]) -> dict[str, int]:
-    """Module -> the GPU that it goes to: all of the model ("") to the first GPU that can take it, else by whole blocks to all
-    of them, else none (PURE). `free` are the bytes that are free on each GPU."""
+    """Return module -> GPU (PURE): the whole model ("") on the first GPU with enough room, else whole blocks spread
+    over all GPUs, else an empty dict. `free` is the free memory of each GPU in bytes."""
     weights = weight_bytes(model)
     room = {gpu: int(SHARE * size) for gpu, size in enumerate(free)}
     for gpu, size in room.items():
@@ -41,18 +41,18 @@ def plan(model: Any, free: Sequence[int]) -> dict[str, int]:
 
 
 def place(model: Any) -> Any:
-    """Move the model from host memory to a GPU, or spread it over several; where it fits nowhere it stays. One that is on a
-    GPU already stays there, too.
+    """Move the model from host memory to a GPU, or spread it over several GPUs, and return it. If it fits nowhere, it
+    stays in host memory. A model that is on a GPU already stays there.
 
-    One that is spread takes inputs on `model.device` and gives its outputs there. No weight of it is elsewhere than on a GPU,
-    but its modules have accelerate's hooks until release().
+    A spread model takes inputs on `model.device` and returns its outputs there. All its weights are on GPUs, but its
+    modules have accelerate's hooks until release().
     """
     gpus = _gpus()
     if not gpus or model.device.type != "cpu":
         return model
     _free_unused()
     deadline = time.monotonic() + ENDING
-    # To look at another GPU takes memory there, so this process's own is asked first.
+    # Querying another GPU takes memory on it, so this process's own GPU is checked first.
     planned = plan(model, _free_memory(1))
     while not planned and gpus > 1:
         planned = plan(model, _free_memory(gpus))
@@ -63,8 +63,8 @@ def place(model: Any) -> Any:
         log.info("the model is on GPU %s", ", ".join(map(str, sorted(set(planned.values())))))
         return model
     log.warning(
-        "the model's %.1f GiB fit on no GPU of the pod and not on all %d together: it stays in host memory, where it is "
-        "measured slowly. GPUs with more memory, or more of them per node, make it fast",
+        "the model's %.1f GiB fit neither on one GPU of the pod nor on all %d together: the model stays in host memory, where "
+        "measuring it is slow. Use GPUs with more memory or more GPUs per node to make it fast",
         weight_bytes(model) / GIB,
         gpus,
     )
@@ -76,14 +76,15 @@ def weight_bytes(model: Any) -> int:
 
 
 def release(model: Any) -> None:
-    """Free the weights, whoever still holds the model."""
-    remove_hook_from_module(model, recurse=True)  # they hold weights, too
+    """Free the model's weights, even if other code still refers to the model."""
+    remove_hook_from_module(model, recurse=True)  # the hooks hold weights, too
     model.to("meta")
     _free_unused()
 
 
 def _move(model: Any, planned: dict[str, int]) -> bool:
-    """Whether all weights are on the GPUs now; if not, all are in host memory as before."""
+    """Move the model as planned. Return whether all weights are on the GPUs now. If not, all are in host memory as
+    before."""
     try:
         if "" in planned:
             _to(model, planned[""])
@@ -97,7 +98,7 @@ def _move(model: Any, planned: dict[str, int]) -> bool:
         if not out_of_memory(error):
             raise
         log.warning("the model does not fit on the GPUs after all: %s", error)
-    # Here and not above: the exception's frames hold weights.
+    # Not in the except block: there, the exception's frames still hold weights.
     remove_hook_from_module(model, recurse=True)
     model.to("cpu")
     _free_unused()
@@ -105,12 +106,12 @@ def _move(model: Any, planned: dict[str, int]) -> bool:
 
 
 def _inner(model: Any) -> Any:
-    """The model that peft has wrapped: an adapter is within its blocks."""
+    """Return the model that peft has wrapped. An adapter is inside its blocks."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _follow(model: Any) -> None:
-    """Put what peft has beside the blocks, a prompt, where the inputs go."""
+    """Move peft's parameters outside the blocks (a tuned prompt) to the device of the inputs."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "cpu":
@@ -118,7 +119,7 @@ def _follow(model: Any) -> None:
 
 
 def _gpus() -> int:
-    """Of this pod, which are those that a process sees; its own is the first."""
+    """Return the number of the pod's GPUs. A process sees all of them, and its own is the first."""
     return int(torch.cuda.device_count())
 
 
@@ -131,7 +132,7 @@ def _to(model: Any, gpu: int) -> None:
 
 
 def _dispatch(model: Any, spread: dict[str, int]) -> None:
-    skip = getattr(model, "_skip_keys_device_placement", None)  # each layer's part of the cache is beside the layer
+    skip = getattr(model, "_skip_keys_device_placement", None)  # each layer's part of the cache is on the layer's GPU
     dispatch_model(model, device_map=spread, main_device=min(spread.values()), skip_keys=skip)
 
 

@@ -1,8 +1,8 @@
-"""The base model without its weights, and whether an adapter's files fit it.
+"""Build the base model without its weights, and check whether an adapter's files fit it.
 
-Combining and checking adapters needs the base model's modules and their shapes only. Those come from config.json; every weight is
-one zero that is seen in the weight's shape, so a model of any size takes no memory and nothing is downloaded. (On torch's meta device
-peft would put the adapters' own weights there, too.)
+Combining and checking adapters needs only the base model's modules and their shapes, which come from config.json. Every
+weight is a single zero, expanded to the weight's shape. So a model of any size takes no memory, and nothing is
+downloaded. (On torch's meta device, peft would put the adapters' own weights there, too.)
 """
 
 import warnings
@@ -27,20 +27,20 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Fit:
-    """What an adapter is on its base model."""
+    """The properties of an adapter on its base model."""
 
     rank: int | None
     alpha: float | None
     virtual_tokens: int | None
-    targets: list[str]  # the modules' last names
+    targets: list[str]  # the last parts of the modules' names
 
 
 def base_of_shapes(folder: Path, name: str, task: Task) -> Any:
-    """The model that the config.json in `folder` describes, of zeros that take no memory."""
+    """Build the model that config.json in `folder` describes. Its weights are zeros that take no memory."""
     config = load_config(folder, name)
     with torch.device("meta"):
         model: Any = AUTO_CLASSES[task].from_config(config)
-    made: dict[int, nn.Parameter] = {}  # weights that are shared stay so
+    made: dict[int, nn.Parameter] = {}  # shared weights stay shared
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             zeros = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
@@ -51,11 +51,12 @@ def base_of_shapes(folder: Path, name: str, task: Task) -> Any:
 
 
 def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, base_name: str) -> Fit:
-    """What the adapter in `folder` is, as its (reduced) config says. Failure(AdapterInvalid) unless its tensors are exactly those
-    that the config makes of the base model, and finite."""
+    """Check the adapter in `folder` and return its properties, as its (reduced) config says. Raises
+    Failure(AdapterInvalid) unless its tensors are finite and exactly those that the config creates on the base
+    model."""
     fields = {key: value for key, value in config.items() if key != "peft_type"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # on shared embeddings
+        warnings.simplefilter("ignore", UserWarning)  # about shared embeddings
         try:
             adapter: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]](**fields)
             model = get_peft_model(base, adapter)
@@ -65,7 +66,7 @@ def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, bas
                 raise
             raise invalid(
                 f"{who} does not fit the base model {base_name}: {error}",
-                "Set spec.baseModel to the model that it was tuned on.",
+                "Set spec.baseModel to the model on which the adapter was tuned.",
             ) from error
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     check_tensors(folder / "adapter_model.safetensors", shapes, who, base_name)
@@ -79,8 +80,9 @@ def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, bas
 
 
 def check_tensors(path: Path, shapes: dict[str, list[int]], who: str, base_name: str) -> None:
-    """Failure(AdapterInvalid) unless the file has exactly these tensors, of floats that are numbers."""
-    remedy = "Set spec.baseModel to the model that it was tuned on."
+    """Check a safetensors file. Raises Failure(AdapterInvalid) unless it has exactly these tensors, all of finite
+    floats."""
+    remedy = "Set spec.baseModel to the model on which the adapter was tuned."
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -93,17 +95,20 @@ def check_tensors(path: Path, shapes: dict[str, list[int]], who: str, base_name:
                 )
             for name, shape in sorted(found.items()):
                 if shape != shapes[name]:
-                    raise invalid(f"{who}: {name} is {shape}, on {base_name} it would be {shapes[name]}", remedy)
+                    raise invalid(
+                        f"{who}: {name} has shape {shape}, but on {base_name} it must have shape {shapes[name]}", remedy
+                    )
             for name in found:
                 check_numbers(file, name, who)
     except (SafetensorError, OSError) as error:
-        raise invalid(f"{who}: {path.name} is no whole safetensors file: {error}") from error
+        raise invalid(f"{who}: {path.name} is not a complete safetensors file: {error}") from error
 
 
 def check_numbers(file: Any, name: str, who: str) -> None:
-    """Failure(AdapterInvalid) when a tensor of an open safetensors file holds no floats, or NaN or infinity."""
+    """Check a tensor of an open safetensors file. Raises Failure(AdapterInvalid) if it holds other values than finite
+    floats."""
     dtype = file.get_slice(name).get_dtype()
     if dtype not in FLOATS:
-        raise invalid(f"{who}: {name} is of the type {dtype}; weights are F32, F16 or BF16")
+        raise invalid(f"{who}: {name} has type {dtype}, but weights must be F64, F32, F16 or BF16")
     if not bool(torch.isfinite(file.get_tensor(name)).all()):
-        raise invalid(f"{who}: {name} holds NaN or infinity: the training has diverged")
+        raise invalid(f"{who}: {name} holds NaN or infinity: its training diverged")

@@ -1,4 +1,5 @@
-"""A model whose weights are spread over the processes (FSDP2): dealt out by the first one, and put together again in it."""
+"""A model whose weights are sharded over the ranks (FSDP2): rank 0 sends each rank its part, and later collects all
+parts."""
 
 import copy
 from typing import Any
@@ -10,11 +11,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def hollow(model: nn.Module) -> None:
-    """Give a model on the meta device weights in host memory without values: the system gives no page that nobody writes to.
+    """Give a model on the meta device weights in host memory without values. They take no memory: the system allocates
+    a page only when something writes to it, not when something reads it.
 
-    Nor does reading take any. A meta tensor would do for the sharding, but accelerate tells weights apart by their addresses.
+    Meta tensors would do for the sharding, but accelerate distinguishes weights by their addresses.
     """
-    made: dict[int, Tensor] = {}  # weights that are shared stay so
+    made: dict[int, Tensor] = {}  # shared weights stay shared
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -28,8 +30,9 @@ def hollow(model: nn.Module) -> None:
 
 
 def deal(model: nn.Module, whole: dict[str, Tensor] | None) -> None:
-    """Give each process its part of the weights, and all buffers, that the first one has; it passes the `whole` weights by
-    name. Every process must take part, one weight after another."""
+    """Send each rank its part of rank 0's weights, and all of rank 0's buffers. Rank 0 passes its unsharded weights by
+    name as `whole`, the other ranks pass None. Every rank must call this, because the weights are sent one after
+    another."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -47,7 +50,8 @@ def deal(model: nn.Module, whole: dict[str, Tensor] | None) -> None:
 
 
 def shell(model: nn.Module) -> nn.Module:
-    """The model without the memory of its weights, made before it is sharded: sharding changes modules for good."""
+    """Return a copy of the model without the memory of its weights. Copy it before sharding, which changes modules
+    permanently."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         for parameter in model.parameters()
@@ -56,8 +60,9 @@ def shell(model: nn.Module) -> nn.Module:
 
 
 def share_table(model: nn.Module) -> None:
-    """Make the embedding tables that are one weight one module, too, before the model is sharded. FSDP2 takes no weight into
-    two groups, and accelerate leaves the tables of T5's encoder and decoder in another one than the model's own."""
+    """Make embedding tables that share one weight one module, before the model is sharded. FSDP2 does not accept a
+    weight in two groups, and accelerate puts the tables of T5's encoder and decoder into another group than the model's
+    own table."""
     weight = model.get_input_embeddings().weight
     tables: dict[type[nn.Module], nn.Module] = {}
     for module in list(model.modules()):
@@ -67,15 +72,16 @@ def share_table(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Each process has its part of the float32 weights again, and nothing else. After a forward pass that no backward pass
-    follows some modules, the head among them, would stay whole, and rounded to the type of the products."""
+    """Return every rank to its part of the float32 weights, and nothing else. After a forward pass without a backward
+    pass, some modules, such as the head, would stay unsharded and rounded to the type of the products."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """All weights in host memory, whole, where `keep`; every process must take part, one weight after another."""
+    """Return all unsharded weights in host memory if `keep`, else an empty dict. Every rank must call this, because the
+    weights are collected one after another."""
     whole = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach()
@@ -86,15 +92,16 @@ def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def refill(model: nn.Module, empty: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Turn the sharded `model` into the plain one, in host memory: it becomes its shell, with the weights."""
+    """Turn the sharded `model` into the unsharded model in host memory: it becomes `empty`, its shell(), filled with
+    `weights`."""
     filled = {
         id(parameter): nn.Parameter(weights[name], parameter.requires_grad)
         for name, parameter in empty.named_parameters()
     }
     for module in empty.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:  # a tied weight is the same one in both places
+            if parameter is not None:  # a tied weight is the same object in both places
                 module._parameters[name] = filled[id(parameter)]
-    # Whoever holds the model has the plain one from here on.
+    # All code that refers to the model has the unsharded model from here on.
     model.__class__ = empty.__class__
     model.__dict__ = empty.__dict__

@@ -1,4 +1,4 @@
-"""The processes that train together: how a pod starts them, how they find each other, and what they agree on.
+"""The ranks of a run: how a pod starts them, how they find each other, and how they exchange values.
 
-It does not know what they compute.
+The package does not know what the ranks compute.
 """

@@ -1,7 +1,8 @@
-"""The processes that train together: which of them this is, how they find each other, and what they agree on.
+"""The ranks of a run: which rank this process is, how the ranks find each other, and how they exchange values.
 
-One process per GPU, one per pod without GPUs. The variables are torchrun's, so that torch, accelerate and transformers see
-what they expect. What is said here goes over gloo on the CPUs: it never waits for a GPU.
+There is one process per GPU, or one per pod without GPUs. The environment variables are torchrun's, so torch,
+accelerate and transformers find what they expect. Values are exchanged on the CPUs, over gloo or the TCP store. They
+never wait for a GPU.
 """
 
 import json
@@ -20,42 +21,43 @@ from graft.contracts.progress import Reason
 from graft_trainer.run.failures import Failure, connection_ended
 
 log = logging.getLogger(__name__)
-ARRIVAL = 900.0  # seconds: pods start at different times, one may wait for a node and pull the image
-LOADING = 3600.0  # seconds: the first process reads a large model for all
-SILENCE = timedelta(minutes=5)  # after which a peer that says nothing is taken for lost
-TOKENISING = 3 * 3600.0  # seconds for the pod's first process to tokenise: some twenty million examples
-HEARING = 10.0  # seconds for which the first process waits for the others to hear that they are done
-LAST_WORD = 5.0  # seconds for a process that fails to tell the others
-RAISING = 15.0  # seconds for the main thread to see by itself what NCCL reports; torch aborts the process after 60
+ARRIVAL = 900.0  # seconds for all ranks to start: a pod may have to wait for a node and pull the image
+LOADING = 3600.0  # seconds: rank 0 may read a large model for all ranks
+SILENCE = timedelta(minutes=5)  # a rank that does not answer for this long is treated as lost
+TOKENISING = 3 * 3600.0  # seconds for the pod's first process to tokenise, enough for about twenty million examples
+HEARING = 10.0  # seconds that rank 0 waits for the other ranks to read that the run is done
+LAST_WORD = 5.0  # seconds for a failing process to inform the other ranks
+RAISING = 15.0  # seconds for the main thread to raise NCCL's error itself; torch aborts the process after 60 s
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PartDone(BaseException):
-    """This process's part of the run is done; the first one goes on alone. No Exception, for nothing has gone wrong."""
+    """This rank's part of the run is done, and rank 0 continues alone. Not an Exception, because nothing has failed."""
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process among them, from 0."""
+    """Return the number of this process among all processes of the run, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process among those of its pod, from 0: the number of its GPU."""
+    """Return the number of this process within its pod, from 0. It is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process reports, evaluates and publishes."""
+    """Return whether this process is rank 0, which reports, evaluates and publishes."""
     return rank() == 0
 
 
 def variables(pods: Pods, env: Mapping[str, str], local: int = 0) -> dict[str, str]:
-    """torchrun's variables for the `local`-th process of this pod; none when the run has a single process (PURE)."""
+    """Return torchrun's variables for the `local`-th process of this pod; none if the run has a single process
+    (PURE)."""
     world, node = pods.nodes * pods.processes_per_node, int(env.get("JOB_COMPLETION_INDEX", "0"))
     if world == 1:
         return {}
@@ -70,11 +72,11 @@ def variables(pods: Pods, env: Mapping[str, str], local: int = 0) -> dict[str, s
 
 
 class Group:
-    """The process group, with the store at the first process through which they met."""
+    """The process group, and the TCP store at rank 0 through which the ranks found each other."""
 
     def __init__(self) -> None:
         self.store: Any = None
-        self.control: Any = None  # gloo, whatever the GPUs use
+        self.control: Any = None  # a gloo group, even if the GPUs use NCCL
         self.told = 0
         self.ended = 0
         self.give_up: Callable[[BaseException], int] | None = None
@@ -85,33 +87,35 @@ _group = Group()
 
 
 def joined() -> bool:
-    """Whether this process has peers now."""
+    """Return whether this process is in a process group now."""
     return _group.control is not None
 
 
 def listen(give_up: Callable[[BaseException], int]) -> None:
-    """`give_up` tells why the process ends and gives the exit code, where the main thread is stuck in a GPU's call."""
+    """Set `give_up`: it reports why the process ends and returns the exit code if the main thread is stuck in a GPU
+    call."""
     _group.give_up = give_up
 
 
 def join() -> None:
-    """Meet the other processes. Failure(PeersMissing) when they do not come within ARRIVAL."""
+    """Wait for the other ranks and form the process group. Raises Failure(PeersMissing) if they do not start within
+    ARRIVAL."""
     import torch
     from torch import distributed
 
     deadline = time.monotonic() + ARRIVAL
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    log.info("waiting for the other pods: process %d of %d, meeting at %s:%d", rank(), world_size(), host, port)
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate takes all cores
+    log.info("waiting for the other pods: process %d of %d, rank 0 is at %s:%d", rank(), world_size(), host, port)
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # otherwise accelerate takes all cores
     if not is_main():
         _reach(host, port, deadline)
     _group.store = distributed.TCPStore(
         "localhost" if is_main() else host, port, is_master=is_main(), wait_for_workers=False, timeout=SILENCE
     )
-    # The first process decides for all, so that a round costs one retry: with it the store ends.
+    # Only rank 0 has a deadline here, so that a failed start uses one retry: rank 0's end closes the store for all ranks.
     here = _all_at("arrived", deadline if is_main() else float("inf"))
     if here < world_size():
-        raise _alone(f"{here} of {world_size()} processes came within {ARRIVAL / 60:.0f} minutes")
+        raise _alone(f"{here} of {world_size()} processes connected within {ARRIVAL / 60:.0f} minutes")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -125,41 +129,46 @@ def join() -> None:
     _group.control = distributed.new_group(backend="gloo", timeout=SILENCE)
     if cuda:
         threading.Thread(target=_watch_nccl, args=(_nccl_error,), name="nccl", daemon=True).start()
-    _group.ended = _group.store.add("ended", 0)  # some that were replaced while the others waited
-    log.info("all %d processes are here", world_size())
+    _group.ended = _group.store.add("ended", 0)  # processes that were replaced while the others waited
+    log.info("all %d processes are connected", world_size())
 
 
 def loaded() -> None:
-    """Wait until every process has its model and its data, which takes one that reads them for all much longer than the others.
-    Failure(PeerLost) when another ends meanwhile; Failure(CommunicationFailed) when they are not through within LOADING."""
+    """Wait until every rank has loaded its model and data. A rank that reads for the other ranks takes much longer.
+
+    Raises Failure(PeerLost) if another rank ends meanwhile. Raises Failure(CommunicationFailed) if not all ranks are
+    done within LOADING.
+    """
     if joined() and (here := _all_at("loaded", time.monotonic() + LOADING, or_ended=True)) < world_size():
         raise Failure(
             Reason.COMMUNICATION_FAILED,
-            f"{here} of {world_size()} processes had loaded model and data within {LOADING / 60:.0f} minutes",
-            "Each try counts as a retry. See the log of the pods that were slower; put the base model where all read it fast.",
+            f"Only {here} of {world_size()} processes had loaded the model and the data within {LOADING / 60:.0f} minutes",
+            "Each attempt that ends like this uses one retry. Read the logs of the slower pods. Put the base model on storage that "
+            "all pods can read fast.",
         )
 
 
 def _all_at(place: str, deadline: float, *, or_ended: bool = False) -> int:
-    """Say that this process is at `place`, and wait for all others until the deadline; how many are there."""
-    # By name, for one that is replaced while the others wait comes twice.
-    everybody = [f"{place}/{number}" for number in range(world_size())]
-    _group.store.set(everybody[rank()], "1")
-    while not _group.store.check(everybody):
+    """Record that this rank has reached `place`, and wait for all other ranks until the deadline. Return how many ranks
+    have reached it. Raises Failure(PeerLost) if `or_ended` is set and another rank ends meanwhile."""
+    # One key per rank and not a counter: a rank that is replaced while the others wait arrives twice.
+    keys = [f"{place}/{number}" for number in range(world_size())]
+    _group.store.set(keys[rank()], "1")
+    while not _group.store.check(keys):
         if time.monotonic() > deadline:
-            return sum(_group.store.check([name]) for name in everybody)
+            return sum(_group.store.check([key]) for key in keys)
         if or_ended and _group.store.add("ended", 0) > _group.ended:
             raise Failure(
                 Reason.PEER_LOST,
-                "Another process of the run ended while this one waited for it",
-                "See why it ended with kubectl describe pod; the Job goes on from the newest checkpoint.",
+                "Another process of the run ended while this process waited for it",
+                "Run kubectl describe pod to see why it ended. The Job resumes from the newest checkpoint.",
             )
         time.sleep(0.1)
     return world_size()
 
 
 def total(values: list[int]) -> list[int]:
-    """Each value summed over all processes."""
+    """Return each value summed over all ranks."""
     if not joined():
         return values
     import torch
@@ -171,7 +180,7 @@ def total(values: list[int]) -> list[int]:
 
 
 def total_float(values: list[float]) -> list[float]:
-    """Each value summed over all processes, in 64 bits."""
+    """Return each value summed over all ranks, in 64 bits."""
     if not joined():
         return values
     import torch
@@ -183,7 +192,7 @@ def total_float(values: list[float]) -> list[float]:
 
 
 def from_main(value: Any) -> Any:
-    """The first process's value, JSON, in all of them."""
+    """Return rank 0's value (JSON) on every rank."""
     if not joined():
         return value
     _group.told += 1
@@ -194,20 +203,20 @@ def from_main(value: Any) -> Any:
 
 
 def to_pod(value: Any) -> None:
-    """A value, JSON, from the pod's first process to its others, which take it with from_pod()."""
+    """Send a value (JSON) from the pod's first process to its other processes. They receive it with from_pod()."""
     if joined():
         _group.store.set(_pod_key(), json.dumps(value))
 
 
 def from_pod() -> Any:
-    """What the pod's first process says next. Failure(PeerLost) when it does not within TOKENISING."""
+    """Return the next value from the pod's first process. Raises Failure(PeerLost) if none comes within TOKENISING."""
     key, deadline = _pod_key(), time.monotonic() + TOKENISING
     while not _group.store.check([key]):
         if time.monotonic() > deadline:
             raise Failure(
                 Reason.PEER_LOST,
                 f"The pod's first process has not tokenised the dataset within {TOKENISING / 3600:.0f} hours",
-                "See the log of the pod; the Job goes on from the newest checkpoint.",
+                "Read the pod's log. The Job resumes from the newest checkpoint.",
             )
         time.sleep(0.2)
     return json.loads(_group.store.get(key))
@@ -219,25 +228,26 @@ def _pod_key() -> str:
 
 
 def leave() -> None:
-    """End the group; the store at the first process stays open for done() and until_done()."""
+    """Destroy the process group. The store at rank 0 stays open for done() and until_done()."""
     from accelerate.state import AcceleratorState
     from torch import distributed
 
     if joined():
         _group.control = None
         distributed.destroy_process_group()
-    # What is started after training (lm-eval among others) must not look for the others.
+    # Code that runs after training, such as lm-eval, must not wait for the other ranks.
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def forget() -> None:
-    """From now on this process is the only one."""
+    """Remove torchrun's variables: from now on this process counts as the only one."""
     for name in VARIABLES:
         os.environ.pop(name, None)
 
 
 def done() -> None:
-    """Tell the others that nothing is expected of them any more, and let them hear it: the store ends with this process."""
+    """Inform the other ranks that the run is done. Wait up to HEARING until they have read it, because the store closes
+    when this process ends."""
     _group.store.set("done", "1")
     deadline = time.monotonic() + HEARING
     while _group.store.add("heard", 0) < world_size() - 1 and time.monotonic() < deadline:
@@ -245,28 +255,28 @@ def done() -> None:
 
 
 def until_done() -> None:
-    """Wait until the first process says so. Raises what torch does when it ends before."""
+    """Wait until rank 0 calls done(). Raises torch's error if rank 0 ends before that."""
     while not _group.store.check(["done"]):
         time.sleep(0.2)
     _group.store.add("heard", 1)
 
 
 def _reach(host: str, port: int, deadline: float) -> None:
-    """Until the first process listens; its name may not be known yet."""
+    """Wait until rank 0 listens. Its host name may not resolve yet. Raises Failure(PeersMissing) after the deadline."""
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise _alone(f"the first pod could not be reached at {host}:{port}: {error}") from error
+                raise _alone(f"cannot connect to the first pod at {host}:{port}: {error}") from error
         time.sleep(0.5)
 
 
 def follows() -> bool:
-    """Says that this process ends, and whether another of the run had ended before: it said so, or it was the first one,
+    """Record that this rank ends. Return whether another rank had ended before: it recorded its end, or it was rank 0,
     which has the store."""
-    _group.give_up = None  # it is being told why
+    _group.give_up = None  # the reason is being reported already
     if _group.store is None:
         return False
     answers: list[bool] = []
@@ -277,7 +287,7 @@ def follows() -> bool:
         except RuntimeError as error:
             answers.append(not is_main() and connection_ended(error))
 
-    # A host that is gone does not close its connections, and nothing is answered.
+    # A host that is down does not close its connections, so the store may never answer.
     thread = threading.Thread(target=ask, name="last word", daemon=True)
     thread.start()
     thread.join(LAST_WORD)
@@ -285,7 +295,8 @@ def follows() -> bool:
 
 
 def _nccl_error() -> str:
-    """What is wrong with NCCL by torch's watchdog: TIMEOUT, COMM_ERROR, REMOTE_ERROR; SUCCESS otherwise."""
+    """Return the error that torch's watchdog found in NCCL: TIMEOUT, COMM_ERROR or REMOTE_ERROR; SUCCESS if there is
+    none."""
     import torch
     from torch import distributed
 
@@ -294,9 +305,9 @@ def _nccl_error() -> str:
 
 
 def _watch_nccl(state: Callable[[], str]) -> None:
-    """End the process with a reason where torch's watchdog would abort it: a GPU that waits for a peer which is gone holds
-    the main thread. Nothing is computed on from there, as with TORCH_NCCL_ASYNC_ERROR_HANDLING=2, which frees the GPU with
-    whatever is in its memory."""
+    """End the process with a reason before torch's watchdog aborts it. A GPU that waits for a lost peer blocks the main
+    thread. Ending is safer than TORCH_NCCL_ASYNC_ERROR_HANDLING=2, with which the GPU continues to compute with
+    whatever data is in its memory."""
     try:
         while (found := state()) == "SUCCESS":
             time.sleep(1)
@@ -304,7 +315,7 @@ def _watch_nccl(state: Callable[[], str]) -> None:
                 return
     except Exception as error:
         if joined():
-            log.warning("NCCL is not watched: %s", error)
+            log.warning("cannot watch NCCL for errors: %s", error)
         return
     log.error("NCCL reports %s", found)
     time.sleep(RAISING)
@@ -316,7 +327,7 @@ def _watch_nccl(state: Callable[[], str]) -> None:
 def _alone(why: str) -> Failure:
     return Failure(
         Reason.PEERS_MISSING,
-        f"The other pods of the run did not come: {why}",
-        "Each try counts as a retry. See why they do not start with kubectl get pods. Where there is room for some of "
-        "them only, set spec.queue: Kueue starts the pods of a run together or not at all.",
+        f"The other pods of the run did not start in time: {why}",
+        "Each attempt that ends like this uses one retry. Run kubectl get pods to see why they do not start. If the cluster has "
+        "room for only some of the pods, set spec.queue: then Kueue starts the pods of a run together or not at all.",
     )

@@ -1,7 +1,7 @@
-"""Several processes in one pod, one per GPU: starts them, passes SIGTERM on, and says why they ended.
+"""Run several processes in one pod, one per GPU: start them, pass SIGTERM on to them, and report why they ended.
 
-torch's elastic launcher is not used: it kills what has not ended 30 s after SIGTERM, which is too soon for a checkpoint,
-and its exit code is its own.
+torch's elastic launcher is not used. It kills processes 30 s after SIGTERM, which is too soon for a checkpoint, and its
+exit code does not tell how the processes ended.
 """
 
 import logging
@@ -22,8 +22,9 @@ from graft_trainer.run.interruption import LONGEST, Interruption
 from graft_trainer.run.settings import Settings
 
 log = logging.getLogger(__name__)
-STRAGGLERS = 30.0  # seconds for the others to see by themselves that one has failed
-# What is told of a pod whose processes ended for several reasons: what caused the others comes first.
+STRAGGLERS = 30.0  # seconds for the other processes to notice that one has failed
+# Reasons that may only follow from another process's failure. If a pod's processes ended for several reasons, a reason
+# that is not in this list is reported, else the first of this list.
 CONSEQUENCES = (Reason.INTERRUPTED, Reason.COMMUNICATION_FAILED, Reason.PEER_LOST)
 GENTLE = {EXIT_CODES[reason] for reason in (Reason.INTERRUPTED, Reason.PEER_LOST)}
 
@@ -33,12 +34,12 @@ class End:
     """How a process ended."""
 
     code: int
-    why: Termination | None  # None: it could not say
-    by_launcher: bool = False  # killed here, because another had ended
+    why: Termination | None  # None: it left no message
+    by_launcher: bool = False  # this launcher killed it, because another process had ended
 
 
 def launch(pods: Pods, settings: Settings, interruption: Interruption) -> int:
-    """Run this pod's processes of `train` to their end; the pod's exit code."""
+    """Run this pod's `train` processes until they end. Return the pod's exit code."""
     files = [settings.work_dir / f"termination-{local}" for local in range(pods.processes_per_node)]
     processes = []
     for local, file in enumerate(files):
@@ -56,8 +57,8 @@ def launch(pods: Pods, settings: Settings, interruption: Interruption) -> int:
 
 
 def worst(ends: list[End]) -> tuple[int, Termination | None]:
-    """The pod's exit code and message from its processes in the order in which they ended: of the one that failed by
-    itself (PURE)."""
+    """Return the pod's exit code and message (PURE): those of the process that failed by itself. `ends` are in the
+    order in which the processes ended."""
     failed = [end for end in ends if end.code != 0]
     if not failed:
         return 0, None
@@ -65,8 +66,9 @@ def worst(ends: list[End]) -> tuple[int, Termination | None]:
     found = min(told, key=lambda one: _by_itself(one[1].reason), default=None)
     if found is not None and found[1].reason not in (Reason.COMMUNICATION_FAILED, Reason.PEER_LOST):
         return found
-    # One that was killed left no message, and the others only say that it is gone. One that is aborted after another had
-    # ended waited for that one on its GPU, which torch's watchdog does not bear for long.
+    # A killed process left no message, and the other processes only report that they lost it. A process that was
+    # aborted after another one had ended does not count: its GPU waited for that one until torch's watchdog aborted the
+    # process.
     silent = [
         end.code
         for position, end in enumerate(failed)
@@ -79,8 +81,8 @@ def worst(ends: list[End]) -> tuple[int, Termination | None]:
     why = Termination(
         reason=Reason.MEMORY_EXCEEDED if number == -signal.SIGKILL else Reason.INTERNAL_ERROR,
         message=f"One of the pod's processes {how}.",
-        remedy="The log has what it said last. Signal 9 is the kernel's when the pod's memory is used up: raise "
-        "resources.limits.memory if it comes again.",
+        remedy="Read the last lines of its log. The kernel sends signal 9 when the pod's memory is used up: if it happens "
+        "again, raise spec.resources.limits.memory.",
     )
     return EXIT_CODES[why.reason], why
 
@@ -90,7 +92,7 @@ def _by_itself(reason: Reason) -> int:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], files: list[Path], interruption: Interruption) -> list[End]:
-    """Until all have ended; how they did, the first one first."""
+    """Wait until all processes have ended. Return how they ended, in the order in which they ended."""
     passed_on, killed, deadline = False, False, float("inf")
     running, ends = dict(zip(processes, files, strict=True)), []
     while running:
@@ -103,7 +105,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], files: list[Path], interrupt
             del running[process]
             ends.append(End(code, _termination(file), by_launcher=killed and code == -signal.SIGKILL))
             if code:
-                # One that was only asked to end leaves the others the time for their checkpoints.
+                # If a process was interrupted or lost a peer, the others get the time that their checkpoints take.
                 patience = LONGEST if code in GENTLE else STRAGGLERS
                 deadline = min(deadline, time.monotonic() + patience)
         if running and not killed and time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The values of a run: what the spec leaves open is derived here from the device, the model and the data.
+"""The values of a run. If the spec leaves a value open, it is derived here from the device, the model and the data.
 
-It computes numbers only; it loads and downloads nothing.
+The package computes values only. It loads and downloads nothing.
 """

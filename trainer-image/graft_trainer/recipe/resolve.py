@@ -1,4 +1,4 @@
-"""The hyperparameters in force (PURE): what the user wrote, and a derived value wherever the spec leaves it open."""
+"""Resolve the hyperparameters of a run (PURE): the user's value, or a derived value if the spec leaves it open."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,16 +11,16 @@ from pydantic.alias_generators import to_camel
 
 from graft_trainer.run.failures import Failure
 
-EFFECTIVE_BATCH = 16  # examples per optimizer step, Alpaca's and the QLoRA paper's
+EFFECTIVE_BATCH = 16  # examples per optimizer step, as in Alpaca and in the QLoRA paper
 DEFAULT_EPOCHS = 3.0
 LEARNING_RATES: dict[MethodName, float] = {
-    "full": 2e-5,  # Alpaca's, and that of the Llama 2 paper's fine-tuning
+    "full": 2e-5,  # as in Alpaca and in the fine-tuning of the Llama 2 paper
     "lora": 2e-4,  # QLoRA paper, table 9
     "qlora": 2e-4,
     "promptTuning": 3e-2,  # peft's examples; Lester et al. use 0.3 with Adafactor
 }
-DEFAULT_MAX_LENGTH = 2048
-CPU_TOKENS = 8192  # tokens of a micro-batch on a CPU: more is no faster and only takes memory
+DEFAULT_MAX_LENGTH = 2048  # tokens
+CPU_TOKENS = 8192  # tokens of a micro-batch on a CPU: more tokens are not faster and only take memory
 GRADIENT_CHECKPOINTING_KEEPS = 2  # bytes per token, layer and hidden unit at 16 bits: the input of each layer
 ACTIVATIONS = 34  # Korthikanti et al. 2022, eq. 2, without the attention scores, which sdpa does not keep
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -34,28 +34,28 @@ COMPUTE_DTYPES: dict[Precision, Literal["bfloat16", "float16", "float32"]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """What the run computes on."""
+    """The device of the run."""
 
     kind: Literal["cpu", "cuda"]
-    bf16: bool = False  # the GPU has bfloat16
-    free_bytes: int | None = None  # of the GPU's memory, before the model is loaded
+    bf16: bool = False  # the GPU supports bfloat16
+    free_bytes: int | None = None  # free memory of the GPU before the model is loaded
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the memory and the lengths depend on."""
+    """The facts about the model that the memory and the lengths depend on."""
 
     context: int | None  # longest sequence, tokens
     layers: int
     hidden_size: int
     vocab_size: int
     parameters: int
-    liger: bool = False  # Liger has kernels for the architecture, and they work here
+    liger: bool = False  # Liger has kernels for the architecture, and they work on this device
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is known before the examples are tokenised."""
+    """The values that are known before the examples are tokenised."""
 
     max_length: int  # tokens
     precision: Precision
@@ -65,10 +65,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Everything that decides the run. Names as in the spec; camelCase with wire()."""
+    """All values that determine the run. The names are the spec's, and wire() returns them in camelCase."""
 
     num_train_epochs: float
-    max_steps: int  # optimizer steps in all
+    max_steps: int  # optimizer steps in total
     learning_rate: float
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -88,11 +88,11 @@ class Resolved:
     use_liger_kernel: bool
     sharding: Sharding | None  # None: one process
     logging_steps: int
-    eval_steps: int | None  # None: nothing is held out
-    save_steps: int | None  # None: by time
+    eval_steps: int | None  # None: no examples are held out
+    save_steps: int | None  # None: checkpoints are saved by time
     save_total_limit: int
     seed: int
-    rank: int | None = None  # lora and qlora, as the next two
+    rank: int | None = None  # only lora and qlora, like the next two
     alpha: float | None = None
     dropout: float | None = None
     virtual_tokens: int | None = None  # promptTuning
@@ -105,22 +105,22 @@ class Resolved:
 
 
 def limits(job: JobFile, device: Device, context: int | None, world: int = 1) -> Limits:
-    """Length, precision and sharding. `world` processes train together. Failure(ConfigurationInvalid) when the device,
-    the model or the method cannot do what was asked for."""
+    """Resolve length, precision and sharding. `world` processes train together. Raises Failure(ConfigurationInvalid) if
+    the device, the model or the method does not support what the spec asks for."""
     training, method = job.training, job.method
     check_packing(job)
     check_sharding(job, world)
     if training.optim == "adamw8bit" and device.kind == "cpu":
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "training.optim is adamw8bit, which needs a GPU; the job has none",
-            "Use adamw or adafactor, or ask for nvidia.com/gpu in resources.limits.",
+            "spec.training.optim is adamw8bit, which needs a GPU, but the job has none",
+            "Use adamw or adafactor, or request nvidia.com/gpu in spec.resources.limits.",
         )
     if training.use_liger_kernel and device.kind == "cpu":
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "training.useLigerKernel is true, which needs a GPU; the job has none",
-            "Leave training.useLigerKernel out, or ask for nvidia.com/gpu in resources.limits.",
+            "spec.training.useLigerKernel is true, which needs a GPU, but the job has none",
+            "Remove spec.training.useLigerKernel, or request nvidia.com/gpu in spec.resources.limits.",
         )
     room, taken = context, ""
     if context is not None and method.prompt_tuning is not None:
@@ -129,15 +129,15 @@ def limits(job: JobFile, device: Device, context: int | None, world: int = 1) ->
     if room is not None and room < 8:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"the model's context of {context} tokens{taken} leaves no room for examples",
-            "Lower method.promptTuning.virtualTokens.",
+            f"the model's context is {context} tokens{taken}, which leaves no room for examples",
+            "Lower spec.method.promptTuning.virtualTokens." if taken else "Use a base model with a longer context.",
         )
     length = training.max_length or min(room or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if room is not None and length > room:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"training.maxLength is {length}, the model's context is {context} tokens{taken}",
-            f"Set training.maxLength to at most {room}.",
+            f"spec.training.maxLength is {length}, but the model's context is {context} tokens{taken}",
+            f"Set spec.training.maxLength to at most {room}.",
         )
     precision = _precision(training, device)
     compute = None
@@ -147,28 +147,34 @@ def limits(job: JobFile, device: Device, context: int | None, world: int = 1) ->
 
 
 def check_packing(job: JobFile) -> None:
-    """Failure(ConfigurationInvalid) when the job packs where that cannot be done; known before anything is loaded."""
+    """Check training.packing, before anything is loaded. Raises Failure(ConfigurationInvalid) if the job packs but its
+    task or method does not support that."""
     if not job.training.packing:
         return
     why = None
     if job.task == "seq2seq":
-        why = "the base model is seq2seq: its encoder and decoder cannot be kept apart by positions"
+        why = "the base model is seq2seq: positions cannot separate the examples in its encoder and decoder"
     elif job.method.prompt_tuning is not None:
-        why = "promptTuning puts its vectors before a sequence once, so all but the first example in it would lack them"
+        why = (
+            "promptTuning puts its vectors only once before a sequence, so only the first example in it would have them"
+        )
     if why is not None:
         raise Failure(
-            Reason.CONFIGURATION_INVALID, f"training.packing is true, but {why}", "Set training.packing to false."
+            Reason.CONFIGURATION_INVALID,
+            f"spec.training.packing is true, but {why}",
+            "Set spec.training.packing to false.",
         )
 
 
 def check_sharding(job: JobFile, world: int) -> None:
-    """Failure(ConfigurationInvalid) when the job's optimizer cannot do with a part of each weight, which it gets from fsdp."""
+    """Check training.optim. Raises Failure(ConfigurationInvalid) if fsdp shards the weights but the optimizer does not
+    support that."""
     if _sharding(job, world) != "fsdp" or job.training.optim in SHARDABLE:
         return
     raise Failure(
         Reason.CONFIGURATION_INVALID,
-        f"training.optim is {job.training.optim}, which does not know weights that are sharded (fsdp) over {world} processes",
-        f"Use {' or '.join(SHARDABLE)}, or set training.sharding to ddp.",
+        f"spec.training.optim is {job.training.optim}, which does not support weights that are sharded (fsdp) over {world} processes",
+        f"Use {' or '.join(SHARDABLE)}, or set spec.training.sharding to ddp.",
     )
 
 
@@ -184,8 +190,9 @@ def resolve(
     world: int = 1,
     halvings: int = 0,
 ) -> Resolved:
-    """All values. `examples` are learned from (packed ones, when packing), the longest has `longest` tokens after
-    truncation. Failure(OutOfMemory) when the micro-batch cannot be halved as often as `halvings`."""
+    """Return all values. `examples` is the number of training examples (with packing, of packs). The longest has
+    `longest` tokens after truncation. Raises Failure(OutOfMemory) if the micro-batch cannot be halved `halvings`
+    times."""
     training, method = job.training, job.method
     checkpointing = _gradient_checkpointing(job, known, device, model, longest, world)
     batch, accumulation = _batch(job, known, device, model, longest, checkpointing, world)
@@ -236,8 +243,9 @@ def resolve(
 
 
 def steps_per_epoch(examples: int, batch: int, accumulation: int, world: int = 1) -> int:
-    """Optimizer steps of a pass, as transformers and accelerate count them: micro-batches are dealt out to the processes,
-    each gets as many (the last are filled up from the start), and the last step may be smaller."""
+    """Return the optimizer steps of one epoch, as transformers and accelerate count them: the micro-batches are
+    distributed over the processes, each process gets the same number (filled up from the start), and the last step may
+    be smaller."""
     per_process = math.ceil(math.ceil(examples / batch) / world)
     return max(1, math.ceil(per_process / accumulation))
 
@@ -245,10 +253,10 @@ def steps_per_epoch(examples: int, batch: int, accumulation: int, world: int = 1
 def halve(
     batch: int, accumulation: int, halvings: int, max_length: int, checkpointing: bool, method: MethodName
 ) -> tuple[int, int]:
-    """(examples per micro-batch, micro-batches per step) after `halvings` attempts that ran out of memory.
+    """Return (examples per micro-batch, micro-batches per step) after `halvings` attempts that ran out of memory.
 
-    The examples per step stay the same, so of a micro-batch that cannot be halved the next smaller one is taken that
-    divides them. Failure(OutOfMemory) when one of a single example has run out of memory.
+    The number of examples per step stays the same. If half of a micro-batch does not divide it, the next smaller size
+    that divides it is used. Raises Failure(OutOfMemory) if a micro-batch of one example has run out of memory.
     """
     effective, first = batch * accumulation, batch
     for _ in range(halvings):
@@ -259,16 +267,16 @@ def halve(
 
 
 def _too_large(first: int, max_length: int, checkpointing: bool, method: MethodName) -> Failure:
-    ways = [f"Lower training.maxLength (it is {max_length}) to {max(8, max_length // 2)}"]
+    ways = [f"Lower spec.training.maxLength (it is {max_length}) to {max(8, max_length // 2)}"]
     if not checkpointing:
-        ways.append("set training.gradientCheckpointing to true")
+        ways.append("set spec.training.gradientCheckpointing to true")
     if method in {"full", "lora"}:
-        ways.append("use method qlora, which holds the base model in a quarter of the memory")
-    ways.append("ask for a GPU with more memory")
-    started = f", after {first} at first" if first > 1 else ""
+        ways.append("use method qlora, which needs a quarter of the memory for the base model")
+    ways.append("request a GPU with more memory")
+    started = f" (the first attempt had {first})" if first > 1 else ""
     return Failure(
         Reason.OUT_OF_MEMORY,
-        f"memory ran out with micro-batches of 1 example of up to {max_length} tokens{started}: there is no smaller one",
+        f"memory ran out with micro-batches of 1 example of up to {max_length} tokens{started}; a micro-batch cannot be smaller",
         f"{', '.join(ways[:-1])}, or {ways[-1]}.",
     )
 
@@ -289,14 +297,14 @@ def _precision(training: Training, device: Device) -> Precision:
     if wanted == "fp16" and device.kind == "cpu":
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "training.precision is fp16, which needs a GPU; the job has none",
-            "Leave training.precision at auto, or ask for nvidia.com/gpu in resources.limits.",
+            "spec.training.precision is fp16, which needs a GPU, but the job has none",
+            "Set spec.training.precision to auto, or request nvidia.com/gpu in spec.resources.limits.",
         )
     if wanted == "bf16" and device.kind == "cuda" and not device.bf16:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "training.precision is bf16, which this GPU does not have",
-            "Leave training.precision at auto or set it to fp16.",
+            "spec.training.precision is bf16, which this GPU does not support",
+            "Set spec.training.precision to auto or fp16.",
         )
     return wanted
 
@@ -305,20 +313,21 @@ def _liger(training: Training, known: Limits, device: Device, model: ModelFacts)
     if training.use_liger_kernel and not model.liger:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            "training.useLigerKernel is true, but Liger has no kernels for the base model's architecture, or they do not "
-            "work here; in that case the log says why",
-            "Leave training.useLigerKernel out, or set it to false.",
+            "spec.training.useLigerKernel is true, but Liger has no kernels for the base model's architecture, or its kernels "
+            "do not work on this GPU. In the second case the log shows why",
+            "Remove spec.training.useLigerKernel, or set it to false.",
         )
     if training.use_liger_kernel is not None:
         return training.use_liger_kernel
-    # Its loss reads the head's weights past the head, which is not what a sharded head expects.
+    # Liger's loss reads the head's weights without calling the head. FSDP gathers a sharded head only for a call.
     return device.kind == "cuda" and model.liger and known.sharding != "fsdp"
 
 
 def _gradient_checkpointing(
     job: JobFile, known: Limits, device: Device, model: ModelFacts, longest: int, world: int
 ) -> bool:
-    """What the spec says, else placement, else only where the longest example would not fit without it."""
+    """Return the spec's value, else placement's value, else whether the longest example does not fit in memory without
+    it."""
     for given in (job.training.gradient_checkpointing, job.choice.gradient_checkpointing):
         if given is not None:
             return given
@@ -330,7 +339,8 @@ def _gradient_checkpointing(
 def _batch(
     job: JobFile, known: Limits, device: Device, model: ModelFacts, longest: int, checkpointing: bool, world: int
 ) -> tuple[int, int]:
-    """(examples per micro-batch, micro-batches per step), of each process; EFFECTIVE_BATCH in all where both are open."""
+    """Return (examples per micro-batch, micro-batches per step) of each process. If the spec sets neither, all
+    processes together take about EFFECTIVE_BATCH examples per step."""
     training = job.training
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if batch is None:
@@ -350,10 +360,12 @@ def _batch(
 def _token_budget(
     job: JobFile, known: Limits, device: Device, model: ModelFacts, checkpointing: bool, world: int
 ) -> int:
-    """Tokens of a micro-batch that fit beside the weights and what is kept for each of them.
+    """Return how many tokens of a micro-batch fit in memory beside the weights, their gradients and their optimizer
+    state.
 
-    `full` keeps float32 weights and gradients and two moments, 16 bytes per parameter, which fsdp spreads over the
-    processes. Logits and their gradient are float32; Liger holds so many at once as the last layer has outputs.
+    `full` keeps float32 weights, gradients and two moments, 16 bytes per parameter, which fsdp spreads over the
+    processes. Logits and their gradient are float32. With Liger, at most hidden_size logits per token are in memory at
+    once.
     """
     method = job.method
     if device.kind == "cpu" or device.free_bytes is None:

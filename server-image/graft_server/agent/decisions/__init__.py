@@ -1,4 +1,4 @@
-"""What the agent does next, and what it remembers for that (PURE): actions, room on the disk, retries, reasons.
+"""The agent's next actions and the memory that they need (PURE): disk space, retries, readiness, reasons.
 
-It knows neither the object store nor the engine.
+This package knows neither the object store nor the engine.
 """

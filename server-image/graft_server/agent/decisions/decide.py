@@ -1,4 +1,4 @@
-"""What to do next, from what is wanted and what is there (PURE)."""
+"""Decide the next actions from the wanted adapters and the observed state (PURE)."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,14 +8,13 @@ from graft.contracts.agent import Wanted, WantedAdapter
 
 from graft_server.agent.decisions.room import Asked, Capacity, Kept, share_out
 
-# <tenant>--<adapter resource>--<digest12>. It also becomes a folder's name, so it can hold no slash.
+# <tenant>--<adapter resource>--<digest12>. It is also the name of a folder, so it cannot contain a slash.
 OUR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*--(?P<adapter>[A-Za-z0-9._-]+)--(?P<digest>[0-9a-f]{12})")
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Read a version's manifest: whether it can be served at all, and how large it is. One that is only expected is not
-    signed yet."""
+    """Read a version's manifest: its size, and whether it can be served. An expected version is not signed yet."""
 
     adapter: WantedAdapter
     expected: bool = False
@@ -27,7 +26,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Download:
-    """Fetch and verify a version and put it into its place."""
+    """Download and verify a version, and rename its folder to the engine name."""
 
     adapter: WantedAdapter
 
@@ -38,7 +37,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Load:
-    """Tell the engine to load a version that is in its place."""
+    """Tell the engine to load a complete version."""
 
     adapter: WantedAdapter
 
@@ -49,28 +48,28 @@ class Load:
 
 @dataclass(frozen=True)
 class Unload:
-    """Tell the engine to forget an adapter."""
+    """Tell the engine to unload an adapter."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Delete:
-    """Remove the files of a version that was kept for a quick way back."""
+    """Delete the files of a version that was kept for a fast rollback."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Discard:
-    """Remove what is left of a download that is not wanted any more."""
+    """Delete the unfinished download of a version that is no longer wanted."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Refuse:
-    """Tell that an adapter does not fit on the disk."""
+    """Report that an adapter does not fit on the disk."""
 
     name: str
     message: str
@@ -81,7 +80,7 @@ Action = Inspect | Download | Load | Unload | Delete | Discard | Refuse
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A complete folder, `used_at` in seconds since the epoch."""
+    """A complete folder. `used_at` is in seconds since the epoch."""
 
     digest: str
     size_bytes: int = 0
@@ -90,13 +89,13 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class Observed:
-    """What is there now.
+    """The observed state. All names are engine names.
 
-    `on_disk`: complete folders, by engine name. `engine`: what the engine lists, name -> root path; None while it does not
-    answer. `busy`: names that an action is running for. `held_back`: names whose last action failed and whose time to try again
-    has not come. `failed`: names that have a failure. `drained`: names that no request has used for the drain time. `sizes`:
-    bytes of the versions that were inspected. `partial`: names of which part is on disk. `capacity`: what the disk holds.
-    `deleting`: room is being made, and what it was made of may still be in the picture.
+    `on_disk`: complete folders. `engine`: models that the engine lists, name -> root path; None while it does not
+    answer. `busy`: names for which an action runs. `held_back`: names whose last action failed and whose retry is not
+    due. `failed`: names with a failure. `drained`: names that no request has used for the drain time. `sizes`: bytes of
+    the inspected versions. `partial`: names with an unfinished download on disk. `capacity`: bytes that the disk may
+    hold. `deleting`: a kept version is being deleted and may still be in `on_disk`.
     """
 
     on_disk: Mapping[str, OnDisk]
@@ -112,23 +111,23 @@ class Observed:
 
 
 def path_of(adapters_dir: str, name: str) -> str:
-    """Where the engine finds the adapter: a new version is a new name and so a new path."""
+    """Return where the engine finds the adapter. Each version has its own name, and so its own path."""
     return f"{adapters_dir.rstrip('/')}/{name}"
 
 
 def unwanted_in_engine(wanted: Wanted, engine: Mapping[str, str]) -> list[str]:
-    """Adapters with our naming that the engine has and nobody wants: they drain."""
+    """Return the adapters with our naming that the engine has loaded and that are not wanted. They drain."""
     names = {adapter.engine_name for adapter in wanted.adapters}
     return sorted(name for name in engine if OUR_NAME.fullmatch(name) and name not in names)
 
 
 def loaded(adapter: WantedAdapter, engine: Mapping[str, str] | None, adapters_dir: str) -> bool:
-    """Whether the engine answers for exactly these files."""
+    """Return whether the engine has loaded exactly these files."""
     return engine is not None and engine.get(adapter.engine_name) == path_of(adapters_dir, adapter.engine_name)
 
 
 def decide(wanted: Wanted, seen: Observed, adapters_dir: str) -> list[Action]:
-    """The actions that bring the pod closer to what is wanted, at most one per name. The same picture gives the same actions."""
+    """Return the actions that bring the pod closer to the wanted adapters, at most one per name (deterministic)."""
     actions: list[Action] = []
     blocked = {*seen.busy, *seen.held_back}
     absent: list[WantedAdapter] = []
@@ -137,14 +136,14 @@ def decide(wanted: Wanted, seen: Observed, adapters_dir: str) -> list[Action]:
         name = adapter.engine_name
         there = seen.on_disk.get(name)
         if there is None or there.digest != adapter.digest:
-            absent.append(adapter)  # also where it is loaded: an evicted adapter is read again from its path
+            absent.append(adapter)  # even if it is loaded: after a cache eviction, the engine reads the files again
             if name not in seen.sizes and name not in blocked:
                 actions.append(Inspect(adapter))
         if name in blocked:
             continue
         if seen.engine is not None and name in seen.engine and not loaded(adapter, seen.engine, adapters_dir):
             actions = [action for action in actions if action.name != name]
-            actions.append(Unload(name))  # another path under our name: not the files that were verified
+            actions.append(Unload(name))  # our name with another path: these are not the verified files
         elif (
             there is not None and there.digest == adapter.digest and seen.engine is not None and name not in seen.engine
         ):
@@ -152,14 +151,14 @@ def decide(wanted: Wanted, seen: Observed, adapters_dir: str) -> list[Action]:
 
     taken = {action.name for action in actions}
     actions += [action for action in _on_disk(wanted, seen, absent) if action.name not in taken]
-    if seen.engine is not None:  # else what the engine still uses is unknown: take nothing away
+    if seen.engine is not None:  # if it does not answer, the loaded adapters are unknown, so none is unloaded
         leaving = unwanted_in_engine(wanted, seen.engine)
         actions += [Unload(name) for name in leaving if name in seen.drained and name not in blocked]
     return actions
 
 
 def _on_disk(wanted: Wanted, seen: Observed, absent: list[WantedAdapter]) -> list[Action]:
-    """Downloads that have room, refusals of those that have none, and what goes to make room."""
+    """Return the downloads that fit on the disk, refusals of those that do not fit, and deletions that free space."""
     names = {adapter.engine_name for adapter in wanted.adapters}
     blocked = {*seen.busy, *seen.held_back}
     asked = [
@@ -181,7 +180,7 @@ def _on_disk(wanted: Wanted, seen: Observed, absent: list[WantedAdapter]) -> lis
     held = sum(folder.size_bytes for name, folder in seen.on_disk.items() if name not in kept and name not in by_name)
     soon = sum(folder.size_bytes for name, folder in seen.on_disk.items() if name not in names and name not in kept)
     coming = {adapter.engine_name: adapter for adapter in wanted.expected if adapter.engine_name not in names}
-    # What is on its way before it is wanted ends as soon as something that is wanted is missing; until then it takes its room.
+    # The download of an expected version stops as soon as a wanted adapter is missing. Until then its bytes count.
     early = sum(seen.sizes.get(name, 0) for name in coming if name in seen.partial or name in seen.busy)
     share = share_out(asked, kept, held + early, soon + early, seen.capacity)
     missing = [name for name in by_name if name not in seen.failed]
@@ -196,8 +195,10 @@ def _on_disk(wanted: Wanted, seen: Observed, absent: list[WantedAdapter]) -> lis
 
 
 def _ahead(coming: Mapping[str, WantedAdapter], seen: Observed, blocked: Collection[str]) -> list[Action]:
-    """What is brought before it is wanted, when nothing that is wanted is missing: one at a time, and only into room that
-    nobody else uses."""
+    """Return the next action for an expected version: one version at a time, and only into unused disk space.
+
+    The caller makes sure that no wanted adapter is missing.
+    """
     if any(name in seen.busy for name in coming):
         return []
     parts = {name: seen.sizes.get(name, 0) for name in coming if name in seen.partial}

@@ -1,4 +1,4 @@
-"""What the agent remembers between two looks: failures, idleness, and whether the pod became ready (no I/O)."""
+"""The agent's memory between two rounds: failures, idle adapters, and whether the pod became ready (no I/O)."""
 
 import random
 from collections.abc import Collection, Iterable, Mapping
@@ -9,14 +9,14 @@ from graft.contracts.agent import Wanted
 from graft_server.agent.decisions.decide import loaded
 from graft_server.agent.decisions.reasons import FAILED, SELDOM, AdapterReason
 
-SOON = (1.0, 30.0)  # seconds before the first retry, and at most
-LATE = (10.0, 600.0)  # where nothing changes by itself, but for bytes that something on the way has changed
-LONGEST_ASKED = 120.0  # of the seconds that a store asks for
+SOON = (1.0, 30.0)  # seconds before the first retry, and the longest delay
+LATE = (10.0, 600.0)  # the same for SELDOM. They are retried too, because the network may have altered bytes
+LONGEST_ASKED = 120.0  # seconds, limit of a store's Retry-After
 
 
 @dataclass
 class Failure:
-    """The last failure of an adapter, kept until it succeeds: a retry that runs does not hide it."""
+    """The last failure of an adapter. It is kept until an action succeeds, so a running retry does not hide it."""
 
     reason: AdapterReason
     message: str
@@ -25,12 +25,12 @@ class Failure:
 
     @property
     def final(self) -> bool:
-        """Whether waiting does not help: nobody waits for the adapter."""
+        """Return whether waiting does not help. The pod then becomes ready without the adapter."""
         return self.reason in FAILED
 
 
 class Failures:
-    """Failures by adapter, each with its own back-off."""
+    """The failures by engine name, each with its own back-off."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Failure] = {}
@@ -45,7 +45,7 @@ class Failures:
     def add(
         self, name: str, reason: AdapterReason, message: str, now: float, *, retry_after: float | None = None
     ) -> Failure:
-        """Note a failed action and when to try again: later each time, and not all pods at once."""
+        """Record a failed action and the time of its retry. The delay grows each time, with jitter between the pods."""
         before = self._by_name.get(name)
         attempts = before.attempts + 1 if before and (before.reason in SELDOM) == (reason in SELDOM) else 1
         first, most = LATE if reason in SELDOM else SOON
@@ -56,10 +56,10 @@ class Failures:
         return failure
 
     def note(self, name: str, reason: AdapterReason, message: str) -> bool:
-        """Note what is found at every look, so nothing is held back for it; whether it is new."""
+        """Record a failure that every round finds again, so it needs no delay. Return whether it is new."""
         before = self._by_name.get(name)
         if before is not None and before.reason == reason:
-            return False  # the first message stays: figures that change by the second would be news each time
+            return False  # keep the first message: its numbers change every round, and each change would be written
         self._by_name[name] = Failure(reason, message[:1000], 0, 0.0)
         return True
 
@@ -67,63 +67,64 @@ class Failures:
         self._by_name.pop(name, None)
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Forget all others."""
+        """Forget the failures of all other names."""
         self._by_name = {name: failure for name, failure in self._by_name.items() if name in names}
 
     def retry_now(self, reasons: Collection[AdapterReason] | None = None) -> None:
-        """Something changed that may have cured them, or those of such reasons: they wait no longer."""
+        """End the delay of all failures, or of those with one of `reasons`, after a change that may fix them."""
         for failure in self._by_name.values():
             if reasons is None or failure.reason in reasons:
                 failure.attempts, failure.retry_at = 0, 0.0
 
     def held_back(self, now: float) -> frozenset[str]:
-        """Names whose time to try again has not come."""
+        """Return the names whose retry is not due."""
         return frozenset(name for name, failure in self._by_name.items() if failure.retry_at > now)
 
     def next_retry(self, now: float) -> float | None:
-        """Seconds until the first of them may be tried again."""
+        """Return the seconds until the next retry is due, or None if no failure is waiting."""
         waits = [failure.retry_at - now for failure in self._by_name.values() if failure.retry_at > now]
         return min(waits, default=None)
 
 
 class Idleness:
-    """Since when the adapters that are to go have been idle."""
+    """Since when the adapters that drain have been idle."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
     def see(self, leaving: Iterable[str], active: Collection[str] | None, now: float) -> None:
-        """`active` None: it is not known what runs, so no one counts as idle."""
+        """Record the idle adapters. If `active` is None, the requests are unknown, and no adapter counts as idle."""
         if active is None:
             self._since = {}
             return
         self._since = {name: self._since.get(name, now) for name in leaving if name not in active}
 
     def drained(self, seconds: float, now: float) -> frozenset[str]:
-        """Those that have been idle for so long."""
+        """Return the names that have been idle for at least `seconds`."""
         return frozenset(name for name, since in self._since.items() if now - since >= seconds)
 
 
 @dataclass
 class Readiness:
-    """Whether the engine's present process has what it needs.
+    """Whether the current process of the engine has its required adapters.
 
-    Required is what was wanted when this start of the engine was first seen. Once all of that was loaded, or has failed for
-    good, the pod is ready until the engine starts again: an adapter that is added later makes no ready pod unready.
+    Required are the adapters that were wanted when this start of the engine was first observed. When each of them is
+    loaded or Failed, the pod is ready until the engine starts again. An adapter that is added later does not make the
+    pod unready.
     """
 
-    started: bool = False  # a start of the engine was seen
-    required: frozenset[str] | None = None  # None until something was wanted
+    started: bool = False  # a start of the engine was observed
+    required: frozenset[str] | None = None  # None until the wanted adapters are known
     complete: bool = False
-    had: frozenset[str] = field(default_factory=frozenset)  # wanted adapters that the engine was seen to have
+    had: frozenset[str] = field(default_factory=frozenset)  # wanted adapters, loaded when last observed
 
     def restarted(
         self, wanted: Wanted | None, engine: Mapping[str, str], adapters_dir: str, busy: Collection[str], other: bool
     ) -> bool:
-        """Whether this is another process of the engine than the one seen before.
+        """Return whether the engine has started again since the last observation.
 
-        It is when an adapter is missing that nobody took away. `other`: the process went away in between, or says so
-        itself; that counts where nothing was loaded by which it could be told.
+        It has if a loaded adapter is missing and no action of the agent runs for it. `other`: the engine was gone in
+        between, and its start time differs or is unknown. `other` counts only if no adapter was loaded before.
         """
         if not self.started:
             return True
@@ -138,11 +139,11 @@ class Readiness:
         return bool(missing) or (other and not self.had)
 
     def start(self) -> None:
-        """A new process of the engine: everything is required again."""
+        """Record a start of the engine. All wanted adapters are required again."""
         self.started, self.required, self.complete, self.had = True, None, False, frozenset()
 
     def see(self, wanted: Wanted | None, engine: Mapping[str, str], adapters_dir: str, failures: Failures) -> bool:
-        """Note what is there; whether the pod is ready, given that the engine answers."""
+        """Record the loaded adapters. Return whether the pod is ready, provided that the engine answers."""
         if wanted is None or not self.started:
             return False
         by_name = {adapter.engine_name: adapter for adapter in wanted.adapters}

@@ -1,15 +1,15 @@
-"""Why an adapter is not loaded: the reasons that the residency tells, and how each of them is treated (PURE).
+"""Why an adapter is not loaded: the reasons in the residency, and how the agent retries each of them (PURE).
 
-docs/agent.md explains every one of them to the user; a test keeps the two lists equal.
+docs/agent.md explains every reason to the user. A test keeps the two lists equal.
 """
 
 from enum import StrEnum
 
 
 class AdapterReason(StrEnum):
-    """In ResidentAdapter.reason and as the metrics' label `reason`."""
+    """The values of ResidentAdapter.reason and of the metrics' label `reason`."""
 
-    # The adapter's own fault: nothing helps until someone changes something.
+    # Faults of the adapter itself: retries do not help until somebody changes something.
     NAME_INVALID = "NameInvalid"
     URI_INVALID = "UriInvalid"
     FILE_MISSING = "FileMissing"
@@ -23,9 +23,9 @@ class AdapterReason(StrEnum):
     STORAGE_DENIED = "StorageDenied"
     SIGNATURE_INVALID = "SignatureInvalid"
     ENGINE_REJECTED = "EngineRejected"
-    # The disk's: looked at again all the time, because space comes back when another adapter goes.
+    # Fault of the disk: checked in every round, because space becomes free when another adapter is removed.
     DISK_FULL = "DiskFull"
-    # The surroundings': every adapter of the pod may have it, and it passes.
+    # Faults of the surroundings: every adapter of the pod may be affected, and the fault passes.
     SIGNATURE_MISSING = "SignatureMissing"
     SIGNATURE_KEY_UNKNOWN = "SignatureKeyUnknown"
     CREDENTIALS_INVALID = "CredentialsInvalid"
@@ -37,8 +37,9 @@ class AdapterReason(StrEnum):
     INTERNAL_ERROR = "InternalError"
 
 
-# Waiting for these does not help: the state is Failed, and no pod stays unready for them. The others end by themselves, and a
-# pod that starts while the store's key is expired must not take the place of one that has its adapters.
+# For these reasons waiting does not help: the state is Failed, and no pod stays unready because of them. The other
+# reasons pass, and the pod waits. A pod that starts while the store's key is expired must not replace a pod that has
+# its adapters.
 FAILED = frozenset(
     {
         AdapterReason.NAME_INVALID,
@@ -57,23 +58,23 @@ FAILED = frozenset(
         AdapterReason.DISK_FULL,
     }
 )
-SELDOM = FAILED - {AdapterReason.DISK_FULL}  # tried again after minutes
+SELDOM = FAILED - {AdapterReason.DISK_FULL}  # retried with the long delays
 
-# What may be cured by another key in the storage Secret, by other public keys, and by another process of the engine.
+# The reasons that a change of the storage Secret, of the public keys, or a restart of the engine may fix.
 OF_STORAGE = frozenset(
     {
         AdapterReason.CREDENTIALS_INVALID,
         AdapterReason.STORAGE_DENIED,
         AdapterReason.STORAGE_UNAVAILABLE,
-        AdapterReason.FILE_MISSING,  # another endpoint or bucket
+        AdapterReason.FILE_MISSING,  # the Secret may name another endpoint or bucket
     }
 )
-OF_KEYS = frozenset({AdapterReason.SIGNATURE_INVALID, AdapterReason.SIGNATURE_KEY_UNKNOWN})  # by other public keys
+OF_KEYS = frozenset({AdapterReason.SIGNATURE_INVALID, AdapterReason.SIGNATURE_KEY_UNKNOWN})
 OF_ENGINE = frozenset({AdapterReason.ENGINE_REJECTED, AdapterReason.ENGINE_UNAVAILABLE, AdapterReason.ENGINE_TIMEOUT})
 
 
 class AdapterError(Exception):
-    """An adapter that cannot be had now. `retry_after`: seconds that the other side asks for."""
+    """The reason why an adapter cannot be served now. `retry_after`: seconds that the store asks the agent to wait."""
 
     def __init__(self, reason: AdapterReason, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)

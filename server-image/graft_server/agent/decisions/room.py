@@ -1,20 +1,20 @@
-"""Who gets the room on the disk (PURE).
+"""Share the disk space between the adapters (PURE).
 
-What is wanted comes first, in the order in which it is wanted. Versions that nobody wants any more stay for a quick way back
-while there is room for them, the least recently used go first. Nothing that is wanted or that the engine has ever goes.
+Wanted adapters come first, in their order. Versions that are no longer wanted are kept for a fast rollback while there
+is space. The least recently used of them are deleted first. A version that is wanted or loaded is never deleted.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 GIB = 1 << 30
-RESERVE = 256 << 20  # bytes of the disk that are never filled: logs and other pods' files need some
-SPARE_SHARE = 0.2  # of the disk, left free by versions that are only kept: the kubelet evicts pods below 10 to 15 %
+RESERVE = 256 << 20  # bytes of the disk that stay free for logs and for files of other pods
+SPARE_SHARE = 0.2  # of the disk, not used for kept versions: the kubelet evicts pods below 10 to 15 % free space
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes for everything, and bytes that versions may take which are only kept."""
+    """Bytes that all versions may take, and bytes up to which unwanted versions are kept."""
 
     total: int = 1 << 62
     kept: int = 1 << 62
@@ -22,9 +22,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Asked:
-    """A wanted adapter that is not on the disk. `size` None: its manifest was not read yet.
+    """A wanted adapter that is not completely on the disk. `size` is None until its manifest has been read.
 
-    `placed`: its room is taken already, a download runs or has left a part. `waiting`: nothing is to be started for it now.
+    `placed`: its space is reserved, because a download runs or has left a part. `waiting`: it must not be started now.
+    `failed`: it has a failure.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Kept:
-    """A version that nobody wants; `used_at` in seconds since the epoch."""
+    """A version on the disk that is no longer wanted. `used_at` is in seconds since the epoch."""
 
     size: int
     used_at: float
@@ -44,7 +45,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Share:
-    """What may be fetched, what does not fit and why, and what goes."""
+    """The adapters to download, those that do not fit with the reason, and the kept versions to delete."""
 
     fetch: list[str] = field(default_factory=list)
     refuse: dict[str, str] = field(default_factory=dict)
@@ -52,9 +53,10 @@ class Share:
 
 
 def capacity(cache_bytes: int | None, used: int, free: int, disk: int) -> Capacity:
-    """What the adapters' directory may hold, that has `used` bytes on a file system of `disk` bytes with `free` of them free.
+    """Return the capacity of the adapters' directory, of which `used` bytes are used.
 
-    With `cache_bytes` that is the limit, for kept versions, too; without it they leave a part of the disk free.
+    Its file system has `disk` bytes, of which `free` bytes are free.
+    `cache_bytes` limits wanted and kept versions. Without it, kept versions leave a part of the disk free.
     """
     total = used + max(0, free - RESERVE)
     if cache_bytes is not None:
@@ -63,11 +65,13 @@ def capacity(cache_bytes: int | None, used: int, free: int, disk: int) -> Capaci
 
 
 def share_out(asked: Iterable[Asked], kept: Mapping[str, Kept], held: int, soon: int, room: Capacity) -> Share:
-    """Share out the room. `held`: bytes of what is on the disk and must stay now; `soon`: those of them that nobody wants, so that
-    they are free once the engine has let go of them.
+    """Decide which adapters get disk space.
 
-    An adapter whose manifest was not read yet is thought to be as large as the one that is looked at, so where room is short
-    nobody takes what belongs to one before it, and where there is enough nobody waits.
+    `held`: bytes on the disk that must stay now. `soon`: the part of `held` that is not wanted, and becomes free after
+    the engine has unloaded it.
+
+    An adapter whose manifest has not been read counts with the size of the adapter that is being decided. So if space
+    is short, no adapter takes space that an earlier one needs. If there is enough space, no adapter waits.
     """
     share = Share()
     asked = list(asked)
@@ -85,7 +89,7 @@ def share_out(asked: Iterable[Asked], kept: Mapping[str, Kept], held: int, soon:
             share.refuse[one.name] = _does_not_fit(one.size, taken - soon, room.total)
         elif taken + need * (1 + unknown) <= room.total:
             taken += need
-            if there + need <= room.total:  # else the kept ones go first
+            if there + need <= room.total:  # if not, kept versions must be deleted first
                 there += need
                 share.fetch.append(one.name)
     limit = min(room.total - taken, room.kept - taken)
@@ -100,8 +104,8 @@ def share_out(asked: Iterable[Asked], kept: Mapping[str, Kept], held: int, soon:
 
 def _does_not_fit(size: int, taken: int, total: int) -> str:
     return (
-        f"it needs {_gib(size)}, and {_gib(max(0, total - taken))} of {_gib(total)} are left for it: "
-        f"attach fewer adapters, or give the adapters' volume more room"
+        f"it needs {_gib(size)}, but only {_gib(max(0, total - taken))} of {_gib(total)} are left for it: attach fewer "
+        "adapters, or give the adapters' volume more space (limits.adapterBytesPerReplica, if it is set)"
     )
 
 

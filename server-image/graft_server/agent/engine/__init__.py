@@ -1,4 +1,4 @@
-"""The engine beside the agent: its HTTP contract, and what was last seen of it.
+"""The engine of the pod: a client for its HTTP API, and the state that the agent last observed.
 
-It does not know object storage.
+This package does not know object storage.
 """

@@ -1,4 +1,4 @@
-"""The engine's HTTP contract (docs: vLLM's runtime LoRA loading), as a client: health, models, load, unload, what runs."""
+"""A client for the engine's HTTP API (docs: vLLM's runtime LoRA loading): health, models, load, unload and metrics."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,10 @@ ACTIVE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 class EngineDown(Exception):
-    """No usable answer. `gone`: nothing listens there, so a process that answers later is another one."""
+    """The engine gave no usable answer.
+
+    `gone`: nothing listens on the port, so a later answer comes from a new process.
+    """
 
     def __init__(self, message: str, *, gone: bool = False) -> None:
         super().__init__(message)
@@ -22,11 +25,11 @@ class EngineDown(Exception):
 
 
 class EngineSlow(Exception):
-    """A change was asked for and the answer has not come in time. It may have been made, or may be later."""
+    """The engine did not answer a load or unload in time. It may have done it, or may still do it."""
 
 
 class EngineRefused(Exception):
-    """The engine answered that it will not."""
+    """The engine refused a load or unload."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -34,7 +37,7 @@ class EngineRefused(Exception):
 
 
 def error_message(status: int, body: bytes) -> str:
-    """The message of an engine's error, in the nested or the older flat shape, or its first bytes."""
+    """Return the message of an engine's error: from the nested or the older flat JSON form, or the first 500 bytes."""
     text = body[:500].decode(errors="replace").strip()
     try:
         answer = json.loads(body)
@@ -47,10 +50,11 @@ def error_message(status: int, body: bytes) -> str:
 
 
 def active_adapters(exposition: str) -> frozenset[str]:
-    """Names of the adapters that requests run or wait for.
+    """Return the names of the adapters that running or waiting requests use.
 
-    vLLM leaves the series of former combinations in its registry; a sample's value is its time, so the newest one of each
-    engine process counts. Where no request at all is running or waiting, that sample is a leftover and nothing is active.
+    vLLM keeps the series of former combinations in its registry. A sample's value is its time, so only the newest
+    sample of each engine process counts. If no request is running or waiting, that sample is outdated and no adapter is
+    active.
     """
     newest: dict[str, tuple[float, frozenset[str]]] = {}
     counts: list[float] = []
@@ -71,7 +75,7 @@ def active_adapters(exposition: str) -> frozenset[str]:
 
 
 def process_start(exposition: str) -> float | None:
-    """When the engine's process started, in seconds since the epoch, where it says so."""
+    """Return the start time of the engine's process in seconds since the epoch, or None if its metrics lack it."""
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
             if sample.name == "process_start_time_seconds":
@@ -80,7 +84,7 @@ def process_start(exposition: str) -> float | None:
 
 
 class EngineClient:
-    """One engine."""
+    """The client of one engine."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, *, load_seconds: float = LOAD_SECONDS) -> None:
         self._session = session
@@ -88,7 +92,7 @@ class EngineClient:
         self._load_seconds = load_seconds
 
     async def models(self) -> dict[str, str]:
-        """Healthy, and this is what it lists: name -> root path. EngineDown otherwise."""
+        """Return the models that the engine lists: name -> root path. Raises EngineDown if it is not healthy."""
         await self._read("/health")
         try:
             listing = json.loads(await self._read("/v1/models"))
@@ -97,11 +101,14 @@ class EngineClient:
             raise EngineDown(f"/v1/models: {error!r}") from error
 
     async def exposition(self) -> str:
-        """Its Prometheus metrics."""
+        """Return the engine's Prometheus metrics as text."""
         return (await self._read("/metrics")).decode(errors="replace")
 
     async def load(self, name: str, path: str) -> None:
-        """Load an adapter. EngineRefused with the engine's words; loading what is loaded from the same path is done."""
+        """Load an adapter. If it is already loaded from the same path, this succeeds.
+
+        Raises EngineRefused with the engine's message.
+        """
         try:
             await self._change("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         except EngineRefused as refusal:
@@ -109,7 +116,7 @@ class EngineClient:
                 raise
 
     async def unload(self, name: str) -> None:
-        """Make the engine forget an adapter; one that it does not know is forgotten already."""
+        """Unload an adapter. If the engine does not have it, this succeeds."""
         try:
             await self._change("/v1/unload_lora_adapter", {"lora_name": name})
         except EngineRefused:
@@ -145,5 +152,5 @@ class EngineClient:
         if response.status in (429, 502, 503, 504):
             raise EngineDown(f"{path}: {response.status} {message}")
         if response.status in (404, 405) and message in ("Not Found", "Method Not Allowed"):
-            message = f"the engine has no {path}: it must be started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            message = f"the engine has no {path}: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         raise EngineRefused(response.status, message)

@@ -1,4 +1,4 @@
-"""What the agent knows of the engine beside it: what it lists, whether it is another process, whether the pod is ready."""
+"""The state of the engine as the agent last observed it: its models, restarts, and whether the pod is ready."""
 
 import asyncio
 import logging
@@ -15,12 +15,12 @@ from graft_server.agent.report.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-TOLERATED_MISSES = 3  # answers that may time out in a row before the operator is told that the engine is away
-FRESH_SECONDS = 0.5
+TOLERATED_MISSES = 3  # failed requests in a row after which the engine's last answer is discarded
+FRESH_SECONDS = 0.5  # age up to which an observation may answer a probe
 
 
 class EngineView:
-    """The engine as it was seen last."""
+    """The engine as it was last observed."""
 
     def __init__(
         self,
@@ -41,24 +41,24 @@ class EngineView:
         self._process: float | None = None
         self._observing = asyncio.Lock()
         self._observed_at = float("-inf")
-        self.models: dict[str, str] | None = None  # what it listed last, while that may be believed
+        self.models: dict[str, str] | None = None  # the last listing; None if it is no longer reliable
         self.answering = False
-        self.why_not = "the engine was not asked yet"
+        self.why_not = "the agent has not asked the engine yet"
         self.started: str | None = None  # changes when the engine restarts
 
     @property
     def stale(self) -> bool:
-        """Whether the last look is too old to answer a probe with."""
+        """Return whether the last observation is too old to answer a probe."""
         return time.monotonic() - self._observed_at > FRESH_SECONDS
 
     def ready(self, wanted: Wanted | None) -> bool:
-        """Whether the engine has the base model and everything that was wanted when it started."""
+        """Return whether the engine lists the base model, and each adapter wanted at its start is loaded or Failed."""
         if self.models is None or wanted is None or (self._base is not None and self._base not in self.models):
             return False
         return self._readiness.complete
 
     async def observe(self, wanted: Wanted | None, busy: Collection[str]) -> bool:
-        """Ask the engine what it is and has; whether that makes news."""
+        """Ask the engine for its models. Return whether its readiness or its start time has changed."""
         async with self._observing:
             before = (self.ready(wanted), self.started)
             try:
@@ -83,7 +83,7 @@ class EngineView:
             log.info("the engine started", extra={"engine_started": started, "models": sorted(models)})
             self._metrics.restarts.inc()
             self._readiness.start()
-            self._failures.retry_now(OF_ENGINE)  # another process may be another version of it, or have other flags
+            self._failures.retry_now(OF_ENGINE)  # the new process may have another version or other flags
             self.started = started
         self._gone, self._misses, self.models = False, 0, models
         self.answering = self._base is None or self._base in models
@@ -102,15 +102,15 @@ class EngineView:
         return now is None or now != self._process
 
     async def active(self) -> frozenset[str] | None:
-        """Adapters that requests run or wait for; None when that is not known."""
+        """Return the adapters that running or waiting requests use, or None if the metrics are not readable."""
         try:
             return active_adapters(await self._client.exposition())
         except (EngineDown, ValueError) as error:
-            log.warning("what runs in the engine is not known, so nothing is unloaded: %s", error)
+            log.warning("cannot read which adapters the engine's requests use, so no adapter is unloaded: %s", error)
             return None
 
     async def died(self) -> str | None:
-        """How the engine does not answer now; None where it does."""
+        """Return the error if the engine does not answer now, else None."""
         try:
             await self._client.models()
         except EngineDown as error:

@@ -1,4 +1,4 @@
 """What the agent reports: the residency of its pod to the operator, and metrics to Prometheus.
 
-It does not change what it reports about.
+This package only reports. It changes neither the engine nor the disk.
 """

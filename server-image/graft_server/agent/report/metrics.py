@@ -11,48 +11,50 @@ STATES = get_args(AdapterState)
 
 
 class Metrics:
-    """Of one agent."""
+    """The metrics of one agent."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.load_seconds = Histogram(
             "graft_agent_adapter_load_seconds",
-            "From the decision to fetch an adapter until the engine has it; stage download or load for its parts.",
+            "Seconds by stage: download, load, and all from the decision to download until the engine has the adapter.",
             ["stage"],
             buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320),
             registry=self.registry,
         )
         self.bytes = Counter(
-            "graft_agent_downloaded_bytes", "Bytes of verified adapters fetched.", registry=self.registry
+            "graft_agent_downloaded_bytes", "Bytes of verified adapters that were downloaded.", registry=self.registry
         )
         self.resumed_bytes = Counter(
-            "graft_agent_resumed_bytes", "Bytes that an earlier attempt had left on disk.", registry=self.registry
+            "graft_agent_resumed_bytes", "Bytes that an earlier attempt had already downloaded.", registry=self.registry
         )
         self.downloads = Counter(
             "graft_agent_downloads",
-            "Downloads of versions that ended; result done, failed, or abandoned when no longer wanted.",
+            "Ended downloads of versions: done, failed, or abandoned because the version was no longer wanted.",
             ["result"],
             registry=self.registry,
         )
         self.cache_bytes = Gauge(
             "graft_agent_cache_bytes",
-            "Bytes on disk; use wanted, or kept of versions that are not wanted any more.",
+            "Bytes on disk, by use: wanted, or kept for versions that are no longer wanted.",
             ["use"],
             registry=self.registry,
         )
-        self.cache_limit = Gauge("graft_agent_cache_limit_bytes", "What the disk holds.", registry=self.registry)
+        self.cache_limit = Gauge(
+            "graft_agent_cache_limit_bytes", "Bytes that the adapters may take on the disk.", registry=self.registry
+        )
         self.evictions = Counter(
-            "graft_agent_evictions", "Kept versions that were deleted to make room.", registry=self.registry
+            "graft_agent_evictions", "Kept versions that were deleted to free space.", registry=self.registry
         )
         self.failures = Counter(
             "graft_agent_failures", "Actions that failed, by reason.", ["reason"], registry=self.registry
         )
         self.unloads = Counter("graft_agent_unloads", "Adapters unloaded after draining.", registry=self.registry)
-        self.restarts = Counter("graft_agent_engine_starts", "Starts of the engine seen.", registry=self.registry)
-        self.adapters = Gauge("graft_agent_adapters", "Adapters, by state.", ["state"], registry=self.registry)
+        self.restarts = Counter("graft_agent_engine_starts", "Observed starts of the engine.", registry=self.registry)
+        self.adapters = Gauge("graft_agent_adapters", "Adapters by state.", ["state"], registry=self.registry)
         self.resident = Gauge(
             "graft_agent_adapter_resident",
-            "1 for each adapter that the engine has.",
+            "1 for each adapter that the engine has loaded.",
             ["adapter"],
             registry=self.registry,
         )
@@ -60,7 +62,7 @@ class Metrics:
         self.engine_up = Gauge("graft_agent_engine_up", "1 while the engine answers.", registry=self.registry)
         self.wanted_age = Gauge(
             "graft_agent_wanted_age_seconds",
-            "Seconds since the API server last confirmed what is wanted; -1 before the first time.",
+            "Seconds since the API server last confirmed the wanted adapters; -1 before the first time.",
             registry=self.registry,
         )
 
@@ -76,5 +78,5 @@ class Metrics:
                 self.resident.labels(adapter.adapter).set(1)
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)

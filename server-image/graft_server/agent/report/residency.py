@@ -1,4 +1,4 @@
-"""What this pod tells the operator: built from what is seen (PURE), and written when it changed."""
+"""The residency of this pod for the operator: built from the observed state (PURE), and written when it changes."""
 
 import asyncio
 import logging
@@ -13,13 +13,14 @@ from graft_server.configmaps import ConfigMaps, KubeError
 
 log = logging.getLogger(__name__)
 
-MISSING_SECONDS = 2.0  # between two looks for a ConfigMap that the operator has yet to make
-# A ConfigMap holds 1 MiB for all pods, and a deployment up to 128 adapters: where many fail their messages are cut short.
+MISSING_SECONDS = 2.0  # longest delay between two reads of a ConfigMap that the operator has not created yet
+# A ConfigMap holds 1 MiB for all pods, and a deployment has up to 128 adapters. So if many adapters fail, their
+# messages are shortened. Both numbers are characters: for all messages of a pod, and the minimum for one message.
 MESSAGES_CHARS, LEAST_CHARS = 16_000, 100
-# What is only on its way waits so long for its end: the operator looks at the deployment for each write, and would be busy
-# with that when the end comes.
+# The operator reconciles the deployment after each write. So a change to Pending or Loading waits this long for an
+# outcome, and is written together with it. Otherwise the operator would be busy when the outcome comes.
 SETTLE_SECONDS = 0.3
-CHECK_SECONDS = 60.0  # how often the key is read back, for a ConfigMap that was made anew
+CHECK_SECONDS = 60.0  # how often the key is read back, because the ConfigMap may have been created anew
 
 
 def resident_adapters(
@@ -31,8 +32,7 @@ def resident_adapters(
     failures: Failures,
     load_seconds: Mapping[str, float],
 ) -> list[ResidentAdapter]:
-    """The adapters in this pod: the wanted ones in their order, then those that drain."""
-
+    """Return the adapters in this pod: the wanted adapters in their order, then the draining ones."""
     longest = max(LEAST_CHARS, MESSAGES_CHARS // max(1, len(failures.names)))
 
     def words(failure: Failure | None) -> str | None:
@@ -99,7 +99,7 @@ class Publisher:
         self.writes = 0
 
     def publish(self, residency: Residency) -> None:
-        """Take note; it is written when it differs from what is there."""
+        """Take the newest residency. run() writes it if it differs from the ConfigMap."""
         text = residency.json_text()
         if text == self._newest:
             return
@@ -110,7 +110,7 @@ class Publisher:
         self._wake.set()
 
     async def run(self) -> None:
-        """Writes until it is cancelled. A missing ConfigMap is the operator's to make: wait for it."""
+        """Write until cancelled. If the ConfigMap does not exist, wait until the operator has created it."""
         failed, longest = 0, 0.0
         while True:
             try:
@@ -122,7 +122,7 @@ class Publisher:
                 failed += 1
                 longest = MISSING_SECONDS if error.status == 404 else self._backoff[1]
                 if error.status != 404 or failed % 10 == 1:
-                    log.warning("residency is not written: %s", error, extra={"status": error.status})
+                    log.warning("cannot write the residency: %s", error, extra={"status": error.status})
             if failed:
                 delay = min(longest, self._backoff[0] * 2 ** min(failed - 1, 10))
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
@@ -147,7 +147,7 @@ class Publisher:
 
 
 def _outcome(residency: Residency) -> object:
-    """What of it somebody waits for: all but what is only on its way."""
+    """Return the part that is written without delay: everything except adapters that are Pending or Loading."""
     settled = [
         (item.engine_name, item.state) for item in residency.adapters if item.state not in {"Pending", "Loading"}
     ]

@@ -1,4 +1,4 @@
-"""From object storage to the adapters' folder on disk: download, digests, signatures, and checks of foreign files.
+"""From object storage to the adapters' folder on disk: downloads, digests, signatures, and checks of untrusted files.
 
-It does not know the engine.
+This package does not know the engine.
 """

@@ -1,4 +1,4 @@
-"""adapter_config.json reduced to known keys and checked (PURE). What is not known here never reaches the engine."""
+"""Check adapter_config.json and reduce it to known keys (PURE). Unknown keys never reach the engine."""
 
 import json
 from typing import Any
@@ -46,28 +46,31 @@ PROMPT_KEYS = frozenset(
         "peft_version",
     }
 )
-# Not known, and not to be dropped in silence either: they name code to run or change what the weights mean.
+# Keys that must not be dropped silently: they name code to run or change the meaning of the weights.
 REFUSED = {
     "auto_map": "names code to run",
-    "lora_bias": "is set, and engines know no bias",
-    "trainable_token_indices": "is set, and engines do not know it",
-    "layer_replication": "is set, and engines do not know it",
-    "target_parameters": "is set, and engines do not know it",
-    "use_qalora": "is set, and engines do not know it",
-    "use_bdlora": "is set, and engines do not know it",
-    "alora_invocation_tokens": "is set, and engines do not know it",
+    "lora_bias": "is set, but engines do not support a bias",
+    "trainable_token_indices": "is set, but engines do not support it",
+    "layer_replication": "is set, but engines do not support it",
+    "target_parameters": "is set, but engines do not support it",
+    "use_qalora": "is set, but engines do not support it",
+    "use_bdlora": "is set, but engines do not support it",
+    "alora_invocation_tokens": "is set, but engines do not support it",
 }
 
 
 class ConfigRejected(AdapterError):
-    """The config is none that may be served; the message says why."""
+    """The config cannot be served. The message says why."""
 
     def __init__(self, message: str, reason: AdapterReason = AdapterReason.CONFIG_INVALID) -> None:
         super().__init__(reason, message)
 
 
 def reduced_config(data: bytes, manifest_rank: int | None, max_rank: int) -> dict[str, Any]:
-    """The known keys of a LoRA's or a tuned prompt's config. ConfigRejected when it is neither, or not as its manifest says."""
+    """Return the known keys of the config of a LoRA or a tuned prompt.
+
+    Raises ConfigRejected if the config is of another type, or if its rank differs from the manifest.
+    """
     config = _document("adapter_config.json", data)
     for key, why in REFUSED.items():
         if config.get(key):
@@ -78,14 +81,16 @@ def reduced_config(data: bytes, manifest_rank: int | None, max_rank: int) -> dic
         case "PROMPT_TUNING":
             return _prompt(config)
         case other:
-            raise ConfigRejected(f"adapter_config.json: peft_type is {other!r}; LORA and PROMPT_TUNING are served")
+            raise ConfigRejected(
+                f"adapter_config.json: peft_type is {other!r}; only LORA and PROMPT_TUNING can be served"
+            )
 
 
 def _lora(config: dict[str, Any], manifest_rank: int | None, max_rank: int) -> dict[str, Any]:
     if config.get("use_dora"):
-        raise ConfigRejected("adapter_config.json: use_dora is set; engines do not serve DoRA")
+        raise ConfigRejected("adapter_config.json: use_dora is set, but engines do not support DoRA")
     if config.get("bias") not in (None, "none"):
-        raise ConfigRejected(f"adapter_config.json: bias is {config['bias']!r}; only none is served")
+        raise ConfigRejected(f"adapter_config.json: bias is {config['bias']!r}; only none can be served")
 
     rank = config.get("r")
     if type(rank) is not int or rank < 1:
@@ -97,7 +102,7 @@ def _lora(config: dict[str, Any], manifest_rank: int | None, max_rank: int) -> d
         raise ConfigRejected("adapter_config.json: rank_pattern is not a map of ranks")
     if (highest := max([rank, *pattern.values()])) > max_rank:
         raise ConfigRejected(
-            f"adapter_config.json: rank {highest} is above the deployment's maxLoraRank {max_rank}",
+            f"adapter_config.json: rank {highest} is above the deployment's limits.maxLoraRank {max_rank}",
             AdapterReason.RANK_TOO_HIGH,
         )
 
@@ -116,7 +121,7 @@ def _prompt(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tokenizer_config(data: bytes) -> None:
-    """ConfigRejected when tokenizer_config.json names code to run."""
+    """Raise ConfigRejected if tokenizer_config.json names code to run."""
     if _document("tokenizer_config.json", data).get("auto_map"):
         raise ConfigRejected("tokenizer_config.json: auto_map names code to run")
 
@@ -125,7 +130,7 @@ def _document(name: str, data: bytes) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ConfigRejected(f"{name} is no JSON: {error}") from error
+        raise ConfigRejected(f"{name} is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ConfigRejected(f"{name} is no JSON object")
+        raise ConfigRejected(f"{name} is not a JSON object")
     return document

@@ -1,8 +1,8 @@
 """Download a version from object storage and verify every digest before the version is used.
 
 There are three steps: `inspect` reads the manifest, `fetch_file` downloads one file, `finish` checks the files and
-renames the folder. The manifest is read first, because the files need space on the disk. An attempt reuses the bytes that
-an earlier attempt left, and reads them again for the digest.
+renames the folder. The manifest is read first, because the files need space on the disk. An attempt reuses the bytes
+that an earlier attempt left, and reads them again for the digest.
 """
 
 import hashlib

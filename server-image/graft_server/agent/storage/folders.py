@@ -1,10 +1,10 @@
 """The adapters' directory on disk, which the engine reads.
 
-<engine name>/            complete and verified: renamed into place after everything in it has reached the disk
-.partial-<engine name>/   on its way; a later attempt goes on with the bytes that are there
+<engine name>/            complete and verified: renamed to this name after all its files are written to the disk
+.partial-<engine name>/   an unfinished download; a later attempt resumes it
 .gone-<engine name>/      being deleted
 
-So a process that is killed at any instruction leaves nothing that could be taken for more than it is.
+So if the process is killed at any instruction, an incomplete folder never looks complete.
 """
 
 import os
@@ -17,37 +17,37 @@ from graft_server.agent.decisions.decide import OUR_NAME, OnDisk
 
 PARTIAL = ".partial-"
 GONE = ".gone-"
-DIGEST_FILE = "manifest.digest"  # the digest that the folder was verified against; its time is when it was last used
+DIGEST_FILE = "manifest.digest"  # holds the digest of the verified manifest; its mtime is the time of the last use
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in the directory: complete folders, and what is neither complete nor of use by itself, by engine name."""
+    """The contents of the directory, by engine name: complete folders, and incomplete ones."""
 
     complete: dict[str, OnDisk] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
-    bytes: int = 0  # of everything
+    bytes: int = 0  # of all folders together
 
 
 class Folders:
-    """One adapters' directory. Its methods block; no two may work on one name at a time."""
+    """One adapters' directory. Its methods block. The caller must not use one name in two threads at a time."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def place(self, name: str) -> Path:
-        """Where the engine finds an adapter."""
+        """Return the path where the engine finds an adapter."""
         return self.root / name
 
     def partial(self, name: str) -> Path:
-        """The folder of a download, made where it is not there."""
+        """Return the folder of a download. Create it if it does not exist."""
         folder = self.root / f"{PARTIAL}{name}"
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)  # the engine runs as another user
         return folder
 
     def open(self) -> list[str]:
-        """Make the directory, and finish the deletions that an earlier process began; their names."""
+        """Create the directory. Finish the deletions that an earlier process started, and return their folders."""
         self.root.mkdir(parents=True, exist_ok=True)
         graves = sorted(folder.name for folder in self.root.iterdir() if folder.name.startswith(GONE))
         for grave in graves:
@@ -55,7 +55,7 @@ class Folders:
         return graves
 
     def contents(self) -> Contents:
-        """A look at what is there now. What a thread is renaming meanwhile may or may not be in it."""
+        """Return the current contents. A folder that another thread renames meanwhile may be missing."""
         complete: dict[str, OnDisk] = {}
         partial: set[str] = set()
         total = 0
@@ -74,36 +74,36 @@ class Folders:
         return Contents(complete, frozenset(partial), total)
 
     def free_bytes(self) -> tuple[int, int]:
-        """(bytes free to us, bytes of the whole file system)."""
+        """Return (free bytes, total bytes) of the file system."""
         found = os.statvfs(self.root)
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     def touch(self, name: str) -> None:
-        """Note that an adapter is used now."""
+        """Record that an adapter is used now."""
         with suppress(FileNotFoundError):
             os.utime(self.place(name) / DIGEST_FILE)
 
     def finish(self, name: str, digest: str) -> None:
-        """Give a verified download its place, by renames after everything has reached the disk."""
+        """Rename a verified download to its engine name, after all its files are written to the disk."""
         folder = self.partial(name)
         write(folder / DIGEST_FILE, digest.encode())
         sync(folder)
-        self._bury(self.place(name))  # a folder of another digest, or without one
+        self._bury(self.place(name))  # a folder with another digest or without one
         folder.rename(self.place(name))
         sync(self.root)
 
     def discard(self, name: str) -> None:
-        """Remove what is not complete."""
+        """Delete the incomplete folders of an adapter."""
         self._bury(self.root / f"{PARTIAL}{name}")
         if not (self.place(name) / DIGEST_FILE).exists():
             self._bury(self.place(name))
 
     def delete(self, name: str) -> None:
-        """Remove an adapter's files."""
+        """Delete the complete folder of an adapter."""
         self._bury(self.place(name))
 
     def _bury(self, folder: Path) -> None:
-        """First its name, so that a crash in between leaves nothing that looks complete."""
+        """Delete a folder. It is renamed first, so that after a crash no incomplete folder looks complete."""
         grave = self.root / f"{GONE}{folder.name.removeprefix(PARTIAL)}"
         with suppress(FileNotFoundError):
             shutil.rmtree(grave)
@@ -113,7 +113,7 @@ class Folders:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a small file that is on the disk when this returns."""
+    """Write a small file and flush it to the disk."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -121,7 +121,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
+    """Flush a folder's entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

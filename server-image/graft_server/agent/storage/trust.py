@@ -1,7 +1,7 @@
-"""Whether the operator has verified a version: its signature, checked before anything of it is loaded.
+"""Check the operator's signature of a version before it is loaded. The signature shows that the operator verified it.
 
-The public keys come from a ConfigMap of the operator's namespace, which no tenant can write; docs/signatures.md says what that
-protects from.
+The public keys come from a ConfigMap in the operator's namespace, which no tenant can write. docs/signatures.md
+describes the threats that signatures protect from.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Trust:
-    """The public keys that count, for the versions of one namespace."""
+    """The trusted public keys, for the versions of one namespace."""
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
@@ -26,16 +26,16 @@ class Trust:
 
     @property
     def read(self) -> bool:
-        """Whether the keys were looked for: what is wanted often comes first."""
+        """Return whether take() was called. The wanted adapters often arrive before the keys."""
         return self._keys is not None
 
     def take(self, configmaps: Snapshot) -> bool:
-        """Take what the ConfigMap says; whether that is new. One that is gone changes nothing."""
+        """Take the keys of the ConfigMap. Return whether they have changed. If it is missing, the known keys stay."""
         before = self._keys
         for data in configmaps.values():
             self._keys = trusted_keys(data)
             if foreign := sorted(set(data) - set(self._keys)):
-                log.error("entries that are no keys are ignored", extra={"entries": foreign})
+                log.error("ignored entries that are not public keys", extra={"entries": foreign})
         if self._keys is None:
             self._keys = {}
         if self._keys != before:
@@ -43,7 +43,7 @@ class Trust:
         return self._keys != before
 
     def check(self, adapter: WantedAdapter) -> None:
-        """AdapterError unless a trusted key signed exactly this version, for this namespace and under this name."""
+        """Raise AdapterError unless a trusted key signed exactly this version, for this namespace and engine name."""
         if adapter.signature is None:
             raise AdapterError(
                 AdapterReason.SIGNATURE_MISSING,
@@ -60,8 +60,10 @@ class Trust:
         self._check_name(adapter)
 
     def check_place(self, adapter: WantedAdapter, bucket: str) -> None:
-        """AdapterError unless a version that nobody has signed yet lies in the tenant's own part of the bucket, under its own name:
-        what may be brought, and no more than that."""
+        """Raise AdapterError unless the version lies in the tenant's part of the bucket and has its own engine name.
+
+        A version that passes may be downloaded before it is signed, but not loaded.
+        """
         self._check_name(adapter)
         try:
             split_s3_uri(adapter.uri)
@@ -77,5 +79,6 @@ class Trust:
         ours = engine_name(tenant_of(self._namespace), adapter.adapter, adapter.digest)
         if adapter.engine_name != ours:
             raise AdapterError(
-                AdapterReason.SIGNATURE_INVALID, f"what is meant is {ours}, and not {adapter.engine_name}"
+                AdapterReason.SIGNATURE_INVALID,
+                f"the engine name is {adapter.engine_name}, but this version's engine name is {ours}",
             )

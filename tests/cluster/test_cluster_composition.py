@@ -60,7 +60,7 @@ def test_a_version_is_composed_and_served(tenant: Tenant) -> None:
 def test_a_composition_waits_for_its_parents(tenant: Tenant) -> None:
     tenant.trained("first")
     both = Maker(tenant, "desk").compose("support@^1", "returns@1.0.0")
-    assert "returns@1.0.0: there is no such Adapter" in both.until("ParentMissing")["message"]
+    assert "returns@1.0.0: no Adapter matches" in both.until("ParentMissing")["message"]
     assert both.status()["stage"] == "Waiting" and both.jobs() == ["first"]
     tenant.trained("second", adapter="returns")
     both.until("Composing")
@@ -75,7 +75,7 @@ def test_parents_that_do_not_go_together_are_refused_without_a_pod(tenant: Tenan
     tenant.trained("second", adapter="returns", rank=4)
     both = Maker(tenant, "desk").compose("support@1.0.0", "returns@1.0.0", method="linear")
     text = both.until("ParentsIncompatible")["message"]
-    assert "support-1.0.0 has rank 8, returns-1.0.0 has rank 4; use method cat or svd" in text
+    assert "support-1.0.0 has rank 8, returns-1.0.0 has rank 4. Use method cat or svd" in text
     assert both.status()["stage"] == "Failed" and both.jobs() == ["first", "second"]
     Maker(tenant, "desk", "1.0.1").compose("support@1.0.0", "returns@1.0.0", method="svd").until("Composing")
 
@@ -127,7 +127,7 @@ def test_a_version_that_somebody_else_has_published_is_never_overwritten(tenant:
     tenant.gone("Adapter", "support-1.0.0")
     again = Maker(tenant, "support").create(**{"import": {"uri": "hf://org/name"}})
     text = again.until("VersionExists")["message"]
-    assert "was published before" in text and "another version, or an Adapter with artifact" in text
+    assert "is already published" in text and "another version, or one with spec.artifact" in text
     assert again.jobs() == ["first"]
 
 

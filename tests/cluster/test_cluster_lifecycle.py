@@ -287,7 +287,7 @@ def test_a_composition_has_its_archived_parent_restored(tenant: Tenant) -> None:
     both.until("Composing")
     assert files(tenant, "1.0.0") == WHOLE
     assert [item["name"] for item in both.status()["parents"]] == ["support-1.0.0", "returns-1.0.0"]
-    tenant.until("Adapter", "support-1.0.0", "Retained", "Needed", says="composed into another one")
+    tenant.until("Adapter", "support-1.0.0", "Retained", "Needed", says="a composition uses it as a parent")
 
 
 def test_a_compressed_version_whose_resource_is_made_anew(tenant: Tenant) -> None:

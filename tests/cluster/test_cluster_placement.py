@@ -59,7 +59,7 @@ def test_nothing_is_asked_of_the_gpus_before_the_data_was_looked_at(tenant: Tena
     seven = model(tenant, LLAMA_2_7B, "7b")
     tenant.job("typo", baseModel=seven, resources=None, method={"qlora": {}}, retries=5, queue="gpus")
     pod = tenant.running_pod("typo", preflight=True)
-    shown = tenant.until("FineTuneJob", "typo", "Succeeded", "Preparing", says="before GPUs are taken")
+    shown = tenant.until("FineTuneJob", "typo", "Succeeded", "Preparing", says="before GPUs are requested")
     assert shown["status"] == "Unknown" and tenant.status("FineTuneJob", "typo")["sizing"]["gpu"] == "NVIDIA-L4"
     spec: Any = tenant.get("Pod", pod)["spec"]
     assert spec["containers"][0]["command"][-1] == "preflight" and "nodeSelector" not in spec

@@ -95,7 +95,7 @@ def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None
     fleet, pods = serve(tenant, trained(tenant, *NAMES), replicas=2, slots=3)
     told = fleet.until("Degraded", "NoRoom", says="is on 1 replica instead of 2")
     assert told["status"] == "True"
-    assert "raise replicas to 3, or raise limits.adaptersPerReplica to 4" in told["message"]
+    assert "raise spec.replicas to 3, or raise spec.limits.adaptersPerReplica to 4" in told["message"]
     assert fleet.until("Available", "Serving")  # each of them has one
 
     fleet.change(replicas=3)
@@ -109,7 +109,7 @@ def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None
     (left,) = fleet.pods(1)
     known(fleet, [left])
     load(fleet, [left])
-    remedy = "raise replicas to 3, or raise limits.adaptersPerReplica to 4"
+    remedy = "raise spec.replicas to 3, or raise spec.limits.adaptersPerReplica to 4"
     fleet.until("Degraded", "NoRoom", says=f"has no room on 1 replica: {remedy}")
     fleet.until("Available", "RouteUnavailable")
     fleet.change(limits={"adaptersPerReplica": 4})

@@ -112,7 +112,7 @@ def test_without_keda_the_remedy_is_told_and_the_models_are_served(tenant: Tenan
     keda = {"provider": "keda", "prometheusUrl": "http://prometheus:9090", "minReplicas": 1, "maxReplicas": 3}
     fleet.deploy([], routes=[{"model": "base"}], autoscaling=keda | {"target": {"requestsPerReplica": 8}})
     refused = fleet.until("Accepted", "AutoscalerMissing")
-    assert "install KEDA" in refused["message"] and "provider to hpa" in refused["message"]
+    assert "Install KEDA" in refused["message"] and "provider to hpa" in refused["message"]
     (pod,) = fleet.pods(1)
     fleet.agent_says(pod)
     assert fleet.until("Available", "Serving")["status"] == "True"

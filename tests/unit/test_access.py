@@ -86,7 +86,7 @@ async def test_a_secret_that_came_while_we_waited_is_not_overwritten() -> None:
 async def test_what_somebody_elses_secret_lacks_is_named(identity: Identity | None) -> None:
     trouble = await ensure_credentials(context(Kube(secret(ours=False, without="bucket")), identity), "shop")
     assert trouble is not None and trouble.reason == "CredentialsMissing"
-    assert trouble.message.endswith("shop/; missing in it: bucket")
+    assert trouble.message.endswith("shop/. Missing entries: bucket")
 
 
 async def test_without_an_identity_service_somebody_has_to_make_one() -> None:

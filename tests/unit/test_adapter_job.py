@@ -92,7 +92,7 @@ def test_a_version_is_never_its_own_parent() -> None:
 def test_a_parent_that_is_not_there_or_not_ready_is_waited_for() -> None:
     adapter = composed("a@^1", "b@latest")
     assert trouble(adapter, version("b", "1.0.0")) == (
-        "ParentMissing", "a@^1: there is no such Adapter; this goes on when there is one",
+        "ParentMissing", "a@^1: no Adapter matches this parent in spec.compose. The operator continues when one does",
     )  # fmt: skip
     reason, message = trouble(adapter, version("a", "1.0.0", reason="Rejected"), version("b", "1.0.0"))
     assert (reason, message) == ("ParentNotReady", "a@^1: Adapter a-1.0.0 is not Ready: is Rejected")
@@ -103,12 +103,12 @@ def test_a_parent_that_is_not_there_or_not_ready_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("adapter", "second", "words"),
     [
-        (composed("a@1", "b@1", method="linear"), version("b", "1.0.0", rank=4), "b-1.0.0 has rank 4; use method cat or svd"),
-        (composed("a@1", "b@1", method="ties", density=0.5), version("b", "1.0.0", rank=4), "use method tiesSvd"),
-        (composed("a@1", "b@1"), version("b", "1.0.0", method="promptTuning"), "was made by promptTuning; only lora and qlora"),
+        (composed("a@1", "b@1", method="linear"), version("b", "1.0.0", rank=4), "b-1.0.0 has rank 4. Use method cat or svd"),
+        (composed("a@1", "b@1", method="ties", density=0.5), version("b", "1.0.0", rank=4), "Use method tiesSvd"),
+        (composed("a@1", "b@1"), version("b", "1.0.0", method="promptTuning"), "was tuned with promptTuning. Only lora and qlora"),
         (composed("a@1", "b@1"), version("b", "1.0.0", baseModel="other"), "belongs to the BaseModel other"),
         (composed("a@1", "b@1"), version("b", "1.0.0", baseModelDigest="sha256:old"), "on different revisions of tiny"),
-        (composed("a@1", "a@latest"), version("b", "1.0.0"), "name each version once"),
+        (composed("a@1", "a@latest"), version("b", "1.0.0"), "Name each version once"),
         (composed("b@1", into="base"), version("b", "1.0.0", baseModelDigest="sha256:old"), "was tuned on sha256:old"),
     ],
 )  # fmt: skip
@@ -190,9 +190,9 @@ def test_while_the_job_works_the_message_says_how_far_it_is() -> None:
     }
     assert [step.ready.message for step in found] == [
         "the Job has no pod yet",
-        "the Job cannot make its pod: exceeded quota: team",
-        "pod p",
-        "pod p failed, the next follows: It was so. Do this.",
+        "Kubernetes refuses the pod of the Job and retries: exceeded quota: team",
+        "the pod of the Job is p",
+        "pod p failed, and another attempt follows: It was so. Do this.",
     ]
     assert observe(imported("hf://a/b"), JOB, [], None).ready.reason == "Importing"
 

@@ -151,7 +151,7 @@ def test_no_room_says_what_would_make_room() -> None:
     assert short is not None and not short.passing
     assert short.message == (
         "w-1.0.0 is on 1 replica instead of 2, x-1.0.0 is on 1 replica instead of 2: "
-        "raise replicas to 3, or raise limits.adaptersPerReplica to 4, or attach fewer adapters"
+        "raise spec.replicas to 3, or raise spec.limits.adaptersPerReplica to 4, or list fewer adapters in spec.adapters"
     )
 
 
@@ -163,7 +163,8 @@ def test_no_room_for_bytes_names_the_size() -> None:
     short = operator.short("pod-1", "pod-2")
     assert short is not None
     assert short.message == (
-        "big-1.0.0 has no room on 2 replicas: raise limits.adapterBytesPerReplica to 1501Mi, or attach fewer adapters"
+        "big-1.0.0 has no room on 2 replicas: raise spec.limits.adapterBytesPerReplica to 1501Mi, "
+        "or list fewer adapters in spec.adapters"
     )
 
 
@@ -190,11 +191,13 @@ def test_with_autoscaling_the_remedy_is_what_counts_there() -> None:
     short = operator.short("pod-1", "pod-2")
     assert short is not None and not short.passing
     assert short.message.endswith(
-        ": raise autoscaling.minReplicas to 3, or raise limits.adaptersPerReplica to 4, or attach fewer adapters"
+        ": raise spec.autoscaling.minReplicas to 3, or raise spec.limits.adaptersPerReplica to 4, "
+        "or list fewer adapters in spec.adapters"
     )
     operator.spec = scaled(2, 2)
     short = operator.short("pod-1", "pod-2")
-    assert short is not None and "raise autoscaling.minReplicas to 3 and maxReplicas to 3," in short.message
+    remedy = "raise spec.autoscaling.minReplicas to 3 and spec.autoscaling.maxReplicas to 3,"
+    assert short is not None and remedy in short.message
     operator = Operator(scaled(3, 4), found)
     operator.look([replica("pod-1")])
     short = operator.short("pod-1")

@@ -160,8 +160,8 @@ def test_a_task_that_contradicts_the_config_is_refused_with_the_remedy() -> None
     status, [ready] = observe(resource("causal"), found)
     assert (status.stage, ready.status, ready.type) == ("Unavailable", "False", "Ready")
     assert ready.message == (
-        "spec.task is causal, but config.json describes a seq2seq model (T5ForConditionalGeneration): "
-        "set spec.task: seq2seq"
+        "spec.task is causal, but config.json describes a seq2seq model (T5ForConditionalGeneration). "
+        "Set spec.task: seq2seq"
     )
     status, [ready] = observe(resource("seq2seq"), found)
     assert (status.stage, ready.status) == ("Ready", "True")

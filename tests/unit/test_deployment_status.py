@@ -3,7 +3,7 @@
 from typing import Any
 
 from graft.api import Adapter, AdapterDeployment
-from graft.api.adapterdeployment import AdapterDeploymentStatus
+from graft.api.deploymentstatus import AdapterDeploymentStatus
 from graft.api.meta import Condition
 from graft.contracts.agent import Residency, ResidentAdapter
 from graft.reconcile.adapterdeployment import assignment, scaling
@@ -148,7 +148,7 @@ def test_an_adapter_without_room_is_told_with_a_remedy() -> None:
     found = world([pod("a"), pod("b")], [told("a", X), told("b", Y)], limits={"adaptersPerReplica": 1})
     status, conditions = seen(found)
     assert conditions["Degraded"].reason == "NoRoom"
-    assert "raise replicas to 4, or raise limits.adaptersPerReplica to 2" in conditions["Degraded"].message
+    assert "raise spec.replicas to 4, or raise spec.limits.adaptersPerReplica to 2" in conditions["Degraded"].message
     assert status.adapters is not None and [item.loaded for item in status.adapters] == ["1/1", "1/1"]
     assert conditions["Available"].status == "True"
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 from graft.api import Adapter, AdapterDeployment, FineTuneJob
-from graft.api.adapterdeployment import ServingSizing
 from graft.api.basemodel import BaseModelStatus
+from graft.api.deploymentstatus import ServingSizing
 from graft.contracts.agent import Wanted, WantedAdapter
 from graft.contracts.message import BaseModelRef
 from graft.manifests import adapterjob, agent, network, scaling, serving, training

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import AdapterDeploymentSpec, ServingSizing
+from graft.api.adapterdeployment import AdapterDeploymentSpec
+from graft.api.deploymentstatus import ServingSizing
 from graft.placement.decide import DoesNotFit
 from graft.placement.engine import basis_of, serving
 from graft.placement.facts import facts_of

@@ -148,14 +148,14 @@ def test_without_unused_for_nothing_is_deleted() -> None:
 @pytest.mark.parametrize(
     ("where", "why"),
     [
-        (deployment("support@1.0.0"), "support@1.0.0 of desk means it"),
-        (deployment("support@^1"), "support@^1 of desk means it"),
-        (deployment("support@1"), "support@1 of desk means it"),
+        (deployment("support@1.0.0"), "support@1.0.0 in AdapterDeployment desk may refer to it"),
+        (deployment("support@^1"), "support@^1 in AdapterDeployment desk may refer to it"),
+        (deployment("support@1"), "support@1 in AdapterDeployment desk may refer to it"),
         (deployment("support@2.0.0", adapters=[{"ref": "support@1.0.0", "name": "support-1.0.0"}]), "used by desk"),
         (deployment("support@2.0.0", models=[{"model": "m", "adapter": "support-1.0.0"}]), "used by desk"),
         (deployment("x@1", replicaStatus=[{"adapters": [{"adapter": "support-1.0.0", "state": "Draining"}]}]), "used by desk"),
         (deployment("x@1", adapters=[{"ref": "x@1", "restoring": "support-1.0.0"}]), "used by desk"),
-        (deployment("support@2.0.0", models=[{"adapter": "support-2.0.0"}]), "a rollback of support-2.0.0 leads to it"),
+        (deployment("support@2.0.0", models=[{"adapter": "support-2.0.0"}]), "a rollback of support-2.0.0 would use it"),
     ],
 )  # fmt: skip
 def test_what_a_deployment_needs_is_kept(where: dict[str, Any], why: str) -> None:
@@ -169,7 +169,7 @@ def test_the_version_that_was_served_before_is_kept_for_a_rollback() -> None:
     before, between = announced(adapter("1.0.0", 60), NOW - 1), announced(adapter("1.1.0", 100), NOW - 1)
     served = deployment("support@2.0.0", models=[{"adapter": "support-2.0.0"}])
     versions = [before, between, adapter("0.9.0", 90), NEW]
-    assert "last one in use" in plan(before, versions, served).message
+    assert "last version in use" in plan(before, versions, served).message
     assert "a rollback of support-2.0.0" in plan(between, versions, served).message
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import Autoscaling, ServingSizing
+from graft.api.adapterdeployment import Autoscaling
+from graft.api.deploymentstatus import ServingSizing
 from graft.contracts.gateway import Demand, demand_interval
 from graft.manifests.scaling import autoscaler, can_have_several
 from graft.reconcile.adapterdeployment import autoscaling

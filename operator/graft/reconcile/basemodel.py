@@ -1,4 +1,4 @@
-"""A BaseModel: look at its source, pin it, read its facts."""
+"""Reconcile a BaseModel: check its source, pin its revision or digest, and read its facts."""
 
 import os
 from pathlib import Path
@@ -13,11 +13,11 @@ from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition, find
 
 KIND = "BaseModel"
-RECHECK = 600.0  # seconds between looks at a source that is fine
+RECHECK = 600.0  # seconds until a valid source is checked again
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
-    """One look at one base model; the seconds until the next look."""
+    """Reconcile one BaseModel. Return the seconds until the next reconcile, or None if it does not exist."""
     raw = await ctx.kube.get(KIND, None, name)
     if raw is None or raw["metadata"].get("deletionTimestamp"):
         return None
@@ -49,21 +49,25 @@ def _token() -> str | None:
 def observe(
     model: BaseModel, found: sources.Description | sources.SourceError | None
 ) -> tuple[BaseModelStatus, list[Condition]]:
-    """The status of a base model (PURE)."""
+    """Return the status of a base model from what its source contains (PURE)."""
     given = model.spec.facts.wire() if model.spec.facts else {}
     before = model.status
     if found is None:
         status = before.model_copy(update={"stage": "Ready", "facts": model.spec.facts})
         return status, [
             condition(
-                KIND, "Ready", "True", "NotInspected", f"{model.spec.source} is looked at by the pods that mount it"
+                KIND,
+                "Ready",
+                "True",
+                "NotInspected",
+                f"the operator cannot read {model.spec.source}. Only the pods that mount it check the model",
             )
         ]
     if isinstance(found, sources.SourceError):
         ready = find(before.conditions, "Ready")
         current = ready is not None and ready.observed_generation == model.metadata.generation
         if found.transient and current and ready is not None and ready.status == "True":
-            # A source that does not answer now was fine before, and is pinned: what runs goes on.
+            # The source does not answer now, but it was valid before and is pinned. So the BaseModel stays Ready.
             return before, [ready]
         reason = "SourceUnavailable" if found.transient else "SourceInvalid"
         return before.model_copy(update={"stage": "Unavailable"}), [
@@ -73,7 +77,7 @@ def observe(
     if facts.task is not None and facts.task != model.spec.task:
         text = (
             f"spec.task is {model.spec.task}, but config.json describes a {facts.task} model"
-            f"{f' ({facts.architecture})' if facts.architecture else ''}: set spec.task: {facts.task}"
+            f"{f' ({facts.architecture})' if facts.architecture else ''}. Set spec.task: {facts.task}"
         )
         status = before.model_copy(update={"stage": "Unavailable", "facts": facts})
         return status, [condition(KIND, "Ready", "False", "SourceInvalid", text)]
@@ -92,6 +96,6 @@ def observe(
     ready = find(before.conditions, "Ready")
     if not changed and ready is not None and ready.reason == "SourceChanged" and before.digest == found.digest:
         reason = "SourceChanged"
-    what = f"{model.spec.source} is {pinned}"
-    text = f"{what}; its files changed since it was first resolved, new jobs and pods use them as they are now"
+    what = f"{model.spec.source} resolves to {pinned}"
+    text = f"{what}. Its files have changed since it was first resolved. New jobs and pods use the new files"
     return status, [condition(KIND, "Ready", "True", reason, text if reason == "SourceChanged" else what)]

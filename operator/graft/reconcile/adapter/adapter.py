@@ -1,4 +1,7 @@
-"""An Adapter: verify what is in storage, and sign it, before it is Ready; hold its deletion while a deployment serves it."""
+"""Reconcile an Adapter: verify and sign its files in storage before it is Ready.
+
+Its deletion waits while a deployment serves it.
+"""
 
 import asyncio
 from dataclasses import replace
@@ -19,14 +22,14 @@ from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.status import condition, find, now
 
 KIND = "Adapter"
-# Verdicts that may change without a change of the spec: the store may answer, and files may still come.
+# Verdicts that may change although the spec does not: the store may answer again, and files may still arrive.
 RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing", "SigningKeyUnavailable"}
-# Verification reads every byte; more at once would only share the same bandwidth.
+# Verification reads every byte. More verifications at once would only share the same bandwidth.
 _verifying = asyncio.Semaphore(4)
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
-    """One look at one version; the seconds until the next look, or None."""
+    """Reconcile one Adapter. Return the seconds until the next reconcile, or None to wait for an event."""
     raw = await ctx.kube.get(KIND, namespace, name)
     if raw is None:
         return None
@@ -45,11 +48,11 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         pause = await lifecycle.attend(look, ready)
         if pause is not None:
             return pause
-        ready = None  # its files are back, and are verified like new ones
+        ready = None  # its files are restored, and are verified like new ones
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
     settled = done and ready is not None and ready.reason not in RETRIED
     if adapter.artifact is None:
-        if ready is not None and adapter.status.stage == "Failed":  # it stays so, whatever of its spec was edited since
+        if ready is not None and adapter.status.stage == "Failed":  # it stays Failed, even if its spec is edited
             status = adapter.status.model_copy(update={"used_by": used_by})
             await ctx.write_status(raw, status, [ready, in_use(used_by)])
             return None
@@ -61,7 +64,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         pause = await lifecycle.follow(replace(look, adapter=adapter.model_copy(update={"status": status})), ready)
         return min((item for item in (again, pause) if item is not None), default=None)
     told = lifecycle.use(adapter, used_by) | {"stored_bytes": None}
-    if ctx.keys is None:  # reading every byte would be in vain
+    if ctx.keys is None:  # it could not be signed, so its files are not read
         status = adapter.status.model_copy(update=told | {"stage": "Verifying"})
         await ctx.write_status(raw, status, [signing.unavailable(ctx), in_use(used_by)])
         return WAITING
@@ -79,7 +82,11 @@ async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidAr
     artifact = adapter.published
     tenant = layout.tenant_of(adapter.metadata.namespace)
     if layout.outside_tenants_part(artifact.uri, ctx.store.config.bucket, tenant):
-        return InvalidArtifact("OutsideNamespace", f"{artifact.uri} is outside of this namespace's part of the bucket")
+        own = layout.s3_uri(ctx.store.config.bucket, layout.tenant_prefix(tenant))
+        return InvalidArtifact(
+            "OutsideNamespace",
+            f"spec.artifact.uri: {artifact.uri} is outside this namespace's part of the bucket. Use files below {own}",
+        )
     bucket, prefix = layout.split_s3_uri(artifact.uri)
     try:
         async with _verifying:
@@ -88,17 +95,19 @@ async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidAr
         return error
     except StoreError as error:
         if error.trouble == "missing":
-            return InvalidArtifact("ManifestMissing", f"there is no manifest.json at {artifact.uri}")
+            return InvalidArtifact("ManifestMissing", f"manifest.json does not exist at {artifact.uri}")
         return error
 
 
 def observe(
     adapter: Adapter, checked: AdapterManifest | InvalidArtifact | StoreError
 ) -> tuple[AdapterStatus, Condition]:
-    """The status after a verification (PURE)."""
+    """Return the status and the condition Ready after a verification (PURE)."""
     before = adapter.status.model_copy(update={"artifact": adapter.artifact})
     if isinstance(checked, StoreError):
-        verdict = condition(KIND, "Ready", "Unknown", "StorageUnavailable", str(checked))
+        verdict = condition(
+            KIND, "Ready", "Unknown", "StorageUnavailable", f"cannot verify the files, the operator retries: {checked}"
+        )
         return before.model_copy(update={"stage": "Verifying"}), verdict
     if isinstance(checked, InvalidArtifact):
         return before.model_copy(update={"stage": "Invalid"}), condition(
@@ -108,7 +117,10 @@ def observe(
     told = (spec.adapter, spec.version, spec.base_model, spec.method)
     found = (checked.adapter, checked.version, checked.base_model.name, checked.method)
     if told != found:
-        text = f"the manifest is of {' '.join(found)}, this Adapter says {' '.join(told)}"
+        text = (
+            f"the manifest is for {' '.join(found)}, but the spec says {' '.join(told)} (adapter, version, baseModel, method). "
+            "Create an Adapter that matches the manifest"
+        )
         return before.model_copy(update={"stage": "Invalid"}), condition(
             KIND, "Ready", "False", "ManifestMismatch", text
         )
@@ -125,14 +137,14 @@ def observe(
         }
     )
     if checked.rejected:
-        text = f"it missed {'; '.join(checked.rejected)}. It is kept for comparison and never served"
+        text = f"the version missed a gate: {'; '.join(checked.rejected)}. It is kept for comparison and never served"
         return status.model_copy(update={"stage": "Rejected"}), condition(KIND, "Ready", "False", "Rejected", text)
     text = f"{len(checked.files)} files, {checked.size_bytes} bytes, every SHA-256 verified"
     return status, condition(KIND, "Ready", "True", "Verified", text)
 
 
 def score(metrics: dict[str, float]) -> str | None:
-    """base -> adapter of the main metric, for kubectl get (PURE)."""
+    """Return the main metric as `base -> adapter`, for kubectl get (PURE)."""
     for name in ("exactMatch", "evalLoss"):
         if name in metrics:
             base = metrics.get(f"base/{name}")
@@ -141,7 +153,7 @@ def score(metrics: dict[str, float]) -> str | None:
 
 
 def serving(adapter: Adapter, deployments: list[Manifest]) -> list[str]:
-    """Names of the deployments that serve this version now, or are still taking it away (PURE)."""
+    """Return the names of the deployments that serve this version or still unload it (PURE)."""
     name = adapter.metadata.name
     users = []
     for raw in deployments:
@@ -163,9 +175,15 @@ def serving(adapter: Adapter, deployments: list[Manifest]) -> list[str]:
 
 
 def in_use(used_by: list[str]) -> Condition:
-    """The condition InUse (PURE)."""
+    """Return the condition InUse (PURE)."""
     if used_by:
-        return condition(KIND, "InUse", "True", "Served", f"served by {', '.join(used_by)}; a deletion waits for them")
+        return condition(
+            KIND,
+            "InUse",
+            "True",
+            "Served",
+            f"served by {', '.join(used_by)}. A deletion waits until they no longer serve it",
+        )
     return condition(KIND, "InUse", "False", "NotServed", "no AdapterDeployment serves it")
 
 

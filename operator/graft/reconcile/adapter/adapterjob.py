@@ -1,10 +1,11 @@
-"""The life of an Adapter that is composed or imported, until its files are published and it is verified like any other.
+"""Make the files of an Adapter that is composed or imported. After that, it is verified like any other Adapter.
 
-    wait for base model, key and parents -> choose the parents' versions (status.parents) -> ConfigMap, NetworkPolicy, Job
-    -> follow its pod -> manifest.json in storage, written by this Adapter's Job -> status.artifact
+    wait for base model, storage key and parents -> choose the parents' versions (status.parents)
+    -> ConfigMap, NetworkPolicy, Job -> follow its pod
+    -> manifest.json in storage, written by this Adapter's Job -> status.artifact
 
-Found again from what exists, as the steps of a FineTuneJob are. What failed is not tried again: the spec is immutable, so the
-remedy is another Adapter.
+As with a FineTuneJob, each reconcile finds the current step from what exists. A failed version is not retried. Its spec
+is immutable, so the remedy is another Adapter.
 """
 
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ from graft.reconcile.shared.jobs import condition_of, refusal
 from graft.status import condition, find
 
 KIND = "Adapter"
-# Troubles that no waiting mends.
+# Reasons of faults that retries cannot fix.
 FINAL = {"OutsideNamespace", "ParentsIncompatible", "VersionExists"}
 LOW_RANK = {"lora", "qlora"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a look has found: the status, the condition Ready, and the seconds until the next look."""
+    """The result of a reconcile. `again`: seconds until the next reconcile, None to wait for an event."""
 
     status: AdapterStatus
     ready: Condition
@@ -45,7 +46,7 @@ class Step:
 
 
 async def make(ctx: Context, adapter: Adapter) -> Step:
-    """One look at a version that has no files yet."""
+    """Reconcile a version that has no files yet."""
     namespace, labels = adapter.metadata.namespace, {OWNER_UID: adapter.metadata.uid}
     children = await ctx.kube.list("Job", namespace, labels)
     ended = bool(children) and any(
@@ -55,7 +56,13 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
         try:
             found = await _published(ctx, adapter)
         except StoreError as error:
-            return waiting(adapter, Trouble("StorageUnavailable", f"whether it is published cannot be told: {error}"))
+            return waiting(
+                adapter,
+                Trouble(
+                    "StorageUnavailable",
+                    f"cannot check whether the version is published, the operator retries: {error}",
+                ),
+            )
         if isinstance(found, Trouble):
             return waiting(adapter, found)
         if found is not None:
@@ -70,7 +77,7 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
 
 
 async def _start(ctx: Context, adapter: Adapter) -> Step:
-    """Choose the parents and make the children."""
+    """Choose the parents, then create the ConfigMap, the NetworkPolicy and the Job."""
     namespace = adapter.metadata.namespace
     base = await gather_base_model(ctx, adapter.spec.base_model, namespace)
     if isinstance(base, Trouble):
@@ -85,7 +92,7 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
         if isinstance(chosen, Trouble):
             return waiting(adapter, chosen)
         status = adapter.status.model_copy(update={"parents": chosen, "stage": stage(adapter)})
-        text = f"takes {', '.join(f'{item.name} x {item.weight:g}' for item in chosen)}"
+        text = f"combines {', '.join(f'{item.name} x {item.weight:g}' for item in chosen)}"
         return Step(status, condition(KIND, "Ready", "Unknown", stage(adapter), text), 0)
     try:
         await _create(ctx, adapter, base, adapters)
@@ -93,9 +100,9 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
         if error.status == 403 and "quota" not in str(error):
             return waiting(adapter, Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})"))
         if error.status in {403, 409, 422}:
-            return waiting(adapter, Trouble("CreationFailed", str(error)))
+            return waiting(adapter, Trouble("CreationFailed", f"cannot create the Job, the operator retries: {error}"))
         raise
-    return working(adapter, "the Job is made")
+    return working(adapter, "the operator has created the Job")
 
 
 async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Adapter]) -> None:
@@ -109,7 +116,10 @@ async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Ada
 
 
 async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, str] | Trouble | None:
-    """The manifest that this Adapter's Job has written, and its digest; Trouble when the place is taken. StoreError."""
+    """Return the manifest that this Adapter's Job has written, and its digest. None if there is no manifest.
+
+    Return Trouble if another manifest has the version's place. Raises StoreError.
+    """
     spec, meta = adapter.spec, adapter.metadata
     prefix = layout.adapter_prefix(layout.tenant_of(meta.namespace), spec.adapter, spec.version)
     try:
@@ -119,18 +129,23 @@ async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, s
             return None
         raise
     except InvalidArtifact as error:
-        return Trouble("VersionExists", f"{prefix} holds a manifest that makes no sense: {error}; use another version")
+        return Trouble(
+            "VersionExists", f"{prefix} contains an invalid manifest: {error}. Create an Adapter with another version"
+        )
     if manifest.job.uid == meta.uid:
         return manifest, digest
     return Trouble(
         "VersionExists",
-        f"{spec.adapter} {spec.version} was published before, by {manifest.job.namespace}/{manifest.job.name}; use another "
-        f"version, or an Adapter with artifact: {{uri: {layout.s3_uri(ctx.store.config.bucket, prefix)}, digest: {digest}}}",
+        f"{spec.adapter} {spec.version} is already published, by {manifest.job.namespace}/{manifest.job.name}. Create an Adapter "
+        f"with another version, or one with spec.artifact: {{uri: {layout.s3_uri(ctx.store.config.bucket, prefix)}, digest: {digest}}}",
     )
 
 
 def outside_namespace(adapter: Adapter, bucket: str) -> Trouble | None:
-    """An import from another tenant's part of our bucket is refused at once; its key could not read it anyway (PURE)."""
+    """Return why an import from another tenant's part of the bucket is refused, or None (PURE).
+
+    The key could not read it anyway.
+    """
     uri = adapter.spec.import_.uri if adapter.spec.import_ is not None else ""
     tenant = layout.tenant_of(adapter.metadata.namespace)
     if not layout.outside_tenants_part(uri, bucket, tenant):
@@ -138,14 +153,14 @@ def outside_namespace(adapter: Adapter, bucket: str) -> Trouble | None:
     own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
     return Trouble(
         "OutsideNamespace",
-        f"import.uri: {uri} is outside of this namespace's part of the bucket; put the files below {own}",
+        f"spec.import.uri: {uri} is outside this namespace's part of the bucket. Put the files below {own}",
     )
 
 
 def resolve(
     adapter: Adapter, compose: Compose, adapters: list[Adapter], base: BaseModelRef
 ) -> list[ResolvedParent] | Trouble:
-    """The newest Ready version for each parent's reference, all of which fit together (PURE)."""
+    """Return the newest Ready version for each parent's reference, or why these cannot be combined (PURE)."""
     found: list[Adapter] = []
     for parent in compose.parents:
         one = _resolve_one(adapter, parent, adapters)
@@ -177,7 +192,10 @@ def _resolve_one(adapter: Adapter, parent: ComposeParent, adapters: list[Adapter
         and not item.metadata.deletion_timestamp
     ]
     if not candidates:
-        return Trouble("ParentMissing", f"{parent.adapter}: there is no such Adapter; this goes on when there is one")
+        return Trouble(
+            "ParentMissing",
+            f"{parent.adapter}: no Adapter matches this parent in spec.compose. The operator continues when one does",
+        )
     candidates.sort(key=lambda item: parse(item.spec.version) or (0, 0, 0))
     for item in reversed(candidates):
         ready = find(item.status.conditions, "Ready")
@@ -185,56 +203,58 @@ def _resolve_one(adapter: Adapter, parent: ComposeParent, adapters: list[Adapter
             return item
     newest = candidates[-1]
     why = find(newest.status.conditions, "Ready")
-    text = why.message if why is not None else "not verified yet"
+    text = why.message if why is not None else "it is not verified yet"
     return Trouble("ParentNotReady", f"{parent.adapter}: Adapter {newest.metadata.name} is not Ready: {text}")
 
 
 def _incompatible(adapter: Adapter, compose: Compose, parents: list[Adapter], base: BaseModelRef) -> str | None:
-    """Why these versions cannot be combined so, and what to do."""
+    """Return why these versions cannot be combined in this way and what to do, or None if they can."""
     names = [item.metadata.name for item in parents]
     if len(set(names)) < len(names):
-        return f"parents stand for {', '.join(names)}: name each version once, with the sum of its weights"
+        return f"the parents in spec.compose resolve to {', '.join(names)}. Name each version once, with the sum of its weights"
     for item in parents:
         if item.spec.method not in LOW_RANK:
-            return f"{item.metadata.name} was made by {item.spec.method}; only lora and qlora versions can be combined"
+            return (
+                f"{item.metadata.name} was tuned with {item.spec.method}. Only lora and qlora versions can be combined"
+            )
         if item.spec.base_model != adapter.spec.base_model:
             return (
-                f"{item.metadata.name} belongs to the BaseModel {item.spec.base_model}, this Adapter says "
-                f"{adapter.spec.base_model}; combine versions of one base model"
+                f"{item.metadata.name} belongs to the BaseModel {item.spec.base_model}, but spec.baseModel is "
+                f"{adapter.spec.base_model}. Combine versions of one base model"
             )
     bases = [item.status.base_model_digest for item in parents]
     if len(set(bases)) > 1:
         told = ", ".join(f"{name} on {digest}" for name, digest in zip(names, bases, strict=True))
-        return f"the parents were tuned on different revisions of {base.name}: {told}; train them again on one"
+        return f"the parents were tuned on different revisions of {base.name}: {told}. Train them again on the same revision"
     if compose.into == "base" and bases[0] != (base.digest or base.uri):
         return (
-            f"{names[0]} was tuned on {bases[0]}, and the BaseModel {base.name} is {base.digest or base.uri} now; point "
-            "spec.baseModel at a BaseModel of that revision"
+            f"{names[0]} was tuned on {bases[0]}, but the BaseModel {base.name} is now {base.digest or base.uri}. Use a "
+            "BaseModel of the earlier revision in spec.baseModel"
         )
     ranks = [item.status.rank for item in parents]
     if compose.method in EQUAL_RANKS and len(set(ranks)) > 1:
         told = ", ".join(f"{name} has rank {rank}" for name, rank in zip(names, ranks, strict=True))
         remedy = "cat or svd" if compose.method == "linear" else f"{compose.method}Svd"
-        return f"method {compose.method} needs equal ranks, but {told}; use method {remedy}"
+        return f"spec.compose.method {compose.method} needs equal ranks, but {told}. Use method {remedy}"
     return None
 
 
 def stage(adapter: Adapter) -> str:
-    """The stage, and the reason of Ready, while the Job works (PURE)."""
+    """Return the stage while the Job works. The condition Ready has the same reason (PURE)."""
     return "Composing" if adapter.spec.compose is not None else "Importing"
 
 
 def waiting(adapter: Adapter, trouble: Trouble) -> Step:
-    """The step of a version that cannot be made yet, or never (PURE)."""
+    """Return the step of a version that cannot be made yet, or never (PURE)."""
     if trouble.reason in FINAL:
         return failed(adapter, trouble.reason, trouble.message)
     ready = condition(KIND, "Ready", "Unknown", trouble.reason, trouble.message)
-    again = SOON if trouble.reason.startswith("Parent") else WAITING  # parents are often on their way
+    again = SOON if trouble.reason.startswith("Parent") else WAITING  # parents are often about to become Ready
     return Step(adapter.status.model_copy(update={"stage": "Waiting"}), ready, again)
 
 
 def working(adapter: Adapter, message: str) -> Step:
-    """The step of a version whose Job is there (PURE)."""
+    """Return the step of a version whose Job exists (PURE)."""
     name = stage(adapter)
     return Step(
         adapter.status.model_copy(update={"stage": name}), condition(KIND, "Ready", "Unknown", name, message), SOON
@@ -242,23 +262,25 @@ def working(adapter: Adapter, message: str) -> Step:
 
 
 def failed(adapter: Adapter, reason: str, message: str) -> Step:
-    """The step of a version that will never be there (PURE)."""
+    """Return the step of a version that can never be made (PURE)."""
     return Step(
         adapter.status.model_copy(update={"stage": "Failed"}), condition(KIND, "Ready", "False", reason, message), None
     )
 
 
 def published(adapter: Adapter, digest: str, bucket: str) -> Step:
-    """The step of a version whose files are there, and are verified next (PURE)."""
+    """Return the step of a version whose files exist and are verified next (PURE)."""
     spec = adapter.spec
     prefix = layout.adapter_prefix(layout.tenant_of(adapter.metadata.namespace), spec.adapter, spec.version)
     artifact = AdapterArtifact(uri=layout.s3_uri(bucket, prefix), digest=digest)
     status = adapter.status.model_copy(update={"artifact": artifact, "stage": "Verifying"})
-    return Step(status, condition(KIND, "Ready", "Unknown", "Verifying", "the published files are verified"), 0)
+    return Step(
+        status, condition(KIND, "Ready", "Unknown", "Verifying", "the operator verifies the published files"), 0
+    )
 
 
 def observe(adapter: Adapter, child: Manifest, own: list[Manifest], refused: str | None) -> Step:
-    """The step of a version whose Job is there, and has published nothing so far (PURE)."""
+    """Return the step of a version whose Job exists and has published nothing so far (PURE)."""
     name = "ComposeFailed" if adapter.spec.compose is not None else "ImportFailed"
     ending = next((end for pod in reversed(own) if (end := pods.ending(pod)) is not None), None)
     for type_ in ("Failed", "FailureTarget"):
@@ -269,17 +291,20 @@ def observe(adapter: Adapter, child: Manifest, own: list[Manifest], refused: str
             return failed(adapter, name, f"the Job failed: {over.get('message') or over.get('reason')}")
         return failed(adapter, failure_reason(adapter, ending.reason), _told(ending))
     if condition_of(child, "Complete").get("status") == "True":
-        return failed(adapter, name, "the pod succeeded, but no manifest.json of it is in storage")
+        return failed(adapter, name, "the pod succeeded, but its manifest.json is not in storage")
     if not own:
-        return working(adapter, f"the Job cannot make its pod: {refused}" if refused else "the Job has no pod yet")
+        return working(
+            adapter,
+            f"Kubernetes refuses the pod of the Job and retries: {refused}" if refused else "the Job has no pod yet",
+        )
     newest = own[-1]
     if pods.phase(newest) == "Failed" and ending is not None:
-        return working(adapter, f"pod {pods.name(newest)} failed, the next follows: {_told(ending)}")
-    return working(adapter, pods.waiting_message(newest) or f"pod {pods.name(newest)}")
+        return working(adapter, f"pod {pods.name(newest)} failed, and another attempt follows: {_told(ending)}")
+    return working(adapter, pods.waiting_message(newest) or f"the pod of the Job is {pods.name(newest)}")
 
 
 def failure_reason(adapter: Adapter, reason: str) -> str:
-    """The condition's reason for the trainer's (PURE)."""
+    """Return the condition's reason for a failure reason of the trainer (PURE)."""
     composed = adapter.spec.compose is not None
     if reason == Reason.VERSION_EXISTS:
         return "VersionExists"
@@ -290,12 +315,15 @@ def failure_reason(adapter: Adapter, reason: str) -> str:
 
 def _told(ending: pods.Ending) -> str:
     if ending.reason == Reason.OUT_OF_MEMORY:
-        return f"{ending.message} Give the pod more with spec.compose.resources or spec.import.resources."
+        return f"{ending.message} Create the Adapter again with more memory in spec.compose.resources or spec.import.resources."
     return ending.text
 
 
 async def unseen(ctx: Context, adapter: Adapter) -> AdapterArtifact | None:
-    """What the Job has published of an Adapter that was deleted before its status said so. StoreError."""
+    """Return what the Job has published, for an Adapter that was deleted before its status showed it.
+
+    Raises StoreError.
+    """
     found = await _published(ctx, adapter)
     if found is None or isinstance(found, Trouble):
         return None

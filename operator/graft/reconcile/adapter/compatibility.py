@@ -1,8 +1,8 @@
-"""Which base models an adapter may be served on (PURE).
+"""Decide on which base models an adapter may be served (PURE).
 
-An adapter is an update of the very weights that it was tuned on. It fits a base model with the recorded digest (or commit),
-under any name. It also fits a base model of the same name whose spec.version lies in the adapter's spec.baseVersions: the
-author of that field promises it.
+An adapter is an update of exactly those weights that it was tuned on. It fits a base model with the recorded digest (or
+commit), under any name. It also fits a base model of the same name if that model's spec.version is in the adapter's
+spec.baseVersions. The author of spec.baseVersions guarantees this.
 """
 
 from graft.api import Adapter, BaseModel
@@ -14,7 +14,7 @@ from graft.status import find
 
 
 def fits(adapter: Adapter, base: BaseModelRef) -> bool:
-    """Whether an adapter may be served on these files of a base model."""
+    """Return whether an adapter may be served on these files of a base model."""
     spec, tuned_on = adapter.spec, adapter.status.base_model_digest
     if tuned_on == base.identity:
         return True
@@ -24,7 +24,7 @@ def fits(adapter: Adapter, base: BaseModelRef) -> bool:
 
 
 def compatible_bases(adapter: Adapter, models: list[BaseModel]) -> list[CompatibleBase]:
-    """What an Adapter's status says that it fits now."""
+    """Return the base models that an Adapter fits now, for its status."""
     found = [base_model_of(model.metadata.name, adapter.metadata.namespace, model) for model in models]
     refs = [base.ref for base in found if isinstance(base, Base)]
     fitting = sorted((ref for ref in refs if fits(adapter, ref)), key=lambda ref: ref.name)
@@ -32,6 +32,6 @@ def compatible_bases(adapter: Adapter, models: list[BaseModel]) -> list[Compatib
 
 
 def is_put_away(adapter: Adapter) -> bool:
-    """Whether only the compressed copy of the weights is sure to be there."""
+    """Return whether the weights are Archived or Restoring, so that only their compressed copy certainly exists."""
     ready = find(adapter.status.conditions, "Ready")
     return ready is not None and ready.reason in {"Archived", "Restoring"}

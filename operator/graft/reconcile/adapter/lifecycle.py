@@ -1,13 +1,13 @@
-"""A version after its verification: what it fits, who uses it, and whether it stays, is compressed or is deleted.
+"""Reconcile a version after its verification: record its compatibility and use; keep, compress, restore or delete it.
 
     Ready -> unused for compressAfter -> copies made and verified -> Archived -> originals deleted
-    Archived -> named by a deployment -> Restoring -> originals made and verified -> Ready
+    Archived -> needed, for example by a deployment -> Restoring -> originals restored and verified -> Ready
     unused for unusedFor -> announced (Retained is False, prunedAfter) -> deleted with its files
 
-reconcile/adapter/retention.py decides. Two orders keep a version from being taken away under somebody who has just come to want it:
-- Archived is written first, and then everything that could want the version is listed anew. Who comes later sees Archived and waits;
-  who came before is in that list, and the originals stay.
-- before a deletion everything is listed anew as well, and files that an exact reference names by then are left where they are.
+reconcile/adapter/retention.py decides. Two rules protect a version that another resource has just begun to need:
+- Archived is written first. Then everything that could need the version is listed again. A resource that is created
+  later sees Archived and waits. A resource that was created earlier is in the list, and the originals stay.
+- Before a deletion, everything is listed again, too. Files that an exact reference names by then are not deleted.
 """
 
 import time
@@ -32,14 +32,14 @@ from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition, find, now
 
 KIND = "Adapter"
-QUIET = 600.0
-POLL = 2.0  # seconds until a look at work that goes on
+QUIET = 600.0  # seconds until the next reconcile if nothing is in progress
+POLL = 2.0  # seconds until the operator checks running work again
 KEEP = Plan("keep")
 
 
 @dataclass
 class Look:
-    """One look at one version: what was read at its beginning."""
+    """One reconcile of one version, with what was read at its beginning."""
 
     ctx: Context
     raw: Manifest
@@ -54,7 +54,7 @@ class Look:
         return self.adapter.metadata.uid
 
     async def write(self, verdict: Condition, plan: Plan, **changes: Any) -> None:
-        """The status: verdict, use, compatibility and the plan."""
+        """Write the status: the verdict, the use, the compatibility and the plan."""
         models = [BaseModel.model_validate(item) for item in await self.ctx.kube.list("BaseModel")]
         told = use(self.adapter, self.used_by) | {
             "compatibility": compatible_bases(self.adapter, models),
@@ -68,7 +68,10 @@ class Look:
 
 
 def use(adapter: Adapter, used_by: list[str]) -> dict[str, Any]:
-    """The status' part about its use; the time is written when a use begins or ends (PURE but for the clock)."""
+    """Return the fields of the status about the version's use.
+
+    The time changes when a use begins or ends (PURE except for the clock).
+    """
     before = find(adapter.status.conditions, "InUse")
     was = before is not None and before.status == "True"
     changed = was != bool(used_by)
@@ -76,7 +79,10 @@ def use(adapter: Adapter, used_by: list[str]) -> dict[str, Any]:
 
 
 async def label(ctx: Context, adapter: Adapter) -> bool:
-    """Versions are found by a label; True when one that was made by hand had to be given it."""
+    """Set the label by which versions are found.
+
+    Return True if it was missing, for example on an Adapter created by hand.
+    """
     if adapter.metadata.labels.get(ADAPTER_LABEL) == adapter.spec.adapter:
         return False
     patch = {"metadata": {"uid": adapter.metadata.uid, "labels": {ADAPTER_LABEL: adapter.spec.adapter}}}
@@ -85,7 +91,10 @@ async def label(ctx: Context, adapter: Adapter) -> bool:
 
 
 async def follow(look: Look, verdict: Condition) -> float | None:
-    """A version whose verdict stands: keep it, compress it or delete it; the seconds until the next look."""
+    """Keep, compress or delete a version whose verdict is final.
+
+    Return the seconds until the next reconcile, or None.
+    """
     plan = await _plan(look)
     if plan.action == "prune":
         await _prune(look, verdict, plan)
@@ -98,7 +107,10 @@ async def follow(look: Look, verdict: Condition) -> float | None:
 
 
 async def attend(look: Look, verdict: Condition) -> float | None:
-    """A version that is Archived or Restoring: the seconds until the next look, or None once its files are back, unverified."""
+    """Handle a version that is Archived or Restoring.
+
+    Return the seconds until the next reconcile, or None when its files are restored but not verified yet.
+    """
     plan = await _plan(look)
     wanted = retention.users(look.adapter.metadata.name, look.deployments) or retention.is_newest(
         look.adapter, look.versions
@@ -115,7 +127,7 @@ async def attend(look: Look, verdict: Condition) -> float | None:
         try:
             transfer.result()
         except StoreError as error:
-            text = f"{verdict.message.partition(';')[0]}; its originals are deleted later: {error}"
+            text = f"{verdict.message.partition('. ')[0]}. Deleting the uncompressed files failed, the operator retries: {error}"
             await look.write(verdict.model_copy(update={"message": text}), plan)
             return WAITING
         except InvalidArtifact as error:
@@ -133,7 +145,10 @@ async def attend(look: Look, verdict: Condition) -> float | None:
 
 
 async def archived(ctx: Context, adapter: Adapter, error: object) -> AdapterManifest | None:
-    """The manifest of a version of which files are missing, if they are there in compressed form: its status was lost."""
+    """Return the manifest of a version whose missing files exist in compressed form.
+
+    This happens if its status was lost.
+    """
     prefix = _own_prefix(ctx, adapter)
     if prefix is None or not isinstance(error, InvalidArtifact) or error.reason != "FileMissing":
         return None
@@ -142,15 +157,16 @@ async def archived(ctx: Context, adapter: Adapter, error: object) -> AdapterMani
 
 
 def archived_condition() -> Condition:
-    """Ready of a version whose weights are compressed (PURE)."""
-    text = "unused: its weights are compressed in storage; name it in an AdapterDeployment and they are restored"
+    """Return the condition Ready of a version whose weights are compressed (PURE)."""
+    text = "unused, so its weights are compressed in storage. They are restored if an AdapterDeployment refers to the version"
     return condition(KIND, "Ready", "False", "Archived", text)
 
 
 def removes_files(adapter: Adapter, deployments: list[Manifest]) -> bool:
-    """Whether the files go with the resource: as its deletionPolicy says, or because the retention policy deleted it (PURE).
+    """Return whether the files are deleted with the resource: by deletionPolicy, or by the retention policy (PURE).
 
-    A version that somebody has come to name exactly since then loses the resource only; made anew by hand it is there again.
+    If a deployment names the version exactly by now, only the resource is deleted. It can be created again for the same
+    files.
     """
     if adapter.spec.deletion_policy == "Delete":
         return True
@@ -164,7 +180,7 @@ def removes_files(adapter: Adapter, deployments: list[Manifest]) -> bool:
 
 
 async def _plan(look: Look) -> Plan:
-    """Decided on what is at hand; before anything is taken away, on everything, listed anew."""
+    """Decide from the objects at hand. Before anything is removed, list everything again and decide from that."""
     labels = {ADAPTER_LABEL: look.adapter.spec.adapter}
     found = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace, labels)
     look.versions = [Adapter.model_validate(item) for item in found]
@@ -177,7 +193,10 @@ async def _plan(look: Look) -> Plan:
 
 
 async def _everything(look: Look) -> tuple[list[Adapter], dict[str, str]]:
-    """The versions, and why they are needed: with compositions, BaseModels and the gates of running jobs."""
+    """Return the versions, and why they are needed.
+
+    This includes compositions, BaseModels and the gates of running jobs.
+    """
     kube, namespace, name = look.ctx.kube, look.adapter.metadata.namespace, look.adapter.spec.adapter
     deployments = await kube.list("AdapterDeployment", namespace)
     adapters = await kube.list(KIND, namespace)
@@ -208,7 +227,7 @@ def _compares(job: Manifest, adapter: str) -> bool:
 
 
 async def _is_awaited(look: Look) -> bool:
-    """Whether a composition or a BaseModel takes its files."""
+    """Return whether a composition or a BaseModel needs its files."""
     if retention.read_by(look.adapter, await look.ctx.kube.list("BaseModel")):
         return True
     adapters = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace)
@@ -216,7 +235,10 @@ async def _is_awaited(look: Look) -> bool:
 
 
 def _own_prefix(ctx: Context, adapter: Adapter) -> str | None:
-    """Where the files are, if that is a place of this adapter in our bucket: nothing else is ever written or deleted."""
+    """Return the prefix of the files if it belongs to this adapter in the operator's bucket.
+
+    No other files are written or deleted.
+    """
     bucket, prefix = layout.split_s3_uri(adapter.published.uri)
     own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
     return prefix if bucket == ctx.store.config.bucket and prefix.startswith(own) else None
@@ -229,7 +251,10 @@ async def _prune(look: Look, verdict: Condition, plan: Plan) -> None:
 
 
 async def _archive(look: Look, verdict: Condition, plan: Plan) -> float | None:
-    """Copies first, beside the originals and while the version is Ready; then the verdict. `attend` deletes the originals."""
+    """Write compressed copies beside the originals while the version is Ready, then Archived.
+
+    `attend` deletes the originals.
+    """
     transfer = look.ctx.transfers.find(look.uid)
     if transfer is None or transfer.what != "compress":
         if look.ctx.transfers.forget(look.uid):
@@ -244,7 +269,7 @@ async def _archive(look: Look, verdict: Condition, plan: Plan) -> float | None:
     except archive.Interrupted:
         return POLL
     except StoreError as error:
-        text = f"{plan.message}; compressing it failed and is tried again: {error}"
+        text = f"{plan.message}. Compressing the files failed, the operator retries: {error}"
         await look.write(verdict, replace(plan, message=text))
         return WAITING
     except InvalidArtifact as error:
@@ -263,7 +288,7 @@ async def _restore(look: Look, verdict: Condition) -> float | None:
         except archive.Interrupted:
             return POLL
         except StoreError as error:
-            text = f"its files are not restored yet, this is tried again: {error}"
+            text = f"restoring the files failed, the operator retries: {error}"
             await look.write(condition(KIND, "Ready", "False", "Restoring", text), KEEP, stage="Restoring")
             return WAITING
         except InvalidArtifact as error:
@@ -275,7 +300,7 @@ async def _restore(look: Look, verdict: Condition) -> float | None:
             return POLL
         _start(look, "restore", _decompress)
     used = {"last_used_time": now()} if verdict.reason == "Archived" else {}
-    text = "wanted again: its weights are decompressed and verified"
+    text = "the version is needed again. The operator decompresses and verifies its weights"
     await look.write(condition(KIND, "Ready", "False", "Restoring", text), KEEP, stage="Restoring", **used)
     return POLL
 

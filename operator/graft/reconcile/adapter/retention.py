@@ -1,10 +1,11 @@
-"""Which versions of an adapter stay, are compressed, or are deleted (PURE).
+"""Decide which versions of an adapter stay, are compressed, or are deleted (PURE).
 
-`needs` tells why a version must be there as it is; nothing that it names is ever touched. It errs on the side of keeping: it looks for
-names and references in everything that a deployment says, and for the newest version of each kind that a reference could mean. What is left
-is a matter of the policy, the time since the last use, and the number of newer versions: `decide`.
+`needs` returns why a version must stay as it is. Such a version is never changed. In doubt, `needs` keeps a version: it
+searches all fields of a deployment for names and references, and it keeps the newest version of each kind that a
+reference could mean. For all other versions, `decide` applies the policy, the time since the last use, and the number
+of newer versions.
 
-A deletion is announced: the time is written to the status first (`promised`), and nothing is deleted before it.
+A deletion is announced: its time is written to the status first (`promised`), and nothing is deleted before that time.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from graft.manifests.metadata import Manifest
 from graft.reconcile.adapter.versions import matches, parse
 from graft.status import find
 
-NOTICE = 3600  # seconds from the announcement to the deletion, where the policy itself is not shorter
+NOTICE = 3600  # seconds from the announcement to the deletion, unless the policy's unusedFor is shorter
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 State = Literal["ready", "archived", "rejected", "other"]
 Said = tuple[str, str]  # the name of a field, and a string in it
@@ -26,7 +27,10 @@ Said = tuple[str, str]  # the name of a field, and a string in it
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to a version, and when to look again. `reason` is that of the condition Retained, None without a policy."""
+    """What happens to a version.
+
+    `next_look`: seconds until the next decision. `reason`: of the condition Retained, None without a policy.
+    """
 
     action: Literal["keep", "archive", "prune"]
     reason: str | None = None
@@ -36,12 +40,15 @@ class Plan:
 
 
 def number(adapter: Adapter) -> tuple[int, int, int]:
-    """The version as numbers."""
+    """Return the version as three numbers."""
     return parse(adapter.spec.version) or (0, 0, 0)
 
 
 def state(adapter: Adapter) -> State:
-    """What the verification said. What is not verified, or is broken, is never touched: somebody has to look at it."""
+    """Return the result of the verification.
+
+    A version in state `other` is not verified, or invalid. It is never changed: a user must check it.
+    """
     ready = find(adapter.status.conditions, "Ready")
     if ready is None:
         return "other"
@@ -52,18 +59,18 @@ def state(adapter: Adapter) -> State:
 
 
 def unused_since(adapter: Adapter) -> float:
-    """Seconds since the epoch: the last use, or the creation where there was none."""
+    """Return the time of the last use, or of the creation if it was never used, in seconds since the epoch."""
     return _parse(adapter.status.last_used_time or adapter.metadata.creation_timestamp or "9999-01-01T00:00:00Z")
 
 
 def policy_in_force(versions: Iterable[Adapter]) -> Retention | None:
-    """That of the newest Ready version."""
+    """Return the retention policy of the newest Ready version."""
     ready = [item for item in versions if state(item) == "ready" and not item.metadata.deletion_timestamp]
     return max(ready, key=number).spec.retention if ready else None
 
 
 def said(value: Any, field: str = "") -> set[Said]:
-    """Every string in a value, with the name of the field that it or its list is in."""
+    """Return every string in a value, with the name of the field that contains the string or its list."""
     if isinstance(value, dict):
         return set().union(*(said(item, key) for key, item in value.items()))
     if isinstance(value, list):
@@ -72,13 +79,15 @@ def said(value: Any, field: str = "") -> set[Said]:
 
 
 def texts(value: Any) -> set[str]:
-    """Every string in a value."""
+    """Return every string in a value."""
     return {text for _, text in said(value)}
 
 
 def composing(adapters: Iterable[Manifest]) -> set[str]:
-    """What the compositions that are not done yet name: references to their parents, and the parents once they are chosen: a
-    newer version may be there by then, which the reference means now."""
+    """Return what unfinished compositions name: references to their parents, and the parents once they are chosen.
+
+    The chosen parents are listed as well, because a reference may match a newer version by now.
+    """
     named: set[str] = set()
     for raw in adapters:
         if not _settled(raw):
@@ -88,8 +97,10 @@ def composing(adapters: Iterable[Manifest]) -> set[str]:
 
 
 def awaited(adapter: Adapter, versions: list[Adapter], parents: Iterable[str]) -> bool:
-    """Whether a composition cannot go on before this Archived version is back: it was chosen, or a reference means it and no
-    version that is Ready."""
+    """Return whether a composition waits until this Archived version is restored.
+
+    It was chosen as a parent, or it is the newest match of a reference that matches only Archived versions.
+    """
     present = [item for item in versions if not item.metadata.deletion_timestamp]
     for parent in parents:
         if parent == adapter.metadata.name:
@@ -110,7 +121,7 @@ def awaited(adapter: Adapter, versions: list[Adapter], parents: Iterable[str]) -
 def _settled(raw: Manifest) -> bool:
     status = raw.get("status", {})
     conditions = status.get("conditions", [])
-    if status.get("stage") == "Failed" or status.get("artifact"):  # it never takes its parents' files any more
+    if status.get("stage") == "Failed" or status.get("artifact"):  # it does not read its parents' files again
         return True
     return any(
         item["type"] == "Ready"
@@ -120,12 +131,12 @@ def _settled(raw: Manifest) -> bool:
 
 
 def users(name: str, deployments: Iterable[Manifest]) -> list[str]:
-    """The deployments that name a version anywhere in their status: resolved, routed, loaded or to be restored."""
+    """Return the deployments whose status names a version: as resolved, routed, loaded or to be restored."""
     return sorted(raw["metadata"]["name"] for raw in deployments if name in texts(raw.get("status")))
 
 
 def read_by(adapter: Adapter, models: Iterable[Manifest]) -> list[str]:
-    """The BaseModels whose files are those of the version: it was merged into its base, or imported whole."""
+    """Return the BaseModels whose source is the version's files. Such a version holds a whole model."""
     uri = adapter.artifact.uri if adapter.artifact is not None else None
     return sorted(
         raw["metadata"]["name"] for raw in models if uri and f"{raw['spec']['source'].rstrip('/')}/".startswith(uri)
@@ -139,8 +150,11 @@ def needs(
     compared: Iterable[str] = (),
     models: Iterable[Manifest] = (),
 ) -> dict[str, str]:
-    """Adapter -> why it must be there. `versions` are those of one adapter; `parents` are names or references, `compared` the digests
-    of the versions that running jobs compare theirs with, `models` the BaseModels."""
+    """Return the names of the Adapters that must stay, each with the reason.
+
+    `versions`: all of one adapter. `parents`: names or references in compositions. `compared`: digests of versions that
+    running jobs compare their own version with. `models`: the BaseModels.
+    """
     needed: dict[str, str] = {}
     present = sorted((item for item in versions if not item.metadata.deletion_timestamp), key=number)
     if not present:
@@ -157,12 +171,14 @@ def needs(
     _needed_for_rollback(present, servable, set(needed), need)
     for raw in deployments:
         for ref in sorted(texts(raw["spec"])):
-            _needed_by_reference(ref, present, servable, f"{ref} of {raw['metadata']['name']} means it", need)
+            _needed_by_reference(
+                ref, present, servable, f"{ref} in AdapterDeployment {raw['metadata']['name']} may refer to it", need
+            )
     for parent in sorted(parents):
-        _needed_by_reference(parent, present, servable, "it is being composed into another one", need)
+        _needed_by_reference(parent, present, servable, "a composition uses it as a parent", need)
         for item in present:
             if item.metadata.name == parent:
-                need(item, "it is being composed into another one")
+                need(item, "a composition uses it as a parent")
     for item in present:
         if item.artifact is not None and item.artifact.digest in set(compared):
             need(item, "a running FineTuneJob compares its own version with it")
@@ -176,25 +192,28 @@ def needs(
 
 
 def is_newest(adapter: Adapter, versions: list[Adapter]) -> bool:
-    """Whether it is the newest that may be served: jobs compare their own version with that one."""
+    """Return whether it is the newest version that may be served. Jobs compare their own version with that one."""
     present = [item for item in versions if not item.metadata.deletion_timestamp]
     servable = [item for item in present if state(item) in {"ready", "archived"}]
     return bool(servable) and max(servable, key=number).metadata.name == adapter.metadata.name
 
 
 def _needed_for_rollback(present: list[Adapter], servable: list[Adapter], used: set[str], need: Any) -> None:
-    """The version before each one that is used, and the one that was used before."""
+    """Mark the version before each used version, and the unused version that was used last."""
     for item in present:
         if item.metadata.name in used:
             for before in [other for other in servable if number(other) < number(item)][-1:]:
-                need(before, f"a rollback of {item.metadata.name} leads to it")
+                need(before, f"a rollback of {item.metadata.name} would use it")
     idle = [item for item in servable if item.metadata.name not in used and item.status.last_used_time]
     if used and idle:
-        need(max(idle, key=unused_since), "it was the last one in use before, a rollback leads to it")
+        need(max(idle, key=unused_since), "it was the last version in use before, and a rollback would use it")
 
 
 def _needed_by_reference(ref: str, present: list[Adapter], servable: list[Adapter], why: str, need: Any) -> None:
-    """An exact reference means that version; a range may mean, on this base model or that, the newest of those that fit alike."""
+    """Mark the versions that a reference may mean. An exact reference means that version.
+
+    A range may mean, depending on the base model, the newest of the versions that fit the same base models.
+    """
     name, at, wanted = ref.partition("@")
     if not at or name != present[0].spec.adapter or not _is_reference(wanted):
         return
@@ -205,7 +224,8 @@ def _needed_by_reference(ref: str, present: list[Adapter], servable: list[Adapte
     for item in servable:
         if matches(wanted, item.spec.version):
             spec = item.spec
-            # Of each kind the newest, and the newest Ready: that one answers while an archived one is restored.
+            # Keep the newest version of each kind, and the newest Ready one: it answers while an archived one is
+            # restored.
             for kind in ("any", state(item)):
                 alike[kind, spec.base_model, item.status.base_model_digest, spec.base_versions, spec.method] = item
     for item in alike.values():
@@ -217,7 +237,7 @@ def _is_reference(wanted: str) -> bool:
 
 
 def decide(adapter: Adapter, versions: list[Adapter], needed: dict[str, str], now: float) -> Plan:
-    """What happens to one of the versions now."""
+    """Return what happens to one of the versions now. `now`: seconds since the epoch."""
     policy, name, seen = policy_in_force(versions), adapter.metadata.name, state(adapter)
     if policy is None or seen == "other" or adapter.metadata.deletion_timestamp:
         return Plan("keep")
@@ -242,22 +262,24 @@ def _keep_or_prune(adapter: Adapter, versions: list[Adapter], policy: Retention,
     newest_first = sorted(versions, key=number, reverse=True)
     servable = [item.metadata.name for item in newest_first if state(item) in {"ready", "archived"}]
     if adapter.metadata.name in servable[: policy.keep]:
-        return Plan("keep", "Kept", f"kept: one of the newest {policy.keep} (retention.keep)")
+        return Plan("keep", "Kept", f"kept: one of the newest {policy.keep} versions (spec.retention.keep)")
     if policy.unused_for is None:
-        return Plan("keep", "Kept", "kept: the policy in force has no unusedFor")
+        return Plan("keep", "Kept", "kept: the policy that applies does not set spec.retention.unusedFor")
     since, allowed = unused_since(adapter), seconds(policy.unused_for)
     due, notice = since + allowed, min(NOTICE, allowed)
     retained = find(adapter.status.conditions, "Retained")
     announced = retained is not None and retained.status == "False" and adapter.status.pruned_after
     promised = _parse(adapter.status.pruned_after or "") if announced else None
     if promised is None or promised < due or promised > max(due, now + notice):
-        promised = max(due, now + notice)  # announced now; or the version was used since, or the policy was changed
+        # Announce the deletion now. An earlier announcement is void if the version was used or the policy changed.
+        promised = max(due, now + notice)
     elif promised <= now:
-        text = f"deleted with its files: unused since {_text(since)}, for more than {policy.unused_for} (retention.unusedFor)"
+        text = f"deleted with its files: unused since {_text(since)}, longer than {policy.unused_for} (spec.retention.unusedFor)"
         return Plan("prune", "Pruned", text, _text(promised))
     text = (
-        f"unused since {_text(since)}; it is deleted with its files after {_text(promised)} (retention.unusedFor is "
-        f"{policy.unused_for}): to keep it name it in an AdapterDeployment, or change retention on {_newest_ready(versions)}"
+        f"unused since {_text(since)}. It is deleted with its files after {_text(promised)} (spec.retention.unusedFor is "
+        f"{policy.unused_for}). To keep it, refer to it in an AdapterDeployment, or change spec.retention on "
+        f"{_newest_ready(versions)}"
     )
     return Plan("keep", "Expiring", text, _text(promised))
 

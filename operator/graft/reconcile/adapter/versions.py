@@ -1,4 +1,8 @@
-"""Which version a job publishes (PURE): semver, a patch for the same recipe, a minor for another, a major for another base."""
+"""Choose the version that a job publishes, and match references (PURE).
+
+Versions are semver: a new patch for the same recipe, a new minor for another recipe, a new major for another
+base model.
+"""
 
 import hashlib
 import json
@@ -8,12 +12,12 @@ from dataclasses import dataclass
 from graft.api.finetunejob import FineTuneJobSpec
 
 Version = tuple[int, int, int]
-LONGEST = 32  # characters of a version, as the schema has it
+LONGEST = 32  # characters of a version, as in the schema
 
 
 @dataclass(frozen=True)
 class Known:
-    """A version that is published, or reserved by a job. recipe and base are None where nobody remembers them."""
+    """A version that is published, or reserved by a job. recipe and base_model are None if they are not known."""
 
     version: str
     recipe: str | None
@@ -21,7 +25,7 @@ class Known:
 
 
 def parse(version: str) -> Version | None:
-    """1.2.3 as numbers; None for anything else."""
+    """Return 1.2.3 as numbers, and None for anything else."""
     parts = version.split(".")
     if len(parts) != 3 or len(version) > LONGEST or not all(part.isascii() and part.isdigit() for part in parts):
         return None
@@ -29,7 +33,7 @@ def parse(version: str) -> Version | None:
 
 
 def recipe(spec: FineTuneJobSpec) -> str:
-    """Digest of what shapes a run besides its data and base model: method, hyperparameters, prompt format."""
+    """Return the digest of the recipe of a run: its method, hyperparameters and prompt format, not its data."""
     dataset = spec.dataset
     parts = {
         "method": spec.method.wire(),
@@ -41,7 +45,7 @@ def recipe(spec: FineTuneJobSpec) -> str:
 
 
 def next_version(known: Iterable[Known], recipe: str, base_model: str) -> str:
-    """The version that follows the newest known one; 1.0.0 for the first."""
+    """Return the version that follows the newest known version, or 1.0.0 for the first."""
     numbered = [(number, item) for item in known if (number := parse(item.version)) is not None]
     if not numbered:
         return "1.0.0"
@@ -56,7 +60,7 @@ def next_version(known: Iterable[Known], recipe: str, base_model: str) -> str:
 
 
 def matches(ref: str, version: str) -> bool:
-    """Whether a version satisfies latest, 1.2.3, ^1, ^1.2 or ^1.2.3 (the part behind the @)."""
+    """Return whether a version matches a reference's part after the @: latest, 1.2.3, 1.2, 1, ^1, ^1.2 or ^1.2.3."""
     number = parse(version)
     if number is None:
         return False
@@ -66,7 +70,7 @@ def matches(ref: str, version: str) -> bool:
     if not ref.startswith("^"):
         return list(number[: len(parts)]) == parts
     lower = (*parts, *([0] * (3 - len(parts))))
-    # npm's caret: the leftmost non-zero part stays; below 1.0.0 that is the minor, or the patch.
+    # As in npm, a caret keeps the leftmost non-zero part. Below 1.0.0 this is the minor or the patch.
     if parts[0] > 0 or len(parts) == 1:
         upper = (parts[0] + 1, 0, 0)
     elif parts[1] > 0 or len(parts) == 2:

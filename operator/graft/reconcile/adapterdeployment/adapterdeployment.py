@@ -1,11 +1,13 @@
-"""The life of an AdapterDeployment.
+"""Reconcile an AdapterDeployment.
 
-    wait for the base model and the key -> sizing -> agents' identity and ConfigMaps -> Deployment of serving pods, and what scales it
-    -> residency (what each agent has loaded) -> the gateway's routes -> status per replica and per adapter
+    wait for the base model and the storage key -> sizing -> the agents' identity and ConfigMaps
+    -> Deployment of serving pods, and its autoscaler -> residency (what each agent has loaded)
+    -> the gateway's routes -> status per replica and per adapter
 
-Adapters come and go through the wanted ConfigMap and never touch the pods; reconcile/adapterdeployment/serving.py decides the order of a change. Where
-pods were made before it comes first: a new version does not wait for a look at everything that they need.
-A deployment whose base model or key goes away later keeps serving what it serves.
+Adapters are added and removed through the wanted ConfigMap, without a change of the pods. serving.py decides the order
+of a change. If the ConfigMap already exists, it is updated before the pods are. So a new version does not wait until
+everything that pods need is checked. If the base model or the key disappears later, the deployment keeps serving what
+it serves.
 """
 
 import asyncio
@@ -14,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from graft.api import Adapter, AdapterDeployment
-from graft.api.adapterdeployment import ServingSizing
+from graft.api.deploymentstatus import ServingSizing
 from graft.artifacts.layout import tenant_of
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted
 from graft.contracts.gateway import ROUTES_KEY, Routes
@@ -35,13 +37,13 @@ from graft.status import find
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
-    """One look at one deployment; the seconds until the next look, or None."""
+    """Reconcile one AdapterDeployment. Return the seconds until the next reconcile, or None to wait for an event."""
     raw = await ctx.kube.get(KIND, namespace, name)
     if raw is None:
         return None
     spec = AdapterDeployment.model_validate(raw)
     if spec.metadata.deletion_timestamp:
-        # Traffic first; the pods then go with their owner, and finish what they are answering.
+        # The routes are deleted first. The pods are then deleted with their owner, and finish their running requests.
         await ctx.kube.delete("ConfigMap", ctx.settings.namespace, routes_name(spec))
         await autoscaling.forget(ctx, spec)
         await ctx.remove_finalizer(spec, KIND)
@@ -86,7 +88,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         spec, trouble, chosen.base, chosen.resolutions, adapters, current or live, chosen.held, deployment=deployment
     )
     world.sizing = spec.status.sizing
-    # Pods that are held on the old files of their base model keep their size as well.
+    # Pods that are held on the old files of their base model keep their sizing, too.
     if not isinstance(base, Trouble) and (world.held is None or world.sizing is None):
         placed = await place_engine(ctx, spec, base)
         if isinstance(placed, Trouble):
@@ -116,12 +118,15 @@ def _parse(model: type[Any], config_map: Manifest | None, key: str) -> Any:
     try:
         parsed: BaseModel = model.model_validate_json(text)
     except ValidationError:
-        return None  # written by hand, or by a version to come: what should be there is written anew
+        return None  # written by hand, or by a newer operator: it is written again
     return parsed
 
 
 async def _scale(ctx: Context, world: World) -> bool:
-    """Make the replicas what was decided, even while something else is in trouble: a request may wait for a pod."""
+    """Apply the decided number of replicas, even if the deployment has another problem: a request may wait for a pod.
+
+    Return whether the operator's manifest must be applied again without the field replicas.
+    """
     live = world.deployment
     if live is None or _owner(live) != world.spec.metadata.uid:
         return False
@@ -139,7 +144,8 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
     replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
     if world.deployment is not None and _owner(world.deployment) != spec.metadata.uid:
         return Trouble(
-            "CreationFailed", f"a Deployment {serving_name(spec)} that is not of this AdapterDeployment is in the way"
+            "CreationFailed",
+            f"Deployment {serving_name(spec)} exists and does not belong to this AdapterDeployment. Delete that Deployment",
         )
     children = [
         agent_manifests.service_account(spec),
@@ -158,7 +164,9 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
         if error.status == 403 and "quota" not in str(error):
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, spec.metadata.namespace)} ({error})")
         if error.status in {403, 409, 422}:
-            return Trouble("CreationFailed", str(error))
+            return Trouble(
+                "CreationFailed", f"cannot create the children of the deployment, the operator retries: {error}"
+            )
         raise
     return None
 
@@ -170,7 +178,7 @@ def _owner(manifest: Manifest) -> str | None:
 
 
 async def _apply_adapters(ctx: Context, world: World) -> None:
-    """The gateway's table, then what the agents load: an adapter leaves the table before it is drained."""
+    """Write the gateway's routes, then what the agents load. So an adapter leaves the routes before it is drained."""
     spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
     routes = serving.plan_routes(
         spec,
@@ -192,7 +200,7 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
         assert spec.spec.autoscaling is not None  # noqa: S101
         routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
-    if world.scale.asleep:  # its last pods finish what they answer, and get nothing new
+    if world.scale.asleep:  # its last pods finish their running requests and get no new ones
         routes = routes.model_copy(update={"backends": []})
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))

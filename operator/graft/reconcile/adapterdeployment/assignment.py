@@ -1,7 +1,8 @@
-"""Which replica is to have which adapters, from the plan to what the agents are told, and back for the status (PURE).
+"""Decide which replica must have which adapters, tell the agents, and report shortages in the status (PURE).
 
-The assignment lives in the wanted message itself: the next look starts from it, so that only what must move moves. What is taken away
-from a replica leaves the gateway's table first, as at every other change.
+The assignment is stored in the wanted message itself. The next reconcile starts from it, so that only adapters that
+must move are moved. As in every other change, an adapter leaves the gateway's routes before it is removed from a
+replica.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +16,7 @@ from graft.placement.replicaroom import Remedies, enough, remedies
 from graft.placement.replicas import Capacity, Item, ReplicaPod, plan
 from graft.reconcile.adapterdeployment.serving import ReplicaView
 
-SHOWN = 5  # adapters that a message names
+SHOWN = 5  # most adapters that a message names
 
 
 def assign(
@@ -26,7 +27,7 @@ def assign(
     replicas: list[ReplicaView],
     previous: Wanted | None,
 ) -> Wanted:
-    """What is wanted, with the replicas that are to have it where not everything fits on each."""
+    """Return what is wanted. If not every adapter fits on each replica, it names the replicas of each adapter."""
     found = plan(
         items(wanted, resolved, adapters),
         [
@@ -39,20 +40,20 @@ def assign(
     homes = found.homes
     adapters_told = [
         item.model_copy(update={"pods": None if homes is None else list(homes[item.engine_name])})
-        for item in wanted.adapters  # one that is kept says where it was so far
+        for item in wanted.adapters  # an older version that is kept names its replicas so far
     ]
     assigned = None if homes is None else sorted(replica.pod for replica in replicas)
     return wanted.model_copy(update={"adapters": adapters_told, "assigned": assigned})
 
 
 def capacity(deployment: AdapterDeployment) -> Capacity:
-    """What one replica takes."""
+    """Return how many adapters and bytes, and which rank, one replica can hold."""
     limits = deployment.spec.limits
     return Capacity(limits.adapters_per_replica, limits.adapter_bytes, limits.max_lora_rank)
 
 
 def items(wanted: Wanted, resolved: Collection[WantedAdapter], adapters: Iterable[Adapter]) -> list[Item]:
-    """What is wanted, in the order of spec.adapters, then older versions that still answer."""
+    """Return the wanted adapters in the order of spec.adapters, then the older versions that still answer."""
     known = {adapter.metadata.name: adapter.status for adapter in adapters}
     order = {item.engine_name: number for number, item in enumerate(resolved)}
 
@@ -69,7 +70,7 @@ def items(wanted: Wanted, resolved: Collection[WantedAdapter], adapters: Iterabl
 
 
 def _previous(wanted: Wanted, previous: Wanted | None, replicas: list[ReplicaView]) -> Mapping[str, Collection[str]]:
-    """Where each was to be; where nothing is known of it, where it is loaded."""
+    """Return where each adapter was assigned so far. If that is not known, return where it is loaded."""
     told = {item.engine_name: item for item in (previous.adapters if previous else [])}
     return {
         item.engine_name: [
@@ -86,7 +87,7 @@ def _previous(wanted: Wanted, previous: Wanted | None, replicas: list[ReplicaVie
 
 
 def leave_out_moved(routes: Routes, wanted: Wanted) -> Routes:
-    """The table without the replicas that an adapter is about to leave, where others answer for it."""
+    """Return the routes without the replicas that an adapter is about to leave, if other replicas answer for it."""
     meant = {item.engine_name: item for item in wanted.adapters}
 
     def stays(backend: Backend, name: str) -> bool:
@@ -104,7 +105,10 @@ def leave_out_moved(routes: Routes, wanted: Wanted) -> Routes:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Adapters that are on fewer replicas than they are to be. `passing`: replicas that are to come, or loads that run, end it."""
+    """Adapters that are on too few replicas.
+
+    `passing`: the planned replicas are enough, so the shortage ends by itself.
+    """
 
     message: str
     passing: bool
@@ -118,7 +122,10 @@ def shortage(
     pods: Collection[str],
     planned: int,
 ) -> Shortage | None:
-    """What has no room on the replicas that are there, and what would make room. `planned`: replicas that there are to be."""
+    """Return which adapters do not fit on the present replicas, and what would help.
+
+    `planned`: the intended number of replicas.
+    """
     if wanted.assigned is None:
         return None
     placed = {item.engine_name: sum(pod in pods for pod in item.pods or ()) for item in wanted.adapters}
@@ -148,15 +155,21 @@ def _remedy(found: Remedies, deployment: AdapterDeployment) -> str:
     ways = []
     autoscaling = deployment.spec.autoscaling
     if found.replicas is not None and autoscaling is None:
-        ways.append(f"replicas to {found.replicas}")
+        ways.append(f"spec.replicas to {found.replicas}")
     elif found.replicas is not None and autoscaling is not None:
-        most = f" and maxReplicas to {found.replicas}" if found.replicas > autoscaling.max_replicas else ""
-        ways.append(f"autoscaling.minReplicas to {found.replicas}{most}")
+        most = (
+            f" and spec.autoscaling.maxReplicas to {found.replicas}"
+            if found.replicas > autoscaling.max_replicas
+            else ""
+        )
+        ways.append(f"spec.autoscaling.minReplicas to {found.replicas}{most}")
     if found.adapters is not None:
-        ways.append(f"limits.adaptersPerReplica to {found.adapters}")
+        ways.append(f"spec.limits.adaptersPerReplica to {found.adapters}")
     if found.bytes is not None:
-        ways.append(f"limits.adapterBytesPerReplica to {binary(found.bytes)}")
+        ways.append(f"spec.limits.adapterBytesPerReplica to {binary(found.bytes)}")
     if found.both is not None:
         slots, size = found.both
-        ways.append(f"limits.adaptersPerReplica to {slots} and limits.adapterBytesPerReplica to {binary(size)}")
-    return ", or ".join([f"raise {way}" for way in ways] + ["attach fewer adapters"])
+        ways.append(
+            f"spec.limits.adaptersPerReplica to {slots} and spec.limits.adapterBytesPerReplica to {binary(size)}"
+        )
+    return ", or ".join([f"raise {way}" for way in ways] + ["list fewer adapters in spec.adapters"])

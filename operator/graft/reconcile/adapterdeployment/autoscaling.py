@@ -1,9 +1,9 @@
-"""An AdapterDeployment's replicas and what moves them: the demand that gateways tell of, the autoscaler, the disruption budget."""
+"""Scale an AdapterDeployment: the demand that gateways report, the autoscaler and the disruption budget."""
 
 import asyncio
 
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import ServingSizing
+from graft.api.deploymentstatus import ServingSizing
 from graft.contracts.gateway import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
 from graft.kube import FIELD_MANAGER, KubeError, Manifest
 from graft.manifests.metadata import COMPONENT, OWNER_UID
@@ -14,15 +14,15 @@ from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.context import Context
 from graft.status import now
 
-SCALER = "graft-scaling"  # the field manager that holds spec.replicas while an autoscaler may move it
-KEPT_SECONDS = 3600  # what gateways that are gone have left in graft-demand
+SCALER = "graft-scaling"  # the field manager that owns spec.replicas while an autoscaler may change it
+KEPT_SECONDS = 3600  # seconds beyond idleSeconds for which an entry of a gateway stays in graft-demand
 KINDS = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ScaledObject")
 
 
 async def decide(
     ctx: Context, spec: AdapterDeployment, sizing: ServingSizing | None, live: Manifest | None
 ) -> scaling.Decision:
-    """How many replicas there are to be."""
+    """Return how many replicas the deployment must have now."""
     autoscaling = spec.spec.autoscaling
     current = None if live is None else int(live["spec"].get("replicas", 1))
     if autoscaling is None:
@@ -39,7 +39,10 @@ async def decide(
 
 
 async def _idle(ctx: Context, spec: AdapterDeployment, idle_seconds: int) -> float | None:
-    """Seconds since the last request. The ConfigMap is made for the gateways, and old keys are taken out of it."""
+    """Return the seconds since the last request, or None if none is known.
+
+    Also create the ConfigMap for the gateways, and remove old entries from it.
+    """
     found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, DEMAND_CONFIGMAP)
     if found is None:
         metadata = {
@@ -75,25 +78,28 @@ async def _forget(ctx: Context, keys: list[str]) -> None:
 
 
 async def forget(ctx: Context, spec: AdapterDeployment) -> None:
-    """The deployment goes: nobody asks for it any more."""
+    """Remove the entries of a deleted deployment from graft-demand."""
     found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, DEMAND_CONFIGMAP)
     await _forget(ctx, list(_own(found, spec)) if found is not None else [])
 
 
 def replicas_to_apply(spec: AdapterDeployment, decision: scaling.Decision, live: Manifest | None) -> int | None:
-    """What the Deployment's manifest says: with autoscaling nothing, once it is there."""
+    """Return spec.replicas of the Deployment's manifest. With autoscaling it is None once the Deployment exists."""
     return None if spec.spec.autoscaling is not None and live is not None else decision.replicas
 
 
 async def scale(ctx: Context, spec: AdapterDeployment, decision: scaling.Decision, live: Manifest) -> bool:
-    """Make the replicas what was decided, as their own field manager. True when our own manifest still claims the field and
-    has to be applied without it: a field that its only manager leaves out would fall back to its default."""
+    """Apply the decided number of replicas with a field manager of its own.
+
+    Return True if the operator's manifest still claims the field. The caller must then apply the manifest without it.
+    The order matters: if the only manager of a field leaves it out, the field falls back to its default.
+    """
     claimed, held = _claims_replicas(live, FIELD_MANAGER), _claims_replicas(live, SCALER)
     if spec.spec.autoscaling is None:
         if claimed and held:
             await ctx.kube.apply(let_go_patch(spec), manager=SCALER)
         return False
-    # While something else is in trouble our own claim stays: written once, not at each look.
+    # While the deployment has another problem, the manifest keeps its claim. So write once, not at each reconcile.
     if decision.change or (claimed and not held):
         await ctx.kube.apply(replicas_patch(spec, decision.replicas, now()), manager=SCALER)
     return claimed
@@ -108,7 +114,7 @@ def _claims_replicas(live: Manifest, manager: str) -> bool:
 
 
 async def apply_guards(ctx: Context, spec: AdapterDeployment) -> Trouble | None:
-    """The disruption budget and the autoscaler: made, or taken away where they are not wanted any more."""
+    """Create the disruption budget and the autoscaler, or delete them if they are no longer wanted."""
     wanted = [disruption_budget(spec)] if can_have_several(spec) else []
     moving = autoscaler(spec)
     wanted += [moving] if moving is not None else []
@@ -128,8 +134,8 @@ async def _guard(ctx: Context, spec: AdapterDeployment, kind: str, manifest: Man
             raise
         return Trouble(
             "AutoscalerMissing",
-            "the cluster has no kind ScaledObject (keda.sh/v1alpha1): install KEDA, or set autoscaling.provider to hpa; "
-            "until then the number of replicas stays as it is",
+            "the cluster has no kind ScaledObject (keda.sh/v1alpha1). Install KEDA, or set spec.autoscaling.provider to hpa. "
+            "Until then the number of replicas stays as it is",
         )
     return None
 

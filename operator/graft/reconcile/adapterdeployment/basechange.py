@@ -1,8 +1,9 @@
-"""When a deployment's pods move on to new files of their base model (PURE).
+"""Decide when a deployment's pods change to new files of their base model (PURE).
 
-A BaseModel can change under a deployment. The pods are rolled only if every entry of spec.adapters that resolves on their
-present files also resolves on the new ones; until then they stay (`in_force`). During the roll, each pod counts only for the
-adapters that fit its own files (`unfit`), so a route leads to the old version on old pods until the new pods can take over.
+A BaseModel can change while a deployment serves it. The pods are rolled only if every entry of spec.adapters that
+resolves on their present files also resolves on the new files. Until then they stay (`in_force`). During the roll, each
+pod counts only for the adapters that fit its own files (`unfit`). So a route leads to the old version on old pods until
+the new pods can take over.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from graft.reconcile.adapterdeployment.serving import Resolution, resolve
 
 
 def base_of(manifest: Manifest | None) -> BaseModelRef | None:
-    """The base model that a pod, or a pod template, was made with; None where nothing tells."""
+    """Return the base model that a pod or a pod template was made with, or None if it is not recorded."""
     text = ((manifest or {}).get("metadata", {}).get("annotations") or {}).get(BASE_MODEL)
     try:
         return BaseModelRef.model_validate_json(text) if text else None
@@ -29,7 +30,10 @@ def base_of(manifest: Manifest | None) -> BaseModelRef | None:
 
 @dataclass(frozen=True)
 class InForce:
-    """The base model that pods are made with, and what the entries stand for on it; `held` says why the pods wait."""
+    """The base model that pods are made with, and what the entries resolve to on it.
+
+    `held` says why the pods stay on old files.
+    """
 
     base: BaseModelRef | None
     resolutions: list[Resolution]
@@ -39,33 +43,40 @@ class InForce:
 def in_force(
     deployment: AdapterDeployment, adapters: list[Adapter], current: BaseModelRef | None, live: BaseModelRef | None
 ) -> InForce:
-    """`current` is the BaseModel as it is now (None while it cannot be had), `live` what the pods are made with (None without pods)."""
+    """Return the base model that pods are made with, and what the entries resolve to on it.
+
+    `current`: the BaseModel as it is now, None if it cannot be used. `live`: what the pods were made with, None without
+    pods.
+    """
     if current is None:
         return InForce(None, resolve(deployment, adapters, live))
     after = resolve(deployment, adapters, current)
     if live is None:
         return InForce(current, after)
     if live.identity == current.identity:
-        # The same files: another name for their version is no reason to make the pods anew.
+        # The files are the same. A changed spec.version alone is no reason to replace the pods.
         return InForce(current.model_copy(update={"version": live.version}), after)
     before = resolve(deployment, adapters, live)
     lost = [new for old, new in zip(before, after, strict=True) if old.adapter is not None and new.adapter is None]
     if not lost:
         return InForce(current, after)
     text = (
-        f"BaseModel {current.name} is now {current.identity}; the pods stay on {live.identity} until every adapter fits: "
+        f"BaseModel {current.name} is now {current.identity}. The pods stay on {live.identity} until every adapter fits: "
         f"{'; '.join(item.message for item in lost)}"
     )
     return InForce(live, before, text)
 
 
 def unfit(tenant: str, adapters: list[Adapter], pod: Manifest, current: BaseModelRef | None) -> frozenset[str]:
-    """Engine names of the adapters that do not fit the files of this pod; whatever it has loaded of them never gets traffic."""
+    """Return the engine names of the adapters that do not fit the files of this pod.
+
+    They get no traffic, even if it has loaded them.
+    """
     base = base_of(pod)
     if base is None:
         return frozenset()
     if current is not None and current.identity == base.identity:
-        base = current  # the version may have been given, or changed, since the pod was made
+        base = current  # spec.version may have been set or changed since the pod was made
     return frozenset(
         engine_name(tenant, item.metadata.name, item.published.digest)
         for item in adapters

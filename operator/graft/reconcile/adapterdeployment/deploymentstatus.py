@@ -1,9 +1,9 @@
-"""What an AdapterDeployment's status says, from what exists (PURE)."""
+"""Compute an AdapterDeployment's status from the objects that exist (PURE)."""
 
 from dataclasses import dataclass, field
 
 from graft.api import Adapter, AdapterDeployment
-from graft.api.adapterdeployment import (
+from graft.api.deploymentstatus import (
     AdapterDeploymentStatus,
     LoadedAdapter,
     Replica,
@@ -29,27 +29,27 @@ KIND = "AdapterDeployment"
 
 @dataclass
 class World:
-    """What exists for a deployment now."""
+    """The objects that exist for a deployment at the time of a reconcile."""
 
     spec: AdapterDeployment
     trouble: Trouble | None
     base_model: BaseModelRef | None
     resolutions: list[serving.Resolution]
     adapters: list[Adapter] = field(default_factory=list)  # of the namespace
-    current: BaseModelRef | None = None  # the BaseModel as it is now; base_model is what the pods are made with
-    held: str | None = None  # why these differ
+    current: BaseModelRef | None = None  # the BaseModel as it is now; pods are made with base_model
+    held: str | None = None  # why `base_model` is not `current`
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
     residency: dict[str, Residency] = field(default_factory=dict)
     wanted: Wanted | None = None
     routes: Routes | None = None
     sizing: ServingSizing | None = None
-    unscaled: Trouble | None = None  # why nothing moves the replicas; the pods serve all the same
+    unscaled: Trouble | None = None  # why nothing scales the replicas; the pods serve nevertheless
     scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
 
     @property
     def resolved(self) -> list[WantedAdapter]:
-        """The versions that spec.adapters stands for, in its order."""
+        """Return the versions that the entries of spec.adapters resolve to, in the same order."""
         tenant = tenant_of(self.spec.metadata.namespace)
         return [serving.wanted_adapter(tenant, item.adapter) for item in self.resolutions if item.adapter is not None]
 
@@ -69,12 +69,12 @@ class World:
 
 
 def _own(residency: Residency | None, pod: Manifest) -> Residency | None:
-    """A pod's key counts only if that very pod wrote it."""
+    """Return a pod's residency only if a pod with the same UID wrote it."""
     return residency if residency is not None and residency.pod_uid == pod["metadata"]["uid"] else None
 
 
 def why_unavailable(world: World) -> str | None:
-    """Why no replica can answer now; None when one can."""
+    """Return why no replica can answer now, or None if a replica can."""
     if world.spec.spec.replicas == 0:
         return "the deployment is scaled to zero"
     if world.scale.asleep:
@@ -88,7 +88,7 @@ def why_unavailable(world: World) -> str | None:
 
 
 def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, list[Condition]]:
-    """Status and conditions of the deployment."""
+    """Return the status and the conditions of the deployment."""
     spec = world.spec
     wanted = world.wanted or Wanted(base_model=spec.spec.base_model, max_lora_rank=0)
     replicas, ready = world.replicas, [replica for replica in world.replicas if replica.ready]
@@ -172,7 +172,7 @@ def _resolved(item: serving.Resolution, wanted: Wanted, replicas: list[serving.R
         digest=digest,
         loaded=f"{loaded}/{len(homes)}",
         restoring=restoring,
-        message="it has no room on any replica; see the condition Degraded"
+        message="it has no room on any replica. See the condition Degraded"
         if replicas and not homes
         else item.message or None,
     )
@@ -217,9 +217,9 @@ def _accepted(world: World) -> Condition:
 
 def _available(world: World, ready: list[serving.ReplicaView], routed: list[RoutedModel]) -> Condition:
     if world.spec.spec.replicas == 0:
-        return condition(KIND, "Available", "False", "ScaledToZero", "spec.replicas is 0; raise it to serve")
+        return condition(KIND, "Available", "False", "ScaledToZero", "spec.replicas is 0. Raise it to serve")
     if world.scale.asleep:
-        text = "idle, so no pod runs; a request to one of its models wakes it, and waits until a pod is ready"
+        text = "the deployment is idle, so no pod runs. A request to one of its models wakes it, and waits until a pod is ready"
         return condition(KIND, "Available", "True", "Asleep", text)
     if world.trouble is not None and not world.pods:
         return condition(KIND, "Available", "False", "NotAccepted", world.trouble.message)
@@ -229,7 +229,7 @@ def _available(world: World, ready: list[serving.ReplicaView], routed: list[Rout
         )
     silent = [item.model for item in routed if item.replicas == 0]
     if silent:
-        text = f"no replica answers {', '.join(silent)} yet; see status.adapters and status.replicaStatus"
+        text = f"no replica answers {', '.join(silent)} yet. See status.adapters and status.replicaStatus"
         return condition(KIND, "Available", "False", "RouteUnavailable", text)
     return condition(
         KIND, "Available", "True", "Serving", f"{len(routed)} models: {', '.join(item.model for item in routed)}"
@@ -238,7 +238,7 @@ def _available(world: World, ready: list[serving.ReplicaView], routed: list[Rout
 
 def _progressing(world: World, wanted: Wanted, shown: list[Replica]) -> Condition:
     if world.trouble is not None and not world.pods:
-        return condition(KIND, "Progressing", "False", "Complete", "nothing is on its way")
+        return condition(KIND, "Progressing", "False", "Complete", "no change is in progress")
     failed = [(replica.pod, item) for replica in shown for item in replica.adapters if item.state == "Failed"]
     moving = [
         f"{item.adapter} {item.state.lower()}"
@@ -256,7 +256,7 @@ def _progressing(world: World, wanted: Wanted, shown: list[Replica]) -> Conditio
         return condition(
             KIND, "Progressing", "False", "AdapterFailed", f"{item.adapter} in pod {pod}: {item.reason}: {item.message}"
         )
-    return condition(KIND, "Progressing", "False", "Complete", "everything that is wanted is loaded")
+    return condition(KIND, "Progressing", "False", "Complete", "all wanted adapters are loaded")
 
 
 def _degraded(
@@ -267,10 +267,13 @@ def _degraded(
     accepted: Condition,
     progressing: Condition,
 ) -> Condition:
-    """Whether less is served than the spec asks for and time alone does not help; a first start or a change is no such thing."""
+    """Return the condition Degraded: less is served than the spec asks for, and retries cannot fix it.
+
+    A first start or a change in progress is not Degraded.
+    """
     replicas, ready = world.scale.replicas, sum(replica.ready for replica in shown)
     if replicas == 0 or not world.pods:
-        return condition(KIND, "Degraded", "False", "AsExpected", "there is nothing that could serve yet")
+        return condition(KIND, "Degraded", "False", "AsExpected", "there are no pods that could serve")
     problems: list[tuple[str, str]] = []
     if accepted.status == "False":
         problems.append(("NotAccepted", accepted.message))
@@ -284,7 +287,8 @@ def _degraded(
     if short is not None and not (short.passing and progressing.status == "True"):
         problems.append(("NoRoom", short.message))
     settled = _settled(world.spec)
-    # Those that an autoscaler has just added are on their way; those that were ready, or are missed since, are lost.
+    # Replicas that an autoscaler has just added are still starting. Replicas that were ready are lost until they
+    # return.
     lost = ready < world.spec.status.ready_replicas or _was_degraded(world.spec)
     if ready < replicas and ((settled and lost) or _given_up(world)):
         problems.append(("ReplicaUnavailable", f"{ready} of {replicas} replicas are ready{_why_not_ready(world)}"))
@@ -297,7 +301,10 @@ def _degraded(
 
 
 def _settled(spec: AdapterDeployment) -> bool:
-    """Whether all was served once since the spec last changed, so that what is missing now was lost."""
+    """Return whether everything was served once since the spec changed.
+
+    Then everything that is missing now was lost.
+    """
     now = {item.type: item for item in spec.status.conditions if item.observed_generation == spec.metadata.generation}
     if _was_degraded(spec):
         return True
@@ -306,7 +313,7 @@ def _settled(spec: AdapterDeployment) -> bool:
 
 
 def _was_degraded(spec: AdapterDeployment) -> bool:
-    """Whether it was Degraded at the last look, and the spec is the same."""
+    """Return whether the last reconcile reported Degraded for the same spec."""
     return any(
         item.type == "Degraded" and item.status == "True" and item.observed_generation == spec.metadata.generation
         for item in spec.status.conditions
@@ -314,7 +321,7 @@ def _was_degraded(spec: AdapterDeployment) -> bool:
 
 
 def _given_up(world: World) -> bool:
-    """Whether the Deployment says that its rollout makes no progress any more."""
+    """Return whether the Deployment reports that its rollout makes no progress."""
     conditions = (world.deployment or {}).get("status", {}).get("conditions", [])
     return any(item["type"] == "Progressing" and item["status"] == "False" for item in conditions)
 

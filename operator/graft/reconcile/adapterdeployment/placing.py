@@ -1,7 +1,7 @@
-"""Where a deployment's replicas run: reads the cluster's nodes and hands them to placement."""
+"""Decide where a deployment's replicas run: read the cluster's nodes and pass them to placement."""
 
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import ServingSizing
+from graft.api.deploymentstatus import ServingSizing
 from graft.placement import engine
 from graft.placement.decide import DoesNotFit
 from graft.reconcile.shared.access import Base, Trouble
@@ -9,8 +9,10 @@ from graft.reconcile.shared.context import Context
 
 
 async def place_engine(ctx: Context, deployment: AdapterDeployment, base: Base) -> ServingSizing | Trouble:
-    """What a replica is given. The choice in force is kept as long as what it was made from is the same, whatever nodes come
-    and go; Trouble when no node would do."""
+    """Return the engine and the resources of a replica, or why it fits on no node.
+
+    The present choice is kept while its inputs are unchanged, even if nodes are added or removed.
+    """
     facts, task, vllm = base.model.status.facts, base.model.spec.task, bool(ctx.settings.images.vllm)
     before = deployment.status.sizing
     if before is not None and before.basis == engine.basis_of(facts, deployment.spec, task=task, vllm=vllm):

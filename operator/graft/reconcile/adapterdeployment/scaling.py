@@ -1,8 +1,8 @@
-"""How many replicas a deployment with autoscaling has now (PURE).
+"""Decide how many replicas a deployment with autoscaling has now (PURE).
 
-From the fewest to the most an autoscaler decides; between none and the fewest it is the operator, because an HPA leaves a
-Deployment with 0 replicas alone. Gateways tell of requests within `demand_interval`, so an idle deployment falls asleep after
-idleSeconds and at most that much more.
+Between the fewest and the most replicas, an autoscaler decides. Between 0 and the fewest, the operator decides, because
+an HPA does not change a Deployment with 0 replicas. Gateways report requests within `demand_interval`. So an idle
+deployment falls asleep after idleSeconds, or at most `demand_interval` later.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from graft.api import AdapterDeployment
-from graft.api.adapterdeployment import Autoscaling, ServingSizing
+from graft.api.adapterdeployment import Autoscaling
+from graft.api.deploymentstatus import ServingSizing
 from graft.contracts.gateway import Demand, demand_interval
 from graft.manifests.scaling import SCALED_AT, fewest
 from graft.status import seconds_left
@@ -20,16 +21,16 @@ from graft.status import seconds_left
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of the Deployment's replicas."""
+    """The number of replicas that the Deployment must have."""
 
     replicas: int  # from now on
-    change: bool  # whether that is news to the Deployment
+    change: bool  # whether the Deployment must be changed
     asleep: bool = False
-    look_again: float | None = None  # seconds, when time alone changes the answer
+    look_again: float | None = None  # seconds until the decision may change without an event
 
 
 def may_sleep(deployment: AdapterDeployment, sizing: ServingSizing | None) -> bool:
-    """minReplicas 0 counts for what is small enough to be started while a request waits, or is said to be."""
+    """Return whether minReplicas 0 applies: the strategy is serverless, or no strategy was chosen."""
     spec = deployment.spec
     if spec.autoscaling is None or spec.autoscaling.min_replicas > 0 or spec.replicas == 0:
         return False
@@ -39,9 +40,11 @@ def may_sleep(deployment: AdapterDeployment, sizing: ServingSizing | None) -> bo
 def decide(
     autoscaling: Autoscaling, *, sleeps: bool, stopped: bool, live: int | None, idle: float | None, steady: float
 ) -> Decision:
-    """
-    sleeps: may_sleep. stopped: spec.replicas is 0. live: the Deployment's replicas, None before it is made. idle: seconds since
-    the last request, None when none is known of. steady: seconds since the Deployment was made, or woken.
+    """Return the number of replicas for now.
+
+    sleeps: may_sleep. stopped: spec.replicas is 0. live: the Deployment's replicas, None before it exists. idle:
+    seconds since the last request, None if no request is known. steady: seconds since the Deployment was created or
+    scaled by the operator.
     """
     least, most = fewest(autoscaling), autoscaling.max_replicas
     if stopped:
@@ -64,7 +67,7 @@ def decide(
 
 
 def demands(data: Mapping[str, str]) -> dict[str, Demand]:
-    """What gateways wrote into graft-demand, by key. What cannot be read counts for nothing."""
+    """Return what gateways wrote into graft-demand, by key. Invalid entries are ignored."""
     found = {}
     for key, text in data.items():
         try:
@@ -77,13 +80,16 @@ def demands(data: Mapping[str, str]) -> dict[str, Demand]:
 
 
 def idle_seconds(demands_of: Iterable[Demand]) -> float | None:
-    """Seconds since the newest request; a gateway's clock that is ahead does not count into the future."""
+    """Return the seconds since the newest request, at least 0 even if a gateway's clock is ahead.
+
+    None without requests.
+    """
     ages = [max(0.0, -seconds_left(demand.at, 0)) for demand in demands_of]
     return min(ages, default=None)
 
 
 def steady_seconds(manifest: Mapping[str, Any]) -> float:
-    """Seconds since the Deployment was last scaled by us, or made."""
+    """Return the seconds since the operator last scaled the Deployment, or created it."""
     metadata = manifest["metadata"]
     since = (metadata.get("annotations") or {}).get(SCALED_AT) or metadata["creationTimestamp"]
     return -seconds_left(since, 0)

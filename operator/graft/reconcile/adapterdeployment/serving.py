@@ -1,11 +1,11 @@
-"""What an AdapterDeployment should have loaded, and where its routes lead (PURE).
+"""Plan what an AdapterDeployment loads, and where its routes lead (PURE).
 
-The order of a change: load -> seen loaded -> shift traffic -> drain -> unload. An adapter's engine name holds its digest, so old and new
-version are two names and can be loaded side by side:
-- `wanted` names what is resolved now, and what routes still lead to;
-- a route moves to the new version when every ready replica that is to have it has it (or the old one is loaded nowhere), and
-  at once while no pod runs and none is to;
-- what no route leads to any more leaves `wanted`, and the agents drain and unload it.
+The order of a change: load -> reported as loaded -> shift traffic -> drain -> unload. An adapter's engine name contains
+its digest. So the old and the new version have different names and can be loaded side by side:
+- `wanted` lists the versions that the entries resolve to now, and the versions that routes still lead to.
+- A route moves to the new version when every ready replica that must have it has loaded it. It also moves if the old
+  version is loaded nowhere but the new one somewhere, and at once while no pod runs and none is planned.
+- A version that no route leads to leaves `wanted`. Then the agents drain and unload it.
 """
 
 from collections.abc import Iterable
@@ -25,13 +25,13 @@ from graft.status import find
 
 @dataclass(frozen=True)
 class Resolution:
-    """What an entry of spec.adapters stands for."""
+    """What an entry of spec.adapters resolves to."""
 
     ref: str
     adapter: Adapter | None
     reason: str = ""
     message: str = ""
-    restoring: Adapter | None = None  # what it will stand for, once its compressed files are restored
+    restoring: Adapter | None = None  # what it will resolve to, once the compressed files are restored
 
     @property
     def name(self) -> str:
@@ -40,21 +40,21 @@ class Resolution:
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """One serving pod: from the API its address and readiness, from its agent what is loaded."""
+    """One serving pod. Its address and readiness come from the API, its loaded adapters from its agent."""
 
     pod: str
     address: str
     ready: bool
     residency: Residency | None
-    unfit: frozenset[str] = frozenset()  # engine names of adapters that do not fit the base model of this very pod
+    unfit: frozenset[str] = frozenset()  # engine names of adapters that do not fit the base model of this pod
 
     def in_state(self, state: AdapterState) -> frozenset[str]:
-        """The adapters that its agent says are in a state."""
+        """Return the adapters that the agent reports in a state, without the unfit ones."""
         adapters = self.residency.adapters if self.residency else []
         return frozenset(item.engine_name for item in adapters if item.state == state) - self.unfit
 
     def has(self, engine_model: str) -> bool:
-        """Whether a request for the adapter can go there."""
+        """Return whether the replica can answer a request for the adapter."""
         states = {item.engine_name: item.state for item in (self.residency.adapters if self.residency else [])}
         return engine_model not in self.unfit and states.get(engine_model) in {"Loaded", "Draining"}
 
@@ -62,7 +62,10 @@ class ReplicaView:
 def resolve(
     deployment: AdapterDeployment, adapters: list[Adapter], base: BaseModelRef | None = None
 ) -> list[Resolution]:
-    """The newest version that satisfies each entry and fits the base model; only the name counts where its files are not known."""
+    """Return the newest version that satisfies each entry and fits the base model.
+
+    If its files are not known, only its name counts.
+    """
     base = base or BaseModelRef(name=deployment.spec.base_model, uri="")
     return [_resolve_one(ref, deployment, adapters, base) for ref in deployment.spec.adapters]
 
@@ -76,7 +79,10 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
     ]
     if not candidates:
         return Resolution(
-            ref, None, "AdapterMissing", f"{ref}: there is no such Adapter; this goes on when there is one"
+            ref,
+            None,
+            "AdapterMissing",
+            f"{ref}: no Adapter matches this entry of spec.adapters. The operator continues when one does",
         )
     ready = [item for item in candidates if _is_ready(item) or is_put_away(item)]
     if not ready:
@@ -86,7 +92,7 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
             ref,
             None,
             "AdapterMissing",
-            f"{ref}: Adapter {newest.metadata.name} is not Ready: {why.message if why else 'not verified yet'}",
+            f"{ref}: Adapter {newest.metadata.name} is not Ready: {why.message if why else 'it is not verified yet'}",
         )
     fitting = [item for item in ready if (fits(item, base) if base.uri else item.spec.base_model == base.name)]
     if not fitting:
@@ -98,7 +104,7 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
             ref,
             None,
             "AdapterIncompatible",
-            f"{ref} was tuned by {method}: only lora and qlora share a base model's pods",
+            f"{ref} was tuned with {method}. Only lora and qlora adapters can share the pods of a base model",
         )
     best = max(low_rank, key=_number)
     limit = deployment.spec.limits.max_lora_rank
@@ -107,11 +113,13 @@ def _resolve_one(ref: str, deployment: AdapterDeployment, adapters: list[Adapter
             ref,
             None,
             "AdapterIncompatible",
-            f"{ref}: rank {best.status.rank} is above limits.maxLoraRank {limit}; raise it",
+            f"{ref}: rank {best.status.rank} is above spec.limits.maxLoraRank ({limit}). Raise spec.limits.maxLoraRank",
         )
     if not is_put_away(best):
         return Resolution(ref, best)
-    text = f"{ref}: the files of Adapter {best.metadata.name} are compressed; they are restored, this goes on by itself"
+    text = (
+        f"{ref}: the compressed files of Adapter {best.metadata.name} are being restored. The operator then continues"
+    )
     served = [item for item in low_rank if not is_put_away(item) and (item.status.rank or 0) <= limit]
     return Resolution(ref, max(served, key=_number, default=None), "AdapterMissing", text, restoring=best)
 
@@ -123,11 +131,11 @@ def _number(adapter: Adapter) -> tuple[int, int, int]:
 def _misfit(ref: str, newest: Adapter, base: BaseModelRef) -> str:
     name, tuned_on = newest.metadata.name, newest.status.base_model_digest
     if newest.spec.base_model != base.name:
-        return f"{ref} was tuned on {newest.spec.base_model}, not on {base.name}"
+        return f"{ref} was tuned on BaseModel {newest.spec.base_model}, but spec.baseModel is {base.name}. Tune a version on {base.name}"
     version = f" (version {base.version})" if base.version else ""
     return (
-        f"{ref}: {name} was tuned on {tuned_on}, and BaseModel {base.name} is now {base.identity}{version}: tune a version on it, "
-        f"or, if {name} fits it all the same, give the BaseModel a spec.version and name it in the Adapter's spec.baseVersions"
+        f"{ref}: {name} was tuned on {tuned_on}, but BaseModel {base.name} is now {base.identity}{version}. Either tune a version on "
+        f"it. Or, if {name} fits it nevertheless, set spec.version of the BaseModel and add it to spec.baseVersions of the Adapter"
     )
 
 
@@ -137,7 +145,7 @@ def _is_ready(adapter: Adapter) -> bool:
 
 
 def wanted_adapter(tenant: str, adapter: Adapter) -> WantedAdapter:
-    """What the agents are told about a version."""
+    """Return what the agents need to know about a version."""
     digest = adapter.published.digest
     return WantedAdapter(
         engine_name=engine_name(tenant, adapter.metadata.name, digest),
@@ -155,10 +163,10 @@ def plan_wanted(
     routes: Routes | None,
     known: Iterable[WantedAdapter] = (),
 ) -> Wanted:
-    """What every replica should have loaded: what is resolved, and what the gateway's table still leads to.
+    """Return what every replica should load: the resolved versions, and those that the gateway's routes still lead to.
 
-    `known`: all versions of the namespace. What is only kept gets its newest signature, too: else an engine that restarts after
-    an old key was retired could not have it back.
+    `known`: all versions of the namespace. A version that is only kept also gets its newest signature. Otherwise, an
+    engine that restarts after an old key was retired could not load it again.
     """
     signed = {item.engine_name: item for item in known if item.signature is not None}
     names = {item.engine_name for item in resolved}
@@ -179,9 +187,9 @@ def plan_wanted(
 def expected(
     deployment: AdapterDeployment, resolutions: list[Resolution], adapters: list[Adapter], tenant: str, bucket: str
 ) -> list[WantedAdapter]:
-    """Versions that entries will stand for once they are verified: agents may bring their files meanwhile.
+    """Return versions that entries will resolve to once they are verified. Agents may download their files meanwhile.
 
-    Only what lies in the tenant's own part of the bucket: nobody has looked at the others yet.
+    Only versions in the tenant's own part of the bucket count, because the operator has not checked the others yet.
     """
     found = {}
     for resolution in resolutions:
@@ -209,7 +217,7 @@ def _is_being_verified(adapter: Adapter) -> bool:
 
 
 def effective_routes(deployment: AdapterDeployment) -> list[Route]:
-    """The routes as written, or one per adapter, named as it."""
+    """Return spec.routes, or by default one route per adapter, with the adapter's name."""
     if deployment.spec.routes is not None:
         return deployment.spec.routes
     return [Route(model=name, adapter=name) for name in (ref.partition("@")[0] for ref in deployment.spec.adapters)]
@@ -226,8 +234,11 @@ def plan_routes(
     *,
     stopped: bool = False,
 ) -> Routes:
-    """This deployment's part of the gateway's table. `told`: what the agents were told, so where a version is to be.
-    `stopped`: no pod runs and none is to, so nothing is lost by leading to the new versions at once."""
+    """Return this deployment's part of the gateway's table.
+
+    `told`: the last wanted message, which says where a version must be. `stopped`: no pod runs and none is planned, so
+    routes can lead to the new versions at once.
+    """
     namespace = deployment.metadata.namespace
     ready = [replica for replica in replicas if replica.ready and replica.address]
     by_name = {item.name: item for item in resolutions}
@@ -280,7 +291,10 @@ def _steps(
     *,
     stopped: bool,
 ) -> list[RouteTarget]:
-    """The steps of a sequence, each moved to a new version on its own; none as long as one of them resolves to nothing."""
+    """Return the steps of a sequence.
+
+    Each step moves to a new version on its own. Empty if a step resolves to nothing.
+    """
     steps = []
     for name in names:
         resolution = by_name.get(name)
@@ -302,7 +316,8 @@ def _target(
     stopped: bool,
 ) -> RouteTarget | None:
     if resolution is None or resolution.adapter is None:
-        # The entry resolves to nothing (its Adapter is being deleted, say): what answers now goes on answering.
+        # The entry resolves to nothing, for example because its Adapter is being deleted. The present version keeps
+        # answering.
         return old
     adapter = resolution.adapter
     wanted = wanted_adapter(tenant, adapter)
@@ -311,7 +326,8 @@ def _target(
     )
     if old is None or old.engine_model == new.engine_model or old.adapter is None or stopped:
         return new
-    # While the base model is rolled the old pods cannot have the new version; half of the pods can take over from the others.
+    # While the pods are rolled to a new base model, the old pods cannot have the new version. Half of the pods can take
+    # over.
     homes = [replica for replica in ready if told is None or told.is_for(new.engine_model, replica.pod)]
     able = [replica for replica in homes if new.engine_model not in replica.unfit]
     if able and 2 * len(able) >= len(homes) and all(replica.has(new.engine_model) for replica in able):

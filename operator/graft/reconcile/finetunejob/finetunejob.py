@@ -5,9 +5,9 @@
     -> Job -> follow the pods and progress.json; suspend, resume, halve the micro-batch
     -> manifest.json in storage -> Adapter -> its verification -> Succeeded -> TTL
 
-Each reconcile finds the current step from what exists: the version in the status, the Job by the label with the resource's UID,
-the manifest by its path and the job's UID in it. After a job has ended (Succeeded is True or False), only two things can happen.
-It is deleted after its TTL. Or it is restarted, if it failed and spec.restarts is raised.
+Each reconcile finds the current step from what exists: the version in the status, the Job by the label with the
+resource's UID, the manifest by its path and the job's UID in it. After a job has ended (Succeeded is True or False),
+only two things can happen. It is deleted after its TTL. Or it is restarted, if it failed and spec.restarts is raised.
 """
 
 from pydantic import ValidationError
@@ -178,7 +178,10 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         async with ctx.locks["version", namespace, job.spec.output.adapter]:
             version = await _reserve_version(ctx, raw, job, base.ref, sizing)
     except StoreError as error:
-        return Trouble("StorageUnavailable", f"cannot list the versions of {job.spec.output.adapter} in storage, the operator retries: {error}")
+        return Trouble(
+            "StorageUnavailable",
+            f"cannot list the versions of {job.spec.output.adapter} in storage, the operator retries: {error}",
+        )
     if isinstance(version, Trouble):
         return version
     file = job_file(
@@ -292,7 +295,10 @@ async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known
 
 
 def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:
-    """Return why data in another tenant's part of the bucket is refused, or None (PURE). The namespace's key could not read it anyway."""
+    """Return why data in another tenant's part of the bucket is refused, or None (PURE).
+
+    The namespace's key could not read it anyway.
+    """
     tenant = layout.tenant_of(job.metadata.namespace)
     own = layout.s3_uri(bucket, layout.tenant_prefix(tenant))
     for where, uri in data_uris(job):

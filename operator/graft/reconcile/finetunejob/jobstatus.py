@@ -1,4 +1,4 @@
-"""What a FineTuneJob's status says, from what exists (PURE)."""
+"""Compute a FineTuneJob's status from the objects that exist (PURE)."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -32,63 +32,66 @@ STAGES = ("Preparing", "Training", "Evaluating", "Publishing")
 
 @dataclass
 class World:
-    """What exists for a job now."""
+    """The objects that exist for a job at the time of a reconcile."""
 
     job: FineTuneJob
-    children: list[Manifest] = field(default_factory=list)  # the Job that trains, or before it the one that checks
+    children: list[Manifest] = field(default_factory=list)  # the training Job, or the preflight Job before it exists
     pods: list[Manifest] = field(default_factory=list)  # of that Job, oldest first
     progress: Progress | None = None  # of the newest attempt
     published: tuple[AdapterManifest, str] | None = None  # the manifest that this job wrote, and its digest
-    publish_trouble: str | None = None  # why there is none
-    refusal: str | None = None  # why the Job could not make its pod
+    publish_trouble: str | None = None  # why `published` is None
+    refusal: str | None = None  # why the Job could not create its pod
     adapter: Adapter | None = None
 
     @property
     def main_pods(self) -> list[Manifest]:
-        """The pods that report: those with index 0 where several train together."""
+        """Return the pods that report progress: those with index 0 if several pods train together."""
         return [pod for pod in self.pods if pods.index(pod) == 0] or self.pods
 
     @property
     def preflight(self) -> bool:
-        """Whether the Job is the one that checks before GPUs are taken."""
+        """Return whether the Job is the preflight Job, which runs before GPUs are requested."""
         return any(is_preflight(child) for child in self.children)
 
     @property
     def passed(self) -> bool:
-        """Whether it has found nothing wrong."""
+        """Return whether the preflight Job has succeeded."""
         return self.preflight and job_condition(self, "Complete") is not None
 
     @property
     def over(self) -> bool:
-        """Whether the Job has ended."""
+        """Return whether the Job has ended."""
         return any(
             job_condition(self, type_) for type_ in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet")
         )
 
 
 def memory_failures(world: World) -> int:
-    """How often the run has found its memory too small, counted on the pod that met it most often (PURE)."""
+    """Return how often the run did not fit in memory. The pod index with the most such attempts counts (PURE)."""
     counts = Counter(attempt.index or 0 for attempt in _attempts(world) if attempt.reason == Reason.MEMORY_EXCEEDED)
     return max(counts.values(), default=0)
 
 
 def checked(world: World) -> FineTuneJobStatus:
-    """The status of a job whose checks have found nothing wrong (PURE): what they found out outlives their pod."""
+    """Return the status of a job whose preflight checks passed (PURE).
+
+    It keeps the facts about the dataset after the pod is deleted.
+    """
     job, data = world.job, world.progress.dataset if world.progress is not None else None
     facts = DatasetFacts.model_validate(data.model_dump()) if data is not None else job.status.dataset
     return job.status.model_copy(update={"checked": True, "dataset": facts})
 
 
 def suspended(job: FineTuneJob) -> tuple[FineTuneJobStatus, list[Condition]]:
-    """The status of a job that is suspended before it started (PURE)."""
+    """Return the status of a job that is suspended before it started (PURE)."""
     status = job.status.model_copy(update={"stage": "Suspended"})
-    text = "spec.suspend is true; set it to false to start"
+    text = "spec.suspend is true. Set it to false to start the job"
     accepted = find(job.status.conditions, "Accepted")
     return status, ([accepted] if accepted else []) + [condition(KIND, "Succeeded", "Unknown", "Suspended", text)]
 
 
 def waiting(job: FineTuneJob, trouble: Trouble) -> tuple[FineTuneJobStatus, list[Condition]]:
-    """The status of a job that cannot start yet (PURE)."""
+    """Return the status of a job that cannot start yet (PURE)."""
     status = job.status.model_copy(update={"stage": "Waiting"})
     return status, [
         condition(KIND, "Accepted", "False", trouble.reason, trouble.message),
@@ -97,13 +100,13 @@ def waiting(job: FineTuneJob, trouble: Trouble) -> tuple[FineTuneJobStatus, list
 
 
 def unbound(job: FineTuneJob, trouble: Trouble) -> list[Condition]:
-    """The conditions of a job whose children cannot be removed (PURE)."""
+    """Return the conditions of a job whose children the operator may not delete (PURE)."""
     kept = [item for item in job.status.conditions if item.type != "Accepted"]
     return [condition(KIND, "Accepted", "False", trouble.reason, trouble.message), *kept]
 
 
 def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
-    """The status of a job that has started (PURE)."""
+    """Return the status of a job that has started (PURE)."""
     job = world.job
     accepted = find(job.status.conditions, "Accepted")
     message = accepted.message if accepted and accepted.status == "True" else "the job has started"
@@ -182,64 +185,81 @@ def _succeeded(world: World) -> Condition:
         return held
     if not world.pods:
         refused = world.refusal
-        text = f"the Job cannot make its pod, it is tried again: {refused}" if refused else "the Job has no pod yet"
+        text = f"Kubernetes refuses the pod of the Job and retries: {refused}" if refused else "the Job has no pod yet"
         return condition(KIND, "Succeeded", "Unknown", "QuotaExceeded" if "exceeded quota" in text else "Pending", text)
     newest = world.main_pods[-1]
     if pods.phase(newest) == "Failed":
-        end = _telling(world.pods)
+        end = _cause(world.pods)
         text = end.text if end is not None else "no reason given"
-        return condition(KIND, "Succeeded", "Unknown", "Retrying", f"pod {pods.name(newest)} failed: {text}")
+        return condition(
+            KIND,
+            "Succeeded",
+            "Unknown",
+            "Retrying",
+            f"pod {pods.name(newest)} failed, and another attempt follows: {text}",
+        )
     stuck = pods.waiting_message(newest)
     if stuck is not None:
         return condition(KIND, "Succeeded", "Unknown", "Pending", stuck)
     if pods.completed(newest, "train") or (pods.phase(newest) == "Succeeded" and not world.preflight):
-        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the operator verifies the published files")
     if pods.running(newest, "train"):
-        # The file is the init container's until the first record of training.
+        # Until training writes its first record, progress.json is the one of the init container.
         stage = world.progress.stage if world.progress is not None else _stage_before(world)
         stage = stage if stage in STAGES[1:] else "Training"
-        return condition(KIND, "Succeeded", "Unknown", stage, f"{_truncation(world)}pod {pods.name(newest)}")
+        return condition(KIND, "Succeeded", "Unknown", stage, f"{_truncation(world)}running in pod {pods.name(newest)}")
     if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
-        text = "dataset, access and base model are checked" + (", before GPUs are taken" if world.preflight else "")
+        text = "the pod checks the dataset, the access to storage and the base model"
+        text += " before GPUs are requested" if world.preflight else ""
         return condition(KIND, "Succeeded", "Unknown", "Preparing", text)
-    return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is on its way")
+    return condition(KIND, "Succeeded", "Unknown", "Pending", f"pod {pods.name(newest)} is starting")
 
 
 def _held(world: World) -> Condition | None:
-    """Why the Job is not to run now: suspended by the user, or not admitted by Kueue yet."""
+    """Return the condition of a suspended Job: the user suspended it, or Kueue has not admitted it yet.
+
+    None if it may run.
+    """
     job = world.job
     if not world.children or not world.children[0]["spec"].get("suspend"):
         return None
     if world.preflight and not job.spec.suspend:
         text = (
-            f"Job {preflight_name(job)} is suspended by somebody else. Kueue does so to Jobs that name no queue where "
-            "manageJobsWithoutQueueName is set: leave the namespace out of it, by managedJobsNamespaceSelector"
+            f"Job {preflight_name(job)} is suspended, but Graft did not suspend it. Kueue suspends Jobs that name no queue if its "
+            "manageJobsWithoutQueueName is set. Exclude this namespace with Kueue's managedJobsNamespaceSelector"
         )
         return condition(KIND, "Succeeded", "Unknown", "Pending", text)
     if job.spec.queue is not None:
-        text = f"waits for Kueue to admit it from the queue {job.spec.queue}; see kubectl get workloads -n {job.metadata.namespace}"
+        text = f"the job waits until Kueue admits it from the queue {job.spec.queue} (spec.queue). See kubectl get workloads -n {job.metadata.namespace}"
         return condition(KIND, "Succeeded", "Unknown", "Queued", text)
     kept = job.status.checkpoints or []
-    where = f"the checkpoint of step {kept[-1].step}" if kept else "the beginning: there is no checkpoint yet"
-    text = f"spec.suspend is true; set to false it goes on from {where}"
+    how = (
+        f"resumes from the checkpoint of step {kept[-1].step}"
+        if kept
+        else "starts from the beginning, because it has no checkpoint yet"
+    )
+    text = f"spec.suspend is true. If you set it to false, the job {how}"
     return condition(KIND, "Succeeded", "Unknown", "Suspended", text)
 
 
 def _truncation(world: World) -> str:
-    """A word on examples that lose their end, while there is time to stop the run."""
+    """Return a warning about truncated examples, while the user can still stop the run."""
     found = world.progress.dataset if world.progress is not None else world.job.status.dataset
     share = found.truncated_share if found is not None else 0.0
-    return f"{share:.0%} of the examples are cut to training.maxLength; " if share > MUCH_TRUNCATED else ""
+    return f"{share:.0%} of the examples are truncated to spec.training.maxLength; " if share > MUCH_TRUNCATED else ""
 
 
 def _stage_before(world: World) -> str:
-    """What was last seen of the running pod, for a look at which the store did not answer."""
+    """Return the stage that the status shows for this running pod. It is used if the store did not answer."""
     before = find(world.job.status.conditions, "Succeeded")
     return before.reason if before is not None and before.message.endswith(pods.name(world.main_pods[-1])) else ""
 
 
-def _telling(found: list[Manifest]) -> pods.Ending | None:
-    """The newest ending that says what went wrong: a pod that ended because another did only follows it."""
+def _cause(found: list[Manifest]) -> pods.Ending | None:
+    """Return the newest ending that shows the cause.
+
+    A pod that ended because another pod ended (PeerLost) shows no cause.
+    """
     endings = [end for pod in reversed(found) if (end := pods.ending(pod)) is not None]
     first = [end for end in endings if end.reason != Reason.PEER_LOST]
     return next(iter(first or endings), None)
@@ -248,11 +268,11 @@ def _telling(found: list[Manifest]) -> pods.Ending | None:
 def _failure(world: World, failed: dict[str, Any]) -> Condition:
     if failed.get("reason") == "DeadlineExceeded":
         deadline = world.job.spec.active_deadline_seconds
-        text = f"the job ran for longer than activeDeadlineSeconds ({deadline}); raise it, and restarts to go on from there"
+        text = f"the job ran for longer than spec.activeDeadlineSeconds ({deadline} s). Raise it and spec.restarts to resume"
         return condition(KIND, "Succeeded", "False", "DeadlineExceeded", text)
-    end = _telling(world.pods)
+    end = _cause(world.pods)
     if end is not None:
-        # No attempt follows any more that could halve the micro-batch.
+        # MemoryExceeded announces an attempt with half the micro-batch, but no attempt follows.
         reason = Reason.OUT_OF_MEMORY if end.reason == Reason.MEMORY_EXCEEDED else end.reason
         return condition(KIND, "Succeeded", "False", reason, end.text)
     if world.progress is not None and world.progress.failure is not None:
@@ -263,21 +283,24 @@ def _failure(world: World, failed: dict[str, Any]) -> Condition:
 
 def _completion(world: World) -> Condition:
     if world.published is None:
-        text = world.publish_trouble or "the pod succeeded, but left no manifest.json"
+        text = world.publish_trouble or "the pod succeeded, but its manifest.json is not in storage"
         return condition(KIND, "Succeeded", "False", "ResultMissing", text)
     manifest, digest = world.published
     ready = find(world.adapter.status.conditions, "Ready") if world.adapter is not None else None
     artifact = world.adapter.artifact if world.adapter is not None else None
     if world.adapter is not None and (artifact is None or artifact.digest != digest):
-        other = artifact.digest if artifact is not None else "one that is composed or imported"
-        text = f"Adapter {world.adapter.metadata.name} is of another artifact, {other}"
+        other = artifact.digest if artifact is not None else "a composed or imported version"
+        text = (
+            f"Adapter {world.adapter.metadata.name} already exists for another artifact ({other}). Create the job again "
+            "with another spec.output.version"
+        )
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", text)
     if ready is not None and ready.reason == "Rejected":
         return condition(KIND, "Succeeded", "False", "GateFailed", ready.message)
     if ready is not None and ready.reason == "SigningKeyUnavailable":
         return condition(KIND, "Succeeded", "Unknown", "Publishing", ready.message)
     if ready is None or ready.status == "Unknown":
-        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the published files are verified")
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", "the operator verifies the published files")
     if ready.status != "True":
         return condition(KIND, "Succeeded", "False", "ArtifactInvalid", ready.message)
     scores = ", ".join(f"{key} {value:.4g}" for key, value in sorted(manifest.metrics.items()))
@@ -288,7 +311,7 @@ def _completion(world: World) -> Condition:
 
 
 def _attempts(world: World) -> list[Attempt]:
-    if world.preflight:  # nothing is attempted yet
+    if world.preflight:  # the preflight Job is not an attempt
         return world.job.status.attempts or []
     attempts = {item.pod: item for item in world.job.status.attempts or []}
     several = any(pods.index(pod) for pod in world.pods)
@@ -314,9 +337,7 @@ def _attempts(world: World) -> list[Attempt]:
         )
     there = {pods.name(pod) for pod in world.pods}
     for name, attempt in attempts.items():
-        if (
-            name not in there and attempt.reason is None
-        ):  # a suspension removes pods, and so does the loss of their node
+        if name not in there and attempt.reason is None:  # pods are removed by a suspension, or when their node is lost
             attempts[name] = attempt.model_copy(update={"reason": Reason.INTERRUPTED, "message": "the pod was removed"})
     progress = world.progress
     if progress is not None and progress.attempt in attempts:

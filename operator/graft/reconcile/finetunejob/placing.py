@@ -1,4 +1,4 @@
-"""Where a job trains: reads the cluster's nodes and hands them to placement."""
+"""Decide where a job trains: read the cluster's nodes and pass them to placement."""
 
 from graft import placement
 from graft.api import FineTuneJob
@@ -10,8 +10,10 @@ from graft.reconcile.shared.context import Context
 
 
 async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizing] | Trouble:
-    """The pods of the run and the estimate that they come from, by the data where it was looked at; Trouble when no node would
-    do."""
+    """Return the pods of the run and the estimate that they are based on, or why the job fits on no node.
+
+    The estimate uses the length of the longest example if the preflight Job has measured it.
+    """
     spec, data = job.spec, job.status.dataset
     longest = data.max_tokens if data is not None and not data.sampled else 0
     try:
@@ -32,7 +34,7 @@ async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizi
         return Trouble("DoesNotFit", str(error))
     resources = decision.resources
     if spec.queue is not None and spec.resources is None and resources is not None:
-        # Kueue admits nothing that asks for what its ClusterQueue does not cover, and few cover the disk.
+        # Kueue does not admit a Job that requests a resource which its ClusterQueue does not cover. Few cover the disk.
         asked = {name: amount for name, amount in (resources.requests or {}).items() if name != DISK}
         resources = resources.model_copy(update={"requests": asked})
     shape = Shape(resources, decision.nodes, decision.node_selector, decision.choice)

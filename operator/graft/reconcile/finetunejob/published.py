@@ -10,7 +10,8 @@ from graft.reconcile.shared.context import Context
 async def read_published(ctx: Context, world: World, version: str) -> None:
     """Set world.published to the manifest that the job wrote, or world.publish_trouble to why there is none.
 
-    Raises StoreError if the store is unavailable."""
+    Raises StoreError if the store is unavailable.
+    """
     job = world.job
     prefix = layout.adapter_prefix(layout.tenant_of(job.metadata.namespace), job.spec.output.adapter, version)
     try:
@@ -25,4 +26,4 @@ async def read_published(ctx: Context, world: World, version: str) -> None:
         if manifest.job.uid == job.metadata.uid:
             world.published = (manifest, digest)
         else:
-            world.publish_trouble = f"another job, {manifest.job.name}, has written {prefix}manifest.json"
+            world.publish_trouble = f"another job, {manifest.job.name}, has written {prefix}manifest.json. Create the job again with another spec.output.version"

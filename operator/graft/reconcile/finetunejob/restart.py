@@ -1,7 +1,8 @@
-"""A FineTuneJob that has failed and is to go on: spec.restarts was raised.
+"""Restart a FineTuneJob that has failed, after its spec.restarts was raised.
 
-Its Jobs go, and what their attempts said of themselves; its checkpoints stay. Then it is as one that has not begun, under the
-same UID, so the next Job finds them. The status is written last: a restart that was cut off is done again.
+Its Jobs and the progress files of their attempts are deleted. Its checkpoints stay. After that, the job is like one
+that has not started. It keeps its UID, so the next Job finds the checkpoints. The status is written last, so an
+interrupted restart is repeated.
 """
 
 from graft.api import FineTuneJob
@@ -18,13 +19,16 @@ from graft.status import condition
 
 
 def to_restart(job: FineTuneJob, ended: Condition) -> bool:
-    """Whether a job that has ended is to go on (PURE). One that missed a gate has published its version, as Rejected."""
+    """Return whether a job that has ended must restart (PURE).
+
+    A job that missed a gate does not: it has published its version.
+    """
     raised = job.spec.restarts > (job.status.restarts or 0)
     return raised and ended.status == "False" and ended.reason != "GateFailed"
 
 
 async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
-    """One step of it; the seconds until the next look."""
+    """Do the next step of a restart. Return the seconds until the next reconcile."""
     left = await ending.end_jobs(ctx, job)
     if isinstance(left, Trouble):
         await ctx.write_status(raw, job.status, unbound(job, left))
@@ -33,8 +37,9 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
         return left
     prefix = layout.run_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid)
     await ctx.blocking(forget_attempts, ctx.store, prefix)
-    # What the attempts met no longer counts: where memory ran out, there may be more of it now. And the version is reserved
-    # anew, for another job may have taken the number since, unless it is out: then the next attempt has only to say so.
+    # Failures of earlier attempts no longer count: the job may have more memory now. The version is reserved again,
+    # because another job may have taken the number. A published version stays reserved: then the next attempt only
+    # reports it.
     cleared = ["attempts", "checked", "completion_time", "adapter_ref", "eta_text"]
     world = World(job)
     if job.status.resolved is not None and job.status.resolved.version is not None:
@@ -43,15 +48,19 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
         cleared.append("resolved")
     status = job.status.model_copy(update={**dict.fromkeys(cleared), "stage": "Pending", "restarts": job.spec.restarts})
     kept_steps = [item.step for item in job.status.checkpoints or []]
-    where = f"the checkpoint of step {kept_steps[-1]}" if kept_steps else "the beginning: there is no checkpoint"
-    text = f"restart {job.spec.restarts}: it goes on from {where}"
+    how = (
+        f"resumes from the checkpoint of step {kept_steps[-1]}"
+        if kept_steps
+        else "starts from the beginning, because it has no checkpoint"
+    )
+    text = f"restart {job.spec.restarts}: the job {how}"
     accepted = [item for item in job.status.conditions if item.type == "Accepted"]
     await ctx.write_status(raw, status, [*accepted, condition(KIND, "Succeeded", "Unknown", "Pending", text)])
     return 0
 
 
 def forget_attempts(store: S3Store, prefix: str) -> None:
-    """Remove what attempts told of themselves, below a run's prefix. StoreError."""
+    """Delete the progress files of all attempts below a run's prefix. Raises StoreError."""
     for item in list(store.objects(prefix)):
         if item.key.endswith("/" + layout.PROGRESS):
             store.delete(item.key)

@@ -1,4 +1,4 @@
-"""Provide what every kind needs before the operator creates its children: the base model, and the namespace's storage key.
+"""Provide the base model and the namespace's storage key, which every kind needs before its children are created.
 
 It does not know any kind's life cycle.
 """
@@ -20,7 +20,7 @@ SECRET_KEYS = {"endpoint", "region", "bucket", "prefix", "access-key-id", "secre
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why the operator cannot create anything yet: a reason of the condition Accepted (Adapters: Ready), and what to do."""
+    """Why nothing can be created yet: a reason of the condition Accepted (Adapter: Ready), and what to do."""
 
     reason: str
     message: str
@@ -37,7 +37,10 @@ class Base:
 def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | Trouble:
     """Return the base model, pinned to its commit or digest, or why the namespace cannot use it now (PURE)."""
     if model is None:
-        return Trouble("BaseModelMissing", f"BaseModel {name} (spec.baseModel) does not exist. Create it, and the operator continues")
+        return Trouble(
+            "BaseModelMissing",
+            f"BaseModel {name} (spec.baseModel) does not exist. Create it, and the operator continues",
+        )
     allowed = model.spec.allowed_namespaces
     if allowed is not None and namespace not in allowed:
         return Trouble(
@@ -63,7 +66,10 @@ async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | T
 
 
 async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
-    """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed. Return what is missing, or None."""
+    """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed.
+
+    Return what is missing, or None.
+    """
     try:
         keys, ours = await _credentials(ctx, namespace)
         if ctx.identity is None or not ours:
@@ -81,7 +87,9 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
                 await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))
             ctx.issued.add(tenant)
     except StoreError as error:
-        return Trouble("StorageUnavailable", f"cannot issue a storage key for namespace {namespace}, the operator retries: {error}")
+        return Trouble(
+            "StorageUnavailable", f"cannot issue a storage key for namespace {namespace}, the operator retries: {error}"
+        )
     except KubeError as error:
         if error.status == 403:
             return Trouble("NamespaceNotBound", not_bound(ctx, namespace))

@@ -1,4 +1,7 @@
-"""What every reconciler needs: the API server, the store, the settings; and how a status is written."""
+"""What every reconciler uses: the API server, the store and the settings.
+
+It also writes statuses, Events and finalizers.
+"""
 
 import asyncio
 import logging
@@ -20,34 +23,37 @@ from graft.settings import Settings
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Reasons of a False that is no trouble: their Events are not warnings.
+# Reasons with which a condition is False although nothing is wrong. Their Events are not warnings.
 EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "Expiring", "Pruned"}
-SILENT = {"InUse", "Needed", "Kept"}  # types and reasons that are worth no Event
+SILENT = {"InUse", "Needed", "Kept"}  # condition types and reasons for which no Event is written
 
-SOON = 5.0  # seconds until the next look while something is on its way
-WAITING = 20.0  # while something outside the cluster is waited for
+SOON = 5.0  # seconds until the next reconcile while work is in progress
+WAITING = 20.0  # seconds until the next reconcile while the operator waits for something that it does not control
 
 
 @dataclass
 class Context:
-    """One operator process."""
+    """What one operator process holds and uses."""
 
     kube: Kube
     settings: Settings
     store: S3Store
     identity: VersityIdentity | None
     locks: defaultdict[tuple[str, ...], asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    keys: Keys | None = None  # reconcile/adapter/signing.py reads them
-    keys_trouble: str = "they were not read yet"  # why there are none
+    keys: Keys | None = None  # set by reconcile/adapter/signing.py; None until they have been read
+    keys_trouble: str = "the operator has not read them yet"  # why `keys` is None
     transfers: Transfers = field(default_factory=Transfers)
-    issued: set[str] = field(default_factory=set)  # tenants whose key was seen to work since the start
+    issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
 
     async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
-        """A call of the store in a thread: the event loop never waits for it."""
+        """Run a blocking call, for example of the store, in a thread. The event loop never waits for it."""
         return await asyncio.to_thread(call, *arguments)
 
     async def write_status(self, raw: Manifest, status: Status, observed: list[Condition]) -> None:
-        """Write the status when it differs from what is there, with an Event for each transition. Idle means no write."""
+        """Write the status if it differs from the present one, with an Event for each transition.
+
+        An unchanged status is not written.
+        """
         metadata = raw["metadata"]
         before = raw.get("status") or {}
         old = [Condition.model_validate(item) for item in before.get("conditions", [])]
@@ -72,14 +78,17 @@ class Context:
             await self.kube.event(raw, item.reason, item.message, at, warning=bad)
 
     async def add_finalizer(self, resource: Resource, kind: str) -> bool:
-        """Make sure that a deletion waits for our clean-up; True when it had to be added (and the next event brings us back)."""
+        """Add the finalizer, so that a deletion waits for the clean-up.
+
+        Return True if it was added: that update causes the next reconcile.
+        """
         if FINALIZER in resource.metadata.finalizers or resource.metadata.deletion_timestamp:
             return False
         await self._set_finalizers(resource, kind, [*resource.metadata.finalizers, FINALIZER])
         return True
 
     async def remove_finalizer(self, resource: Resource, kind: str) -> None:
-        """Our clean-up is done: let the resource go."""
+        """Remove the finalizer after the clean-up, so that the API server can delete the resource."""
         if FINALIZER in resource.metadata.finalizers:
             await self._set_finalizers(
                 resource, kind, [item for item in resource.metadata.finalizers if item != FINALIZER]

@@ -1,4 +1,4 @@
-"""The end of a deleted resource's Jobs: pods first, so that nobody writes any more, then what they wrote on the way."""
+"""Stop the Jobs of a resource. Its pods end before their files are deleted, so that no pod still writes."""
 
 from graft.api.meta import Resource
 from graft.artifacts import layout
@@ -9,8 +9,10 @@ from graft.reconcile.shared.context import SOON, Context
 
 
 async def stop(ctx: Context, resource: Resource) -> float | Trouble | None:
-    """End the Jobs of a resource and clear its folder under runs/; the seconds until the next look, or None when nothing of them
-    is left."""
+    """Delete the Jobs of a resource, then its folder under runs/.
+
+    Return the seconds until the next reconcile, why the Jobs cannot be deleted, or None when all is deleted.
+    """
     left = await end_jobs(ctx, resource)
     if left is None:
         tenant = layout.tenant_of(resource.metadata.namespace)
@@ -19,7 +21,10 @@ async def stop(ctx: Context, resource: Resource) -> float | Trouble | None:
 
 
 async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
-    """End the Jobs of a resource with their pods; the seconds until the next look, or None when none is left."""
+    """Delete the Jobs of a resource with their pods.
+
+    Return the seconds until the next reconcile, why that is impossible, or None.
+    """
     namespace, labels = resource.metadata.namespace, {OWNER_UID: resource.metadata.uid}
     for child in await ctx.kube.list("Job", namespace, labels):
         if child["metadata"].get("deletionTimestamp"):
@@ -29,7 +34,8 @@ async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
         except KubeError as error:
             if error.status != 403:
                 raise
-            # The RoleBinding was taken away, or the namespace goes and took it along before the Job.
+            # The RoleBinding was deleted. This also happens while a namespace is deleted, if it loses the RoleBinding
+            # before the Job.
             return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
     if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
         return SOON

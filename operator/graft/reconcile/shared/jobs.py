@@ -1,4 +1,4 @@
-"""What a Kubernetes Job says about itself: its conditions, and why it could not create its pod."""
+"""Read what Kubernetes reports about a Job: its conditions, and why it could not create its pod."""
 
 from typing import Any
 
@@ -7,15 +7,18 @@ from graft.reconcile.shared.context import Context
 
 
 def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
-    """A condition of a resource as it came from the API; empty when there is none (PURE)."""
+    """Return a condition of a resource from the API, or an empty dict if the resource does not have it (PURE)."""
     return next((dict(item) for item in raw.get("status", {}).get("conditions", []) if item["type"] == type_), {})
 
 
 async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
-    """What the Job controller says when a quota or an admission policy refuses the pod: only an Event tells it."""
+    """Return why a quota or an admission policy refuses the pod, or None.
+
+    The Job controller reports it only in an Event.
+    """
     try:
         events = await ctx.kube.events_of(namespace, job_uid)
     except KubeError:
-        return None  # a hint that cannot be had is no reason to stop
+        return None  # the message is only a hint, so the reconcile continues without it
     refused = [item["message"] for item in events if item.get("reason") == "FailedCreate"]
     return str(refused[-1]) if refused else None

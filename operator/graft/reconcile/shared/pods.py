@@ -1,4 +1,4 @@
-"""What pods say about themselves (PURE): why one does not run yet, why one ended."""
+"""Read pods: why a pod does not run yet, and why it ended (PURE)."""
 
 import json
 from dataclasses import dataclass
@@ -10,9 +10,7 @@ from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from graft.manifests.training import INDEX_LABEL
 
 Pod = dict[str, Any]
-DISK_REMEDY = (
-    "Say the disk that the pod needs (status.sizing.nodeDiskBytes) as ephemeral-storage in resources.requests."
-)
+DISK_REMEDY = "Set ephemeral-storage in resources.requests to the disk that the pod needs (FineTuneJob: status.sizing.nodeDiskBytes)."
 STUCK = {
     "ImagePullBackOff",
     "ErrImagePull",
@@ -27,7 +25,7 @@ STUCK = {
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a container ended."""
+    """Why a container or its pod ended."""
 
     reason: str
     message: str
@@ -48,7 +46,7 @@ def phase(pod: Pod) -> str:
 
 
 def is_ready(pod: Pod) -> bool:
-    """Ready, and not on its way out."""
+    """Return whether the pod is Ready and is not being deleted."""
     if pod["metadata"].get("deletionTimestamp"):
         return False
     return any(
@@ -57,7 +55,7 @@ def is_ready(pod: Pod) -> bool:
 
 
 def statuses(pod: Pod) -> list[dict[str, Any]]:
-    """The containers' statuses, init containers first."""
+    """Return the containers' statuses, init containers first."""
     status = pod.get("status", {})
     return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
@@ -67,7 +65,7 @@ def running(pod: Pod, container: str) -> bool:
 
 
 def completed(pod: Pod, container: str) -> bool:
-    """Whether a container has ended well."""
+    """Return whether a container has ended with exit code 0."""
     return any(
         item["name"] == container and item.get("state", {}).get("terminated", {}).get("exitCode") == 0
         for item in statuses(pod)
@@ -75,10 +73,10 @@ def completed(pod: Pod, container: str) -> bool:
 
 
 def waiting_message(pod: Pod) -> str | None:
-    """Why a pod does not run yet: not scheduled, or a container that cannot start. None when nothing is wrong."""
+    """Return why a pod does not run yet: it is not scheduled, or a container cannot start. None if nothing is wrong."""
     for item in pod.get("status", {}).get("conditions", []):
         if item["type"] == "PodScheduled" and item["status"] == "False":
-            return f"pod {name(pod)} finds no node: {item.get('message', item.get('reason', ''))}"
+            return f"pod {name(pod)} is not scheduled: {item.get('message', item.get('reason', ''))}"
     for item in statuses(pod):
         waiting = item.get("state", {}).get("waiting", {})
         if waiting.get("reason") in STUCK:
@@ -89,21 +87,25 @@ def waiting_message(pod: Pod) -> str | None:
 
 
 def index(pod: Pod) -> int:
-    """Which of a run's pods this is; 0 where there is one."""
+    """Return the pod's index in its run. It is 0 if the run has one pod."""
     return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, 0))
 
 
 def disrupted(pod: Pod) -> bool:
-    """Whether the cluster took the pod away: a node that went, an eviction, a preemption."""
+    """Return whether the cluster ended the pod: its node was lost, or it was evicted or preempted."""
     found = pod.get("status", {}).get("conditions", [])
     return any(item["type"] == "DisruptionTarget" and item["status"] == "True" for item in found)
 
 
 def ending(pod: Pod) -> Ending | None:
-    """Why a failed pod ended: the training container's own words where it left any."""
+    """Return why a pod failed, or None if nothing failed.
+
+    A termination message that Graft's container wrote is preferred.
+    """
     status = pod.get("status", {})
     if status.get("reason") == "Evicted" and status.get("message"):
-        # The node had no room: its words say which. What the containers say is that they were killed.
+        # The node ran out of a resource, and the pod's message names it. The containers report only that they were
+        # killed.
         words = str(status["message"])
         return Ending(Reason.INTERRUPTED, words, DISK_REMEDY if "ephemeral" in words else "", None)
     for item in statuses(pod):
@@ -133,7 +135,8 @@ def _ending(terminated: dict[str, Any], container: str) -> Ending | None:
         return Ending(
             Reason.MEMORY_EXCEEDED if container == "train" else Reason.OUT_OF_MEMORY,
             f"container {container} was killed: it used more memory than its limit.",
-            "Raise resources.limits.memory, or lower training.perDeviceTrainBatchSize or training.maxLength.",
+            "Raise resources.limits.memory. For a training, you can lower spec.training.perDeviceTrainBatchSize or "
+            "spec.training.maxLength instead.",
             at,
         )
     known = {number: reason for reason, number in EXIT_CODES.items()}
@@ -142,6 +145,6 @@ def _ending(terminated: dict[str, Any], container: str) -> Ending | None:
     return Ending(
         reason,
         f"container {container} ended with exit code {code}. {tail}".strip(),
-        f"See its log: container {container}.",
+        f"Read the log of container {container}.",
         at,
     )

@@ -1,7 +1,8 @@
-"""Who is looked at when: one worker per resource, woken by events, repeated while something is on its way.
+"""Decide when each resource is reconciled: one worker per resource, woken by events and by a timer.
 
-Bursts coalesce (a wake-up during a look causes exactly one more), one writer owns a resource, an error is tried again with
-exponential back-off, and everything is looked at again from time to time, so a lost event costs minutes and never correctness.
+Several events in a short time cause one reconcile; a wake-up during a reconcile causes exactly one more. Each resource
+has one writer. After an error, the worker retries with exponential back-off. Every resource is also reconciled from
+time to time. So a lost event costs minutes, but never correctness.
 """
 
 import asyncio
@@ -18,15 +19,15 @@ log = logging.getLogger(__name__)
 Key = tuple[str, str, str]  # kind, namespace, name
 Reconcile = Callable[[str, str], Awaitable[float | None]]
 
-RESYNC = 600.0
-BACKOFF_FIRST = 1.0
-BACKOFF_LAST = 60.0
-CONCURRENCY = 16
-CONFLICT = 409  # a write that names the resourceVersion it was decided on
+RESYNC = 600.0  # seconds until a resource is reconciled without an event
+BACKOFF_FIRST = 1.0  # seconds
+BACKOFF_LAST = 60.0  # seconds
+CONCURRENCY = 16  # reconciles at the same time
+CONFLICT = 409  # HTTP status of a write that is based on an outdated resourceVersion
 
 
 class Queue:
-    """Workers for all resources of one operator."""
+    """The workers of all resources of one operator."""
 
     def __init__(self, reconcilers: dict[str, Reconcile], resync: float = RESYNC) -> None:
         self._reconcilers = reconcilers
@@ -35,10 +36,10 @@ class Queue:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(CONCURRENCY)
         self.last_done = time.monotonic()
-        self.busy: dict[Key, float] = {}  # since when, for the probe
+        self.busy: dict[Key, float] = {}  # start of each running reconcile (time.monotonic), for the probe
 
     def wake(self, kind: str, namespace: str, name: str) -> None:
-        """Look at a resource soon."""
+        """Reconcile a resource soon."""
         key = (kind, namespace, name)
         if key not in self._wakes:
             self._wakes[key] = asyncio.Event()
@@ -47,7 +48,7 @@ class Queue:
         self._wakes[key].set()
 
     def forget(self, kind: str, namespace: str, name: str) -> None:
-        """The resource is gone."""
+        """Stop the worker of a resource that no longer exists."""
         key = (kind, namespace, name)
         if self._wakes.pop(key, None) is not None:
             self._tasks.pop(key).cancel()
@@ -55,11 +56,11 @@ class Queue:
             metrics.RESOURCES.labels(kind).dec()
 
     def keys(self, kind: str, namespace: str | None = None) -> list[Key]:
-        """The followed resources of a kind."""
+        """Return the keys of the resources of a kind that have a worker."""
         return [key for key in self._wakes if key[0] == kind and namespace in {None, key[1]}]
 
     async def stop(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -81,10 +82,12 @@ class Queue:
             except TimeoutError:
                 continue
             if failures:
-                await asyncio.sleep(min(pause, BACKOFF_FIRST))  # events must not turn a failing look into a hot loop
+                await asyncio.sleep(
+                    min(pause, BACKOFF_FIRST)
+                )  # events must not turn a failing reconcile into a hot loop
 
     async def _once(self, key: Key) -> float | None:
-        """One look; the seconds to the next, None after an error."""
+        """Reconcile once. Return the seconds until the next reconcile, or None after an error."""
         kind, namespace, name = key
         async with self._slots:
             self.busy[key] = started = time.monotonic()
@@ -93,13 +96,13 @@ class Queue:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                told = {"resource": "/".join(key), "error": str(error)}
+                fields = {"resource": "/".join(key), "error": str(error)}
                 if isinstance(error, KubeError) and error.status == CONFLICT:
                     metrics.RECONCILES.labels(kind, "conflict").inc()
-                    log.info("changed by somebody else meanwhile, looked at again", extra=told)
+                    log.info("another writer changed the resource during the reconcile, retrying", extra=fields)
                 else:
                     metrics.RECONCILES.labels(kind, "error").inc()
-                    log.exception("reconcile failed", extra=told)
+                    log.exception("reconcile failed", extra=fields)
                 return None
             finally:
                 self.busy.pop(key, None)

@@ -1,6 +1,8 @@
-"""Long work on stored files, beside the looks: a look starts it, and later looks see whether it is done.
+"""Run long work on stored files beside the reconciles: one reconcile starts it, and later reconciles check whether it
+is done.
 
-A look that took as long as gigabytes take would count as hanging. Nothing is remembered across a restart: the work can be repeated.
+Copying gigabytes within a reconcile would make the operator's probe fail. Nothing is remembered across a restart of the
+operator, so the work must be safe to repeat.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ from typing import Any
 
 
 class Transfer:
-    """One piece of work in a thread. `call` gets its arguments and a function that says whether to stop."""
+    """One piece of work in a thread. `call` gets its arguments and a function that returns whether it must stop."""
 
     def __init__(self, what: str, turn: asyncio.Semaphore, call: Callable[..., Any], *arguments: Any) -> None:
         self.what = what
@@ -24,7 +26,7 @@ class Transfer:
             return await asyncio.to_thread(call, *arguments, self._stop.is_set)
 
     def stop(self) -> None:
-        """Ask it to end soon; it is done when `done` says so."""
+        """Ask the work to stop soon. It has stopped when `done` is True."""
         self._stop.set()
 
     @property
@@ -32,20 +34,21 @@ class Transfer:
         return self._task.done()
 
     def result(self) -> Any:
-        """What the call returned, or its exception."""
+        """Return what the call returned, or raise its exception."""
         return self._task.result()
 
 
 class Transfers:
-    """The work that goes on, by the UID of the resource that it is for: never two for one."""
+    """The running work, by the UID of its resource. A resource has at most one piece of work."""
 
     def __init__(self) -> None:
         self._running: dict[str, Transfer] = {}
-        # One of a kind at a time: the coder keeps a core busy. A restoration, which somebody waits for, does not queue behind others.
+        # Only one of each kind of work runs at a time, because compression keeps a core busy. A user waits for a
+        # restoration, so it does not queue behind work of other kinds.
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
 
     def start(self, uid: str, what: str, call: Callable[..., Any], *arguments: Any) -> None:
-        """Start it; whatever there was for the resource is done and no longer of interest."""
+        """Start work for a resource. Earlier work of the resource must be done; its result is dropped."""
         assert uid not in self._running or self._running[uid].done  # noqa: S101
         self._running[uid] = Transfer(what, self._turns[what], call, *arguments)
 
@@ -53,7 +56,7 @@ class Transfers:
         return self._running.get(uid)
 
     def forget(self, uid: str) -> bool:
-        """Stop what goes on for a resource; whether nothing does any more."""
+        """Ask the work of a resource to stop. Return whether no work runs any more."""
         transfer = self._running.get(uid)
         if transfer is not None and not transfer.done:
             transfer.stop()
@@ -62,6 +65,6 @@ class Transfers:
         return True
 
     def stop(self) -> None:
-        """The process ends: the threads must, too."""
+        """Ask all work to stop. The process ends, so its threads must end too."""
         for transfer in self._running.values():
             transfer.stop()

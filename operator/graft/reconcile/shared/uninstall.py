@@ -1,6 +1,8 @@
-"""After the operator is removed: take our finalizer off every resource, so that none is stuck when it is deleted later.
+"""Remove Graft's finalizer from every resource after the operator was uninstalled, so that the resources can be deleted
+later.
 
-Runs as the chart's post-delete hook. The resources, what runs and what is stored stay; an operator that is installed again takes them up.
+Runs as the chart's post-delete hook. The resources, the pods and the stored files stay. A new installation manages them
+again.
 """
 
 import logging
@@ -13,7 +15,7 @@ KINDS = ("AdapterDeployment", "FineTuneJob", "Adapter")
 
 
 async def uninstall() -> None:
-    """Strip the finalizer from all resources of all namespaces."""
+    """Remove the finalizer from all resources of all namespaces."""
     kube = await Kube.connect()
     try:
         for kind in KINDS:
@@ -24,6 +26,6 @@ async def uninstall() -> None:
                     await kube.merge_patch(
                         kind, metadata.get("namespace"), metadata["name"], {"metadata": {"finalizers": rest}}
                     )
-                    log.info("released %s %s/%s", kind, metadata.get("namespace"), metadata["name"])
+                    log.info("removed the finalizer from %s %s/%s", kind, metadata.get("namespace"), metadata["name"])
     finally:
         await kube.close()

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from graft.api import BaseModel
 from graft.artifacts.storage import StorageConfig
 from graft.contracts.mounts import STORAGE_SECRET
-from graft.reconcile.shared.access import SECRET_KEYS, ensure_credentials
+from graft.reconcile.shared.access import SECRET_KEYS, Trouble, base_model_of, ensure_credentials
 from graft.reconcile.shared.context import Context
 from graft.settings import Images, Settings
 
@@ -92,3 +93,19 @@ async def test_what_somebody_elses_secret_lacks_is_named(identity: Identity | No
 async def test_without_an_identity_service_somebody_has_to_make_one() -> None:
     trouble = await ensure_credentials(context(Kube(None), None), "shop")
     assert trouble is not None and trouble.message.endswith(", ".join(sorted(SECRET_KEYS)))
+
+
+def test_a_base_model_whose_new_spec_is_not_checked_yet_is_not_described_by_its_old_condition() -> None:
+    ready = {
+        "type": "Ready", "status": "True", "reason": "Resolved", "message": "12 layers", "observedGeneration": 1,
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    model = BaseModel.model_validate(
+        {
+            "metadata": {"name": "tiny", "generation": 2},
+            "spec": {"source": "s3://graft/models/tiny"},
+            "status": {"conditions": [ready]},
+        }
+    )
+    found = base_model_of("tiny", "shop", model)
+    assert found == Trouble("BaseModelNotReady", "the operator has not checked the present spec of BaseModel tiny yet")

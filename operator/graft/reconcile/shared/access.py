@@ -49,10 +49,10 @@ def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | 
             f"spec.allowedNamespaces of the BaseModel",
         )
     ready = find(model.status.conditions, "Ready")
-    stale = ready is not None and ready.observed_generation != model.metadata.generation
-    if ready is None or ready.status != "True" or stale:
-        why = ready.message if ready is not None else "the operator has not checked it yet"
-        return Trouble("BaseModelNotReady", f"BaseModel {name} is not Ready: {why}")
+    if ready is None or ready.observed_generation != model.metadata.generation:
+        return Trouble("BaseModelNotReady", f"the operator has not checked the present spec of BaseModel {name} yet")
+    if ready.status != "True":
+        return Trouble("BaseModelNotReady", f"BaseModel {name} is not Ready: {ready.message}")
     uri = model.spec.source
     if model.status.revision:
         uri = f"{uri.partition('@')[0]}@{model.status.revision}"

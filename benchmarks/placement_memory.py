@@ -1,14 +1,15 @@
-"""The estimate of graft.placement against the memory that training really takes, for every method.
+"""Compare the estimate of graft.placement with the memory that training really takes, for every method.
 
-Each case trains a few micro-batches of a small random model with the trainer's own model code and transformers' Trainer,
-and compares the peak with the estimate. The peak is that of the live tensors, counted at every operation: a process' RSS
-would show the allocator, too, which on a CPU is malloc and on a GPU torch's own. It is what
-torch.cuda.max_memory_allocated() says on a GPU, without the framework's share.
+Each case trains a few micro-batches of a small random model with the trainer's own model code and transformers'
+Trainer. Then it compares the peak with the estimate. The peak is that of the live tensors, counted at every operation.
+It corresponds to torch.cuda.max_memory_allocated() on a GPU, without the framework's share. The RSS of the process is
+not used, because it includes the allocator, which is malloc on a CPU and torch's own on a GPU.
 
     python benchmarks/placement_memory.py [case...]      # one line per case, and build/bench/placement_memory.json
 
-With --gpu the models have the shapes of Llama 2 7B and Llama 3.2 1B (with Llama 2's vocabulary), and the peak is all that the
-process takes of the GPU's memory, context and allocator included, against the whole estimate. Needs 40 GB.
+With --gpu the models have the shapes of Llama 2 7B and Llama 3.2 1B (with Llama 2's vocabulary). The peak is all GPU
+memory of the process, including context and allocator, and it is compared with the whole estimate. This needs a GPU
+with 40 GB.
 """
 
 import argparse
@@ -29,13 +30,13 @@ from graft.placement.facts import facts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "placement_memory.json"
-STEPS = 2  # the optimizer's state is there from the second on
-ACCUMULATION = 2  # gradients of one micro-batch are there while the next is computed
+STEPS = 2  # the optimizer's state exists from the second step on
+ACCUMULATION = 2  # the gradients of one micro-batch exist while the next one is computed
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training whose peak is measured."""
+    """One training run whose peak is measured."""
 
     name: str
     method: dict[str, Any]
@@ -76,7 +77,8 @@ GPU_CASES = [
     )
 ]  # fmt: skip
 
-# Small enough for a CPU, with the parts of the memory in proportions like those of large models.
+# Except for 1b and 7b, the models are small enough for a CPU. The proportions of their memory are like those of large
+# models.
 MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "large"): {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
                          "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -97,7 +99,7 @@ MODELS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 class PeakOfLiveTensors(TorchDispatchMode):
-    """The most bytes of tensor storage that were alive at once, of those seen in operations since it was entered."""
+    """Record the peak bytes of live tensor storage, of tensors that went through hold() or that an operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ class PeakOfLiveTensors(TorchDispatchMode):
 
 
 def make_model(case: Case, folder: Path) -> None:
-    """The model's folder, with random weights."""
+    """Write a model with random weights to `folder`."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     auto = AutoModelForSeq2SeqLM if case.model == "t5" else AutoModelForCausalLM
@@ -135,7 +137,7 @@ def make_model(case: Case, folder: Path) -> None:
 
 
 def measured(case: Case, folder: Path) -> int:
-    """Peak bytes of two steps of training: of the live tensors, or of the GPU's memory."""
+    """Return the peak bytes of two training steps: of the live tensors, or of the GPU's memory."""
     from graft.contracts.job import JobFile
     from graft_trainer.model.methods import make_tunable
     from graft_trainer.model.model import load_base_model, this_device
@@ -176,7 +178,7 @@ def measured(case: Case, folder: Path) -> int:
     for _ in range(case.micro_batch * ACCUMULATION * STEPS):
         ids = torch.randint(0, 1000, (case.length,))
         rows.append({"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)})
-        rows[-1]["attention_mask"][-1] = 0  # as in real batches, not all are of the same length
+        rows[-1]["attention_mask"][-1] = 0  # as in real batches, not all examples have the same length
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),
         max_steps=STEPS,
@@ -210,7 +212,7 @@ def measured(case: Case, folder: Path) -> int:
 
 
 def estimated(case: Case, folder: Path) -> dict[str, int]:
-    """The estimate for the same; on a CPU without the share of the framework, which is no tensor."""
+    """Return the estimate for the same case. On a CPU it excludes the framework's share, which is not a tensor."""
     method = Method.model_validate(case.method)
     virtual = method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0
     shape = geometry(facts_of(json.loads((folder / "config.json").read_text())))
@@ -229,7 +231,7 @@ def estimated(case: Case, folder: Path) -> dict[str, int]:
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:
-    """Both, and the ratio of the estimate to the measured peak. Models are made in `folder` once."""
+    """Return the estimate, the measured peak, and their ratio. Each model is written to `folder` once."""
     model = folder / f"{case.model}-{case.size}"
     if not model.exists():
         make_model(case, model)
@@ -244,8 +246,10 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="parts of names of cases; all of them when absent")
-    parser.add_argument("--gpu", action="store_true", help="on a GPU, with models of 1 and 7 billion parameters")
+    parser.add_argument("cases", nargs="*", help="substrings of the cases' names (default: all cases)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="measure on a GPU, with models of 1 and 7 billion parameters"
+    )
     arguments = parser.parse_args()
     chosen, results = arguments.cases, []
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +264,7 @@ def main() -> None:
     summary = {"cases": len(results), "lowest": min(ratios), "highest": max(ratios), "results": results}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"estimate/measured from {min(ratios):.2f} to {max(ratios):.2f}; {RESULT}")
+    print(f"estimate/measured is from {min(ratios):.2f} to {max(ratios):.2f}. Results: {RESULT}")
 
 
 if __name__ == "__main__":

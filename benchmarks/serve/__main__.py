@@ -1,6 +1,6 @@
-"""python -m benchmarks.serve [mix|ready|memory]… [--rounds N]: serving, as ratios to references, in one run each.
+"""python -m benchmarks.serve [mix|ready|memory]… [--rounds N]: measure serving as ratios to references.
 
-Results go to build/bench/ as JSON; the exit code is 1 when a bound is missed.
+The results are written to build/bench/ as JSON. The exit code is 1 if a bound is missed.
 """
 
 import argparse
@@ -12,11 +12,11 @@ NAMES = ("mix", "ready", "memory")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all when absent")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each variant (default: 5)")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
+        parser.error(f"unknown benchmark: {', '.join(sorted(unknown))}")
     results = []
     for name in arguments.names or NAMES:
         print(f"==> {name}", flush=True)

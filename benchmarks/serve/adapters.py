@@ -1,4 +1,4 @@
-"""Adapters of random weights: what they say does not matter, what they cost does."""
+"""Adapters with random weights. The benchmarks measure their cost, not their answers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ TINY = REPOSITORY / "examples/tiny-llama/model"
 
 
 def make_adapters(model: Path, to: Path, count: int, rank: int) -> list[Path]:
-    """Adapters on every linear layer, in folders of their own."""
+    """Write `count` adapters on every linear layer. Return their folders, one for each adapter."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     network: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
     paths = [to / f"adapter-{index}" for index in range(count)]

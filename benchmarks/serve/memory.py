@@ -1,8 +1,9 @@
-"""Memory of 100 adapters in one engine against 100 engines with one adapter each.
+"""Compare the memory of 100 adapters in one engine with that of 100 engines with one adapter each.
 
-Several engines are measured, not a hundred, and counted in two ways: with their libraries' pages (RSS), as on nodes of their own,
-and without what they share beside each other on one machine (private pages). The bound is held against the second, which is the
-least that a hundred engines can take. The agent beside each engine is not counted: it would add the same to each pod.
+Only 3 engines (ALONE) with one adapter are measured, and their mean stands for 100. Their memory is counted in two
+ways. RSS includes the pages of the libraries, as if each engine had its own node. Private pages exclude the pages that
+engines on one machine share, so they are the least that 100 engines can take. The worse ratio must meet the bound. The
+agent beside each engine is not counted, because it adds the same to each pod.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from benchmarks.train.results import show, spread, verdict, write
 
 MOST = 0.03
 ADAPTERS, RANK = 100, 16
-RESIDENT = 16  # of those registered; the others are read again when they are asked for
-ALONE = 3  # engines with one adapter that run beside each other
+RESIDENT = 16  # adapters that stay in memory; the others are read again when a request needs them
+ALONE = 3  # engines with one adapter that run at the same time
 
 
 class Engine:
-    """One engine's process."""
+    """The process of one engine."""
 
     def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
         self.port, self.process = port, process
@@ -45,14 +46,14 @@ class Engine:
             return bytes(answer.read())
 
     def use(self, paths: list[Path]) -> None:
-        """Load adapters, and ask each of them."""
+        """Load the adapters, and send one request to each of them."""
         for path in paths:
             self.post("/v1/load_lora_adapter", {"lora_name": path.name, "lora_path": str(path)})
         for path in paths:
             self.post("/v1/completions", {"model": path.name, "prompt": "What do you sell?", "max_tokens": 8})
 
     def memory(self) -> dict[str, int]:
-        """In bytes: all pages, and those that no other process has."""
+        """Return the bytes of all pages (rss), and of the pages that no other process has (private)."""
         lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
         return {"rss": sizes["Rss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
@@ -67,7 +68,7 @@ class Engine:
 
 @contextmanager
 def engine(folder: Path) -> Iterator[Engine]:
-    """An engine with the limits of a deployment."""
+    """Start an engine with the limits of a deployment, and stop it afterwards."""
     port = free_port()
     log = folder / f"engine-{port}.log"
     with log.open("ab") as out:
@@ -86,7 +87,8 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """One engine with all adapters, then several with one each, `rounds` times; what was found."""
+    """Measure one engine with all adapters, then several engines with one adapter each, `rounds` times. Return the
+    results."""
     many: list[dict[str, int]] = []
     alone: list[list[dict[str, int]]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -122,12 +124,15 @@ def measure(rounds: int) -> dict[str, Any]:
     show(
         f"{ADAPTERS} adapters of {size / 1e6:.1f} MB ({rounds} rounds)",
         [
-            (f"one engine with {ADAPTERS}, RSS MiB", spread(mib)),
-            ("one engine with one, RSS MiB", spread([each["rss"] / 2**20 for them in alone for each in them])),
-            ("one engine with one, private MiB", spread([each["private"] / 2**20 for them in alone for each in them])),
+            (f"one engine with {ADAPTERS} adapters, RSS MiB", spread(mib)),
+            ("one engine with 1 adapter, RSS MiB", spread([each["rss"] / 2**20 for them in alone for each in them])),
+            (
+                "one engine with 1 adapter, private MiB",
+                spread([each["private"] / 2**20 for them in alone for each in them]),
+            ),
             (f"one engine / {ADAPTERS} engines, RSS", f"{middle['rss']:.4f}"),
             (f"one engine / {ADAPTERS} engines, private pages", f"{middle['private']:.4f}"),
-            ("the worse of both", verdict(value, MOST, least=False)),
+            ("the worse of the two ratios", verdict(value, MOST, least=False)),
         ],
     )
     return result

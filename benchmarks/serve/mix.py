@@ -1,11 +1,11 @@
-"""How much mixing adapters in one batch costs, and what it saves.
+"""Measure the cost and the benefit of mixing adapters in one batch.
 
-Three ways to answer the same requests on one base model, measured in turns:
-  one        every request names the same adapter
+Three ways to answer the same requests on one base model are measured in turns:
+  one        every request names the same adapter, all in one batch
   mixed      every request names another adapter, all in one batch
   switching  every request names another adapter, one request after the other
-Throughput is counted as clients see it over HTTP. The seconds of a bare step of the model, without reading prompts and picking
-tokens, are measured as well: they show the cost of the mixed low-rank updates alone.
+Throughput is measured at the client, over HTTP. The seconds of a bare step of the model are measured too. Such a step
+does not read prompts or choose tokens, so it shows the cost of the mixed low-rank updates alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROMPT = list(range(20, 44))  # token ids
 
 
 async def answer(session: aiohttp.ClientSession, model: str, tokens: int) -> int:
-    """One request. Returns the tokens of its answer."""
+    """Send one request. Return the number of tokens of its answer."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     async with session.post("/v1/completions", json=body) as response:
         response.raise_for_status()
@@ -45,7 +45,7 @@ async def answer(session: aiohttp.ClientSession, model: str, tokens: int) -> int
 
 
 async def throughput(session: aiohttp.ClientSession, models: list[str], tokens: int, together: bool) -> float:
-    """Tokens per second over one request per model name."""
+    """Send one request to each model in `models`. Return the tokens per second over all of them."""
     started = time.perf_counter()
     if together:
         counts = await asyncio.gather(*(answer(session, model, tokens) for model in models))
@@ -55,7 +55,7 @@ async def throughput(session: aiohttp.ClientSession, models: list[str], tokens: 
 
 
 def step_seconds(network: Network, weights: list[LoraWeights], rows: int, steps: int) -> float:
-    """Seconds per bare step in which row i has the adapter i modulo their number."""
+    """Return the seconds per bare step. Row i has the adapter i modulo the number of adapters."""
     sequences = []
     for index in range(rows):
         adapter = index % len(weights)
@@ -64,7 +64,7 @@ def step_seconds(network: Network, weights: list[LoraWeights], rows: int, steps:
         network.share(context)
         sequences.append((context, Row(f"bench{adapter}", weights[adapter])))
     batch = [Step(context, 50, row) for context, row in sequences]
-    network.step(batch, repeatable=False)  # the rows' matrices are copied once
+    network.step(batch, repeatable=False)  # not measured: the first step copies the rows' matrices
     started = time.perf_counter()
     for _ in range(steps):
         network.step(batch, repeatable=False)
@@ -72,7 +72,7 @@ def step_seconds(network: Network, weights: list[LoraWeights], rows: int, steps:
 
 
 async def run(rounds: int) -> dict[str, list[float]]:
-    """Each way in turn, `rounds` times."""
+    """Measure each way in turn, `rounds` times."""
     settings = Settings(
         str(TINY), ("base",), max_loras=ADAPTERS, max_cpu_loras=ADAPTERS, max_lora_rank=64, max_num_seqs=ADAPTERS
     )
@@ -86,7 +86,7 @@ async def run(rounds: int) -> dict[str, list[float]]:
                     await server.registry.load(LoadLoraRequest(lora_name=path.name, lora_path=str(path)))
             names = [path.name for path in paths]
             weights: list[Any] = [server.engine.residency.use(server.registry.entries[name].adapter) for name in names]
-            await throughput(session, names, 4, together=True)  # warm
+            await throughput(session, names, 4, together=True)  # warm up
             for number in range(rounds):
                 ways = [("one", names[:1] * ADAPTERS, True), ("mixed", names, True), ("switching", names, False)]
                 for key, models, together in ways if number % 2 else reversed(ways):
@@ -95,14 +95,15 @@ async def run(rounds: int) -> dict[str, list[float]]:
                 for key, chosen in steps if number % 2 else reversed(steps):
                     task = partial(step_seconds, server.engine.network, chosen, ADAPTERS, TOKENS)
                     seen[key].append(await asyncio.wrap_future(server.engine.call(task)))
-                print(f"  round {number + 1}/{rounds}: {seen['mixed'][-1] / seen['one'][-1]:.3f} of one", flush=True)
+                over_one = seen["mixed"][-1] / seen["one"][-1]
+                print(f"  round {number + 1}/{rounds}: mixed / one {over_one:.3f}", flush=True)
     finally:
         await server.close()
     return seen
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """All ways, `rounds` times; what was found."""
+    """Measure all ways, `rounds` times. Return the results."""
     torch.set_num_threads(cpu_limit())
     seen = asyncio.run(run(rounds))
     over_one, over_switching = ratio(seen["mixed"], seen["one"]), ratio(seen["mixed"], seen["switching"])

@@ -1,11 +1,13 @@
-"""How long after an Adapter is Ready a running deployment answers with it, to the first token at the client.
+"""Measure the time from an Adapter's condition Ready to the first token that a running deployment answers with it.
 
-In each round, beside each other in time:
-  attach    a new version of an adapter that is served as @latest: from the moment its condition Ready is seen in a watch to the
-            first token of the new version through the gateway
-  bare      a GET of the version's weights and safetensors' load, nothing else: what moving the bytes costs at least
-  restart   engine and agent of the pod begin anew with an empty disk: from their start to the first token through the gateway
-Real: API server, operator, object store, agent, engine, gateway. The kubelet is the one of tests/cluster/loopback.py.
+Each round measures, one shortly after the other:
+  attach    a new version of an adapter that is served as @latest: from the moment that a watch sees its condition Ready
+            to the first token of the new version through the gateway
+  bare      a GET of the version's weights and the load by safetensors, nothing else: the least cost of moving the bytes
+  restart   the pod's engine and agent start again with an empty disk: from their start to the first token through the
+            gateway
+The API server, operator, object store, agent, engine and gateway are real. The kubelet is the one of
+tests/cluster/loopback.py.
 """
 
 from __future__ import annotations
@@ -49,24 +51,24 @@ from benchmarks.serve.adapters import TINY, make_adapters
 from benchmarks.train.results import ratio, show, spread, verdict, write
 
 MOST_OVER_BARE, MOST_OVER_RESTART = 1.2, 0.05
-PATIENCE = 180.0
+PATIENCE = 180.0  # seconds
 
 
 @dataclass(frozen=True)
 class Size:
-    """A base model and adapters for it."""
+    """The size of a base model and of its adapters."""
 
     name: str
     hidden: int | None  # None: the tiny model of the examples
     rank: int
     layers: int = 1
-    bytes_per_second: float | None = None  # that the store gives a connection; None: what this machine gives
+    bytes_per_second: float | None = None  # the store's bandwidth per connection; None: not limited
 
 
-# The second has one wide layer, so that an adapter has the 100 MB of a usual one of a model with 7 billion parameters; those of
-# the third are as large as one of a model with 70 billion parameters. The fourth has a store that gives a connection
-# what one of S3's gives about. The bounds are held against the second, whose store is on the same machine, and
-# the fourth. Replicas bring nothing early where less than a fifth of the disk is free.
+# "large" has one wide layer, so an adapter has 100 MB, which is usual for a model with 7 billion parameters. An adapter
+# of "larger" has the size that is usual for 70 billion parameters. "remote" limits the store to about the bandwidth of
+# one connection to S3. The bounds are checked for "large", whose store is on the same machine, and for "remote". If
+# less than a fifth of the disk is free, the agents do not download expected versions ahead of time.
 SIZES = (
     Size("small", None, 16),
     Size("large", 2048, 512),
@@ -92,19 +94,21 @@ def make_base(size: Size, folder: Path) -> Path:
 
 
 class Client:
-    """Asks one model through the gateway as soon as it lists the version: asking before would keep the engine busy."""
+    """A client of one model through the gateway. It sends no request before the gateway lists the version, because
+    earlier requests would keep the engine busy."""
 
     def __init__(self, url: str, model: str) -> None:
         self.address, self.model = urlsplit(url).netloc, model
 
     def first_token(self, version: str) -> float:
-        """Wait until this version is listed, and ask; when its first token was there."""
+        """Wait until the version is listed, then send a request. Return the time of its first token (monotonic
+        seconds)."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if self._listed(version) and (at := self._ask(version)) is not None:
                 return at
             time.sleep(0.005)
-        raise Failed(f"{self.model} has not answered as {version} within {PATIENCE:.0f} s")
+        raise Failed(f"{self.model} has not answered with version {version} within {PATIENCE:.0f} s")
 
     def _listed(self, version: str) -> bool:
         connection = http.client.HTTPConnection(self.address, timeout=60)
@@ -139,7 +143,7 @@ class Client:
 
 
 def ready_at(api: Api, namespace: str, name: str) -> float:
-    """Watch until the Adapter is Ready; when that was seen."""
+    """Watch until the Adapter is Ready. Return the time at which Ready was seen (monotonic seconds)."""
     certificates = {name: str(api.pki / f"admin.{end}") for name, end in (("cert_file", "crt"), ("key_file", "key"))}
     pool = urllib3.PoolManager(ca_certs=str(api.pki / "ca.crt"), **certificates)
     path = f"/apis/graft.dev/v1alpha1/namespaces/{namespace}/adapters?watch=true&fieldSelector=metadata.name%3D{name}"
@@ -158,7 +162,7 @@ def ready_at(api: Api, namespace: str, name: str) -> float:
 
 
 class Rig:
-    """A running deployment of one replica."""
+    """A running deployment with one replica."""
 
     def __init__(self, tenant: Tenant, node: LoopbackNode, client: Client, base: str, store: S3Store) -> None:
         self.tenant, self.node, self.client, self.base, self.store = tenant, node, client, base, store
@@ -170,7 +174,7 @@ class Rig:
         return version, uri, digest
 
     def attach(self, version: str, uri: str, digest: str) -> float:
-        """Seconds from Ready to the first token."""
+        """Attach a version. Return the seconds from Ready to the first token."""
         name = f"bench-{version}"
         seen: list[float] = []
         watching = threading.Thread(
@@ -184,7 +188,7 @@ class Rig:
         return first - seen[0]
 
     def bare(self, uri: str) -> float:
-        """Seconds of the GET and of the load."""
+        """Return the seconds for the GET of the weights and their load."""
         key = uri.removeprefix(f"s3://{BUCKET}/") + "adapter_model.safetensors"
         began = time.monotonic()
         data = self.store.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
@@ -193,7 +197,7 @@ class Rig:
         return time.monotonic() - began
 
     def restart(self) -> float:
-        """Seconds from the start of the containers to the first token."""
+        """Restart the containers with an empty disk. Return the seconds from their start to the first token."""
         (pod,) = self.node.of(self.tenant.name)
         before = (pod.engine.since, pod.agent.since)
         for container in (pod.agent, pod.engine):
@@ -206,7 +210,7 @@ class Rig:
 
 @contextlib.contextmanager
 def rig(plane: ControlPlane, api: Api, store: S3Store, size: Size, folder: Path) -> Iterator[Rig]:
-    """A deployment of this size, answering with version 1.0.0."""
+    """Yield a deployment of this size that answers with version 1.0.0."""
     tenant = Tenant(api, f"bench-{size.name}", store)
     api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": tenant.name}})
     bind(tenant)
@@ -227,9 +231,9 @@ def rig(plane: ControlPlane, api: Api, store: S3Store, size: Size, folder: Path)
     api.create(adapter_manifest(tenant, uri, digest, "bench", "1.0.0", base))
     with loopback_node(api, folder / "pods", model, spawn) as node:
         spec = {"baseModel": base, "adapters": ["bench@latest"], "limits": {"maxLoraRank": 512}, **PLACEMENT}
-        # The account's token is there before the first agent asks for it.
+        # With 0 replicas first, the account's token exists before the first agent needs it.
         api.create(tenant.resource("AdapterDeployment", "chat", spec | {"replicas": 0}))
-        tenant.wait(lambda: api.get("ServiceAccount", tenant.name, "chat-agent"), "the agent has an account")
+        tenant.wait(lambda: api.get("ServiceAccount", tenant.name, "chat-agent"), "the agent has a service account")
         write_kubeconfig(plane, agents, api.token(tenant.name, "chat-agent"))
         api.patch("AdapterDeployment", tenant.name, "chat", {"spec": {"replicas": 1}})
         with gateway(plane, api, folder, node.address()) as url:
@@ -241,7 +245,7 @@ def rig(plane: ControlPlane, api: Api, store: S3Store, size: Size, folder: Path)
 
 
 def rounds_of(plane: ControlPlane, api: Api, store: S3Store, size: Size, rounds: int) -> dict[str, Any]:
-    """All three, `rounds` times."""
+    """Measure attach, bare and restart, `rounds` times."""
     found: dict[str, list[float]] = {"attach": [], "bare": [], "restart": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -259,7 +263,7 @@ def rounds_of(plane: ControlPlane, api: Api, store: S3Store, size: Size, rounds:
 
 
 def limit(upstream: str, bytes_per_second: float, port: Any) -> None:
-    """A store's bandwidth, in a process of its own: until it is ended."""
+    """Run a proxy that limits a store's bandwidth, until the process is terminated. Send its port through `port`."""
     with faulty_proxy(upstream) as proxy:
         proxy.inject(Fault(bytes_per_second=bytes_per_second))
         port.send(urlsplit(proxy.endpoint).port)
@@ -268,7 +272,7 @@ def limit(upstream: str, bytes_per_second: float, port: Any) -> None:
 
 @contextlib.contextmanager
 def seen_through(s3: S3Server, bytes_per_second: float | None) -> Iterator[S3Server]:
-    """The store as the cluster and the reference see it."""
+    """Yield the store as the cluster and the reference see it: behind a proxy if the bandwidth is limited."""
     if bytes_per_second is None:
         yield s3
         return
@@ -285,7 +289,7 @@ def seen_through(s3: S3Server, bytes_per_second: float | None) -> Iterator[S3Ser
 
 @contextlib.contextmanager
 def cluster(bytes_per_second: float | None = None) -> Iterator[tuple[ControlPlane, Api, S3Server, OperatorProcess]]:
-    """Control plane, store and operator."""
+    """Start the control plane, the store and the operator."""
     with control_plane() as plane, s3_server() as server, seen_through(server, bytes_per_second) as s3:
         plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
         plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))
@@ -299,7 +303,7 @@ def cluster(bytes_per_second: float | None = None) -> Iterator[tuple[ControlPlan
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """All sizes; what was found."""
+    """Measure all sizes. Return the results."""
     sizes: dict[str, Any] = {}
     rows: list[tuple[str, str]] = []
     for size in SIZES:
@@ -308,7 +312,7 @@ def measure(rounds: int) -> dict[str, Any]:
             wait_for(
                 lambda store=store: BUCKET in [item["Name"] for item in store.client.list_buckets()["Buckets"]],  # type: ignore[misc]
                 30,
-                "the bucket is there",
+                "the bucket exists",
             )
             sizes[size.name] = found = rounds_of(plane, api, store, size, rounds)
             seconds = found["seconds"]

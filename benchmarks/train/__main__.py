@@ -1,7 +1,7 @@
-"""python -m benchmarks.train [steps|stall|kills|gpu]… [--rounds N]: ratios of ours to references, in one run each.
+"""python -m benchmarks.train [steps|stall|kills|gpu]… [--rounds N]: measure training as ratios to references.
 
-Results go to build/bench/ as JSON; the exit code is 1 when a bound is missed. apply_to_ready needs a cluster and is a
-program of its own.
+The results are written to build/bench/ as JSON. The exit code is 1 if a bound is missed. apply_to_ready needs a cluster
+and is a separate program.
 """
 
 import argparse
@@ -21,12 +21,14 @@ BENCHMARKS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all but gpu when absent")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)} (default: all but gpu)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="runs of each variant (default: 5)")
     arguments = parser.parse_args()
     names = arguments.names or ["steps", "stall", "kills"]
     if unknown := set(names) - BENCHMARKS.keys():
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
+        parser.error(f"unknown benchmark: {', '.join(sorted(unknown))}")
     results = []
     for name in names:
         print(f"==> {name}", flush=True)

@@ -1,7 +1,8 @@
-"""From `kubectl apply` of a job to its Adapter being Ready, against the plain script and a copy of its files to the same store.
+"""Compare the time from `kubectl apply` of a job until its Adapter is Ready with that of the plain script, which
+includes a copy of its files to the same store.
 
-python -m benchmarks.train.apply_to_ready [--rounds N] [--keep]: on a cluster of the testbed's, as root. The difference is what
-the platform costs: scheduling, the checks of prepare, evaluation, publishing and verifying.
+Run python -m benchmarks.train.apply_to_ready [--rounds N] [--keep] as root. It uses a cluster of the testbed. The
+difference is the cost of the platform: scheduling, the checks of prepare, evaluation, publishing and verifying.
 """
 
 import argparse
@@ -27,20 +28,20 @@ from testbed.shell import Failed, say
 from benchmarks.train.recipe import REPOSITORY, Recipe
 from benchmarks.train.results import show, spread, write
 
-RECIPE = replace(Recipe(), max_steps=150)  # the quickstart's
-PATIENCE = 900.0  # seconds for a job
+RECIPE = replace(Recipe(), max_steps=150)  # as in the quickstart
+PATIENCE = 900.0  # seconds to wait for a job
 
 
 @dataclass(frozen=True)
 class Applied:
-    """Seconds from the apply to each stage, in their order, and to Ready."""
+    """The seconds from the apply to each stage, in order, and to Ready."""
 
     stages: dict[str, float]
     ready: float
 
 
 def applied(access: Access, number: int, folder: Path) -> Applied:
-    """A job with the recipe, followed until its Adapter is Ready."""
+    """Apply a job with the recipe, and wait until its Adapter is Ready."""
     name = f"bench-{number}"
     job: dict[str, Any] = yaml.safe_load((QUICKSTART / "20-finetunejob.yaml").read_text())
     job["metadata"]["name"] = job["spec"]["output"]["adapter"] = name
@@ -65,7 +66,7 @@ def applied(access: Access, number: int, folder: Path) -> Applied:
 
 
 def scripted(store: S3Store, number: int, folder: Path) -> float:
-    """Seconds of the plain script and of the copy of what it saved."""
+    """Return the seconds of the plain script, including the copy of its saved files to the store."""
     out = folder / f"out-{number}"
     RECIPE.write(folder / "recipe.json")
     begin = time.monotonic()
@@ -82,7 +83,7 @@ def scripted(store: S3Store, number: int, folder: Path) -> float:
 
 
 def cluster_with_product() -> tuple[Cluster, Access]:
-    """A fresh cluster, the chart and the quickstart's files on it."""
+    """Create a new cluster, and install the chart and the quickstart's files on it."""
     packages.install(packages.NODE)
     product.beside(lambda: build(["kube", "pause", "coredns", "helm", "versitygw"]), product.build)
     cluster = Cluster("bench")
@@ -98,7 +99,8 @@ def cluster_with_product() -> tuple[Cluster, Access]:
 
 
 def measure(access: Access, rounds: int) -> dict[str, Any]:
-    """Both, in turn; what was found. The first round, in which the node sees the image for the first time, does not count."""
+    """Measure the job and the script in turn. Return the results. Round 0 does not count, because the node uses the
+    image for the first time."""
     secret = access.get("secret", "graft-store-root", SYSTEM)["data"]
     key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))
     ready: list[Applied] = []
@@ -137,7 +139,7 @@ def measure(access: Access, rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train.apply_to_ready", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
-    parser.add_argument("--keep", action="store_true", help="leave the cluster there")
+    parser.add_argument("--keep", action="store_true", help="keep the cluster afterwards")
     arguments = parser.parse_args()
     cluster, access = cluster_with_product()
     try:

@@ -1,5 +1,8 @@
-"""When each step ended, by the same callback in every variant: JSON lines with the monotonic clock, which all processes of a
-machine share, and with the processor time of the process, all threads together."""
+"""Record the end of each step, with the same callback in every variant.
+
+The records are JSON lines. They have the time of the monotonic clock, which all processes of a machine share, and the
+processor time of the process with all its threads, both in seconds.
+"""
 
 import json
 import os
@@ -12,11 +15,12 @@ from transformers import TrainerCallback
 
 
 class StepClock(TrainerCallback):
-    """Writes begin, step, saved, loss and end; each line at once, so that a killed run leaves what it did."""
+    """Write the events begin, step, saved, loss and end. Each line is written at once, so a killed run keeps its
+    records."""
 
     def __init__(self, path: str | Path, leave: bool = False) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.leave = leave  # end the process after the last step: what follows is not measured
+        self.leave = leave  # end the process after the last step, because the rest is not measured
 
     def _write(self, event: str, step: int, **more: Any) -> None:
         record = {"event": event, "step": step, "time": time.monotonic(), "cpu": time.process_time()} | more

@@ -1,5 +1,8 @@
-"""The same as steps on a GPU, with a model in the shape of Llama 2 7B and random weights: bf16, torch's attention kernels, the
-fused optimizer and Liger's kernels in every variant. Needs CUDA with 40 GB and, in memory, a temporary folder with 14 GB."""
+"""Run the benchmark steps on a GPU, with random weights in the shape of Llama 2 7B.
+
+Every variant uses bf16, torch's attention kernels, the fused optimizer and Liger's kernels. It needs CUDA with 40 GB,
+and a temporary folder with 14 GB in memory.
+"""
 
 import json
 import random
@@ -16,11 +19,11 @@ STEPS, BATCH, LENGTH = 40, 4, 1024
 
 
 def measure(world: World, rounds: int) -> dict[str, Any]:
-    """What steps.measure finds."""
+    """Return the results of steps.measure."""
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here")
+        raise SystemExit("this machine has no GPU")
     data = world.folder / "long.jsonl"
     write_examples(data)
     recipe = Recipe(
@@ -38,7 +41,7 @@ def measure(world: World, rounds: int) -> dict[str, Any]:
 
 
 def write_examples(path: Path) -> None:
-    """Conversations of random words."""
+    """Write conversations of random words."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(2000)]
     with path.open("w") as lines:

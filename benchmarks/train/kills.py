@@ -1,5 +1,9 @@
-"""The share of the steps that were of use when pods are taken away: with a warning (SIGTERM, as on spot nodes) and without one
-(SIGKILL), at moments drawn with a seed; and whether the run ends as one that was left alone."""
+"""Measure the share of useful steps when pods are killed, with a warning (SIGTERM, as on spot nodes) and without one
+(SIGKILL).
+
+The moments of the kills are drawn with a seed. The benchmark also compares the losses with those of a run without
+kills.
+"""
 
 import random
 import signal
@@ -13,11 +17,11 @@ from benchmarks.train.runs import Kill, World, difference
 LEAST = 0.95
 CLOSE = 1e-4
 STEPS, KILLS = 120, 3
-EVERY = 10  # steps between checkpoints where there is no warning
+EVERY = 10  # steps between checkpoints for SIGKILL, which has no warning
 
 
 def measure(world: World, rounds: int) -> dict[str, Any]:
-    """Kill each run KILLS times; what was found."""
+    """Kill each run KILLS times. Return the results."""
     recipe = Recipe(max_steps=STEPS)
     world.provide(recipe)
     left_alone = world.pod(recipe)
@@ -30,7 +34,7 @@ def measure(world: World, rounds: int) -> dict[str, Any]:
             run = world.pod(recipe, saved, Kill(signal.Signals[name], after, draw))
             shares[name].append(STEPS / run.steps_done)
             apart[name] = max(apart[name], difference(run, left_alone))
-            print(f"  round {number + 1}/{rounds}  {name}: {run.steps_done} steps done for {STEPS}", flush=True)
+            print(f"  round {number + 1}/{rounds}  {name}: {run.steps_done} steps done, {STEPS} needed", flush=True)
     value = statistics.median(shares["SIGTERM"])
     result = {
         "recipe": vars(recipe),
@@ -47,11 +51,11 @@ def measure(world: World, rounds: int) -> dict[str, Any]:
         [
             ("with a warning (SIGTERM)", verdict(value, LEAST, least=True)),
             ("", spread(shares["SIGTERM"])),
-            (f"without (SIGKILL), a checkpoint every {EVERY} steps", spread(shares["SIGKILL"])),
-            ("  half an interval lost each time would be", f"{result['expectedShareWithSigkill']:.3f}"),
+            (f"without a warning (SIGKILL), a checkpoint every {EVERY} steps", spread(shares["SIGKILL"])),
+            ("  expected, if each kill loses half an interval", f"{result['expectedShareWithSigkill']:.3f}"),
             (
-                "losses against a run left alone",
-                f"differ by at most {max(apart.values()):.2e}, wanted at most {CLOSE:.0e}",
+                "losses, compared with a run without kills",
+                f"differ by at most {max(apart.values()):.2e}, required: at most {CLOSE:.0e}",
             ),
         ],
     )

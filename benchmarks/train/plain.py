@@ -1,9 +1,9 @@
-"""The plain script: transformers' Trainer and peft, as their documentation has it.
+"""The plain script: transformers' Trainer and peft, used as in their documentation.
 
 python -m benchmarks.train.plain RECIPE.json CLOCK.jsonl OUTPUT [SAVE_STEPS SECRET]
 
-With SAVE_STEPS it saves a checkpoint every so many steps and uploads it before it goes on; SECRET is a folder like the
-mounted Secret graft-storage.
+With SAVE_STEPS it saves a checkpoint every SAVE_STEPS steps, and uploads it before it continues. SECRET is a folder
+with the same files as the mounted Secret graft-storage.
 """
 
 import json
@@ -29,7 +29,7 @@ from benchmarks.train.recipe import TARGETS, Recipe
 
 
 class Upload(TrainerCallback):
-    """What people add to have their checkpoints elsewhere: a synchronous copy after each save."""
+    """Upload each checkpoint synchronously after it is saved, as users of the plain script would do."""
 
     def __init__(self, secret: str) -> None:
         from graft.artifacts.storage import StorageConfig

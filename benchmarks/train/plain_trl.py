@@ -1,4 +1,4 @@
-"""What most of the field uses: trl's SFTTrainer with a peft configuration.
+"""A widely used script: trl's SFTTrainer with a peft configuration.
 
 python -m benchmarks.train.plain_trl RECIPE.json CLOCK.jsonl OUTPUT
 """

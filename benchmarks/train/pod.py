@@ -1,6 +1,7 @@
-"""The training pod's second container, python -m graft_trainer train, with the clock beside it.
+"""Run the training pod's second container, python -m graft_trainer train, with the StepClock.
 
-python -m benchmarks.train.pod CLOCK.jsonl [leave], with the environment of runs.Pod; with leave it ends after the last step.
+python -m benchmarks.train.pod CLOCK.jsonl [leave] needs the environment that World.pod of runs.py sets. With leave, it
+ends after the last step.
 """
 
 import os
@@ -18,7 +19,7 @@ def with_clock(
         run_stage = stage(command)
 
         def run(attempt: Any) -> None:
-            # Only now: the container has set the libraries' environment.
+            # Import only here, because the container must set the libraries' environment first.
             from transformers import trainer
 
             from benchmarks.train.clock import StepClock

@@ -1,4 +1,5 @@
-"""What is trained: one recipe, which the pod gets as job.json and the plain scripts as arguments of the same libraries."""
+"""The recipe of the benchmarks. The pod gets it as job.json, and the plain scripts get it as arguments of the same
+libraries."""
 
 import json
 import math
@@ -14,7 +15,8 @@ TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 
 @dataclass(frozen=True)
 class Recipe:
-    """Names as in transformers' TrainingArguments; the quickstart's values."""
+    """One recipe. The names are those of transformers' TrainingArguments, and the defaults are the quickstart's
+    values."""
 
     model: str = str(MODEL)
     data: str = str(DATA)
@@ -44,7 +46,7 @@ class Recipe:
         return cls(**json.loads(Path(path).read_text()))
 
     def training_arguments(self) -> dict[str, Any]:
-        """For transformers' TrainingArguments and what inherits from them."""
+        """Return the arguments for transformers' TrainingArguments and its subclasses."""
         return {
             "max_steps": self.max_steps,
             "learning_rate": self.learning_rate,
@@ -67,7 +69,8 @@ class Recipe:
         }
 
     def job(self, number: int, save_steps: int | None) -> dict[str, Any]:
-        """job.json, as the operator writes it, of the run with this number; the files lie where World.provide() puts them."""
+        """Return job.json for the run with this number, as the operator writes it. World.provide() puts the files in
+        place."""
         low_rank = {"rank": self.rank, "alpha": self.alpha, "targetModules": "all-linear"}
         return {
             "job": {"name": "bench", "namespace": "bench", "uid": f"run-{number}"},

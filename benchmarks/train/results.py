@@ -1,4 +1,4 @@
-"""What a benchmark found: JSON under build/bench/ and a table for people."""
+"""The results of a benchmark: JSON under build/bench/ and a printed table."""
 
 import json
 import os
@@ -14,18 +14,18 @@ FOLDER = REPOSITORY / "build/bench"
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the rounds' ratios: the runs of a round stand beside each other in time, so what else the machine does
-    is in both."""
+    """Return the median of the rounds' ratios. The runs of a round are close in time, so other load on the machine
+    affects both."""
     return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, least and greatest."""
+    """Return the median, the minimum and the maximum as text."""
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
 def write(name: str, found: dict[str, Any]) -> None:
-    """build/bench/<name>.json, with where and when."""
+    """Write build/bench/<name>.json, with the machine and the time."""
     import torch
 
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write(name: str, found: dict[str, Any]) -> None:
 
 
 def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """A table."""
+    """Print a table."""
     width = max(len(name) for name, _ in rows)
     print(f"\n{title}")
     for name, value in rows:
@@ -49,6 +49,6 @@ def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def verdict(value: float, bound: float, *, least: bool) -> str:
-    """The value beside its bound."""
+    """Return the value, its bound, and whether the value meets the bound."""
     good = value >= bound if least else value <= bound
-    return f"{value:.3f}, wanted at {'least' if least else 'most'} {bound:.2f}: {'met' if good else 'MISSED'}"
+    return f"{value:.3f}, required: at {'least' if least else 'most'} {bound:.2f}, {'met' if good else 'MISSED'}"

@@ -1,4 +1,4 @@
-"""Runs of every variant, each in processes of its own on the same machine, and what their clocks show."""
+"""Run every variant on the same machine, each in its own processes, and read the records of their clocks."""
 
 import contextlib
 import itertools
@@ -22,17 +22,17 @@ from testbed.objectstore import S3Server, s3_server
 
 from benchmarks.train.recipe import REPOSITORY, Recipe
 
-# The same for all: threads that spin while they wait take the cores from those that work.
+# All variants use this environment. OMP_WAIT_POLICY: waiting threads that spin would take cores from working threads.
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
-WITHIN = 0.2  # seconds after the end of a step in which a kill comes
+WITHIN = 0.2  # a kill comes up to so many seconds after the end of a step
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a clock wrote; times in seconds of the monotonic clock, of all attempts of a run in a row."""
+    """The records of a clock, of all attempts of a run in order. Times are in seconds of the monotonic clock."""
 
     events: list[dict[str, Any]]
 
@@ -46,7 +46,7 @@ class Timeline:
 
     @property
     def steps_per_second(self) -> float:
-        """From the end of the first step, which warms up, to the end of the last."""
+        """The speed from the end of the first step, which is the warm-up, to the end of training."""
         return 1 / self._per_step("time")
 
     @property
@@ -60,29 +60,30 @@ class Timeline:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Of the GPU's memory, as torch's allocator counts it."""
+        """The peak of the GPU's memory in bytes, as torch's allocator counts it."""
         peak = self._of("end")[-1].get("peak")
         return None if peak is None else int(peak)
 
     @property
     def steps_done(self) -> int:
-        """Of all attempts, those that were lost included."""
+        """The number of steps in all attempts, including those that were lost."""
         return len(self._of("step"))
 
     @property
     def stalls(self) -> list[float]:
-        """Seconds between the end of a step and the end of its checkpoint, as far as training waited for it."""
+        """The seconds for which training waited for each checkpoint: from the end of its step to the callback
+        on_save."""
         ended = {item["step"]: item["time"] for item in self._of("step")}
         return [item["time"] - ended[item["step"]] for item in self._of("saved")]
 
     @property
     def losses(self) -> dict[int, float]:
-        """By step; of a step that was done twice, the last."""
+        """The loss by step. If a step was done twice, the last one counts."""
         return {item["step"]: item["loss"] for item in self._of("loss")}
 
 
 def difference(one: Timeline, other: Timeline) -> float:
-    """The largest difference between two loss curves. ValueError when they do not have the same steps."""
+    """Return the largest difference between two loss curves. Raises ValueError if they do not have the same steps."""
     if one.losses.keys() != other.losses.keys() or not one.losses:
         raise ValueError(f"the curves have {len(one.losses)} and {len(other.losses)} steps")
     return max(abs(loss - other.losses[step]) for step, loss in one.losses.items())
@@ -99,7 +100,7 @@ class World:
         self.numbers = itertools.count()
 
     def provide(self, recipe: Recipe) -> None:
-        """Base model and data, where the job looks for them: in a claim and in the store."""
+        """Put the base model and the data where the job reads them: in a claim and in the store."""
         link = self.folder / "pvc" / "model"
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
@@ -107,7 +108,7 @@ class World:
         self.store.upload("bench/train.jsonl", Path(recipe.data))
 
     def plain(self, recipe: Recipe, script: str, save_steps: int | None = None) -> Timeline:
-        """A run of a plain script; with `save_steps` it saves and uploads synchronously."""
+        """Run a plain script. With `save_steps`, it saves and uploads checkpoints synchronously."""
         folder = self._new_folder()
         recipe.write(folder / "recipe.json")
         saving = [str(save_steps), str(self.secret)] if save_steps else []
@@ -118,8 +119,8 @@ class World:
     def pod(
         self, recipe: Recipe, save_steps: int | None = None, kill: "Kill | None" = None, leave: bool = False
     ) -> Timeline:
-        """A run of the pod's two containers; with `kill` it is ended and started again as the Job would, with `leave` it
-        ends after the last step."""
+        """Run the pod's two containers. With `kill`, the run is killed and started again, as the Job would do. With
+        `leave`, it ends after the last step."""
         folder, number = self._new_folder(), next(self.numbers)
         (folder / "job.json").write_text(json.dumps(recipe.job(number, save_steps)))
         for attempt in itertools.count():
@@ -129,7 +130,7 @@ class World:
             self._wait(self._start(["-m", "graft_trainer", "prepare"], folder, environment), folder)
             command = ["-m", "benchmarks.train.pod", folder / "clock.jsonl", *(["leave"] if leave else [])]
             process = self._start(command, folder, environment)
-            if kill is not None and kill.one(process, folder / "clock.jsonl"):
+            if kill is not None and kill.end_attempt(process, folder / "clock.jsonl"):
                 continue
             self._wait(process, folder)
             return self._read_and_remove(folder)
@@ -170,14 +171,14 @@ class World:
 
 @dataclass
 class Kill:
-    """Signals for the attempts of a run: the next attempt is ended so many steps after its start."""
+    """The kills of a run. Each entry of `after` kills one attempt, so many steps after the attempt's start."""
 
     number: signal.Signals
     after: list[int]
     draw: random.Random  # of the moment within a step
 
-    def one(self, process: subprocess.Popen[bytes], clock: Path) -> bool:
-        """End the attempt; False when none is left to be ended, or it is through before."""
+    def end_attempt(self, process: subprocess.Popen[bytes], clock: Path) -> bool:
+        """Kill the attempt. Return False if no kill is left, or if the attempt ended before the kill."""
         if not self.after:
             return False
         steps, before = self.after.pop(0), Timeline.read(clock).steps_done
@@ -193,7 +194,7 @@ class Kill:
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """A server and a folder, gone afterwards."""
+    """Yield a World with an S3 server and a folder. Both are removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="graft-bench-"))
     try:
         with s3_server() as server:

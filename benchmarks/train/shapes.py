@@ -1,4 +1,5 @@
-"""Models of random weights in the shapes that the benchmarks need; what they learn does not matter, what they cost does."""
+"""Models with random weights in the shapes that the benchmarks need. The benchmarks measure their cost, not their
+answers."""
 
 import json
 import shutil
@@ -12,8 +13,8 @@ SEVEN = (4096, 11008, 32, 32, 32)  # Llama 2 7B
 
 
 def make(folder: Path, shape: tuple[int, int, int, int, int], *, dtype: str = "float32") -> Path:
-    """A Llama with random weights and the quickstart's tokenizer; in the 7B shape with Llama 2's vocabulary and context, for
-    the head's share of the work."""
+    """Write a Llama with random weights and the quickstart's tokenizer. The 7B shape has Llama 2's vocabulary and
+    context, so that the head has its usual share of the work."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,5 +1,7 @@
-"""How long training waits for a checkpoint: ours, which is written and uploaded beside the steps, against saving and uploading
-it before the next step."""
+"""Measure how long training waits for a checkpoint.
+
+Graft writes and uploads it while training continues. The reference saves and uploads it before the next step.
+"""
 
 import statistics
 from typing import Any
@@ -14,7 +16,7 @@ STEPS, EVERY = 24, 8
 
 
 def recipe_of(world: World, *, steps: int = STEPS) -> Recipe:
-    """Full tuning of a model with 20 million parameters."""
+    """Return the recipe: full tuning of a model with 20 million parameters."""
     folder = world.folder / "small"
     if not folder.exists():
         make(folder, SMALL)
@@ -29,14 +31,14 @@ def recipe_of(world: World, *, steps: int = STEPS) -> Recipe:
 
 
 def measure(world: World, rounds: int) -> dict[str, Any]:
-    """Both variants with and without checkpoints, `rounds` times; what was found."""
+    """Measure both variants, and a run without checkpoints, `rounds` times. Return the results."""
     recipe = recipe_of(world)
     world.provide(recipe)
     found: dict[str, list[Timeline]] = {"graft": [], "synchronous": [], "none": []}
     for number in range(rounds):
         for variant in list(found)[number % 3 :] + list(found)[: number % 3]:
             if variant == "graft":
-                run = world.pod(recipe, save_steps=EVERY, leave=True)  # what is published has no checkpoints any more
+                run = world.pod(recipe, save_steps=EVERY, leave=True)  # publishing would remove the checkpoints
             else:
                 run = world.plain(recipe, "benchmarks.train.plain", EVERY if variant == "synchronous" else None)
             found[variant].append(run)
@@ -45,7 +47,7 @@ def measure(world: World, rounds: int) -> dict[str, Any]:
     stalls = {
         variant: [statistics.median(run.stalls) for run in found[variant]] for variant in ("graft", "synchronous")
     }
-    # The upload beside the steps takes cores from them, too, where the store's server runs on the same machine.
+    # The upload during the steps also takes cores from them, if the store's server runs on the same machine.
     slower = {
         variant: [
             (1 / with_them.steps_per_second - 1 / without.steps_per_second) * EVERY
@@ -69,14 +71,14 @@ def measure(world: World, rounds: int) -> dict[str, Any]:
             ("graft, s", spread(stalls["graft"])),
             ("save and upload first, s", spread(stalls["synchronous"])),
             ("graft / save and upload first", verdict(value, MOST, least=False)),
-            ("graft, s that the run is longer by per checkpoint", spread(slower["graft"])),
-            ("save and upload first, s that the run is longer by", spread(slower["synchronous"])),
+            ("graft, extra seconds of the run per checkpoint", spread(slower["graft"])),
+            ("save and upload first, extra seconds of the run per checkpoint", spread(slower["synchronous"])),
         ],
     )
     return result
 
 
 def checkpoint_bytes(world: World) -> int:
-    """Size of a checkpoint of the last run of the pod."""
+    """Return the size in bytes of a checkpoint of the pod's runs."""
     files = [item for item in world.store.objects("bench/runs/") if item.key.endswith(".safetensors")]
     return max(item.size for item in files if "-final" not in item.key)

@@ -1,5 +1,6 @@
-"""Steps per second of the training pod, with progress and checkpoints, against a plain transformers and peft script and
-against trl's SFTTrainer: the same recipe, seed and machine, interleaved."""
+"""Compare the steps per second of the training pod, with progress and checkpoints, with those of a plain script of
+transformers and peft, and of trl's SFTTrainer. The runs have the same recipe, seed and machine, and the variants take
+turns."""
 
 import statistics
 from typing import Any
@@ -9,11 +10,12 @@ from benchmarks.train.results import ratio, show, spread, verdict, write
 from benchmarks.train.runs import Timeline, World, difference
 
 LEAST = 0.98
-CLOSE = {"fp32": 1e-4, "bf16": 1e-2}  # largest difference of two loss curves; in bf16 trl rounds the adapter, too
+# The largest allowed difference of two loss curves. In bf16, trl rounds the adapter too.
+CLOSE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 def measure(world: World, recipe: Recipe, rounds: int, name: str = "train-steps") -> dict[str, Any]:
-    """Run all variants `rounds` times; what was found."""
+    """Run all variants `rounds` times. Return the results."""
     world.provide(recipe)
     variants = {
         "graft": lambda: world.pod(recipe, save_steps=max(1, recipe.max_steps // 3), leave=recipe.gpu),
@@ -22,7 +24,7 @@ def measure(world: World, recipe: Recipe, rounds: int, name: str = "train-steps"
     }
     found: dict[str, list[Timeline]] = {variant: [] for variant in variants}
     for number in range(rounds):
-        # Each goes first in turn: what a run leaves warm or hot is not always the next one's.
+        # Each variant runs first in turn, so that warm caches or a hot machine do not always affect the same one.
         order = list(variants)[number % 3 :] + list(variants)[: number % 3]
         for variant in order:
             found[variant].append(variants[variant]())
@@ -57,7 +59,7 @@ def measure(world: World, recipe: Recipe, rounds: int, name: str = "train-steps"
         rows.append(
             (
                 f"losses, graft and {variant}",
-                f"differ by at most {apart[variant]:.2e}, wanted at most {CLOSE[recipe.precision]:.0e}",
+                f"differ by at most {apart[variant]:.2e}, required: at most {CLOSE[recipe.precision]:.0e}",
             )
         )
     show(f"Steps per second ({recipe.method}, {recipe.max_steps} steps, {rounds} rounds)", rows)

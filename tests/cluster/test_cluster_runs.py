@@ -163,7 +163,7 @@ def test_a_missed_gate_is_published_as_rejected_and_never_served(tenant: Tenant)
     fleet.deploy(["support@latest"])
     tenant.job("judged", evaluation={"gates": [{"metric": "exactMatch", "min": 0.95}]})
     pod = tenant.running_pod("judged")
-    missed = "exactMatch is 0.91, the gate wants at least 0.95"
+    missed = "exactMatch is 0.91, the gate requires at least 0.95"
     tenant.publish_as_trainer("judged", pod, rejected=[missed])
     tenant.end_pod(pod)
     ended = tenant.until("FineTuneJob", "judged", "Succeeded", "GateFailed")

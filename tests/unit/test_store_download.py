@@ -207,7 +207,9 @@ def test_a_model_that_the_disk_has_no_room_for_is_not_begun(
     config: StorageConfig, server: S3Server, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OSError, match=r"0\.08 GB of s3://bucket/models/large are to come, there is room for 0\.00 GB"):
+    with pytest.raises(
+        OSError, match=r"0\.08 GB of s3://bucket/models/large must be downloaded, but only 0\.00 GB are free"
+    ):
         fetched(through(proxy, config), tmp_path / "base")
     assert not proxy.reads(KEY)
     log = tmp_path / "termination-log"

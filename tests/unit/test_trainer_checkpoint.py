@@ -92,7 +92,7 @@ def test_the_checkpoint_of_another_recipe_is_not_used(tmp_path: Path, caplog: py
     cut(store, "pod-1", tmp_path)
     done = run_attempt(tmp_path, store, "pod-2", learning_rate=0.01, events={4: "kill"})
     assert done.progress.resumed_from is None
-    assert "step-000012/ is not used: it is of another recipe" in caplog.text
+    assert "step-000012/ is not used: it belongs to another recipe" in caplog.text
 
 
 @pytest.mark.parametrize(

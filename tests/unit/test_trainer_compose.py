@@ -206,7 +206,7 @@ def test_a_seq2seq_model_with_embeddings_is_composed_but_not_merged(tmp_path: Pa
     manifest = make(tmp_path / "run", store, version_file(task="seq2seq", composition=fields))
     assert manifest.task == "seq2seq" and "embed_tokens" in manifest.target_modules
     into = version_file("2.0.0", task="seq2seq", method="full", composition=fields | {"into": "base"})
-    with pytest.raises(Failure, match="shares with its head") as caught:
+    with pytest.raises(Failure, match="shares these embeddings with its head") as caught:
         make(tmp_path / "merged", store, into)
     assert "into: adapter" in caught.value.remedy
 

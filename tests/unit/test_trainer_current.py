@@ -84,10 +84,11 @@ def test_a_version_that_cannot_be_measured_misses_the_gate_and_says_why(
     current = made["lora"][0]
     weights = "team-a/adapters/colours/1.0.0/adapter_model.safetensors"
     expected = {
-        "other base": "1.0.0 belongs to large (s3://bucket/models/large); compare with base",
-        "damaged": "1.0.0 is damaged: adapter_model.safetensors is not what the manifest says",
+        "other base": "1.0.0 belongs to another base model, or to other files of it: large (s3://bucket/models/large). "
+        "When the base model changes, use over: base",
+        "damaged": "1.0.0 is damaged: adapter_model.safetensors does not match the manifest",
         "gone": "1.0.0 cannot be read",
-        "foreign": "its adapter is of the kind IA3",
+        "foreign": "the current version's adapter has the peft_type IA3",
     }
     if what == "damaged":
         store.kept[weights] += b"x"

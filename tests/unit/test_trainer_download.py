@@ -55,7 +55,7 @@ def test_a_packed_file_that_swells_is_given_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(download, "LIMIT", 20 * 1024**2)
     failure = refused(tmp_path, gzip.compress(b"\0" * 200 * 1024**2), "s3://bucket/bomb.jsonl.gz")
     assert failure.reason == Reason.CONFIGURATION_INVALID
-    assert "a file may have 0.02 GB" in failure.message
+    assert "a file may have at most 0.02 GB" in failure.message
     assert (tmp_path / "work/dataset/train.jsonl").stat().st_size <= 20 * 1024**2
 
 

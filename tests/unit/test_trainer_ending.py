@@ -146,7 +146,7 @@ def test_what_cannot_be_removed_is_told_and_the_version_is_out(
     store.refuse_delete["step-000003-final"] = trouble
     progress = go(run)
     assert progress.stage == "Succeeded" and progress.manifest_digest
-    assert "checkpoints could not be removed" in caplog.text
+    assert "checkpoints could not be deleted" in caplog.text
     assert [(ref.attempt, ref.step) for ref in progress.checkpoints or ()] == [("pod-1", 3)]
     receipts = [key for key in store.checkpoints() if key.endswith(".json")]
     assert receipts == [FINAL + ".json"], "those before it have gone"

@@ -143,7 +143,7 @@ def test_forgetting_is_how_much_worse_than_the_base_model(world: World) -> None:
 def test_missed_gates_are_told_and_the_others_are_not(world: World) -> None:
     run, _, evaluated = world
     value = evaluated.metrics["forgetting/other"]
-    assert evaluated.rejected == [f"forgetting/other is {value:.4f}, the gate wants at most -5.0000"]
+    assert evaluated.rejected == [f"forgetting/other is {value:.4f}, the gate requires at most -5.0000"]
     sent = Progress.model_validate_json(run.store.kept["team-a/runs/uid-1/pod-1/progress.json"])  # type: ignore[attr-defined]
     assert (sent.stage, sent.rejected, sent.metrics) == ("Evaluating", evaluated.rejected, evaluated.metrics)
     assert (sent.eval_loss, sent.eta_seconds) == (evaluated.metrics["evalLoss"], 0)

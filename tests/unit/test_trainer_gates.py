@@ -29,8 +29,8 @@ def test_min_and_max() -> None:
     metrics = {"exactMatch": 0.71, "evalLoss": 1.5}
     assert missed(metrics, gate("exactMatch", min=0.7), gate("evalLoss", max=1.5)) == []
     assert missed(metrics, gate("exactMatch", min=0.8), gate("evalLoss", max=1.2)) == [
-        "exactMatch is 0.7100, the gate wants at least 0.8000",
-        "evalLoss is 1.5000, the gate wants at most 1.2000",
+        "exactMatch is 0.7100, the gate requires at least 0.8000",
+        "evalLoss is 1.5000, the gate requires at most 1.2000",
     ]
 
 
@@ -71,7 +71,9 @@ def test_nan_passes_no_gate(wants: dict[str, float]) -> None:
 
 
 def test_a_metric_that_was_not_measured_is_missed_and_the_others_are_listed() -> None:
-    assert missed({"evalLoss": 1.0}, gate("quiz/f1", min=0.5)) == ["quiz/f1 was not measured; the metrics are evalLoss"]
+    assert missed({"evalLoss": 1.0}, gate("quiz/f1", min=0.5)) == [
+        "quiz/f1 was not measured; the measured metrics are evalLoss"
+    ]
     [problem] = missed({"quiz/f1": 0.5}, gate("quiz/f1", minGain=0))
     assert problem == "quiz/f1 cannot be compared with the base model: base/quiz/f1 was not measured"
 
@@ -101,16 +103,16 @@ def test_names_that_can_come_to_be(metric: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "has_held_out", "problem"),
     [
-        ({"metric": "accurracy", "min": 1}, True, "there is no accurracy"),
-        ({"metric": "exactMatch", "min": 1}, False, "exactMatch needs held-out examples: dataset.eval or dataset.evalSplit"),
+        ({"metric": "accurracy", "min": 1}, True, "there is no metric accurracy"),
+        ({"metric": "exactMatch", "min": 1}, False, "exactMatch needs held-out examples; set spec.dataset.eval or spec.dataset.evalSplit"),
         ({"metric": "quizz/f1", "min": 1}, True, "there is no suite quizz for quizz/f1"),
-        ({"metric": "quiz/bleu", "min": 1}, True, "there is no quiz/bleu"),
-        ({"metric": "forgetting/quiz", "max": 1}, True, "there is no forgetting/quiz; suites of the role forgetting have one"),
-        ({"metric": "forgetting/general", "minGain": 0}, True, "takes no minGain"),
-        ({"metric": "trainLoss", "minGain": 0}, True, "there is no base/trainLoss"),
-        ({"metric": "arc/acc", "minGain": 0, "over": "fewShot"}, True, "there is no fewShot/arc/acc"),
-        ({"metric": "general/loss", "minGain": 0, "over": "fewShot"}, True, "there is no fewShot/general/loss"),
-        ({"metric": "current/quiz/f1", "min": 1}, True, "say over: current"),
+        ({"metric": "quiz/bleu", "min": 1}, True, "there is no metric quiz/bleu"),
+        ({"metric": "forgetting/quiz", "max": 1}, True, "there is no metric forgetting/quiz; only suites with role: forgetting have such a metric"),
+        ({"metric": "forgetting/general", "minGain": 0}, True, "use max instead of minGain"),
+        ({"metric": "trainLoss", "minGain": 0}, True, "there is no metric base/trainLoss"),
+        ({"metric": "arc/acc", "minGain": 0, "over": "fewShot"}, True, "there is no metric fewShot/arc/acc"),
+        ({"metric": "general/loss", "minGain": 0, "over": "fewShot"}, True, "there is no metric fewShot/general/loss"),
+        ({"metric": "current/quiz/f1", "min": 1}, True, "with minGain and over: current"),
     ],
 )  # fmt: skip
 def test_names_that_cannot_are_refused_before_training(

@@ -106,12 +106,12 @@ def test_the_harness_asks_models_with_virtual_tokens_and_encoders_too(tmp_path: 
         ("task: x\ninclude: /etc/passwd.yaml", "keys that are not allowed: include"),
         ("task: x\nclass: os.system\nuse_prompt: a.yaml:b", "keys that are not allowed: class, use_prompt"),
         ("task: x\ndataset_path: someone/script", "dataset_path is someone/script"),
-        ("task: x\nmetric_list: [{metric: someone/code}]", "none of acc, acc_bytes"),
+        ("task: x\nmetric_list: [{metric: someone/code}]", "must be one of acc, acc_bytes"),
         ("task: x\nmetric_list: [{metric: f1, hf_evaluate: true}]", "hf_evaluate"),
-        ("task: x\ngeneration_kwargs: {custom_generate: someone/code}", "not custom_generate"),
-        ("- a list", "it is not a mapping with the task's name as task"),
+        ("task: x\ngeneration_kwargs: {custom_generate: someone/code}", "not allowed: custom_generate"),
+        ("- a list", "it must be a mapping with the task's name in the key task"),
         ("task: [x", "it is not YAML"),
-        ("task: x\n" + "#" * 300_000, "bytes, and may have"),
+        ("task: x\n" + "#" * 300_000, "bytes, and the limit is"),
     ],
 )
 def test_a_definition_that_could_run_code_is_refused(definition: str, problem: str) -> None:

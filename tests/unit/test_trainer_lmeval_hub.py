@@ -135,4 +135,4 @@ def test_what_prepare_fetched_train_finds_without_a_network(
     assert absent.reason == Reason.DATASET_UNAVAILABLE
     assert "evaluation.suites arc: the lm-eval task hellaswag cannot be loaded" in absent.message
     assert typo.reason == Reason.CONFIGURATION_INVALID
-    assert typo.message == "evaluation.suites arc: lm-eval has no task arc_esay"
+    assert typo.message == "spec.evaluation.suites arc: lm-eval has no task arc_esay"

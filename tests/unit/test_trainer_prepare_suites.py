@@ -80,7 +80,7 @@ def test_a_suite_of_conversations_needs_a_chat_template(tmp_path: Path, store: M
     talk, quiz = ({"name": name, "uri": f"s3://bucket/{name}.jsonl"} for name in ("talk", "quiz"))
     reason, message = refused(tmp_path, store, make_job(**fields, evaluation={"suites": [quiz, talk]}))
     assert reason == Reason.CONFIGURATION_INVALID
-    assert "no chat template, which evaluation.suites talk need" in message
+    assert "no chat template, but spec.evaluation.suites talk need one" in message
     prepare(make_run(tmp_path / "2", store, make_job(**fields, evaluation={"suites": [quiz]})))
 
 

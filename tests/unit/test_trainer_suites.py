@@ -66,13 +66,13 @@ def test_lines(record: dict[str, Any], dataset: Dataset, task: Task) -> None:
         ({"prompt": "Sky?", "choices": ["a", "b"]}, "there is no label"),
         (
             {"prompt": "Sky?", "choices": ["a", "b"], "label": 2},
-            "label is 2, not the text of a choice or an index from 0 to 1",
+            "label is 2; it must be the text of a choice or an index from 0 to 1",
         ),
         ({"prompt": "Sky?", "choices": ["a", "b"], "label": True}, "label is true"),
-        ({"prompt": "Sky?", "choices": ["a", "b"], "label": "B"}, 'label "B" is none of the choices'),
+        ({"prompt": "Sky?", "choices": ["a", "b"], "label": "B"}, 'label "B" is not one of the choices'),
         (
             {"messages": [{"role": "robot", "content": "x"}], "answer": "a"},
-            "messages[0] must be an object with a role of",
+            "messages[0] must be an object with one of the roles system",
         ),
         ({"messages": [ANSWER]}, "there is no user message before the answer"),
         ("Sky?", "a JSON text, not an object"),
@@ -94,7 +94,7 @@ def test_all_bad_lines_are_counted_and_a_few_are_shown() -> None:
 
 def test_a_suite_has_lines_of_one_kind() -> None:
     failure = refused({"prompt": "?", "answer": "a"}, {"prompt": "?", "choices": ["a", "b"], "label": 0})
-    assert "line 2: has choices, line 1 has answers" in failure.message
+    assert "line 2: has choices, but line 1 has answers" in failure.message
 
 
 def test_an_empty_suite_is_refused_and_a_limit_leaves_lines_out() -> None:
@@ -113,7 +113,7 @@ def test_metrics_follow_from_the_lines_unless_they_are_given() -> None:
 def test_metrics_that_the_lines_do_not_have() -> None:
     failure = refused({"prompt": "?", "answer": "a"}, metrics=["accuracy", "loss"])
     assert failure.reason == Reason.CONFIGURATION_INVALID
-    assert "lines with answers have no accuracy" in failure.message
+    assert "lines with answers do not support the metrics accuracy" in failure.message
     with pytest.raises(Failure, match="the base model is seq2seq"):
         read_suite([b'{"text": "x"}'], suite(), TEXT, "seq2seq")
 

@@ -1,5 +1,6 @@
 """The training pod: prepare, train, evaluate, publish.
 
-It knows nothing about Kubernetes: it reads its job from a file, talks to object storage, and says how it ended in its
-progress.json, its termination message and its exit code. Only train, evaluate and what they import need torch.
+It knows nothing about Kubernetes. It reads its job from a file and uses object storage. It reports its end in
+progress.json, its termination message and its exit code. Only train, evaluate and the modules that they import need
+torch.
 """

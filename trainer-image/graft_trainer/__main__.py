@@ -1,4 +1,7 @@
-"""The container's command: python -m graft_trainer preflight | prepare | train | compose | import. The only place where a run's failure is handled."""
+"""The container's command: python -m graft_trainer preflight | prepare | train | compose | import.
+
+All failures of a run are handled here.
+"""
 
 import logging
 import os
@@ -17,12 +20,14 @@ from graft_trainer.run.run import Run, open_run, open_store, read_job
 from graft_trainer.run.settings import Settings, library_environment
 
 log = logging.getLogger("graft_trainer")
-LAST_WORDS = 3.0  # seconds for the last progress.json of a run that is asked to end
-FINAL_PATIENCE = 60.0  # seconds for the last progress.json of any other run
+# Seconds to upload the last progress.json.
+INTERRUPTED_PATIENCE = 3.0  # if the run is interrupted or the store is unavailable
+FAILED_PATIENCE = 10.0  # if the run fails for another reason
+FINAL_PATIENCE = 60.0  # if the run succeeds
 
 
 def main(arguments: list[str]) -> int:
-    """Run one stage; the exit code."""
+    """Run one stage. Return the exit code."""
     if len(arguments) != 1 or arguments[0] not in {"preflight", "prepare", "train", "compose", "import"}:
         print("usage: python -m graft_trainer preflight|prepare|train|compose|import", file=sys.stderr)
         return 2
@@ -60,7 +65,8 @@ def main(arguments: list[str]) -> int:
             without_bitsandbytes()
         with run.cleanup:
             stage(command)(run)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is done is not undone by the last upload's interruption
+        # The run is done, so SIGTERM must not fail it during the last upload.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         run.progress.close(FINAL_PATIENCE)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         return fail(error, run, settings)
@@ -72,12 +78,13 @@ def needs_bitsandbytes(job: JobFile) -> bool:
 
 
 def without_bitsandbytes() -> None:
-    """peft imports bitsandbytes wherever it is installed, and that torch's compiler: a fifth of train's start."""
+    """Prevent the import of bitsandbytes. peft would import it, and it imports torch's compiler: a fifth of train's
+    start."""
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
 def stage(command: str) -> Callable[[Run], None]:
-    """The stage's function; torch is imported for train only."""
+    """Return the function of a stage. torch is imported only for train."""
     if command != "train":
         from graft_trainer import prepare
 
@@ -88,12 +95,12 @@ def stage(command: str) -> Callable[[Run], None]:
 
 
 def fail(error: BaseException, run: Run | None, settings: Settings) -> int:
-    """Tell everybody who looks why the run failed: log, termination message, progress.json; the exit code."""
+    """Report why the run failed, in the log, the termination message and progress.json. Return the exit code."""
     interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
     state = run.progress.state if run else None
     known, training = (state.training, state.stage == "Training") if state else (None, False)
     trained = state is not None and state.step > (state.resumed_from or 0)
-    follows = distributed.follows()  # whatever the failure is, so that the others know of it
+    follows = distributed.follows()  # called for every failure, because it informs the other ranks
     error = Interrupted() if interrupted else error
     failure = explain(error, known, training=training, trained=trained, follows=follows)
     if interrupted:
@@ -107,12 +114,13 @@ def fail(error: BaseException, run: Run | None, settings: Settings) -> int:
         if failure.reason == Reason.MEMORY_EXCEEDED:
             run.progress.update(training=(known or {}) | {"halvings": run.halvings})  # read by memory_halvings
         run.progress.stage("Failed", failure=failure)
-        run.progress.close(LAST_WORDS if interrupted or failure.reason == Reason.STORAGE_UNAVAILABLE else 10)
+        brief = interrupted or failure.reason == Reason.STORAGE_UNAVAILABLE
+        run.progress.close(INTERRUPTED_PATIENCE if brief else FAILED_PATIENCE)
     return EXIT_CODES[failure.reason]
 
 
 def give_up(settings: Settings) -> int:
-    """A run that was asked to end and did not in time; the exit code."""
+    """Report a run that was interrupted but did not end in time. Return the exit code."""
     failure = explain(Interrupted())
     write_termination(settings.termination_file, failure)
     return EXIT_CODES[failure.reason]
@@ -121,7 +129,7 @@ def give_up(settings: Settings) -> int:
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code = main(sys.argv[1:])
-    # Native threads of the libraries can hang the interpreter's own way out; everything is written by now.
+    # Native threads of the libraries can block the interpreter's normal exit. All output is already written.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

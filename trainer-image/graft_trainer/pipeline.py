@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def train_evaluate_publish(run: Run) -> None:
-    """Run the stages after prepare. Each takes what the stage before returned."""
+    """Run the stages after prepare. Each stage takes the result of the stage before it."""
     if done_by_another(run):
         return
     try:
@@ -27,7 +27,7 @@ def train_evaluate_publish(run: Run) -> None:
         run.progress.stage("Training", dataset=prepared.statistics)
         run.halvings = distributed.from_main(memory_halvings(run))
         quieten()
-        # Imported here because torch takes seconds to load, and a published version needs none of it.
+        # Imported here because torch takes seconds to load, and an attempt after a published version does not need it.
         from graft_trainer.evaluation.evaluate import evaluate
         from graft_trainer.train import train
 
@@ -39,7 +39,7 @@ def train_evaluate_publish(run: Run) -> None:
             return
         raise
     evaluated = evaluate(run, trained)
-    # Imported here because it brings matplotlib, whose first import takes seconds that a GPU would wait for.
+    # Imported here because it imports matplotlib. The first import takes seconds, and the GPU would wait for it.
     from graft_trainer.versions.publish import publish
 
     manifest, digest = publish(run, trained, evaluated)
@@ -50,7 +50,8 @@ def train_evaluate_publish(run: Run) -> None:
 def join_others(run: Run) -> bool:
     """Join the other processes of the run if there are any. Return whether this process has anything to do.
 
-    After the last step rank 0 evaluates and publishes alone. If an earlier attempt got that far, the other ranks end at once.
+    After the last step rank 0 evaluates and publishes alone. If an earlier attempt got that far, the other ranks end at
+    once.
     """
     if distributed.world_size() == 1:
         return True
@@ -61,18 +62,24 @@ def join_others(run: Run) -> bool:
 
 
 def published_meanwhile(run: Run) -> bool:
-    """Return whether another attempt has published the version. It may have deleted the checkpoints that this one needed."""
+    """Return whether another attempt has published the version.
+
+    It may have deleted the checkpoints that this one needed.
+    """
     with suppress(StoreError, Failure):
         return done_by_another(run)
     return False
 
 
 def done_by_another(run: Run) -> bool:
-    """Return whether another attempt of the job has published the version. If so, report it and delete the checkpoints."""
+    """Return whether another attempt of the job has published the version.
+
+    If so, report it and delete the checkpoints.
+    """
     if (published := already_published(run)) is None:
         return False
     manifest, digest = published
-    log.info("%s %s was published by another attempt: done", manifest.adapter, manifest.version)
+    log.info("%s %s was published by another attempt, so this run is complete", manifest.adapter, manifest.version)
     report_success(run, manifest, digest)
     if distributed.is_main():
         remove_checkpoints(run)
@@ -80,7 +87,7 @@ def done_by_another(run: Run) -> bool:
 
 
 def report_success(run: Run, manifest: Manifest, digest: str) -> None:
-    """Report the published version, which may be another attempt's, in progress.json."""
+    """Report the published version in progress.json. Another attempt may have published it."""
     run.progress.stage(
         "Succeeded",
         percent=100,
@@ -95,7 +102,8 @@ def report_success(run: Run, manifest: Manifest, digest: str) -> None:
 def remove_checkpoints(run: Run) -> None:
     """Delete all checkpoints of a run whose version is published: no attempt resumes from them any more.
 
-    The version is published, so a failure here is only logged. The checkpoints that are left are deleted with the FineTuneJob.
+    The version is published, so a failure here is only logged. The remaining checkpoints are deleted with the
+    FineTuneJob.
     """
     run.cleanup.close()  # waits for a checkpoint of this attempt that is still being uploaded
     left: list[Checkpoint] | None = None
@@ -107,7 +115,7 @@ def remove_checkpoints(run: Run) -> None:
                 run.store.delete(key)
                 left = [one for one in left if not key.startswith(run.prefix + one.prefix)]
     except Exception as error:
-        log.warning("the run's checkpoints could not be deleted, they are deleted with the FineTuneJob: %s", error)
+        log.warning("the run's checkpoints could not be deleted. They will be deleted with the FineTuneJob: %s", error)
     if left is not None:
         run.progress.update(checkpoints=[checkpoint.ref() for checkpoint in left])
 

@@ -1,7 +1,7 @@
-"""prepare: everything that can be found wrong without a GPU, in the order in which it is cheap to find.
+"""prepare: every check that needs no GPU, the cheapest checks first.
 
-Runs as an init container without a GPU and imports no torch, so a job with a mistake fails within seconds and before a
-GPU is taken. What it downloads lies in the work folder that it shares with train.
+It runs as an init container without a GPU and imports no torch. So a job with a mistake fails within seconds, before it
+takes a GPU. The downloaded files are in the work folder that it shares with train.
 """
 
 import logging
@@ -39,19 +39,24 @@ SAMPLE = 50_000  # examples of a file that are kept in memory
 
 
 def preflight(run: Run) -> None:
-    """Run the checks of prepare in a pod without GPUs, before the Job that needs them. The base model's weights are not downloaded."""
+    """Run the checks of prepare in a pod without GPUs, before the Job that needs them.
+
+    The base model's weights are not downloaded.
+    """
     prepare(run, weights=False)
 
 
 def prepare_container(run: Run) -> None:
-    """Run prepare, and hand what it found to train's container, in a file of the work folder."""
+    """Run prepare. Write its result to a file in the work folder, for train's container."""
     if (prepared := prepare(run)) is not None:
         prepared.write(run.settings.prepared_file)
 
 
 def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
-    """Check dataset, suites, base model and access, and download them to the work folder. Return what train starts from, or
-    None if an earlier attempt has published the version."""
+    """Check the dataset, the suites, the base model and the access, and download the files to the work folder.
+
+    Return what train starts from, or None if an earlier attempt has published the version.
+    """
     job, settings, name = run.job, run.settings, run.job.base_model.name
     run.progress.stage("Preparing")
     if already_published(run):
@@ -62,7 +67,7 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     check_publishing(run)
     digests = download_dataset(run)
     data = read_data(job.dataset, settings.dataset_dir, job.training.seed, most=SAMPLE)
-    log.info("dataset: %d examples to learn from, %d held out", data.examples, data.held_out_examples)
+    log.info("dataset: %d examples to train on, %d held out", data.examples, data.held_out_examples)
     suites, conversations = download_suites(run)
 
     folder = fetch(
@@ -83,8 +88,8 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     if conversations and job.task == "causal" and not has_chat_template(folder, name):
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"{name} has no chat template, which evaluation.suites {', '.join(conversations)} need",
-            "Give the suites lines with prompt instead of messages, or use a chat model as base model.",
+            f"{name} has no chat template, but spec.evaluation.suites {', '.join(conversations)} need one",
+            "Use prompt instead of messages in the lines of these suites, or use a chat model as the base model.",
         )
     statistics = measure_lengths(job, folder, data)
     run.progress.update(dataset=statistics)
@@ -92,7 +97,7 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
 
 
 def check_spec(job: JobFile) -> None:
-    """Failure for what the job alone tells, before anything is downloaded."""
+    """Raise Failure for mistakes that are visible in the job alone, before anything is downloaded."""
     for template in job.dataset.templates or []:
         check_template(template)
     check_packing(job)
@@ -103,7 +108,10 @@ def check_spec(job: JobFile) -> None:
 
 
 def check_publishing(run: Run) -> None:
-    """Failure(StorageDenied) when the version could not be published after hours of training."""
+    """Raise Failure(StorageDenied) if the key may not publish the version.
+
+    Otherwise this would fail after hours of training.
+    """
     key = run.version_prefix + MANIFEST
     try:
         run.store.check_write(key)
@@ -112,13 +120,13 @@ def check_publishing(run: Run) -> None:
             raise
         raise Failure(
             Reason.STORAGE_DENIED,
-            f"the version could not be published, the key in the Secret graft-storage may not write it: {error}",
-            f"Let that key write below {run.version_prefix} (s3:PutObject and s3:AbortMultipartUpload).",
+            f"the version could not be published, because the key in the Secret graft-storage has no permission to write it: {error}",
+            f"Allow this key to write below {run.version_prefix} (s3:PutObject and s3:AbortMultipartUpload).",
         ) from error
 
 
 def download_dataset(run: Run) -> dict[str, str]:
-    """The dataset's files; their digests by role."""
+    """Download the dataset's files. Return their digests by role."""
     dataset, digests = run.job.dataset, {}
     for role, source in (("train", dataset.train), ("eval", dataset.eval)):
         if source is not None:
@@ -127,7 +135,10 @@ def download_dataset(run: Run) -> dict[str, str]:
 
 
 def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
-    """(digests of the suites' files, names of the suites with conversations); every line of them is checked."""
+    """Download the suites and check every line.
+
+    Return (digests of their files, names of the suites with conversations).
+    """
     digests, conversations = {}, []
     folder = run.settings.dataset_dir / "suites"
     for suite in run.job.evaluation.suites or ():
@@ -158,21 +169,22 @@ def _download(run: Run, uri: str, path: Path, field: str, *, jsonl: bool = True)
 
 
 def measure_lengths(job: JobFile, folder: Path, data: Data) -> DatasetStatistics:
-    """The dataset's statistics by the base model's tokenizer, told to the log."""
-    # transformers imports torch wherever that is installed: seconds, and ten times the memory. Its tokenizers work without.
+    """Measure the dataset with the base model's tokenizer. Log the statistics and return them."""
+    # If torch is installed, transformers imports it. That takes seconds and ten times the memory. Tokenizers work
+    # without it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     name = job.base_model.name
     tokenizer = load_tokenizer(folder, name)
     context = context_of(load_config(folder, name))
-    # What of the limits depends on the device is for train to say: it has one.
+    # prepare runs without a GPU. train checks the limits that depend on one.
     longest = limits(job, Device("cuda", bf16=True), context).max_length
     found = lengths.measure(data.train, tokenizer, longest, role="train", task=job.task)
     if data.held_out:
         lengths.measure(data.held_out, tokenizer, longest, role="eval", task=job.task)
     statistics = lengths.describe(found, examples=data.examples, held_out=data.held_out_examples, invalid=data.invalid)
-    sampled = "" if len(found.whole) == data.examples else f", by a sample of {len(found.whole)}"
+    sampled = "" if len(found.whole) == data.examples else f" (measured on a sample of {len(found.whole)})"
     log.info(
-        "dataset: %d tokens; an example has %.1f in the mean, %d in the median, 95 %% have up to %d, the longest has %d%s",
+        "dataset: %d tokens; tokens per example: mean %.1f, median %d, 95th percentile %d, longest %d%s",
         statistics.tokens,
         statistics.mean_tokens,
         statistics.median_tokens,

@@ -1,4 +1,5 @@
-"""train: load, tokenise, resolve what the spec leaves open, and run transformers' Trainer over what the method trains."""
+"""train: load the model, tokenise the dataset, resolve the values that the spec leaves open, and run the training
+loop."""
 
 import logging
 import resource
@@ -38,15 +39,15 @@ log = logging.getLogger(__name__)
 class Trained:
     """What train returns: the tuned model, what it was trained on, and how training went."""
 
-    model: Any  # the tuned model where it fits, in eval mode; with forward and generate, whatever the method
+    model: Any  # the tuned model in eval mode, where it fits in memory; it has forward and generate with every method
     tokenizer: Any
     task: Task
     method: MethodName
     resolved: Resolved
     device: Device
     folder: Path  # of the base model
-    stored: torch.dtype  # of the weights in that folder; a whole model is published in it
-    targets: list[str]  # what carries a low-rank update; empty for other methods
+    stored: torch.dtype  # of the weights in that folder; a whole model is published with the same type
+    targets: list[str]  # the modules with a low-rank update; empty for other methods
     digests: dict[str, str]
     train: Tokenisation
     train_examples: Sequence[Example]
@@ -55,23 +56,26 @@ class Trained:
     curve: list[dict[str, float]]  # {step, loss, learningRate}
     held_out_curve: list[dict[str, float]]  # {step, evalLoss}
     train_loss: float | None  # mean over the last tenth of the records
-    eval_loss: float | None  # when it was measured after the last step
+    eval_loss: float | None  # if it was measured after the last step
     tokens: int
-    context: int | None  # tokens of a prompt and its answer together; virtual tokens are taken off
+    context: int | None  # most tokens of a prompt and its answer together; virtual tokens are subtracted
     seconds: dict[str, float]
-    peak_memory_bytes: int  # of training: one GPU's, or the process's growth without one
+    peak_memory_bytes: int  # of training: of one GPU, or without a GPU the growth of the process
     open_base: Callable[[], AbstractContextManager[Any]]
 
     def base_model(self) -> AbstractContextManager[Any]:
-        """The model without what was learned, to measure it as the baseline: the tuned one with its adapter switched
-        off, or for `full` the base model loaded again, which is freed at the end."""
+        """Open the model without the training result, to measure it as the baseline.
+
+        It is the tuned model with its adapter switched off. For `full`, it is the base model, loaded again and freed at
+        the end.
+        """
         return self.open_base()
 
 
 def train(run: Run, prepared: Prepared) -> Trained:
     """Train the model on the prepared dataset. Return the tuned model and its training curves.
 
-    With several processes only rank 0 returns; the other ranks raise PartDone.
+    With several processes, only rank 0 returns. The other ranks raise PartDone.
     """
     job, method, started = run.job, run.job.method, time.monotonic()
     torch.set_num_threads(cpu_limit())
@@ -110,8 +114,8 @@ def train(run: Run, prepared: Prepared) -> Trained:
     )
     stored = stored_dtype(config)
     tunable = make_tunable(job, base, folder, lambda: as_published(load().model, stored))
-    context = _room(base.facts.context, resolved)
-    del base  # after fsdp the model has other modules, and these would keep their part of the weights
+    context = _usable_context(base.facts.context, resolved)
+    del base  # fsdp replaces the model's modules, and the old modules would keep their part of the weights in memory
     run.progress.update(
         total_steps=resolved.max_steps,
         training=resolved.wire(),
@@ -172,7 +176,7 @@ def train(run: Run, prepared: Prepared) -> Trained:
 
 
 class PeakMemory:
-    """The most memory that was held since this was made: the GPU's, or without one how far the process has grown."""
+    """The peak memory since this object was created: of the GPU, or without a GPU the growth of the process."""
 
     def __init__(self) -> None:
         self.begin = 0
@@ -189,16 +193,19 @@ class PeakMemory:
         return max(0, highest - self.begin)
 
 
-def _room(context: int | None, resolved: Resolved) -> int | None:
+def _usable_context(context: int | None, resolved: Resolved) -> int | None:
     return context - (resolved.virtual_tokens or 0) if context is not None else None
 
 
 def check_vocabulary(base: BaseModel, learned: Tokenisation, name: str) -> None:
-    """Failure when the tokenizer makes tokens that the model has no embedding for; a GPU would only say 'device-side assert'."""
+    """Raise Failure if the tokenizer produces tokens without an embedding.
+
+    A GPU would only report 'device-side assert'.
+    """
     largest = max(item.largest for item in learned.examples)
     if largest >= base.facts.vocab_size:
         raise Failure(
             Reason.BASE_MODEL_INVALID,
-            f"{name}: the tokenizer makes token {largest}, the model has embeddings for {base.facts.vocab_size}",
-            "Use the tokenizer that belongs to the model.",
+            f"{name}: the tokenizer produces the token {largest}, but the model has embeddings for only {base.facts.vocab_size} tokens",
+            "Put the tokenizer that belongs to the model into the BaseModel's source.",
         )

@@ -1,7 +1,7 @@
-"""Base models at their sources: what is there, what it is (digest or commit), and a local copy.
+"""Base models at their sources: describe a model, identify it by a digest or commit, and download it.
 
-hf:// goes through huggingface_hub, s3:// through the store, pvc:// is a folder that the pod has mounted. Only weights in
-safetensors and the files that transformers needs beside them are taken; pickles never are.
+hf:// is read with huggingface_hub and s3:// with the store. pvc:// is a folder that the pod has mounted. Only
+safetensors weights and the files that transformers needs beside them are downloaded, never pickles.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from graft.artifacts.store import ObjectInfo, Report, S3Store
 
 WEIGHTS = ".safetensors"
 MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
-CONFIG_LIMIT = 1024 * 1024
+CONFIG_LIMIT = 1024 * 1024  # bytes
 DISK_FULL = (ENOSPC, EDQUOT)
 
 
 class SourceError(Exception):
-    """A model that cannot be had. `transient`: the source did not answer and may later."""
+    """A model cannot be read from its source. `transient`: the source did not answer, and a retry may succeed."""
 
     def __init__(self, message: str, *, transient: bool = False) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Description:
-    """What is at a source: its identity (digest for s3://, commit for hf://), config.json and size."""
+    """The model at a source: its identity (digest for s3://, commit for hf://), config.json and size."""
 
     digest: str | None
     revision: str | None
@@ -44,33 +44,36 @@ class Description:
 
 
 def split_hf_uri(uri: str) -> tuple[str, str]:
-    """(org/name, revision) of hf://org/name[@revision]."""
+    """Return (org/name, revision) of hf://org/name[@revision]. The default revision is main."""
     repo, _, revision = uri.removeprefix("hf://").partition("@")
     return repo, revision or "main"
 
 
 def split_pvc_uri(uri: str) -> tuple[str, str]:
-    """(claim, path) of pvc://claim[/path]."""
+    """Return (claim, path) of pvc://claim[/path]."""
     claim, _, path = uri.removeprefix("pvc://").partition("/")
     return claim, path
 
 
 def pvc_path(uri: str, root: Path) -> Path:
-    """Where pvc://claim/path is below the folder that holds the mounts. SourceError when the path leaves the claim."""
+    """Return the folder of pvc://claim/path below `root`, which has the mounts. Raises SourceError if it is outside the
+    claim."""
     claim, path = split_pvc_uri(uri)
     base = (root / claim).resolve()
     full = (base / path).resolve()
     if not full.is_relative_to(base):
-        raise SourceError(f"{uri} leaves its claim")
+        raise SourceError(f"the path of {uri} is outside its claim")
     return full
 
 
 def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
-    """Return (bucket, prefix, model files) below an s3:// folder. Raises SourceError if there is no model, or no answer."""
+    """Return (bucket, prefix, model files) below an s3:// folder. Raises SourceError if there is no model, or no
+    answer."""
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
     try:
-        # Of a version that serves as a model: its signature is written later, and anew with each key.
+        # A published version can be the model. Its signature is left out, because it is written later and again for
+        # each new key.
         files = [
             item
             for item in store.objects(prefix, bucket)
@@ -87,13 +90,13 @@ def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
 
 
 def s3_digest(prefix: str, files: list[ObjectInfo]) -> str:
-    """sha256:… over the sorted names, sizes and ETags."""
+    """Return sha256:…, computed over the sorted names, sizes and ETags."""
     listing = sorted((item.key.removeprefix(prefix), item.size, item.etag) for item in files)
     return "sha256:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token: str | None = None) -> Description:
-    """What is at an hf:// or s3:// source. SourceError says what is wrong."""
+    """Describe the model at an hf:// or s3:// source. Raises SourceError if it cannot be read."""
     if uri.startswith("hf://"):
         return _describe_hf(uri, hf_endpoint, hf_token)
     if store is None:
@@ -104,23 +107,23 @@ def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token:
     except StoreError as error:
         raise SourceError(str(error), transient=error.trouble == "unavailable") from error
     except ValueError as error:
-        raise SourceError(f"config.json below {uri} is no JSON: {error}") from error
+        raise SourceError(f"config.json below {uri} is not valid JSON: {error}") from error
     return Description(s3_digest(prefix, files), None, config, sum(item.size for item in files))
 
 
 @contextlib.contextmanager
 def hub_errors(uri: str) -> Iterator[None]:
-    """What the hub's errors mean: SourceError, transient where asking again may help. A full disk stays an OSError."""
+    """Convert the hub's errors to SourceError, transient if a retry may succeed. A full disk stays an OSError."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise SourceError(f"{uri} is not there, or needs a token: {error}") from error
+        raise SourceError(f"{uri} does not exist, or needs a token: {error}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         raise SourceError(f"{uri}: {error}", transient=status >= 500 or status == 429) from error
-    except (OSError, HTTPError) as error:  # HTTPError: no answer at all, of the library that the hub's is built on
+    except (OSError, HTTPError) as error:  # HTTPError is of the underlying HTTP library: there was no answer
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise SourceError(f"{uri}: {error}", transient=True) from error
@@ -156,8 +159,9 @@ def fetch(
 ) -> Path:
     """Return a local folder with the model's files: `target`, or the mounted claim itself for pvc://.
 
-    Without `weights` the weights are not downloaded; they must only exist at the source. For s3:// the listing must still have
-    the digest that the BaseModel was resolved to. Raises SourceError otherwise, and OSError (DISK_FULL) if the disk is full.
+    Without `weights` the weights are not downloaded; they must only exist at the source. For s3:// the listing must
+    still have the digest that the BaseModel was resolved to. Raises SourceError otherwise, and OSError (DISK_FULL) if
+    the disk is full.
     """
     if uri.startswith("pvc://"):
         folder = pvc_path(uri, pvc_root)
@@ -180,7 +184,7 @@ def fetch(
     left = [item for item in files if not (paths[item].exists() and paths[item].stat().st_size == item.size)]
     total, to_come = sum(item.size for item in files), sum(item.size for item in left)
     if to_come > (free := shutil.disk_usage(target).free):
-        room = f"{to_come / 1e9:.2f} GB of {uri} are to come, there is room for {free / 1e9:.2f} GB"
+        room = f"{to_come / 1e9:.2f} GB of {uri} must be downloaded, but only {free / 1e9:.2f} GB are free"
         raise OSError(ENOSPC, room, str(target))
     done = total - to_come
     try:
@@ -189,7 +193,7 @@ def fetch(
                 item,
                 paths[item],
                 bucket,
-                report=lambda came, _: report(done + came, total),  # noqa: B023 - called before the next one
+                report=lambda came, _: report(done + came, total),  # noqa: B023 - called before the next item
             )
             done += item.size
     except StoreError as error:
@@ -200,7 +204,7 @@ def fetch(
 def _place(item: ObjectInfo, prefix: str, target: Path) -> Path:
     path = target / item.key.removeprefix(prefix)
     if not path.resolve().is_relative_to(target.resolve()):
-        raise SourceError(f"{item.key} leaves its folder")
+        raise SourceError(f"the path of {item.key} is outside its folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

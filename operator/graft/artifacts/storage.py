@@ -1,6 +1,6 @@
-"""Which object store, with which key, and the errors of its calls.
+"""The object store's address and key, and the errors of its calls.
 
-Credentials come from a mounted Secret, one file per key, never from the environment.
+The credentials come from a mounted Secret, one file per key, never from the environment.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
 
 
 class StoreError(Exception):
-    """A call that failed, with the kind of trouble: missing, denied, full, exists, or unavailable (worth a retry)."""
+    """A call to the store failed. `trouble` says why: missing, denied, full, exists, or unavailable (a retry may
+    succeed)."""
 
     def __init__(self, trouble: Trouble, message: str) -> None:
         super().__init__(message)
@@ -20,7 +21,7 @@ class StoreError(Exception):
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """Where the store is and with which key it is opened; `prefix` is the tenant's part of the bucket, ending in /."""
+    """The store's address and key. `prefix` is the tenant's part of the bucket and ends in /."""
 
     endpoint: str
     region: str
@@ -33,7 +34,8 @@ class StorageConfig:
 
     @classmethod
     def from_dir(cls, folder: str | Path) -> "StorageConfig":
-        """Read a mounted Secret: files endpoint, region, bucket, prefix, access-key-id, secret-access-key[, session-token, ca.crt]."""
+        """Read a mounted Secret: files endpoint, region, bucket, prefix, access-key-id, secret-access-key[,
+        session-token, ca.crt]."""
         root = Path(folder)
 
         def text(name: str, default: str | None = None) -> str:

@@ -1,7 +1,7 @@
-"""The S3 store: the few calls that Graft makes, with errors that say whose they are to fix.
+"""The S3 store: the few calls that Graft makes. Their errors say which kind of trouble it is, and so who must fix it.
 
-Synchronous (boto3); the operator calls it through a thread. Credentials come from a folder of files, a mounted Secret, never
-from the environment.
+The calls are synchronous (boto3), and the operator makes them in a thread. The credentials come from a folder of files,
+a mounted Secret, never from the environment.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 PATIENCE = 180.0  # seconds for which a pod retries while the store is unavailable
-CHUNK = 8 * 1024 * 1024
-PART = 32 * 1024 * 1024  # of a streamed upload; S3 takes 10,000 of them, of 5 MiB at least
-RANGE = 16 * 1024 * 1024  # of a download: what is taken anew when its connection breaks
-STREAMS = 8  # of a download; botocore keeps 10 connections
-PIECE = 256 * 1024  # that each of them holds in memory
-SMALL_OBJECT = 8 * 1024 * 1024  # JSON documents; larger ones are not read into memory
+CHUNK = 8 * 1024 * 1024  # bytes
+PART = 32 * 1024 * 1024  # bytes in a part of a streamed upload; S3 allows 10,000 parts of at least 5 MiB
+RANGE = 16 * 1024 * 1024  # bytes in a range of a download; if a connection breaks, only its range is downloaded again
+STREAMS = 8  # parallel connections of a download; botocore keeps 10 connections
+PIECE = 256 * 1024  # bytes that each connection holds in memory
+SMALL_OBJECT = 8 * 1024 * 1024  # bytes of a JSON document; larger objects are not read into memory
 
 
 def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
     """Call `call`, and retry while the store is unavailable, until `patience` seconds after the first such error.
 
-    The pauses between retries grow from 1 s to 15 s. Raises what the last try raised.
+    The pauses between retries grow from 1 s to 15 s. Raises the error of the last call.
     """
     deadline, seconds = None, 1.0
     while True:
@@ -56,7 +56,8 @@ def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], o
 
 
 def retried(method: Callable[Concatenate["S3Store", P], T]) -> Callable[Concatenate["S3Store", P], T]:
-    """Retry a method of S3Store while the store is unavailable, for the store's own `patience`. Nobody else retries."""
+    """Retry a method of S3Store while the store is unavailable, for the store's own `patience`. Only this and
+    `download` retry."""
 
     @wraps(method)
     def call(store: "S3Store", /, *arguments: P.args, **named: P.kwargs) -> T:
@@ -89,7 +90,8 @@ def _trouble(error: ClientError) -> Trouble:
 
 
 def _parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of PART; one that may be empty where there is nothing."""
+    """Yield the same bytes in pieces of PART bytes. The last piece may be smaller. If there are no bytes, it is
+    empty."""
     buffer = bytearray()
     for chunk in chunks:
         buffer += chunk
@@ -107,14 +109,14 @@ def _pieces(key: str, body: Any, size: int) -> Iterator[bytes]:
 
 
 class S3Store:
-    """One bucket, opened with one key.
+    """One bucket, accessed with one key.
 
-    While the store is unavailable, each call is retried for `patience` seconds. The operator keeps 0: its reconciles retry.
-    A pod, which does nothing else meanwhile, takes PATIENCE.
+    While the store is unavailable, each call is retried for `patience` seconds. The operator uses 0, because its
+    reconciles retry. A pod uses PATIENCE, because it has nothing else to do.
     """
 
     def __init__(self, config: StorageConfig, *, attempts: int = 5, timeout: float = 20, patience: float = 0.0) -> None:
-        """`attempts` and `timeout` (seconds) are those of a single HTTP request, by botocore."""
+        """Open the bucket of `config`. botocore applies `attempts` and `timeout` (seconds) to each request."""
         self.config = config
         self.patience = patience
         self.client: Any = boto3.client(
@@ -135,7 +137,7 @@ class S3Store:
         )
 
     def with_patience(self, patience: float) -> "S3Store":
-        """The same store over the same connections, with another `patience` in seconds."""
+        """Return the same store with another `patience` (seconds). Both use the same connections."""
         other = copy.copy(self)
         other.patience = patience
         return other
@@ -150,7 +152,7 @@ class S3Store:
             raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}") from error
 
     def create_bucket(self) -> None:
-        """Make the bucket unless it is there."""
+        """Create the bucket if it does not exist."""
         try:
             self.client.head_bucket(Bucket=self.config.bucket)
         except ClientError as error:
@@ -165,7 +167,7 @@ class S3Store:
 
     @retried
     def get(self, key: str, bucket: str | None = None) -> bytes:
-        """The bytes of a small object (at most SMALL_OBJECT)."""
+        """Return the bytes of a small object (at most SMALL_OBJECT bytes)."""
         response = self._call("get_object", key, bucket)
         if response["ContentLength"] > SMALL_OBJECT:
             raise StoreError("denied", f"{key} is larger than {SMALL_OBJECT} bytes")
@@ -176,25 +178,26 @@ class S3Store:
 
     @retried
     def head(self, key: str, bucket: str | None = None) -> ObjectInfo:
-        """Size and ETag of an object."""
+        """Return the size and the ETag of an object."""
         response = self._call("head_object", key, bucket)
         return ObjectInfo(key=key, size=response["ContentLength"], etag=response["ETag"].strip('"'))
 
     @retried
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
-        """Write a small object; with if_absent an existing one raises StoreError("exists")."""
+        """Write a small object. With `if_absent`, raises StoreError("exists") if the object exists."""
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         self._call("put_object", key, Body=data, ChecksumAlgorithm="SHA256", **condition)
 
     @retried
     def check_write(self, key: str) -> None:
-        """StoreError unless `key` may be written. Nothing is: an upload in parts is begun and given up."""
+        """Raise StoreError if `key` may not be written. Nothing is written: an upload in parts is started and
+        aborted."""
         upload = self._call("create_multipart_upload", key)["UploadId"]
         self._call("abort_multipart_upload", key, UploadId=upload)
 
     @retried
     def upload(self, key: str, path: Path) -> None:
-        """Write a file of any size, in parts where it is large, with checksums."""
+        """Write a file of any size, with checksums. A large file is written in parts."""
         try:
             self.client.upload_file(str(path), self.config.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
         except ClientError as error:
@@ -205,8 +208,10 @@ class S3Store:
             raise StoreError(trouble, f"{key}: {error}") from error
 
     def upload_stream(self, key: str, chunks: Iterable[bytes]) -> None:
-        """Write an object of any size from bytes that come one after the other, in parts with checksums. An error of the source
-        leaves no object; what earlier uploads to the key have left half done is cleared first."""
+        """Write an object of any size from a stream of bytes, in parts with checksums.
+
+        If the source raises an error, no object is created. Unfinished earlier uploads to the key are aborted first.
+        """
         self._clear_uploads(key)
         upload = self._call("create_multipart_upload", key, ChecksumAlgorithm="SHA256")["UploadId"]
         try:
@@ -219,7 +224,7 @@ class S3Store:
                 parts.append(kept | {"PartNumber": number})
             self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts})
         except BaseException:
-            with contextlib.suppress(StoreError):  # the next upload clears it
+            with contextlib.suppress(StoreError):  # the next upload aborts it
                 self._call("abort_multipart_upload", key, UploadId=upload)
             raise
 
@@ -228,7 +233,7 @@ class S3Store:
             found = self.client.list_multipart_uploads(Bucket=self.config.bucket, Prefix=key).get("Uploads", [])
         except ClientError as error:
             if _trouble(error) == "denied":
-                return  # a key that may write need not be one that may list uploads; the bucket's own rules clear them
+                return  # a key that may write may lack the right to list uploads; the bucket's own rules remove them
             raise StoreError(_trouble(error), f"uploads to {key}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"uploads to {key}: {error}") from error
@@ -238,7 +243,7 @@ class S3Store:
 
     @retried
     def copy(self, source: str, key: str) -> None:
-        """Copy an object of any size within the store, in parts where it is large."""
+        """Copy an object of any size within the store. A large object is copied in parts."""
         bucket = self.config.bucket
         try:
             self.client.copy({"Bucket": bucket, "Key": source}, bucket, key)
@@ -248,7 +253,7 @@ class S3Store:
             raise StoreError("unavailable", f"copying {source} to s3://{bucket}/{key}: {error}") from error
 
     def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
-        """The bytes of an object of any size, chunk by chunk."""
+        """Yield the bytes of an object of any size in chunks."""
         yield from _pieces(key, self._call("get_object", key, bucket)["Body"], CHUNK)
 
     def download(
@@ -261,9 +266,9 @@ class S3Store:
     ) -> None:
         """Download an object of any size to a file. The file appears when it is complete, never in part.
 
-        STREAMS ranges are downloaded at once. Each range is retried by itself. `report` is called by one thread at a time;
-        after a retry its first number, the bytes done, can be smaller than before. Raises StoreError, "missing" if the object
-        is not the one of `item` any more. Raises OSError for an error of the disk.
+        STREAMS ranges are downloaded at once. Each range is retried by itself. `report` is called by one thread at a
+        time; after a retry its first number, the bytes done, can be smaller than before. Raises StoreError, "missing"
+        if the object is not the one of `item` any more. Raises OSError for an error of the disk.
         """
         # boto's download_file would restart the whole file after an outage that outlasts botocore's own retries.
         partial = path.with_name(path.name + ".partial")
@@ -302,14 +307,14 @@ class S3Store:
         if stopped.is_set():
             return
         size, done = min(RANGE, item.size - start), 0
-        # A small object is asked for as a whole: botocore compares the checksum that it is stored with.
+        # A small object is requested without a range, so that botocore checks the stored checksum.
         which = {"Range": f"bytes={start}-{start + size - 1}"} if size < item.size else {}
         response = self._call("get_object", item.key, bucket, **which)
         with contextlib.closing(response["Body"]) as body, path.open("r+b") as file:
             if response["ETag"].strip('"') != item.etag:
                 raise StoreError("missing", f"{item.key} has been replaced by another object")
             if response["ContentLength"] != size:
-                raise StoreError("unavailable", f"{item.key}: {response['ContentLength']} bytes came for {size}")
+                raise StoreError("unavailable", f"{item.key}: got {response['ContentLength']} bytes, expected {size}")
             file.seek(start)
             try:
                 for piece in _pieces(item.key, body, PIECE):
@@ -323,7 +328,7 @@ class S3Store:
                 raise
 
     def sha256(self, key: str, bucket: str | None = None) -> tuple[str, int]:
-        """(hex SHA-256, size) of an object, computed from its bytes."""
+        """Return (hex SHA-256, size in bytes) of an object, computed from its content."""
         hasher, size = hashlib.sha256(), 0
         for chunk in self.chunks(key, bucket):
             hasher.update(chunk)
@@ -331,13 +336,13 @@ class S3Store:
         return hasher.hexdigest(), size
 
     def objects(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
-        """All objects below a prefix, in pages of 1000."""
+        """Yield all objects below a prefix. They are listed in pages of 1000."""
         for page in self._pages(bucket or self.config.bucket, Prefix=prefix):
             for item in page.get("Contents", []):
                 yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item["ETag"].strip('"'))
 
     def folders(self, prefix: str) -> list[str]:
-        """Names of the folders directly below a prefix that ends in /."""
+        """Return the names of the folders directly below a prefix that ends in /."""
         return [
             entry["Prefix"].removeprefix(prefix).rstrip("/")
             for page in self._pages(self.config.bucket, Prefix=prefix, Delimiter="/")
@@ -362,12 +367,14 @@ class S3Store:
 
     @retried
     def delete(self, key: str) -> None:
-        """Delete one object; one that is gone is fine."""
+        """Delete one object. It is no error if the object does not exist."""
         self._call("delete_object", key)
 
     def delete_prefix(self, prefix: str) -> int:
-        """Delete everything below a prefix that ends in /; the number of objects. manifest.json goes first, so that
-        a version that is half deleted is none."""
+        """Delete everything below a prefix that ends in /. Return the number of deleted objects.
+
+        manifest.json is deleted first: without it, a half-deleted version does not count as a version.
+        """
         if not prefix.endswith("/") or prefix.count("/") < 2:
             raise ValueError(f"refusing to delete below {prefix!r}")
         keys = sorted(

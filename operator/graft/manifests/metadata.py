@@ -1,4 +1,4 @@
-"""Names, labels and owners that every child object carries."""
+"""The names, labels and owner references of every child object."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from graft.api.meta import API_VERSION, Resource
 
 Manifest = dict[str, Any]
 
-OWNER_UID = "graft.dev/owner-uid"  # on every child: whose reconciler an event of it wakes
+OWNER_UID = "graft.dev/owner-uid"  # on every child: an event of the child starts a reconcile of this owner
 OWNER_KIND = "graft.dev/owner-kind"
 OWNER_NAME = "graft.dev/owner"
 COMPONENT = "graft.dev/component"
@@ -14,7 +14,7 @@ FINALIZER = "graft.dev/cleanup"
 
 
 def labels(owner: Resource, component: str) -> dict[str, str]:
-    """Labels of a child."""
+    """Return the labels of a child."""
     return {
         "app.kubernetes.io/managed-by": "graft",
         "app.kubernetes.io/part-of": "graft",
@@ -26,7 +26,7 @@ def labels(owner: Resource, component: str) -> dict[str, str]:
 
 
 def owner_reference(owner: Resource) -> Manifest:
-    """Makes the garbage collector remove the child after its owner."""
+    """Return the owner reference. With it, the garbage collector deletes the child after its owner."""
     return {
         "apiVersion": API_VERSION,
         "kind": type(owner).__name__,
@@ -38,7 +38,7 @@ def owner_reference(owner: Resource) -> Manifest:
 
 
 def child(api_version: str, kind: str, name: str, owner: Resource, component: str) -> Manifest:
-    """The head of a child in its owner's namespace."""
+    """Return a child in its owner's namespace, with apiVersion, kind and metadata only."""
     return {
         "apiVersion": api_version,
         "kind": kind,

@@ -1,4 +1,5 @@
-"""The parts that the specs of all pods share: Pod Security `restricted`, placement, resources, the mounted Secrets."""
+"""The parts that the specs of all Graft's pods share: Pod Security `restricted`, placement, resources, the mounted
+Secrets."""
 
 from graft.api.meta import GPU_TOLERATION, Placement, Resources
 from graft.contracts.mounts import HF_SECRET, STORAGE_DIR, STORAGE_SECRET
@@ -22,7 +23,8 @@ CONTAINER_SECURITY = {
 
 
 def pod_defaults(settings: Settings, placement: Placement, *, gpus: int = 0) -> Manifest:
-    """The part of a pod's spec that all our pods share; no service account token, no service links."""
+    """Return the part of a pod's spec that all Graft's pods share. It has no service account token and no service
+    links."""
     spec: Manifest = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -45,7 +47,7 @@ def pod_defaults(settings: Settings, placement: Placement, *, gpus: int = 0) -> 
 
 
 def container_resources(resources: Resources | None) -> Manifest:
-    """As given, or 1 CPU and 4Gi."""
+    """Return the given resources. The default is 1 CPU and 4Gi of memory."""
     if resources is None:
         return {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "4Gi"}}
     return resources.wire()

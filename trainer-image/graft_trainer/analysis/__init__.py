@@ -1,4 +1,4 @@
-"""What the report says about the learned update itself: its size, rank, similarity to the data, and latency.
+"""Analyse the trained update for the report: its size and rank, the change of the hidden states, and the latency.
 
-It reads the tuned model; it decides nothing.
+This package reads the tuned model and decides nothing.
 """

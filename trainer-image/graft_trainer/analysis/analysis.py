@@ -1,7 +1,7 @@
-"""What the update is and does, for the report: its spectrum, how far the hidden states moved, how fast the version answers.
+"""Analyse the update for the report: its spectrum, the change of the hidden states, and the latency of the version.
 
-Bounded in time, by samples where the model is large. It runs on the trained model before it is published, and a part of it that
-fails costs the report that part, never the version: hours of training are worth more.
+The time is bounded. If the model is large, only samples are analysed. The analysis runs on the trained model before it
+is published. If a part of the analysis fails, the report lacks that part, but the version is published.
 """
 
 import logging
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 UPDATE_SECONDS = 15.0
 LATENCY_SECONDS = 8.0
-EXAMPLES = 32  # whose hidden states are compared
-TOKENS = 512  # of them in all; the Gram matrices are tokens x tokens
-LONGEST = 512  # tokens of an example that are read
-AT_ONCE = 4
-PROMPT = 64  # tokens of the prompt that latency is measured with
+EXAMPLES = 32  # number of examples whose hidden states are compared
+TOKENS = 512  # compared tokens in all; the Gram matrices are tokens x tokens
+LONGEST = 512  # tokens of an example that the model reads
+AT_ONCE = 4  # examples in a batch
+PROMPT = 64  # tokens of the prompt for the latency
 Part = TypeVar("Part")
 
 
 def analyse(trained: "Trained") -> Analysis:
-    """All of it, each part absent where the notes say why."""
+    """Return the whole analysis. If a part is absent, the notes say why."""
     started, notes = time.monotonic(), list[str]()
     with ExitStack() as stack:
         open_base = trained.base_model
-        if trained.method == "full":  # a model of its own, loaded once for all parts
+        if trained.method == "full":  # the base model is a separate model, loaded once for all parts
             base = _part("the base model", lambda: stack.enter_context(trained.base_model()), notes)
             if base is None:
                 return Analysis(notes=notes)
             open_base = lambda: nullcontext(base)  # noqa: E731
         update = _part("the update", lambda: _update(trained, open_base, notes), notes)
         representation = _part("the hidden states", lambda: _representation(trained, open_base, notes), notes)
-        # Last, because merging rounds the base's weights.
+        # Last, because merging rounds the base model's weights.
         latency = _part("the latency", lambda: _latency(trained, open_base, notes), notes)
     return Analysis(
         update=update,
@@ -77,12 +77,12 @@ def _update(trained: "Trained", open_base: Variant, notes: list[str]) -> UpdateA
     with open_base() as base:
         found = update_of(trained.model, base, trained.method, time.monotonic() + UPDATE_SECONDS)
     if len(found.matrices) < found.total:
-        notes.append(f"The spectrum is of {len(found.matrices)} of the {found.total} trained matrices, a sample.")
+        notes.append(f"The spectrum covers a sample: {len(found.matrices)} of the {found.total} trained matrices.")
     return found
 
 
 def _examples(trained: "Trained") -> Sequence[Tokenised]:
-    """Held-out ones, else learned ones; evenly spread over the file."""
+    """Return held-out examples, or training examples if there are none, evenly spread over the file."""
     source = (trained.held_out or trained.train).examples
     step = max(1.0, len(source) / EXAMPLES)
     return [source[int(index * step)] for index in range(min(len(source), EXAMPLES))]
@@ -109,7 +109,8 @@ def _representation(trained: "Trained", open_base: Variant, notes: list[str]) ->
 
 
 def _batch(inputs: dict[str, torch.Tensor], task: str, per_batch: int) -> Batch:
-    """Cut to LONGEST tokens; the packing of several examples in one sequence is no matter here."""
+    """Cut the inputs to LONGEST tokens and choose the tokens to compare. The packing of examples does not matter
+    here."""
     return choose({name: value[:, :LONGEST] for name, value in inputs.items()}, task, per_batch)
 
 
@@ -117,7 +118,7 @@ def _latency(trained: "Trained", open_base: Variant, notes: list[str]) -> Latenc
     model = trained.model
     prompt = max((item.input_ids for item in _examples(trained)), key=len)[:PROMPT]
     variants: dict[str, Variant] = {"base": open_base, "tuned": lambda: nullcontext(model)}
-    if trained.method == "lora":  # 4-bit weights are rounded again by a merge: no user would serve that
+    if trained.method == "lora":  # not qlora: a merge rounds the 4-bit weights again, so nobody would serve the result
         variants["merged"] = lambda: merged(model)
     found = measure_latency(variants, prompt, pad_token(trained.tokenizer), LATENCY_SECONDS)
     if found is None:

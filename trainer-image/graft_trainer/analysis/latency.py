@@ -1,6 +1,8 @@
-"""How fast the version answers: time to the first token and per further token, beside the base model's, one request at a time.
+"""Measure the latency of the version and of the base model: time to the first token and per further token, for one
+request at a time.
 
-These are transformers' own kernels on this machine; a serving engine batches and is faster. What carries over is the ratio.
+The model runs with transformers' own kernels on this machine. A serving engine batches requests and is faster, but the
+ratio to the base model carries over.
 """
 
 import statistics
@@ -17,37 +19,39 @@ from transformers.generation.streamers import BaseStreamer
 
 FEWEST, MOST = 5, 25  # runs of each variant
 NEW_TOKENS = 16
-PATIENCE = 3
-# A variant is a context in which it can be measured; the context yields the model to ask.
+PATIENCE = 3  # times the given seconds, after which the measurement is given up
+# Opens a context that yields the model to measure.
 Variant = Callable[[], AbstractContextManager[Any]]
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]
-    """When each token came. generate() hands every token over on the CPU, so a GPU has finished by then."""
+    """Record when each token came. generate() passes every token as a CPU tensor, so a GPU has finished it by then."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Clock":
-        """peft copies generate()'s arguments for a soft prompt of an encoder; there is one clock all the same."""
+        """Return the same clock. For a soft prompt of an encoder, peft copies the arguments of generate()."""
         return self
 
     def put(self, value: Any) -> None:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """The last token was handed over already."""
+        """Do nothing. put() has received the last token already."""
 
 
 def measure_latency(
     variants: Mapping[str, Variant], prompt: list[int], pad: int, seconds: float
 ) -> LatencyAnalysis | None:
-    """Medians over FEWEST to MOST runs of each variant, in turn, so that whatever else the machine does hits all alike.
+    """Return the medians over FEWEST to MOST runs of each variant, as many as fit into `seconds`.
 
-    As many as fit into `seconds`; None where FEWEST would take PATIENCE times as long: a large model on a CPU.
+    The variants take turns, so that other load on the machine affects all of them equally. Return None if FEWEST runs
+    would take more than PATIENCE times `seconds`, for example for a large model on a CPU.
     """
     begin = time.monotonic()
-    # Allocations and the compilation of kernels are nobody's latency; the second token tells what a run will take.
+    # The first round does not count, because it allocates memory and compiles kernels. Its second token shows the time
+    # of a run.
     probe = _round(variants, prompt, pad, 2)
     if FEWEST * NEW_TOKENS * sum(further for _, further in probe.values()) > PATIENCE * seconds:
         return None
@@ -82,7 +86,7 @@ def _round(variants: Mapping[str, Variant], prompt: list[int], pad: int, new: in
 
 
 def _ask(model: Any, prompt: list[int], pad: int, new: int) -> tuple[float, float]:
-    """(seconds to the first token, median seconds of a further one)."""
+    """Return (seconds to the first token, median seconds per further token)."""
     ids = torch.tensor([prompt], device=model.device)
     config = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=pad)
     clock, training = Clock(), model.training
@@ -93,14 +97,14 @@ def _ask(model: Any, prompt: list[int], pad: int, new: int) -> tuple[float, floa
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock)
     finally:
         model.train(training)
-    tokens = clock.times[1:]  # what comes first is the prompt
+    tokens = clock.times[1:]  # the first call of put() passes the prompt
     return tokens[0] - started, statistics.median(b - a for a, b in pairwise(tokens))
 
 
 @contextmanager
 def merged(model: Any) -> Iterator[Any]:
-    """The model with its low-rank update added to the weights, and taken out again. In 16 bits that rounds the base's
-    weights, which nothing that follows depends on."""
+    """Yield the model with its low-rank update merged into the weights, then unmerge it. In 16 bits this rounds the
+    base model's weights, but nothing that follows depends on them."""
     model.merge_adapter()
     try:
         yield model

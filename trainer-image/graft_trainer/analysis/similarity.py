@@ -1,7 +1,8 @@
-"""How far training moved the hidden states: linear CKA of base and tuned model, layer by layer (Kornblith et al. 2019).
+"""Measure how much training changed the hidden states: linear CKA of base and tuned model per layer (Kornblith et al.
+2019).
 
-With the unbiased estimator of HSIC (Song et al. 2012; Nguyen et al. 2021, eq. 3): with fewer tokens than dimensions, the usual
-case here, the plain one is close to 1 for any two models.
+It uses the unbiased estimator of HSIC (Song et al. 2012; Nguyen et al. 2021, eq. 3). There are usually fewer tokens
+than dimensions here. Then the biased estimator is close to 1 for any two models.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ Grams = dict[str, list[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The tokens of one part of the model that are compared, of a batch whose inputs of that part are `width` tokens wide."""
+    """The tokens of one batch that are compared for one part of the model. That part's inputs are `width` tokens
+    wide."""
 
     rows: torch.Tensor
     columns: torch.Tensor
@@ -29,14 +31,14 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of the model, and the tokens to compare by part."""
+    """Inputs of the model, and the tokens to compare for each part."""
 
     inputs: dict[str, torch.Tensor]
     chosen: dict[str, Chosen]
 
 
 def hsic(k: torch.Tensor, l: torch.Tensor) -> torch.Tensor:  # noqa: E741 - the papers' names
-    """Unbiased Hilbert-Schmidt independence criterion of two Gram matrices, n x n with n > 3."""
+    """Return the unbiased Hilbert-Schmidt independence criterion of two Gram matrices, n x n with n > 3."""
     n = len(k)
     k, l = k - torch.diag(k.diagonal()), l - torch.diag(l.diagonal())  # noqa: E741
     rows_k, rows_l = k.sum(0), l.sum(0)
@@ -45,24 +47,25 @@ def hsic(k: torch.Tensor, l: torch.Tensor) -> torch.Tensor:  # noqa: E741 - the 
 
 
 def cka(k: torch.Tensor, l: torch.Tensor) -> float:  # noqa: E741
-    """Linear CKA from Gram matrices X X^T and Y Y^T: 1 for the same up to rotation and scale, around 0 for unrelated; nan
-    where one of them does not vary."""
+    """Return linear CKA from the Gram matrices X X^T and Y Y^T. It is 1 if X and Y are equal up to rotation and scale,
+    around 0 if they are unrelated, and nan if X or Y does not vary."""
     both = hsic(k, k) * hsic(l, l)
     return float(hsic(k, l) / both.sqrt()) if both > 0 else float("nan")
 
 
 def gram(states: torch.Tensor) -> torch.Tensor:
-    """X X^T of hidden states (tokens x dimensions), centred first: the products then lose no digits to a large mean."""
+    """Return X X^T of hidden states (tokens x dimensions). They are centred first, because a large mean costs
+    precision."""
     states = states.double()
     states = states - states.mean(0)
     return states @ states.T
 
 
 def choose(inputs: dict[str, torch.Tensor], task: str, per_batch: int) -> Batch:
-    """The tokens of a batch to compare, at most `per_batch` of each part, evenly spread.
+    """Choose the tokens of a batch to compare: at most `per_batch` for each part, evenly spread.
 
-    The first token of a causal model is left out: it attends only to itself, and models put outsized values there
-    (attention sinks), which would drown the rest.
+    The first token of a causal model is left out. It attends only to itself, and models put very large values there
+    (attention sinks), which would dominate the result.
     """
     inputs = dict(inputs)
     mask = inputs["attention_mask"].bool()
@@ -81,7 +84,7 @@ def _spread(there: torch.Tensor, most: int) -> Chosen:
 
 
 def grams(model: Any, batches: Sequence[Batch]) -> Grams:
-    """The Gram matrices of each layer's hidden states at the chosen tokens."""
+    """Return the Gram matrices of each layer's hidden states at the chosen tokens."""
     states: dict[str, list[list[torch.Tensor]]] = {}
     training = model.training
     model.eval()
@@ -94,7 +97,7 @@ def grams(model: Any, batches: Sequence[Batch]) -> Grams:
                     layers = _hidden_states(output, part)
                     collected = states.setdefault(part, [[] for _ in layers])
                     for kept, layer in zip(collected, layers, strict=True):
-                        # A soft prompt stands before the tokens: they are counted from the end.
+                        # Count the tokens from the end, because a soft prompt stands before them.
                         kept.append(layer[:, -tokens.width :][tokens.rows, tokens.columns].float().cpu())
     finally:
         model.train(training)
@@ -102,7 +105,7 @@ def grams(model: Any, batches: Sequence[Batch]) -> Grams:
 
 
 def _hidden_states(output: Any, part: str) -> Sequence[torch.Tensor]:
-    """(layers + 1) tensors of batch x tokens x dimensions."""
+    """Return (layers + 1) tensors of batch x tokens x dimensions."""
     found = getattr(output, f"{part}_hidden_states", None)
     states: Sequence[torch.Tensor] = found if found is not None else output.hidden_states
     return states

@@ -1,8 +1,8 @@
-"""What training changed in each matrix: the update's singular values, effective rank and size.
+"""Describe the update of each matrix: its singular values, effective rank and size.
 
-The dense update B A is never formed: with the QR decompositions B = Q1 R1 and A^T = Q2 R2 its singular values are those of the
-small matrix R1 R2^T. Full fine-tuning has the dense difference; of large matrices the leading singular values are found with
-random projections (Halko et al. 2011, torch.svd_lowrank).
+For LoRA the dense update B A is never computed. With the QR decompositions B = Q1 R1 and A^T = Q2 R2, its singular
+values are those of the small matrix R1 R2^T. For full fine-tuning the update is the dense difference. For large
+matrices only the leading singular values are computed, with random projections (Halko et al. 2011, torch.svd_lowrank).
 """
 
 import re
@@ -16,9 +16,9 @@ from graft.report.document import MatrixUpdate, UpdateAnalysis
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
-MATRICES = 96  # of a full fine-tuning; evenly spread over the model where it has more
-EXACT = 1024  # the shorter side of a matrix whose singular values are all computed
-LEADING = 64  # singular values of larger ones, and the most that are kept of any
+MATRICES = 96  # analysed in a full fine-tuning; if the model has more, they are evenly spread over it
+EXACT = 1024  # all singular values are computed if the shorter side of a matrix is at most this
+LEADING = 64  # singular values that are computed for larger matrices, and the most that are kept for any matrix
 NUMBER = re.compile(r"\d+")
 
 
@@ -32,7 +32,7 @@ class Spectrum:
 
 
 def low_rank_spectrum(a: torch.Tensor, b: torch.Tensor, scale: float) -> Spectrum:
-    """Of scale * B A, for A of r x inputs and B of outputs x r."""
+    """Return the spectrum of scale * B A, for A of r x inputs and B of outputs x r."""
     _, right = torch.linalg.qr(a.detach().float().T)
     _, left = torch.linalg.qr(b.detach().float())
     values = torch.linalg.svdvals(left @ right.T) * abs(scale)
@@ -40,12 +40,13 @@ def low_rank_spectrum(a: torch.Tensor, b: torch.Tensor, scale: float) -> Spectru
 
 
 def dense_spectrum(matrix: torch.Tensor) -> Spectrum:
-    """Of a matrix: all singular values up to EXACT on the shorter side, else the LEADING ones."""
+    """Return the spectrum of a matrix: all singular values if its shorter side is at most EXACT, else the LEADING
+    ones."""
     matrix = matrix.detach().float()
     norm = float(torch.linalg.matrix_norm(matrix))
     if min(matrix.shape) <= EXACT:
         return Spectrum(torch.linalg.svdvals(matrix), norm)
-    # A fixed seed and the global generator left as it was: the report is the same each time and disturbs nothing.
+    # The fixed seed makes the report reproducible. The global generator keeps its state.
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)
         _, values, _ = torch.svd_lowrank(matrix, q=LEADING + 8, niter=2)
@@ -53,7 +54,8 @@ def dense_spectrum(matrix: torch.Tensor) -> Spectrum:
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 0 for no update, r for r equal ones."""
+    """Return exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 0 for no update, r for r equal
+    ones."""
     positive = values[values > 0].double()
     if not len(positive):
         return 0.0
@@ -62,9 +64,9 @@ def effective_rank(values: torch.Tensor) -> float:
 
 
 def update_of(model: Any, base: Any, method: str, stop_at: float) -> UpdateAnalysis:
-    """The update of each trained matrix; `base` is the untuned model, which only full looks at.
+    """Return the update of each trained matrix. `base` is the untuned model; only the method full reads it.
 
-    Ends at `stop_at` (time.monotonic) with those it has by then.
+    At `stop_at` (time.monotonic) it stops and returns the matrices that are analysed by then.
     """
     if method == "promptTuning":
         return _soft_prompt(model)
@@ -148,7 +150,8 @@ def _dense_updates(
 
 
 def _soft_prompt(model: Any) -> UpdateAnalysis:
-    """Of the prompt itself; relative_norm is the typical length of its vectors over that of the token embeddings."""
+    """Return the spectrum of the prompt itself. relative_norm is the root mean square length of its vectors, divided by
+    that of the token embeddings."""
     prompt = next(iter(model.prompt_encoder.values())).embedding.weight.detach().float()
     words = model.get_input_embeddings().weight.detach().float()
     typical = float(words.square().sum(1).mean().sqrt()) * len(prompt) ** 0.5
@@ -157,7 +160,8 @@ def _soft_prompt(model: Any) -> UpdateAnalysis:
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
-    """What a module is (q_proj, or encoder.SelfAttention.q where q alone would be ambiguous) and its block's number."""
+    """Return each module's kind and the number of its block. The kind is for example q_proj, or encoder.SelfAttention.q
+    if q alone would be ambiguous."""
     parts = {name: NUMBER.split(name, maxsplit=1) for name in names}
     places: dict[str, set[str]] = {}
     for name in names:
@@ -182,5 +186,5 @@ def _plain(name: str) -> str:
 
 
 def _short(value: float) -> float:
-    """Five digits: the report is read by people, too."""
+    """Round to five significant digits, because people read the report too."""
     return float(f"{value:.5g}")

@@ -1,8 +1,8 @@
-"""What a checkpoint is (PURE): its files, when it is complete, what it is of, and which ones are kept.
+"""What a checkpoint is (PURE): its files, when it is complete, to which run it belongs, and which ones are kept.
 
-Each process writes one file in safetensors, with what is no tensor as JSON in its header, and after it a receipt. A
-checkpoint is complete when the receipts of all processes are there and the files are as long as they say, so nobody has to
-be told that it is, and one that was cut off is never taken for whole. Nothing in it is a pickle.
+Each rank writes one safetensors file, whose header holds everything that is not a tensor as JSON, and then a receipt. A
+checkpoint is complete if the receipts of all ranks exist and each file has the size in its receipt. So no message has
+to announce a complete checkpoint, and an interrupted upload never counts as one. A checkpoint contains no pickle.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ FILE = re.compile(
     rf"(?P<attempt>[^/]+)/{CHECKPOINTS}step-(?P<step>\d+)(?P<final>-final)?/rank-(?P<rank>\d+)\.(?P<kind>safetensors|json)"
 )
 OF_RUN = re.compile(rf"[^/]+/{CHECKPOINTS}.+")
-# They may differ between the attempts of a run: how a step is divided, and what does not touch the weights.
+# These values may differ between the attempts of a run: they only divide a step, or do not affect the weights.
 FREE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -41,7 +41,7 @@ FREE = (
 
 
 class Receipt(Message):
-    """What one process wrote, put beside its file once that is in the store."""
+    """What one rank wrote. It is stored beside the rank's file, after the upload of that file."""
 
     schema_version: int = 1
     step: int
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @property
     def prefix(self) -> str:
-        """Below the run's prefix."""
+        """The folder of the checkpoint, relative to the run's prefix."""
         return checkpoint_prefix(self.attempt, self.step, final=self.final)
 
     @property
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def age(self) -> tuple[int, bool, str]:
-        """Sorts the oldest first: by steps, not by time, for two attempts at once do not share a clock."""
+        """The sort key, oldest first. It compares steps before times, because two parallel attempts share no clock."""
         return self.step, self.final, self.receipts[0].created_at
 
     def ref(self) -> CheckpointRef:
@@ -99,8 +99,10 @@ def receipt_name(rank: int) -> str:
 
 
 def identity(job: JobFile, resolved: Resolved, digests: Mapping[str, str], examples: int) -> str:
-    """What a checkpoint is of; one of anything else is not gone on from. The examples per step count, and not how they
-    are divided into micro-batches and processes."""
+    """Return the digest of everything that must be equal for a resume: base model, recipe, data and examples per step.
+
+    How a step's examples are divided into micro-batches and ranks is not part of it.
+    """
     values = {
         "baseModel": [job.base_model.uri, job.base_model.digest],
         "task": job.task,
@@ -117,7 +119,10 @@ def identity(job: JobFile, resolved: Resolved, digests: Mapping[str, str], examp
 
 
 def complete(objects: Iterable[ObjectInfo], root: str, read: Callable[[ObjectInfo], bytes]) -> list[Checkpoint]:
-    """The complete checkpoints below the run's prefix `root`, the oldest first; `read` gives a receipt's bytes. StoreError."""
+    """Return the complete checkpoints below the run's prefix `root`, oldest first. `read` returns a receipt's bytes.
+
+    Raises StoreError.
+    """
     data: dict[str, int] = {}
     receipts: dict[tuple[str, int, bool], dict[int, Receipt]] = {}
     for item in objects:
@@ -130,11 +135,11 @@ def complete(objects: Iterable[ObjectInfo], root: str, read: Callable[[ObjectInf
         try:
             receipt = Receipt.model_validate_json(read(item))
         except ValidationError:
-            continue  # of another version of the trainer
+            continue  # written by another version of the trainer
         except StoreError as error:
             if error.trouble != "missing":
                 raise
-            continue  # another attempt has removed it meanwhile
+            continue  # another attempt has deleted it meanwhile
         of = match["attempt"], int(match["step"]), match["final"] is not None
         receipts.setdefault(of, {})[int(match["rank"])] = receipt
     found = []
@@ -148,11 +153,12 @@ def complete(objects: Iterable[ObjectInfo], root: str, read: Callable[[ObjectInf
 
 
 def surplus(objects: Iterable[ObjectInfo], root: str, whole: Iterable[Checkpoint], of: str, limit: int) -> list[str]:
-    """Keys that are no longer needed: all of checkpoints with fewer steps than the newest `limit` complete ones of `of`.
+    """Return the keys to delete: those of checkpoints that are older than the newest `limit` complete ones of the
+    identity `of`.
 
-    Whoever decides this, and however late, at least `limit` remain: a complete checkpoint goes only where as many newer
-    ones are complete, and no attempt would go on from an older one. Receipts come first, so that what is half deleted is
-    no longer complete.
+    At least `limit` complete checkpoints remain, even if several attempts call this, or call it late: a complete
+    checkpoint is deleted only if `limit` newer ones are complete, and every attempt prefers those. The keys of receipts
+    come first, so a checkpoint that is partly deleted is no longer complete.
     """
     kept = [checkpoint for checkpoint in whole if checkpoint.of == of][-limit:]
     if len(kept) < limit:
@@ -166,7 +172,7 @@ def surplus(objects: Iterable[ObjectInfo], root: str, whole: Iterable[Checkpoint
 
 
 def all_of_run(objects: Iterable[ObjectInfo], root: str) -> list[str]:
-    """Keys of everything that the attempts of a run have written as checkpoints, whole or not, in the order to delete them."""
+    """Return the keys of all checkpoint files of a run, complete or not, in the order in which to delete them."""
     return _receipts_first(item.key for item in objects if OF_RUN.fullmatch(item.key.removeprefix(root)))
 
 
@@ -175,7 +181,10 @@ def _receipts_first(keys: Iterable[str]) -> list[str]:
 
 
 def pack(value: Any, name: str, tensors: "dict[str, Tensor]") -> Any:
-    """`value` as JSON; its tensors go to `tensors`, named by their place. TypeError for what a checkpoint cannot hold."""
+    """Return `value` as JSON and add its tensors to `tensors`, named by their path within the value.
+
+    Raises TypeError for a type that a checkpoint cannot hold.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
@@ -191,7 +200,10 @@ def pack(value: Any, name: str, tensors: "dict[str, Tensor]") -> Any:
 
 
 def unpack(value: Any, load: Callable[[dict[str, Any]], Any]) -> Any:
-    """What pack() was given; `load` gives the tensor of {"$tensor": name, "device": …, "sharded": …}."""
+    """Return the value that was given to pack().
+
+    `load` returns the tensor of {"$tensor": name, "device": …, "sharded": …}.
+    """
     if isinstance(value, list):
         return [unpack(item, load) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Copies of tensors in the host's memory, which is all of a checkpoint that training waits for."""
+"""Copies of tensors in host memory. This copy is the only part of a checkpoint that training waits for."""
 
 import contextlib
 import logging
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-PIECE = 64 * 2**20  # bytes that are page-locked at a time: a GPU takes no work meanwhile
+PIECE = 64 * 2**20  # bytes that are page-locked at a time: meanwhile the GPU accepts no work
 ALIGNMENT = 64  # bytes
 
 
 class Place(NamedTuple):
-    """Where a buffer lies."""
+    """The place of a buffer in the pieces of memory."""
 
-    piece: int
+    piece: int  # index of the piece
     offset: int  # bytes
 
 
 class HostCopy:
-    """Copies in buffers that are used again; one copy exists at a time.
+    """Copies tensors into buffers that it reuses. Only one copy exists at a time.
 
-    Buffers for a GPU's tensors are page-locked, so they fill at the speed of the bus. Locking takes long, most of it for
-    pages that the system has not given yet: those are touched first, which holds up neither the GPU nor Python.
+    The buffers for a GPU's tensors are page-locked, so the copy runs at the speed of the bus. Locking takes long,
+    mostly because the system must first allocate the pages. Therefore the pages are written once before they are
+    locked. That write delays neither the GPU nor Python.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class HostCopy:
         weakref.finalize(self, _unlock, self._locked)
 
     def reserve(self, tensors: dict[str, Tensor]) -> None:
-        """Make the buffers that copies of these tensors need, unless they are there."""
+        """Allocate the buffers for copies of these tensors, unless they already exist."""
         if all(_kind(self._buffers.get(name)) == _kind(tensor) for name, tensor in tensors.items()):
             return
         self._buffers = {}
@@ -51,7 +52,7 @@ class HostCopy:
                 self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The copies, by the tensors' names; the next call writes over them."""
+        """Return copies of the tensors, by name. The next call overwrites them."""
         self.reserve(tensors)
         copies = {name: self._buffers[name] for name in tensors}
         for name, tensor in tensors.items():
@@ -62,24 +63,28 @@ class HostCopy:
 
     def _piece(self, size: int) -> Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         piece = torch.frombuffer(memory, dtype=torch.uint8).zero_()
         if self._lockable:
             try:
                 torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)))
                 self._locked.append(piece)
-            except RuntimeError as error:  # how much a process may lock is limited on some nodes
-                log.warning("training waits longer for its checkpoints, memory cannot be page-locked: %s", error)
+            except RuntimeError as error:  # some nodes limit the memory that a process may lock
+                log.warning("memory cannot be page-locked, so training waits longer for each checkpoint: %s", error)
                 self._lockable = False
-                with contextlib.suppress(RuntimeError):  # CUDA would tell it once more, at this thread's next kernel
+                # This clears the error. CUDA would raise it again at this thread's next kernel.
+                with contextlib.suppress(RuntimeError):
                     torch.zeros(1, device="cuda")
         return piece
 
 
 def arrange(sizes: dict[str, int], piece: int) -> tuple[dict[str, Place], list[int]]:
-    """A place for each buffer in pieces of memory, and the sizes of the pieces, all in bytes: `piece`, or more for a buffer
-    that is larger, and the last one no more than it needs (PURE)."""
+    """Return a place for each buffer in pieces of memory, and the sizes of the pieces in bytes (PURE).
+
+    A piece has at most `piece` bytes, or the size of one buffer that is larger. No piece is larger than its buffers
+    need.
+    """
     places: dict[str, Place] = {}
     used: list[int] = []
     for name, size in sizes.items():
@@ -98,4 +103,5 @@ def _unlock(pieces: list[Tensor]) -> None:
     while pieces:
         piece = pieces.pop()
         torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
-        del piece  # not before: the memory may go with it, and must not be given to others while it counts as locked
+        # Only after the unlock: this may free the memory, which must not be reused while it counts as locked.
+        del piece

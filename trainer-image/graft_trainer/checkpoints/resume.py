@@ -1,4 +1,4 @@
-"""Which checkpoint an attempt goes on from: the newest that all of its processes can read."""
+"""Which checkpoint an attempt resumes from: the newest one that all of its ranks can read."""
 
 import logging
 from collections.abc import Callable
@@ -19,33 +19,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint in memory."""
+    """A checkpoint that was read into memory."""
 
     step: int
-    final: bool  # after the last step: weights and what was seen, no optimizer
+    final: bool  # taken after the last step: it holds the weights and the curves, but no optimizer state
     state: dict[str, Any]
 
 
 def find_resume(
     checkpoints: CheckpointStore, resolved: Resolved, device: Device, report: Callable[[list[CheckpointRef]], None]
 ) -> Resume | None:
-    """The newest checkpoint that is whole, of this recipe and as it was written; older ones where one is not."""
+    """Return the newest checkpoint that is complete, belongs to this recipe and matches its receipts.
+
+    Return None if there is none.
+    """
     usable: list[Checkpoint] = []
     if distributed.is_main():
         usable = checkpoints.usable(resolved.world_size)
         report([checkpoint.ref() for checkpoint in reversed(usable)])
     for checkpoint in _from_main(usable):
         if checkpoint.final and distributed.joined():
-            continue  # it is for a first process alone, and was seen too late for that
+            continue  # a final checkpoint is for rank 0 alone, but the ranks have already connected
         state = _read(checkpoints, checkpoint, device)
         if distributed.total([state is None]) == [0] and state is not None:
-            log.info("going on from the checkpoint of step %d, %s", checkpoint.step, checkpoint.prefix)
+            log.info("resuming from the checkpoint of step %d, %s", checkpoint.step, checkpoint.prefix)
             return Resume(checkpoint.step, checkpoint.final, state)
     return None
 
 
 def _read(checkpoints: CheckpointStore, checkpoint: Checkpoint, device: Device) -> dict[str, Any] | None:
-    """This process's state; None when a file is not what was written."""
+    """Return this rank's state, or None if a file does not match its receipt."""
     rank = 0 if checkpoint.final else distributed.rank()
     target = torch.device(device.kind)
     parts = []
@@ -57,7 +60,7 @@ def _read(checkpoints: CheckpointStore, checkpoint: Checkpoint, device: Device) 
         parts.append(state)
         if state["weights"] is not None:
             break
-    # Without sharding the weights are in the first process's part alone.
+    # Without sharding, only rank 0's part has the weights and the optimizer state.
     return parts[0] | {key: parts[-1].get(key) for key in ("weights", "optimizer")}
 
 

@@ -1,6 +1,6 @@
-"""The state of training, taken out of transformers' Trainer and put back into it, bit by bit the same.
+"""The state of training: read from transformers' Trainer and restored into it, bit for bit equal.
 
-It knows nothing about files or the store. Of weights that are sharded (DTensors) each process takes its own part.
+It knows nothing about files or the store. If the weights are sharded (DTensors), each rank handles its own part.
 """
 
 import random
@@ -16,20 +16,20 @@ State = dict[str, Any]
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name."""
+    """Return the parameters that training changes, by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """torch's own optimizer: accelerate wraps it."""
+    """Return torch's own optimizer from accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def optimizer_state(optimizer: Any) -> State:
-    """What torch.optim keeps per parameter, in the order of the groups, and the groups' numbers.
+    """Return the optimizer's state per parameter, in the order of the groups, and the values of each group.
 
-    Not its state_dict(): load_state_dict() rounds the state to the parameter's type, which for 16-bit parameters is less
-    than Adafactor's and bitsandbytes' states have.
+    It does not use state_dict(), because load_state_dict() rounds the state to the parameter's type. For 16-bit
+    parameters, that type is less precise than the states of Adafactor and bitsandbytes.
     """
     inner = unwrapped(optimizer)
     return {
@@ -39,7 +39,8 @@ def optimizer_state(optimizer: Any) -> State:
 
 
 def random_state() -> State:
-    """The generators that training draws from: Python's, numpy's, torch's and this process's GPU's."""
+    """Return the state of the random generators that training uses: Python's, numpy's, torch's and that of this
+    process's GPU."""
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     return {
         "python": random.getstate(),
@@ -50,7 +51,7 @@ def random_state() -> State:
 
 
 def restore_weights(model: nn.Module, saved: "dict[str, Tensor | Shard]") -> None:
-    """Write the weights into the model's own. KeyError and RuntimeError when they are not the model's."""
+    """Copy the saved weights into the model. Raises KeyError or RuntimeError if they do not belong to this model."""
     with torch.no_grad():
         for name, parameter in trained_weights(model).items():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -77,8 +78,10 @@ def restore_random(saved: State) -> None:
 
 
 def loader(get: Callable[[str], Tensor], device: torch.device) -> Callable[[dict[str, Any]], Any]:
-    """For checkpoint.unpack: tensors that were on a GPU go to `device`, others to memory of their own: `get` may give a
-    view of the file."""
+    """Return a callback for checkpoint.unpack. Tensors that were on a GPU go to `device`.
+
+    Tensors that were on the CPU are copied, because `get` may return a view of the file.
+    """
 
     def load(entry: dict[str, Any]) -> Any:
         tensor = get(entry["$tensor"])
@@ -89,7 +92,7 @@ def loader(get: Callable[[str], Tensor], device: torch.device) -> Callable[[dict
 
 
 class Shard:
-    """This process's part of a tensor whose other parts are elsewhere; it becomes whole beside its parameter."""
+    """This rank's part of a sharded tensor. Together with its parameter, it becomes a DTensor again."""
 
     def __init__(self, local: Tensor) -> None:
         self.local = local

@@ -1,7 +1,7 @@
-"""Checkpoints in the object store: what is there, a copy of it, and the thread that writes new ones.
+"""Checkpoints in the object store: list them, download them, and write new ones in a thread.
 
-An attempt writes below its own prefix only, so two attempts of a run cannot touch each other's files; whichever is
-further is what the next one goes on from.
+An attempt writes only below its own prefix, so two attempts of a run cannot overwrite each other's files. The next
+attempt resumes from the checkpoint with the most steps.
 """
 
 import json
@@ -38,11 +38,11 @@ from graft_trainer.run.failures import Failure
 from graft_trainer.run.progress import now
 
 log = logging.getLogger(__name__)
-PEERS = 60.0  # seconds for which the first process looks for the receipts of the others
+PEERS = 60.0  # seconds that rank 0 waits for the receipts of the other ranks
 
 
 class CheckpointStore:
-    """The checkpoints of one run, as one process of one attempt sees them."""
+    """The checkpoints of one run, for one rank of one attempt."""
 
     def __init__(
         self,
@@ -55,8 +55,10 @@ class CheckpointStore:
         upload: Callable[[str, Path], None],
         limit: int,
     ) -> None:
-        """`root` is the run's prefix, `of` what the checkpoints must be of, `folder` where copies lie for a while; `upload` puts a
-        file at a key while training goes on."""
+        """`root` is the run's prefix. `of` is the identity that a checkpoint must have. `folder` holds temporary files.
+
+        `upload` uploads a file to a key during training. `limit` is the number of complete checkpoints to keep.
+        """
         self.store = store
         self.root = root
         self.attempt = attempt
@@ -67,18 +69,21 @@ class CheckpointStore:
         self._receipts: dict[tuple[str, str], bytes] = {}
 
     def complete(self) -> list[Checkpoint]:
-        """The complete checkpoints of the run, the oldest first. StoreError."""
+        """Return the complete checkpoints of the run, oldest first. Raises StoreError."""
         return complete(self.store.objects(self.root), self.root, self._read)
 
     def usable(self, world_size: int) -> list[Checkpoint]:
-        """What `world_size` processes may go on from, the best first; why others may not is said in the log."""
+        """Return the checkpoints that `world_size` ranks can resume from, newest first.
+
+        Log why the others are not used.
+        """
         found = []
         for checkpoint in reversed(self.complete()):
             if checkpoint.of != self.of:
-                log.warning("checkpoint %s is not used: it is of another recipe", checkpoint.prefix)
+                log.warning("checkpoint %s is not used: it belongs to another recipe", checkpoint.prefix)
             elif not checkpoint.final and checkpoint.world_size != world_size:
                 log.warning(
-                    "checkpoint %s is not used: it was written by %d processes, there are %d",
+                    "checkpoint %s is not used: %d processes wrote it, but now there are %d",
                     checkpoint.prefix,
                     checkpoint.world_size,
                     world_size,
@@ -88,8 +93,11 @@ class CheckpointStore:
         return found
 
     def fetch(self, checkpoint: Checkpoint, rank: int) -> Path | None:
-        """A local copy of one process's file; None when it is not what its receipt says. StoreError, or Failure(PeerLost) when
-        it is gone: another attempt has newer ones, or has published."""
+        """Download the file of one rank. Return its path, or None if the file does not match its receipt.
+
+        Raises StoreError. Raises Failure(PeerLost) if the file was deleted: another attempt has newer checkpoints, or
+        has published the version.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         receipt = checkpoint.receipts[rank]
         path = self.folder / f"resume-{os.getpid()}-{data_name(rank)}"  # the pod's processes share the folder
@@ -101,17 +109,17 @@ class CheckpointStore:
                 raise
             raise Failure(
                 Reason.PEER_LOST,
-                f"Another pod of the run has removed the checkpoint {checkpoint.prefix} while this one read it",
-                "Nothing is to be done: the Job goes on from what is there now.",
+                f"Another pod of the run deleted the checkpoint {checkpoint.prefix} while this pod was reading it",
+                "No action is needed. The Job resumes from the newest checkpoint that exists.",
             ) from error
         if (path.stat().st_size, file_sha256(path)) == (receipt.size, receipt.sha256):
             return path
         path.unlink()
-        log.error("checkpoint %s is not used: %s is not what was written", checkpoint.prefix, key)
+        log.error("checkpoint %s is not used: %s does not match its receipt", checkpoint.prefix, key)
         return None
 
     def write(self, path: Path, step: int, rank: int, world_size: int, *, final: bool) -> None:
-        """Upload a file and then its receipt. StoreError."""
+        """Upload a file and then its receipt. Raises StoreError."""
         prefix = self.root + checkpoint_prefix(self.attempt, step, final=final)
         receipt = Receipt(
             step=step,
@@ -127,7 +135,11 @@ class CheckpointStore:
         self.store.put(prefix + receipt_name(rank), receipt.json_text().encode())
 
     def prune(self) -> list[Checkpoint]:
-        """Remove what is older than the newest `limit` complete checkpoints; those that are left. StoreError."""
+        """Delete the checkpoints that are older than the newest `limit` complete ones. Return the complete ones that
+        remain.
+
+        Raises StoreError.
+        """
         objects = list(self.store.objects(self.root))
         whole = complete(objects, self.root, self._read)
         keys = surplus(objects, self.root, whole, self.of, self.limit)
@@ -137,7 +149,7 @@ class CheckpointStore:
         return [checkpoint for checkpoint in whole if self.root + checkpoint.prefix not in gone]
 
     def wrote(self, step: int, found: list[Checkpoint]) -> bool:
-        """Whether this attempt's checkpoint of that step is among those that were found."""
+        """Return whether `found` contains this attempt's checkpoint of that step."""
         return any((one.attempt, one.step) == (self.attempt, step) for one in found)
 
     def _read(self, item: ObjectInfo) -> bytes:
@@ -147,10 +159,11 @@ class CheckpointStore:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own, one at a time, while training goes on.
+    """Writes checkpoints in a separate thread during training, one at a time.
 
-    Training waits for the copy to host memory alone. While one is on its way none is taken, so memory holds one copy. A
-    checkpoint that could not be written is told in the log; the next one is tried all the same.
+    Training waits only for the copy to host memory. No checkpoint is taken while another one is being written, so
+    memory holds at most one copy. If a checkpoint cannot be written, the error is logged, and the next checkpoint is
+    written as usual.
     """
 
     def __init__(
@@ -164,7 +177,7 @@ class CheckpointWriter:
         self.rank = rank
         self.world_size = world_size
         self.report = report  # called in the thread, with the complete checkpoints of the run
-        self.error: Exception | None = None  # of the last one
+        self.error: Exception | None = None  # of the last checkpoint
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
 
@@ -173,12 +186,16 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def reserve(self, state: dict[str, Any]) -> None:
-        """Begin to make room for copies of such a state, while training goes on."""
+        """Start to allocate host memory for copies of this state, in the thread."""
         self._begin(self._reserve, _tensors(state)[1])
 
     def take(self, state: dict[str, Any], step: int, *, final: bool = False, copy: bool = True) -> float:
-        """Copy the state, unless nothing changes it until it is written, and begin to write it, once the one before is
-        written; the seconds that this took. Its "watch" is plain JSON, which may be long, and no longer changes."""
+        """Wait for the previous checkpoint, copy the state, and start to write it. Return the seconds that the copy
+        took.
+
+        Set `copy` to False only if the state does not change until it is written. The state's "watch" is JSON that may
+        be long. It must not change any more.
+        """
         self.wait()
         begin = time.monotonic()
         packed, tensors = _tensors(state)
@@ -191,7 +208,7 @@ class CheckpointWriter:
 
         def run() -> None:
             if device is not None:
-                torch.cuda.set_device(device)  # a thread has the first GPU otherwise, and would take memory of it
+                torch.cuda.set_device(device)  # otherwise the thread uses the first GPU and takes memory on it
             work(*arguments)
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -201,10 +218,10 @@ class CheckpointWriter:
         try:
             self._copy.reserve(tensors)
         except Exception as error:
-            log.warning("no room could be made for checkpoints ahead of the first one: %s", error)
+            log.warning("memory for checkpoints could not be allocated before the first one: %s", error)
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -220,24 +237,32 @@ class CheckpointWriter:
             self.error = None
             log.info("checkpoint of step %d: %.1f MB in %.1f s", step, size / 1e6, time.monotonic() - began)
         except Exception as error:
-            # Whatever it is: training is worth more than one of its checkpoints.
+            # Any error is only logged: training is worth more than one of its checkpoints.
             self.error = error
-            log.warning("the checkpoint of step %d could not be written, the next one will be tried: %s", step, error)
+            log.warning(
+                "the checkpoint of step %d could not be written, training continues and the next one will be tried: %s",
+                step,
+                error,
+            )
         finally:
             path.unlink(missing_ok=True)
             if final:
-                self._copy = HostCopy()  # its memory is free for the evaluation
+                self._copy = HostCopy()  # frees the memory of the copy for the evaluation
         if self.rank == 0 and self.error is None:
             try:
-                self._tell(step)
+                self._report_and_prune(step)
             except Exception as error:
-                log.warning("older checkpoints could not be looked at and removed: %s", error)
+                log.warning("older checkpoints could not be listed and deleted: %s", error)
 
-    def _tell(self, step: int) -> None:
+    def _report_and_prune(self, step: int) -> None:
+        """Wait up to PEERS seconds for the other ranks.
+
+        Report the complete checkpoints, and again after old ones are deleted.
+        """
         deadline = time.monotonic() + PEERS
         while not self.checkpoints.wrote(step, found := self.checkpoints.complete()):
             if time.monotonic() > deadline:
-                log.warning("the checkpoint of step %d is not complete: not every process has written its part", step)
+                log.warning("the checkpoint of step %d is not complete: not every rank has written its part", step)
                 break
             time.sleep(0.2)
         self.report([checkpoint.ref() for checkpoint in found])
@@ -245,14 +270,14 @@ class CheckpointWriter:
 
 
 def _tensors(state: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """A state but for its "watch", as JSON and the tensors that it names."""
+    """Return a state without its "watch": as JSON, and the tensors that the JSON names."""
     tensors: dict[str, Tensor] = {}
     packed = pack({name: value for name, value in state.items() if name != "watch"}, "state", tensors)
     return packed, tensors
 
 
 def read_state(path: Path, load: Callable[[Callable[[str], Tensor]], Callable[[dict[str, Any]], Any]]) -> Any:
-    """What was packed into a file; `load` makes unpack's callback from the function that reads one tensor."""
+    """Read the state from a file. `load` makes unpack's callback from the function that reads one tensor."""
     with safe_open(path, framework="pt") as file:
         rest = json.loads(file.metadata()["state"])
         return unpack(rest["packed"], load(file.get_tensor)) | {"watch": rest["watch"]}

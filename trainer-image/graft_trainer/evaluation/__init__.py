@@ -1,4 +1,4 @@
-"""What the tuned model is worth: held-out loss, answers, suites, baselines, gates.
+"""Measure the tuned model: held-out loss, answers, suites, baselines, gates.
 
-It measures a model that is already loaded; it does not train and does not publish.
+The model is already loaded. This package does not train and does not publish.
 """

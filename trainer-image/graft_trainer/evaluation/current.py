@@ -1,7 +1,7 @@
-"""The adapter's newest version, loaded beside the new one to be measured on the same data.
+"""Load the adapter's newest Ready version beside the new one, to measure both on the same data.
 
-Its files are other people's: every digest is verified, weights are safetensors only, and of its config only what describes
-the adapter is used.
+Its files are not trusted. Every digest is verified, and only safetensors weights are loaded. Of an adapter's config,
+only the fields that describe the adapter are used.
 """
 
 import json
@@ -30,7 +30,9 @@ from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
 
 log = logging.getLogger(__name__)
-NAME = "current"  # of the adapter on the model, beside peft's "default"
+USE_BASE = "Use over: base in spec.evaluation.gates"
+NO_MEMORY = "the current and the new version do not fit in memory together"
+NAME = "current"  # the current adapter's name on the model; the new one has peft's name "default"
 KNOWN = {
     "LORA": ("r", "lora_alpha", "target_modules", "bias", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern"),
     "PROMPT_TUNING": ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"),
@@ -38,12 +40,16 @@ KNOWN = {
 
 
 class NotComparable(Exception):
-    """Why the version cannot be measured beside the new one, and what to do."""
+    """The current version cannot be measured beside the new one. The message says why and what to do."""
 
 
 @contextmanager
 def current_version(run: Run, trained: Trained, current: CurrentVersion, tuned: Subject) -> Iterator[Subject]:
-    """The version as something to measure like `tuned`. NotComparable when it cannot be had or belongs to another base model."""
+    """Yield the current version as a Subject that is measured like `tuned`.
+
+    Raises NotComparable if the version cannot be read or loaded, or if it belongs to another base model. Raises
+    StoreError if the store is unavailable.
+    """
     folder = run.settings.work_dir / "current"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -54,8 +60,8 @@ def current_version(run: Run, trained: Trained, current: CurrentVersion, tuned: 
         same = (manifest.base_model.uri, manifest.base_model.digest)
         if same != (run.job.base_model.uri, run.job.base_model.digest):
             raise NotComparable(
-                f"{current.version} belongs to {manifest.base_model.name} ({manifest.base_model.uri}); compare with base, or "
-                "give min and max, when the base model changes"
+                f"{current.version} belongs to another base model, or to other files of it: {manifest.base_model.name} "
+                f"({manifest.base_model.uri}). When the base model changes, use over: base, min or max in spec.evaluation.gates"
             )
         with _adapter(folder, trained) as model:
             config = model.active_peft_config
@@ -70,7 +76,7 @@ def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
     try:
         manifest = fetch_version(run.store, current.uri, current.digest, folder)
     except InvalidArtifact as error:
-        raise NotComparable(f"{current.version} is damaged: {error}; publish it again") from error
+        raise NotComparable(f"{current.version} is damaged: {error}. Publish the adapter again") from error
     except StoreError as error:
         if error.trouble == "unavailable":
             raise
@@ -80,14 +86,14 @@ def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
 
 
 def _whole_model(folder: Path, trained: Trained, tuned: Subject) -> Subject:
-    """A version of the method full: its own weights, and its own tokenizer where it brought one."""
+    """Load a version of the method `full`: its own weights, and its own tokenizer if it has one."""
     loader: Any = AUTO_CLASSES[trained.task]
-    with _fitting("its weights cannot be loaded"):
+    with _fitting("the current version's weights cannot be loaded"):
         model = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=trained.model.dtype
         )
         if place(model).device.type == "cpu" != trained.model.device.type:
-            raise NotComparable("there is no memory for it beside the new one")
+            raise NotComparable(NO_MEMORY)
         own = any((folder / name).exists() for name in TOKENIZERS)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if own else trained.tokenizer
     return replace(tuned, who="current", model=model.eval(), tokenizer=tokenizer, virtual_tokens=0)
@@ -95,11 +101,11 @@ def _whole_model(folder: Path, trained: Trained, tuned: Subject) -> Subject:
 
 @contextmanager
 def _adapter(folder: Path, trained: Trained) -> Iterator[Any]:
-    """The current adapter on the base model of the new one, as the only active one."""
+    """Yield the new version's base model with the current adapter as the only active one."""
     kind = _reduce_config(folder / "adapter_config.json", trained.task)
-    model, problem = trained.model, "its adapter does not fit on the base model"
+    model, problem = trained.model, "the current version's adapter cannot be loaded on the base model"
     if kind == "LORA" and isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA":
-        # Both in the same layers, of which one is active.
+        # The same layers hold both adapters, and one of them is active.
         default = model.active_adapter
         with _fitting(problem):
             model.load_adapter(folder, NAME, is_trainable=False)
@@ -123,24 +129,26 @@ def _adapter(folder: Path, trained: Trained) -> Iterator[Any]:
 
 @contextmanager
 def _fitting(problem: str) -> Iterator[None]:
-    """What loading can raise over files that are whole but do not belong here, as NotComparable."""
+    """Raise any error of loading as NotComparable. The files are intact, but may not fit the model or the memory."""
     try:
         yield
     except Exception as error:
-        why = "there is no memory for it beside the new one" if out_of_memory(error) else str(error)
+        why = NO_MEMORY if out_of_memory(error) else str(error)
         raise NotComparable(f"{problem}: {why}") from error
 
 
 def _reduce_config(path: Path, task: str) -> str:
-    """Leave in the config what describes the adapter; its kind. A text to start from, a tokenizer to load and the like were
-    for training."""
+    """Reduce the config file to the fields that describe the adapter. Return its peft_type. The removed fields are for
+    training only, for example an initial text or a tokenizer to load."""
     config = json.loads(path.read_text())
     kind = config.get("peft_type")
     if kind not in KNOWN:
-        raise NotComparable(f"its adapter is of the kind {kind}, which is not known here; compare with base instead")
+        raise NotComparable(
+            f"the current version's adapter has the peft_type {kind}, which is not supported. {USE_BASE}"
+        )
     if config.get("bias", "none") != "none":
-        # They would take the place of the base model's for all who are measured.
-        raise NotComparable("it trained biases of the base model; compare with base instead")
+        # Loading it would replace the base model's biases for every subject.
+        raise NotComparable(f"the current version trained biases of the base model. {USE_BASE}")
     reduced = {name: config[name] for name in KNOWN[kind] if name in config}
     reduced |= {
         "peft_type": kind,

@@ -1,7 +1,8 @@
-"""evaluate: what the version is worth on the held-out examples and the suites, beside the models it is compared with.
+"""evaluate: measure the version, and the models it is compared with, on the held-out examples and the suites.
 
-Who is compared on what follows from evaluation.baselines, the gates and the suites' roles: see gates.plan. The names of the
-metrics are in gates, too; docs/evaluation.md explains them. evalLoss is in nats per learned token.
+gates.plan decides which model is measured on what, from evaluation.baselines, the gates and the roles of the suites.
+gates also defines the names of the metrics, and docs/evaluation.md explains them. evalLoss is in nats per token that
+the loss covers.
 """
 
 import logging
@@ -33,22 +34,24 @@ from graft_trainer.train import Trained
 
 log = logging.getLogger(__name__)
 SAMPLES = 5  # answers of each set that the report shows
-TURNS: tuple[tuple[Who, ...], ...] = (("adapter",), ("base", "fewShot"), ("current",))  # who share a model
-LARGE = {"score": 0.05, "loss": 0.1, "perplexity": 0.1}  # forgetting that the log warns of; perplexity: as a share
+# The subjects of a turn share a model.
+TURNS: tuple[tuple[Who, ...], ...] = (("adapter",), ("base", "fewShot"), ("current",))
+# The log warns of more forgetting than this. The unit of perplexity is a share of the base model's perplexity.
+LARGE = {"score": 0.05, "loss": 0.1, "perplexity": 0.1}
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What was measured on one suite.
+    """The results of one suite.
 
-    `metrics`: who (adapter, base, fewShot, current) -> metric (without the suite's name) -> value. `main`: the metric that
-    stands for the suite, under which forgetting is counted. `samples`: see Evaluated.
+    `metrics`: subject (adapter, base, fewShot, current) -> metric (without the suite's name) -> value. `main`: the
+    suite's main metric, from which forgetting is computed. `samples`: see Evaluated.
     """
 
     name: str
     role: Literal["task", "forgetting"]
     kind: str  # answers, choices, text or lmEval
-    size: int  # tasks
+    size: int  # number of tasks
     main: str
     metrics: dict[Who, dict[str, float]]
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -56,11 +59,11 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """All scores by their published name (see gates), and what they say.
+    """All scores by their published name (see gates), and the conclusions from them.
 
     `samples`: a few held-out questions, each {prompt, expected, answer, base/answer?, fewShot/answer?, current/answer?}.
-    `rejected`: the gates that were missed, in words; then the version is published as rejected.
-    `missing`: what could not be measured and why, in words.
+    `rejected`: one message for each missed gate. If there are any, the version is published as Rejected.
+    `missing`: one message for each measurement that was not possible, with the reason.
     """
 
     metrics: dict[str, float]
@@ -68,17 +71,17 @@ class Evaluated:
     rejected: list[str] = field(default_factory=list)
     suites: list[SuiteResult] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # that the evaluation took
+    seconds: float = 0.0  # duration of the evaluation
 
 
 @dataclass
 class _Set:
-    """Something to measure on: the held-out examples' losses, their answers, or a suite."""
+    """One set to measure on: the held-out examples for their loss, the same for their answers, or a suite."""
 
     name: str
     what: str  # for the log
     questions: Questions
-    tokens: Sequence[Tokenised] | None = None  # of the loss as training measures it, without examples before them
+    tokens: Sequence[Tokenised] | None = None  # for the loss as training computes it, without few-shot examples
     suite: Suite | None = None
     found: dict[Who, Measured] = field(default_factory=dict)
 
@@ -87,13 +90,16 @@ class _Set:
         return self.questions.tasks[0].kind if self.questions.tasks else "lmEval"
 
     def asked_of(self, plan: dict[str, list[Who]]) -> list[Who]:
-        """Who is measured; before a text no examples can be put."""
+        """Return the subjects to measure on this set. Texts have no questions, so fewShot is left out for them."""
         return [who for who in plan[self.name] if who != "fewShot" or self.kind != "text"]
 
 
 def evaluate(run: Run, trained: Trained) -> Evaluated:
-    """Measure the version and what it is compared with. A missed gate is a result and no failure, and so is a measurement
-    that cannot be made: the training is done, and would be as it is after another attempt."""
+    """Measure the version and the models it is compared with.
+
+    A missed gate and a measurement that is not possible are results, not failures. Training is complete, and another
+    attempt would give the same model.
+    """
     started = time.monotonic()
     evaluation = run.job.evaluation
     plan = gates.plan(evaluation, has_current=run.job.current is not None)
@@ -128,8 +134,11 @@ def evaluate(run: Run, trained: Trained) -> Evaluated:
 
 @contextmanager
 def _spared(work: Sequence[tuple[Who, _Set]], missing: dict[tuple[Who, str], str]) -> Iterator[None]:
-    """Goes on without what of `work` cannot be measured, because of memory or what a library makes of a task; (who, set)
-    -> why is added to `missing`. What another attempt may find mended, storage and files, is raised."""
+    """Continue if a part of `work` cannot be measured, because memory runs out or a library fails on a task.
+
+    Adds (subject, set) -> reason to `missing`. Raises Failures, and errors of the storage and of files, because a retry
+    may succeed.
+    """
     try:
         yield
     except (Failure, StoreError, SourceError, OSError):
@@ -177,12 +186,12 @@ def _subject(run: Run, trained: Trained, who: Who) -> Iterator[Subject]:
     if who == "adapter":
         yield tuned
     elif who == "current":
-        assert run.job.current is not None  # noqa: S101 - gates.plan asked
+        assert run.job.current is not None  # noqa: S101 - gates.plan checked it
         with current_version(run, trained, run.job.current, tuned) as subject:
             yield subject
     else:
         with trained.base_model() as base:
-            # peft's own generate of an encoder-decoder prompts it even when it is switched off.
+            # For an encoder-decoder, peft's own generate adds the soft prompt even if the adapter is disabled.
             plain = base.get_base_model() if isinstance(base, PeftModel) else base
             yield replace(tuned, model=plain, virtual_tokens=0)
 
@@ -206,7 +215,7 @@ def _measure(run: Run, trained: Trained, subject: Subject, item: _Set, shots: Se
 
 
 def _published(item: _Set, who: Who) -> dict[str, float]:
-    """The scores of `who` under their published names."""
+    """Return the scores of `who` under their published names."""
     found = item.found[who].metrics
     if item.suite is None:
         return {prefixed(who, "evalLoss" if name == "loss" else name): value for name, value in found.items()}
@@ -235,7 +244,8 @@ def _samples(item: _Set) -> list[dict[str, str]]:
 
 
 def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:
-    """forgetting/<suite>: how much worse than the base model the version is on what it was not tuned for."""
+    """Return forgetting/<suite> for each suite with the role forgetting: how much worse the version is than the base
+    model."""
     result = {}
     for suite in suites:
         if suite.role != "forgetting" or not suite.main or "base" not in suite.metrics:
@@ -246,8 +256,8 @@ def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:
         kind = next((name for name in ("perplexity", "loss") if suite.main.endswith(name)), "score")
         if forgotten > LARGE[kind] * (base if kind == "perplexity" else 1):
             log.warning(
-                "forgetting: %s/%s went from %g of the base model to %g; fewer steps, a lower learning rate or general "
-                "examples in the training data preserve more",
+                "forgetting: %s/%s is %g for the base model and %g for the new version. Fewer steps, a lower learning rate or "
+                "general examples in the training data reduce forgetting",
                 suite.name,
                 suite.main,
                 base,
@@ -257,5 +267,5 @@ def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
-    """JSON has no NaN."""
+    """Remove values that are not finite, because JSON has no NaN."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

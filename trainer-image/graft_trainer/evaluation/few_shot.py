@@ -1,4 +1,4 @@
-"""Examples in the prompt (Brown et al. 2020): what the base model can do without training, when it is shown how (PURE)."""
+"""Few-shot examples in the prompt (Brown et al. 2020): they show what the base model can do without training (PURE)."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ class Shot:
 
 
 def draw(train: Sequence[Example], count: int, seed: int) -> list[Shot]:
-    """`count` + 1 different questions of the training examples, drawn with `seed`: one to spare, because a task is never
-    shown its own question. Fewer when there are no more; none of texts, which ask nothing."""
+    """Draw `count` + 1 different questions from the training examples with `seed`. The extra one is needed because a
+    task never gets its own question as an example. Return fewer if there are not enough, and none for texts."""
     order = list(range(len(train)))
     random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible draw
     shots: dict[str, Shot] = {}
@@ -33,9 +33,10 @@ def draw(train: Sequence[Example], count: int, seed: int) -> list[Shot]:
 
 
 def put_before(task: Task, shots: Sequence[Shot], count: int, fits: Callable[[Task], bool]) -> tuple[Task, int]:
-    """(the task with solved examples before its question, their number): at most `count`, and as many as fit.
+    """Return (the task with solved examples before its question, their number): at most `count`, if so many fit.
 
-    Of a conversation they are earlier turns, after the system's message; of a plain prompt they are text, a blank line apart.
+    In a conversation the examples are earlier turns, after the system message. In a plain prompt they are text,
+    separated by blank lines.
     """
     chosen = [shot for shot in shots if shot.question != task.question][:count]
     while chosen:

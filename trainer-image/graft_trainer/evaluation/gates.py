@@ -1,8 +1,9 @@
-"""Gates and what they need (PURE): which metrics can come to be, who must be measured for them, and which were missed.
+"""Gates and the measurements that they need (PURE).
 
-A metric's name is its own for the adapter, and has a prefix for what the adapter is compared with: base/ for the base model,
-fewShot/ for the base model with examples in its prompt, current/ for the adapter's newest version. forgetting/<suite> says how
-much worse than the base model the adapter is.
+This module knows which metrics can exist, which subjects must be measured, and which gates were missed. An adapter's
+metric has no prefix. The prefixes are base/ for the base model, fewShot/ for the base model with examples in its
+prompt, and current/ for the adapter's newest version. forgetting/<suite> says how much worse the adapter is than the
+base model.
 """
 
 import math
@@ -15,19 +16,19 @@ from graft.contracts.progress import Reason
 from graft_trainer.run.failures import Failure
 
 Who = Literal["adapter", "base", "fewShot", "current"]
-HELD_OUT = ""  # the name of the held-out examples among the suites
+HELD_OUT = ""  # stands for the held-out examples in place of a suite's name
 FORGETTING = "forgetting"
-RESERVED = ("base", "current", FORGETTING)  # prefixes that a suite's name must not look like
+RESERVED = ("base", "current", FORGETTING)  # prefixes of metrics, so no suite may have such a name
 LOWER_IS_BETTER = ("loss", "evalloss", "trainloss", "perplexity", "bits_per_byte", "brier_score", "ter", "mse", "mae")
 
 
 def prefixed(who: Who, metric: str) -> str:
-    """The name under which a metric of `who` is published."""
+    """Return the name under which a metric of `who` is published."""
     return metric if who == "adapter" else f"{who}/{metric}"
 
 
 def split_name(name: str) -> tuple[Who, str, str]:
-    """(who, suite or HELD_OUT, metric) of a published name."""
+    """Split a published name into (subject, suite or HELD_OUT, metric)."""
     who: Who = "adapter"
     others: tuple[Who, ...] = ("base", "fewShot", "current")
     for other in others:
@@ -39,21 +40,22 @@ def split_name(name: str) -> tuple[Who, str, str]:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of the metric is better: losses, perplexities, error measures, and what was forgotten."""
+    """Return whether a lower value is better. This holds for losses, perplexities, error measures and forgetting."""
     _, suite, metric = split_name(name)
     return suite == FORGETTING or metric.lower().endswith(LOWER_IS_BETTER)
 
 
 def gain(name: str, value: float, other: float) -> float:
-    """How much better `value` is than `other`."""
+    """Return how much better `value` is than `other`."""
     return other - value if lower_is_better(name) else value - other
 
 
 def plan(evaluation: Evaluation, *, has_current: bool = True) -> dict[str, list[Who]]:
-    """Who is measured on what: by suite (and HELD_OUT), the adapter first.
+    """Return the subjects to measure for each suite (and HELD_OUT), the adapter first.
 
-    A baseline is measured where `baselines` lists it, and where a gate or a suite of the role forgetting needs it; the current
-    version where a gate needs it. Examples in the prompt help where the task is the adapter's own only.
+    A baseline is measured if `baselines` lists it or a gate needs it. A suite with the role forgetting also needs the
+    base model. The current version is measured if a gate needs it. fewShot is possible only for the adapter's own task,
+    that is for the held-out examples and for JSONL suites with the role task.
     """
     needed = {(who, suite) for gate in evaluation.gates or () for who, suite in _needs(gate)}
     result: dict[str, list[Who]] = {}
@@ -80,13 +82,13 @@ def _needs(gate: Gate) -> list[tuple[Who, str]]:
 
 
 def unknown(evaluation: Evaluation, has_held_out: bool, *, held_out_answers: bool = True) -> Failure | None:
-    """Failure(ConfigurationInvalid) for the first name in the gates that cannot come to be, and for suites' names that mean
-    two things. `held_out_answers`: whether the held-out examples have answers, which texts have not."""
+    """Return Failure(ConfigurationInvalid) for the first reserved suite name, else for the first gate on a metric that
+    cannot exist, else None. `held_out_answers`: whether the held-out examples have answers; texts have none."""
     for suite in evaluation.suites or ():
         if suite.name in RESERVED:
             return Failure(
                 Reason.CONFIGURATION_INVALID,
-                f"evaluation.suites: {suite.name} cannot be a suite's name, metrics that begin with {suite.name}/ mean something else",
+                f"spec.evaluation.suites: {suite.name} cannot be a suite's name, because {suite.name}/ is the prefix of other metrics",
                 "Give the suite another name.",
             )
     held_out = ["trainLoss"]
@@ -96,7 +98,7 @@ def unknown(evaluation: Evaluation, has_held_out: bool, *, held_out_answers: boo
         if problem := _cannot_be(gate, evaluation, held_out, held_out_answers):
             return Failure(
                 Reason.CONFIGURATION_INVALID,
-                f"evaluation.gates: {problem}",
+                f"spec.evaluation.gates: {problem}",
                 f"The metrics of this job are {', '.join(_names(evaluation, held_out))}.",
             )
     return None
@@ -105,39 +107,39 @@ def unknown(evaluation: Evaluation, has_held_out: bool, *, held_out_answers: boo
 def _cannot_be(gate: Gate, evaluation: Evaluation, held_out: Sequence[str], held_out_answers: bool) -> str | None:
     who, name, metric = split_name(gate.metric)
     if who == "current":
-        return (
-            f"{gate.metric} is only there once there is a version; name the adapter's own metric and say over: current"
-        )
+        return f"{gate.metric} does not exist before the first version; use the metric without current/, with minGain and over: current"
     suites = {suite.name: suite for suite in evaluation.suites or ()}
     if name == FORGETTING:
         suite = suites.get(metric)
         if suite is None or suite.role != "forgetting" or who != "adapter":
-            return f"there is no {gate.metric}; suites of the role forgetting have one"
-        return f"{gate.metric} is a comparison already and takes no minGain" if gate.min_gain is not None else None
+            return f"there is no metric {gate.metric}; only suites with role: forgetting have such a metric"
+        return (
+            f"{gate.metric} already compares with the base model; use max instead of minGain"
+            if gate.min_gain is not None
+            else None
+        )
     if name == HELD_OUT:
         if metric not in held_out:
             if metric in ("evalLoss", "exactMatch"):
-                why = "needs held-out examples: dataset.eval or dataset.evalSplit"
+                why = "needs held-out examples; set spec.dataset.eval or spec.dataset.evalSplit"
                 if "evalLoss" in held_out:
-                    why = "needs held-out examples with answers, and maxSamples above 0"
+                    why = "needs held-out examples with answers, and spec.evaluation.maxSamples above 0"
                 return f"{gate.metric} {why}"
-            return f"there is no {gate.metric}"
+            return f"there is no metric {gate.metric}"
         others = {who, gate.over if gate.min_gain is not None else who} - {"adapter"}
         if metric == "trainLoss" and others:
-            return f"trainLoss is the adapter's alone, there is no {sorted(others)[0]}/trainLoss"
+            return f"there is no metric {sorted(others)[0]}/trainLoss; only the adapter has a trainLoss"
         if "fewShot" in others and not held_out_answers:
-            return f"there is no fewShot/{metric}: texts have no questions to put examples before"
+            return f"there is no metric fewShot/{metric}: the held-out examples are texts, and few-shot examples need questions"
         return None
     suite = suites.get(name)
     if suite is None:
         return f"there is no suite {name} for {gate.metric}"
     if suite.lm_eval is None and metric not in (suite.metrics or get_args(Metric)):
-        return f"there is no {gate.metric}"
+        return f"there is no metric {gate.metric}"
     wants_few_shot = who == "fewShot" or (gate.min_gain is not None and gate.over == "fewShot")
     if wants_few_shot and not _few_shot_possible(suite):
-        return (
-            f"there is no fewShot/{name}/{metric}: examples go before the tasks of JSONL suites of the role task only"
-        )
+        return f"there is no metric fewShot/{name}/{metric}: only JSONL suites with role: task are measured with few-shot examples"
     return None
 
 
@@ -152,22 +154,22 @@ def _names(evaluation: Evaluation, held_out: Sequence[str]) -> list[str]:
 def check(
     gates: Sequence[Gate], metrics: Mapping[str, float], missing: Mapping[tuple[Who, str], str] | None = None
 ) -> list[str]:
-    """The gates that `metrics` miss, in words; NaN misses every gate.
+    """Return one message for each gate that `metrics` miss. NaN misses every gate.
 
-    `missing` says what could not be measured: who and suite -> why. A gate over the current version passes when there is
-    none: when `metrics` has nothing under current/, and `missing` neither.
+    `missing`: (subject, suite) -> why it could not be measured. A gate over the current version passes if there is no
+    such version, that is if neither `metrics` nor `missing` has its measurement.
     """
     why, missed = missing or {}, []
     for gate in gates:
         value = metrics.get(gate.metric)
         if value is None:
             names = ", ".join(sorted(metrics)) or "none"
-            missed.append(f"{gate.metric} was not measured; {_why(gate, why) or f'the metrics are {names}'}")
+            missed.append(f"{gate.metric} was not measured; {_why(gate, why) or f'the measured metrics are {names}'}")
             continue
         if gate.min is not None and not value >= gate.min:
-            missed.append(f"{gate.metric} is {_number(value)}, the gate wants at least {_number(gate.min)}")
+            missed.append(f"{gate.metric} is {_number(value)}, the gate requires at least {_number(gate.min)}")
         if gate.max is not None and not value <= gate.max:
-            missed.append(f"{gate.metric} is {_number(value)}, the gate wants at most {_number(gate.max)}")
+            missed.append(f"{gate.metric} is {_number(value)}, the gate requires at most {_number(gate.max)}")
         if gate.min_gain is not None and (problem := _missed_gain(gate, gate.min_gain, value, metrics, why)):
             missed.append(problem)
     return missed
@@ -190,12 +192,12 @@ def _missed_gain(
     if other is None:
         return f"{gate.metric} cannot be compared with {OVER[gate.over]}: {gate.over}/{plain} was not measured"
     better = gain(gate.metric, value, other)
-    # The digits that are published decide, so that what the message shows is what was compared.
+    # Compare with the precision of the published values, so that the message shows the compared values.
     if not math.isnan(better) and round(better, 6) >= wanted:
         return None
     return (
         f"{gate.metric} is {_number(value)}, {OVER[gate.over]} has {_number(other)}: "
-        f"the gain is {_number(better)}, the gate wants at least {_number(wanted)}"
+        f"the gain is {_number(better)}, the gate requires at least {_number(wanted)}"
     )
 
 

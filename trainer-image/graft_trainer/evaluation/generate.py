@@ -1,4 +1,4 @@
-"""Greedy answers of a model, in batches of prompts of like length."""
+"""Generate a model's greedy answers, in batches of prompts with similar lengths."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +11,15 @@ from graft_trainer.evaluation.subject import Meter, Subject
 from graft_trainer.model.batches import in_batches
 from graft_trainer.train import Trained
 
-GENERATED_AT_ONCE = 32  # answers; halved as long as memory runs out
+GENERATED_AT_ONCE = 32  # answers; halved each time memory runs out
 
 
 def generate(
     subject: Subject, prompts: Sequence[list[int]], longest: Sequence[int], meter: Meter | None = None
 ) -> list[str]:
-    """The answers, in the order of the prompts; `longest` has the most tokens that each may have.
+    """Return the answers, in the order of the prompts. A prompt that is too long for the model is cut.
 
-    A prompt that is too long for the model is cut.
+    `longest`: the limit of new tokens for each prompt. A batch uses the largest limit of its prompts.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
@@ -39,14 +39,16 @@ def generate(
 
 
 def at_most(subject: Subject, new: int) -> int:
-    """New tokens that are generated when up to `new` are wanted: half of a short context remains for the question."""
+    """Return the limit of new tokens if up to `new` are requested. At least half of a short context remains for the
+    question."""
     return new if subject.room is None else min(new, max(1, subject.room // 2))
 
 
 def _generate_batch(subject: Subject, prompts: list[list[int]], new: int) -> list[str]:
     pad, width = subject.pad, max(len(prompt) for prompt in prompts)
     causal = subject.task == "causal"
-    # A causal model goes on from the last token, so all prompts must end together; an encoder's input may end anywhere.
+    # A causal model continues from the last token, so its prompts are padded on the left. An encoder's are padded on
+    # the right.
     ids = torch.tensor([_fill(prompt, pad, width, left=causal) for prompt in prompts])
     mask = torch.tensor([_fill([1] * len(prompt), 0, width, left=causal) for prompt in prompts])
     arguments = GenerationConfig(
@@ -62,14 +64,15 @@ def _generate_batch(subject: Subject, prompts: list[list[int]], new: int) -> lis
 def generate_ids(
     subject: Subject, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, **arguments: Any
 ) -> torch.Tensor:
-    """What follows the prompts: (batch, new tokens); of seq2seq the decoder's start token comes first.
+    """Return the generated tokens: (batch, new tokens). For seq2seq, the decoder's start token comes first.
 
-    Causal prompts are filled up on the left.
+    Causal prompts must be padded on the left.
     """
     model = subject.model
     if subject.virtual_tokens:
-        # peft puts the virtual tokens before the padding of a causal prompt, and counts that into the positions of what
-        # follows: the answer would depend on which other prompts are in the batch. Here they stand right before the prompt.
+        # peft puts the virtual tokens before the padding of a causal prompt, so the positions of the prompt depend on
+        # the padding. Then an answer would depend on the other prompts in the batch. Here the virtual tokens come after
+        # the padding.
         words, mask = _with_virtual_tokens(subject, ids, mask)
         return model.get_base_model().generate(
             inputs_embeds=words, attention_mask=mask, generation_config=config, **arguments
@@ -79,7 +82,7 @@ def generate_ids(
 
 
 def _with_virtual_tokens(subject: Subject, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(embeddings, mask) with the virtual tokens before the first token of each row that is no padding."""
+    """Return (embeddings, mask) with the virtual tokens before each row's first token that is not padding."""
     model, count = subject.model, subject.virtual_tokens
     words = model.get_base_model().get_input_embeddings()(ids)
     virtual = model.get_prompt(batch_size=1)[0, :count].to(words)
@@ -92,7 +95,8 @@ def _with_virtual_tokens(subject: Subject, ids: torch.Tensor, mask: torch.Tensor
 
 
 def stop_tokens(trained: Trained) -> list[int]:
-    """The ids that end an answer: the model's, the tokenizer's, and the special token that ends the learned answers."""
+    """Return the ids that end an answer: the model's, the tokenizer's, and the special token that ends training
+    answers."""
     stop: set[int] = set()
     for owner in (trained.model.generation_config, trained.tokenizer):
         value = getattr(owner, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model that is already loaded."""
+"""Run tasks of lm-evaluation-harness on a model that is already loaded."""
 
 import copy
 import gc
@@ -22,12 +22,12 @@ from graft_trainer.evaluation.subject import Meter, Subject
 from graft_trainer.run.failures import out_of_memory
 
 log = logging.getLogger(__name__)
-AT_ONCE = 16  # requests; halved as long as memory runs out
-NO_METRICS = ("alias", "name", "sample_len", "samples")
+AT_ONCE = 16  # requests; halved each time memory runs out
+NO_METRICS = ("alias", "name", "sample_len", "samples")  # entries of the results that are not metrics
 
 
 class LoadedModel(HFLM):  # type: ignore[misc]
-    """HFLM over a subject: it tells how far it is, keeps answers within the context, and knows virtual tokens."""
+    """HFLM for a subject. It reports its progress, keeps answers within the context, and supports virtual tokens."""
 
     def __init__(self, subject: Subject, suite: Suite, batch: int, meter: Meter) -> None:
         super().__init__(
@@ -84,12 +84,14 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
 
 def measure_task(subject: Subject, suite: Suite, folder: Path, meter: Meter) -> Measured:
-    """The harness's metrics for a suite's task: acc and the like, by their names without the filter where there is one
-    filter only. Of several tasks under one name without a score of its own it is the mean."""
-    assert suite.lm_eval is not None  # noqa: S101 - the caller asked
+    """Return the harness's metrics for a suite's task, for example acc. See plain_metrics for their names.
+
+    If the name stands for several tasks and has no score of its own, return the mean over the tasks.
+    """
+    assert suite.lm_eval is not None  # noqa: S101 - the caller checked it
     name, tasks = load_task(suite, folder)
     for task in tasks["tasks"].values():
-        if task.get_config("num_fewshot") != 0:  # 0 in a task of the harness: its prompts have examples already
+        if task.get_config("num_fewshot") != 0:  # 0: the task's own prompts contain examples already
             task.set_config("num_fewshot", suite.lm_eval.few_shot)
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     batch = AT_ONCE
@@ -107,7 +109,7 @@ def measure_task(subject: Subject, suite: Suite, folder: Path, meter: Meter) -> 
             if not out_of_memory(error) or batch == 1:
                 raise
         batch //= 2
-        log.warning("memory ran out, going on with %d requests at once", batch)
+        log.warning("memory ran out, continuing with %d requests at once", batch)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -121,9 +123,9 @@ def measure_task(subject: Subject, suite: Suite, folder: Path, meter: Meter) -> 
 
 
 def plain_metrics(scores: list[dict[str, Any]]) -> dict[str, float]:
-    """The mean of each number that all `scores` have, without standard errors. Pure.
+    """Return the mean of each number that all `scores` have, without standard errors (PURE).
 
-    The harness's names are metric,filter; the filter goes where a metric has one only.
+    The harness's names have the form metric,filter. The filter is removed if the metric has only one.
     """
     names = [
         name

@@ -1,7 +1,8 @@
-"""prepare's part of lm-eval: load every task once, so that it is known to work and its data is in the work folder.
+"""The part of prepare for lm-eval: load every task once. This checks the task and downloads its data.
 
-train has no network, it finds the data of the harness's tasks in the Hugging Face cache, which both share. The harness reads
-the endpoint from the environment when it is imported, so this happens in a process of its own.
+train needs no network. It finds the data of the harness's tasks in the Hugging Face cache, which prepare and train
+share. The harness reads the endpoint from the environment when it is imported, so the tasks are loaded in a separate
+process.
 """
 
 import logging
@@ -19,8 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def prefetch(suites: list[Suite], folder: Path, hf_endpoint: str | None, hf_token: str | None) -> None:
-    """Load the tasks of those suites that have one; `folder` is that of the suites' files. Failure(ConfigurationInvalid,
-    DatasetInvalid or DatasetUnavailable) for the first that cannot be loaded."""
+    """Load the tasks of those suites that have one. `folder` contains the suites' files.
+
+    Raises Failure for the first task that cannot be loaded: ConfigurationInvalid, DatasetInvalid or DatasetUnavailable.
+    Raises Failure(InternalError) if the process ends without a result.
+    """
     chosen = [suite for suite in suites if suite.lm_eval is not None]
     if not chosen:
         return
@@ -43,14 +47,14 @@ def prefetch(suites: list[Suite], folder: Path, hf_endpoint: str | None, hf_toke
     except ValueError as error:
         raise Failure(
             Reason.INTERNAL_ERROR,
-            f"lm-eval's tasks could not be loaded: the process ended with {result.returncode}",
+            f"The lm-eval tasks could not be loaded: the process ended with exit code {result.returncode}",
             "Read the container's log for the traceback.",
         ) from error
     raise Failure(failure.reason, failure.message, failure.remedy)
 
 
 def main(folder: Path, given: str) -> int:
-    """Load the tasks; the last line of the output is the failure, if there is one."""
+    """Load the tasks. If one fails, the last line of the output is the Failure as JSON, and the exit code is 1."""
     from graft_trainer.evaluation.lmeval_tasks import load_task
 
     try:

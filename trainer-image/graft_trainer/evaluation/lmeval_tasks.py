@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness: a user's own definition made safe, and loading a task with its data.
+"""Tasks of lm-evaluation-harness: check a user's own definition, and load a task with its data.
 
-No code of anybody's but the harness's own is run: an own definition has plain YAML only, its templates are rendered in
-jinja's sandbox, and metrics and datasets that bring code from the Hub are refused. It imports no torch.
+Only the harness's own code runs. A user's definition must be plain YAML. Templates are rendered in jinja's sandbox.
+Metrics and datasets that bring code from the Hub are refused. This module does not import torch.
 """
 
 import logging
@@ -19,7 +19,7 @@ from graft_trainer.run.failures import Failure
 
 log = logging.getLogger(__name__)
 LARGEST = 256 * 1024  # bytes of a definition
-IGNORED_KEYS = {  # what tells where the data is, which the suite does, and what only labels
+IGNORED_KEYS = {  # the location of the data and the number of examples, which the suite sets, and labels
     "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split", "fewshot_split",
     "num_fewshot", "tag", "task_alias", "should_decontaminate",
 }  # fmt: skip
@@ -27,7 +27,7 @@ KEYS = {
     "task", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter",
     "fewshot_delimiter", "generation_kwargs", "metric_list", "filter_list", "repeats", "metadata",
 }  # fmt: skip
-METRICS = {  # the harness's own; it takes any other name for a module to download
+METRICS = {  # the harness's own; it would download any other name as a module
     "acc", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score", "byte_perplexity", "chrf",
     "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter", "word_perplexity",
 }  # fmt: skip
@@ -36,9 +36,9 @@ TAG = re.compile(r"could not determine a constructor for the tag '([^']*)'")
 
 
 def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
-    """A task's own YAML. Failure(ConfigurationInvalid) for anything that could run code or read files."""
+    """Read a user's definition of a task. Raises Failure(ConfigurationInvalid) if it could run code or read files."""
     if len(data) > LARGEST:
-        raise _refused(suite, f"it has {len(data)} bytes, and may have {LARGEST}")
+        raise _refused(suite, f"it has {len(data)} bytes, and the limit is {LARGEST} bytes")
     try:
         found = yaml.safe_load(data)
     except yaml.YAMLError as error:
@@ -46,21 +46,28 @@ def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
         what = f"the tag {tag.group(1)} is not allowed" if tag else f"it is not YAML: {error}"
         raise _refused(suite, what) from error
     if not isinstance(found, dict) or not isinstance(found.get("task"), str):
-        raise _refused(suite, "it is not a mapping with the task's name as task")
+        raise _refused(suite, "it must be a mapping with the task's name in the key task")
     if unknown := sorted(str(key) for key in found.keys() - KEYS - IGNORED_KEYS):
-        raise _refused(suite, f"keys that are not allowed: {', '.join(unknown)}")
+        raise _refused(suite, f"it has keys that are not allowed: {', '.join(unknown)}")
     if found.get("dataset_path") not in (None, "json"):
-        raise _refused(suite, f"dataset_path is {found['dataset_path']}; the data is the suite's, in JSON")
+        raise _refused(
+            suite, f"dataset_path is {found['dataset_path']}. Remove it, because the data comes from lmEval.data"
+        )
     for metric in found.get("metric_list") or []:
         name = metric.get("metric") if isinstance(metric, dict) else None
         if not isinstance(name, str) or name not in METRICS or "hf_evaluate" in metric:
-            raise _refused(suite, f"metric_list has {metric}, which is none of {', '.join(sorted(METRICS))}")
+            allowed = ", ".join(sorted(METRICS))
+            raise _refused(
+                suite, f"metric_list has {metric}; each metric must be one of {allowed}, without hf_evaluate"
+            )
         if not isinstance(metric.get("aggregation", ""), str):
-            raise _refused(suite, f"aggregation of {name} is not a name")
+            raise _refused(suite, f"the aggregation of the metric {name} must be a name")
     generation = found.get("generation_kwargs") or {}
     if not isinstance(generation, dict) or (unknown := sorted(generation.keys() - GENERATION_KEYS)):
         raise _refused(
-            suite, f"generation_kwargs may have {', '.join(sorted(GENERATION_KEYS))}, not {', '.join(unknown)}"
+            suite,
+            f"generation_kwargs must be a mapping with only these keys: {', '.join(sorted(GENERATION_KEYS))}; "
+            f"not allowed: {', '.join(unknown)}",
         )
     return {key: value for key, value in found.items() if key in KEYS}
 
@@ -68,15 +75,18 @@ def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
 def _refused(suite: Suite, why: str) -> Failure:
     return Failure(
         Reason.CONFIGURATION_INVALID,
-        f"evaluation.suites {suite.name}: the definition of the lm-eval task is refused: {why}",
-        "Write the task with plain templates (doc_to_text, doc_to_target, doc_to_choice), or name one of the harness's own.",
+        f"spec.evaluation.suites {suite.name}: the definition of the lm-eval task is refused: {why}",
+        "Write the task with plain templates (doc_to_text, doc_to_target, doc_to_choice), or use a task of the harness.",
     )
 
 
 def load_task(suite: Suite, folder: Path) -> tuple[str, dict[str, Any]]:
-    """(name, lm-eval's loaded tasks) of a suite, with their data: from `folder`, where prepare put an own definition as
-    <suite>.yaml and its data as <suite>.data.jsonl, or from the Hugging Face cache. Failure when it cannot be had."""
-    assert suite.lm_eval is not None  # noqa: S101 - the caller asked
+    """Return (name, lm-eval's loaded tasks) of a suite, with their data.
+
+    prepare puts a user's definition into `folder` as <suite>.yaml, and its data as <suite>.data.jsonl. The data of the
+    harness's tasks comes from the Hugging Face cache. Raises Failure if the task cannot be loaded or is not supported.
+    """
+    assert suite.lm_eval is not None  # noqa: S101 - the caller checked it
     refuse_code()
     name = suite.lm_eval.task
     spec: Any = name
@@ -89,7 +99,7 @@ def load_task(suite: Suite, folder: Path) -> tuple[str, dict[str, Any]]:
                 "cache_dir": str(folder / "cache"),
             },
             "test_split": "test",
-            "fewshot_split": "test",  # the harness never shows a question its own answer
+            "fewshot_split": "test",  # the harness never uses a question as its own example
         }
         name = spec["task"]
     try:
@@ -97,8 +107,8 @@ def load_task(suite: Suite, folder: Path) -> tuple[str, dict[str, Any]]:
     except KeyError as error:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"evaluation.suites {suite.name}: lm-eval has no task {name}",
-            "Name one of the harness's tasks, or give the task's definition and data.",
+            f"spec.evaluation.suites {suite.name}: lm-eval has no task {name}",
+            "Set lmEval.task to one of the harness's tasks, or set lmEval.definition and lmEval.data.",
         ) from error
     except Exception as error:
         raise _cannot_load(suite, name, error) from error
@@ -106,8 +116,8 @@ def load_task(suite: Suite, folder: Path) -> tuple[str, dict[str, Any]]:
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False) or _lacks_metric(task):
             raise Failure(
                 Reason.CONFIGURATION_INVALID,
-                f"evaluation.suites {suite.name}: {name} runs generated code, needs images or sounds, or has metrics that are "
-                "code from the Hub, none of which is supported",
+                f"spec.evaluation.suites {suite.name}: {name} is not supported, because it runs generated code, needs images or "
+                "sounds, or has metrics that are code from the Hub",
                 "Choose another task.",
             )
     return name, tasks
@@ -119,13 +129,13 @@ def _lacks_metric(task: Any) -> bool:
 
 
 def _cannot_load(suite: Suite, name: str, error: Exception) -> Failure:
-    text = f"evaluation.suites {suite.name}: the lm-eval task {name} cannot be loaded: {type(error).__name__}: {error}"
+    text = f"spec.evaluation.suites {suite.name}: the lm-eval task {name} cannot be loaded: {type(error).__name__}: {error}"
     if suite.lm_eval is not None and suite.lm_eval.definition is not None:
-        return Failure(Reason.DATASET_INVALID, text, "Correct the definition or its data, so that they fit each other.")
+        return Failure(Reason.DATASET_INVALID, text, "Correct lmEval.definition or lmEval.data so that both match.")
     return Failure(
         Reason.DATASET_UNAVAILABLE,
         text,
-        "Let the job's namespace reach the Hugging Face endpoint, or give the task's definition and data.",
+        "Allow the job's namespace to reach the Hugging Face endpoint, or set lmEval.definition and lmEval.data.",
     )
 
 
@@ -133,12 +143,12 @@ def _cannot_load(suite: Suite, name: str, error: Exception) -> Failure:
 def _manager(*, own: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=not own)  # the index of the harness's own takes seconds
+    return TaskManager(include_defaults=not own)  # an index of the harness's own tasks takes seconds
 
 
 @cache
 def refuse_code() -> None:
-    """Render the harness's templates in jinja's sandbox, and take the library from it that runs metrics from the Hub."""
+    """Render the harness's templates in jinja's sandbox. Block the library evaluate, which runs metrics from the Hub."""
     sys.modules["evaluate"] = None  # type: ignore[assignment]
     import lm_eval.utils
     from jinja2 import StrictUndefined

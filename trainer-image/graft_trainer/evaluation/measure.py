@@ -1,4 +1,4 @@
-"""One model on one set of tasks: its answers, the likelihood of the right ones, and the scores that follow from them."""
+"""Measure one model on one set of tasks: its answers, the likelihood of the right answers, and the scores of both."""
 
 import logging
 import math
@@ -16,37 +16,37 @@ from graft_trainer.evaluation.suites import Task
 from graft_trainer.model.loss import log_likelihoods
 
 log = logging.getLogger(__name__)
-MEASURED_AT_ONCE = 8  # examples whose likelihood is computed together, at the least; halved as long as memory runs out
+MEASURED_AT_ONCE = 8  # examples in a batch for likelihoods, at least; halved each time memory runs out
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Tasks with the metrics that are wanted of them.
+    """Tasks with the metrics to compute for them.
 
-    `short`: an answer much longer than the right one is cut off. It cannot equal it, and the base model often does not stop by
-    itself; the other scores would change.
+    `short`: an answer is cut off if it is much longer than the right one. Such an answer is no exact match anyway, and
+    the base model often does not stop by itself. Use `short` for exactMatch only, because it changes the other scores.
     """
 
     tasks: Sequence[Task]
     metrics: Sequence[Metric]
     max_new_tokens: int
     short: bool = False
-    whole: bool = False  # the loss is that of all answers in a conversation, as in training, and not of the last alone
+    whole: bool = False  # the loss covers all answers of a conversation, as in training, not only the last
 
 
 @dataclass
 class Measured:
-    """What a model scored: the metrics by name, and its answers in the tasks' order where it had to give some."""
+    """The scores of a model: the metrics by name, and its answers in the tasks' order if any were generated."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
-    size: int = 0  # tasks, where only the measuring tells
+    size: int = 0  # number of tasks, if only the measurement shows it (lm-eval)
 
 
 def measure(
     subject: Subject, questions: Questions, batch: int, meter: Meter, shots: Sequence[Shot] = (), count: int = 0
 ) -> Measured:
-    """The model's scores, with up to `count` of the `shots` before each question."""
+    """Return the model's scores, with up to `count` of the `shots` before each question."""
     tasks = _with_shots(subject, questions, shots, count) if count else questions.tasks
     measured = Measured()
     for step in (_generation, _losses, _choices):
@@ -106,7 +106,7 @@ def _choices(
 
 
 def _with_shots(subject: Subject, questions: Questions, shots: Sequence[Shot], count: int) -> list[Task]:
-    """The tasks with as many of the examples before them as the model's context has room for."""
+    """Return the tasks, each with as many examples before its question as fit in the model's context."""
     generated = any(name in SCORES for name in questions.metrics)
 
     def fits(task: Task) -> bool:
@@ -126,7 +126,8 @@ def _with_shots(subject: Subject, questions: Questions, shots: Sequence[Shot], c
     if fewer:
         mean = sum(number for _, number in shown) / len(shown)
         log.warning(
-            "fewShot: %d of %d questions have room for less than %d examples, or the training data has not so many: %.1f on average",
+            "fewShot: %d of %d questions get fewer than %d examples, because the context or the training data is too small: "
+            "%.1f on average",
             fewer,
             len(shown),
             count,

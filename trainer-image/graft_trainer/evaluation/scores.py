@@ -1,4 +1,4 @@
-"""How good an answer is (PURE): each score is from 0 to 1, the best over the answers that are right."""
+"""Score answers (PURE). Each score is from 0 to 1. If several answers are right, the best score counts."""
 
 import functools
 import logging
@@ -14,22 +14,23 @@ Score = Callable[[str, str], float]
 
 
 def normalise(answer: str) -> str:
-    """Lower case, one space between words."""
+    """Return the answer in lower case, with one space between words."""
     return " ".join(answer.lower().split())
 
 
 def matches(answer: str, expected: str) -> float:
-    """1 when both are equal, case and white space aside."""
+    """Return 1 if both are equal except for case and white space, else 0."""
     return float(normalise(answer) == normalise(expected))
 
 
 def squad_tokens(text: str) -> list[str]:
-    """Words as SQuAD's script counts them: lower case, without punctuation and articles."""
+    """Return the words as SQuAD's script counts them: lower case, without punctuation and articles."""
     return ARTICLES.sub(" ", text.lower().translate(WITHOUT_PUNCTUATION)).split()
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over words, as evaluate-v2.0.py of SQuAD (Rajpurkar et al. 2018) has it."""
+    """Return the harmonic mean of precision and recall over words, as in SQuAD's evaluate-v2.0.py (Rajpurkar et al.
+    2018)."""
     given, wanted = squad_tokens(answer), squad_tokens(expected)
     if not given or not wanted:
         return float(given == wanted)
@@ -38,7 +39,7 @@ def token_f1(answer: str, expected: str) -> float:
 
 
 def rouge(kind: str) -> Score:
-    """ROUGE-1, -2 or -L (Lin 2004) as the F-measure of the package rouge-score, words stemmed."""
+    """Return the score ROUGE-1, -2 or -L (Lin 2004): the F-measure of the package rouge-score, with stemmed words."""
     scorer = _rouge_scorer(kind)
     return lambda answer, expected: float(scorer.score(expected, answer)[kind].fmeasure)
 
@@ -47,7 +48,7 @@ def rouge(kind: str) -> Score:
 def _rouge_scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    logging.getLogger("absl").setLevel(logging.WARNING)  # each scorer would tell its tokenizer
+    logging.getLogger("absl").setLevel(logging.WARNING)  # each scorer would log its tokenizer
 
     return RougeScorer([kind], use_stemmer=True)
 
@@ -62,14 +63,15 @@ SCORES: dict[str, Callable[[], Score]] = {
 
 
 def mean_score(metric: str, answers: Sequence[str], expected: Sequence[Sequence[str]]) -> float:
-    """The metric over all answers, each against what is right for it, of which the best counts."""
+    """Return the mean of the metric over all answers. Each answer gets its best score over the right answers."""
     score = SCORES[metric]()
     best = (max(score(answer, right) for right in rights) for answer, rights in zip(answers, expected, strict=True))
     return sum(best) / len(answers)
 
 
 def accuracy(likelihoods: Sequence[Sequence[float]], right: Sequence[int]) -> float:
-    """Share of the questions whose right choice has the greatest log-likelihood per token; a tie is no hit."""
+    """Return the share of the questions whose right choice has the greatest log-likelihood per token. A tie counts as
+    wrong."""
     hits = sum(
         all(values[label] > value for index, value in enumerate(values) if index != label)
         for values, label in zip(likelihoods, right, strict=True)

@@ -1,4 +1,4 @@
-"""A model as the evaluation measures it, and the progress of the evaluation."""
+"""A model that the evaluation measures, and the progress of the evaluation."""
 
 import logging
 import time
@@ -23,44 +23,44 @@ NAMES: dict[Who, str] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and what one must know to ask it."""
+    """A model, with the data that is needed to measure it."""
 
     who: Who
     model: Any
     tokenizer: Any
     task: Literal["causal", "seq2seq"]
-    room: int | None  # tokens of a question and its answer together; of seq2seq of each
+    room: int | None  # tokens; causal: question and answer together, seq2seq: each; None: no limit
     stop: list[int]  # ids that end an answer
-    virtual_tokens: int = 0  # trained vectors before the input; then the model is peft's, else it may be any
+    virtual_tokens: int = 0  # trained vectors before the input; if above 0, the model must be peft's
 
     @property
     def pad(self) -> int:
         return pad_token(self.tokenizer)
 
     def cut(self, prompt: list[int], room: int | None) -> list[int]:
-        """The prompt in at most `room` tokens. A causal model keeps the end, which the answer follows; a seq2seq model the
-        beginning, which says what to do, and the token that ends an input."""
+        """Return the prompt, cut to at most `room` tokens. A causal prompt keeps its end, because the answer follows
+        it. A seq2seq prompt keeps its beginning, which has the instruction, and the token that ends an input."""
         if room is None or len(prompt) <= room:
             return prompt
         return prompt[-room:] if self.task == "causal" else prompt[: room - 1] + prompt[-1:]
 
 
 class Meter:
-    """How far the evaluation is: a line in the log every few seconds, and the time that is left in progress.json."""
+    """The progress of the evaluation: a log line every few seconds, and the remaining time in progress.json."""
 
     def __init__(self, progress: ProgressReporter, total: int) -> None:
         self._progress = progress
-        self._total = total  # measured examples in all, once per subject
+        self._total = total  # examples to measure in all, counted once per subject
         self._done = 0
         self._started = self._told = time.monotonic()
         self._what, self._size, self._at = "", 0, 0
 
     def begin(self, who: Who, what: str, size: int) -> None:
-        """`size` examples of `what` are measured next."""
+        """Start the measurement of `size` examples of `what`."""
         self._what, self._size, self._at = f"{NAMES[who]}, {what}", size, 0
 
     def step(self, count: int) -> None:
-        """`count` more of them are through, or rather: through one of the passes over them."""
+        """Count `count` more examples in the current pass. There can be several passes over the same examples."""
         self._at = min(self._size, self._at + count)
         now = time.monotonic()
         if now - self._told >= TELL:
@@ -69,11 +69,11 @@ class Meter:
             self._tell(self._done + self._at, now)
 
     def again(self) -> None:
-        """Another pass over the same examples."""
+        """Start another pass over the same examples."""
         self._at = 0
 
     def end(self) -> None:
-        """All of them are measured."""
+        """Count all examples of the measurement as done."""
         self._done += self._size
         self._tell(self._done, time.monotonic())
 
@@ -84,8 +84,11 @@ class Meter:
 
 
 def tokenised(example: Example, subject: Subject, learned: int | None = None) -> Tokenised:
-    """The example, cut to what the model takes: of a text all of it is to be predicted, of others the last `learned` of the
-    learned tokens, which are those of the last answer when that is None. Answers before are part of the question."""
+    """Return the tokens of the example, cut to the model's context, with the labels for its loss.
+
+    For a text, the loss covers all tokens. Otherwise it covers the last `learned` of the answers' tokens, or the last
+    answer if `learned` is None. Earlier answers are part of the question.
+    """
     room = subject.room
     if subject.task == "seq2seq":
         source, target = tokenise_pair(example, subject.tokenizer)
@@ -100,7 +103,7 @@ def tokenised(example: Example, subject: Subject, learned: int | None = None) ->
 
 
 def _last_run(places: Sequence[int]) -> int:
-    """How many of the ascending numbers at the end follow each other without a gap."""
+    """Return how many of the ascending numbers at the end follow each other without a gap."""
     run = 1
     while run < len(places) and places[-run - 1] == places[-run] - 1:
         run += 1

@@ -1,6 +1,6 @@
-"""The suites' lines (PURE): what a line must look like, the task that it is, and which metrics tasks of its kind have.
+"""Read the lines of suites (PURE): the valid forms of a line, its task, and the metrics for each kind of task.
 
-Both prepare and train read the files with this code, as they do the dataset's.
+Both prepare and train read the suites' files with this code.
 """
 
 import json
@@ -30,23 +30,24 @@ DEFAULTS: dict[Kind, tuple[Metric, ...]] = {
 }
 MAIN: dict[Kind, Metric] = {"answers": "f1", "choices": "accuracy", "text": "loss"}
 SHAPES = (
-    '{"prompt": "…", "answer": "…"} (or messages instead of prompt, answers with a list), '
+    '{"prompt": "…", "answer": "…"} (or messages instead of prompt, or a list answers instead of answer), '
     '{"prompt": "…", "choices": ["…", "…"], "label": 0}, or the dataset\'s own format'
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question and what is right: a conversation or a prompt that is to be answered, or a text to predict.
+    """One question with its right answers: a conversation or a prompt to answer, or a text to predict.
 
-    `answers`: any of them is right, the loss is that of the first; of a multiple choice the right one alone.
+    `answers`: each of them is right, and the loss covers the first. For a multiple choice, it has only the right
+    choice.
     """
 
     line: int
-    messages: tuple[Message, ...] | None = None  # up to the answer
+    messages: tuple[Message, ...] | None = None  # before the answer
     prompt: str | None = None
     answers: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()  # of a multiple choice; answers[0] is one of them
+    choices: tuple[str, ...] = ()  # for a multiple choice; answers[0] is one of them
     text: str | None = None
 
     @property
@@ -56,7 +57,7 @@ class Task:
         return "choices" if self.choices else "answers"
 
     def example(self, answer: str | None = None) -> Example:
-        """The task as a line of the dataset with one of its answers, the first when none is given."""
+        """Return the task as an example of a dataset, with the given answer. The default is the first right answer."""
         if self.text is not None:
             return Example(self.line, text=self.text)
         answer = self.answers[0] if answer is None else answer
@@ -65,13 +66,13 @@ class Task:
         return Example(self.line, messages=(*self.messages, {"role": "assistant", "content": answer}), answer=answer)
 
     def as_chat(self) -> "Task":
-        """The task with a plain prompt as the message of a user."""
+        """Return the task with its plain prompt turned into a message of the user."""
         if self.prompt is None:
             return self
         return replace(self, prompt=None, messages=({"role": "user", "content": self.prompt},))
 
     def as_plain(self) -> "Task":
-        """The task with a conversation as a plain prompt, as a model without a chat template is asked."""
+        """Return the task with its conversation turned into a plain prompt, for a model without a chat template."""
         if self.messages is None:
             return self
         contents = (str(message.get("content") or "") for message in self.messages)
@@ -79,12 +80,12 @@ class Task:
 
     @property
     def question(self) -> str:
-        """What is asked, for people."""
+        """The question, as people read it."""
         return self.prompt if self.prompt is not None else str((self.messages or ({},))[-1].get("content", ""))
 
 
 def task_of(example: Example) -> Task:
-    """A line of the dataset as a task: the answer is what the model should say last."""
+    """Return an example of a dataset as a task. The right answer is the last answer of the example."""
     if example.text is not None:
         return Task(example.line, text=example.text)
     answers = (example.answer or "",)
@@ -94,20 +95,20 @@ def task_of(example: Example) -> Task:
 
 
 def chat_prompts(dataset: Dataset) -> bool:
-    """Whether plain prompts go through the chat template: the dataset's own examples do."""
+    """Return whether plain prompts go through the chat template. They do if the dataset's own examples do."""
     return dataset.format == "chat" or (dataset.format == "instruction" and not dataset.templates)
 
 
 def metrics_of(suite: Suite, kind: Kind) -> tuple[Metric, ...]:
-    """What is computed for a suite of JSONL lines, in the spec's order."""
+    """Return the metrics to compute for a suite of JSONL lines, in the spec's order."""
     return tuple(suite.metrics or DEFAULTS[kind])
 
 
 def main_metric(suite: Suite, kind: Kind) -> Metric:
-    """The metric that stands for the suite: the first that the spec lists, or the kind's own.
+    """Return the suite's main metric: the first in the spec, or the default of the kind.
 
-    What was forgotten shows in the loss long before answers are wrong, and of a base model that never gives an answer in the
-    expected form it shows nowhere else.
+    For forgetting with answers, the default is the loss. It shows forgetting long before the answers become wrong. And
+    if the base model never answers in the expected form, only the loss shows it.
     """
     if suite.metrics:
         return suite.metrics[0]
@@ -117,10 +118,11 @@ def main_metric(suite: Suite, kind: Kind) -> Metric:
 def read_suite(
     lines: Iterable[bytes], suite: Suite, dataset: Dataset, model: Literal["causal", "seq2seq"] = "causal"
 ) -> list[Task]:
-    """The tasks of a suite's JSONL file, the first `limit` of them, for a model of that kind.
+    """Return the tasks of a suite's JSONL file, at most the first `limit`, for a model of the kind `model`.
 
-    A suite is a yardstick: one bad line refuses it. Failure(DatasetInvalid) names the bad lines and counts them;
-    Failure(ConfigurationInvalid) when the lines do not have the metrics that the suite asks for.
+    One invalid line makes the whole suite invalid, because its scores must be comparable. Raises
+    Failure(DatasetInvalid) with the invalid lines and their number, or if the file is empty. Raises
+    Failure(ConfigurationInvalid) if the lines do not support the suite's metrics or the model.
     """
     tasks: list[Task] = []
     bad: list[str] = []
@@ -136,20 +138,20 @@ def read_suite(
             task = _task(number, record_of(content), dataset)
             if tasks and task.kind != tasks[0].kind:
                 raise BadLine(
-                    f"has {task.kind}, line {tasks[0].line} has {tasks[0].kind}; a suite has lines of one kind"
+                    f"has {task.kind}, but line {tasks[0].line} has {tasks[0].kind}; all lines of a suite must have the same kind"
                 )
             tasks.append(task)
         except BadLine as error:
             count += 1
             if len(bad) < SHOWN:
                 bad.append(f"line {number}: {error} — {excerpt(content)}")
-    where = f"evaluation.suites {suite.name} ({suite.uri})"
+    where = f"spec.evaluation.suites {suite.name} ({suite.uri})"
     if count:
         more = f"; and {count - len(bad)} more" if count > len(bad) else ""
         raise Failure(
             Reason.DATASET_INVALID,
             f"{where}: {count} of {seen} lines {'is' if count == 1 else 'are'} invalid: {'; '.join(bad)}{more}",
-            f"Correct these lines; each is {SHAPES}.",
+            f"Correct these lines. Each line must be {SHAPES}.",
         )
     if not tasks:
         raise Failure(
@@ -161,20 +163,20 @@ def read_suite(
     if wrong := [name for name in suite.metrics or () if name not in ALLOWED[kind]]:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"{where}: lines with {kind} have no {', '.join(wrong)}",
-            f"Ask for {', '.join(ALLOWED[kind])}, or leave metrics out.",
+            f"{where}: lines with {kind} do not support the metrics {', '.join(wrong)}",
+            f"Set the suite's metrics to some of {', '.join(ALLOWED[kind])}, or remove them.",
         )
     if kind == "text" and model == "seq2seq":
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"{where}: lines with text, and the base model is seq2seq: it answers prompts",
+            f"{where}: the lines have text, but the base model is seq2seq, and such a model can only answer prompts",
             "Give the lines a prompt and an answer, or use a causal base model.",
         )
     return tasks
 
 
 def needs_chat_template(tasks: Sequence[Task]) -> bool:
-    """Whether some task is a conversation, which only a model with a chat template can be asked."""
+    """Return whether a task is a conversation. Only a model with a chat template can answer conversations."""
     return any(task.messages is not None for task in tasks)
 
 
@@ -186,7 +188,7 @@ def _task(line: int, record: dict[str, Any], dataset: Dataset) -> Task:
     if _own_format(record, dataset):
         task = task_of(parser_of(dataset)(line, record))
         if task.text is None and not task.answers[0].strip():
-            raise BadLine("the last message has no text to compare an answer with")
+            raise BadLine("the last message has no text, so there is no right answer")
         return task
     messages, prompt = _question(record)
     if messages is not None and messages[-1]["role"] == "assistant" and not {"answer", "answers"} & record.keys():
@@ -216,10 +218,10 @@ def _question(record: dict[str, Any]) -> tuple[tuple[Message, ...] | None, str |
         return None, _text(record["prompt"], "prompt")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
-        raise BadLine("messages must be a list that is not empty")
+        raise BadLine("messages must be a non-empty list")
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ASKING:
-            raise BadLine(f"messages[{index}] must be an object with a role of {', '.join(ASKING)}")
+            raise BadLine(f"messages[{index}] must be an object with one of the roles {', '.join(ASKING)}")
         _text(message.get("content"), f"messages[{index}].content")
     return tuple(messages), None
 
@@ -238,15 +240,15 @@ def _choices(record: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     if len(set(choices)) != len(choices):
         raise BadLine("choices has the same text twice")
     if "label" not in record:
-        raise BadLine("there is no label, the index (from 0) or the text of the right choice")
+        raise BadLine("there is no label; it must be the index (from 0) or the text of the right choice")
     label = record["label"]
     if isinstance(label, str):
         if label not in choices:
-            raise BadLine(f"label {json.dumps(label, ensure_ascii=False)} is none of the choices")
+            raise BadLine(f"label {json.dumps(label, ensure_ascii=False)} is not one of the choices")
         return choices, choices.index(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
         raise BadLine(
-            f"label is {json.dumps(label)}, not the text of a choice or an index from 0 to {len(choices) - 1}"
+            f"label is {json.dumps(label)}; it must be the text of a choice or an index from 0 to {len(choices) - 1}"
         )
     return choices, label
 
@@ -259,7 +261,7 @@ def _texts(value: Any, name: str, least: int) -> tuple[str, ...]:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadLine(f"{name} is not a text")
+        raise BadLine(f"{name} must be a text")
     if not value.strip():
         raise BadLine(f"{name} is empty")
     return value

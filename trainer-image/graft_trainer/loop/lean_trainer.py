@@ -1,5 +1,5 @@
-"""transformers' Trainer with the parts replaced that a run in the cluster needs otherwise: which examples come when, how
-the loss is divided by tokens, and how the state is saved and put back."""
+"""transformers' Trainer with three parts replaced: the order of the examples, the division of the loss by tokens, and
+how the state is saved and restored."""
 
 import logging
 from collections.abc import Callable
@@ -32,15 +32,19 @@ from graft_trainer.recipe.resolve import Device, Resolved
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
-# The library's polynomial falls to 1e-7 and refuses to start below that.
+# By default, the library's polynomial schedule ends at 1e-7, and it rejects a lower learning rate.
 SCHEDULER_ARGUMENTS = {"polynomial": {"lr_end": 0.0}}
 
 
 def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> TrainingArguments:
-    """What transformers is told. Saving, logging and evaluation are ours: see Watch and CheckpointWriter."""
+    """Return the settings for transformers.
+
+    Watch and CheckpointWriter do the logging, the evaluation and the saving.
+    """
     optimizer = OPTIMIZERS[resolved.optim]
     if optimizer == "adamw_torch" and device.kind == "cuda":
-        optimizer = "adamw_torch_fused"  # on a CPU it waits for all threads at each of the many small matrices
+        # Not on a CPU: there it waits for all threads at each of the many small matrices.
+        optimizer = "adamw_torch_fused"
     sharded = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     arguments = TrainingArguments(
         output_dir=str(work_dir / "trainer"),
@@ -58,8 +62,8 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
         max_grad_norm=resolved.max_grad_norm,
         bf16=resolved.precision == "bf16",
         fp16=resolved.precision == "fp16",
-        # Also with fsdp, for which the library recommends another way: that draws other dropout when it computes a block
-        # again, so its gradients are wrong, and with FSDP2 this one gathers no weight more often.
+        # For fsdp the library recommends its own activation checkpointing. That one draws other dropout masks when it
+        # recomputes a block, so its gradients are wrong. With FSDP2, this setting does not gather weights more often.
         activation_checkpointing=resolved.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
         logging_steps=resolved.logging_steps,
@@ -75,7 +79,7 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_num_workers=0,  # the examples are tokenised and in memory
+        dataloader_num_workers=0,  # the examples are already tokenised and in memory
         dataloader_pin_memory=device.kind == "cuda",
         average_tokens_across_devices=distributed.joined(),
         ddp_find_unused_parameters=False,
@@ -84,13 +88,16 @@ def training_arguments(work_dir: Path, resolved: Resolved, device: Device) -> Tr
         log_level="error",
         **(sharded if resolved.sharding == "fsdp" else {}),
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would wrap the model as soon as there are two
+    # With two or more GPUs, the Trainer would wrap the model in DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 class RoomForCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Begins to make room for the first checkpoint once the optimizer has a state: after the first step, or in fp16 after the
-    first one whose gradients did not overflow."""
+    """Starts to allocate memory for the first checkpoint as soon as the optimizer has a state.
+
+    That is after the first step, or with fp16 after the first step whose gradients did not overflow.
+    """
 
     def __init__(self, reserve: Callable[[], None]) -> None:
         self.reserve = reserve
@@ -103,19 +110,20 @@ class RoomForCheckpoints(TrainerCallback):  # type: ignore[misc]
 
 
 class LeanTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer of one run. begin() says where it starts."""
+    """The Trainer of one run. Call begin() before train()."""
 
     model_accepts_loss_kwargs: bool
     _loss_shifts_labels: bool
     is_fsdp_enabled: bool
 
     def begin(self, watch: Watch, writer: CheckpointWriter, resume: Resume | None) -> None:
+        """Prepare to train from `resume`, or from the first step if it is None."""
         self.watch = watch
         self.writer = writer
         self.resumed = resume
         self.add_callback(RoomForCheckpoints(lambda: writer.reserve(self._state_of_training())))
-        # Only the library's loss for causal models divides by the number of tokens that it is given; others are means over
-        # a micro-batch, T5's among them, although their forward() takes the number and drops it.
+        # Only the library's loss for causal models divides by the given number of tokens. Other losses, such as T5's,
+        # are means over a micro-batch: their forward() accepts the number but ignores it.
         self.divides = bool(self.model_accepts_loss_kwargs and self._loss_shifts_labels)
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = not getattr(self.model.config, "is_encoder_decoder", False)
@@ -123,7 +131,7 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
             share_table(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate shards on GPUs only, although nothing in FSDP2 needs one: on CPUs it is told so afterwards."""
+        """Enable sharding on CPUs, too. accelerate enables it only on GPUs, although FSDP2 does not need one."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is None or self.is_fsdp_enabled:
             return
@@ -136,7 +144,8 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
         self.is_fsdp_enabled = True
 
     def resume_folder(self, resume: Resume) -> Path:
-        """A folder with what the library itself reads of a checkpoint: the step."""
+        """Write the folder that the library expects of a checkpoint, which contains only the step, and restore the
+        watch."""
         folder = Path(self.args.output_dir) / f"resume-{distributed.rank()}"
         folder.mkdir(parents=True, exist_ok=True)
         state = TrainerState(
@@ -163,25 +172,29 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum over the learned tokens divided by the step's number of them, whatever its micro-batches and processes."""
+        """Return the loss of a micro-batch: the sum over its trained tokens, divided by the trained tokens of the whole
+        step.
+
+        So the gradients do not depend on how a step is divided into micro-batches and ranks.
+        """
         if self.divides:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
         labels = inputs["labels"][:, 1:] if self._loss_shifts_labels else inputs["labels"]
         learned = labels.ne(IGNORED).sum()
-        # The mean over no token is no number.
+        # Without any trained token, the mean would be NaN.
         loss = outputs.loss * learned if int(learned) else outputs.logits.sum() * 0.0
         loss = loss / num_items_in_batch * (self.accelerator.num_processes if distributed.joined() else 1)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: it walks all modules at every micro-batch."""
+        """Return 0: counting would visit all modules at every micro-batch."""
         return 0
 
     def _state_of_training(self) -> dict[str, Any]:
-        """All that an attempt which goes on from here must have."""
+        """Return everything that an attempt needs to resume from here."""
         scaler = getattr(self.accelerator, "scaler", None)
-        # Without sharding the processes hold the same weights; the first one's part has them for all.
+        # Without sharding all ranks hold the same weights, so only rank 0's part contains them.
         whole = distributed.is_main() or self.is_fsdp_enabled
         return {
             "weights": trained_weights(self.model) if whole else None,
@@ -200,11 +213,11 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *rest: Any, **named: Any
     ) -> None:
-        """A checkpoint comes before the evaluation of its step, and before the end when one was asked for."""
+        """Take the step's checkpoint before its evaluation. After an interruption, take one before this rank ends."""
         taken = self.control.should_save
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **named)
         self.watch.catch_up(self.model, self.state.global_step)
-        # After the last step the final checkpoint is written.
+        # After the last step, train_on writes the final checkpoint instead.
         if self.watch.leaving and self.state.global_step < self.args.max_steps:
             if not taken:
                 self._save_checkpoint(model, trial)
@@ -219,7 +232,7 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Only the first process has loaded the weights: see load_base_model.
+        # Only rank 0 has loaded the weights: see load_base_model.
         whole = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         sharding.deal(self.model, whole if distributed.is_main() else None)
@@ -242,7 +255,10 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.scaler.load_state_dict(saved)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The last piece, read when the first micro-batch is about to be computed."""
+        """Restore the loss sum and the random generators.
+
+        The library calls this last, just before the first micro-batch.
+        """
         if checkpoint is None:
             return
         loop = self._resumed().state["loop"]
@@ -252,5 +268,5 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
 
     def _resumed(self) -> Resume:
         if self.resumed is None:
-            raise RuntimeError("there is no checkpoint to go on from")
+            raise RuntimeError("there is no checkpoint to resume from")
         return self.resumed

@@ -1,6 +1,6 @@
-"""The training loop: transformers' Trainer, with our order of the data, our checkpoints and our progress.
+"""The training loop: transformers' Trainer with Graft's order of the data, checkpoints and progress.
 
-It knows nothing of methods: whatever of the model requires a gradient is trained.
+It knows nothing about methods: it trains every parameter that requires a gradient.
 """
 
 import gc
@@ -55,10 +55,11 @@ class Learned:
 
 
 def run_loop(run: Run, work: Work) -> Learned:
-    """Train `work.model` in place. If the store has a usable checkpoint of the run, training resumes from the newest one.
+    """Train `work.model` in place. If the store has a usable checkpoint of the run, training resumes from the newest
+    one.
 
-    With several processes, only rank 0 returns; the other ranks raise PartDone. A sharded model is whole when this returns, in
-    host memory.
+    With several processes, only rank 0 returns. The other ranks raise PartDone. If the model was sharded, it is
+    unsharded and in host memory when this returns.
     """
     distributed.loaded()
     resolved = work.resolved
@@ -94,7 +95,7 @@ def run_loop(run: Run, work: Work) -> Learned:
 
 
 def skip_loop(run: Run, model: Any, resume: Resume, watch: Watch) -> None:
-    """Take the weights of an earlier attempt that ended after its last step. Nothing is trained twice."""
+    """Restore the weights of an earlier attempt that ended after its last step. No step is trained again."""
     trained(run)
     log.info("an earlier attempt has trained to the end, step %d: resuming after it", resume.step)
     restore_weights(model, resume.state["weights"])
@@ -129,7 +130,8 @@ def train_on(run: Run, work: Work, watch: Watch, writer: CheckpointWriter, resum
             del whole, shell
             gc.collect()  # the shards on this GPU are in reference cycles, too
         final = {"weights": trained_weights(model), "watch": watch.state()}
-        # A sharded model is in host memory now, which may not hold it twice. It is written without a copy, before it changes.
+        # A sharded model is in host memory now, which may not hold it twice. It is written without a copy, before it
+        # changes.
         writer.take(final, step, final=True, copy=not sharded)
         if world > 1:
             # The other pods end now. If this pod is restarted, it must not need them.
@@ -155,13 +157,15 @@ def take_steps(run: Run, work: Work, watch: Watch, writer: CheckpointWriter, res
 
 
 def trained(run: Run) -> None:
-    """The last step is taken: what fails from here on is not for a smaller micro-batch to mend."""
+    """Report that the last step is done. From here on, a smaller micro-batch cannot help if memory runs out."""
     run.progress.stage("Evaluating", percent=100, eta_seconds=None)
 
 
 def free_trainer() -> None:
-    """Give back gradients and the optimizer's state, which are in a cycle with the Trainer: the GPU has no room for much else
-    beside them."""
+    """Free the gradients and the optimizer's state, which take most of the GPU's memory.
+
+    They are in a reference cycle with the Trainer, so only the garbage collector frees them.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,15 +1,18 @@
-"""How fast training goes (PURE): tokens per second and the time that is left, from what was just seen."""
+"""The speed of training (PURE): tokens per second and the remaining time, from the latest steps."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 
-WINDOW = 30.0  # seconds that a speed is taken over
-FEWEST = 3  # steps before anything is said
+WINDOW = 30.0  # seconds over which the speed is measured
+FEWEST = 3  # steps before a speed is reported
 
 
 class Pace:
-    """Speed over the last WINDOW seconds; pauses for evaluation are taken out of the speed and added to the time left."""
+    """Speed over the last WINDOW seconds.
+
+    The speed excludes pauses for evaluation; the remaining time includes them.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -19,14 +22,14 @@ class Pace:
         self._pauses = 0
 
     def step(self, step: int, tokens: int) -> None:
-        """`step` optimizer steps are done, with `tokens` tokens in all."""
+        """Record that `step` optimizer steps are done, with `tokens` tokens in total."""
         at = self._clock() - self._start - self._paused
         self._marks.append((at, step, tokens))
         while len(self._marks) > FEWEST + 1 and at - self._marks[1][0] > WINDOW:
             self._marks.popleft()
 
     def pause(self, seconds: float) -> None:
-        """An evaluation took so long."""
+        """Record that an evaluation took `seconds`."""
         self._paused += seconds
         self._pauses += 1
 
@@ -37,7 +40,7 @@ class Pace:
         return round((after - before) / (end - begin), 1) if end > begin else None
 
     def eta_seconds(self, total_steps: int, pauses_left: int = 0) -> int | None:
-        """Seconds until the last step, with the evaluations that are still to come."""
+        """Return the seconds until the last step, including `pauses_left` evaluations."""
         if len(self._marks) <= FEWEST:
             return None
         (begin, before, _), (end, after, _) = self._marks[0], self._marks[-1]

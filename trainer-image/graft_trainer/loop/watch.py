@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: progress, the loss curve, held-out loss, and when a checkpoint is due."""
+"""The work around the training steps: progress, the loss curve, the held-out loss, and when a checkpoint is due."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ TELL = 0.5  # seconds between updates of the progress in memory
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Sees every step. Its state() is part of a checkpoint, so that an attempt that goes on knows the whole run."""
+    """Follows every step. Its state() is part of each checkpoint, so an attempt that resumes knows the whole run."""
 
     def __init__(
         self,
@@ -41,23 +41,23 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.resolved = resolved
         self.collator = collator
         self.held_out = held_out
-        self.save_seconds = save_seconds  # between checkpoints, where steps do not say
+        self.save_seconds = save_seconds  # between checkpoints, if training.saveSteps is not set
         self.writer = writer
         self.curve: list[dict[str, float]] = []
-        self.events: list[dict[str, Any]] = []  # of events.jsonl
-        self.last_eval_loss: float | None = None  # None again as soon as a step follows
-        self.tokens = 0  # read in all steps, by all processes
-        self.seconds = 0.0  # of training, those of the attempts before included
+        self.events: list[dict[str, Any]] = []  # the lines of events.jsonl
+        self.last_eval_loss: float | None = None  # None again after the next step
+        self.tokens = 0  # read in all steps, by all ranks
+        self.seconds = 0.0  # of training, including earlier attempts
         self.resumed_from: int | None = None
-        self.leaving = False  # the processes have agreed to end, with a checkpoint of where they are
+        self.leaving = False  # True: all ranks have agreed to write a checkpoint and end
         self.pace = Pace()
         self.told = 0.0
         self._due = False
         self._saved = self._since = time.monotonic()
-        self._read = 0  # of collator.tokens, how many are in self.tokens
+        self._read = 0  # the part of collator.tokens that is already counted in self.tokens
 
     def state(self) -> dict[str, Any]:
-        """What an attempt that goes on must know, but for the weights and the optimizer."""
+        """Return what an attempt needs to resume, except the weights and the optimizer's state."""
         self._count_time()
         return {
             "curve": list(self.curve),
@@ -68,7 +68,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
-        """Go on from a checkpoint of `step` steps: events.jsonl and the progress tell of the whole run."""
+        """Restore state() from a checkpoint of `step` steps. events.jsonl and the progress then cover the whole run."""
         self.curve, self.events = state["curve"], state["events"]
         self.last_eval_loss, self.tokens, self.seconds = state["evalLoss"], state["tokens"], state["seconds"]
         self.resumed_from = step
@@ -84,7 +84,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         )
 
     def saved(self) -> None:
-        """A checkpoint was taken."""
+        """Record that a checkpoint was taken."""
         self._due, self._saved = False, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._read = self.collator.tokens
         self.pace = Pace()
         self.pace.step(state.global_step, self.tokens)
-        # The checkpoint may be of a step whose evaluation was still to come.
+        # The checkpoint may be of a step whose evaluation was not done yet.
         self.catch_up(kwargs["model"], state.global_step)
         if self.leaving:
             raise self.parting()
@@ -112,7 +112,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 tokens_per_second=self.pace.tokens_per_second(),
                 eta_seconds=self.pace.eta_seconds(total, left),
             )
-        control.should_save = save and step < total  # after the last step the final one is written
+        control.should_save = save and step < total  # after the last step, the final checkpoint is written
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -122,8 +122,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             raise Failure(
                 Reason.CONFIGURATION_INVALID,
                 f"training diverged: the loss is {loss} at step {step}",
-                f"Lower training.learningRate (it was {self.resolved.learning_rate:g}), for example to "
-                f"{self.resolved.learning_rate / 10:g}, or raise training.warmupRatio.",
+                f"Lower spec.training.learningRate (it was {self.resolved.learning_rate:g}), for example to "
+                f"{self.resolved.learning_rate / 10:g}, or raise spec.training.warmupRatio.",
             )
         record = {"step": step, "loss": round(loss, 5), "learningRate": rate}
         self.curve.append(record)
@@ -142,15 +142,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             )
 
     def held_out_curve(self) -> list[dict[str, float]]:
-        """The held-out losses, {step, evalLoss}, in the order in which they were measured."""
+        """Return the held-out losses, {step, evalLoss}, in the order in which they were measured."""
         return [{"step": event["step"], "evalLoss": event["evalLoss"]} for event in self.events if "evalLoss" in event]
 
     def precise(self) -> bool:
-        """In fp16 the scaler skips steps whose gradients overflow; an infinite norm is no sign of divergence there."""
+        """Return whether an infinite gradient norm means divergence.
+
+        With fp16 it does not: the scaler skips such steps.
+        """
         return self.resolved.precision != "fp16"
 
     def owes(self, step: int) -> bool:
-        """Whether an evaluation is due after that step and not yet done."""
+        """Return whether an evaluation is due after this step and not done yet."""
         every = self.resolved.eval_steps
         if self.held_out is None or every is None or not step:
             return False
@@ -158,7 +161,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return due and not any("evalLoss" in event and event["step"] == step for event in self.events)
 
     def catch_up(self, model: Any, step: int) -> None:
-        """Measure the held-out loss where it is owed; `leaving` is set when a process was asked to end meanwhile."""
+        """Measure the held-out loss if it is due. If a rank is interrupted meanwhile, set `leaving`."""
         if self.leaving or not self.owes(step):
             return
         try:
@@ -167,7 +170,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.leaving = True
 
     def measure(self, model: Any, step: int) -> None:
-        assert self.held_out is not None  # noqa: S101 - owes() asked
+        """Measure and report the held-out loss. Raises _BrokenOff if a rank is interrupted."""
+        assert self.held_out is not None  # noqa: S101 - owes() has checked it
         begin = time.monotonic()
         batch, examples = self.resolved.per_device_train_batch_size, self.held_out.examples
         if distributed.joined():
@@ -182,22 +186,26 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             log.info("step %d/%d  held-out loss %.4f", step, self.resolved.max_steps, loss)
 
     def parting(self) -> BaseException:
-        """Why this process ends, when all are `leaving`."""
+        """Return the exception with which this rank ends, if all ranks are `leaving`."""
         if self.interruption.wanted:
             return Interrupted()
         return Failure(
             Reason.PEER_LOST,
-            "Another pod of the run was asked to end.",
-            "Nothing is to be done: the Job goes on from the checkpoint.",
+            "Another pod of the run was interrupted.",
+            "No action is needed. The Job resumes from the checkpoint.",
         )
 
     def _go_on(self) -> None:
-        """_BrokenOff in all processes when one of them was asked to end: an evaluation may take longer than it is given."""
+        """Raise _BrokenOff in all ranks if one rank is interrupted: an evaluation may take longer than the time that is
+        left."""
         if distributed.total([self.interruption.wanted])[0]:
             raise _BrokenOff
 
     def _agree(self, step: int) -> bool:
-        """Whether all processes write a checkpoint of this step; any of them may have been asked to end."""
+        """Return whether all ranks write a checkpoint of this step.
+
+        They do if a rank is interrupted, or if a checkpoint is due and no rank is still writing the previous one.
+        """
         if self.resolved.save_steps is not None:
             self._due = self._due or step % self.resolved.save_steps == 0
         else:
@@ -219,7 +227,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 class _BrokenOff(Exception):
-    """The held-out loss is not measured to the end."""
+    """The measurement of the held-out loss was broken off."""
 
 
 class _Between:

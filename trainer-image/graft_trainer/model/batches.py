@@ -38,7 +38,7 @@ def in_batches(
                 meter.step(len(chosen))
             continue
         # Here and not above: the exception's frames hold the tensors that did not fit.
-        log.warning("memory ran out, going on with %d examples at once", size)
+        log.warning("memory ran out, continuing with %d examples at once", size)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""One attempt of a job: its job file, paths, object store, progress, downloads and uploads, and how it fails or is interrupted.
+"""One attempt of a job: its job file, paths, object store, progress, downloads, uploads, failures and interruption.
 
-It does not know what is trained, and it imports no torch.
+It does not know what is trained. It does not import torch.
 """

@@ -1,7 +1,7 @@
-"""The files that a job names: from s3://, hf://datasets/, pvc:// or configMap:// to the work folder, with their digest.
+"""Downloads of the files that a job names, from s3://, hf://datasets/, pvc:// or configMap:// to the work folder.
 
-A file is JSON Lines, plain or packed with gzip. Whether it can be read, has room and is of that form is found before, or
-while, it is copied.
+A dataset file is JSON Lines, plain or compressed with gzip. The download checks that the file can be read, fits on the
+disk and has this format.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from graft_trainer.run.failures import Failure
 from graft_trainer.run.settings import Settings
 
 log = logging.getLogger(__name__)
-LIMIT = 4 * 1024**3  # bytes of a file, unpacked: the work folder is on the node's disk
+LIMIT = 4 * 1024**3  # bytes of a decompressed file: the work folder is on the node's disk
 SPARE = 256 * 1024**2  # bytes that stay free on the disk
 GZIP = b"\x1f\x8b"
 OTHER_FORMS = {
@@ -56,15 +56,15 @@ def download_file(
     hf_endpoint: str | None,
     jsonl: bool = True,
 ) -> str:
-    """Copy the file at `uri` to `target`, unpacked; the sha256:… digest of what is at `uri`.
+    """Copy the file at `uri` to `target` and decompress it. Return the sha256:… digest of the file at `uri`.
 
-    `field` is where the spec names it, such as dataset.train. Failure when it is not there, may not be read, is too large,
-    or, where `jsonl`, is of another form.
+    `field` is the field of the spec that names the file, such as dataset.train. Raises Failure if the file does not
+    exist, cannot be read, or is too large. If `jsonl` is set, it also raises Failure for a file that is not JSON Lines.
     """
     if jsonl and uri.lower().endswith(OTHER_SUFFIXES):
         raise _other_form(field, uri, f"its name ends in {uri[uri.rindex('.') :]}")
     if uri.endswith("/"):
-        raise _missing(field, uri, "it is a folder, and one file is needed")
+        raise _missing(field, uri, "it is a folder, but a single file is expected")
     target.parent.mkdir(parents=True, exist_ok=True)
     scheme = uri.partition("://")[0]
     if scheme == "s3":
@@ -80,7 +80,7 @@ def download_file(
 
 
 def tell(name: str) -> Report:
-    """A report of a download for the log, every 5 s."""
+    """Return a callback that logs the progress of the download `name` every 5 s."""
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
@@ -93,7 +93,10 @@ def tell(name: str) -> Report:
 
 
 def fetch_version(store: S3Store, uri: str, digest: str, folder: Path) -> Manifest:
-    """Copy a published version but for its report to `folder`, every digest verified; its manifest. InvalidArtifact, StoreError."""
+    """Copy a published version without its report to `folder` and verify every digest. Return its manifest.
+
+    Raises InvalidArtifact or StoreError.
+    """
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
     manifest, _ = read_manifest(store, prefix, digest, bucket)
@@ -104,12 +107,16 @@ def fetch_version(store: S3Store, uri: str, digest: str, folder: Path) -> Manife
         path = folder / file.name
         store.download(store.head(prefix + file.name, bucket), path, bucket)
         if (file_sha256(path), path.stat().st_size) != (file.sha256, file.size):
-            raise InvalidArtifact("DigestMismatch", f"{file.name} is not what the manifest says")
+            raise InvalidArtifact("DigestMismatch", f"{file.name} does not match the manifest")
     return manifest
 
 
 def split_dataset_uri(uri: str) -> tuple[str, str, str]:
-    """(org/name, revision, path) of hf://datasets/org/name[@revision]/path. A revision refs/a/b has three segments."""
+    """Return (org/name, revision, path) of hf://datasets/org/name[@revision]/path. A revision refs/a/b has three
+    segments.
+
+    Without a revision, it is "main".
+    """
     organisation, name, rest = uri.removeprefix("hf://datasets/").split("/", 2)
     name, _, revision = name.partition("@")
     if revision == "refs":
@@ -127,9 +134,11 @@ def _from_s3(uri: str, target: Path, field: str, store: S3Store) -> str:
         return "sha256:" + file_sha256(target)
     except StoreError as error:
         if error.trouble == "missing":
-            raise _missing(field, uri, f"there is no such object ({error})") from error
+            raise _missing(field, uri, f"the object does not exist ({error})") from error
         if error.trouble == "denied":
-            raise _missing(field, uri, f"the key in the Secret graft-storage may not read it ({error})") from error
+            raise _missing(
+                field, uri, f"the key in the Secret graft-storage has no permission to read it ({error})"
+            ) from error
         raise
 
 
@@ -143,15 +152,15 @@ def _from_mount(uri: str, target: Path, field: str, settings: Settings) -> str:
         name, _, key = uri.removeprefix("configMap://").partition("/")
         path = settings.configmap_dir / name / key
     else:
-        raise _missing(field, uri, "the scheme is not known")
+        raise _missing(field, uri, "the URI scheme is unknown")
     try:
         if not path.is_file():
-            raise _missing(field, uri, "it is a folder" if path.is_dir() else "there is no such file")
+            raise _missing(field, uri, "it is a folder" if path.is_dir() else "the file does not exist")
         size = path.stat().st_size
         _check_room(size, field, uri, target)
         return _copy(path, target, size, field)
     except PermissionError as error:
-        raise _missing(field, uri, f"it may not be read by the pod's user: {error}") from error
+        raise _missing(field, uri, f"the pod's user has no permission to read it: {error}") from error
 
 
 def _from_hub(uri: str, target: Path, field: str, settings: Settings, endpoint: str | None) -> str:
@@ -166,7 +175,7 @@ def _from_hub(uri: str, target: Path, field: str, settings: Settings, endpoint: 
         _check_room(size, field, uri, target)
         log.info("%s: %.1f MB from the Hub", field, size / 1e6)
         local = Path(hf_hub_download(**place))
-    except LocalEntryNotFoundError as error:  # the Hub did not answer and there is no copy
+    except LocalEntryNotFoundError as error:  # the Hub did not answer, and no local copy exists
         raise _hub_down(field, uri, error) from error
     except EntryNotFoundError as error:
         raise _missing(field, uri, "the repository has no such file at this revision") from error
@@ -174,7 +183,7 @@ def _from_hub(uri: str, target: Path, field: str, settings: Settings, endpoint: 
         status = getattr(error.response, "status_code", 0)
         if status >= 500 or status == 429:
             raise _hub_down(field, uri, error) from error
-        raise _missing(field, uri, f"not there, or it needs a token: {error}") from error
+        raise _missing(field, uri, f"it does not exist, or it needs a token: {error}") from error
     digest = _copy(local, target, size, field)
     local.unlink()
     return digest
@@ -187,9 +196,9 @@ def _check_room(size: int, field: str, uri: str, target: Path) -> None:
     if size + SPARE > free:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
-            f"{field}: {uri} has {size / 1e9:.2f} GB, the pod's work folder has room for {max(0, free - SPARE) / 1e9:.2f} GB",
-            "Set resources.requests.ephemeral-storage of the FineTuneJob above the size of base model and dataset, so that it "
-            "gets to a node with room.",
+            f"{field}: {uri} has {size / 1e9:.2f} GB, but only {max(0, free - SPARE) / 1e9:.2f} GB fit in the pod's work folder",
+            "Set ephemeral-storage in spec.resources.requests of the FineTuneJob above the size of the base model plus the "
+            "dataset. Then the pod is scheduled to a node with enough disk space.",
         )
 
 
@@ -205,7 +214,7 @@ def _copy(path: Path, target: Path, size: int, field: str) -> str:
 
 
 def _unpack(target: Path, field: str, uri: str) -> None:
-    """Replace a gzip file by what is in it, and stop where that is more than a file may have."""
+    """Decompress a gzip file in place. Raises Failure if the content is larger than LIMIT or the file is damaged."""
     with target.open("rb") as stream:
         if stream.read(len(GZIP)) != GZIP:
             return
@@ -221,7 +230,7 @@ def _unpack(target: Path, field: str, uri: str) -> None:
                 sink.write(chunk)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise Failure(
-            Reason.DATASET_INVALID, f"{field}: {uri} is a damaged gzip file: {error}", "Upload the file again, whole."
+            Reason.DATASET_INVALID, f"{field}: {uri} is a damaged gzip file: {error}", "Upload the complete file again."
         ) from error
     finally:
         packed.unlink()
@@ -236,7 +245,7 @@ def _check_form(path: Path, field: str, uri: str) -> None:
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise Failure(
             Reason.DATASET_INVALID,
-            f"{field}: {uri} begins with [: it is one JSON array and not JSON Lines, one object per line",
+            f"{field}: {uri} begins with [, so it is one JSON array. JSON Lines is expected, with one object per line",
             "Convert it with jq -c '.[]' FILE.json > FILE.jsonl.",
         )
 
@@ -252,8 +261,8 @@ def _other_form(field: str, uri: str, why: str) -> Failure:
 def _too_large(field: str, uri: str, size: int) -> Failure:
     return Failure(
         Reason.CONFIGURATION_INVALID,
-        f"{field}: {uri} has at least {size / 1e9:.2f} GB, a file may have {LIMIT / 1e9:.2f} GB",
-        "Name a smaller file, for example a sample of this one.",
+        f"{field}: {uri} has at least {size / 1e9:.2f} GB, but a file may have at most {LIMIT / 1e9:.2f} GB",
+        f"Set spec.{field} to a smaller file, for example a sample of this file.",
     )
 
 
@@ -261,13 +270,13 @@ def _missing(field: str, uri: str, why: str) -> Failure:
     return Failure(
         Reason.DATASET_UNAVAILABLE,
         f"{field}: {uri} cannot be read: {why}",
-        f"Put the file there or correct the URI in {field}, and make sure that the job's namespace may read it.",
+        f"Upload the file to this URI, or correct the URI in spec.{field}. Check that the job's namespace has permission to read it.",
     )
 
 
 def _hub_down(field: str, uri: str, error: Exception) -> Failure:
     return Failure(
         Reason.STORAGE_UNAVAILABLE,
-        f"{field}: {uri}: the Hub did not answer: {error}",
-        "Check that the Hugging Face endpoint is reachable from the job's namespace; the Job tries again.",
+        f"{field}: {uri}: the Hugging Face Hub did not answer: {error}",
+        "Check that the Hugging Face endpoint is reachable from the job's namespace. The Job retries.",
     )

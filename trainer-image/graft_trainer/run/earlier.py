@@ -12,7 +12,8 @@ from graft_trainer.run.run import Run
 
 
 def read_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | None:
-    """Return the manifest below a version's prefix and its digest: (None, digest) if it is unreadable, None if there is none.
+    """Return the manifest below a version's prefix and its digest: (None, digest) if it is unreadable, None if there is
+    none.
 
     Raises StoreError.
     """
@@ -31,7 +32,7 @@ def read_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | 
 def already_published(run: Run) -> tuple[Manifest, str] | None:
     """Return the manifest and its digest if an attempt of this job has published the version.
 
-    Raises Failure(VersionExists) if another job has: nothing that is trained now could be published.
+    Raises Failure(VersionExists) if another job has published it, because this run could not publish its result.
     """
     if (found := read_manifest(run.store, run.version_prefix)) is None:
         return None
@@ -42,16 +43,16 @@ def already_published(run: Run) -> tuple[Manifest, str] | None:
     by = f" by the job {manifest.job.namespace}/{manifest.job.name}" if manifest else ""
     raise Failure(
         Reason.VERSION_EXISTS,
-        f"{output.adapter} {output.version} is published already{by}",
-        "Give another output.version or leave it at auto; published versions never change.",
+        f"{output.adapter} {output.version} is already published{by}",
+        "Create the job again with another spec.output.version, or with auto. Published versions never change.",
     )
 
 
 def memory_halvings(run: Run) -> int:
     """Return how often the micro-batch must be halved: once more than in any attempt that ran out of memory.
 
-    The operator counts too, including the attempts that the kernel killed, but its count in the job file can be late. Raises
-    StoreError.
+    The operator also counts, and it includes the attempts that the kernel killed. Its count in the job file can be
+    late. Raises StoreError.
     """
     known = run.job.halvings
     for item in run.store.objects(run.prefix):

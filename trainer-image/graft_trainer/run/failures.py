@@ -1,4 +1,4 @@
-"""How a run fails: one place that turns any exception into a reason, a message and a remedy that a user can act on."""
+"""How a run fails: turns every exception into a reason, a message and a remedy that a user can act on."""
 
 import errno
 from pathlib import Path
@@ -10,6 +10,10 @@ from graft.contracts.progress import Reason, Termination
 
 TERMINATION_LIMIT = 4096  # bytes that Kubernetes keeps of a termination message
 REMEDY_LIMIT = 600  # characters
+RESTART = (
+    "Then raise spec.restarts of the FineTuneJob, which resumes from its newest checkpoint. An Adapter has no spec.restarts: "
+    "delete it and create it again."
+)
 
 
 class Failure(Exception):
@@ -23,7 +27,7 @@ class Failure(Exception):
 
 
 class Interrupted(BaseException):
-    """The kubelet asked the pod to end. No Exception, so that no library's handler swallows it."""
+    """The pod received SIGTERM. Not an Exception, so that no library's exception handler catches it."""
 
 
 def explain(
@@ -34,14 +38,18 @@ def explain(
     trained: bool = False,
     follows: bool = False,
 ) -> Termination:
-    """Why the run failed and what to do; `hyperparameters` are the resolved ones (camelCase), when they are known, and
-    `training` says that steps were still to be taken, which a smaller micro-batch makes cheaper. `trained`: a step was
-    taken with the other processes; `follows`: one of them had ended before."""
+    """Return why the run failed and what to do.
+
+    `hyperparameters` are the resolved values (camelCase), if they are known. `training`: the run was still training, so
+    a smaller micro-batch can save memory. `trained`: this attempt has done at least one step together with the other
+    ranks. `follows`: another rank had ended before.
+    """
     if between_processes(error) and not out_of_memory(error):
         failure = _between_processes(error, follows or (trained and connection_ended(error)))
     else:
         failure = _explain(error, hyperparameters, training)
-    # Half characters (from file names or a library's text) cannot be written as UTF-8 and would hide the failure.
+    # Lone surrogates, from file names or a library's text, cannot be encoded as UTF-8. The error would hide the
+    # failure.
     clean = {name: getattr(failure, name).encode(errors="replace").decode() for name in ("message", "remedy")}
     return failure.model_copy(update=clean)
 
@@ -52,8 +60,8 @@ def _explain(error: BaseException, hyperparameters: dict[str, Any] | None, train
     if isinstance(error, Interrupted):
         return Termination(
             reason=Reason.INTERRUPTED,
-            message="The pod was asked to end before the run was complete.",
-            remedy="Nothing is to be done: the Job starts another attempt unless it was deleted.",
+            message="The pod was interrupted before the run was complete.",
+            remedy="No action is needed. The Job starts another attempt unless it was deleted.",
         )
     if out_of_memory(error):
         return _out_of_memory(error, hyperparameters or {}, training)
@@ -65,17 +73,20 @@ def _explain(error: BaseException, hyperparameters: dict[str, Any] | None, train
         return Termination(
             reason=Reason.CONFIGURATION_INVALID,
             message=f"The pod's work folder is full: {error}",
-            remedy="Ask for more disk: status.sizing.nodeDiskBytes is what the run needs, as ephemeral-storage in resources.requests.",
+            remedy="Request more disk: set ephemeral-storage in spec.resources.requests to the bytes in status.sizing.nodeDiskBytes or more.",
         )
     return Termination(
         reason=Reason.INTERNAL_ERROR,
         message=f"{type(error).__name__}: {error}",
-        remedy="Read the container's log for the traceback and report it if it looks like a fault of Graft.",
+        remedy="Read the traceback in the container's log. Report it if it looks like a fault of Graft.",
     )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or a CPU. By name, so that prepare need not import torch."""
+    """Return whether an allocation failed, on a GPU or a CPU.
+
+    Errors are recognised by name, so prepare imports no torch.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
@@ -84,14 +95,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def between_processes(error: BaseException) -> bool:
-    """Whether a call to the other processes failed. By name, as above: gloo's errors are plain RuntimeErrors."""
+    """Return whether communication with the other ranks failed.
+
+    Recognised by name or text: gloo raises plain RuntimeErrors.
+    """
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "NCCL" in str(error))
 
 
 def connection_ended(error: BaseException) -> bool:
-    """Whether the other end of a connection was closed, as the kernel does for a process that is gone."""
+    """Return whether the other end closed the connection.
+
+    The kernel closes the connections of a process that has ended.
+    """
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
@@ -103,20 +120,22 @@ def connection_ended(error: BaseException) -> bool:
 
 
 def _between_processes(error: BaseException, ended: bool) -> Termination:
-    """PeerLost costs no retry, so somebody else must have ended, whose own reason counts."""
+    """Return PeerLost only if another rank has ended: PeerLost uses no retry, because the other rank's reason
+    counts."""
     said = _first_line(str(error)) or type(error).__name__
     if ended:
         return Termination(
             reason=Reason.PEER_LOST,
             message=f"Another pod of the run ended: {said}",
-            remedy="See why it ended with kubectl describe pod; the Job goes on from the newest checkpoint.",
+            remedy="Run kubectl describe pod to see why it ended. The Job resumes from the newest checkpoint.",
         )
     return Termination(
         reason=Reason.COMMUNICATION_FAILED,
-        message=f"The processes of the run could not talk to each other: {said}",
-        remedy="Each try counts as a retry. Set NCCL_DEBUG=INFO in the trainer image and read the log of every pod: "
-        "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface, InfiniBand needs an unlimited memlock, "
-        "and all nodes need the same GPU driver. After a timeout one process was much slower than the others, or stuck.",
+        message=f"The ranks of the run could not communicate: {said}",
+        remedy="Each attempt that ends like this uses one retry. Set NCCL_DEBUG=INFO in the trainer image and read the log of "
+        "every pod. NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME select the network interface. InfiniBand needs an unlimited "
+        "memlock. All nodes need the same GPU driver. If the error is a timeout, one rank was stuck or much slower than "
+        "the others.",
     )
 
 
@@ -127,17 +146,17 @@ def _out_of_memory(error: BaseException, known: dict[str, Any], training: bool) 
         return Termination(
             reason=Reason.MEMORY_EXCEEDED,
             message=f"{message}, with {batch} examples per micro-batch",
-            remedy="Nothing is to be done: the next attempt halves the micro-batch and doubles the accumulation.",
+            remedy="No action is needed. The next attempt halves the micro-batch and doubles the gradient accumulation.",
         )
     if isinstance(batch, int) and not training:
         message = message.replace("ran out", "ran out after the last step", 1)
         remedy = (
-            "Training itself fits, and its weights are kept. Lower what the evaluation takes at once, evaluation.maxNewTokens "
-            "or evaluation.fewShotExamples, in a new job, or give this one more memory and raise spec.restarts."
+            "Training itself fits in memory, and its weights are kept. Give this job more memory and raise spec.restarts. "
+            "Or create a new job with a lower spec.evaluation.maxNewTokens or spec.evaluation.fewShotExamples."
         )
     elif isinstance(batch, int):
         remedy = (
-            f"Set training.gradientCheckpointing to true, lower training.maxLength (it was {known.get('maxLength')}), "
+            f"Set spec.training.gradientCheckpointing to true, lower spec.training.maxLength (it was {known.get('maxLength')}), "
             "use method qlora, or give the job more memory."
         )
     else:
@@ -146,70 +165,73 @@ def _out_of_memory(error: BaseException, known: dict[str, Any], training: bool) 
 
 
 def store_failure(error: StoreError, *, publishing: bool = False) -> Termination:
-    """A failed call to the object store. While publishing, what the tenant's key may not write is an upload that failed."""
+    """Return the failure for a failed call to the object store. While `publishing`, a denied write is UploadFailed."""
     message = str(error)
     match error.trouble:
         case "denied" if publishing:
             return Termination(
                 reason=Reason.UPLOAD_FAILED,
                 message=f"The store refused the adapter's files: {message}",
-                remedy="Let the key in the Secret graft-storage write below the tenant's prefix, then raise spec.restarts: the job goes on from its newest checkpoint.",
+                remedy=f"Let the key in the Secret graft-storage write below the tenant's prefix. {RESTART}",
             )
         case "denied":
             return Termination(
                 reason=Reason.STORAGE_DENIED,
                 message=f"The store refused the request: {message}",
-                remedy="Check that the key in the Secret graft-storage is valid and may read and write below its prefix.",
+                remedy="Check that the key in the Secret graft-storage is valid, and that it may read and write below the tenant's prefix.",
             )
         case "full":
             return Termination(
                 reason=Reason.UPLOAD_FAILED,
                 message=f"The store is full: {message}",
-                remedy="Free space in the bucket or raise its quota, then raise spec.restarts: the job goes on from its newest checkpoint.",
+                remedy=f"Free space in the bucket or raise its quota. {RESTART}",
             )
         case "exists":
             return Termination(
                 reason=Reason.VERSION_EXISTS,
-                message=f"The version is published already: {message}",
-                remedy="Give another output.version or leave it at auto; published versions never change.",
+                message=f"The version is already published: {message}",
+                remedy="Create the job again with another spec.output.version, or with auto. Published versions never change.",
             )
         case "missing":
             return Termination(
                 reason=Reason.STORAGE_DENIED,
-                message=f"The bucket or object is not there: {message}",
-                remedy="Create the bucket that the Secret graft-storage names, or correct its name there.",
+                message=f"The bucket or object does not exist: {message}",
+                remedy="Create the bucket that the Secret graft-storage names, or correct the bucket's name in the Secret.",
             )
         case _:
             return Termination(
                 reason=Reason.STORAGE_UNAVAILABLE,
                 message=f"The object store did not answer: {message}",
-                remedy="Check that the store's endpoint is up and reachable from the job's namespace; the Job tries again.",
+                remedy="Check that the store's endpoint is up and reachable from the job's namespace. The Job retries.",
             )
 
 
 def base_model_failure(error: SourceError) -> Termination:
-    """A base model that could not be fetched."""
+    """Return the failure for a base model that could not be downloaded or read."""
     if error.transient:
         return Termination(
             reason=Reason.STORAGE_UNAVAILABLE,
             message=f"The base model's source did not answer: {error}",
-            remedy="Check that the source of the BaseModel is reachable from the job's namespace; the Job tries again.",
+            remedy="Check that the source of the BaseModel is reachable from the job's namespace. The Job retries.",
         )
     if "no safetensors weights" in str(error):
         return Termination(
             reason=Reason.BASE_MODEL_INVALID,
             message=f"The base model cannot be used: {error}",
-            remedy="Point the BaseModel at weights in safetensors; pickled weights are never loaded.",
+            remedy="Set spec.source of the BaseModel to weights in safetensors. Graft never loads pickled weights.",
         )
     return Termination(
         reason=Reason.BASE_MODEL_UNAVAILABLE,
-        message=f"The base model cannot be had: {error}",
+        message=f"The base model cannot be read: {error}",
         remedy="Correct spec.source of the BaseModel, or let this namespace's key or Hugging Face token read it.",
     )
 
 
 def termination_bytes(failure: Termination) -> bytes:
-    """The termination message, cut so that it stays whole JSON within what Kubernetes keeps."""
+    """Return the termination message as valid JSON.
+
+    The message and the remedy are cut to fit in TERMINATION_LIMIT bytes.
+    """
     remedy = _cut(failure.remedy, REMEDY_LIMIT)
     length = len(failure.message)
     while True:
@@ -221,7 +243,7 @@ def termination_bytes(failure: Termination) -> bytes:
 
 
 def write_termination(path: Path, failure: Termination) -> None:
-    """Best effort: a container without the file still has its exit code and progress.json."""
+    """Write the termination message. Errors are ignored: the exit code and progress.json also report the failure."""
     try:
         path.write_bytes(termination_bytes(failure))
     except OSError:

@@ -1,7 +1,7 @@
-"""SIGTERM: the kubelet asks the pod to end, and how long what is still to be done may take.
+"""The handling of SIGTERM, and how long the process may run after it.
 
-Kubernetes sends SIGKILL after terminationGracePeriodSeconds, 120 s for training pods. Most of that is for the last
-checkpoint; where there is none to write the process ends at once.
+Kubernetes sends SIGKILL after terminationGracePeriodSeconds, 120 s for training pods. Most of this time is for the last
+checkpoint. If there is no checkpoint to write, the process ends at once.
 """
 
 import os
@@ -14,12 +14,12 @@ from types import FrameType
 
 from graft_trainer.run.failures import Interrupted
 
-PROMPT = 8.0  # seconds after which a process is ended that is stuck in native code
-LONGEST = 100.0  # seconds for the step that goes on and the checkpoint after it
+PROMPT = 8.0  # seconds until a process that is stuck in native code is ended
+LONGEST = 100.0  # seconds for the current step and the checkpoint after it
 
 
 class Interruption:
-    """Raises Interrupted in the main thread at SIGTERM, or, where that is deferred, only says that it is wanted."""
+    """Raises Interrupted in the main thread at SIGTERM. While deferred, it only sets `wanted`."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -27,7 +27,10 @@ class Interruption:
         self._holding: list[Callable[[], bool]] = []
 
     def listen(self, give_up: Callable[[], int]) -> None:
-        """Handle SIGTERM from now on. `give_up` leaves a message and gives the exit code when nothing else helps."""
+        """Handle SIGTERM from now on.
+
+        If the process does not end in time, `give_up` reports it and returns the exit code.
+        """
 
         def handle(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +43,10 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within it SIGTERM only sets `wanted`; at its end Interrupted is raised if it did."""
+        """Defer SIGTERM: within this context it only sets `wanted`.
+
+        After the context, Interrupted is raised if it is set.
+        """
         self._deferred += 1
         try:
             yield
@@ -50,7 +56,7 @@ class Interruption:
             raise Interrupted
 
     def hold(self, busy: Callable[[], bool]) -> None:
-        """Give the process the longer time while `busy` says so."""
+        """Allow the process LONGEST instead of PROMPT seconds while `busy` returns True."""
         self._holding.append(busy)
 
     def _watch(self, give_up: Callable[[], int]) -> None:

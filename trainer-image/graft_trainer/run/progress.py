@@ -1,7 +1,7 @@
-"""progress.json and events.jsonl: what the operator and the user see of a run while it goes on.
+"""progress.json and events.jsonl: what the operator and the user see of a run while it is running.
 
-Uploads happen in a thread of their own: a slow or absent store never holds up training. The latest state wins, so what
-could not be sent is simply replaced by what is sent next.
+A separate thread uploads them, so a slow or unavailable store never delays training. If an upload fails, the next
+upload replaces it with the latest state.
 """
 
 import json
@@ -15,34 +15,38 @@ from graft.artifacts.layout import EVENTS, PROGRESS
 from graft.contracts.progress import Progress, TrainingStage
 
 log = logging.getLogger(__name__)
-LARGE_EVENTS = 512 * 1024  # bytes; above it events.jsonl, which is sent whole, is sent more seldom
+# Bytes. A larger events.jsonl is uploaded less often, because each upload sends the whole file.
+LARGE_EVENTS = 512 * 1024
 
 
 class Uploads(Protocol):
-    """The one call that the reporter makes to the store."""
+    """The only call that the reporter makes to the store."""
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None: ...
 
 
 def now() -> str:
-    """RFC 3339, UTC, in seconds."""
+    """Return the current time as RFC 3339 in UTC, without fractions of a second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class ProgressReporter:
-    """Keeps the state of an attempt and uploads it, at most every `interval` seconds; a change of stage goes at once."""
+    """Keeps the state of an attempt and uploads it at most every `interval` seconds.
+
+    A change of stage is uploaded at once.
+    """
 
     def __init__(
         self, store: Uploads, prefix: str, attempt: str, *, interval: float = 5.0, silent: bool = False
     ) -> None:
-        """A `silent` one uploads nothing: of processes that train together one speaks for all."""
+        """With `silent`, nothing is uploaded: if several processes train together, only rank 0 reports."""
         self._store = store
         self._prefix = prefix
         self._interval = interval
         self._state = Progress(attempt=attempt, stage="Preparing", updated_at=now())
         self._events: list[bytes] = []
         self._events_size = 0
-        self._events_sent = 0  # how many of them the store has
+        self._events_sent = 0  # number of events that the store has
         self._events_due = 0.0
         self._version = 0
         self._sent = 0
@@ -61,14 +65,14 @@ class ProgressReporter:
             return self._state
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the state; it is uploaded with the next beat."""
+        """Change fields of the state. The next periodic upload sends them."""
         with self._wake:
             self._state = self._state.model_copy(update=changes | {"updated_at": now()})
             self._version += 1
             self._wake.notify()
 
     def stage(self, stage: TrainingStage, **changes: Any) -> None:
-        """Enter a stage; the upload starts at once."""
+        """Enter a stage. The upload starts at once."""
         if not self._silent:
             log.info("stage: %s", stage)
         with self._wake:
@@ -85,7 +89,7 @@ class ProgressReporter:
             self._wake.notify()
 
     def close(self, patience: float) -> bool:
-        """Send the last state, trying for `patience` seconds; whether the store has it."""
+        """Upload the last state, with retries for `patience` seconds. Return whether the store has it."""
         if self._silent:
             return True
         with self._wake:
@@ -133,9 +137,9 @@ class ProgressReporter:
             if events:
                 self._store.put(self._prefix + EVENTS, b"".join(events))
         except Exception as error:
-            # Whatever it is, the next beat tries again; the log shows the first of a row of failures only.
+            # The next periodic upload retries after any error. Only the first of consecutive failures is logged.
             if not self._failing:
-                log.warning("progress could not be uploaded, trying again: %s", error)
+                log.warning("progress could not be uploaded, retrying: %s", error)
             self._failing = True
             return False
         if self._failing:

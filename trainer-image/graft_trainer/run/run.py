@@ -36,7 +36,7 @@ class Run:
     upload: Callable[[str, Path], None]  # (key, file), while training goes on. Raises StoreError
     halvings: int = 0  # how often the micro-batch is halved, because earlier attempts ran out of memory
     interruption: Interruption = field(default_factory=Interruption)
-    cleanup: ExitStack = field(default_factory=ExitStack)  # what must be over before the process ends
+    cleanup: ExitStack = field(default_factory=ExitStack)  # callbacks that must finish before the process ends
 
     @property
     def prefix(self) -> str:
@@ -94,7 +94,7 @@ def open_store(settings: Settings) -> S3Store:
     storage = StorageConfig.from_dir(settings.storage_dir)
     try:
         return S3Store(storage, patience=settings.storage_patience)
-    except ValueError as error:  # botocore raises it for an endpoint that is no URL
+    except ValueError as error:  # botocore raises it for an endpoint that is not a URL
         raise Failure(
             Reason.STORAGE_DENIED,
             f"the object store cannot be opened: {error}",
@@ -105,8 +105,8 @@ def open_store(settings: Settings) -> S3Store:
 def open_run(settings: Settings, store: S3Store, job: JobFile, *, write_now: bool = False, silent: bool = False) -> Run:
     """Start the attempt's progress.
 
-    With `write_now`, progress.json is written before anything else. If the key may not write, the run then fails at once and
-    not after hours of training. A `silent` run reports no progress: it is for every rank but rank 0.
+    With `write_now`, progress.json is written before anything else. If the key may not write, the run then fails at
+    once and not after hours of training. A `silent` run reports no progress: it is for every rank but rank 0.
     """
     prefix = attempt_prefix(job.tenant, job.job.uid, settings.attempt)
     if write_now:

@@ -1,4 +1,4 @@
-"""Where the pod finds things: the mounts of graft.contracts, each of which a test may move with an environment variable."""
+"""The paths of the pod: the mounts of graft.contracts. Tests can change each path with an environment variable."""
 
 import os
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ class Settings:
     configmap_dir: Path
     termination_file: Path
     progress_interval: float = 5.0  # seconds between uploads of progress.json
-    storage_patience: float = 180.0  # seconds for which an unreachable store is asked again
-    checkpoint_seconds: float = 300.0  # between checkpoints, unless training.saveSteps says otherwise
+    storage_patience: float = 180.0  # seconds for which calls to an unavailable store are retried
+    checkpoint_seconds: float = 300.0  # seconds between checkpoints, if training.saveSteps is not set
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Settings":
@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def prepared_file(self) -> Path:
-        """What prepare found, for train."""
+        """The file in which prepare passes its results to train."""
         return self.work_dir / "prepared.json"
 
     @property
@@ -61,17 +61,17 @@ class Settings:
         return self.work_dir / "adapter"
 
     def hf_token(self) -> str | None:
-        """The tenant's Hugging Face token, if the namespace has one."""
+        """Return the tenant's Hugging Face token, or None if the namespace has none."""
         if not self.hf_token_file.is_file():
             return None
         return self.hf_token_file.read_text().strip() or None
 
 
 def library_environment(work_dir: Path, *, offline: bool) -> dict[str, str]:
-    """What the libraries must find in the environment before they are imported.
+    """Return the environment variables that must be set before the libraries are imported.
 
-    The root file system is read-only, so caches go to the work folder. Training reads local files only; offline mode
-    keeps transformers from asking the Hub about them.
+    The root file system is read-only, so caches are in the work folder. Training reads local files only. With
+    `offline`, transformers does not ask the Hub about them.
     """
     cache = work_dir / "cache"
     values = {
@@ -82,7 +82,7 @@ def library_environment(work_dir: Path, *, offline: bool) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Threads that spin while they wait slow each other down many times over where CPUs are shared or throttled.
+        # If CPUs are shared or throttled, threads that busy-wait slow each other down many times over.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
     }

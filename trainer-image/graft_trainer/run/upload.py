@@ -1,7 +1,7 @@
-"""Uploads in a process of their own, for what is uploaded while training goes on.
+"""Uploads in a separate process, for files that are uploaded during training.
 
-Large files go in many parts at once, by threads that want Python's lock all the time: in the training process each upload
-holds up the steps beside it, which on a GPU do little but hold that lock.
+A large file is uploaded in many parts at once, by threads that need Python's global lock all the time. In the training
+process such an upload would delay the steps, because on a GPU a step mostly holds this lock.
 """
 
 import json
@@ -16,14 +16,13 @@ from pathlib import Path
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 
-LARGE = (
-    32 * 2**20
-)  # bytes: a smaller file goes in a few parts, which takes less of the CPUs than the start of a process
-NICENESS = 10  # training comes first where the pod has few CPUs
+# Bytes. A smaller file needs only a few parts, which use less CPU time than the start of a process.
+LARGE = 32 * 2**20
+NICENESS = 10  # if the pod has few CPUs, training has priority over the upload
 
 
 def upload_beside(store: S3Store, key: str, path: Path) -> None:
-    """Upload a file while training goes on. StoreError."""
+    """Upload a file during training. Raises StoreError."""
     if path.stat().st_size < LARGE:
         store.upload(key, path)
     else:
@@ -31,11 +30,11 @@ def upload_beside(store: S3Store, key: str, path: Path) -> None:
 
 
 def upload_apart(store: S3Store, key: str, path: Path) -> None:
-    """Run `store.upload` in another process. That process ends with this one. Raises StoreError."""
+    """Run `store.upload` in another process, which ends when this process ends. Raises StoreError."""
     command = [sys.executable, "-m", __name__, key, str(path)]
     read, write = os.pipe()
     with os.fdopen(read) as theirs, os.fdopen(write, "w") as ours:
-        # Through a pipe, so that the key is in no argument and no environment.
+        # The key goes through a pipe, so that it is in no argument and in no environment variable.
         print(json.dumps({"config": asdict(store.config), "patience": store.patience}), file=ours, flush=True)
         done = subprocess.run(
             command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -49,18 +48,21 @@ def upload_apart(store: S3Store, key: str, path: Path) -> None:
         how = (
             f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with code {done.returncode}"
         )
-        told = f"{key}: the process that uploads it {how}: {done.stdout[-500:]}"
-        raise StoreError("unavailable", told) from None
+        message = f"{key}: the process that uploads it {how}: {done.stdout[-500:]}"
+        raise StoreError("unavailable", message) from None
 
 
 def main(key: str, path: str) -> int:
-    """The other process; its last line says as JSON why it failed."""
-    # A signal to the whole group is for the training process, which knows whether there is time for this.
+    """Upload one file in the separate process.
+
+    Return the exit code. If it fails, the last line of output is the error as JSON.
+    """
+    # Signals to the process group are ignored here: the training process knows whether there is time for the upload.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
-    told = json.loads(sys.stdin.readline())
-    store = S3Store(StorageConfig(**told["config"]), patience=told["patience"])
+    settings = json.loads(sys.stdin.readline())
+    store = S3Store(StorageConfig(**settings["config"]), patience=settings["patience"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         store.upload(key, Path(path))

@@ -1,4 +1,4 @@
-"""Versions of an adapter: publish one that was trained, or compose or import one without training.
+"""Versions of an adapter: publish a trained version, or compose or import a version without training.
 
-It knows the manifest and the order of uploads; it does not know how a model is trained.
+It knows the manifest and the order of uploads. It does not know how a model is trained.
 """

@@ -1,6 +1,7 @@
-"""compose: several LoRA updates become one, or a part of the base model. The mathematics is peft's add_weighted_adapter.
+"""compose: combine several LoRA updates into one adapter, or merge them into the base model.
 
-An adapter needs no weights of the base model, see shapes.py; only a merge into the base downloads it.
+peft's add_weighted_adapter does the mathematics. To combine adapters, the base model's weights are not needed, see
+shapes.py. Only a merge downloads them.
 """
 
 import json
@@ -43,11 +44,11 @@ PEFT_NAMES: dict[CompositionMethod, str] = {
     "dareTies": "dare_ties",
     "dareTiesSvd": "dare_ties_svd",
 }
-RESULT = "composed"  # of the result on the model, beside parent-0, parent-1, …
+RESULT = "composed"  # name of the result in the model, beside parent-0, parent-1, …
 
 
 def compose(making: Making, wanted: Composition) -> Made:
-    """Combine the parents into settings.adapter_dir."""
+    """Combine the parents, and write the result to settings.adapter_dir."""
     file, settings = making.file, making.settings
     work = settings.work_dir / "parents"
     shutil.rmtree(work, ignore_errors=True)
@@ -60,7 +61,7 @@ def compose(making: Making, wanted: Composition) -> Made:
     combined = settings.adapter_dir if wanted.into == "adapter" else settings.work_dir / "combined"
     combine(base_of_shapes(base_config, name, file.task), folders, wanted, combined)
     reduce_config(combined / "adapter_config.json", base_model.uri)
-    # What came out is looked at like what comes from elsewhere: tensors that fit the base model, and are numbers.
+    # The result gets the same checks as an imported adapter: its tensors fit the base model and contain only numbers.
     config = reduced_config((combined / "adapter_config.json").read_bytes(), "the result", "lora", file.task)
     fit = check_adapter(combined, config, base_of_shapes(base_config, name, file.task), "the result", name)
 
@@ -82,15 +83,22 @@ def compose(making: Making, wanted: Composition) -> Made:
 
 
 def fetch_parent(making: Making, parent: ParentVersion, folder: Path) -> Manifest:
-    """The parent's files, verified, with its config reduced. Failure(AdapterInvalid) when it cannot be used."""
+    """Download the parent's files, verify them, and reduce its config. Return the parent's manifest.
+
+    Raises Failure(AdapterInvalid) if the parent cannot be used.
+    """
     try:
         manifest = fetch_version(making.store, parent.uri, parent.digest, folder)
     except InvalidArtifact as error:
-        raise invalid(f"{parent.name} is damaged: {error}", "Take another version.") from error
+        raise invalid(
+            f"{parent.name} is damaged: {error}", "Choose another version in spec.compose.parents."
+        ) from error
     except StoreError as error:
         if error.trouble == "unavailable":
             raise
-        raise invalid(f"{parent.name} cannot be read: {error}", "Take a version whose files are there.") from error
+        raise invalid(
+            f"{parent.name} cannot be read: {error}", "Choose a version whose files exist in spec.compose.parents."
+        ) from error
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(reduced_config(path.read_bytes(), parent.name, "lora", making.file.task)))
     return manifest
@@ -99,23 +107,24 @@ def fetch_parent(making: Making, parent: ParentVersion, folder: Path) -> Manifes
 def combine(base: Any, folders: list[Path], wanted: Composition, target: Path) -> None:
     """Write the weighted combination of the adapters in `folders` to `target`. `base` is a base_of_shapes."""
     parents = [f"parent-{number}" for number in range(len(folders))]
-    told = ", ".join(parent.name for parent in wanted.parents)
+    names = ", ".join(parent.name for parent in wanted.parents)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on several adapters in one model, and shared embeddings
+            # Warnings about several adapters in one model, and about shared embeddings.
+            warnings.simplefilter("ignore", UserWarning)
             model = PeftModel.from_pretrained(base, folders[0], adapter_name=parents[0], torch_device="cpu")
             for parent, folder in zip(parents[1:], folders[1:], strict=True):
                 model.load_adapter(folder, parent, torch_device="cpu")
             for parent in parents:
                 plain_targets(model, parent)
-            torch.manual_seed(wanted.seed)  # of what dare drops
+            torch.manual_seed(wanted.seed)  # chooses the values that dare drops
             model.add_weighted_adapter(
                 parents,
                 [parent.weight for parent in wanted.parents],
                 RESULT,
                 combination_type=PEFT_NAMES[wanted.method],
                 svd_rank=wanted.svd_rank,
-                svd_full_matrices=False,  # the rest of them is thrown away, and larger than the update itself
+                svd_full_matrices=False,  # the unused rest of them would be larger than the update itself
                 density=wanted.density,
                 majority_sign_method=wanted.majority_sign,
             )
@@ -125,21 +134,23 @@ def combine(base: Any, folders: list[Path], wanted: Composition, target: Path) -
         if out_of_memory(error):
             raise
         raise invalid(
-            f"{told} cannot be combined by {wanted.method}: {error}",
-            "Use method cat or svd, which take unequal parents.",
+            f"{names} cannot be combined by {wanted.method}: {error}",
+            "Set spec.compose.method to cat or svd, which accept parents of different ranks.",
         ) from error
     shutil.rmtree(target, ignore_errors=True)
     (written / RESULT).rename(target)
     shutil.rmtree(written)
     (target / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    log.info("combined %s by %s", told, wanted.method)
+    log.info("combined %s by %s", names, wanted.method)
 
 
 def plain_targets(model: Any, name: str) -> None:
-    """Say of an adapter what peft can combine: which modules it has, by name, and no scale of its own kind.
+    """Change an adapter's config to a form that peft can combine: its modules listed by name, and no rank-stabilised
+    scale.
 
-    peft makes the result's config from the first parent's: a rank-stabilised scale would multiply the result once more, and layers
-    that the first parent leaves out would be lost to the others. The adapters' own scales are in their layers by now.
+    peft makes the result's config from the first parent's config. A rank-stabilised scale would be applied to the
+    result once more, and layers that the first parent leaves out would be lost. The layers already contain each
+    adapter's own scale.
     """
     config = model.peft_config[name]
     config.use_rslora = False
@@ -154,13 +165,16 @@ def plain_targets(model: Any, name: str) -> None:
 
 
 def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: Path) -> None:
-    """Write the base model with the adapter in its weights to `target`, in the type of the base model's own files."""
+    """Merge the adapter into the base model's weights.
+
+    Write the model to `target`, in the type of the base model's files.
+    """
     file, settings = making.file, making.settings
     ref = file.base_model
     if (trained_on.digest or trained_on.uri) != (ref.digest or ref.uri):
         raise invalid(
-            f"the parents belong to {trained_on.uri} ({trained_on.digest}), and {ref.name} is {ref.uri} ({ref.digest}) now",
-            "Point spec.baseModel at a BaseModel of the parents' revision.",
+            f"the parents belong to {trained_on.uri} ({trained_on.digest}), but {ref.name} is now {ref.uri} ({ref.digest})",
+            "Set spec.baseModel to a BaseModel of the parents' revision.",
         )
     folder = fetch(
         ref.uri,
@@ -183,10 +197,10 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
         raise Failure(
             Reason.BASE_MODEL_INVALID,
             f"the weights of {ref.name} cannot be loaded: {type(error).__name__}: {error}",
-            "Point the BaseModel at a whole folder of a language model that transformers supports.",
+            "Set spec.source of the BaseModel to a complete folder of a language model that transformers supports.",
         ) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # on shared embeddings, which are refused below
+        warnings.simplefilter("ignore", UserWarning)  # about shared embeddings, which are refused below
         model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
     refuse_shared_embeddings(model, ref.name)
     merged: Any = model.merge_and_unload()
@@ -198,21 +212,22 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
 
 
 def refuse_shared_embeddings(model: Any, name: str) -> None:
-    """An update of the token embeddings would change the head, too, where both are one table."""
+    """Raise Failure if the adapter updates token embeddings that the head shares: a merge would change the head,
+    too."""
     head = model.get_output_embeddings()
     for key, module in model.named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
             table = module.get_base_layer().weight
             if head is not None and head.weight is table:
                 raise invalid(
-                    f"a parent has an update of the token embeddings ({key.removeprefix('base_model.model.')}), which {name} shares "
-                    "with its head: merged it would change both",
-                    "Compose into: adapter, or train the parent without embeddings (targetModules).",
+                    f"a parent has an update of the token embeddings ({key.removeprefix('base_model.model.')}). {name} shares "
+                    "these embeddings with its head, so a merge would change both",
+                    "Compose with into: adapter, or train the parent without the embeddings in its targetModules.",
                 )
 
 
 def check_weights(folder: Path) -> None:
-    """Failure(AdapterInvalid) when a weight is no number."""
+    """Raise Failure(AdapterInvalid) if a weight is NaN or infinite."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):

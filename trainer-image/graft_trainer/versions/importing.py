@@ -1,6 +1,6 @@
-"""import: what was tuned elsewhere becomes a version, if it may be served and fits the base model.
+"""import: make a version of an adapter or model that was tuned elsewhere, if it can be served and fits the base model.
 
-Its files are other people's: weights in safetensors only, config reduced to known keys, nothing in it is ever run.
+The files are not trusted: weights must be safetensors, the config is reduced to known keys, and no code in them is run.
 """
 
 import json
@@ -31,11 +31,14 @@ from graft_trainer.versions.making import Made, Making, write_base_config
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1024 * 1024  # bytes
-WHERE = "Correct import.uri, or let this namespace's key or Hugging Face token read it."
+WHERE = "Correct spec.import.uri, or let this namespace's key or Hugging Face token read it."
 
 
 def import_version(making: Making, source: str) -> Made:
-    """Copy what is at `source` to settings.adapter_dir and check it. Failure(AdapterInvalid) says what is wrong with it."""
+    """Copy the files at `source` to settings.adapter_dir and check them.
+
+    Raises Failure(AdapterInvalid) if a check fails.
+    """
     with _source_errors(source):
         return _whole_model(making, source) if making.file.method == "full" else _adapter(making, source)
 
@@ -44,12 +47,13 @@ def _adapter(making: Making, source: str) -> Made:
     file, folder = making.file, making.settings.adapter_dir
     pinned, digest = fetch_adapter(making, source, folder)
     if (size := (folder / CONFIG).stat().st_size) > CONFIG_LIMIT:
-        raise invalid(f"{source}: {CONFIG} has {size} bytes")
+        raise invalid(f"{source}: {CONFIG} has {size} bytes, but it may have at most {CONFIG_LIMIT} bytes")
     config = reduced_config((folder / CONFIG).read_bytes(), source, file.method, file.task)
     base_config = write_base_config(making)
     base = base_of_shapes(base_config, file.base_model.name, file.task)
     fit = check_adapter(folder, config, base, source, file.base_model.name)
-    config["base_model_name_or_path"] = file.base_model.uri  # what it said was a name at its author's
+    # The author's value may be a name that is valid only on the author's machine.
+    config["base_model_name_or_path"] = file.base_model.uri
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     known = {"rank": fit.rank, "alpha": fit.alpha, "virtualTokens": fit.virtual_tokens}
     return Made(
@@ -63,7 +67,10 @@ def _adapter(making: Making, source: str) -> Made:
 
 
 def fetch_adapter(making: Making, source: str, folder: Path) -> tuple[str, str | None]:
-    """Copy config and weights of the adapter; (the URI pinned, the digest of the s3:// listing)."""
+    """Copy the adapter's config and weights to `folder`.
+
+    Return (the pinned URI, the digest of the s3:// listing or None).
+    """
     if source.startswith("hf://"):
         return _adapter_of_hub(making, source, folder), None
     bucket, prefix = split_s3_uri(source)
@@ -100,12 +107,12 @@ def _check_names(source: str, names: set[str]) -> None:
         found = f", only {', '.join(pickles[:3])}" if pickles else ""
         raise invalid(
             f"there is no {WEIGHTS} at {source}{found}",
-            "Convert the weights to safetensors (peft's save_pretrained does); pickled weights are never loaded.",
+            "Convert the weights to safetensors (peft's save_pretrained does this). Graft never loads pickled weights.",
         )
 
 
 def _whole_model(making: Making, source: str) -> Made:
-    """A whole model of the base model's architecture and shapes."""
+    """Import a whole model with the base model's architecture and shapes."""
     file, settings = making.file, making.settings
     pinned, digest = _pin(making, source)
     folder = fetch(
@@ -145,10 +152,13 @@ def _pin(making: Making, source: str) -> tuple[str, str | None]:
 
 
 def _check_whole(folder: Path, base_config: Any, config: dict[str, Any], making: Making, source: str) -> None:
-    """Failure(AdapterInvalid) unless the weights are those of the base model's architecture, all of them, and numbers."""
-    name, remedy = making.file.base_model.name, "Set spec.baseModel to the model that it was tuned from."
+    """Raise Failure(AdapterInvalid) unless the weights are complete, fit the base model's architecture and are
+    finite."""
+    name, remedy = making.file.base_model.name, "Set spec.baseModel to the BaseModel from which it was tuned."
     if config.get("model_type") != base_config.model_type:
-        raise invalid(f"{source} is a {config.get('model_type')} model, {name} is {base_config.model_type}", remedy)
+        raise invalid(
+            f"{source} is a {config.get('model_type')} model, but {name} is a {base_config.model_type} model", remedy
+        )
     other = sorted(
         path.name
         for path in folder.glob("*.safetensors")
@@ -156,11 +166,11 @@ def _check_whole(folder: Path, base_config: Any, config: dict[str, Any], making:
     )
     if other:
         raise invalid(
-            f"{source}: {other[0]} is no name that transformers gives: model.safetensors or model-00001-of-00002.safetensors",
+            f"{source}: {other[0]} is not a name that transformers uses, such as model.safetensors or model-00001-of-00002.safetensors",
             "Save the model again with save_pretrained.",
         )
     try:
-        # On the meta device names and shapes are compared, and no weight is read.
+        # On the meta device, only names and shapes are compared. No weight is read.
         _, found = AUTO_CLASSES[making.file.task].from_pretrained(
             folder,
             config=base_config,
@@ -179,7 +189,7 @@ def _check_whole(folder: Path, base_config: Any, config: dict[str, Any], making:
                 for tensor in file.keys():  # noqa: SIM118
                     check_numbers(file, tensor, source)
     except SafetensorError as error:
-        raise invalid(f"{source}: a file is no whole safetensors file: {error}") from error
+        raise invalid(f"{source}: a file is not a complete safetensors file: {error}") from error
     except (ValueError, RuntimeError) as error:
         if out_of_memory(error):
             raise
@@ -193,7 +203,7 @@ def _base_model(making: Making) -> ManifestBaseModel:
 
 @contextmanager
 def _source_errors(source: str) -> Iterator[None]:
-    """What goes wrong between here and the source, as a Failure that speaks of the import."""
+    """Turn errors of the source or the store into Failures about the import."""
     try:
         yield
     except SourceError as error:
@@ -201,9 +211,9 @@ def _source_errors(source: str) -> Iterator[None]:
             raise Failure(
                 Reason.STORAGE_UNAVAILABLE,
                 f"the source did not answer: {error}",
-                "Check that it is reachable from this namespace; the Job tries again.",
+                "Check that the source is reachable from this namespace. The Job retries.",
             ) from error
-        raise invalid(f"{source} cannot be had: {error}", WHERE) from error
+        raise invalid(f"{source} cannot be read: {error}", WHERE) from error
     except StoreError as error:
         if error.trouble in {"missing", "denied"}:
             raise invalid(f"{source} cannot be read with this namespace's key: {error}", WHERE) from error

@@ -1,4 +1,7 @@
-"""compose and import: a version without training. Read the version file, make the files, publish them; the manifest last."""
+"""compose and import: read the version file, make a version without training, and publish it.
+
+The manifest comes last.
+"""
 
 import errno
 import hashlib
@@ -29,7 +32,7 @@ def make_version(settings: Settings) -> str:
 
 
 def run(making: Making) -> str:
-    """Make the version, unless an earlier attempt has; the digest of its manifest."""
+    """Make and publish the version, unless an earlier attempt has published it. Return its manifest's digest."""
     if (before := published_before(making)) is not None:
         log.info("an earlier attempt has published %s", before)
         return before
@@ -51,14 +54,16 @@ def run(making: Making) -> str:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
             f"the pod's work folder is full: {error}",
-            "Set ephemeral-storage in spec.compose.resources or spec.import.resources above twice the size of what is read.",
+            "Set ephemeral-storage in spec.compose.resources or spec.import.resources above twice the size of the files that are read.",
         ) from error
     return publish(making, made)
 
 
 def published_before(making: Making) -> str | None:
-    """Return the manifest's digest if an earlier attempt has published the version. Raises Failure(VersionExists) if another
-    resource has."""
+    """Return the manifest's digest if an earlier attempt has published the version.
+
+    Raises Failure(VersionExists) if another resource has.
+    """
     if (found := read_manifest(making.store, making.prefix)) is None:
         return None
     manifest, digest = found
@@ -71,13 +76,13 @@ def taken(making: Making) -> Failure:
     output = making.file.output
     return Failure(
         Reason.VERSION_EXISTS,
-        f"{output.adapter} {output.version} is published already, by another resource",
-        "Create an Adapter of another version; published versions never change.",
+        f"{output.adapter} {output.version} is already published by another resource",
+        "Create an Adapter with another version. Published versions never change.",
     )
 
 
 def publish(making: Making, made: Made) -> str:
-    """Publish the files that were made; the manifest's digest."""
+    """Publish the files in settings.adapter_dir. Return the manifest's digest."""
     job = making.file
     files = {path.name: path for path in sorted(making.settings.adapter_dir.iterdir())}
     parents = [item.model_dump() for item in made.parents]

@@ -1,4 +1,4 @@
-"""What composing and importing share: one attempt at a version without training, what it made, and the base model's config."""
+"""What compose and import share: one attempt to make a version, its result, and the base model's config."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from graft_trainer.run.settings import Settings
 
 @dataclass(frozen=True)
 class Making:
-    """One attempt at one version."""
+    """One attempt to make one version."""
 
     file: VersionFile
     settings: Settings
@@ -27,13 +27,14 @@ class Making:
 
     @property
     def prefix(self) -> str:
+        """The folder in the store where the version is published."""
         output = self.file.output
         return adapter_prefix(self.file.tenant, output.adapter, output.version)
 
 
 @dataclass(frozen=True)
 class Made:
-    """The files in settings.adapter_dir, and what the manifest says about them."""
+    """The facts for the manifest about the files in settings.adapter_dir."""
 
     base_model: ManifestBaseModel
     rank: int | None = None
@@ -46,7 +47,10 @@ class Made:
 
 
 def write_base_config(making: Making) -> Path:
-    """A folder with the base model's config.json: all of it that is needed where its weights are not."""
+    """Write the base model's config.json to a folder and return the folder.
+
+    Compose and import need no other file of it, unless they merge.
+    """
     file, settings = making.file, making.settings
     folder = settings.work_dir / "base-config"
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,7 @@ def write_base_config(making: Making) -> Path:
             raise
         raise Failure(
             Reason.BASE_MODEL_UNAVAILABLE,
-            f"the config.json of the base model {file.base_model.name} cannot be had: {error}",
+            f"cannot read config.json of the base model {file.base_model.name}: {error}",
             "Correct spec.source of the BaseModel, or let this namespace's key or Hugging Face token read it.",
         ) from error
     (folder / "config.json").write_text(json.dumps(found.config))

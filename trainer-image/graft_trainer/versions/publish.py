@@ -1,4 +1,4 @@
-"""publish: what was learned, its manifest and the reports, to object storage; the manifest last."""
+"""publish: upload the trained weights, the reports and the manifest to object storage. The manifest comes last."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from graft_trainer.train import Trained
 from graft_trainer.versions.report import finite, write_report
 
 log = logging.getLogger(__name__)
-SHARD = "5GB"  # of a whole model's weights, at most
+SHARD = "5GB"  # largest file of a whole model's weights
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -34,7 +34,10 @@ TOKENIZER_FILES = (
 
 
 def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest, str]:
-    """Publish the version. Return its manifest and the manifest's digest. They are another attempt's if that one was first."""
+    """Publish the version.
+
+    Return its manifest and the manifest's digest. If another attempt was first, they are its own.
+    """
     started = time.monotonic()
     run.progress.stage("Publishing")
     folder = run.settings.adapter_dir
@@ -61,7 +64,8 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
 
 
 def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
-    """Write what was learned as plain transformers and peft read it: an adapter, or a whole model with its tokenizer."""
+    """Write the trained weights in the formats of peft and transformers: an adapter, or a whole model with its
+    tokenizer."""
     model = trained.model
     if trained.method != "full":
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
@@ -77,11 +81,11 @@ def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
 
 
 def reduce_config(path: Path, base_model_uri: str) -> None:
-    """Leave in adapter_config.json what says something: no empty fields, no path of this pod, lists in a fixed order."""
+    """Reduce adapter_config.json: no empty fields, no path of this pod, and target_modules in a fixed order."""
     config = {key: value for key, value in json.loads(path.read_text()).items() if value not in (None, {}, [])}
     config["base_model_name_or_path"] = base_model_uri
     if "prompt_tuning_init" in config:
-        # How the vectors started says nothing about those that were learned, and names the pod's tokenizer.
+        # The start of the vectors does not matter after training, and it names a path of this pod.
         config["prompt_tuning_init"] = "RANDOM"
         for start in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
             config.pop(start, None)
@@ -91,7 +95,7 @@ def reduce_config(path: Path, base_model_uri: str) -> None:
 
 
 def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, Path]) -> Manifest:
-    """The manifest: what the version is, from what it was made, and the digest of every file."""
+    """Return the manifest: what the version is, from what it was made, and the digest of every file."""
     job = run.job
     return Manifest(
         adapter=job.output.adapter,

@@ -1,4 +1,4 @@
-"""report.json and report.html: the run for people who want to know how the version came to be."""
+"""report.json and report.html: how the version was made, for people."""
 
 import math
 import platform
@@ -26,13 +26,16 @@ from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
 
 PACKAGES = ("graft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "lm_eval")
-SUITE_SAMPLES = 3  # answers of each suite that are shown
+SUITE_SAMPLES = 3  # number of answers that the report shows of each suite
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
 
 def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> list[str]:
-    """Analyse the model and write both reports into `folder`, beside the version's weights; the names of the files."""
+    """Analyse the model and write both reports into `folder`, beside the version's weights.
+
+    Return the names of the files.
+    """
     started = time.monotonic()
     analysis = analyse(trained)
     seconds = trained.seconds | {"evaluate": evaluated.seconds, "analyse": time.monotonic() - started}
@@ -101,12 +104,16 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
 
 
 def weights_size(folder: Path) -> int:
-    """Bytes of the safetensors in a folder."""
+    """Return the size of the safetensors files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def quantized_size(model: Any) -> int:
-    """Bytes of the base model with its 4-bit weights and their quantization constants; the rest in 16 bits, as it is served."""
+    """Return the size of the quantized base model in bytes: 4-bit weights, their quantization constants, and the rest
+    in 16 bits.
+
+    The server uses 16 bits for the weights that are not quantized.
+    """
     total = 0
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -123,7 +130,7 @@ def quantized_size(model: Any) -> int:
 
 
 def environment(run: Run, trained: Trained) -> Environment:
-    """What it ran on: versions, device and threads."""
+    """Return the environment of the run: versions, device and threads."""
     packages = {}
     for name in PACKAGES:
         try:
@@ -142,5 +149,5 @@ def environment(run: Run, trained: Trained) -> Environment:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """JSON has no NaN."""
+    """Return only the finite metrics, because JSON has no NaN."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

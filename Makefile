@@ -61,7 +61,7 @@ bench-train-cluster: binaries ## compare apply to Ready with a script and a copy
 	build/venv-bench/bin/python -m benchmarks.train.apply_to_ready
 
 bench-serve: venv binaries ## compare serving with its references; results are ratios (build/bench/)
-	PYTHONPATH=tests/cluster $(PY) -m benchmarks.serve
+	PYTHONPATH=tests $(PY) -m benchmarks.serve
 
 images: venv ## build the images
 	@$(PY) -c 'from testbed import product; product.build()'

@@ -33,19 +33,19 @@ from urllib.parse import urlsplit
 import safetensors.torch
 import torch
 import urllib3
-from cluster_api import Api
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
-from loopback import PLACEMENT, LoopbackNode, loopback_node
-from operator_process import BUCKET, OperatorProcess, install_rights, new_operator
-from serving_stack import adapter_manifest, gateway, make_real_base, upload_version, write_kubeconfig
-from tenant import Tenant
-from tenants import bind
 from testbed.controlplane import ControlPlane, control_plane
 from testbed.faults import Fault, faulty_proxy
 from testbed.objectstore import S3Server, s3_server
 from testbed.shell import REPOSITORY, Failed, wait_for
 from transformers import AutoModelForCausalLM, LlamaConfig
+from worlds.cluster.api import Api
+from worlds.cluster.loopback import PLACEMENT, LoopbackNode, loopback_node
+from worlds.cluster.operator_process import BUCKET, OperatorProcess, install_rights, new_operator
+from worlds.cluster.serving_stack import adapter_manifest, gateway, make_real_base, upload_version, write_kubeconfig
+from worlds.cluster.tenant import Tenant
+from worlds.cluster.tenants import bind
 
 from benchmarks.serve.adapters import TINY, make_adapters
 from benchmarks.train.results import ratio, show, spread, verdict, write

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_api import Api
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
-from operator_process import BUCKET, OperatorProcess, install_rights, new_operator
-from tenant import BASE, Tenant
-from tenants import bind, make_base_model, new_tenant
 from testbed.controlplane import ControlPlane, control_plane
 from testbed.objectstore import S3Server, s3_server
 from testbed.shell import REPOSITORY, tail, wait_for
 from testbed.simulated import add_nodes
+from worlds.cluster.api import Api
+from worlds.cluster.operator_process import BUCKET, OperatorProcess, install_rights, new_operator
+from worlds.cluster.tenant import BASE, Tenant
+from worlds.cluster.tenants import bind, make_base_model, new_tenant
 
 HERE = Path(__file__).parent
 

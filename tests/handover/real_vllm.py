@@ -17,7 +17,7 @@ from graft.settings import Images, Settings
 from testbed.controlplane import free_port
 from testbed.shell import REPOSITORY, tail, wait_for
 from transformers import LlamaConfig
-from unit.engine_world import make_network, make_tokenizer
+from worlds.engine import make_network, make_tokenizer
 
 GPU = "GRAFT_VLLM_PYTHON" in os.environ
 PYTHON = os.environ.get("GRAFT_VLLM_PYTHON", str(REPOSITORY / "build" / "venv-vllm" / "bin" / "python"))

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from graft.contracts.agent import Wanted, WantedAdapter
 from handover.real_vllm import COMMAND, GPU, MAX_RANK, Vllm
-from unit.agent_world import Pod
-from unit.engine_world import expected, make_adapter
-from unit.serving_world import eventually
+from worlds.agent import Pod
+from worlds.engine import expected, make_adapter
+from worlds.serving import eventually
 
-GOLDEN = Path(__file__).parents[1] / "unit" / "golden" / "output"
+GOLDEN = Path(__file__).parents[1] / "unit" / "operator" / "manifests" / "golden" / "output"
 BASE = "big"
 PROMPT = "my please parcel"  # nowhere in the answers to it are two tokens nearly as likely, nor does one end
 TOKENS = 12

@@ -1,0 +1,257 @@
+"""The agent and a real S3 server that is slow, cut, corrupt, overloaded or does not take the key: what the pod goes on doing
+meanwhile, and that it ends up with everything that is wanted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from graft.artifacts.identity import VersityIdentity
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
+from graft.contracts.agent import WantedAdapter
+from graft_server.agent.storage.objects import Storage
+from testbed.faults import EXPIRED_TOKEN, SLOW_DOWN, Fault, FaultyProxy, faulty_proxy
+from testbed.objectstore import S3Server
+from worlds.agent import Pod, serving
+from worlds.serving import MemoryStore, eventually
+
+BUCKET = "bucket"
+MIB = 1 << 20
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: S3Server) -> S3Store:
+    """The bucket, with the root's key."""
+    config = StorageConfig(s3.endpoint, "us-east-1", BUCKET, "", s3.access_key, s3.secret_key)
+    store = S3Store(config)
+    store.create_bucket()
+    return store
+
+
+@pytest.fixture
+def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
+    with faulty_proxy(s3.endpoint) as proxy:
+        yield proxy
+
+
+def write_secret(folder: Path, **values: str) -> None:
+    """The mounted Secret, renewed as the kubelet does it: each file at once."""
+    folder.mkdir(exist_ok=True)
+    for name, value in values.items():
+        (folder / f".{name}").write_text(value)
+        (folder / f".{name}").rename(folder / name.replace("_", "-"))
+
+
+class Rig:
+    """A pod whose store is the real one behind the proxy."""
+
+    def __init__(self, pod: Pod, start: Callable[[], Awaitable[None]], store: S3Store, secret: Path) -> None:
+        self.pod = pod
+        self.restart = start
+        self.store = store
+        self.secret = secret
+
+    def publish(self, name: str, size: int = 1280) -> WantedAdapter:
+        """Puts a version into the real store."""
+        memory = MemoryStore()
+        wanted = memory.publish(name, size=size)
+        for key, data in memory.objects.items():
+            self.store.put(key, data)
+        return wanted
+
+    async def told(self, adapter: WantedAdapter, reason: str) -> None:
+        await eventually(lambda: (one := self.pod.one(adapter)) and one.reason == reason, seconds=20)
+
+    async def unharmed(self, others: list[WantedAdapter]) -> None:
+        """The pod is ready, and what it had it has."""
+        assert await self.pod.agent.not_ready() is None
+        for adapter in others:
+            assert (one := self.pod.one(adapter)) is not None and one.state == "Loaded"
+
+
+@asynccontextmanager
+async def rig(
+    tmp_path: Path, store: S3Store, proxy: FaultyProxy, stall_seconds: float = 1.0
+) -> AsyncIterator[tuple[Rig, WantedAdapter]]:
+    """A ready pod with one adapter."""
+    config = store.config
+    secret = tmp_path / "secret"
+    write_secret(
+        secret,
+        endpoint=proxy.endpoint,
+        bucket=BUCKET,
+        access_key_id=config.access_key_id,
+        secret_access_key=config.secret_access_key,
+    )
+    async with serving(tmp_path, storage=Storage(secret, stall_seconds=stall_seconds)) as (pod, session, url):
+        made = Rig(pod, partial(pod.start, session, url), store, secret)
+        first = made.publish("first")
+        pod.want(first)
+        await pod.ready()
+        yield made, first
+
+
+BAD = "bad/1.0.0/"
+FAULTS = {
+    "cut": (Fault(match=BAD + WEIGHTS, cut_at=64 * 1024), "StorageUnavailable"),
+    "cut-manifest": (Fault(match=BAD + "manifest", cut_at=100), "StorageUnavailable"),
+    "hang": (Fault(match=BAD + "manifest", hang_at=0), "StorageUnavailable"),
+    "hang-midway": (Fault(match=BAD + WEIGHTS, hang_at=200_000), "StorageUnavailable"),
+    "flipped-bit": (Fault(match=BAD + WEIGHTS, flip_at=100_000), "DigestMismatch"),
+    "flipped-manifest": (Fault(match=BAD + "manifest", flip_at=100), "DigestMismatch"),
+    "broken": (Fault(match=BAD, status=500, code="InternalError"), "StorageUnavailable"),
+    "denied": (Fault(match=BAD, status=403, code="AccessDenied"), "StorageDenied"),
+    "expired": (EXPIRED_TOKEN, "CredentialsInvalid"),
+    "throttled": (SLOW_DOWN, "StorageThrottled"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+async def test_a_fault_of_the_store_harms_nobody_else_and_passes(
+    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy, kind: str
+) -> None:
+    fault, reason = FAULTS[kind]
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        bad, good = made.publish("bad", size=2 * MIB), made.publish("good")
+        proxy.inject(fault)
+        made.pod.want(first, bad, good)
+        await made.told(bad, reason)
+        if fault.match:
+            await made.pod.state(good, "Loaded")
+        await made.unharmed([first, good] if fault.match else [first])
+        assert bad.engine_name not in made.pod.engine.adapters
+        proxy.lift()
+        for adapter in (bad, good):
+            await eventually(lambda adapter=adapter: made.pod.one(adapter).state == "Loaded", seconds=30)  # type: ignore[union-attr]
+        await made.unharmed([first, bad, good])
+        assert sorted(made.pod.engine.calls) == sorted(f"load {one.engine_name}" for one in (first, bad, good))
+        assert sorted(path.name for path in made.pod.dir.iterdir()) == sorted(made.pod.engine.adapters)
+        loaded = (made.pod.dir / bad.engine_name / WEIGHTS).read_bytes()
+        assert loaded == bucket.get(bad.uri.removeprefix(f"s3://{BUCKET}/") + WEIGHTS)
+
+
+async def test_a_bit_that_flips_once_is_not_even_told(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        bad = made.publish("bad", size=2 * MIB)
+        proxy.inject(
+            Fault(match=BAD + WEIGHTS, flip_at=100_000, times=1), Fault(match=BAD + "manifest", flip_at=9, times=1)
+        )
+        made.pod.want(first, bad)
+        await made.pod.state(bad, "Loaded")
+        assert not [one for said in made.pod.told for one in said.adapters if one.reason]
+        assert len(proxy.reads(BAD + WEIGHTS)) == 2 and len(proxy.reads(BAD + "manifest")) == 2
+
+
+async def test_a_cut_transfer_asks_for_the_rest_only(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        bad = made.publish("bad", size=4 * MIB)
+        proxy.inject(Fault(match=BAD + WEIGHTS, cut_at=3 * MIB, times=1))
+        made.pod.want(first, bad)
+        await made.pod.state(bad, "Loaded")
+        one, other = proxy.reads(BAD + WEIGHTS)
+        assert one.range is None and other.range is not None
+        assert 2 * MIB < int(other.range.removeprefix("bytes=").removesuffix("-")) <= 3 * MIB
+
+
+async def test_a_slow_store_delays_nobody_else(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        bad, good = made.publish("bad", size=2 * MIB), made.publish("good")
+        proxy.inject(Fault(match=BAD, latency=0.3, bytes_per_second=MIB))
+        made.pod.want(first, bad, good)
+        await made.pod.state(good, "Loaded")
+        assert made.pod.one(bad).state == "Loading"  # type: ignore[union-attr]
+        await made.unharmed([first, good])
+        done = await made.pod.state(bad, "Loaded")
+        assert done.load_seconds is not None and done.load_seconds > 2
+
+
+async def test_a_slow_transfer_that_is_not_wanted_any_more_ends(
+    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
+) -> None:
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        bad = made.publish("bad", size=8 * MIB)
+        proxy.inject(Fault(match=BAD + WEIGHTS, bytes_per_second=MIB))
+        made.pod.want(first, bad)
+        await eventually(lambda: list(made.pod.dir.glob(".partial-*")))
+        made.pod.want(first)
+        await eventually(lambda: [path.name for path in made.pod.dir.iterdir()] == [first.engine_name], seconds=3)
+
+
+async def test_an_overloaded_store_is_left_alone_for_as_long_as_it_asks(
+    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
+) -> None:
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        bad = made.publish("bad")
+        proxy.inject(replace(SLOW_DOWN, retry_after=3))
+        made.pod.want(first, bad)
+        await made.told(bad, "StorageThrottled")
+        asked = time.monotonic()
+        proxy.lift()
+        await made.pod.state(bad, "Loaded")
+        assert time.monotonic() - asked > 2.5
+        assert len(proxy.reads(BAD + "manifest")) == 2
+
+
+async def test_many_hanging_adapters_keep_no_new_one_waiting(
+    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
+) -> None:
+    async with rig(tmp_path, bucket, proxy, stall_seconds=4.0) as (made, first):
+        bad = [made.publish(f"hanging{number}") for number in range(12)]
+        proxy.inject(Fault(match="hanging", hang_at=0))
+        made.pod.want(first, *bad)
+        for adapter in bad:
+            await made.told(adapter, "StorageUnavailable")
+        good = made.publish("good")
+        made.pod.want(first, *bad, good)  # all are tried again
+        started = time.monotonic()
+        await made.pod.state(good, "Loaded")
+        assert time.monotonic() - started < 3
+
+
+async def test_renewed_credentials_need_no_restart(
+    tmp_path: Path, s3: S3Server, bucket: S3Store, proxy: FaultyProxy
+) -> None:
+    identity = VersityIdentity(bucket, s3.endpoint)
+    key = identity.issue("team-a")
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        write_secret(
+            made.secret, access_key_id=key.access_key_id, secret_access_key=key.secret_access_key, prefix=key.prefix
+        )
+        second, third = made.publish("second"), made.publish("third")
+        made.pod.want(first, second)
+        await made.pod.state(second, "Loaded")  # with the new key
+
+        renewed = identity.issue("team-a")  # the old one stops working
+        made.pod.want(first, second, third)
+        await made.told(third, "CredentialsInvalid")
+        assert "key of the storage Secret" in str(made.pod.one(third).message)  # type: ignore[union-attr]
+        await made.unharmed([first, second])
+        for _ in range(4):  # the back-off grows
+            made.pod.want(first, second, third)
+        write_secret(made.secret, secret_access_key=renewed.secret_access_key)
+        await made.pod.state(third, "Loaded")
+        await made.unharmed([first, second, third])
+
+
+async def test_a_pod_that_starts_with_an_expired_key_takes_nobodys_place(
+    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
+) -> None:
+    async with rig(tmp_path, bucket, proxy) as (made, first):
+        proxy.inject(EXPIRED_TOKEN)
+        await made.pod.kill()
+        shutil.rmtree(made.pod.dir)
+        made.pod.engine.restart()
+        await made.restart()
+        made.pod.want(first)
+        await made.told(first, "CredentialsInvalid")
+        assert "waiting for adapters" in str(await made.pod.agent.not_ready())
+        proxy.lift()
+        await made.pod.ready()

@@ -1,0 +1,115 @@
+"""Two attempts of one job that publish at once: the version is whole, whoever of them is faster, slower or killed."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, digest
+from graft.artifacts.storage import StoreError
+from graft.artifacts.versions import describe_files, publish, verify
+from worlds.trainer import MemoryStore
+
+PREFIX = "team-a/adapters/colours/1.0.0/"
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class StepwiseStore(MemoryStore):
+    """A store that lets something else happen, or kills its caller, before one of its writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+        self.before: dict[int, object] = {}  # number of a write -> what happens before it
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        self.writes += 1
+        happens = self.before.pop(self.writes, None)
+        if callable(happens):
+            happens()
+        super().put(key, data, if_absent=if_absent)
+
+
+def attempt(root: Path, name: str, uid: str = "uid-1") -> tuple[dict[str, Path], Manifest]:
+    """What an attempt has made: weights of its own, because no two runs are the same to the last bit."""
+    files = {}
+    for file in ("adapter_config.json", "adapter_model.safetensors", "report.json"):
+        files[file] = root / f"{uid}-{name}-{file}"
+        files[file].write_text(f"{file} of {name} of {uid}")
+    manifest = Manifest(
+        adapter="colours",
+        version="1.0.0",
+        method="lora",
+        base_model=ManifestBaseModel(name="tiny", uri="s3://bucket/models/tiny"),
+        job=ManifestJob(name="colours", namespace="team-a", uid=uid, attempt=name),
+        recipe="sha256:recipe",
+        hyperparameters={},
+        files=describe_files(files),
+        created_at="2026-01-01T00:00:00Z",
+    )
+    return files, manifest
+
+
+def published_is_whole(store: MemoryStore) -> Manifest:
+    """As the operator looks at it: every byte against the manifest."""
+    return verify(store, PREFIX, digest(store.kept[PREFIX + "manifest.json"]))  # type: ignore[arg-type]
+
+
+WRITES = 8  # three files staged, the claim, three files copied, the manifest
+
+
+@pytest.mark.parametrize("moment", range(1, WRITES + 1))
+def test_another_attempt_publishes_in_the_midst_of_this_one(tmp_path: Path, moment: int) -> None:
+    store = StepwiseStore()
+    first, second = attempt(tmp_path, "pod-1"), attempt(tmp_path, "pod-2")
+    digests = []
+    store.before[moment] = lambda: digests.append(publish(store, PREFIX, *second))  # type: ignore[arg-type]
+    digests.append(publish(store, PREFIX, *first))  # type: ignore[arg-type]
+    assert digests[0] == digests[1], "both say which version is published"
+    assert published_is_whole(store).job.attempt == ("pod-2" if moment <= 4 else "pod-1")
+
+
+@pytest.mark.parametrize(("killed", "woken"), itertools.product(range(1, WRITES + 1), repeat=2))
+def test_an_attempt_that_was_thought_dead_writes_on(tmp_path: Path, killed: int, woken: int) -> None:
+    """The first attempt stops before any of its writes, the next one starts, and in its midst the first one goes on."""
+    store = StepwiseStore()
+    first, second = attempt(tmp_path, "pod-1"), attempt(tmp_path, "pod-2")
+
+    def kill() -> None:
+        raise Killed
+
+    store.before[killed] = kill
+    with pytest.raises(Killed):
+        publish(store, PREFIX, *first)  # type: ignore[arg-type]
+    store.writes = 0
+    store.before[woken] = lambda: publish(store, PREFIX, *first)  # type: ignore[arg-type]
+    publish(store, PREFIX, *second)  # type: ignore[arg-type]
+    before = dict(store.kept)
+    publish(store, PREFIX, *first)  # type: ignore[arg-type]
+    assert store.kept == before, "what is published never changes"
+    published_is_whole(store)
+
+
+def test_an_attempt_after_one_that_was_killed_publishes_what_that_one_had_begun(tmp_path: Path) -> None:
+    store = StepwiseStore()
+
+    def kill() -> None:
+        raise Killed
+
+    store.before[6] = kill
+    with pytest.raises(Killed):
+        publish(store, PREFIX, *attempt(tmp_path, "pod-1"))  # type: ignore[arg-type]
+    publish(store, PREFIX, *attempt(tmp_path, "pod-2"))  # type: ignore[arg-type]
+    assert published_is_whole(store).job.attempt == "pod-1"
+
+
+def test_another_job_cannot_publish_the_version_again(tmp_path: Path) -> None:
+    store = MemoryStore()
+    publish(store, PREFIX, *attempt(tmp_path, "pod-1"))  # type: ignore[arg-type]
+    before = dict(store.kept)
+    with pytest.raises(StoreError) as caught:
+        publish(store, PREFIX, *attempt(tmp_path, "pod-9", uid="uid-2"))  # type: ignore[arg-type]
+    assert caught.value.trouble == "exists"
+    assert {key: store.kept[key] for key in before} == before

@@ -1,0 +1,181 @@
+"""Golden tests of the builders: a resource in, Kubernetes objects out. GRAFT_UPDATE_GOLDEN=1 writes the outputs anew."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from graft.api import Adapter, AdapterDeployment, FineTuneJob
+from graft.api.basemodel import BaseModelStatus
+from graft.api.deploymentstatus import ServingSizing
+from graft.contracts.agent import Wanted, WantedAdapter
+from graft.contracts.message import BaseModelRef
+from graft.manifests import adapterjob, agent, network, scaling, serving, training
+from graft.placement import engine
+from graft.placement.facts import facts_of
+from graft.settings import Images, Settings
+from worlds.placement import LLAMA_2, gpu_node
+
+GOLDEN = Path(__file__).parent / "golden"
+SETTINGS = Settings(
+    namespace="graft-system",
+    images=Images(trainer="r/trainer:1", engine="r/engine:1", agent="r/agent:1", vllm="r/vllm:1"),
+    image_pull_secrets=["registry"],
+)
+BASES = {
+    "tiny": BaseModelRef(name="tiny", uri="s3://graft/models/tiny", digest="sha256:" + "a" * 64),
+    "big": BaseModelRef(name="big", uri="pvc://weights/llama"),
+    "llama-7b": BaseModelRef(name="llama-7b", uri="hf://meta-llama/Llama-2-7b-hf@" + "c" * 40, digest="c" * 40),
+    "llama-70b": BaseModelRef(name="llama-70b", uri="s3://graft/models/llama-70b", digest="sha256:" + "b" * 64),
+}
+FACTS = {"llama-7b": facts_of(LLAMA_2["7B"]), "llama-70b": facts_of(LLAMA_2["70B"])}
+NODES = [
+    gpu_node("l4", "NVIDIA-L4", 23034, gpus=2),
+    gpu_node("a100", "NVIDIA-A100-SXM4-80GB", 81920, gpus=8),
+]
+
+
+def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    base = BASES[manifest["spec"]["baseModel"]]
+    if manifest["kind"] == "FineTuneJob":
+        job = FineTuneJob.model_validate(manifest)
+        shape = training.Shape(resources=job.spec.resources, nodes=job.spec.nodes or 1)
+        file = training.job_file(job, base, "1.0.0", "sha256:recipe", SETTINGS, shape=shape)
+        peers = [training.peers_service(job)] if shape.nodes > 1 else []
+        return [
+            training.config_map(job, file),
+            network.training_policy(job),
+            *peers,
+            *([training.preflight_job(job, base, SETTINGS)] if shape.gpus else []),
+            training.training_job(job, base, SETTINGS, shape),
+        ]
+    if manifest["kind"] == "Adapter":
+        adapter = Adapter.model_validate(manifest)
+        facts = BaseModelStatus.model_validate(
+            {"sizeBytes": 2_000_000_000, "facts": {"hiddenSize": 2048, "intermediateSize": 8192}}
+        )
+        return [
+            adapterjob.config_map(adapter, adapterjob.version_file(adapter, base, "causal", SETTINGS)),
+            adapterjob.policy(adapter),
+            adapterjob.job(adapter, base, SETTINGS, adapterjob.resources(adapter, facts, 40_000_000)),
+        ]
+    deployment = AdapterDeployment.model_validate(manifest)
+    wanted = Wanted(
+        base_model=base.name,
+        max_lora_rank=deployment.spec.limits.max_lora_rank,
+        adapters=[
+            WantedAdapter(
+                engine_name="shop--support-1.0.0--aaaaaaaaaaaa",
+                adapter="support-1.0.0",
+                uri="s3://graft/shop/adapters/support/1.0.0/",
+                digest="sha256:" + "a" * 64,
+            )
+        ],
+    )
+    return [
+        agent.service_account(deployment),
+        agent.role(deployment),
+        agent.role_binding(deployment),
+        agent.wanted_config_map(deployment, wanted),
+        agent.residency_config_map(deployment),
+        network.serving_policy(deployment, SETTINGS),
+        serving.serving_deployment(deployment, base, SETTINGS, sizing(deployment), deployment.spec.replicas),
+        *([scaling.disruption_budget(deployment)] if scaling.can_have_several(deployment) else []),
+        *([mover] if (mover := scaling.autoscaler(deployment)) is not None else []),
+    ]
+
+
+def sizing(deployment: AdapterDeployment) -> ServingSizing:
+    """As the operator places it, on a cluster with L4s and A100s."""
+    facts = FACTS.get(deployment.spec.base_model)
+    return engine.serving(facts, deployment.spec, task="causal", nodes=NODES, vllm=True)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))
+def test_golden(name: str) -> None:
+    objects = build(yaml.safe_load((GOLDEN / "input" / f"{name}.yaml").read_text()))
+    text = yaml.safe_dump_all(objects, sort_keys=True, width=140)
+    output = GOLDEN / "output" / f"{name}.yaml"
+    if os.environ.get("GRAFT_UPDATE_GOLDEN"):
+        output.write_text(text)
+    assert list(yaml.safe_load_all(output.read_text())) == list(yaml.safe_load_all(text))
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [item["spec"]["template"]["spec"] for item in objects if "template" in item.get("spec", {})]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))
+def test_every_pod_meets_pod_security_restricted(name: str) -> None:
+    for pod in pods(build(yaml.safe_load((GOLDEN / "input" / f"{name}.yaml").read_text()))):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert not [item for item in container["env"] if "secret" in str(item).lower()], "secrets are files"
+
+
+def test_only_the_agent_has_the_api_token() -> None:
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm.yaml").read_text())
+    (pod,) = pods(build(manifest))
+    holders = [
+        container["name"]
+        for container in [*pod["initContainers"], *pod["containers"]]
+        if any(mount["name"] == "api" for mount in container["volumeMounts"])
+    ]
+    assert holders == ["agent"]
+
+
+def test_attaching_an_adapter_leaves_the_pod_template_alone() -> None:
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm.yaml").read_text())
+    before = pods(build(manifest))
+    manifest["spec"]["adapters"].append("product@latest")
+    assert pods(build(manifest)) == before
+
+
+def test_another_base_model_or_limit_is_another_pod_template() -> None:
+    """What rolls the pods: Kubernetes replaces them when their template changes."""
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
+    deployment = AdapterDeployment.model_validate(manifest)
+
+    def template(base: BaseModelRef, **spec: Any) -> Any:
+        changed = AdapterDeployment.model_validate(manifest | {"spec": manifest["spec"] | spec})
+        return serving.serving_deployment(changed, base, SETTINGS, sizing(changed), 1)["spec"]["template"]
+
+    base = BASES["tiny"]
+    same = template(base)
+    assert template(base, replicas=3, autoscaling={"minReplicas": 0, "maxReplicas": 1}) == same
+    assert template(base.model_copy(update={"digest": "sha256:" + "f" * 64})) != same
+    assert template(base.model_copy(update={"uri": "hf://org/tiny@" + "f" * 40})) != same
+    assert template(base, limits={"maxLoras": 3}) != same
+    assert "replicas" not in serving.serving_deployment(deployment, base, SETTINGS, sizing(deployment), None)["spec"]
+
+
+def test_a_pod_has_the_time_that_its_engine_takes_to_finish() -> None:
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm-70b.yaml").read_text())
+    (pod,) = pods(build(manifest))
+    (container,) = pod["containers"]
+    drain = int(container["command"][container["command"].index("--shutdown-timeout") + 1])
+    asleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert drain == 600 and pod["terminationGracePeriodSeconds"] > asleep + drain
+
+
+def test_the_engine_for_cpus_knows_every_flag_that_it_is_given() -> None:
+    from graft_server.engine.settings import parse
+
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
+    manifest["spec"] |= {
+        "quantization": "int4",
+        "engine": "transformers",
+        "limits": {"maxModelLen": 64, "maxNumSeqs": 4},
+    }
+    (pod,) = pods(build(manifest))
+    command = pod["containers"][0]["command"]
+    assert command[:3] == ["python", "-m", "graft_server.engine"]
+    settings = parse(command[3:])
+    assert (settings.quantization, settings.shutdown_timeout, settings.max_num_seqs) == ("bitsandbytes", 120.0, 4)

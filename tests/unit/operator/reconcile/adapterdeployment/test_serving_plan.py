@@ -1,0 +1,198 @@
+"""The order of a change in serving: load, seen loaded, shift traffic, drain, unload."""
+
+from typing import Any
+
+from graft.api import Adapter, AdapterDeployment
+from graft.api.adapter import AdapterSignature
+from graft.contracts.agent import Wanted
+from graft.contracts.gateway import Routes
+from graft.reconcile.adapterdeployment.serving import (
+    ReplicaView,
+    Resolution,
+    expected,
+    plan_routes,
+    plan_wanted,
+    resolve,
+    wanted_adapter,
+)
+from worlds.deployments import adapter, deployment, replica, target
+
+
+def routes(
+    spec: AdapterDeployment, resolutions: list[Resolution], replicas: list[ReplicaView], before: Routes | None = None
+) -> Routes:
+    return plan_routes(spec, resolutions, "shop", replicas, before, None)
+
+
+V1, V2 = adapter("1.0.0"), adapter("1.1.0")
+
+
+def test_the_newest_ready_version_is_taken() -> None:
+    (found,) = resolve(deployment(), [V1, V2, adapter("2.0.0", ready=False)])
+    assert found.adapter is V2
+
+
+def test_a_missing_adapter_says_so() -> None:
+    (found,) = resolve(deployment(), [])
+    assert (found.adapter, found.reason) == (None, "AdapterMissing")
+
+
+def test_an_adapter_of_another_base_model_is_refused() -> None:
+    (found,) = resolve(deployment(), [adapter("1.0.0", base="other")])
+    assert found.reason == "AdapterIncompatible"
+
+
+def test_a_rank_above_the_limit_is_refused_with_a_remedy() -> None:
+    (found,) = resolve(deployment(limits={"maxLoraRank": 8}), [adapter("1.0.0", rank=16)])
+    assert found.reason == "AdapterIncompatible"
+    assert "limits.maxLoraRank" in found.message
+
+
+def test_a_new_version_gets_traffic_only_when_every_ready_replica_has_it() -> None:
+    spec = deployment()
+    old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1)])
+    newer = resolve(spec, [V1, V2])
+    half = routes(spec, newer, [replica("pod-1", V1, V2), replica("pod-2", V1)], old)
+    assert target(half) == "support-1.0.0"
+    full = routes(spec, newer, [replica("pod-1", V1, V2), replica("pod-2", V1, V2)], half)
+    assert target(full) == "support-1.1.0"
+
+
+def test_the_old_version_stays_loaded_until_no_route_leads_to_it() -> None:
+    spec = deployment()
+    first = [wanted_adapter("shop", V1)]
+    table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    wanted = plan_wanted(spec, first, None, table)
+    newer = resolve(spec, [V1, V2])
+    second = [wanted_adapter("shop", V2)]
+    table = routes(spec, newer, [replica("pod-1", V1)], table)
+    wanted = plan_wanted(spec, second, wanted, table)
+    assert {item.adapter for item in wanted.adapters} == {"support-1.0.0", "support-1.1.0"}
+    table = routes(spec, newer, [replica("pod-1", V1, V2)], table)
+    wanted = plan_wanted(spec, second, wanted, table)
+    assert {item.adapter for item in wanted.adapters} == {"support-1.1.0"}
+
+
+def test_when_the_old_version_is_gone_everywhere_the_new_one_answers_where_it_can() -> None:
+    spec = deployment()
+    old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    table = routes(spec, resolve(spec, [V1, V2]), [replica("pod-2", V2), replica("pod-3")], old)
+    assert target(table) == "support-1.1.0"
+
+
+def test_a_deployment_without_pods_leads_to_the_new_version_at_once() -> None:
+    """Else a version that is deleted while it sleeps would be held until the next request, and be loaded once more then."""
+    spec = deployment()
+    before = routes(spec, resolve(spec, [V1]), [])
+    after = resolve(spec, [V1, V2])
+    assert target(routes(spec, after, [], before)) == "support-1.0.0", "pods may be on their way, and have the old one"
+    asleep = plan_routes(spec, after, "shop", [], before, "it is asleep", stopped=True)
+    assert target(asleep) == "support-1.1.0"
+    wanted = plan_wanted(spec, [wanted_adapter("shop", V2)], Wanted(base_model="tiny", max_lora_rank=8), asleep)
+    assert [item.adapter for item in wanted.adapters] == ["support-1.1.0"]
+    gone = plan_routes(spec, resolve(spec, []), "shop", [], asleep, "it is asleep", stopped=True)
+    assert target(gone) == "support-1.1.0"
+
+
+def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
+    spec = deployment()
+    old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    table = routes(spec, resolve(spec, []), [replica("pod-1", V1)], old)
+    assert target(table) == "support-1.0.0"
+    assert plan_wanted(
+        spec, [], Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", V1)]), table
+    ).adapters
+
+
+def test_a_version_that_is_only_kept_gets_its_newest_signature() -> None:
+    spec = deployment(adapters=["support@^2"])
+    old, new = (AdapterSignature(key_id=name, value="v") for name in ("old", "new"))
+    first = wanted_adapter("shop", V1).model_copy(update={"signature": old})
+    table = routes(spec, resolve(deployment(), [V1]), [replica("pod-1", V1)])
+    before = Wanted(base_model="tiny", max_lora_rank=64, adapters=[first])
+    again = first.model_copy(update={"signature": new})
+    assert plan_wanted(spec, [], before, table, [again]).adapters == [again]
+    assert plan_wanted(spec, [], before, table, [again.model_copy(update={"signature": None})]).adapters == [first]
+
+
+def coming(version: str, **changes: Any) -> Adapter:
+    """A version that nobody has verified yet."""
+    found = adapter(version, **changes)
+    found.status.conditions.clear()
+    return found
+
+
+def test_a_version_that_is_being_verified_is_expected() -> None:
+    spec, new = deployment(), coming("1.2.0")
+
+    def names(*adapters: Adapter) -> list[str]:
+        found = expected(spec, resolve(spec, list(adapters)), list(adapters), "shop", "graft")
+        return [item.adapter for item in found]
+
+    assert names(V1, V2, new) == ["support-1.2.0"]
+    assert names(new) == ["support-1.2.0"], "also the first of all"
+    assert names(V1, coming("1.1.0"), new) == ["support-1.2.0"], "the newest alone"
+    assert names(V2, coming("1.0.5")) == [], "it would not be taken"
+    assert names(V1, adapter("1.2.0", ready=False)) == [], "it was refused"
+    assert names(V1, coming("1.2.0", name="other")) == [], "nobody names it"
+    assert names(V1, coming("1.2.0", base="other")) == []
+    unknown = adapter("1.2.0")
+    unknown.status.conditions[0].status = "Unknown"
+    assert names(V1, unknown) == ["support-1.2.0"], "the store did not answer the operator"
+    unknown.status.conditions[0].reason = "Restoring"
+    assert names(V1, unknown) == [], "its files are compressed"
+    away = coming("1.2.0")
+    assert away.spec.artifact is not None
+    away.spec.artifact.uri = "s3://graft/other/adapters/support/1.2.0/"
+    assert names(V1, away) == [], "it lies in another tenant's part"
+    away.spec.artifact.uri = "s3://elsewhere/shop/adapters/support/1.2.0/"
+    assert names(V1, away) == [], "it lies in another bucket"
+    away.spec.artifact.uri = "s3://graft/"  # of before that was refused
+    assert names(V1, away) == []
+
+
+def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:
+    spec = deployment(routes=[{"model": "support", "adapter": "support"}, {"model": "base"}])
+    table = routes(
+        spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1, ready=False), replica("pod-3")]
+    )
+    assert [(item.pod, len(item.loaded)) for item in table.backends] == [("pod-1", 2), ("pod-3", 1)]
+    assert [entry.model for entry in table.routes] == ["shop/support", "shop/base"]
+    assert table.routes[1].targets[0].engine_model == "tiny"
+
+
+def test_without_routes_each_adapter_is_a_model() -> None:
+    table = routes(deployment(), resolve(deployment(), [V1]), [])
+    assert [entry.model for entry in table.routes] == ["shop/support"]
+
+
+SEQUENCE = {
+    "adapters": ["support@latest", "tone@latest"],
+    "routes": [{"model": "both", "sequence": ["support", "tone"]}],
+}
+
+
+def test_a_sequence_leads_through_every_step_and_each_moves_on_its_own() -> None:
+    spec, tone = deployment(**SEQUENCE), adapter("1.0.0", name="tone")
+    old = routes(spec, resolve(spec, [V1, tone]), [replica("pod-1", V1, tone)])
+    assert (old.routes[0].targets, [step.adapter for step in old.routes[0].steps]) == (
+        [],
+        ["support-1.0.0", "tone-1.0.0"],
+    )
+    assert len(old.backends[0].loaded) == 3
+
+    newer = resolve(spec, [V1, V2, tone])
+    half = routes(spec, newer, [replica("pod-1", V1, tone)], old)
+    assert [step.adapter for step in half.routes[0].steps] == ["support-1.0.0", "tone-1.0.0"]
+    wanted = [wanted_adapter("shop", item) for item in (V2, tone)]
+    first = Wanted(base_model="tiny", max_lora_rank=64, adapters=[wanted_adapter("shop", item) for item in (V1, tone)])
+    kept = plan_wanted(spec, wanted, first, half)
+    assert {item.adapter for item in kept.adapters} == {"support-1.0.0", "support-1.1.0", "tone-1.0.0"}
+    full = routes(spec, newer, [replica("pod-1", V1, V2, tone)], half)
+    assert [step.adapter for step in full.routes[0].steps] == ["support-1.1.0", "tone-1.0.0"]
+
+
+def test_a_sequence_without_one_of_its_steps_leads_nowhere() -> None:
+    spec = deployment(**SEQUENCE)
+    table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
+    assert (table.routes[0].targets, table.routes[0].steps) == ([], [])

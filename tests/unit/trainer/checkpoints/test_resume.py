@@ -1,0 +1,219 @@
+"""A run that is killed or asked to end goes on from its newest checkpoint as if nothing had happened."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graft_trainer.loop.watch import Watch
+from graft_trainer.run.failures import Interrupted
+from worlds.checkpoints import ROOT, Attempt, FolderStore, Killed, open_attempt, run_attempt
+
+
+def same(one: Attempt, other: Attempt) -> None:
+    assert one.learned is not None and other.learned is not None, (one.ended, other.ended)
+    assert one.learned.curve == other.learned.curve
+    assert one.learned.tokens == other.learned.tokens
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
+
+
+def steps_of(store: FolderStore, name: str, value: str) -> list[int]:
+    """The steps for which events.jsonl has that value."""
+    events = [json.loads(line) for line in store.get(f"{ROOT}{name}/events.jsonl").splitlines()]
+    return [event["step"] for event in events if value in event]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = run_attempt(root, FolderStore(root / "store"), "pod-0", held_out=5, eval_steps=6)
+    if done.ended is not None:
+        raise done.ended
+    return done
+
+
+def test_a_run_that_is_killed_several_times_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    # 22 examples by 4: 6 steps an epoch, 11 micro-batches. Killed at the start of an epoch, asked to end within one, killed
+    # before anything new is saved, asked to end in a step's first half, and at the run's last step but one.
+    disturbances: list[dict[int, Any]] = [{12: "kill"}, {13: "term"}, {1: "kill"}, {8: "term"}, {1: "term"}]
+    steps = []
+    for number, events in enumerate(disturbances):
+        ended = run_attempt(tmp_path, store, f"pod-{number}", events=events, held_out=5, eval_steps=6)
+        assert isinstance(ended.ended, Killed | Interrupted), ended.ended
+        steps.append(ended.progress.resumed_from)
+    assert steps == [None, 4, 11, 11, 16]
+    done = run_attempt(tmp_path, store, "pod-9", held_out=5, eval_steps=6)
+    same(done, undisturbed)
+    assert done.learned is not None and undisturbed.learned is not None
+    assert done.learned.eval_loss == undisturbed.learned.eval_loss
+    assert done.progress.resumed_from == 17
+    assert [ref.step for ref in done.progress.checkpoints or ()] == [17, 18]
+    assert steps_of(store, "pod-9", "loss") == list(range(1, 19))
+    assert steps_of(store, "pod-9", "evalLoss") == [6, 12, 18]
+
+
+def test_records_of_several_steps_are_the_same_wherever_the_run_was_cut(tmp_path: Path) -> None:
+    whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", logging_steps=5)
+    store = FolderStore(tmp_path / "cut")
+    run_attempt(tmp_path, store, "pod-1", logging_steps=5, events={14: "term"})
+    same(run_attempt(tmp_path, store, "pod-2", logging_steps=5), whole)
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw"])
+@pytest.mark.parametrize("scheduler", ["polynomial", "inverse_sqrt", "cosine_with_restarts", "constant_with_warmup"])
+def test_every_optimizer_and_schedule_goes_on(tmp_path: Path, optim: str, scheduler: str) -> None:
+    changes = {"optim": optim, "lr_scheduler_type": scheduler, "max_steps": 5, "full": True}
+    whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", **changes)
+    store = FolderStore(tmp_path / "cut")
+    assert isinstance(run_attempt(tmp_path, store, "pod-1", events={5: "term"}, **changes).ended, Interrupted)
+    same(run_attempt(tmp_path, store, "pod-2", **changes), whole)
+
+
+def test_a_halved_micro_batch_goes_on_from_the_same_example(tmp_path: Path) -> None:
+    whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", full=True)
+    store = FolderStore(tmp_path / "cut")
+    run_attempt(tmp_path, store, "pod-1", full=True, events={17: "kill"})
+    halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    done = run_attempt(tmp_path, store, "pod-2", full=True, **halved)
+    assert done.progress.resumed_from == 8
+    assert done.learned is not None and whole.learned is not None
+    assert done.learned.tokens == whole.learned.tokens
+    for one, other in zip(done.learned.curve, whole.learned.curve, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_t5_learns_the_same_however_a_step_is_divided(tmp_path: Path) -> None:
+    # Its own loss is the mean over a micro-batch, whatever number of tokens it is told.
+    curves = []
+    for batch in (1, 4):
+        name = f"by-{batch}"
+        done = run_attempt(
+            tmp_path, FolderStore(tmp_path / name / "store"), name, t5={"tied": True}, max_steps=8,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
+        )  # fmt: skip
+        assert done.learned is not None, done.ended
+        curves.append([record["loss"] for record in done.learned.curve])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < curves[0][0] < 10
+
+
+def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    first = run_attempt(tmp_path, store, "pod-1", held_out=5, eval_steps=6)
+    second = run_attempt(tmp_path, store, "pod-2", held_out=5, eval_steps=6, events={1: "kill"})
+    same(second, undisturbed)
+    assert first.learned is not None and second.learned is not None
+    assert second.learned.eval_loss == first.learned.eval_loss is not None
+    assert (second.progress.percent, second.progress.resumed_from) == (100, 18)
+
+
+def test_asked_to_end_in_the_last_step_the_trained_weights_are_kept(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    assert isinstance(run_attempt(tmp_path, store, "pod-1", events={33: "term"}).ended, Interrupted)
+    done = run_attempt(tmp_path, store, "pod-2", events={1: "kill"})
+    assert done.ended is None and done.progress.resumed_from == 18
+
+
+def test_a_checkpoint_does_not_wait_for_the_evaluation_of_its_step(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    settings: dict[str, Any] = {"held_out": 5, "eval_steps": 6, "save_steps": 6}
+    first = run_attempt(tmp_path, store, "pod-1", measuring={2: "kill"}, **settings)
+    assert isinstance(first.ended, Killed)
+    assert [ref.step for ref in first.progress.checkpoints or ()] == [6]
+    # The evaluation that is missing comes before the next step.
+    second = run_attempt(tmp_path, store, "pod-2", measuring={4: "term"}, **settings)
+    assert isinstance(second.ended, Interrupted) and second.progress.resumed_from == 6
+    done = run_attempt(tmp_path, store, "pod-3", **settings)
+    same(done, undisturbed)
+    assert done.progress.resumed_from == 12
+    assert steps_of(store, "pod-3", "evalLoss") == [6, 12, 18]
+
+
+def test_asked_to_end_within_an_evaluation_it_is_broken_off(tmp_path: Path, undisturbed: Attempt) -> None:
+    store = FolderStore(tmp_path / "store")
+    settings: dict[str, Any] = {"held_out": 5, "eval_steps": 6}
+    batches: list[int] = []  # of the three of an evaluation, those that were still measured
+    for name, asked, step in (("pod-1", {1: "term"}, 6), ("pod-2", {2: "term"}, 6), ("pod-3", {5: "term"}, 12)):
+        after = {at: (lambda at=at: batches.append(at)) for at in range(max(asked) + 1, 9)}
+        ended = run_attempt(tmp_path, store, name, measuring=asked | after, **settings)
+        assert isinstance(ended.ended, Interrupted), ended.ended
+        assert [ref.step for ref in ended.progress.checkpoints or ()][-1] == step
+    assert batches == []
+    # In the last step the weights are kept all the same, and what goes on from them measures them.
+    last = run_attempt(tmp_path, store, "pod-4", measuring={5: "term"}, **settings)
+    assert isinstance(last.ended, Interrupted)
+    done = run_attempt(tmp_path, store, "pod-5", events={1: "kill"}, **settings)
+    same(done, undisturbed)
+    assert done.learned is not None and undisturbed.learned is not None
+    assert done.learned.eval_loss == undisturbed.learned.eval_loss
+    assert (done.progress.resumed_from, steps_of(store, "pod-5", "evalLoss")) == (18, [6, 12, 18])
+
+
+def test_steps_go_on_while_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
+    three_more = threading.Event()
+
+    class Slow(FolderStore):
+        def upload(self, key: str, path: Path) -> None:
+            assert three_more.wait(30), "training stood still"
+            super().upload(key, path)
+
+    store = Slow(tmp_path / "store")
+    # Step 4 is saved; the 14th micro-batch belongs to the 8th step.
+    done = run_attempt(tmp_path, store, "pod-1", events={14: three_more.set})
+    assert done.ended is None, done.ended
+    assert three_more.is_set()
+    # The checkpoint of step 8 was due while that of step 4 was on its way: it was taken as soon as that was possible.
+    assert [ref.step for ref in done.progress.checkpoints or ()][-1] == 18
+
+
+def test_a_store_that_takes_no_checkpoints_does_not_end_training(
+    tmp_path: Path, undisturbed: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(FolderStore):
+        broken = True
+
+        def upload(self, key: str, path: Path) -> None:
+            if self.broken:
+                raise OSError("connection reset")
+            super().upload(key, path)
+
+    store = Broken(tmp_path / "store")
+
+    def mended() -> None:
+        store.broken = False
+
+    done = run_attempt(tmp_path, store, "pod-1", held_out=5, eval_steps=6, events={16: mended})
+    same(done, undisturbed)
+    assert "could not be written, training continues and the next one will be tried: connection reset" in caplog.text
+    assert 18 in [ref.step for ref in done.progress.checkpoints or ()]
+
+
+def test_by_time_where_steps_do_not_say(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    often = open_attempt(tmp_path, store, "pod-1", checkpoint_seconds=0.0)
+    run_attempt(tmp_path, store, "pod-1", run=often, save_steps=None, save_total_limit=100, events={16: "kill"})
+    seldom = open_attempt(tmp_path, store, "pod-2", checkpoint_seconds=3600.0)
+    done = run_attempt(tmp_path, store, "pod-2", run=seldom, save_steps=None, save_total_limit=100)
+    assert (done.progress.resumed_from or 0) > 0
+    own = [ref.step for ref in done.progress.checkpoints or () if ref.attempt == "pod-2"]
+    assert own == [18]
+
+
+def test_speed_and_time_left_are_of_this_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watches: list[Watch] = []
+
+    class SeenWatch(Watch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            watches.append(self)
+
+    monkeypatch.setattr("graft_trainer.loop.loop.Watch", SeenWatch)
+    store = FolderStore(tmp_path / "store")
+    run_attempt(tmp_path, store, "pod-1", events={20: "term"})
+    done = run_attempt(tmp_path, store, "pod-2")
+    assert done.learned is not None and done.learned.seconds > 0
+    # If the steps before the resume counted, all of them would fall into the first step of this attempt.
+    assert watches[-1].pace._marks[0][1] >= 10

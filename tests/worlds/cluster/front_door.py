@@ -1,0 +1,106 @@
+"""A gateway in a story, with the chart's rights, and an engine behind it that answers everything."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import aiohttp
+import urllib3
+from aiohttp import web
+from graft_server.configmaps import ConfigMaps, Follower
+from graft_server.gateway.__main__ import SELECTOR
+from graft_server.gateway.app import Gateway
+from graft_server.gateway.demand import Reporter
+from graft_server.gateway.settings import Settings
+from kubernetes.aio.client import ApiClient, Configuration
+from testbed.shell import wait_for
+
+from worlds.cluster.api import Api
+from worlds.cluster.operator_process import SYSTEM
+
+
+class _Answers(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"id": "c1", "model": asked["model"], "choices": [{"text": "hi"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def engine(address: str, port: int) -> Iterator[None]:
+    """Listens where a pod's engine would, on a loopback address."""
+    server = ThreadingHTTPServer((address, port), _Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class FrontDoor:
+    """One gateway; `ask` is its client."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._pool = urllib3.PoolManager(retries=False, timeout=60)
+
+    def ready(self) -> bool:
+        return self._pool.request("GET", f"{self.url}/readyz").status == 200
+
+    def ask(self, model: str) -> urllib3.BaseHTTPResponse:
+        return self._pool.request("POST", f"{self.url}/v1/completions", json={"model": model, "prompt": "hello"})
+
+
+@contextmanager
+def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
+    """Runs the gateway on loopback, as its service account."""
+    started, urls, stop, loop = threading.Event(), list[str](), asyncio.Event(), asyncio.new_event_loop()
+
+    async def serve() -> None:
+        configuration = Configuration(host=api.server)
+        configuration.ssl_ca_cert = str(api.pki / "ca.crt")
+        configuration.api_key = {"authorization": f"Bearer {api.token(SYSTEM, 'graft-gateway')}"}
+        client = ApiClient(configuration)
+        configmaps = ConfigMaps(client, SYSTEM)
+        async with aiohttp.ClientSession() as session:
+            gateway = Gateway(session, Settings(namespace=SYSTEM, name=name, **settings), lambda: follower.age)
+            follower = Follower(configmaps, SELECTOR, gateway.update)
+            runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            reporter = Reporter(configmaps, gateway.waiting, name)
+            tasks = [asyncio.create_task(follower.run()), asyncio.create_task(reporter.run())]
+            urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+            started.set()
+            await stop.wait()
+            gateway.drain()
+            for task in tasks:
+                task.cancel()
+            await runner.cleanup()
+        await client.close()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=[serve()])
+    thread.start()
+    try:
+        assert started.wait(30), "the gateway did not start"
+        door = FrontDoor(urls[0])
+        wait_for(door.ready, 30, "the gateway has read its table")
+        yield door
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        loop.close()

@@ -1,0 +1,109 @@
+"""Composed and imported versions in a story: what the user creates, and the pod that makes them, as the trainer itself or played."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from graft.artifacts import layout
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, ManifestParent
+from graft.artifacts.versions import describe_files, publish
+from graft.contracts.job import VersionFile
+from graft.contracts.progress import EXIT_CODES, Reason, Termination
+
+from worlds.cluster.api import Object
+from worlds.cluster.tenant import BASE, Tenant
+
+
+class Maker:
+    """One Adapter that is composed or imported."""
+
+    def __init__(self, tenant: Tenant, adapter: str, version: str = "1.0.0") -> None:
+        self.tenant, self.adapter, self.version = tenant, adapter, version
+        self.name = f"{adapter}-{version}"
+        self.command = "compose"
+
+    def manifest(self, **spec: Any) -> Object:
+        self.command = "import" if "import" in spec else "compose"
+        full = {"adapter": self.adapter, "version": self.version, "baseModel": BASE, "method": "lora"}
+        return self.tenant.resource("Adapter", self.name, full | spec)
+
+    def create(self, **spec: Any) -> "Maker":
+        self.tenant.api.create(self.manifest(**spec))
+        return self
+
+    def compose(self, *parents: str, **compose: Any) -> "Maker":
+        method = "full" if compose.get("into") == "base" else "lora"
+        return self.create(method=method, compose={"parents": [{"adapter": item} for item in parents]} | compose)
+
+    def until(self, reason: str, timeout: float = 45) -> Object:
+        return self.tenant.until("Adapter", self.name, "Ready", reason, timeout)
+
+    def status(self) -> Object:
+        return self.tenant.status("Adapter", self.name)
+
+    def running_pod(self, but: tuple[str, ...] = ()) -> str:
+        return self.tenant.running_pod(self.name, but, "Adapter")
+
+    def file(self) -> VersionFile:
+        """What the pod is told."""
+        data = self.tenant.get("ConfigMap", f"{self.name}-{self.command}")["data"]
+        return VersionFile.model_validate_json(data["job.json"])
+
+    def jobs(self) -> list[str]:
+        return [item["metadata"]["name"] for item in self.tenant.api.list("Job", self.tenant.name)]
+
+    def publish_as_trainer(self, pod: str) -> None:
+        """Files of a composed adapter and its manifest, as the trainer leaves them."""
+        file = self.file()
+        prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
+        given = file.composition.parents if file.composition else []
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+            files["adapter_config.json"].write_text(json.dumps({"r": 16, "peft_type": "LORA"}))
+            files["adapter_model.safetensors"].write_bytes(self.name.encode() * 100)
+            base = ManifestBaseModel(name=file.base_model.name, uri=file.base_model.uri, digest=file.base_model.digest)
+            parents = [
+                ManifestParent(adapter=item.name, version=item.version, digest=item.digest, weight=item.weight)
+                for item in given
+            ]
+            manifest = Manifest(
+                adapter=file.output.adapter, version=file.output.version, method=file.method, base_model=base,
+                job=ManifestJob(name=file.job.name, namespace=file.job.namespace, uid=file.job.uid, attempt=pod),
+                recipe="r", hyperparameters={}, rank=16, target_modules=["q_proj"], parents=parents,
+                files=describe_files(files), created_at="2026-01-01T00:00:00Z",
+            )  # fmt: skip
+            publish(self.tenant.tenant_store(), prefix, files, manifest)
+
+    def end_pod(self, pod: str, exit_code: int = 0, message: str = "") -> None:
+        self.tenant.end_pod(pod, exit_code, message, container=self.command)
+
+    def fail_pod(self, pod: str, reason: Reason, message: str, remedy: str) -> None:
+        self.end_pod(pod, EXIT_CODES[reason], Termination(reason=reason, message=message, remedy=remedy).json_text())
+
+    def run_trainer(self, folder: Path) -> None:
+        """What the kubelet does: mount the ConfigMap and the Secret, run the container's command, report how it ended."""
+        pod = self.running_pod()
+        for name in ("storage", "work"):
+            (folder / name).mkdir(parents=True)
+        (folder / "job.json").write_text(self.file().json_text())
+        self.tenant.mount_storage(folder / "storage")
+        environment = dict(os.environ) | {
+            "POD_NAME": pod,
+            "GRAFT_JOB_FILE": str(folder / "job.json"),
+            "GRAFT_STORAGE_DIR": str(folder / "storage"),
+            "GRAFT_WORK_DIR": str(folder / "work"),
+            "GRAFT_TERMINATION_FILE": str(folder / "termination"),
+            "GRAFT_STORAGE_PATIENCE": "5",
+            "OMP_NUM_THREADS": "1",  # threads that wait for each other on shared CPUs take many times as long
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "graft_trainer", self.command],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        print(done.stdout, done.stderr)
+        said = (folder / "termination").read_text() if (folder / "termination").exists() else ""
+        self.end_pod(pod, done.returncode, said)

@@ -1,0 +1,135 @@
+"""The operator as a process with the chart's own rights: started, stopped and killed by the tests."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from testbed.binaries import KUBERNETES, binary
+from testbed.controlplane import ControlPlane, free_port
+from testbed.objectstore import S3Server
+from testbed.shell import REPOSITORY, output, tail, wait_for
+
+from worlds.cluster.api import Api
+
+SYSTEM = "graft-system"
+ACCOUNT = "graft-operator"
+BUCKET = "graft"
+RIGHTS = {"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"}
+
+
+@dataclass
+class OperatorProcess:
+    """`python -m graft` with a kubeconfig, a configuration and the store's key."""
+
+    folder: Path
+    kubeconfig: Path
+    secret_dir: Path
+    health_port: int = field(default_factory=free_port)
+    metrics_port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "operator.log"
+
+    def start(self) -> None:
+        """Start it, and wait until its probes say that it works."""
+        self.launch()
+        wait_for(self.healthy, 60, "the operator is healthy", lambda: tail(self.log))
+
+    def launch(self) -> None:
+        """Start it without waiting."""
+        assert self.process is None
+        config = self.folder / "config.json"
+        config.write_text(json.dumps(SETTINGS))
+        environment = os.environ | {
+            "KUBECONFIG": str(self.kubeconfig),
+            "GRAFT_CONFIG": str(config),
+            "GRAFT_STORAGE_DIR": str(self.secret_dir),
+            "GRAFT_LIVENESS": f"http://127.0.0.1:{self.health_port}/healthz",
+            "GRAFT_METRICS_PORT": str(self.metrics_port),
+            "GRAFT_KEYS_SECONDS": "1",
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "graft"], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def healthy(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, f"the operator ended:\n{tail(self.log)}"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz", timeout=5) as answer:
+                return int(answer.status) == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def end(self, number: signal.Signals) -> None:
+        """Signal our own child and wait for it."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def stop(self) -> None:
+        self.end(signal.SIGTERM)
+
+    def kill9(self) -> None:
+        self.end(signal.SIGKILL)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's series."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
+SETTINGS = {
+    "namespace": SYSTEM,
+    "images": {"trainer": "graft/trainer:test", "engine": "graft/engine:test", "agent": "graft/agent:test"},
+    "storage": {"issueCredentials": True, "createBucket": True},
+    "gatewayUrl": "http://graft-gateway.graft-system.svc:8080",
+}
+
+
+def install_rights(plane: ControlPlane, api: Api) -> Path:
+    """The chart's service account and roles, nothing else of it; the kubeconfig of that account."""
+    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}})
+    chart = REPOSITORY / "charts/graft"
+    # --kube-version: without a cluster helm takes the version of the Kubernetes that it was built with, none here.
+    rendered = output([binary("helm"), "template", "graft", chart, "--namespace", SYSTEM, "--kube-version", KUBERNETES])
+    documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] in RIGHTS]
+    ours = [item for item in documents if "helm.sh/hook" not in (item["metadata"].get("annotations") or {})]
+    manifest = plane.state / "rights.json"
+    manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": ours}))
+    plane.kubectl("apply", "-f", str(manifest))
+    path = plane.state / "operator.kubeconfig"
+    cluster = {"server": plane.server, "certificate-authority": str(plane.state / "pki/ca.crt")}
+    context = {"cluster": "graft", "user": ACCOUNT}
+    path.write_text(
+        json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "graft",
+            "clusters": [{"name": "graft", "cluster": cluster}],
+            "contexts": [{"name": "graft", "context": context}],
+            "users": [{"name": ACCOUNT, "user": {"token": api.token(SYSTEM, ACCOUNT)}}],
+        })
+    )  # fmt: skip
+    return path
+
+
+def new_operator(folder: Path, kubeconfig: Path, s3: S3Server) -> OperatorProcess:
+    """An operator that is not started yet."""
+    return OperatorProcess(folder, kubeconfig, s3.secret_dir(BUCKET))

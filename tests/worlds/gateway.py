@@ -1,0 +1,110 @@
+"""A gateway with fake engines behind it, and a client in front of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft_server.gateway.app import Gateway
+from graft_server.gateway.settings import Settings
+
+from worlds.serving import FakeEngine, listening
+
+ENGINE_MODEL = "team-a--support-1.0.0--0123456789ab"
+MODEL = "team-a/support"
+GRAFT = {"adapter": "support-1.0.0", "version": "1.0.0", "deployment": "dep", "namespace": "team-a"}
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def table(*addresses: str, **fields: Any) -> Routes:
+    return Routes(
+        namespace="team-a",
+        deployment="dep",
+        base_model="base",
+        routes=[
+            RouteEntry(
+                model=MODEL,
+                targets=[RouteTarget(engine_model=ENGINE_MODEL, adapter="support-1.0.0", version="1.0.0")],
+            ),
+            RouteEntry(model="team-a/plain", targets=[RouteTarget(engine_model="base")]),
+        ],
+        backends=[
+            Backend(pod=f"pod-{index}", address=address, loaded=["base", ENGINE_MODEL])
+            for index, address in enumerate(addresses)
+        ],
+        **fields,
+    )
+
+
+class World:
+    """Engines, a gateway and a client."""
+
+    def __init__(self, gateway: Gateway, session: aiohttp.ClientSession, url: str) -> None:
+        self.gateway, self.session, self.url = gateway, session, url
+        self.engines: list[FakeEngine] = []
+        self.addresses: list[str] = []
+
+    def update(self, *parts: Routes) -> None:
+        self.gateway.update({f"routes-{index}": {ROUTES_KEY: part.json_text()} for index, part in enumerate(parts)})
+
+    def post(self, body: Any = None, path: str = "/v1/chat/completions", **fields: Any) -> Any:
+        body = {"model": MODEL, "messages": [], **fields} if body is None else body
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.session.post(self.url + path, data=data, headers={"Authorization": "Bearer sk-secret", "TE": "x"})
+
+    async def metric(self, line: str) -> bool:
+        async with self.session.get(self.url + "/metrics") as response:
+            return line in (await response.text()).splitlines()
+
+
+@asynccontextmanager
+async def world(engines: int = 1, **settings: Any) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        outward = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        client = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        gateway = Gateway(outward, Settings(**{"connect_timeout": 0.5, **settings}), lambda: 2.5)
+        made = World(gateway, client, "")
+        for _ in range(engines):
+            engine = FakeEngine()
+            engine.adapters[ENGINE_MODEL] = f"/adapters/{ENGINE_MODEL}"
+            made.engines.append(engine)
+            made.addresses.append(await stack.enter_async_context(listening(engine.app())))
+        made.url = "http://" + await stack.enter_async_context(listening(gateway.application()))
+        if engines:
+            made.update(table(*made.addresses))
+        yield made
+
+
+def chunk(text: str) -> bytes:
+    return b"data: " + json.dumps({"model": ENGINE_MODEL, "choices": [{"text": text}]}).encode() + b"\n\n"
+
+
+def events(body: bytes) -> list[Any]:
+    lines = [line.removeprefix(b"data: ") for line in body.split(b"\n") if line.startswith(b"data: ")]
+    return [json.loads(line) if line != b"[DONE]" else "[DONE]" for line in lines]
+
+
+@asynccontextmanager
+async def sse(request: web.Request) -> AsyncIterator[web.StreamResponse]:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    yield response
+
+
+async def refused(response: aiohttp.ClientResponse, status: int, code: str) -> dict[str, Any]:
+    """Checks that it is an error in OpenAI's shape."""
+    assert response.status == status, await response.text()
+    error: dict[str, Any] = (await response.json())["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["code"] == code
+    return error

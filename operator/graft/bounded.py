@@ -1,0 +1,73 @@
+"""Bounds on JSON that something less trusted wrote, checked before memory is spent on it.
+
+Every program of Graft reads such JSON: the operator a training pod's progress, the gateway a client's request, the agent an
+engine's answer. Ten megabytes of brackets become a gigabyte of Python objects, so the text is checked first: its bytes, its
+depth and the number of its values. This module knows no message; the limits of each are in LIMITS of its contract.
+"""
+
+import json
+import re
+from typing import Any, NamedTuple, NoReturn
+
+# A string is skipped as a whole, so that brackets and commas in it do not count.
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # a surrogate; it is valid only as one of a pair
+
+
+class OutOfBounds(ValueError):
+    """JSON that is larger than its reader accepts, or that is not JSON at all."""
+
+
+class Limits(NamedTuple):
+    """The most that a reader accepts."""
+
+    size: int  # bytes
+    depth: int = 16  # of nested objects and arrays
+    values: int = 20_000  # in all objects and arrays
+
+
+def check_json(data: bytes, limits: Limits, what: str) -> None:
+    """Raise OutOfBounds if `data` exceeds the limits. `what` names it in the message. It costs no memory."""
+    if len(data) > limits.size:
+        raise OutOfBounds(f"{what} has {len(data)} bytes, more than {limits.size}")
+    depth, values = 0, 1
+    for token in TOKEN.finditer(data):
+        first = data[token.start()]
+        if first in b"[{":
+            depth += 1
+            values += 1
+        elif first in b"]}":
+            depth -= 1
+        elif first == 0x2C:  # a comma
+            values += 1
+        if depth > limits.depth:
+            raise OutOfBounds(f"{what} is nested deeper than {limits.depth} levels")
+        if values > limits.values:
+            raise OutOfBounds(f"{what} has more than {limits.values} values")
+
+
+def parse_json(data: bytes, limits: Limits, what: str) -> Any:
+    """Return the value of UTF-8 JSON within the limits. Raises OutOfBounds.
+
+    NaN, Infinity, numbers of thousands of digits and halves of surrogate pairs are refused: what is accepted can be written
+    as JSON again.
+    """
+    check_json(data, limits, what)
+    try:
+        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        if HALF_CHARACTER.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise OutOfBounds(f"{what} is not valid JSON: {_first_line(error)}") from error
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _first_line(error: Exception) -> str:
+    """Return the parser's message without the text that it quotes: the text may be another's secret."""
+    if isinstance(error, UnicodeError):
+        return "it is not UTF-8, or it has half a character (a surrogate without its pair)"
+    return str(error).partition("\n")[0][:200]

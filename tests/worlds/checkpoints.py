@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a store in a folder that processes can share, and attempts of one tiny run."""
+"""Helpers for the tests of checkpoints: a store in a folder that processes can share, and attempts of one tiny run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from worlds.trainer import make_job, make_settings
 
-torch.set_num_threads(1)  # so small a model is only slowed down by a second one
+torch.set_num_threads(1)  # a second thread would slow down such a small model
 ROOT = "team-a/runs/uid-1/"
 WORDS = 48
 RESOLVED = Resolved(
@@ -37,7 +37,7 @@ RESOLVED = Resolved(
 
 
 class FolderStore:
-    """S3Store's calls over a folder: a file appears whole or not at all, also to another process."""
+    """The methods of S3Store over a folder. Writes are atomic: other processes never see a partial file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,11 +84,11 @@ class FolderStore:
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the end of a process that was killed."""
 
 
 class Data(Collator):
-    """A collator that lets something happen when the n-th micro-batch of this attempt is read."""
+    """A collator that calls `events[n]` when the attempt reads its n-th micro-batch."""
 
     def __init__(self, events: dict[int, Callable[[], None]]) -> None:
         super().__init__(0)
@@ -107,7 +107,7 @@ def killed() -> None:
 
 
 def make_examples(count: int = 22) -> list[Tokenised]:
-    """Lengths and masks of all kinds."""
+    """Return examples of different lengths and with different label masks."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for index in range(count):
@@ -129,7 +129,7 @@ def make_model(*, full: bool = False) -> Any:
 
 
 def make_t5(*, tied: bool = False, lora: bool = False) -> Any:
-    """`tied`: the head is the embedding table, as in T5 1.0 and unlike 1.1."""
+    """Return a tiny T5. With `tied`, the head is the embedding table, as in T5 1.0 but not in T5 1.1."""
     torch.manual_seed(11)
     config = T5Config(
         vocab_size=WORDS, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0,
@@ -142,7 +142,7 @@ def make_t5(*, tied: bool = False, lora: bool = False) -> Any:
 
 
 def make_pairs(count: int = 22) -> list[Tokenised]:
-    """The same for seq2seq models."""
+    """Return the same examples as inputs and targets of a seq2seq model."""
     return [Tokenised(item.input_ids, item.input_ids[2:], "seq2seq") for item in make_examples(count)]
 
 
@@ -158,7 +158,7 @@ def identity_of(run: Run, work: Work) -> str:
 
 @dataclasses.dataclass
 class Attempt:
-    """What is left of an attempt."""
+    """The result of an attempt: its run, its training curves, its weights, and the exception that ended it."""
 
     run: Run
     learned: Learned | None
@@ -186,8 +186,12 @@ def run_attempt(
     measuring: dict[int, str | Callable[[], None]] | None = None,
     **changes: Any,
 ) -> Attempt:
-    """Train as one attempt. At the micro-batches in `events`, and of held-out examples in `measuring`: "kill" ends it at once,
-    "term" asks it to end. `t5`: the options of make_t5, for such a model."""
+    """Train as one attempt. Return its result.
+
+    `events` maps a micro-batch to an event. `measuring` maps a batch of held-out examples to an event. The event "kill"
+    ends the attempt at once, and "term" interrupts it. Any other event is a function to call.
+    `t5` holds the options of make_t5. With it, the attempt trains a T5 model.
+    """
     run = run or open_attempt(root, store, name)
 
     def term() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of composed and imported versions share: small adapters whose updates are no zeros, published as any other."""
+"""Helpers for the tests of composed and imported versions: small published adapters whose updates are not zero."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def load_base(folder: Path) -> Any:
 
 
 def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: Any) -> Path:
-    """A LoRA with random A and B on that base model, in peft's layout."""
+    """Save a LoRA adapter with random A and B for this base model, in peft's layout. Return its folder."""
     torch.manual_seed(seed)
     task = "SEQ_2_SEQ_LM" if "T5" in (base / "config.json").read_text() else "CAUSAL_LM"
     fields = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"], "task_type": task} | config
@@ -41,7 +41,7 @@ def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: A
 def publish_adapter(
     store: MemoryStore, folder: Path, version: str, weight: float = 1.0, **manifest: Any
 ) -> ParentVersion:
-    """Publish an adapter as a training pod does, and name it as a parent."""
+    """Publish an adapter as a training pod does. Return the entry that names it as a parent."""
     files = {name: folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
     fields: dict[str, Any] = {
         "adapter": "part", "version": version, "method": "lora", "recipe": "r", "hyperparameters": {},
@@ -68,7 +68,7 @@ def version_file(version: str = "1.0.0", **changes: Any) -> VersionFile:
 
 
 def composed(root: Path, store: MemoryStore, parents: list[ParentVersion], **changes: Any) -> Manifest:
-    """Run the composition; the manifest that was published, verified."""
+    """Run the composition. Return the published manifest after verifying the version."""
     method = "full" if changes.get("into") == "base" else "lora"
     composition = {"parents": [item.model_dump() for item in parents], "method": "cat"} | changes
     return make(root, store, version_file(method=method, composition=composition))
@@ -91,7 +91,7 @@ def download(store: MemoryStore, folder: Path, adapter: str = "both", version: s
 
 
 def deltas(base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """The update of each weight, as it is merged into the base model."""
+    """Return the change of each weight when the adapter is merged into the base model, without unchanged weights."""
     before = {name: tensor.clone() for name, tensor in load_base(base).state_dict().items()}
     model: Any = PeftModel.from_pretrained(load_base(base), folder)
     after = model.merge_and_unload().state_dict()

@@ -1,4 +1,4 @@
-"""What the tests of the evaluation share: runs whose work folder is as prepare leaves it, trained on the spot."""
+"""Helpers for the tests of the evaluation: runs with a work folder as prepare leaves it, and trained models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def jsonl(records: list[dict[str, Any]]) -> bytes:
 def prepared(
     root: Path, base: Path, *, files: dict[str, bytes] | None = None, store: MemoryStore | None = None, **changes: Any
 ) -> Run:
-    """A run after prepare. `files` are added to the dataset's folder, or replace what is there."""
+    """Return a run after prepare. `files` are added to the dataset folder and replace files of the same name."""
     run = make_run(root, store or MemoryStore(), make_job(**({"training": TRAINING} | changes)))
     folder = run.settings.dataset_dir
     (folder / "suites").mkdir(parents=True)
@@ -42,7 +42,7 @@ def prepared(
 
 def trained_in(run: Run) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "cpu_limit", lambda: 1)  # so small a model is only slowed down by a second one
+        patch.setattr(train_module, "cpu_limit", lambda: 1)  # a second thread would slow down such a small model
         return train_prepared(run)
 
 
@@ -52,7 +52,7 @@ def train_and_evaluate(run: Run) -> tuple[Trained, Evaluated]:
 
 
 def publish_as(store: MemoryStore, version: str, trained: Trained, run: Run, **changes: Any) -> CurrentVersion:
-    """Put a trained model into the store as a version of the adapter, as publish lays it out."""
+    """Put a trained model into the store as a version of the adapter, in the layout of publish."""
     folder = run.settings.work_dir / f"published-{version}"
     trained.model.save_pretrained(folder, safe_serialization=True)
     files = {path.name: path for path in folder.iterdir() if path.name != "README.md"}

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of a few files: an HTTP server with as much of the protocol as the trainer uses."""
+"""A small Hugging Face Hub: an HTTP server with the part of the protocol that the trainer uses."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def etag(data: bytes) -> str:
-    """Git's name of a blob, as the Hub gives it for files that are not in LFS."""
+    """Return Git's hash of a blob. The Hub sends it as the ETag of files that are not in LFS."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves files of one dataset and one model, both at one commit."""
+    """Serves the files of one dataset and one model, both at one commit."""
 
-    files: dict[str, bytes]  # "datasets/org/name/path" or "org/name/path"
+    files: dict[str, bytes]  # by path: "datasets/org/name/path" or "org/name/path"
     tokens: set[str]
 
     @property

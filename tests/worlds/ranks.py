@@ -1,7 +1,7 @@
-"""Processes of a run, as the pods' containers start them, but with a store in a folder and a model made on the spot.
+"""The ranks of a run, started as the containers of its pods start them, but with a store in a folder and a tiny model.
 
-Each ends with the exit code and the termination message of `python -m graft_trainer train`. They are forked from a
-server that has imported everything, for torch and transformers take seconds to load.
+Each process ends with the exit code and the termination message of `python -m graft_trainer train`. The processes are
+forked from a server that has imported everything, because importing torch and transformers takes seconds.
 """
 
 import gc
@@ -34,7 +34,8 @@ from torch.distributed.tensor import DTensor
 from worlds.checkpoints import ROOT, FolderStore, open_attempt, run_attempt
 from worlds.trainer import make_job, ready
 
-# Each of the two takes half of what the single process does: 4 examples a step, and the last step of an epoch has 2.
+# Each of the two ranks takes half of the examples of the single process.
+# A step has 4 examples, and the last step of an epoch has 2.
 HALF = {"full": True, "per_device_train_batch_size": 1, "held_out": 5, "eval_steps": 6}
 
 
@@ -62,7 +63,7 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
     try:
         if joined:
             distributed.join()
-        if rank == late:  # it loads its model
+        if rank == late:  # a slow load of the model
             time.sleep(seconds)
             named.get(what, list)()
         attempt = run_attempt(
@@ -83,8 +84,11 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
 
 
 def pipeline(root: Path, name: str, base: Path, changes: dict[str, Any]) -> int:
-    """All that a pod does after prepare; what the first process has when it begins to place the model goes to <name>.json, with
-    what it has published. Each process has a store of its own."""
+    """Run everything that a pod does after prepare. Each process has its own store.
+
+    Rank 0 writes <name>.json. It holds the published curve and metrics. It also holds what exists when rank 0 starts to
+    place the model: the number of training objects in memory and of final checkpoints in the store.
+    """
     rank = distributed.rank()
     run, store = ready(root / f"{name}-{rank}", base, make_job(**changes))
     settle, left = train.settle, dict[str, int]()
@@ -115,11 +119,11 @@ def pipeline(root: Path, name: str, base: Path, changes: dict[str, Any]) -> int:
 def start(
     store: Path, root: Path, name: str, rank: int, world: int, port: int, options: dict[str, Any]
 ) -> multiprocessing.Process:
-    """A process of its own; its output goes to <root>/<name>-<rank>.log."""
+    """Start one rank in a process. Its output goes to <root>/<name>-<rank>.log."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["worlds.ranks"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server of Python 3.11 has no other path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's fork server imports only from there
         forkserver.ensure_running()
     process = context.Process(target=_run, args=(store, root, name, rank, world, port, options), daemon=True)
     process.start()
@@ -149,7 +153,7 @@ def _run(store: Path, root: Path, name: str, rank: int, world: int, port: int, o
 
 @dataclass
 class Pair:
-    """Two processes that train together, for as long as it takes."""
+    """Two ranks that have trained together: their exit codes, their logs and their progress."""
 
     root: Path
     name: str
@@ -165,7 +169,11 @@ class Pair:
 
 
 def run_pair(root: Path, name: str, events: dict[int, list[Any]] | None = None, **options: Any) -> Pair:
-    """`events`: micro-batch -> (rank, what happens to it); `measuring`: the same with batches of held-out examples."""
+    """Run two ranks until both have ended.
+
+    `events` maps a micro-batch to a rank and the event that happens to it. The option `measuring` does the same for
+    batches of held-out examples.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the tests of the reports share: report.json as a run of each method writes it, without running one."""
+"""Helpers for the tests of the reports: report.json as a run of each method writes it. No run is needed."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def matrices(rank: int) -> list[dict[str, Any]]:
 
 
 def document(method: str = "lora", **changes: Any) -> dict[str, Any]:
-    """report.json, schema version 2."""
+    """Return report.json in schema version 2."""
     times = {"full": 100.0, "lora": 80.0, "qlora": 150.0, "promptTuning": 60.0}
     memory = {"full": 8e9, "lora": 4e9, "qlora": 2e9, "promptTuning": 3e9}
     score = {"full": 0.9, "lora": 0.81, "qlora": 0.72, "promptTuning": 0.45}
@@ -84,7 +84,7 @@ def make_report(method: str = "lora", **changes: Any) -> Report:
 
 
 def old_document() -> dict[str, Any]:
-    """report.json as schema version 1 had it."""
+    """Return report.json in schema version 1."""
     return {
         "schemaVersion": 1,
         "job": {"name": "old", "namespace": "shop", "uid": "uid-0", "attempt": "pod-0"},

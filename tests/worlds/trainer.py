@@ -1,4 +1,4 @@
-"""What the trainer's tests share: a tiny chat model made on the spot, jobs for it, and a store that lives in memory."""
+"""Helpers for the trainer's tests: a tiny chat model with random weights, jobs for it, and a store in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QUESTIONS = {
 
 
 def make_tokenizer(template: str | None = MARKED) -> Any:
-    """A byte-level tokenizer without merges: one token per byte, and the six special ones."""
+    """Return a byte-level tokenizer without merges: one token per byte, and six special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +58,7 @@ def make_tokenizer(template: str | None = MARKED) -> Any:
 
 
 def make_base(folder: Path, template: str | None = MARKED, dtype: Any = None) -> Path:
-    """A Llama of random weights with that tokenizer, laid out like any model of the Hub, in `dtype`, else float32."""
+    """Save a Llama with random weights and that tokenizer, in the layout of the Hub. `dtype` defaults to float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +83,7 @@ def make_base(folder: Path, template: str | None = MARKED, dtype: Any = None) ->
 
 
 def make_qwen(folder: Path) -> Path:
-    """A Qwen2 of random weights: its query, key and value projections have biases."""
+    """Save a Qwen2 with random weights. Its query, key and value projections have biases."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -107,7 +107,7 @@ def make_qwen(folder: Path) -> Path:
 
 
 def make_t5(folder: Path) -> Path:
-    """A T5 of random weights with the byte tokenizer and, as T5 has it, without a chat template."""
+    """Save a T5 with random weights and the byte tokenizer. Like published T5 models, it has no chat template."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -131,7 +131,7 @@ def make_t5(folder: Path) -> Path:
 
 
 def chat_lines(count: int) -> bytes:
-    """Lines of the chat format, the same few questions over and over."""
+    """Return `count` lines in the chat format. The same few questions repeat."""
     pairs = list(QUESTIONS.items())
     lines = []
     for index in range(count):
@@ -142,14 +142,14 @@ def chat_lines(count: int) -> bytes:
 
 
 def question_lines(count: int) -> bytes:
-    """The same in the instruction format."""
+    """Return the same questions in the instruction format."""
     pairs = list(QUESTIONS.items())
     lines = [dict(zip(("instruction", "output"), pairs[index % len(pairs)], strict=True)) for index in range(count)]
     return "\n".join(map(json.dumps, lines)).encode() + b"\n"
 
 
 def make_job(**changes: Any) -> JobFile:
-    """A job as the operator writes it; fields can be replaced."""
+    """Return a job as the operator writes it. `changes` replaces fields."""
     fields: dict[str, Any] = {
         "job": {"name": "colours", "namespace": "team-a", "uid": "uid-1"},
         "tenant": "team-a",
@@ -168,7 +168,7 @@ def make_job(**changes: Any) -> JobFile:
 
 
 class MemoryStore:
-    """S3Store's calls over a dict. `refuse` maps a part of a key to the trouble that writing it gives."""
+    """The methods of S3Store over a dict. `refuse` maps a part of a key to the trouble that its writes raise."""
 
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
         self.kept = dict(objects or {})
@@ -227,7 +227,7 @@ class MemoryStore:
 
 
 def make_settings(root: Path) -> Settings:
-    """Settings whose paths are all below one folder."""
+    """Return settings whose paths are all below `root`."""
     (root / "work").mkdir(parents=True, exist_ok=True)
     return Settings(
         attempt="pod-1",
@@ -251,7 +251,10 @@ def make_run(root: Path, store: MemoryStore, job: JobFile) -> Run:
 
 
 def ready(root: Path, base: Path, job: JobFile, store: MemoryStore | None = None) -> tuple[Run, MemoryStore]:
-    """A run as prepare leaves it, with the base model where it is; the data is the store's, else the chats."""
+    """Return a run as prepare leaves it, and its store. The base model stays in its folder.
+
+    Without `store`, the dataset is in the chat format.
+    """
     store = store or MemoryStore({"team-a/data/train.jsonl": chat_lines(24), "team-a/data/eval.jsonl": chat_lines(6)})
     run = make_run(root, store, job)
     run.settings.dataset_dir.mkdir(parents=True)
@@ -264,7 +267,7 @@ def ready(root: Path, base: Path, job: JobFile, store: MemoryStore | None = None
 
 
 def train_prepared(run: Run) -> Trained:
-    """Train from what prepare has left in the work folder."""
+    """Train from the files that prepare has left in the work folder."""
     from graft_trainer.train import train
 
     return train(run, Prepared.read(run.settings.prepared_file))
@@ -272,7 +275,7 @@ def train_prepared(run: Run) -> Trained:
 
 @contextmanager
 def quick_training() -> Iterator[None]:
-    """So small a model is only slowed down by a second thread, and its latency is no matter here."""
+    """Use one thread, because a second one slows down such small models. Measure the latency only briefly."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("graft_trainer.train.cpu_limit", lambda: 1)
         patch.setattr("graft_trainer.analysis.analysis.LATENCY_SECONDS", 0.1)

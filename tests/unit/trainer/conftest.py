@@ -1,4 +1,4 @@
-"""What the trainer's tests share: one tiny base model, a Hub, and trainings that do not waste time."""
+"""Fixtures of the trainer's tests: one tiny base model, a Hub, and settings for fast training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +12,12 @@ __all__ = ["hub"]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat model of random weights. Nobody writes into its folder."""
+    """A chat model with random weights. Tests must not write into its folder."""
     return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """One thread and a short measurement of the latency: a second thread only slows such small models down."""
+    """Use one thread, because a second one slows down such small models. Measure the latency only briefly."""
     with quick_training():
         yield

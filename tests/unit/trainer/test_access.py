@@ -1,4 +1,4 @@
-"""prepare as the container runs it, against a real S3 server: what a key may write, and without torch."""
+"""prepare as its container runs it, against a real S3 server: it checks the key's write access and imports no torch."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def root(server: S3Server) -> S3Store:
-    """The bucket with a base model and data, opened with the root key."""
+    """The bucket with a base model and datasets, opened with the root key."""
     store = S3Store(StorageConfig.from_dir(server.secret_dir("graft")))
     store.create_bucket()
     for path in MODEL.iterdir():
@@ -45,7 +45,7 @@ def tenant(root: S3Store, server: S3Server) -> StorageConfig:
 
 
 def prepared(folder: Path, key: StorageConfig) -> subprocess.CompletedProcess[str]:
-    """The container's run with this key."""
+    """Run the container's command with this key. Return the finished process."""
     (folder / "storage").mkdir()
     for name, value in {
         "endpoint": key.endpoint, "region": key.region, "bucket": key.bucket, "prefix": key.prefix,
@@ -66,7 +66,7 @@ def prepared(folder: Path, key: StorageConfig) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_job_is_prepared_with_its_tenants_key_and_without_torch(
+def test_prepare_works_with_the_tenants_key_and_without_torch(
     tmp_path: Path, root: S3Store, tenant: StorageConfig
 ) -> None:
     done = prepared(tmp_path, tenant)
@@ -75,12 +75,12 @@ def test_a_job_is_prepared_with_its_tenants_key_and_without_torch(
     told = json.loads(root.get("team-a/runs/uid-1/pod-1/progress.json"))["dataset"]
     assert (told["examples"], told["heldOut"], told["truncatedShare"]) == (1088, 92, 0)
     assert told["maxTokens"] < 128
-    # The check of the write access left nothing behind.
+    # The check of the write access leaves no objects and no uploads.
     assert list(root.objects("team-a/adapters/")) == []
     assert not root.client.list_multipart_uploads(Bucket="graft").get("Uploads")
 
 
-def test_a_key_that_may_write_progress_and_not_versions(tmp_path: Path, root: S3Store, tenant: StorageConfig) -> None:
+def test_prepare_fails_if_the_key_cannot_write_versions(tmp_path: Path, root: S3Store, tenant: StorageConfig) -> None:
     policy = json.loads(root.client.get_bucket_policy(Bucket="graft")["Policy"])
     denied = {
         "Effect": "Deny", "Principal": {"AWS": [tenant.access_key_id]}, "Action": ["s3:PutObject"],
@@ -102,7 +102,7 @@ def test_a_key_that_may_write_progress_and_not_versions(tmp_path: Path, root: S3
     assert not (tmp_path / "work/dataset").exists()
 
 
-def test_a_bucket_that_is_not_there_is_told_as_such(root: S3Store, server: S3Server) -> None:
+def test_a_missing_bucket_is_reported_as_missing(root: S3Store, server: S3Server) -> None:
     folder = server.secret_dir("none")
     try:
         with pytest.raises(StoreError) as caught:

@@ -1,4 +1,4 @@
-"""What is left of a run once its version is published: no checkpoint, whoever published and whoever else still runs."""
+"""When its version is published, a run keeps no checkpoints, even if another attempt published it or still runs."""
 
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 class WatchedStore(MemoryStore):
-    """Notes what is deleted, may refuse to, and lets something happen before it does."""
+    """Records deletions, can refuse them, and calls a function before each one."""
 
     def __init__(self, kept: dict[str, bytes] | None = None) -> None:
         super().__init__(kept)
@@ -65,7 +65,7 @@ def go(run: Run) -> Progress:
 
 
 def leave_checkpoint(store: WatchedStore, name: str = "pod-0", step: int = 2) -> None:
-    """What an attempt before this one has left, with a part of one that it did not end."""
+    """Store the checkpoint of an earlier attempt, and the part of another that it did not finish."""
     prefix = f"{RUN}{name}/checkpoints/step-{step:06d}/"
     receipt = Receipt(step=step, rank=0, world_size=1, of="other", size=4, sha256="", created_at="2026-01-01T00:00:00Z")
     store.kept[prefix + "rank-0000.safetensors"] = b"data"
@@ -73,7 +73,7 @@ def leave_checkpoint(store: WatchedStore, name: str = "pod-0", step: int = 2) ->
     store.kept[f"{RUN}{name}/checkpoints/step-{step + 1:06d}/rank-0000.safetensors"] = b"da"
 
 
-def test_nothing_is_left_of_the_checkpoints_of_a_run_that_has_published(tmp_path: Path, base: Path) -> None:
+def test_a_run_that_has_published_keeps_no_checkpoints(tmp_path: Path, base: Path) -> None:
     run, store = attempt(tmp_path, base)
     leave_checkpoint(store)
     early: list[str] = []
@@ -83,12 +83,14 @@ def test_nothing_is_left_of_the_checkpoints_of_a_run_that_has_published(tmp_path
     assert (progress.stage, progress.step, progress.checkpoints) == ("Succeeded", 3, [])
     gone = [key for key in store.deleted if "/checkpoints/" in key]
     receipts = [key for key in gone if key.endswith(".json")]
-    assert receipts and gone[: len(receipts)] == receipts, "what is half deleted is no longer complete"
+    assert receipts and gone[: len(receipts)] == receipts, (
+        "receipts must be deleted first, so that a partly deleted checkpoint is not complete"
+    )
     assert {key.split("/")[3] for key in gone} == {"pod-0", "pod-1"}
     assert f"{RUN}pod-1/events.jsonl" in store.kept and f"{RUN}version.json" in store.kept
 
 
-def test_the_last_upload_of_a_checkpoint_is_waited_for(tmp_path: Path, base: Path) -> None:
+def test_the_run_waits_for_the_last_upload_of_a_checkpoint(tmp_path: Path, base: Path) -> None:
     run, store = attempt(tmp_path, base)
 
     def slow(key: str, path: Path) -> None:
@@ -102,7 +104,7 @@ def test_the_last_upload_of_a_checkpoint_is_waited_for(tmp_path: Path, base: Pat
     assert FINAL + ".json" in store.deleted and store.checkpoints() == []
 
 
-def test_a_rejected_version_is_published_too(tmp_path: Path, base: Path) -> None:
+def test_a_rejected_version_is_published_and_its_checkpoints_are_deleted(tmp_path: Path, base: Path) -> None:
     gate = {"metric": "evalLoss", "max": 0.0001}
     run, store = attempt(tmp_path, base, evaluation={"maxSamples": 0, "gates": [gate]})
     progress = go(run)
@@ -110,7 +112,7 @@ def test_a_rejected_version_is_published_too(tmp_path: Path, base: Path) -> None
     assert store.checkpoints() == [] == progress.checkpoints
 
 
-def test_the_attempt_after_one_that_died_between_removes_them(tmp_path: Path, base: Path) -> None:
+def test_the_next_attempt_deletes_checkpoints_that_a_published_attempt_has_left(tmp_path: Path, base: Path) -> None:
     run, store = attempt(tmp_path / "first", base)
     go(run)
     leave_checkpoint(store, "pod-1")
@@ -120,7 +122,7 @@ def test_the_attempt_after_one_that_died_between_removes_them(tmp_path: Path, ba
     assert (progress.stage, progress.checkpoints) == ("Succeeded", [])
 
 
-def test_of_several_processes_one_removes_them(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_deletes_the_checkpoints(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, store = attempt(tmp_path / "first", base)
     go(run)
     leave_checkpoint(store, "pod-1")
@@ -131,7 +133,7 @@ def test_of_several_processes_one_removes_them(tmp_path: Path, base: Path, monke
 
 
 @pytest.mark.parametrize("trouble", ["denied", "unavailable"])
-def test_what_cannot_be_removed_is_told_and_the_version_is_out(
+def test_checkpoints_that_cannot_be_deleted_are_logged_and_the_run_succeeds(
     tmp_path: Path, base: Path, trouble: Trouble, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, store = attempt(tmp_path, base)
@@ -141,10 +143,10 @@ def test_what_cannot_be_removed_is_told_and_the_version_is_out(
     assert "checkpoints could not be deleted" in caplog.text
     assert [(ref.attempt, ref.step) for ref in progress.checkpoints or ()] == [("pod-1", 3)]
     receipts = [key for key in store.checkpoints() if key.endswith(".json")]
-    assert receipts == [FINAL + ".json"], "those before it have gone"
+    assert receipts == [FINAL + ".json"], "the receipts of the earlier checkpoints must be deleted"
 
 
-def test_asked_to_end_meanwhile_the_run_has_succeeded(tmp_path: Path, base: Path) -> None:
+def test_a_run_that_is_interrupted_while_it_deletes_checkpoints_has_succeeded(tmp_path: Path, base: Path) -> None:
     run, store = attempt(tmp_path, base)
 
     def asked(key: str) -> None:
@@ -161,7 +163,9 @@ def publish_as_another(root: Path, base: Path, store: WatchedStore) -> None:
     go(other)
 
 
-def test_an_attempt_whose_checkpoint_goes_while_it_is_read_has_nothing_to_do(tmp_path: Path, base: Path) -> None:
+def test_an_attempt_succeeds_if_another_publishes_and_deletes_the_checkpoint_that_it_reads(
+    tmp_path: Path, base: Path
+) -> None:
     run, store = attempt(tmp_path, base)
     first, _ = attempt(tmp_path / "first", base, store)
 
@@ -188,7 +192,7 @@ def test_an_attempt_whose_checkpoint_goes_while_it_is_read_has_nothing_to_do(tmp
     assert store.checkpoints() == []
 
 
-def test_a_receipt_that_goes_between_the_listing_and_the_reading_is_none(tmp_path: Path, base: Path) -> None:
+def test_a_receipt_that_is_deleted_between_listing_and_reading_is_ignored(tmp_path: Path, base: Path) -> None:
     run, store = attempt(tmp_path, base)
     leave_checkpoint(store)
     read = store.get
@@ -202,7 +206,7 @@ def test_a_receipt_that_goes_between_the_listing_and_the_reading_is_none(tmp_pat
     assert not pipeline.trained_to_the_end(run)
 
 
-def test_a_failure_of_a_run_that_nobody_has_published_is_its_own(tmp_path: Path, base: Path) -> None:
+def test_a_run_without_a_published_version_reports_its_own_failure(tmp_path: Path, base: Path) -> None:
     run, store = attempt(tmp_path, base, method={"lora": {"rank": 512}})
     leave_checkpoint(store)
     with pytest.raises(Failure, match="rank is 512") as caught:

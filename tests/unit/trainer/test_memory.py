@@ -1,4 +1,4 @@
-"""A run whose memory runs out tries again with half the micro-batch, and with the same examples per step."""
+"""If memory runs out, the next attempt halves the micro-batch. The number of examples per step stays the same."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @contextmanager
 def memory_for(most: int) -> Iterator[None]:
-    """The model cannot learn from more than so many examples at once: it asks for memory that is not there."""
+    """Let the model run out of memory if a training micro-batch has more than `most` examples."""
 
     def grab(module: torch.nn.Module, arguments: Any) -> None:
         if isinstance(module, torch.nn.Embedding) and module.training and arguments[0].shape[0] > most:
@@ -41,7 +41,7 @@ def memory_for(most: int) -> Iterator[None]:
 
 
 def attempt(root: Path, base: Path, store: MemoryStore, number: int, batch: int = 8) -> tuple[int, Progress]:
-    """One attempt as a pod makes it: (exit code, what it left in progress.json)."""
+    """Run one attempt as a pod does. Return its exit code and its progress.json."""
     store.kept |= {"team-a/data/train.jsonl": chat_lines(24)}
     store.add_folder("models/tiny/", base)
     training = {"maxSteps": 2, "perDeviceTrainBatchSize": batch, "gradientAccumulationSteps": 1, "loggingSteps": 1}
@@ -84,7 +84,7 @@ def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, base: Path) -> 
     assert "halves the micro-batch" in first.failure.remedy
 
 
-def test_after_the_smallest_it_is_out_of_memory(tmp_path: Path, base: Path) -> None:
+def test_if_one_example_does_not_fit_the_run_is_out_of_memory(tmp_path: Path, base: Path) -> None:
     store = MemoryStore()
     with memory_for(0):
         codes = [attempt(tmp_path, base, store, number, batch=2) for number in range(2)]
@@ -98,7 +98,7 @@ def test_after_the_smallest_it_is_out_of_memory(tmp_path: Path, base: Path) -> N
     ("told", "failed", "halvings"),
     [(0, [], 0), (2, [], 2), (0, [0], 1), (0, [0, 0], 1), (1, [1], 2), (3, [0, 1], 3)],
 )
-def test_attempts_that_the_operator_has_not_seen_yet_count(
+def test_halvings_include_attempts_that_the_operator_has_not_seen_yet(
     tmp_path: Path, told: int, failed: list[int], halvings: int
 ) -> None:
     store = MemoryStore()

@@ -1,4 +1,4 @@
-"""train, evaluate and publish on a model that is made on the spot."""
+"""train, evaluate and publish with a tiny base model."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     return run, store
 
 
-def test_the_manifest_is_written_last_and_every_file_is_what_it_says(published: tuple[Run, MemoryStore]) -> None:
+def test_the_manifest_is_written_last_and_matches_every_file(published: tuple[Run, MemoryStore]) -> None:
     _, store = published
     written = [key.removeprefix(PREFIX) for key in store.written if key.startswith(PREFIX)]
     assert written == [
@@ -66,10 +66,10 @@ def test_the_manifest_is_written_last_and_every_file_is_what_it_says(published: 
         assert hashlib.sha256(store.kept[PREFIX + file.name]).hexdigest() == file.sha256
     assert (manifest.job.attempt, manifest.rank, manifest.method) == ("pod-1", 16, "lora")
     assert manifest.datasets["train"] == digest(store.kept["team-a/data/train.jsonl"])
-    assert not [key for key in store.kept if "/version/" in key], "nothing is left of the upload"
+    assert not [key for key in store.kept if "/version/" in key], "the upload must leave no temporary objects"
 
 
-def test_the_adapter_names_its_base_model_and_no_path_of_the_pod(published: tuple[Run, MemoryStore]) -> None:
+def test_the_adapter_config_names_the_base_model_and_no_path_of_the_pod(published: tuple[Run, MemoryStore]) -> None:
     run, store = published
     config = json.loads(store.kept[PREFIX + "adapter_config.json"])
     assert config["base_model_name_or_path"] == "s3://bucket/models/tiny"
@@ -80,7 +80,7 @@ def test_the_adapter_names_its_base_model_and_no_path_of_the_pod(published: tupl
     assert all("lora_" in name for name in weights)
 
 
-def test_progress_and_events_tell_the_whole_run(published: tuple[Run, MemoryStore]) -> None:
+def test_progress_and_events_report_the_whole_run(published: tuple[Run, MemoryStore]) -> None:
     run, store = published
     progress = last_progress(run, store)
     assert (progress.stage, progress.step, progress.total_steps, progress.percent) == ("Succeeded", 100, 100, 100)
@@ -96,7 +96,7 @@ def test_progress_and_events_tell_the_whole_run(published: tuple[Run, MemoryStor
     assert progress.loss is not None and progress.loss < 0.2 * events[0]["loss"]
 
 
-def test_the_adapter_has_learned_what_the_base_model_does_not_know(published: tuple[Run, MemoryStore]) -> None:
+def test_the_adapter_answers_what_the_base_model_cannot_answer(published: tuple[Run, MemoryStore]) -> None:
     _, store = published
     metrics = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"]).metrics
     assert metrics["exactMatch"] == 1.0
@@ -113,7 +113,9 @@ def test_the_adapter_has_learned_what_the_base_model_does_not_know(published: tu
     assert report["dataset"]["heldOut"] == 6 and report["lossCurve"][-1]["step"] == 100
 
 
-def test_an_attempt_after_the_publishing_one_only_says_so(published: tuple[Run, MemoryStore], tmp_path: Path) -> None:
+def test_an_attempt_after_the_publication_only_reports_success(
+    published: tuple[Run, MemoryStore], tmp_path: Path
+) -> None:
     _, store = published
     before = dict(store.kept)
     again = make_run(tmp_path, store, make_job())
@@ -142,7 +144,7 @@ def test_the_same_seed_gives_the_same_adapter(base: Path, tmp_path: Path) -> Non
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_qlora_trains_over_a_4_bit_base_model(base: Path, tmp_path: Path) -> None:
+def test_qlora_trains_on_a_4_bit_base_model(base: Path, tmp_path: Path) -> None:
     training = {"maxSteps": 4, "gradientCheckpointing": True}
     run, store = prepared(
         tmp_path, base, method={"qlora": {"rank": 4, "targetModules": "attention"}}, training=training
@@ -166,7 +168,7 @@ def test_an_evaluation_leaves_4_bit_weights_differentiable(base: Path, tmp_path:
 
 
 @pytest.mark.parametrize("dataset_format", ["text", "instruction"])
-def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
+def test_text_and_instruction_datasets_can_be_trained_on(base: Path, tmp_path: Path, dataset_format: str) -> None:
     line = {"text": "The sky is blue."} if dataset_format == "text" else {"instruction": "Sky?", "output": "Blue."}
     dataset = {"train": {"uri": "pvc://data/t.jsonl"}, "evalSplit": 0.2, "format": dataset_format}
     if dataset_format == "instruction":
@@ -204,7 +206,7 @@ def test_other_formats(base: Path, tmp_path: Path, dataset_format: str) -> None:
         ),
     ],
 )
-def test_what_only_training_can_find_wrong(
+def test_errors_that_only_training_can_find_are_reported(
     base: Path, tmp_path: Path, changes: dict[str, Any], reason: Reason, message: str
 ) -> None:
     run, _ = prepared(tmp_path, base, **changes)
@@ -215,7 +217,7 @@ def test_what_only_training_can_find_wrong(
     assert message in caught.value.message
 
 
-def test_weights_that_do_not_belong_to_the_config(base: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_config_json_are_invalid(base: Path, tmp_path: Path) -> None:
     run, _ = prepared(tmp_path, base)
     config = run.settings.base_model_dir / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
@@ -233,7 +235,9 @@ def test_weights_that_do_not_belong_to_the_config(base: Path, tmp_path: Path) ->
         ("exists", Reason.VERSION_EXISTS),
     ],
 )
-def test_a_store_that_refuses_the_adapter(base: Path, tmp_path: Path, trouble: Any, reason: Reason) -> None:
+def test_if_the_store_refuses_the_adapter_no_manifest_is_written(
+    base: Path, tmp_path: Path, trouble: Any, reason: Reason
+) -> None:
     run, store = prepared(tmp_path, base, evaluation={"maxSamples": 0})
     store.refuse[PREFIX + ("manifest" if trouble == "exists" else "adapter_model")] = trouble
     with pytest.raises(Failure) as caught:
@@ -242,11 +246,11 @@ def test_a_store_that_refuses_the_adapter(base: Path, tmp_path: Path, trouble: A
     assert PREFIX + "manifest.json" not in store.kept
 
 
-def test_an_answer_that_was_lost_after_the_manifest_was_written_is_no_failure(base: Path, tmp_path: Path) -> None:
+def test_a_lost_response_to_the_write_of_the_manifest_is_no_failure(base: Path, tmp_path: Path) -> None:
     class LosesTheAnswer(MemoryStore):
         def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
             super().put(key, data, if_absent=if_absent)
-            if if_absent:  # as botocore's own retry of a write that was done sees it
+            if if_absent:  # botocore retries a write that has already succeeded
                 super().put(key, data, if_absent=if_absent)
 
     run, store = prepared(tmp_path, base, LosesTheAnswer(), evaluation={"maxSamples": 0})
@@ -254,7 +258,7 @@ def test_an_answer_that_was_lost_after_the_manifest_was_written_is_no_failure(ba
     assert last_progress(run, store).manifest_digest == digest(store.kept[PREFIX + "manifest.json"])
 
 
-def test_the_loss_is_a_mean_over_tokens_whatever_the_batches(base: Path) -> None:
+def test_the_mean_loss_over_tokens_does_not_depend_on_the_batch_size(base: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -269,7 +273,7 @@ def test_the_loss_is_a_mean_over_tokens_whatever_the_batches(base: Path) -> None
         assert mean_loss(model, examples, 0, batch) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_an_answer_stops_at_the_token_that_ended_the_learned_ones() -> None:
+def test_generation_stops_at_the_token_that_ends_the_training_answers() -> None:
     trained = SimpleNamespace(
         model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2])),
         tokenizer=SimpleNamespace(eos_token_id=2, all_special_ids=[0, 1, 2, 7]),

@@ -1,4 +1,4 @@
-"""prepare: what is wrong is found before a GPU is taken."""
+"""prepare finds errors in the job, the dataset and the base model before the run takes a GPU."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_dataset_and_model_are_put_into_the_work_folder(tmp_path: Path, store: M
     assert json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])["stage"] == "Preparing"
 
 
-def test_preflight_checks_all_and_leaves_the_weights_where_they_are(
+def test_preflight_checks_everything_and_does_not_download_the_weights(
     tmp_path: Path, store: MemoryStore, base: Path
 ) -> None:
     run = make_run(tmp_path, store, make_job())
@@ -74,7 +74,7 @@ def test_preflight_checks_all_and_leaves_the_weights_where_they_are(
         preflight(make_run(tmp_path / "3", store, make_job()))
 
 
-def test_preflight_looks_at_weights_that_are_mounted(tmp_path: Path, store: MemoryStore, base: Path) -> None:
+def test_preflight_checks_mounted_weights(tmp_path: Path, store: MemoryStore, base: Path) -> None:
     shutil.copytree(base, tmp_path / "pvc/weights/tiny")
     (weights,) = (tmp_path / "pvc/weights/tiny").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -83,14 +83,14 @@ def test_preflight_looks_at_weights_that_are_mounted(tmp_path: Path, store: Memo
         preflight(make_run(tmp_path, store, job))
 
 
-def test_what_the_data_is_like_is_told_with_the_progress(tmp_path: Path, store: MemoryStore) -> None:
+def test_progress_reports_the_statistics_of_the_dataset(tmp_path: Path, store: MemoryStore) -> None:
     store.kept[TRAIN] = chat_lines(3) + b"nonsense\n" + chat_lines(3) + b"[]\n"
     dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
     run = make_run(tmp_path, store, make_job(dataset=dataset))
     prepare_container(run)
     assert run.progress.close(2)
     told = json.loads(store.kept["team-a/runs/uid-1/pod-1/progress.json"])["dataset"]
-    # The byte tokenizer: <s><|user|>question<|assistant|>answer</s>
+    # One token per byte, and four special tokens: <s><|user|>question<|assistant|>answer</s>
     sizes = sorted(4 + len(question) + len(answer) for question, answer in QUESTIONS.items())
     assert told == {
         "examples": 6, "heldOut": 3, "invalid": 2, "tokens": 2 * sum(sizes), "meanTokens": round(sum(sizes) / 3, 1),
@@ -100,16 +100,14 @@ def test_what_the_data_is_like_is_told_with_the_progress(tmp_path: Path, store: 
     assert Prepared.read(run.settings.prepared_file).statistics == DatasetStatistics.model_validate(told)
 
 
-def test_lines_that_are_left_out_are_shown_in_the_log(
-    tmp_path: Path, store: MemoryStore, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_skipped_lines_are_logged(tmp_path: Path, store: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
     store.kept[EVAL] += b"nonsense\n"
     dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
     prepare(make_run(tmp_path, store, make_job(dataset=dataset)))
     assert "dataset.eval: 1 invalid lines are left out (25.0 %): line 4: not JSON" in caplog.text
 
 
-def test_held_out_examples_are_asked_with_the_first_template(tmp_path: Path, store: MemoryStore) -> None:
+def test_held_out_examples_use_the_first_template(tmp_path: Path, store: MemoryStore) -> None:
     templates = ["Q: {instruction}", "Task: {instruction}", "{instruction}!"]
     lines = [json.dumps({"instruction": f"task {number}", "output": "done"}) for number in range(60)]
     store.kept[TRAIN] = "\n".join(lines).encode()
@@ -128,7 +126,7 @@ def test_held_out_examples_are_asked_with_the_first_template(tmp_path: Path, sto
     assert {example.prompt.split("task")[0] for example in train} == {"Q: ", "Task: ", ""}
 
 
-def test_examples_that_are_cut_are_told_with_the_length_to_ask_for(
+def test_truncated_examples_are_logged_with_the_length_to_set(
     tmp_path: Path, store: MemoryStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = make_job(training={"maxLength": 35})
@@ -137,7 +135,7 @@ def test_examples_that_are_cut_are_told_with_the_length_to_ask_for(
     assert "Raise spec.training.maxLength to 64: then 100 % of the examples stay whole" in caplog.text
 
 
-def test_a_length_that_leaves_nothing_to_learn(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_max_length_that_is_too_short_or_too_long_is_refused(tmp_path: Path, store: MemoryStore) -> None:
     reason, message = reason_of(tmp_path, store, make_job(training={"maxLength": 8}))
     assert reason == Reason.DATASET_INVALID
     assert "none of the 6 examples has a token to train on within 8 tokens" in message
@@ -146,7 +144,7 @@ def test_a_length_that_leaves_nothing_to_learn(tmp_path: Path, store: MemoryStor
     assert "the model's context is 128 tokens" in message
 
 
-def test_an_optimizer_that_does_not_know_sharded_weights(tmp_path: Path, store: MemoryStore) -> None:
+def test_an_optimizer_that_does_not_support_sharded_weights_is_refused(tmp_path: Path, store: MemoryStore) -> None:
     training = {"optim": "adafactor", "sharding": "fsdp"}
     job = make_job(method={"full": {}}, training=training, pods={"processesPerNode": 2})
     reason, message = reason_of(tmp_path, store, job)
@@ -157,7 +155,9 @@ def test_an_optimizer_that_does_not_know_sharded_weights(tmp_path: Path, store: 
     )
 
 
-def test_a_conversation_that_the_chat_template_refuses(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_conversation_that_the_chat_template_refuses_is_reported_with_its_line(
+    tmp_path: Path, store: MemoryStore
+) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     store.kept["models/tiny/chat_template.jinja"] = (strict + MARKED).encode()
     turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
@@ -167,7 +167,7 @@ def test_a_conversation_that_the_chat_template_refuses(tmp_path: Path, store: Me
     assert "line 7: the base model's chat template refuses the conversation: no system role" in message
 
 
-def test_a_key_that_may_not_publish_is_found_before_anything_is_downloaded(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_key_that_cannot_publish_fails_before_any_download(tmp_path: Path, store: MemoryStore) -> None:
     store.refuse["team-a/adapters/colours/1.0.0/"] = "denied"
     store.kept.pop(TRAIN)
     reason, message = reason_of(tmp_path, store, make_job())
@@ -175,7 +175,7 @@ def test_a_key_that_may_not_publish_is_found_before_anything_is_downloaded(tmp_p
     assert "could not be published" in message
 
 
-def test_files_of_claims_and_config_maps_are_read_where_they_are_mounted(
+def test_files_of_volume_claims_and_config_maps_are_read_from_their_mounts(
     tmp_path: Path, store: MemoryStore, base: Path
 ) -> None:
     job = make_job(
@@ -194,20 +194,20 @@ def test_files_of_claims_and_config_maps_are_read_where_they_are_mounted(
 @pytest.mark.parametrize(
     "uri", [f"s3://bucket/{EVAL}x", "pvc://data/none.jsonl", "pvc://data/../../etc/passwd", "configMap://none/key"]
 )
-def test_a_dataset_that_is_not_there(tmp_path: Path, store: MemoryStore, uri: str) -> None:
+def test_a_missing_dataset_is_unavailable(tmp_path: Path, store: MemoryStore, uri: str) -> None:
     reason, message = reason_of(tmp_path, store, make_job(dataset={"train": {"uri": uri}}))
     assert reason == Reason.DATASET_UNAVAILABLE
     assert "dataset.train" in message and uri in message
 
 
-def test_a_bad_line_of_the_held_out_file(tmp_path: Path, store: MemoryStore) -> None:
+def test_an_invalid_line_of_the_held_out_file_is_reported(tmp_path: Path, store: MemoryStore) -> None:
     store.kept[EVAL] += b"oops\n"
     reason, message = reason_of(tmp_path, store, make_job())
     assert reason == Reason.DATASET_INVALID
     assert f"dataset.eval (s3://bucket/{EVAL}): 1 of 4 lines is invalid: line 4: not JSON" in message
 
 
-def test_a_base_model_that_is_not_there_or_changed(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_missing_or_changed_base_model_is_unavailable(tmp_path: Path, store: MemoryStore) -> None:
     for model in (
         {"name": "tiny", "uri": "s3://bucket/models/none"},
         {"name": "tiny", "uri": "s3://bucket/models/tiny", "digest": "sha256:0"},
@@ -215,12 +215,12 @@ def test_a_base_model_that_is_not_there_or_changed(tmp_path: Path, store: Memory
         assert reason_of(tmp_path, store, make_job(baseModel=model))[0] == Reason.BASE_MODEL_UNAVAILABLE
 
 
-def test_only_pickled_weights_in_storage(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_base_model_with_only_pickled_weights_is_invalid(tmp_path: Path, store: MemoryStore) -> None:
     store.kept["models/tiny/pytorch_model.bin"] = store.kept.pop("models/tiny/model.safetensors")
     assert reason_of(tmp_path, store, make_job())[0] == Reason.BASE_MODEL_INVALID
 
 
-def test_a_version_of_another_job_is_not_trained_again(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_version_that_another_job_has_published_already_exists(tmp_path: Path, store: MemoryStore) -> None:
     store.kept["team-a/adapters/colours/1.0.0/manifest.json"] = b"{}"
     assert reason_of(tmp_path, store, make_job())[0] == Reason.VERSION_EXISTS
 
@@ -246,12 +246,12 @@ def seq2seq_store(t5: Path) -> MemoryStore:
 def test_a_seq2seq_model_needs_no_chat_template(tmp_path: Path, t5: Path) -> None:
     run = make_run(tmp_path, seq2seq_store(t5), make_job(task="seq2seq"))
     prepare_container(run)
-    # The question and its </s> for the encoder where the tokenizer has one, the answer with its </s> for the decoder.
+    # This tokenizer adds no </s> to the question of the encoder. The answer of the decoder has one.
     told = Prepared.read(run.settings.prepared_file).dataset
     assert told["max_tokens"] == max(len(question) + len(answer) + 1 for question, answer in QUESTIONS.items())
 
 
-def test_a_seq2seq_model_learns_no_texts(tmp_path: Path, t5: Path) -> None:
+def test_format_text_is_refused_for_a_seq2seq_model(tmp_path: Path, t5: Path) -> None:
     store = seq2seq_store(t5)
     store.kept[TRAIN] = b'{"text": "Once upon a time"}\n'
     job = make_job(task="seq2seq", dataset={"train": {"uri": f"s3://bucket/{TRAIN}"}, "format": "text"})
@@ -260,7 +260,7 @@ def test_a_seq2seq_model_learns_no_texts(tmp_path: Path, t5: Path) -> None:
     assert "dataset.format is text" in message
 
 
-def test_a_model_that_is_not_of_the_task_of_its_basemodel(tmp_path: Path, base: Path, t5: Path) -> None:
+def test_a_model_that_does_not_match_the_task_of_its_basemodel_is_invalid(tmp_path: Path, base: Path, t5: Path) -> None:
     for folder, task, actual in ((base, "seq2seq", "causal"), (t5, "causal", "seq2seq")):
         with pytest.raises(Failure) as caught:
             check_base_model(folder, "tiny", task)  # type: ignore[arg-type]
@@ -275,7 +275,7 @@ def test_a_model_that_is_not_of_the_task_of_its_basemodel(tmp_path: Path, base: 
     assert check_base_model(copied, "tiny", "seq2seq")["model_type"] == "t5"
 
 
-def test_the_context_is_the_one_that_train_reckons_with(base: Path, t5: Path) -> None:
+def test_the_context_is_read_from_config_json_and_is_unknown_for_t5(base: Path, t5: Path) -> None:
     assert context_of(load_config(base, "tiny")) == 128
     assert context_of(load_config(t5, "tiny")) is None
 
@@ -319,7 +319,9 @@ def no_tokenizer(folder: Path) -> None:
         (no_tokenizer, "has no tokenizer"),
     ],
 )
-def test_a_model_that_cannot_be_tuned(tmp_path: Path, base: Path, damage: Callable[[Path], None], problem: str) -> None:
+def test_a_base_model_that_cannot_be_tuned_is_invalid(
+    tmp_path: Path, base: Path, damage: Callable[[Path], None], problem: str
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
     assert check_base_model(folder, "tiny")["model_type"] == "llama"
@@ -338,7 +340,7 @@ def test_the_architectures_are_those_of_transformers() -> None:
 
 
 def pod(tmp_path: Path, endpoint: str) -> tuple[dict[str, str], Path]:
-    """(environment, termination file) of a container with an S3 endpoint."""
+    """Return the environment and the termination file of a container with this S3 endpoint."""
     storage = tmp_path / "storage"
     storage.mkdir()
     for name, value in {
@@ -389,5 +391,5 @@ def test_sigterm_ends_a_container_that_waits_for_the_store(tmp_path: Path) -> No
     assert json.loads(termination.read_text())["reason"] == "Interrupted"
 
 
-def test_a_missing_key_of_the_secret_is_named() -> None:
+def test_a_missing_key_of_the_secret_is_storage_denied() -> None:
     assert explain(StoreError("denied", "the storage Secret has no key bucket")).reason == Reason.STORAGE_DENIED

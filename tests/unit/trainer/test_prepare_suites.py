@@ -1,4 +1,4 @@
-"""prepare: the suites and gates are checked before a GPU is taken, as the dataset is."""
+"""prepare checks the suites and gates, like the dataset, before the run takes a GPU."""
 
 import hashlib
 import json
@@ -43,22 +43,20 @@ def test_a_suite_is_put_beside_the_dataset_with_its_digest(tmp_path: Path, store
     assert set(digests) == {"train", "eval", "suite/quiz"}
 
 
-def test_a_bad_line_of_a_suite_is_named(tmp_path: Path, store: MemoryStore) -> None:
+def test_an_invalid_line_of_a_suite_is_reported(tmp_path: Path, store: MemoryStore) -> None:
     store.kept["quiz.jsonl"] += b'{"prompt": "3 + 3?", "choices": ["6", "9"], "label": 2}\n'
     reason, message = refused(tmp_path, store, job_with({"name": "quiz", "uri": "s3://bucket/quiz.jsonl"}))
     assert reason == Reason.DATASET_INVALID
     assert "evaluation.suites quiz (s3://bucket/quiz.jsonl): 1 of 3 lines is invalid: line 3" in message
 
 
-def test_a_suite_that_is_not_there(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_missing_suite_is_unavailable(tmp_path: Path, store: MemoryStore) -> None:
     reason, message = refused(tmp_path, store, job_with({"name": "quiz", "uri": "s3://bucket/none.jsonl"}))
     assert reason == Reason.DATASET_UNAVAILABLE
     assert "evaluation.suites[quiz]" in message
 
 
-def test_a_gate_on_a_metric_that_cannot_be_is_refused_before_anything_is_downloaded(
-    tmp_path: Path, store: MemoryStore
-) -> None:
+def test_a_gate_on_an_unknown_metric_is_refused_before_any_download(tmp_path: Path, store: MemoryStore) -> None:
     store.kept.pop(TRAIN)
     gate = {"metric": "quiz/acuracy", "min": 0.5}
     job = job_with({"name": "quiz", "uri": "s3://bucket/quiz.jsonl"}, gates=[gate])
@@ -89,7 +87,7 @@ metric_list: [{metric: acc}]
 LM_EVAL = {"task": "sums", "definition": "s3://bucket/sums.yaml", "data": "s3://bucket/sums.jsonl"}
 
 
-def test_an_lm_eval_task_of_ones_own_is_loaded_before_a_gpu_is_taken(tmp_path: Path, store: MemoryStore) -> None:
+def test_a_users_lm_eval_task_is_loaded_before_the_run_takes_a_gpu(tmp_path: Path, store: MemoryStore) -> None:
     store.kept["sums.yaml"] = TASK.encode()
     store.kept["sums.jsonl"] = b'{"question": "1 + 1?", "choices": ["1", "2"], "label": 1}\n'
     run = make_run(tmp_path, store, job_with({"name": "sums", "lmEval": LM_EVAL}))
@@ -100,7 +98,7 @@ def test_an_lm_eval_task_of_ones_own_is_loaded_before_a_gpu_is_taken(tmp_path: P
     assert set(digests) == {"train", "eval", "suite/sums", "suite/sums/data"}
 
 
-def test_an_lm_eval_task_that_would_run_code(tmp_path: Path, store: MemoryStore) -> None:
+def test_an_lm_eval_task_that_would_run_code_is_refused(tmp_path: Path, store: MemoryStore) -> None:
     store.kept["sums.yaml"] = TASK.replace('"{{label}}"', "!function sums.target").encode()
     store.kept["sums.jsonl"] = b'{"question": "1 + 1?", "choices": ["1", "2"], "label": 1}\n'
     reason, message = refused(tmp_path, store, job_with({"name": "sums", "lmEval": LM_EVAL}))

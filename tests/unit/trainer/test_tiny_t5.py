@@ -1,4 +1,4 @@
-"""The tiny T5 of the examples: small enough to be committed, and it can be taught something in seconds."""
+"""The tiny T5 of the examples is small enough to be committed, and seconds of training improve its answers."""
 
 import json
 from pathlib import Path
@@ -30,11 +30,11 @@ def lines(questions: list[str]) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
 
-def test_it_is_small_enough_to_be_committed() -> None:
+def test_the_model_is_small_enough_to_be_committed() -> None:
     assert sum(path.stat().st_size for path in TINY_T5.iterdir()) < 6e6
 
 
-def test_lora_teaches_it_a_price_list_in_seconds(tmp_path: Path) -> None:
+def test_lora_trains_it_on_a_price_list_in_seconds(tmp_path: Path) -> None:
     uri = "s3://bucket/team-a/data"
     dataset: dict[str, Any] = {
         "train": {"uri": f"{uri}/train.jsonl"},

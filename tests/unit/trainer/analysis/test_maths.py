@@ -1,4 +1,4 @@
-"""The report's measures, against dense references and cases whose value is known."""
+"""The measures of the report, compared with dense references and known values."""
 
 import math
 
@@ -13,7 +13,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), [(48, 80, 8), (80, 48, 8), (12, 10, 32)])
-def test_a_low_rank_spectrum_is_that_of_the_dense_product(outputs: int, inputs: int, rank: int) -> None:
+def test_a_low_rank_spectrum_equals_that_of_the_dense_product(outputs: int, inputs: int, rank: int) -> None:
     a, b = normal(rank, inputs), normal(outputs, rank, seed=1)
     dense = 0.5 * b @ a
     found = low_rank_spectrum(a, b, 0.5)
@@ -22,13 +22,13 @@ def test_a_low_rank_spectrum_is_that_of_the_dense_product(outputs: int, inputs: 
     assert found.norm == pytest.approx(float(dense.norm()), rel=1e-5)
 
 
-def test_an_update_that_has_not_begun_has_no_rank() -> None:
+def test_a_zero_update_has_an_effective_rank_of_zero() -> None:
     found = low_rank_spectrum(normal(4, 20), torch.zeros(30, 4), 2.0)
     assert found.norm == 0
     assert effective_rank(found.values) == 0
 
 
-def test_the_leading_singular_values_of_a_large_matrix_are_found_without_its_decomposition() -> None:
+def test_the_leading_singular_values_of_a_large_matrix_are_found_without_a_full_decomposition() -> None:
     left, right = torch.linalg.qr(normal(1200, 80))[0], torch.linalg.qr(normal(1100, 80, seed=1))[0]
     wanted = 0.8 ** torch.arange(80.0)
     matrix = left * wanted @ right.T
@@ -37,10 +37,10 @@ def test_the_leading_singular_values_of_a_large_matrix_are_found_without_its_dec
     torch.testing.assert_close(found.values[:20], wanted[:20], rtol=1e-3, atol=1e-5)
     assert len(found.values) == LEADING and not found.complete
     assert found.norm == pytest.approx(float(wanted.norm()), rel=1e-4)
-    assert torch.equal(state, torch.random.get_rng_state())  # the run's random numbers are its own
+    assert torch.equal(state, torch.random.get_rng_state())  # the random state of the run does not change
 
 
-def test_a_small_matrix_is_decomposed_whole() -> None:
+def test_a_small_matrix_is_decomposed_completely() -> None:
     matrix = normal(40, 90)
     found = dense_spectrum(matrix)
     assert found.complete
@@ -50,7 +50,7 @@ def test_a_small_matrix_is_decomposed_whole() -> None:
 @pytest.mark.parametrize(
     ("values", "rank"),
     [
-        ([3.0, 3.0, 3.0, 3.0], 4.0),  # equal ones count in full
+        ([3.0, 3.0, 3.0, 3.0], 4.0),  # equal values count fully
         ([5.0], 1.0),
         ([2.0, 0.0, 0.0], 1.0),
         ([0.5, 0.25, 0.25], math.exp(1.5 * math.log(2))),  # entropy of 1/2, 1/4, 1/4 is 1.5 bits
@@ -59,10 +59,10 @@ def test_a_small_matrix_is_decomposed_whole() -> None:
 )
 def test_effective_rank_of_known_spectra(values: list[float], rank: float) -> None:
     assert effective_rank(torch.tensor(values)) == pytest.approx(rank, rel=1e-6)
-    assert effective_rank(7 * torch.tensor(values)) == pytest.approx(rank, rel=1e-6)  # whatever the scale
+    assert effective_rank(7 * torch.tensor(values)) == pytest.approx(rank, rel=1e-6)  # the scale has no effect
 
 
-def test_cka_does_not_see_rotations_scales_and_shifts() -> None:
+def test_cka_does_not_depend_on_rotation_scale_and_shift() -> None:
     states = normal(60, 16)
     rotation = torch.linalg.qr(normal(16, 16, seed=1))[0]
     assert cka(gram(states), gram(states)) == pytest.approx(1)
@@ -75,7 +75,7 @@ def test_cka_of_unrelated_states_is_small_even_with_more_dimensions_than_tokens(
     centred = torch.eye(64, dtype=torch.double) - 1 / 64
     x, y = centred @ x @ centred, centred @ y @ centred
     biased = float((x * y).sum() / (x.norm() * y.norm()))
-    assert biased > 0.8  # what the plain estimator would have said
+    assert biased > 0.8  # the value of the plain estimator
 
 
 def test_cka_approaches_the_plain_estimator_with_many_tokens() -> None:
@@ -89,11 +89,11 @@ def test_cka_approaches_the_plain_estimator_with_many_tokens() -> None:
     assert cka(gram(x), gram(y)) == pytest.approx(float(plain), abs=5e-3)
 
 
-def test_cka_of_states_that_do_not_vary_is_not_a_number() -> None:
+def test_cka_of_constant_states_is_nan() -> None:
     assert math.isnan(cka(gram(torch.ones(10, 4)), gram(normal(10, 4))))
 
 
-def test_kinds_are_short_where_they_are_clear_and_long_where_not() -> None:
+def test_kinds_are_short_if_they_are_unique_and_longer_otherwise() -> None:
     llama = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(12)] + ["model.embed_tokens"]
     found = kinds_of(llama)
     assert found["model.layers.11.self_attn.q_proj"] == ("q_proj", 11)

@@ -1,4 +1,4 @@
-"""The analysis of models that were really trained, of every method and both tasks, and the reports that come of it."""
+"""The analysis of trained models of every method and both tasks, and the reports that are made from it."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "cpu_limit", lambda: 1)
     monkeypatch.setattr(latency, "MOST", latency.FEWEST)
     monkeypatch.setattr(latency, "NEW_TOKENS", 4)
-    monkeypatch.setattr(latency, "PATIENCE", 100)  # a busy machine is not what is tested
+    monkeypatch.setattr(latency, "PATIENCE", 100)  # the tests must also pass on a busy machine
 
 
 def tuned(root: Path, base: Path, method: dict[str, Any], task: str = "causal") -> tuple[Run, Trained]:
@@ -51,7 +51,7 @@ def kinds(analysis: Analysis) -> set[str]:
     return {matrix.kind for matrix in analysis.update.matrices}
 
 
-def test_lora(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_lora_is_analysed_and_reported(bases: dict[str, Path], tmp_path: Path) -> None:
     run, trained = tuned(tmp_path, bases["causal"], {"lora": {"rank": 4}})
     weights = trained.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     before = weights.detach().clone()
@@ -68,11 +68,11 @@ def test_lora(bases: dict[str, Path], tmp_path: Path) -> None:
     assert found.representation is not None
     layers = found.representation.layers
     assert [layer.layer for layer in layers] == [0, 1, 2]
-    assert layers[0].cka == pytest.approx(1) and 0 < layers[2].cka < 1  # the embeddings are as they were
+    assert layers[0].cka == pytest.approx(1) and 0 < layers[2].cka < 1  # training does not change the embeddings
     assert found.latency is not None and found.latency.runs == 5
     assert set(found.latency.variants) == {"base", "tuned", "merged"}
     assert all(0 < it.seconds_per_token < 1 for it in found.latency.variants.values())
-    torch.testing.assert_close(weights.detach(), before)  # nothing stays merged
+    torch.testing.assert_close(weights.detach(), before)  # the adapter does not stay merged
     assert not module.merged
 
     trained.model.save_pretrained(tmp_path / "out")
@@ -87,7 +87,7 @@ def test_lora(bases: dict[str, Path], tmp_path: Path) -> None:
     assert "Rejected" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_full(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_full_is_analysed(bases: dict[str, Path], tmp_path: Path) -> None:
     _, trained = tuned(tmp_path, bases["causal"], {"full": {}})
     found = analyse(trained)
     assert found.notes == []
@@ -97,18 +97,18 @@ def test_full(bases: dict[str, Path], tmp_path: Path) -> None:
     assert found.representation is not None and len(found.representation.layers) == 3
 
 
-def test_qlora(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_qlora_is_analysed(bases: dict[str, Path], tmp_path: Path) -> None:
     _, trained = tuned(tmp_path, bases["causal"], {"qlora": {"rank": 4}})
     found = analyse(trained)
     assert found.notes == []
     assert found.update is not None and all((matrix.relative_norm or 0) > 0 for matrix in found.update.matrices)
-    assert found.update.matrices[0].shape == [64, 64]  # of the matrix, and not of its packed bytes
+    assert found.update.matrices[0].shape == [64, 64]  # the shape of the matrix, not of its packed bytes
     assert found.latency is not None and set(found.latency.variants) == {"base", "tuned"}
     stored = (bases["causal"] / "model.safetensors").stat().st_size  # float32
     assert stored / 8 < quantized_size(trained.model) < stored / 2
 
 
-def test_prompt_tuning(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_prompt_tuning_is_analysed(bases: dict[str, Path], tmp_path: Path) -> None:
     _, trained = tuned(tmp_path, bases["causal"], {"promptTuning": {"virtualTokens": 6}})
     found = analyse(trained)
     assert found.notes == []
@@ -116,12 +116,12 @@ def test_prompt_tuning(bases: dict[str, Path], tmp_path: Path) -> None:
     layers = found.representation.layers if found.representation else []
     assert (
         layers[0].cka == pytest.approx(1) and layers[2].cka < 1
-    )  # the tokens' embeddings are found behind the prompt's
+    )  # the embeddings of the tokens follow those of the prompt
     assert found.latency is not None and set(found.latency.variants) == {"base", "tuned"}
 
 
 @pytest.mark.parametrize("method", [{"lora": {"rank": 4}}, {"promptTuning": {"virtualTokens": 6}}, {"full": {}}])
-def test_seq2seq(bases: dict[str, Path], tmp_path: Path, method: dict[str, Any]) -> None:
+def test_seq2seq_models_are_analysed(bases: dict[str, Path], tmp_path: Path, method: dict[str, Any]) -> None:
     _, trained = tuned(tmp_path, bases["seq2seq"], method, "seq2seq")
     found = analyse(trained)
     assert found.notes == []
@@ -132,7 +132,7 @@ def test_seq2seq(bases: dict[str, Path], tmp_path: Path, method: dict[str, Any])
         assert {"encoder.SelfAttention.q", "decoder.EncDecAttention.q"} <= kinds(found)
 
 
-def test_a_part_that_fails_costs_the_report_that_part_and_says_so(
+def test_if_a_part_of_the_analysis_fails_a_note_replaces_it(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, trained = tuned(tmp_path, bases["causal"], {"lora": {"rank": 4}})
@@ -146,7 +146,7 @@ def test_a_part_that_fails_costs_the_report_that_part_and_says_so(
     assert found.notes == ["There was not enough memory to analyse the hidden states."]
 
 
-def test_a_model_that_is_too_slow_for_its_latency_to_be_measured_says_so(
+def test_if_a_model_is_too_slow_a_note_replaces_its_latency(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, trained = tuned(tmp_path, bases["causal"], {"lora": {"rank": 4}})

@@ -1,4 +1,4 @@
-"""A checkpoint is gone on from only when it is whole, as it was written, and of this very recipe; old ones are removed."""
+"""A run resumes only from a complete and undamaged checkpoint of the same recipe. Old checkpoints are deleted."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from testbed.shell import wait_for
 from worlds.checkpoints import RESOLVED, ROOT, FolderStore, Killed, open_attempt, run_attempt
 from worlds.trainer import make_job
 
-HALF_OF_RUN = 24  # micro-batch in which the run is cut, in step 13; the checkpoints of steps 8 and 12 are there
+HALF_OF_RUN = 24  # the micro-batch, in step 13, that kills the run; the checkpoints of steps 8 and 12 exist
 
 
 def files(store: FolderStore) -> list[str]:
@@ -29,14 +29,16 @@ def cut(store: FolderStore, name: str, root: Path) -> None:
     run = open_attempt(root, store, name)
 
     def before_step_12() -> None:
-        # A checkpoint that is due while another is on its way waits for a later step.
-        wait_for(lambda: not any(busy() for busy in run.interruption._holding), 30, "the one of step 8 is written")
+        # If a checkpoint is due while another is uploaded, it waits for a later step.
+        wait_for(
+            lambda: not any(busy() for busy in run.interruption._holding), 30, "the checkpoint of step 8 is written"
+        )
 
     events: dict[int, str | Callable[[], None]] = {HALF_OF_RUN - 2: before_step_12, HALF_OF_RUN: "kill"}
     assert isinstance(run_attempt(root, store, name, events=events, run=run).ended, Killed)
 
 
-def test_the_layout_and_that_nothing_is_a_pickle(tmp_path: Path) -> None:
+def test_a_checkpoint_has_receipts_and_safetensors_and_no_pickles(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     cut(store, "pod-1", tmp_path)
     assert files(store) == [
@@ -51,14 +53,14 @@ def test_the_layout_and_that_nothing_is_a_pickle(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         json.loads(file.metadata()["state"])
-    # The trained weights alone, each with AdamW's two moments; the frozen ones are the base model's.
+    # Only the trained weights, each with AdamW's two moments. The frozen weights are those of the base model.
     weights = {name for name in names if name.startswith("state/weights/")}
     assert weights and all("lora_" in name for name in weights)
     assert len([name for name in names if name.endswith("/exp_avg")]) == len(weights)
 
 
 @pytest.mark.parametrize("damage", ["no receipt", "shorter", "other bytes"])
-def test_what_is_not_whole_is_not_gone_on_from(tmp_path: Path, damage: str) -> None:
+def test_a_run_does_not_resume_from_an_incomplete_or_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
     store = FolderStore(tmp_path / "store")
     cut(store, "pod-1", tmp_path)
     newest = f"{ROOT}pod-1/checkpoints/step-000012/rank-0000"
@@ -74,12 +76,12 @@ def test_what_is_not_whole_is_not_gone_on_from(tmp_path: Path, damage: str) -> N
     assert done.progress.resumed_from == 8
 
 
-def test_an_upload_that_is_cut_midway_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_run_does_not_resume_from_a_partial_upload(tmp_path: Path) -> None:
     class Cut(FolderStore):
         def upload(self, key: str, path: Path) -> None:
             if "step-000008" not in key:
                 return super().upload(key, path)
-            self.put(key, path.read_bytes()[:500])  # what a store without atomic writes would show
+            self.put(key, path.read_bytes()[:500])  # a partial object, as in a store without atomic writes
             raise OSError("connection reset")
 
     store = Cut(tmp_path / "store")
@@ -106,14 +108,14 @@ def test_the_checkpoint_of_another_recipe_is_not_used(tmp_path: Path, caplog: py
         ({"seed": 8}, False),
     ],
 )
-def test_what_makes_it_another_recipe(changes: dict[str, object], same: bool) -> None:
+def test_which_changes_make_it_another_recipe(changes: dict[str, object], same: bool) -> None:
     job, digests = make_job(), {"train": "sha256:data"}
     changed = dataclasses.replace(RESOLVED, **changes)  # type: ignore[arg-type]
     assert (identity(job, changed, digests, 22) == identity(job, RESOLVED, digests, 22)) is same
     assert identity(job, RESOLVED, {"train": "sha256:other"}, 22) != identity(job, RESOLVED, digests, 22)
 
 
-def test_the_part_of_every_process_belongs_to_a_whole_checkpoint() -> None:
+def test_a_checkpoint_is_complete_only_with_the_parts_of_all_ranks() -> None:
     parts: dict[str, bytes] = {}
     for rank in range(2):
         name = f"r/a/checkpoints/step-000004/rank-{rank:04d}"
@@ -130,7 +132,7 @@ def test_the_part_of_every_process_belongs_to_a_whole_checkpoint() -> None:
     assert all(found([key for key in parts if key != gone]) == 0 for gone in parts)
 
 
-def test_only_the_newest_are_kept_and_the_receipt_goes_first(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept_and_receipts_are_deleted_first(tmp_path: Path) -> None:
     deleted: list[str] = []
 
     class Noting(FolderStore):
@@ -145,8 +147,8 @@ def test_only_the_newest_are_kept_and_the_receipt_goes_first(tmp_path: Path) -> 
     assert deleted[:2] == [f"pod-1/checkpoints/step-000003/rank-0000.{kind}" for kind in ("json", "safetensors")]
 
 
-def test_two_attempts_at_once_leave_each_other_what_they_need(tmp_path: Path) -> None:
-    # pod-1 is cut off from the cluster but not from the store; pod-2 starts in its place while it still trains.
+def test_two_attempts_at_the_same_time_do_not_break_each_others_checkpoints(tmp_path: Path) -> None:
+    # pod-1 has lost the cluster but still reaches the store. pod-2 replaces it while pod-1 still trains.
     store = FolderStore(tmp_path / "store")
     inside: list[object] = []
 
@@ -154,7 +156,7 @@ def test_two_attempts_at_once_leave_each_other_what_they_need(tmp_path: Path) ->
         def in_thread() -> None:
             inside.append(run_attempt(tmp_path, store, "pod-2", events={12: "kill"}, save_steps=2))
 
-        with torch.random.fork_rng():  # two processes have a generator each
+        with torch.random.fork_rng():  # two processes would each have their own generator
             thread = threading.Thread(target=in_thread)
             thread.start()
             thread.join()
@@ -174,7 +176,7 @@ def test_two_attempts_at_once_leave_each_other_what_they_need(tmp_path: Path) ->
     assert third.ended is None and third.progress.resumed_from == 18
 
 
-def test_an_optimizers_state_keeps_its_own_types() -> None:
+def test_the_state_of_an_optimizer_keeps_its_dtypes() -> None:
     def make() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
         layer = torch.nn.Linear(3, 3).bfloat16()
@@ -193,7 +195,7 @@ def test_an_optimizers_state_keeps_its_own_types() -> None:
         assert second.state[parameter]["bytes"].dtype == torch.uint8
 
 
-def test_all_generators_go_on_where_they_were() -> None:
+def test_all_random_generators_resume_from_their_saved_state() -> None:
     import random
 
     def draw() -> tuple[float, float, float]:
@@ -208,7 +210,7 @@ def test_all_generators_go_on_where_they_were() -> None:
     assert draw() == expected
 
 
-def test_what_a_checkpoint_cannot_hold_is_named() -> None:
+def test_the_error_names_a_value_that_a_checkpoint_cannot_hold() -> None:
     with pytest.raises(TypeError, match="cannot hold state/a/0, a object"):
         pack({"a": [object()]}, "state", {})
 
@@ -219,7 +221,7 @@ def test_buffers_share_pieces_of_memory_and_do_not_overlap() -> None:
     assert sizes == [192, 960, 5056, 64]
 
 
-def test_a_copy_is_one_and_its_buffers_are_used_again() -> None:
+def test_a_host_copy_equals_its_source_and_reuses_its_buffers() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     copy = HostCopy()
     tensors = {
@@ -238,13 +240,13 @@ def test_a_copy_is_one_and_its_buffers_are_used_again() -> None:
     second = copy(tensors)
     assert second["weights"].equal(tensors["weights"].cpu())
     assert {name: one.data_ptr() for name, one in second.items()} == where
-    # The weights alone, as at the end, take no memory anew; another state gets buffers of its own shape.
+    # The final checkpoint has only the weights and reuses their buffers. Another state gets buffers of its own shape.
     assert copy({"weights": tensors["weights"]}).keys() == {"weights"}
     assert copy({"weights": tensors["weights"]})["weights"].data_ptr() == where["weights"]
     assert copy({"weights": torch.ones(4, device=device)})["weights"].shape == (4,)
 
 
-def test_room_for_checkpoints_is_made_beside_training_and_lack_of_it_ends_nothing(
+def test_buffers_are_reserved_in_the_background_and_a_failure_does_not_end_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[tuple[str, int]] = []
@@ -260,5 +262,5 @@ def test_room_for_checkpoints_is_made_beside_training_and_lack_of_it_ends_nothin
     attempt = run_attempt(tmp_path, FolderStore(tmp_path / "store"), "pod-1")
     assert attempt.ended is None and "none is left" in caplog.text
     ahead, first, *_ = made
-    assert ahead == ("checkpoint", first[1])  # with the optimizer's state
+    assert ahead == ("checkpoint", first[1])  # in the background, and with the optimizer's state
     assert {thread for thread, _ in made[1:]} == {"MainThread"}

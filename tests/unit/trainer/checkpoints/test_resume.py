@@ -1,4 +1,4 @@
-"""A run that is killed or asked to end goes on from its newest checkpoint as if nothing had happened."""
+"""A run that is killed or interrupted resumes from its newest checkpoint. Its result is that of an undisturbed run."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ def same(one: Attempt, other: Attempt) -> None:
 
 
 def steps_of(store: FolderStore, name: str, value: str) -> list[int]:
-    """The steps for which events.jsonl has that value."""
+    """Return the steps for which events.jsonl has this value."""
     events = [json.loads(line) for line in store.get(f"{ROOT}{name}/events.jsonl").splitlines()]
     return [event["step"] for event in events if value in event]
 
@@ -34,10 +34,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
     return done
 
 
-def test_a_run_that_is_killed_several_times_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: Attempt) -> None:
+def test_a_run_that_is_killed_and_interrupted_ends_like_an_undisturbed_run(
+    tmp_path: Path, undisturbed: Attempt
+) -> None:
     store = FolderStore(tmp_path / "store")
-    # 22 examples by 4: 6 steps an epoch, 11 micro-batches. Killed at the start of an epoch, asked to end within one, killed
-    # before anything new is saved, asked to end in a step's first half, and at the run's last step but one.
+    # 22 examples, 4 a step: an epoch has 6 steps and 11 micro-batches. The attempts end in this order:
+    # killed at the start of an epoch, interrupted within an epoch, killed before a new checkpoint is saved,
+    # interrupted in the first half of a step, and interrupted in the last step but one.
     disturbances: list[dict[int, Any]] = [{12: "kill"}, {13: "term"}, {1: "kill"}, {8: "term"}, {1: "term"}]
     steps = []
     for number, events in enumerate(disturbances):
@@ -55,7 +58,7 @@ def test_a_run_that_is_killed_several_times_ends_as_an_undisturbed_one(tmp_path:
     assert steps_of(store, "pod-9", "evalLoss") == [6, 12, 18]
 
 
-def test_records_of_several_steps_are_the_same_wherever_the_run_was_cut(tmp_path: Path) -> None:
+def test_records_over_several_steps_do_not_depend_on_where_the_run_was_interrupted(tmp_path: Path) -> None:
     whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", logging_steps=5)
     store = FolderStore(tmp_path / "cut")
     run_attempt(tmp_path, store, "pod-1", logging_steps=5, events={14: "term"})
@@ -64,7 +67,7 @@ def test_records_of_several_steps_are_the_same_wherever_the_run_was_cut(tmp_path
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw"])
 @pytest.mark.parametrize("scheduler", ["polynomial", "inverse_sqrt", "cosine_with_restarts", "constant_with_warmup"])
-def test_every_optimizer_and_schedule_goes_on(tmp_path: Path, optim: str, scheduler: str) -> None:
+def test_every_optimizer_and_schedule_resumes(tmp_path: Path, optim: str, scheduler: str) -> None:
     changes = {"optim": optim, "lr_scheduler_type": scheduler, "max_steps": 5, "full": True}
     whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", **changes)
     store = FolderStore(tmp_path / "cut")
@@ -72,7 +75,7 @@ def test_every_optimizer_and_schedule_goes_on(tmp_path: Path, optim: str, schedu
     same(run_attempt(tmp_path, store, "pod-2", **changes), whole)
 
 
-def test_a_halved_micro_batch_goes_on_from_the_same_example(tmp_path: Path) -> None:
+def test_a_halved_micro_batch_resumes_at_the_same_example(tmp_path: Path) -> None:
     whole = run_attempt(tmp_path, FolderStore(tmp_path / "whole"), "pod-0", full=True)
     store = FolderStore(tmp_path / "cut")
     run_attempt(tmp_path, store, "pod-1", full=True, events={17: "kill"})
@@ -85,8 +88,8 @@ def test_a_halved_micro_batch_goes_on_from_the_same_example(tmp_path: Path) -> N
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_a_t5_learns_the_same_however_a_step_is_divided(tmp_path: Path) -> None:
-    # Its own loss is the mean over a micro-batch, whatever number of tokens it is told.
+def test_the_losses_of_a_t5_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
+    # T5's own loss is the mean over a micro-batch. It ignores the given number of tokens.
     curves = []
     for batch in (1, 4):
         name = f"by-{batch}"
@@ -100,7 +103,7 @@ def test_a_t5_learns_the_same_however_a_step_is_divided(tmp_path: Path) -> None:
     assert curves[0][-1] < curves[0][0] < 10
 
 
-def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path, undisturbed: Attempt) -> None:
+def test_a_finished_training_is_not_repeated(tmp_path: Path, undisturbed: Attempt) -> None:
     store = FolderStore(tmp_path / "store")
     first = run_attempt(tmp_path, store, "pod-1", held_out=5, eval_steps=6)
     second = run_attempt(tmp_path, store, "pod-2", held_out=5, eval_steps=6, events={1: "kill"})
@@ -110,7 +113,7 @@ def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path, undist
     assert (second.progress.percent, second.progress.resumed_from) == (100, 18)
 
 
-def test_asked_to_end_in_the_last_step_the_trained_weights_are_kept(tmp_path: Path, undisturbed: Attempt) -> None:
+def test_an_interrupt_in_the_last_step_keeps_the_trained_weights(tmp_path: Path, undisturbed: Attempt) -> None:
     store = FolderStore(tmp_path / "store")
     assert isinstance(run_attempt(tmp_path, store, "pod-1", events={33: "term"}).ended, Interrupted)
     done = run_attempt(tmp_path, store, "pod-2", events={1: "kill"})
@@ -123,7 +126,7 @@ def test_a_checkpoint_does_not_wait_for_the_evaluation_of_its_step(tmp_path: Pat
     first = run_attempt(tmp_path, store, "pod-1", measuring={2: "kill"}, **settings)
     assert isinstance(first.ended, Killed)
     assert [ref.step for ref in first.progress.checkpoints or ()] == [6]
-    # The evaluation that is missing comes before the next step.
+    # The next attempt runs the missing evaluation before its next step.
     second = run_attempt(tmp_path, store, "pod-2", measuring={4: "term"}, **settings)
     assert isinstance(second.ended, Interrupted) and second.progress.resumed_from == 6
     done = run_attempt(tmp_path, store, "pod-3", **settings)
@@ -132,17 +135,17 @@ def test_a_checkpoint_does_not_wait_for_the_evaluation_of_its_step(tmp_path: Pat
     assert steps_of(store, "pod-3", "evalLoss") == [6, 12, 18]
 
 
-def test_asked_to_end_within_an_evaluation_it_is_broken_off(tmp_path: Path, undisturbed: Attempt) -> None:
+def test_an_interrupt_stops_a_running_evaluation(tmp_path: Path, undisturbed: Attempt) -> None:
     store = FolderStore(tmp_path / "store")
     settings: dict[str, Any] = {"held_out": 5, "eval_steps": 6}
-    batches: list[int] = []  # of the three of an evaluation, those that were still measured
+    batches: list[int] = []  # the batches of an evaluation that were measured after the interrupt
     for name, asked, step in (("pod-1", {1: "term"}, 6), ("pod-2", {2: "term"}, 6), ("pod-3", {5: "term"}, 12)):
         after = {at: (lambda at=at: batches.append(at)) for at in range(max(asked) + 1, 9)}
         ended = run_attempt(tmp_path, store, name, measuring=asked | after, **settings)
         assert isinstance(ended.ended, Interrupted), ended.ended
         assert [ref.step for ref in ended.progress.checkpoints or ()][-1] == step
     assert batches == []
-    # In the last step the weights are kept all the same, and what goes on from them measures them.
+    # An interrupt in the last evaluation keeps the weights too. The next attempt evaluates them.
     last = run_attempt(tmp_path, store, "pod-4", measuring={5: "term"}, **settings)
     assert isinstance(last.ended, Interrupted)
     done = run_attempt(tmp_path, store, "pod-5", events={1: "kill"}, **settings)
@@ -152,24 +155,24 @@ def test_asked_to_end_within_an_evaluation_it_is_broken_off(tmp_path: Path, undi
     assert (done.progress.resumed_from, steps_of(store, "pod-5", "evalLoss")) == (18, [6, 12, 18])
 
 
-def test_steps_go_on_while_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
     three_more = threading.Event()
 
     class Slow(FolderStore):
         def upload(self, key: str, path: Path) -> None:
-            assert three_more.wait(30), "training stood still"
+            assert three_more.wait(30), "training must continue during the upload"
             super().upload(key, path)
 
     store = Slow(tmp_path / "store")
-    # Step 4 is saved; the 14th micro-batch belongs to the 8th step.
+    # The upload is that of step 4. The 14th micro-batch belongs to step 8.
     done = run_attempt(tmp_path, store, "pod-1", events={14: three_more.set})
     assert done.ended is None, done.ended
     assert three_more.is_set()
-    # The checkpoint of step 8 was due while that of step 4 was on its way: it was taken as soon as that was possible.
+    # The checkpoint of step 8 was due during the upload of step 4. It was taken at the next possible step.
     assert [ref.step for ref in done.progress.checkpoints or ()][-1] == 18
 
 
-def test_a_store_that_takes_no_checkpoints_does_not_end_training(
+def test_a_store_that_refuses_checkpoints_does_not_end_training(
     tmp_path: Path, undisturbed: Attempt, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(FolderStore):
@@ -191,7 +194,7 @@ def test_a_store_that_takes_no_checkpoints_does_not_end_training(
     assert 18 in [ref.step for ref in done.progress.checkpoints or ()]
 
 
-def test_by_time_where_steps_do_not_say(tmp_path: Path) -> None:
+def test_without_save_steps_checkpoints_follow_the_time(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     often = open_attempt(tmp_path, store, "pod-1", checkpoint_seconds=0.0)
     run_attempt(tmp_path, store, "pod-1", run=often, save_steps=None, save_total_limit=100, events={16: "kill"})
@@ -202,7 +205,7 @@ def test_by_time_where_steps_do_not_say(tmp_path: Path) -> None:
     assert own == [18]
 
 
-def test_speed_and_time_left_are_of_this_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_and_remaining_time_count_only_this_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watches: list[Watch] = []
 
     class SeenWatch(Watch):
@@ -215,5 +218,5 @@ def test_speed_and_time_left_are_of_this_attempt(tmp_path: Path, monkeypatch: py
     run_attempt(tmp_path, store, "pod-1", events={20: "term"})
     done = run_attempt(tmp_path, store, "pod-2")
     assert done.learned is not None and done.learned.seconds > 0
-    # If the steps before the resume counted, all of them would fall into the first step of this attempt.
+    # If the earlier attempt's steps counted, all of them would count as the first step of this attempt.
     assert watches[-1].pace._marks[0][1] >= 10

@@ -1,4 +1,4 @@
-"""What a user is told about a dataset that cannot be learned from."""
+"""Reading a dataset: its formats, templates and split, and the messages about invalid lines."""
 
 import io
 import json
@@ -70,7 +70,7 @@ ANSWER = {"role": "assistant", "content": "Hello"}
         (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "unpaired surrogate"),
     ],
 )
-def test_a_bad_line_is_named_with_its_number_and_shown(line: str | bytes, problem: str) -> None:
+def test_an_invalid_line_is_reported_with_its_number_and_problem(line: str | bytes, problem: str) -> None:
     raw = line.encode() if isinstance(line, str) else line
     failure = refused(GOOD.encode() + b"\n\n" + raw + b"\n")
     assert "1 of 2 lines is invalid" in failure.message
@@ -78,33 +78,33 @@ def test_a_bad_line_is_named_with_its_number_and_shown(line: str | bytes, proble
     assert problem in failure.message
 
 
-def test_many_bad_lines_are_counted_and_the_first_are_shown() -> None:
+def test_many_invalid_lines_are_counted_and_the_first_are_shown() -> None:
     failure = refused("\n".join([GOOD] + ["nonsense"] * 12))
     assert "12 of 13 lines are invalid" in failure.message
     assert "line 2: " in failure.message and "line 6: " in failure.message and "line 7" not in failure.message
     assert "and 7 more" in failure.message
 
 
-def test_bad_lines_are_left_out_and_counted_where_the_user_wants_it() -> None:
+def test_with_on_invalid_skip_invalid_lines_are_left_out_and_counted() -> None:
     found = reading("\n".join(["nonsense", GOOD, *["[]"] * 7, GOOD]), onInvalid="skip")
     assert [example.line for example in found.examples] == [2, 10]
     assert (found.total, found.invalid) == (2, 8)
     assert [problem.split(":")[0] for problem in found.problems] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
 
 
-def test_a_file_without_one_good_line_is_invalid_either_way() -> None:
+def test_a_file_without_a_valid_line_is_refused_with_and_without_skip() -> None:
     failure = refused("\n".join(["nonsense"] * 3), onInvalid="skip")
     assert "3 of 3 lines are invalid: line 1: not JSON" in failure.message
     assert "onInvalid" not in failure.remedy
     assert "dataset.onInvalid" in refused("nonsense").remedy
 
 
-def test_the_limit_counts_examples_and_not_the_lines_left_out() -> None:
+def test_the_limit_counts_examples_and_not_skipped_lines() -> None:
     text = "\n".join([GOOD, "nonsense", GOOD, GOOD])
     assert [example.line for example in read(text, limit=2, onInvalid="skip")] == [1, 3]
 
 
-def test_of_a_large_file_a_sample_is_kept_and_all_is_counted() -> None:
+def test_of_a_large_file_a_sample_is_kept_and_all_examples_are_counted() -> None:
     found = reading("\n".join([GOOD] * 500), most=50)
     lines = [example.line for example in found.examples]
     assert (len(lines), found.total) == (50, 500)
@@ -117,11 +117,11 @@ def test_an_empty_file_is_invalid() -> None:
     assert "no examples" in refused("\n \n").message
 
 
-def test_lines_after_the_limit_are_not_looked_at() -> None:
+def test_lines_after_the_limit_are_not_checked() -> None:
     assert [item.line for item in read(f"{GOOD}\n{GOOD}\nnonsense", limit=2)] == [1, 2]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_do_not_matter() -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted() -> None:
     assert len(read(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n")) == 1
 
 
@@ -150,13 +150,13 @@ def asked(count: int) -> list[str]:
 
 def test_each_training_example_gets_one_of_the_templates_by_seed_and_line() -> None:
     examples = read("\n".join(asked(300)), format="instruction", templates=TEMPLATES)
-    assert all(example.prompt.startswith("Q: ") for example in examples)  # as held-out examples are asked
+    assert all(example.prompt.startswith("Q: ") for example in examples)  # the template of held-out examples
     varied = list(vary(examples, TEMPLATES, seed=1))
     shares = [sum(example.prompt.startswith(start) for example in varied) for start in ("Q: ", "task", "Do this: ")]
     assert sum(shares) == 300 and min(shares) > 60
     assert list(vary(examples, TEMPLATES, seed=1)) == varied
     assert list(vary(examples, TEMPLATES, seed=2)) != varied
-    # Whichever lines another process has, or were left out, a line's prompt is the same.
+    # The prompt of a line does not depend on the lines that other processes have or that were skipped.
     assert list(vary(examples[1::2], TEMPLATES, seed=1)) == varied[1::2]
     lines = asked(300)
     lines[3] = "nonsense"
@@ -164,7 +164,7 @@ def test_each_training_example_gets_one_of_the_templates_by_seed_and_line() -> N
     assert list(vary(skipped, TEMPLATES, seed=1)) == varied[:3] + varied[4:]
 
 
-def test_one_template_is_every_examples() -> None:
+def test_a_single_template_is_used_for_every_example() -> None:
     examples = read("\n".join(asked(5)), format="instruction", templates=TEMPLATES[:1])
     assert list(vary(examples, TEMPLATES[:1], seed=1)) == list(examples)
 
@@ -178,7 +178,7 @@ def test_the_texts_of_a_file_do_not_stay_in_memory() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(found) == 2000 and peak < 200_000, "of three million bytes"
+    assert len(found) == 2000 and peak < 200_000, "the peak must be far below the 3 million bytes of the file"
 
 
 @pytest.mark.parametrize(("template", "part"), [("Q: {question}", "{question}"), ("Answer!", "no {instruction}")])
@@ -194,7 +194,7 @@ def test_text_must_not_be_empty() -> None:
     assert "text is a number" in refused('{"text": 1}', format="text").message
 
 
-def test_the_split_is_drawn_with_the_seed_and_leaves_something_on_both_sides() -> None:
+def test_the_split_follows_the_seed_and_leaves_examples_on_both_sides() -> None:
     examples = read("\n".join([GOOD] * 20))
     train, held = map(list, split(examples, 0.2, seed=1))
     assert (len(train), len(held)) == (16, 4)
@@ -207,7 +207,7 @@ def test_the_split_is_drawn_with_the_seed_and_leaves_something_on_both_sides() -
         split(examples[:1], 0.5, seed=1)
 
 
-def test_dataset_uris_of_the_hub_are_taken_apart() -> None:
+def test_dataset_uris_of_the_hub_are_split_into_repository_revision_and_path() -> None:
     assert split_dataset_uri("hf://datasets/a/b/x/train.jsonl") == ("a/b", "main", "x/train.jsonl")
     assert split_dataset_uri("hf://datasets/a/b@v1/train.jsonl") == ("a/b", "v1", "train.jsonl")
     assert split_dataset_uri("hf://datasets/a/b@refs/pr/3/t.jsonl") == ("a/b", "refs/pr/3", "t.jsonl")

@@ -1,4 +1,4 @@
-"""The lengths that prepare tells are those that train learns with."""
+"""The lengths that prepare reports are those that train uses."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from worlds.trainer import MARKED, UNMARKED, make_tokenizer
 
 
 def examples(count: int, form: str) -> list[Example]:
-    """Questions and answers of 1 to 60 characters."""
+    """Return examples with questions and answers of 1 to 60 characters."""
     draw = random.Random(5)
     found = []
     for line in range(1, count + 1):
@@ -41,7 +41,9 @@ def examples(count: int, form: str) -> list[Example]:
     ],
 )
 @pytest.mark.parametrize("max_length", [16, 40, 1000])
-def test_they_add_up_to_what_train_tokenises(form: str, template: str | None, task: Task, max_length: int) -> None:
+def test_measured_lengths_equal_those_that_train_tokenises(
+    form: str, template: str | None, task: Task, max_length: int
+) -> None:
     tokenizer, given = make_tokenizer(template), examples(80, form)
     told = measure(given, tokenizer, max_length, role="train", task=task)
     learned = tokenise(given, tokenizer, max_length, role="train", task=task)
@@ -52,7 +54,7 @@ def test_they_add_up_to_what_train_tokenises(form: str, template: str | None, ta
     )
 
 
-def test_of_much_text_a_sample_is_measured_and_the_sum_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_dataset_a_sample_is_measured_and_the_sum_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     given, tokenizer = examples(4000, "prompt"), make_tokenizer(None)
     whole = describe(measure(given, tokenizer, 100, role="train"), examples=4000, held_out=0, invalid=0)
     monkeypatch.setattr(lengths, "CHARACTERS", 60_000)
@@ -81,8 +83,8 @@ def of(sides: Sequence[int], limit: int) -> Lengths:
     )
 
 
-def test_the_advice_is_a_length_that_leaves_nearly_all_whole() -> None:
-    assert advice(of([10] * 90 + [100] * 10, 50), 50, None) is None  # 10 % are no warning yet
+def test_the_advised_length_keeps_nearly_all_examples_whole() -> None:
+    assert advice(of([10] * 90 + [100] * 10, 50), 50, None) is None  # up to 10 % there is no warning
     found: Any = advice(of([10] * 88 + [100] * 11 + [5000], 50), 50, 4096)
     assert found == (
         "12 % of the examples are cut to 50 tokens; the longest has 5000 tokens. "
@@ -90,7 +92,7 @@ def test_the_advice_is_a_length_that_leaves_nearly_all_whole() -> None:
     )
 
 
-def test_the_advice_is_never_more_than_the_model_reads() -> None:
+def test_the_advised_length_is_never_above_the_context_of_the_model() -> None:
     long = of([10] * 50 + [3000] * 50, 512)
     assert "Raise spec.training.maxLength to 1024: then 50 % of the examples stay whole" in str(advice(long, 512, 1024))
     assert "Split these examples: the base model reads at most 512 tokens" in str(advice(long, 512, 512))

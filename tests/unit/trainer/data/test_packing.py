@@ -1,4 +1,4 @@
-"""Packed examples learn exactly what they would learn alone."""
+"""Packed examples give the same loss and gradients as single examples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ EXAMPLES = [example(length, seed, text=seed % 2 == 0) for seed, length in enumer
 
 
 def mistral() -> Any:
-    """Its window is shorter than a pack, so its mask has more to say than who comes before whom."""
+    """Return a Mistral whose window is shorter than a pack, so its mask is stricter than a causal mask."""
     return MistralForCausalLM(
         MistralConfig(
             vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -52,7 +52,7 @@ def gpt2() -> Any:
 
 
 def opt() -> Any:
-    """transformers gives it a mask of its own where there is none."""
+    """Return an OPT. If it gets no mask, transformers makes one."""
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=262, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, init_std=0.3,
@@ -66,7 +66,7 @@ def llama(tmp_path: Path) -> Any:
 
 
 def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Of the sum over all learned tokens, however they are put into batches."""
+    """Return the loss, summed over all trained tokens of all batches, and its gradients."""
     model.zero_grad()
     total = 0.0
     for batch in batches:
@@ -80,7 +80,7 @@ def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tu
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
-def test_loss_and_gradients_are_those_of_the_examples_alone(architecture: str, tmp_path: Path) -> None:
+def test_packed_loss_and_gradients_equal_those_of_single_examples(architecture: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = {"llama": lambda: llama(tmp_path), "mistral": mistral, "gpt2": gpt2}[architecture]().eval()
     packs = pack(EXAMPLES, 40)
@@ -94,15 +94,15 @@ def test_loss_and_gradients_are_those_of_the_examples_alone(architecture: str, t
 
 
 def mamba() -> Any:
-    """Its state runs on from one example to the next."""
+    """Return a Mamba. Its state continues from one example of a pack to the next."""
     model = MambaForCausalLM(MambaConfig(vocab_size=262, hidden_size=32, num_hidden_layers=2, state_size=8))
     for parameter in model.parameters():
-        parameter.data *= 3  # random weights are too small to remember much
+        parameter.data *= 3  # with small random weights the state would keep almost nothing
     return model
 
 
 @pytest.mark.parametrize("make", [opt, mamba])
-def test_an_architecture_that_does_not_look_at_positions_is_refused(make: Callable[[], Any]) -> None:
+def test_an_architecture_that_ignores_positions_is_refused(make: Callable[[], Any]) -> None:
     torch.manual_seed(1)
     with pytest.raises(Failure, match="would attend to each other") as caught:
         check_packing(make(), EXAMPLES[3], "base")
@@ -110,7 +110,7 @@ def test_an_architecture_that_does_not_look_at_positions_is_refused(make: Callab
 
 
 @pytest.mark.parametrize("make", [make_base, make_qwen])
-def test_attention_that_looks_at_positions_is_let_through(make: Any, tmp_path: Path) -> None:
+def test_attention_that_uses_positions_is_accepted(make: Any, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make(tmp_path / "base"), dtype=torch.bfloat16)
     check_packing(model, EXAMPLES[3], "base")
 
@@ -138,14 +138,14 @@ def test_a_packed_run_takes_fewer_steps_over_the_same_tokens(tmp_path: Path) -> 
     assert packed.resolved.max_steps < alone.resolved.max_steps / 2
     assert packed.tokens == alone.tokens
     assert packed.curve[-1]["loss"] < 0.8 * packed.curve[0]["loss"]
-    assert list(packed.train.examples) == list(alone.train.examples), "what is measured is single examples"
+    assert list(packed.train.examples) == list(alone.train.examples), "the evaluation must get single examples"
 
 
 @pytest.mark.parametrize(
     ("task", "method", "message"),
     [("seq2seq", {"lora": {}}, "the base model is seq2seq"), ("causal", {"promptTuning": {}}, "once")],
 )
-def test_packing_is_refused_where_it_cannot_be_done(
+def test_packing_is_refused_for_seq2seq_models_and_prompt_tuning(
     tmp_path: Path, task: str, method: dict[str, Any], message: str
 ) -> None:
     base = make_t5(tmp_path / "base") if task == "seq2seq" else make_base(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""The processes of a pod tokenise once."""
+"""Of the processes of a pod, only the first tokenises the dataset."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ EXAMPLES = {
 
 
 def process(local: int, port: int, folder: Path, answer: Connection) -> None:
-    """The `local`-th process of a pod; it answers with what it has and whether it has tokenised itself."""
+    """Run the `local`-th process of a pod. Send the roles that it has tokenised itself and the tokens that it has."""
     logging.disable()
     own = {"GRAFT_RENDEZVOUS_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ.update(own | distributed.variables(Pods(processes_per_node=2), own, local))
@@ -49,7 +49,7 @@ def process(local: int, port: int, folder: Path, answer: Connection) -> None:
     ]
     seen = [([(item.input_ids, item.labels) for item in one.examples], one.truncated, one.dropped) for one in found]
     answer.send((called, seen))
-    distributed.total([1])  # no one is gone before the other has looked
+    distributed.total([1])  # no process ends before the other has read the tokens
     os._exit(0)
 
 
@@ -61,7 +61,7 @@ def test_the_first_process_tokenises_and_the_other_maps_its_file(tmp_path: Path)
     context = get_context("forkserver")
     context.set_forkserver_preload(["worlds.ranks"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server of Python 3.11 has no other path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's fork server imports only from there
         ensure_running()
     answers, processes = [], []
     for local in range(2):
@@ -78,7 +78,7 @@ def test_the_first_process_tokenises_and_the_other_maps_its_file(tmp_path: Path)
     assert [one.exitcode for one in processes] == [0, 0]
 
 
-def test_a_first_process_that_says_nothing_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_silent_first_process_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     group = distributed.Group()
     group.store = HashStore()
     monkeypatch.setattr(distributed, "_group", group)
@@ -88,7 +88,7 @@ def test_a_first_process_that_says_nothing_is_not_waited_for_for_ever(monkeypatc
     assert caught.value.reason == Reason.PEER_LOST
 
 
-def test_the_tokenizers_threads_are_off_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_tokenizers_threads_are_on_only_while_it_tokenises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
 
     def look(*given: Any, **options: Any) -> Any:
@@ -99,4 +99,4 @@ def test_the_tokenizers_threads_are_off_again(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(pod_tokens, "tokenise", look)
     tokenise_in_pod(EXAMPLES["eval"], make_tokenizer(None), 30, role="eval", task="causal", folder=tmp_path)
     assert (seen, os.environ["TOKENIZERS_PARALLELISM"]) == (["true"], "false")
-    assert not list(tmp_path.iterdir()), "the file goes with the examples"
+    assert not list(tmp_path.iterdir()), "the file must be deleted with the examples"

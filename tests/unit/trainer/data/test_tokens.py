@@ -1,4 +1,4 @@
-"""Only the assistant's words are learned, whichever way the chat template tells where they are."""
+"""The loss covers only the assistant's answers, for both ways to find them in a chat template."""
 
 import tracemalloc
 from pathlib import Path
@@ -30,7 +30,7 @@ TURNS = (
 
 
 def learned(example: Example, tokenizer: Any) -> list[str]:
-    """The learned stretches as text."""
+    """Return the spans that the loss covers, as text."""
     ids, mask = tokenise_one(example, tokenizer)
     stretches: list[list[int]] = []
     for index, (token, learn) in enumerate(zip(ids, mask, strict=True)):
@@ -42,7 +42,7 @@ def learned(example: Example, tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["generation marks", "prefix rendering"])
-def test_the_answers_and_their_ends_are_learned(template: str) -> None:
+def test_the_loss_covers_the_answers_and_their_end_tokens(template: str) -> None:
     tokenizer = make_tokenizer(template)
     example = Example(1, messages=TURNS, answer="See you.")
     assert learned(example, tokenizer) == ["Hello.</s>", "See you.</s>"]
@@ -52,12 +52,12 @@ def test_the_answers_and_their_ends_are_learned(template: str) -> None:
     )
 
 
-def test_both_ways_give_the_same_tokens() -> None:
+def test_generation_marks_and_prefix_rendering_give_the_same_tokens() -> None:
     example = Example(1, messages=TURNS, answer="See you.")
     assert tokenise_one(example, make_tokenizer(MARKED)) == tokenise_one(example, make_tokenizer(UNMARKED))
 
 
-def test_the_prompt_of_an_answer_is_what_comes_before_it() -> None:
+def test_the_prompt_of_an_answer_is_everything_before_it() -> None:
     tokenizer = make_tokenizer()
     example = Example(1, messages=TURNS, answer="See you.")
     ids, _ = tokenise_one(example, tokenizer)
@@ -66,8 +66,8 @@ def test_the_prompt_of_an_answer_is_what_comes_before_it() -> None:
     assert tokenizer.decode(ids[len(prompt) :]) == "See you.</s>"
 
 
-def test_a_template_that_rewrites_earlier_turns_still_gives_the_last_answer() -> None:
-    # Like templates that drop the reasoning of all turns but the last.
+def test_if_the_template_rewrites_earlier_turns_the_loss_covers_the_last_answer() -> None:
+    # Some templates drop the reasoning of all turns but the last in a similar way.
     template = (
         "{%- for m in messages %}{{- '<|' + m['role'] + '|>' + (m['content'] if loop.last else m['content'] | upper) }}"
         "{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
@@ -75,17 +75,17 @@ def test_a_template_that_rewrites_earlier_turns_still_gives_the_last_answer() ->
     assert learned(Example(1, messages=TURNS, answer="See you."), make_tokenizer(template)) == ["See you."]
 
 
-def test_instruction_with_a_template_learns_the_answer_and_its_end() -> None:
+def test_for_an_instruction_with_a_template_the_loss_covers_the_answer_and_its_end() -> None:
     tokenizer = make_tokenizer(None)
     assert learned(Example(1, prompt="Q: 2+2\nA: ", answer="4"), tokenizer) == ["4</s>"]
 
 
-def test_text_is_learned_whole() -> None:
+def test_for_text_the_loss_covers_everything() -> None:
     ids, mask = tokenise_one(Example(1, text="All of it."), make_tokenizer(None))
     assert all(mask) and make_tokenizer(None).decode(ids) == "All of it.</s>"
 
 
-def test_what_is_cut_is_counted_and_what_is_left_without_an_answer_is_dropped() -> None:
+def test_truncated_examples_are_counted_and_those_without_an_answer_are_dropped() -> None:
     tokenizer = make_tokenizer(None)
     examples = [
         Example(1, prompt="short", answer="yes"),
@@ -100,7 +100,7 @@ def test_what_is_cut_is_counted_and_what_is_left_without_an_answer_is_dropped() 
     assert caught.value.reason == Reason.DATASET_INVALID
 
 
-def test_a_conversation_that_the_template_refuses_is_named_by_its_line() -> None:
+def test_a_conversation_that_the_template_refuses_is_reported_with_its_line() -> None:
     template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(Failure, match=r"line 9: .*System role not supported") as caught:
         tokenise_one(Example(9, messages=TURNS, answer="x"), make_tokenizer(template))
@@ -118,7 +118,7 @@ def test_a_batch_is_as_wide_as_its_longest_example() -> None:
 
 
 def ending_tokenizer() -> Any:
-    """As T5's: it ends every text with </s> by itself."""
+    """Return a tokenizer that adds </s> to every text, like T5's tokenizer."""
     from tokenizers import processors
 
     tokenizer = make_tokenizer(None)
@@ -129,13 +129,13 @@ def ending_tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("tokenizer", [make_tokenizer(None), ending_tokenizer()], ids=["bare", "ends by itself"])
-def test_a_seq2seq_model_reads_the_prompt_and_learns_the_answer_with_one_end(tokenizer: Any) -> None:
+def test_a_seq2seq_input_is_the_prompt_and_its_target_is_the_answer_with_one_end_token(tokenizer: Any) -> None:
     source, target = tokenise_pair(Example(1, prompt="Q: 2+2\nA: ", answer="4"), tokenizer)
     assert tokenizer.decode(source).removesuffix("</s>") == "Q: 2+2\nA: "
     assert tokenizer.decode(target) == "4</s>"
 
 
-def test_the_encoder_gets_the_chat_template_where_there_is_one_and_the_bare_words_where_there_is_none() -> None:
+def test_the_encoder_input_uses_the_chat_template_if_there_is_one_and_plain_text_otherwise() -> None:
     single = Example(1, messages=TURNS[1:3], answer="Hello.")
     whole = Example(1, messages=TURNS, answer="See you.")
     tokenizer, bare = make_tokenizer(), make_tokenizer(None)
@@ -150,7 +150,7 @@ def test_the_encoder_gets_the_chat_template_where_there_is_one_and_the_bare_word
     assert caught.value.reason == Reason.DATASET_INVALID
 
 
-def test_both_sides_of_a_seq2seq_example_are_cut_and_a_cut_input_still_ends() -> None:
+def test_both_sides_of_a_seq2seq_example_are_truncated_and_the_input_keeps_its_end_token() -> None:
     tokenizer = ending_tokenizer()
     examples = [Example(1, prompt="p" * 40, answer="yes"), Example(2, prompt="short", answer="y" * 40)]
     result = tokenise(examples, tokenizer, 20, role="train", task="seq2seq")
@@ -168,7 +168,7 @@ def test_text_is_refused_for_a_seq2seq_model() -> None:
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
 
-def test_a_seq2seq_batch_has_the_width_of_each_side() -> None:
+def test_a_seq2seq_batch_pads_each_side_to_its_own_width() -> None:
     collate = Collator(pad=0)
     batch = collate([Tokenised([5, 6, 7], [8], "seq2seq"), Tokenised([5], [8, 9], "seq2seq")])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
@@ -191,7 +191,7 @@ FORMS = {
 
 @pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["generation marks", "prefix rendering"])
 @pytest.mark.parametrize("form", FORMS)
-def test_many_examples_give_what_each_gives_alone(form: str, template: str) -> None:
+def test_many_examples_give_the_same_tokens_as_each_alone(form: str, template: str) -> None:
     examples, tokenizer = [FORMS[form](n) for n in range(1, 601)], make_tokenizer(template)
     result = tokenise(examples, tokenizer, 300, role="train")
     expected = []
@@ -207,9 +207,9 @@ def test_many_examples_give_what_each_gives_alone(form: str, template: str) -> N
     assert max(item.largest for item in result.examples) == max(max(ids) for ids, _ in expected)
 
 
-def test_the_tokens_of_a_large_dataset_take_no_memory_of_the_process() -> None:
+def test_the_tokens_of_a_large_dataset_are_not_held_in_process_memory() -> None:
     examples, tokenizer = [Example(n, text="word " * 100) for n in range(2000)], make_tokenizer(None)
-    tokenise(examples[:1], tokenizer, 1000, role="train")  # what is loaded once
+    tokenise(examples[:1], tokenizer, 1000, role="train")  # do the work that is done only once
     tracemalloc.start()
     try:
         result = tokenise(examples, tokenizer, 1000, role="train")
@@ -217,7 +217,7 @@ def test_the_tokens_of_a_large_dataset_take_no_memory_of_the_process() -> None:
     finally:
         tracemalloc.stop()
     assert sum(item.tokens for item in result.examples) == 2000 * 501
-    assert held / (2000 * 501) < 0.1, "bytes per token"
+    assert held / (2000 * 501) < 0.1, "the process must hold less than 0.1 bytes per token"
 
 
 def test_examples_in_a_file_are_read_like_those_in_a_list(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_examples_in_a_file_are_read_like_those_in_a_list(tmp_path: Path) -> Non
     file = TokenFile.write(made, "seq2seq", tmp_path)
     assert file is not None
     assert list(file) == made and file[-1] == made[-1] and file[-3] == made[0] and file[:2] == made[:2]
-    assert list(TokenFile(file.path, 3, "seq2seq")) == made, "as another process of the pod sees it"
+    assert list(TokenFile(file.path, 3, "seq2seq")) == made, "another process of the pod must read the same examples"
     with pytest.raises(IndexError):
         file[3]
     assert TokenFile.write([], "causal", tmp_path) is None

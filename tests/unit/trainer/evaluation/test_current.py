@@ -1,4 +1,4 @@
-"""A gate over the adapter's current version: it is loaded beside the new one and measured on the same data."""
+"""Gates over the adapter's current version: the evaluation measures it and the new version on the same data."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ FEW = TRAINING | {"maxSteps": 6, "learningRate": 0.003}
 
 @pytest.fixture(scope="module")
 def versions(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, dict[str, Any]]:
-    """A store with one version per method, and what each scored when it was made."""
+    """A store with one version per method, and the loss that each version had when it was made."""
     store, made = MemoryStore(), {}
     for number, (name, method) in enumerate(METHODS.items()):
         run = prepared(tmp_path_factory.mktemp(name), base, method=method, training=FEW, evaluation={"maxSamples": 0})
@@ -43,7 +43,7 @@ def compare(
     trained, evaluated = train_and_evaluate(run)
     assert not (run.settings.work_dir / "current").exists()
     if method != "full":
-        # What is published afterwards is the new version, as if nothing had been compared.
+        # Only the adapter of the new version is left, and it can be saved.
         assert (list(trained.model.peft_config), trained.model.active_adapter) == (["default"], "default")
         trained.model.save_pretrained(root / "saved")
         assert load_file(root / "saved/adapter_model.safetensors")
@@ -53,7 +53,7 @@ def compare(
 
 @pytest.mark.parametrize("new", METHODS)
 @pytest.mark.parametrize("old", METHODS)
-def test_the_current_version_scores_what_it_scored_when_it_was_made(
+def test_the_current_version_has_the_same_loss_as_when_it_was_made(
     base: Path, versions: tuple[MemoryStore, dict[str, Any]], tmp_path: Path, old: str, new: str
 ) -> None:
     store, made = versions
@@ -65,14 +65,14 @@ def test_the_current_version_scores_what_it_scored_when_it_was_made(
     assert (evaluated.rejected == []) == better
 
 
-def test_without_a_version_the_gate_passes(base: Path, tmp_path: Path) -> None:
+def test_without_a_current_version_the_gate_passes(base: Path, tmp_path: Path) -> None:
     evaluated = compare(tmp_path, base, MemoryStore(), None)
     assert evaluated.rejected == []
     assert "current/evalLoss" not in evaluated.metrics
 
 
 @pytest.mark.parametrize("what", ["other base", "damaged", "gone", "foreign"])
-def test_a_version_that_cannot_be_measured_misses_the_gate_and_says_why(
+def test_a_current_version_that_cannot_be_measured_misses_the_gate_with_a_reason(
     base: Path, versions: tuple[MemoryStore, dict[str, Any]], tmp_path: Path, what: str
 ) -> None:
     store, made = MemoryStore(dict(versions[0].kept)), versions[1]

@@ -1,4 +1,4 @@
-"""evaluate: the version beside the base model, the base model with examples, and the suites' forgetting and gates."""
+"""evaluate: the metrics of the version, the base model and the few-shot baseline, and suites, forgetting and gates."""
 
 import json
 import re
@@ -43,14 +43,14 @@ EVALUATION = {
     "maxNewTokens": 16, "baselines": ["zeroShot", "fewShot"], "fewShotExamples": 2, "suites": SUITES, "gates": GATES,
 }  # fmt: skip
 World = tuple[Run, Trained, Evaluated]
-Asked = dict[str, set[str]]  # who -> the prompts that were put to it, as text
+Asked = dict[str, set[str]]  # subject -> the prompts that it got, as text
 ANSWER = "<|assistant|>"
 TURN = re.compile(r"<\|user\|>(.*?)<\|assistant\|>(.*?)</s>")
 
 
 @contextmanager
 def listening() -> Iterator[Asked]:
-    """What the models are asked meanwhile, to answer it or to say how likely an answer is."""
+    """Record the prompts of each subject, for generation and for the likelihood of an answer."""
     asked: Asked = {}
     generate, tokenised = measure.generate, measure.tokenised
 
@@ -61,7 +61,7 @@ def listening() -> Iterator[Asked]:
     def compared(example: Example, subject: Subject, *rest: Any) -> Any:
         item = tokenised(example, subject, *rest)
         text = subject.tokenizer.decode(item.input_ids)
-        if subject.task == "causal":  # the answer follows the question
+        if subject.task == "causal":  # the answer follows the question: cut it off
             text = text[: text.rindex(ANSWER) + len(ANSWER)]
         asked.setdefault(subject.who, set()).add(text)
         return item
@@ -95,7 +95,7 @@ def suite(evaluated: Evaluated, name: str) -> SuiteResult:
     return next(found for found in evaluated.suites if found.name == name)
 
 
-def test_what_was_learned_shows_in_every_metric(world: World) -> None:
+def test_training_improves_every_metric(world: World) -> None:
     metrics = world[2].metrics
     for name in ("exactMatch", "asked/exactMatch", "asked/f1", "asked/rougeL", "pick/accuracy"):
         assert metrics[name] == 1.0, name
@@ -105,15 +105,15 @@ def test_what_was_learned_shows_in_every_metric(world: World) -> None:
     assert 1.0 < metrics["pick/perplexity"] < 1.3
 
 
-def test_a_suite_of_the_held_out_questions_has_the_held_out_loss(world: World) -> None:
+def test_a_suite_of_the_held_out_questions_has_the_loss_of_the_held_out_examples(world: World) -> None:
     metrics = world[2].metrics
     for who in ("", "base/"):
-        # The suite's plain prompts went through the chat template, as the questions of the training did.
+        # The chat template is applied to the suite's plain prompts, as it is to the questions of the dataset.
         assert metrics[f"{who}asked/loss"] == pytest.approx(metrics[f"{who}evalLoss"], rel=1e-4)
         assert metrics[f"{who}pick/loss"] == pytest.approx(metrics[f"{who}evalLoss"], rel=1e-4)
 
 
-def test_the_base_model_with_examples_is_shown_solved_ones_of_other_questions(world: World, asked: Asked) -> None:
+def test_the_few_shot_baseline_shows_solved_examples_of_other_questions(world: World, asked: Asked) -> None:
     metrics = world[2].metrics
     assert {"fewShot/evalLoss", "fewShot/exactMatch", "fewShot/asked/f1", "fewShot/pick/accuracy"} < metrics.keys()
     questions = set()
@@ -122,20 +122,20 @@ def test_the_base_model_with_examples_is_shown_solved_ones_of_other_questions(wo
         questions.add(question)
         others = {other: answer for other, answer in QUESTIONS.items() if other != question}
         assert dict(TURN.findall(prompt)) == others, prompt
-        assert prompt.endswith(f"</s><|user|>{question}{ANSWER}"), "the question comes last, without its answer"
+        assert prompt.endswith(f"</s><|user|>{question}{ANSWER}"), "the question must come last, without its answer"
     assert questions == set(QUESTIONS)
     assert not any(TURN.search(prompt) for prompt in asked["base"] | asked["adapter"])
-    assert not any(name.startswith("fewShot/other") for name in metrics)  # not the task of the examples
+    assert not any(name.startswith("fewShot/other") for name in metrics)  # forgetting suites have no few-shot baseline
 
 
-def test_forgetting_is_how_much_worse_than_the_base_model(world: World) -> None:
+def test_forgetting_is_the_loss_minus_the_loss_of_the_base_model(world: World) -> None:
     metrics, other = world[2].metrics, suite(world[2], "other")
     assert (other.role, other.main, other.size) == ("forgetting", "loss", 1)
     assert metrics["forgetting/other"] == pytest.approx(metrics["other/loss"] - metrics["base/other/loss"], abs=1e-4)
     assert other.metrics["base"]["loss"] == metrics["base/other/loss"]
 
 
-def test_missed_gates_are_told_and_the_others_are_not(world: World) -> None:
+def test_only_missed_gates_are_reported(world: World) -> None:
     run, _, evaluated = world
     value = evaluated.metrics["forgetting/other"]
     assert evaluated.rejected == [f"forgetting/other is {value:.4f}, the gate requires at most -5.0000"]
@@ -144,23 +144,23 @@ def test_missed_gates_are_told_and_the_others_are_not(world: World) -> None:
     assert (sent.eval_loss, sent.eta_seconds) == (evaluated.metrics["evalLoss"], 0)
 
 
-def test_answers_to_look_at(world: World) -> None:
+def test_sample_answers_are_recorded(world: World) -> None:
     sky = world[2].samples[0]
     assert (sky["prompt"], sky["expected"], sky["answer"]) == ("What colour is the sky?", "It is blue.", "It is blue.")
     assert {"base/answer", "fewShot/answer"} < sky.keys()
     assert suite(world[2], "asked").samples[2]["answer"] == "White it is."
-    assert suite(world[2], "pick").samples == []  # nothing was generated
+    assert suite(world[2], "pick").samples == []  # multiple choice generates no answers
     assert json.dumps(world[2].samples)
 
 
-def test_measuring_leaves_the_model_as_it_was_trained(world: World) -> None:
+def test_the_evaluation_does_not_change_the_trained_model(world: World) -> None:
     _, trained, evaluated = world
     assert not trained.model.training
     assert trained.model.active_adapter == "default"
     assert evaluated.metrics["trainLoss"] == round(trained.train_loss or 0, 5)
 
 
-def test_without_baselines_and_gates_the_version_alone_is_measured(base: Path, tmp_path: Path) -> None:
+def test_without_baselines_and_gates_only_the_version_is_measured(base: Path, tmp_path: Path) -> None:
     evaluation = {"maxSamples": 0, "baselines": [], "suites": SUITES[1:2]}
     run = prepared(tmp_path, base, files=FILES, training=TRAINING | {"maxSteps": 1}, evaluation=evaluation)
     evaluated = train_and_evaluate(run)[1]
@@ -171,7 +171,7 @@ def test_without_baselines_and_gates_the_version_alone_is_measured(base: Path, t
     assert sent.rejected is None
 
 
-def test_what_cannot_be_measured_is_missing_and_the_version_is_published(
+def test_failed_measurements_are_reported_and_the_version_is_published(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure_really = evaluate_module._measure
@@ -208,7 +208,7 @@ def test_what_cannot_be_measured_is_missing_and_the_version_is_published(
     assert "base model, other: Memory ran out" in (run.settings.adapter_dir / "report.html").read_text()
 
 
-def test_a_baseline_that_does_not_fit_costs_its_scores_alone(
+def test_if_a_baseline_does_not_fit_in_memory_only_its_scores_are_missing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def base_model(self: Trained) -> Any:
@@ -225,7 +225,7 @@ def test_a_baseline_that_does_not_fit_costs_its_scores_alone(
 @pytest.mark.parametrize(
     "trouble", [StoreError("unavailable", "503"), ConnectionError("reset"), Interrupted()], ids=["store", "net", "term"]
 )
-def test_what_another_attempt_may_find_mended_is_tried_again(
+def test_transient_errors_and_interrupts_end_the_attempt_so_that_it_is_retried(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: BaseException
 ) -> None:
     def measured(*arguments: Any) -> None:
@@ -256,7 +256,7 @@ def test_seq2seq_models_have_the_same_metrics(tmp_path: Path, method: dict[str, 
     assert len(asked["fewShot"]) == len(rest) == len(QUESTIONS) and rest <= asked["base"]
 
 
-def test_texts_have_a_loss_and_nothing_to_answer(base: Path, tmp_path: Path) -> None:
+def test_format_text_has_a_loss_and_no_metrics_of_answers(base: Path, tmp_path: Path) -> None:
     texts = jsonl([{"text": "The sky is blue."}] * 6)
     run = prepared(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Gates: what a version must reach, in the words that the user reads when it does not."""
+"""Gates: the metrics that a version must reach, and the messages that the user reads if it does not."""
 
 import math
 from typing import Any
@@ -38,27 +38,27 @@ def test_min_and_max() -> None:
     ("metric", "value", "other", "gain"),
     [
         ("exactMatch", 0.7, 0.5, 0.2),
-        ("evalLoss", 1.5, 1.7, 0.2),  # of losses lower is better
+        ("evalLoss", 1.5, 1.7, 0.2),  # a lower loss is better
         ("quiz/perplexity", 10.0, 12.0, 2.0),
         ("quiz/loss", 1.0, 1.0, 0.0),
         ("arc/word_perplexity", 10.0, 12.0, 2.0),
     ],
 )
-def test_a_gain_over_the_base_model(metric: str, value: float, other: float, gain: float) -> None:
+def test_min_gain_compares_with_the_base_model(metric: str, value: float, other: float, gain: float) -> None:
     metrics = {metric: value, f"base/{metric}": other}
     assert missed(metrics, gate(metric, minGain=gain)) == []
     [problem] = missed(metrics, gate(metric, minGain=gain + 0.01))
     assert problem.startswith(f"{metric} is {value:.4f}, the base model has {other:.4f}: the gain is {gain:.4f}")
 
 
-def test_over_examples_and_over_the_current_version() -> None:
+def test_gates_over_few_shot_and_over_the_current_version() -> None:
     metrics = {"quiz/f1": 0.6, "fewShot/quiz/f1": 0.7, "current/quiz/f1": 0.6}
     [problem] = missed(metrics, gate("quiz/f1", minGain=0, over="fewShot"))
     assert "the base model with examples has 0.7000: the gain is -0.1000" in problem
     assert missed(metrics, gate("quiz/f1", minGain=0, over="current")) == []
 
 
-def test_without_a_current_version_its_gate_passes_but_not_when_it_could_not_be_measured() -> None:
+def test_a_gate_over_current_passes_without_a_version_but_not_if_it_cannot_be_measured() -> None:
     wanted = gate("quiz/f1", minGain=0.1, over="current")
     assert missed({"quiz/f1": 0.6}, wanted) == []
     [problem] = missed({"quiz/f1": 0.6}, wanted, missing={("current", "quiz"): "1.0.0 belongs to another base model"})
@@ -70,7 +70,7 @@ def test_nan_passes_no_gate(wants: dict[str, float]) -> None:
     assert len(missed({"evalLoss": math.nan, "base/evalLoss": 1.0}, gate("evalLoss", **wants))) == 1
 
 
-def test_a_metric_that_was_not_measured_is_missed_and_the_others_are_listed() -> None:
+def test_a_gate_on_an_unmeasured_metric_is_missed_and_lists_the_measured_metrics() -> None:
     assert missed({"evalLoss": 1.0}, gate("quiz/f1", min=0.5)) == [
         "quiz/f1 was not measured; the measured metrics are evalLoss"
     ]
@@ -78,7 +78,7 @@ def test_a_metric_that_was_not_measured_is_missed_and_the_others_are_listed() ->
     assert problem == "quiz/f1 cannot be compared with the base model: base/quiz/f1 was not measured"
 
 
-def test_a_gate_on_what_could_not_be_measured_is_missed_and_says_why() -> None:
+def test_a_gate_on_a_failed_measurement_is_missed_with_the_reason() -> None:
     why = "Memory ran out"
     wanted = [gate("quiz/f1", min=0.5), gate("general/loss", minGain=0), gate("forgetting/general", max=1)]
     missing = {("adapter", "quiz"): why, ("base", "general"): why}
@@ -96,7 +96,7 @@ def test_a_gate_on_what_could_not_be_measured_is_missed_and_says_why() -> None:
         "fewShot/quiz/f1", "arc/acc_norm", "base/arc/acc", "general/loss", "forgetting/general",
     ],
 )  # fmt: skip
-def test_names_that_can_come_to_be(metric: str) -> None:
+def test_valid_metric_names_are_accepted(metric: str) -> None:
     assert gates.unknown(evaluation({"metric": metric, "max": 1}), has_held_out=True) is None
 
 
@@ -115,7 +115,7 @@ def test_names_that_can_come_to_be(metric: str) -> None:
         ({"metric": "current/quiz/f1", "min": 1}, True, "with minGain and over: current"),
     ],
 )  # fmt: skip
-def test_names_that_cannot_are_refused_before_training(
+def test_invalid_metric_names_are_refused_before_training(
     wanted: dict[str, Any], has_held_out: bool, problem: str
 ) -> None:
     failure = gates.unknown(evaluation(wanted), has_held_out)
@@ -124,7 +124,7 @@ def test_names_that_cannot_are_refused_before_training(
     assert "quiz/<metric>" in failure.remedy and "forgetting/general" in failure.remedy
 
 
-def test_texts_have_no_answers_to_compare() -> None:
+def test_format_text_has_no_answers_to_compare() -> None:
     wanted = {"metric": "exactMatch", "min": 1}
     failure = gates.unknown(evaluation(wanted), has_held_out=True, held_out_answers=False)
     assert failure is not None and "needs held-out examples with answers" in failure.message
@@ -133,16 +133,16 @@ def test_texts_have_no_answers_to_compare() -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "current", "forgetting"])
-def test_a_suite_cannot_have_the_name_of_something_else(name: str) -> None:
+def test_a_suite_cannot_have_a_reserved_name(name: str) -> None:
     failure = gates.unknown(evaluation(suites=[QUIZ | {"name": name}]), has_held_out=True)
     assert failure is not None and f"{name} cannot be a suite's name" in failure.message
 
 
-def test_baselines_are_measured_where_they_are_listed_or_needed() -> None:
+def test_baselines_are_measured_if_they_are_listed_or_needed() -> None:
     assert gates.plan(evaluation(baselines=[])) == {
         "": ["adapter"],
         "quiz": ["adapter"],
-        "general": ["adapter", "base"],  # forgetting is a comparison
+        "general": ["adapter", "base"],  # forgetting compares with the base model
         "arc": ["adapter"],
     }
     assert gates.plan(evaluation(baselines=["zeroShot", "fewShot"])) == {

@@ -1,4 +1,4 @@
-"""Answers and likelihoods do not depend on the batch, with virtual tokens or without, causal or seq2seq."""
+"""Answers and likelihoods do not depend on the batch. Models are causal or seq2seq, with or without virtual tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def subject(folders: dict[str, Path], kind: str, room: int | None = 120) -> Subj
     folder = folders[task]
     loader: Any = AutoModelForCausalLM if task == "causal" else AutoModelForSeq2SeqLM
     model = loader.from_pretrained(folder).eval()
-    if task == "seq2seq":  # with its own head the random T5 says nothing but padding
+    if task == "seq2seq":  # with its own head, the random T5 generates only padding
         model.lm_head.weight = torch.nn.Parameter(
             torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(5))
         )
@@ -49,7 +49,7 @@ def subject(folders: dict[str, Path], kind: str, room: int | None = 120) -> Subj
 
 
 def naive(of: Subject, prompt: list[int], new: int) -> str:
-    """Greedy decoding without a cache, one whole forward pass of the tuned model per token."""
+    """Decode greedily without a cache: one full forward pass of the tuned model per token. Return the answer."""
     answer: list[int] = []
     with torch.inference_mode():
         for _ in range(new):
@@ -58,7 +58,7 @@ def naive(of: Subject, prompt: list[int], new: int) -> str:
                     torch.tensor([prompt + answer]), attention_mask=torch.ones(1, len(prompt + answer))
                 ).logits
             else:
-                # The label at the end has no influence: the decoder reads the labels before it.
+                # The last label has no effect: the decoder reads only the labels before it.
                 labels = torch.tensor([[*answer, 0]])
                 logits = of.model(
                     torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), labels=labels
@@ -71,7 +71,7 @@ def naive(of: Subject, prompt: list[int], new: int) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_in_a_batch_are_those_of_greedy_decoding_one_by_one(folders: dict[str, Path], kind: str) -> None:
+def test_batched_answers_equal_greedy_decoding_one_by_one(folders: dict[str, Path], kind: str) -> None:
     of = subject(folders, kind)
     prompts = [prompt_ids(Task(1, prompt=text, answers=("x",)).example(), of.tokenizer, of.task) for text in PROMPTS]
     answers = generate(of, prompts, [6] * len(prompts))
@@ -80,7 +80,7 @@ def test_answers_in_a_batch_are_those_of_greedy_decoding_one_by_one(folders: dic
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_likelihoods_do_not_depend_on_the_batch_and_are_the_models_loss(folders: dict[str, Path], kind: str) -> None:
+def test_likelihoods_do_not_depend_on_the_batch_and_equal_the_models_loss(folders: dict[str, Path], kind: str) -> None:
     of = subject(folders, kind)
     items = [tokenised(Task(1, prompt=text, answers=("It is. " + text,)).example(), of) for text in PROMPTS]
     alone = log_likelihoods(of.model, items, of.pad, 1)
@@ -94,7 +94,7 @@ def test_likelihoods_do_not_depend_on_the_batch_and_are_the_models_loss(folders:
     assert -alone[0][0] / alone[0][1] == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_of_a_conversation_only_the_last_answer_is_measured(folders: dict[str, Path]) -> None:
+def test_only_the_last_answer_of_a_conversation_is_measured(folders: dict[str, Path]) -> None:
     of = subject(folders, "causal")
     turns = (
         {"role": "user", "content": "a"},
@@ -105,7 +105,7 @@ def test_of_a_conversation_only_the_last_answer_is_measured(folders: dict[str, P
     assert of.tokenizer.decode([label for label in item.labels if label != -100]) == "dd</s>"
 
 
-def test_what_is_too_long_keeps_the_answer(folders: dict[str, Path]) -> None:
+def test_truncation_keeps_the_answer(folders: dict[str, Path]) -> None:
     of = subject(folders, "causal", room=20)
     item = tokenised(Task(1, prompt="?" * 50, answers=("right",)).example(), of)
     assert len(item.input_ids) == 20
@@ -115,7 +115,7 @@ def test_what_is_too_long_keeps_the_answer(folders: dict[str, Path]) -> None:
     assert seq2seq.cut(list(range(30)), 10) == [*range(9), 29]
 
 
-def test_when_memory_runs_out_the_rest_goes_on_in_smaller_batches() -> None:
+def test_if_memory_runs_out_the_rest_runs_in_smaller_batches() -> None:
     seen: list[list[int]] = []
 
     def work(chosen: Sequence[int]) -> None:
@@ -128,7 +128,7 @@ def test_when_memory_runs_out_the_rest_goes_on_in_smaller_batches() -> None:
     assert max(len(batch) for batch in seen) <= 2
 
 
-def test_one_example_that_does_not_fit_is_an_error() -> None:
+def test_one_example_that_does_not_fit_in_memory_is_an_error() -> None:
     def work(chosen: Sequence[int]) -> None:
         raise MemoryError("no room")
 
@@ -136,7 +136,7 @@ def test_one_example_that_does_not_fit_is_an_error() -> None:
         in_batches(range(4), 4, work)
 
 
-def test_the_time_that_is_left_follows_from_what_is_done(tmp_path: Path) -> None:
+def test_the_remaining_time_follows_from_the_finished_steps(tmp_path: Path) -> None:
     run = make_run(tmp_path, MemoryStore(), make_job())
     meter = Meter(run.progress, total=10)
     meter.begin("adapter", "quiz", 10)

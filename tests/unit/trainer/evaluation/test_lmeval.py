@@ -1,4 +1,4 @@
-"""lm-eval tasks: own definitions that can run no code, and real runs of the harness over tiny models."""
+"""lm-eval tasks: users' definitions cannot run code, and the real harness measures tiny models."""
 
 import json
 import sys
@@ -63,7 +63,7 @@ def write(folder: Path, definition: str) -> Path:
     return folder
 
 
-def test_a_run_of_the_harness_over_what_was_trained_and_the_base_model(tmp_path: Path) -> None:
+def test_the_harness_measures_the_tuned_model_and_the_base_model(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     suites = [own("pick"), own("say") | {"role": "forgetting"}]
     gates = [{"metric": "say/exact_match", "min": 0.9}, {"metric": "pick/acc", "min": 2}]
@@ -85,7 +85,7 @@ def test_a_run_of_the_harness_over_what_was_trained_and_the_base_model(tmp_path:
 
 
 @pytest.mark.parametrize("task", ["causal", "seq2seq"])
-def test_the_harness_asks_models_with_virtual_tokens_and_encoders_too(tmp_path: Path, task: str) -> None:
+def test_the_harness_measures_models_with_virtual_tokens_and_seq2seq_models(tmp_path: Path, task: str) -> None:
     base = (make_base if task == "causal" else make_t5)(tmp_path / "base")
     run = prepared(
         tmp_path / "run", base, files=FILES, training=TRAINING | {"maxSteps": 2}, task=task,
@@ -114,7 +114,7 @@ def test_the_harness_asks_models_with_virtual_tokens_and_encoders_too(tmp_path: 
         ("task: x\n" + "#" * 300_000, "bytes, and the limit is"),
     ],
 )
-def test_a_definition_that_could_run_code_is_refused(definition: str, problem: str) -> None:
+def test_a_definition_that_is_unsafe_or_invalid_is_refused(definition: str, problem: str) -> None:
     with pytest.raises(Failure) as caught:
         read_definition(definition.encode(), suite())
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
@@ -128,13 +128,13 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
         load_task(suite(), write(tmp_path, escape))
 
 
-def test_data_that_does_not_fit_the_definition(tmp_path: Path) -> None:
+def test_data_without_the_fields_of_the_definition_is_invalid(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="'questions' is undefined") as caught:
         load_task(suite(), write(tmp_path, CHOICE.replace("{{question}}", "{{questions}}")))
     assert caught.value.reason == Reason.DATASET_INVALID
 
 
-def test_prepare_loads_the_tasks_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_loads_the_tasks_in_a_separate_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(path for path in sys.path if path))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     prefetch([suite()], write(tmp_path, CHOICE), None, None)
@@ -144,7 +144,7 @@ def test_prepare_loads_the_tasks_in_a_process_of_its_own(tmp_path: Path, monkeyp
     prefetch([Suite.model_validate({"name": "a", "uri": "s3://bucket/a.jsonl"})], tmp_path, None, None)
 
 
-def test_names_keep_the_filter_only_where_there_are_several() -> None:
+def test_metric_names_keep_the_filter_only_if_there_are_several() -> None:
     one = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,none": 1, "sample_len": 3}
     assert plain_metrics([one]) == {"acc": 0.5, "acc_norm": 1.0}
     two = {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}

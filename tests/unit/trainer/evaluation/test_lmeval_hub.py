@@ -1,4 +1,4 @@
-"""The harness's own tasks: prepare fetches their data from the Hugging Face endpoint, train finds it without a network."""
+"""The tasks of lm-eval: prepare downloads their data from the Hugging Face endpoint, and train loads them offline."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ configs:
   - {split: validation, path: ARC-Easy/validation-*}
 ---
 """
-# As train's container: no network, and tasks that were fetched, that were not, and that do not exist.
+# The container of train has no network. Of the tasks, one was downloaded, one was not, and one does not exist.
 OFFLINE = """
 import sys
 from pathlib import Path
@@ -57,7 +57,7 @@ FILES = {"README.md": CARD} | {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's protocol as a dataset of Parquet files needs."""
+    """The part of the Hub's protocol that a dataset of Parquet files needs."""
 
     tokens: set[str]
 
@@ -119,7 +119,7 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def test_what_prepare_fetched_train_finds_without_a_network(
+def test_train_loads_without_a_network_the_tasks_that_prepare_downloaded(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join(path for path in sys.path if path))

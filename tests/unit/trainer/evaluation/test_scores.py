@@ -1,4 +1,4 @@
-"""Scores of answers: what counts as right, and how much of it."""
+"""Scores of answers: exact match, F1, ROUGE, and accuracy of choices."""
 
 import pytest
 from graft_trainer.evaluation.scores import accuracy, matches, mean_score, normalise, token_f1
@@ -15,17 +15,17 @@ def test_exact_match_ignores_case_and_white_space() -> None:
     [
         ("The cat sat.", "a cat sat", 1.0),  # articles and punctuation do not count
         ("the cat sat on a mat", "cat mat", 2 * (2 / 4) * 1 / (2 / 4 + 1)),
-        ("cat cat", "cat", 2 * (1 / 2) * 1 / (1 / 2 + 1)),  # a word counts as often as it is there
+        ("cat cat", "cat", 2 * (1 / 2) * 1 / (1 / 2 + 1)),  # a repeated word counts each time
         ("dog", "cat", 0.0),
-        ("the", "a", 1.0),  # nothing is left of both
+        ("the", "a", 1.0),  # without articles both are empty
         ("", "cat", 0.0),
     ],
 )
-def test_f1_is_squads(answer: str, expected: str, f1: float) -> None:
+def test_f1_is_that_of_squad(answer: str, expected: str, f1: float) -> None:
     assert token_f1(answer, expected) == pytest.approx(f1)
 
 
-def test_the_best_of_several_right_answers_counts() -> None:
+def test_the_best_score_over_several_expected_answers_counts() -> None:
     answers = ["Paris", "twelve"]
     expected = [["Lyon", "paris"], ["12", "a dozen"]]
     assert mean_score("exactMatch", answers, expected) == 0.5
@@ -34,11 +34,11 @@ def test_the_best_of_several_right_answers_counts() -> None:
 
 def test_rouge_is_the_f_measure_of_stemmed_words() -> None:
     answers, expected = ["the cats were sitting here"], [["a cat sits here"]]
-    # shared after stemming: cat, sit, here: precision 3/5, recall 3/4
+    # Shared after stemming: cat, sit, here. Precision is 3/5, recall is 3/4.
     assert mean_score("rouge1", answers, expected) == pytest.approx(2 * 0.6 * 0.75 / 1.35)
     assert mean_score("rougeL", answers, expected) == pytest.approx(2 * 0.6 * 0.75 / 1.35)
     assert mean_score("rouge2", answers, expected) == pytest.approx(2 * (1 / 4) * (1 / 3) / (1 / 4 + 1 / 3))
 
 
-def test_of_choices_the_likeliest_is_taken_and_a_tie_is_no_hit() -> None:
+def test_the_likeliest_choice_is_the_answer_and_a_tie_is_wrong() -> None:
     assert accuracy([[-1.0, -2.0], [-3.0, -0.5], [-1.0, -1.0], [float("nan"), -1.0]], [0, 0, 0, 0]) == 0.25

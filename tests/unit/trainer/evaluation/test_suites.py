@@ -1,4 +1,4 @@
-"""Suites' lines: what they may look like, what is wrong with the others, and which metrics they have."""
+"""The lines of a suite: the valid forms, the messages about invalid lines, and the metrics that the lines support."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def refused(*records: Any, dataset: Dataset = CHAT, **changes: Any) -> Failure:
         ({"text": "The sky is blue."}, TEXT, Task(1, text="The sky is blue.")),
     ],
 )  # fmt: skip
-def test_lines(record: dict[str, Any], dataset: Dataset, task: Task) -> None:
+def test_valid_lines_become_tasks(record: dict[str, Any], dataset: Dataset, task: Task) -> None:
     assert read(record, dataset=dataset) == [task]
 
 
@@ -78,26 +78,26 @@ def test_lines(record: dict[str, Any], dataset: Dataset, task: Task) -> None:
         ("Sky?", "a JSON text, not an object"),
     ],
 )
-def test_a_bad_line_is_named_with_what_is_wrong(record: Any, problem: str) -> None:
+def test_an_invalid_line_is_reported_with_its_problem(record: Any, problem: str) -> None:
     failure = refused({"prompt": "Sky?", "answer": "Blue."}, record)
     assert failure.reason == Reason.DATASET_INVALID
     assert "evaluation.suites quiz (s3://bucket/quiz.jsonl): 1 of 2 lines is invalid: line 2: " in failure.message
     assert problem in failure.message
 
 
-def test_all_bad_lines_are_counted_and_a_few_are_shown() -> None:
+def test_all_invalid_lines_are_counted_and_a_few_are_shown() -> None:
     failure = refused(*[{"prompt": "?"}] * 8)
     assert "8 of 8 lines are invalid" in failure.message
     assert failure.message.endswith("and 3 more")
     assert '"choices"' in failure.remedy
 
 
-def test_a_suite_has_lines_of_one_kind() -> None:
+def test_all_lines_of_a_suite_must_be_of_one_kind() -> None:
     failure = refused({"prompt": "?", "answer": "a"}, {"prompt": "?", "choices": ["a", "b"], "label": 0})
     assert "line 2: has choices, but line 1 has answers" in failure.message
 
 
-def test_an_empty_suite_is_refused_and_a_limit_leaves_lines_out() -> None:
+def test_an_empty_suite_is_refused_and_lines_after_the_limit_are_not_read() -> None:
     assert "has no lines" in refused().message
     assert len(read(*[{"prompt": "?", "answer": "a"}] * 5, "no object", limit=3)) == 3
 
@@ -110,7 +110,7 @@ def test_metrics_follow_from_the_lines_unless_they_are_given() -> None:
     assert (main_metric(suite(), "answers"), main_metric(suite(role="forgetting"), "answers")) == ("f1", "loss")
 
 
-def test_metrics_that_the_lines_do_not_have() -> None:
+def test_metrics_that_the_lines_do_not_support_are_refused() -> None:
     failure = refused({"prompt": "?", "answer": "a"}, metrics=["accuracy", "loss"])
     assert failure.reason == Reason.CONFIGURATION_INVALID
     assert "lines with answers do not support the metrics accuracy" in failure.message

@@ -1,4 +1,4 @@
-"""Every method on both kinds of models: it learns, and what it publishes is read by plain transformers and peft."""
+"""Every method on causal and seq2seq models: it lowers the loss, and plain transformers and peft load its version."""
 
 import hashlib
 import json
@@ -34,7 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FAST = {"maxSteps": 15, "loggingSteps": 1, "perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 1}
 RATES = {"full": 0.003, "lora": 0.01, "qlora": 0.01, "promptTuning": 0.3}
-# By hand. Llama: 2 layers, hidden 64, key/value 32, MLP 128, 262 tokens. T5: 2 + 2 layers, width 64, gated MLP 128.
+# Parameters counted by hand. Llama: 2 layers, hidden size 64, key and value size 32, MLP size 128, 262 tokens.
+# T5: 2 encoder and 2 decoder layers, width 64, gated MLP of size 128.
 LLAMA_BASE = 2 * 262 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
 LLAMA_LORA = 8 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 T5_BLOCK, T5_CROSS = 4 * 64 * 64 + 64 + 3 * 64 * 128 + 64, 4 * 64 * 64 + 64
@@ -78,13 +79,13 @@ def batch_of(trained: Trained) -> dict[str, torch.Tensor]:
 
 
 def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the batch's own places; peft's causal models answer to their vectors, too."""
+    """Return the logits at the batch's positions. peft's causal models also return those of the virtual tokens."""
     with torch.no_grad():
         return model.eval()(**batch).logits[:, -batch["labels"].shape[1] :]
 
 
 def load_published(folder: Path, base: Path, task: str) -> Any:
-    """What anybody does with a version: no line of Graft's in it."""
+    """Load a version as a user does, without any code of Graft."""
     if (folder / "config.json").exists():
         return AUTO[task].from_pretrained(folder, use_safetensors=True)
     return PeftModel.from_pretrained(AUTO[task].from_pretrained(base), folder)
@@ -92,7 +93,7 @@ def load_published(folder: Path, base: Path, task: str) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["causal", "seq2seq"])
-def test_a_method_learns_and_what_it_publishes_loads_again(
+def test_each_method_lowers_the_loss_and_its_published_version_loads_again(
     bases: dict[str, Path], tmp_path: Path, task: str, method: str
 ) -> None:
     run, _, trained = learn(tmp_path, bases[task], task, METHODS[method])
@@ -108,8 +109,8 @@ def test_a_method_learns_and_what_it_publishes_loads_again(
     tuned = logits(trained.model, batch)
     with trained.base_model() as base:
         before = logits(base, batch)
-    assert torch.equal(logits(trained.model, batch), tuned), "measuring the baseline leaves the tuned model as it was"
-    if "qlora" not in method:  # its base is rounded to 4 bits
+    assert torch.equal(logits(trained.model, batch), tuned), "measuring the baseline must not change the tuned model"
+    if "qlora" not in method:  # its base model is quantized to 4 bits
         assert torch.allclose(before, logits(AUTO[task].from_pretrained(bases[task]), batch), atol=1e-4)
 
     save(trained, "s3://bucket/models/tiny", tmp_path / "version")
@@ -117,7 +118,7 @@ def test_a_method_learns_and_what_it_publishes_loads_again(
     assert (manifest.task, manifest.method) == (task, method.split()[0])
     assert manifest.rank == (8 if "lora" in method else None)
     again = load_published(tmp_path / "version", bases[task], task)
-    if "qlora" in method:  # on the base model as it is: near, and the weights are the very ones
+    if "qlora" in method:  # the base model is not quantized here, so only the adapter is equal
         learned = {name: value for name, value in trained.model.named_parameters() if "lora_" in name}
         assert learned and all(
             torch.equal(value, dict(again.named_parameters())[name]) for name, value in learned.items()
@@ -127,10 +128,10 @@ def test_a_method_learns_and_what_it_publishes_loads_again(
     assert not torch.allclose(before, tuned, atol=0.1)
 
 
-def test_a_whole_model_is_published_in_the_type_of_its_base(tmp_path: Path) -> None:
+def test_a_full_model_is_published_in_the_dtype_of_its_base_model(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype=torch.bfloat16)
     run, store, trained = learn(tmp_path, base, "causal", {"full": {}})
-    assert trained.model.dtype == torch.float32  # a CPU computes so
+    assert trained.model.dtype == torch.float32  # a CPU trains in float32
     tuned = logits(trained.model, batch_of(trained))
     publish(run, trained, Evaluated({}, rejected=["exactMatch is 0.1, at least 0.9 is asked for"]))
     manifest = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"])
@@ -173,14 +174,14 @@ def test_biases_are_trained_published_and_left_out_of_the_baseline(
     )
 
 
-def test_the_vectors_of_a_text_are_those_of_its_words(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_virtual_tokens_start_as_the_embeddings_of_the_init_text(bases: dict[str, Path], tmp_path: Path) -> None:
     method = {"promptTuning": {"virtualTokens": 5, "initText": "abc"}}
     _, _, trained = learn(tmp_path, bases["causal"], "causal", method, maxSteps=1, learningRate=1e-9)
     words = trained.model.get_input_embeddings().weight[trained.tokenizer("abcab")["input_ids"]]
     assert torch.allclose(trained.model.prompt_encoder.default.embedding.weight, words, atol=1e-5)
 
 
-def test_a_prompt_of_vectors_names_no_file_of_the_pod(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_published_prompt_contains_no_path_of_the_pod(bases: dict[str, Path], tmp_path: Path) -> None:
     method = METHODS["promptTuning from a text"]
     _, _, trained = learn(tmp_path, bases["seq2seq"], "seq2seq", method, maxSteps=1)
     save(trained, "s3://bucket/models/tiny", tmp_path / "version")
@@ -196,7 +197,7 @@ def test_a_prompt_of_vectors_names_no_file_of_the_pod(bases: dict[str, Path], tm
 
 @pytest.mark.parametrize("method", ["full", "lora", "promptTuning"])
 @pytest.mark.parametrize("task", ["causal", "seq2seq"])
-def test_recomputed_activations_give_the_same_losses(
+def test_gradient_checkpointing_gives_the_same_losses(
     bases: dict[str, Path], tmp_path: Path, task: str, method: str
 ) -> None:
     curves = [
@@ -213,7 +214,7 @@ def refused(root: Path, base: Path, task: str, **changes: Any) -> Failure:
     return caught.value
 
 
-def test_text_is_no_task_for_a_seq2seq_model(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_format_text_is_refused_for_a_seq2seq_model(bases: dict[str, Path], tmp_path: Path) -> None:
     dataset = {"train": {"uri": "s3://bucket/team-a/data/train.jsonl"}, "format": "text"}
     store = MemoryStore({"team-a/data/train.jsonl": b'{"text": "The sky is blue."}\n' * 4})
     run, _ = ready(tmp_path, bases["seq2seq"], make_job(task="seq2seq", dataset=dataset), store)
@@ -222,13 +223,13 @@ def test_text_is_no_task_for_a_seq2seq_model(bases: dict[str, Path], tmp_path: P
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
 
-def test_virtual_tokens_take_their_place_in_the_context(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_virtual_tokens_reduce_the_context_for_examples(bases: dict[str, Path], tmp_path: Path) -> None:
     method = {"promptTuning": {"virtualTokens": 28}}
     failure = refused(tmp_path, bases["causal"], "causal", method=method, training={"maxLength": 101})
     assert "128 tokens less 28 virtual tokens" in failure.message and "at most 100" in failure.remedy
 
 
-def test_a_seq2seq_model_learns_from_instructions_with_and_without_templates(
+def test_a_seq2seq_model_trains_on_instructions_with_and_without_templates(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     losses = []
@@ -250,7 +251,7 @@ def test_a_seq2seq_model_learns_from_instructions_with_and_without_templates(
         ("promptTuning", torch.bfloat16, torch.float32),
     ],
 )
-def test_what_is_trained_is_held_in_float32_whatever_the_precision(
+def test_trained_parameters_are_in_float32_at_every_precision(
     bases: dict[str, Path], method: str, frozen: torch.dtype | None, learned: torch.dtype
 ) -> None:
     job = make_job(method={method: {}}, training={"precision": "bf16"})

@@ -1,4 +1,4 @@
-"""After training a model goes where it fits, and wherever that is it is measured and published alike."""
+"""After training, the model is placed where it fits in memory. The placement changes no metrics and no files."""
 
 import json
 import logging
@@ -27,11 +27,11 @@ from worlds.trainer import MemoryStore, make_base, make_job, make_t5, question_l
         ([0.9, 0.9], {0, 1}),
         ([0.4, 0.4, 0.4, 0.4, 0.4], {0, 1, 2, 3, 4}),
         ([0.6, 0.6], set()),
-        ([0.1] * 16, set()),  # together they have the room, but no block fits on one of them
+        ([0.1] * 16, set()),  # the sum is large enough, but no block fits on one GPU
         ([], set()),
     ],
 )
-def test_one_gpu_before_several_before_none(free: list[float], gpus: set[int]) -> None:
+def test_one_gpu_is_preferred_to_several_and_several_to_host_memory(free: list[float], gpus: set[int]) -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=8)
     model = LlamaForCausalLM(config)
     planned = plan(model, [int(share * weight_bytes(model)) for share in free])
@@ -40,7 +40,7 @@ def test_one_gpu_before_several_before_none(free: list[float], gpus: set[int]) -
 
 
 class Pod:
-    """GPUs that are not there: what is put on one of them stays in host memory, with accelerate's hooks all the same."""
+    """Simulated GPUs. Modules that are placed on them stay in host memory, but get accelerate's hooks."""
 
     def __init__(self, patch: pytest.MonkeyPatch, free: list[int]) -> None:
         self.looks: list[list[int]] = [free]
@@ -75,14 +75,14 @@ def tiny(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def test_a_model_that_fits_on_its_gpu_goes_there(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fits_on_its_gpu_is_placed_there(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(bases["causal"])
     pod = Pod(monkeypatch, [weight_bytes(model) * 2, 0])
     place(model)
     assert pod.moved == [0]
 
 
-def test_a_model_is_spread_by_whole_blocks_once_the_others_have_ended(
+def test_a_model_is_spread_by_whole_blocks_after_the_other_ranks_have_ended(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(bases["causal"])
@@ -95,7 +95,7 @@ def test_a_model_is_spread_by_whole_blocks_once_the_others_have_ended(
     assert {"model.layers.0", "model.layers.1"} <= spread.keys() and spread["model.embed_tokens"] == 0
 
 
-def test_a_model_that_fits_nowhere_stays_in_host_memory(
+def test_a_model_that_does_not_fit_on_the_gpus_stays_in_host_memory(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny(bases["causal"])
@@ -107,7 +107,7 @@ def test_a_model_that_fits_nowhere_stays_in_host_memory(
     assert "stays in host memory" in caplog.text
 
 
-def test_memory_that_runs_out_on_the_way_leaves_the_model_whole(
+def test_out_of_memory_during_the_placement_leaves_the_model_unchanged(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(bases["causal"])
@@ -125,7 +125,7 @@ def test_memory_that_runs_out_on_the_way_leaves_the_model_whole(
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_released_weights_are_gone_whoever_holds_the_model(
+def test_release_frees_the_weights_of_a_model_that_is_still_referenced(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(bases["causal"])
@@ -144,7 +144,7 @@ def test_released_weights_are_gone_whoever_holds_the_model(
         ("seq2seq", {"lora": {"rank": 4, "targetModules": "all-linear+embeddings"}}),
     ],
 )
-def test_a_model_over_several_gpus_is_measured_and_published_like_one_in_one_place(
+def test_a_model_on_several_gpus_has_the_same_metrics_and_files_as_on_one_device(
     bases: dict[str, Path], tmp_path: Path, task: str, method: dict[str, Any]
 ) -> None:
     found = []
@@ -167,7 +167,7 @@ def test_a_model_over_several_gpus_is_measured_and_published_like_one_in_one_pla
             assert analysis["latency"]["variants"].keys() >= {"base", "tuned"}
             found[-1] += ({path.name: load_file(path) for path in folder.glob("*.safetensors")},)
             if spread:
-                # With full the base model is loaded again for the evaluation and for the report.
+                # With full, the evaluation and the report each load the base model again.
                 assert len(pod.moved) >= (3 if "full" in method else 1)
                 assert all(set(moved.values()) <= {0, 1, 2} for moved in pod.moved)
     assert found[0][:4] == found[1][:4]

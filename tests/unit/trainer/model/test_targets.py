@@ -1,4 +1,4 @@
-"""The presets on the architectures that people tune, as transformers builds them."""
+"""The presets of target modules on common architectures, as transformers builds them."""
 
 import sys
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 MLP = ["down_proj", "gate_proj", "up_proj"]
 T5_ATTENTION = ["k", "o", "q", "v"]
-# model_type -> its config, and what attention, attention+mlp, all-linear and the embeddings are there
+# model_type -> config, and the modules of attention, attention+mlp, all-linear and the embeddings
 ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str], list[str], list[str], list[str]]] = {
     "llama": (SMALL, ATTENTION, ATTENTION + MLP, ATTENTION + MLP, ["embed_tokens"]),
     "qwen2": (SMALL, ATTENTION, ATTENTION + MLP, ATTENTION + MLP, ["embed_tokens"]),
@@ -78,7 +78,7 @@ def test_presets_name_the_modules_of_the_architecture(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_everything_that_is_targeted_learns_and_the_head_and_positions_do_not(kind: str) -> None:
+def test_every_target_gets_a_gradient_and_the_head_and_positions_are_no_targets(kind: str) -> None:
     model = built(kind)
     lora = Lora(target_modules="all-linear+embeddings", rank=4)
     targets = target_modules(lora, projections_of(model), embeddings_of(model))
@@ -87,14 +87,15 @@ def test_everything_that_is_targeted_learns_and_the_head_and_positions_do_not(ki
     ids = torch.randint(4, 64, (2, 12))
     tuned(input_ids=ids, labels=ids).loss.backward()
     trained = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
-    # What starts at zero gets the first gradient: B, and of embeddings A. Of a module that nothing reads it is absent.
+    # The matrices that start at zero get the first gradient: B, or A for embeddings.
+    # A module that the forward pass does not use gets no gradient.
     first = {name: p for name, p in trained.items() if ".lora_B." in name or ".lora_embedding_A." in name}
     without = [name for name, parameter in first.items() if parameter.grad is None or not parameter.grad.any()]
     assert first and without == []
     assert not any(part in name for name in trained for part in ("lm_head", "wpe", "position"))
 
 
-def test_without_a_triton_that_works_there_are_no_fused_kernels(
+def test_fused_kernels_are_unavailable_if_triton_does_not_work(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     llama = SimpleNamespace(config=SimpleNamespace(model_type="llama"))

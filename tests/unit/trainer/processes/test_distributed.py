@@ -1,4 +1,4 @@
-"""Two processes on gloo train as one does, end together, and go on together."""
+"""Two ranks on gloo train as one process does, end together, and resume together."""
 
 import json
 import os
@@ -39,16 +39,16 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Attempt:
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_that_are_interrupted_train_as_one_that_is_not(
+def test_two_interrupted_ranks_train_like_one_undisturbed_process(
     tmp_path: Path, single: Attempt, sharding: str
 ) -> None:
-    # One of the two is asked to end: both write the same step, and one says why.
+    # Rank 1 is interrupted: both ranks save the same step, and the progress names the cause.
     asked = run_pair(tmp_path, "asked", {9: [1, "term"]}, sharding=sharding)
     assert asked.codes == [PEER_LOST, INTERRUPTED], asked.log(0) + asked.log(1)
     assert [ref.step for ref in asked.progress.checkpoints or ()] == [4, 5]
     assert asked.progress.failure is not None and "was interrupted" in asked.progress.failure.message
 
-    # One is gone without a word, in the second half of a step: the other ends soon after.
+    # Rank 1 is killed in the second half of a step: rank 0 ends soon after.
     lost = run_pair(tmp_path, "lost", {12: [1, "kill"]}, sharding=sharding)
     assert lost.codes == [PEER_LOST, -signal.SIGKILL], lost.log(0)
     assert lost.seconds_between < 15
@@ -71,7 +71,7 @@ def test_two_processes_that_are_interrupted_train_as_one_that_is_not(
     for name, expected in single.weights.items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
 
-    # What is left is written by one process alone, and one alone can go on from it.
+    # Rank 0 alone writes the final checkpoint, and rank 0 alone can resume from it.
     last = (done.progress.checkpoints or [])[-1]
     assert (last.step, last.attempt) == (18, "done")
     again = run_pair_alone(tmp_path, "again", sharding)
@@ -80,39 +80,40 @@ def test_two_processes_that_are_interrupted_train_as_one_that_is_not(
 
 
 def run_pair_alone(root: Path, name: str, sharding: str) -> int | None:
-    """The first process of two, without the second."""
+    """Run rank 0 of two without rank 1. Return its exit code."""
     process = start(root / "store", root, name, 0, 2, 0, HALF | {"sharding": sharding, "alone": True})
     process.join(240)
     return process.exitcode
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_an_adapter_goes_on_in_all_processes_as_if_nothing_had_happened(tmp_path: Path, sharding: str) -> None:
+def test_an_adapter_resumes_on_all_ranks_with_the_same_losses(tmp_path: Path, sharding: str) -> None:
     options = {"full": False, "sharding": sharding, "max_steps": 4}
     assert run_pair(tmp_path, "cut", {5: [0, "term"]}, **options).codes == [INTERRUPTED, PEER_LOST]
     resumed = run_pair(tmp_path, "resumed", **options)
     assert resumed.codes == [0, 0]
     whole = run_pair(tmp_path / "whole", "whole", **options, gradient_checkpointing=True)
     assert whole.codes == [0, 0], whole.log(0)
-    # With dropout, so the generators of both have gone on where they were, and what is computed twice was so the same.
+    # The adapter has dropout. Equal curves show that the random generators of both ranks have resumed, and that
+    # recomputed activations are the same.
     one, other = (
         json.loads(path.read_text())["curve"] for path in (tmp_path / "resumed.json", tmp_path / "whole/whole.json")
     )
     assert one == other
 
 
-def test_a_process_that_ends_in_the_first_step_says_so_and_costs_the_other_no_retry(tmp_path: Path) -> None:
+def test_a_rank_that_fails_in_the_first_step_reports_it_and_the_other_reports_peer_lost(tmp_path: Path) -> None:
     options = {"full": False, "sharding": "ddp", "max_steps": 4}
     out_of_memory = EXIT_CODES[Reason.OUT_OF_MEMORY]
     assert run_pair(tmp_path, "second", {1: [1, "memory"]}, **options).codes == [PEER_LOST, out_of_memory]
     assert run_pair(tmp_path, "first", {1: [0, "memory"]}, **options).codes == [out_of_memory, PEER_LOST]
 
-    # One that is gone without a word before any step was trained may as well be the network.
+    # If a rank is killed before the first step is done, the cause may also be the network.
     silent = run_pair(tmp_path, "silent", {1: [1, "kill"]}, **options)
     assert silent.codes == [EXIT_CODES[Reason.COMMUNICATION_FAILED], -signal.SIGKILL], silent.log(0)
 
 
-def test_one_that_loads_for_long_is_waited_for(tmp_path: Path) -> None:
+def test_the_ranks_wait_for_a_rank_that_loads_slowly(tmp_path: Path) -> None:
     options = {"full": False, "sharding": "ddp", "max_steps": 2}
     for who in (0, 1):
         pair = run_pair(tmp_path, f"late-{who}", {}, **options, silence=4, late=(who, 8, None))
@@ -121,12 +122,14 @@ def test_one_that_loads_for_long_is_waited_for(tmp_path: Path) -> None:
     never = run_pair(tmp_path, "never", {}, **options, loading=2, late=(1, 6, None))
     assert never.codes[0] == EXIT_CODES[Reason.COMMUNICATION_FAILED], never.log(0)
     assert "1 of 2 processes had loaded" in never.log(0)
-    # One that ends meanwhile is not waited for.
+    # Rank 0 does not wait for a rank that fails while it loads.
     ended = run_pair(tmp_path, "ended", {}, **options, late=(1, 1, "memory"))
     assert ended.codes == [PEER_LOST, EXIT_CODES[Reason.OUT_OF_MEMORY]], ended.log(0)
 
 
-def test_peers_that_never_come_cost_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_peers_never_connect_ends_with_peers_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -151,7 +154,7 @@ def test_peers_that_never_come_cost_a_retry(tmp_path: Path, monkeypatch: pytest.
     ],
     ids=["full", "lora", "lora with biases and embeddings", "promptTuning"],
 )
-def test_what_fsdp_trains_is_published_as_by_one_process(
+def test_fsdp_publishes_the_same_version_as_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any, make: Any, checkpointing: bool
 ) -> None:
     monkeypatch.setattr(train_module, "cpu_limit", lambda: 1)
@@ -169,7 +172,7 @@ def test_what_fsdp_trains_is_published_as_by_one_process(
     pair = run_pair(tmp_path, "pair", base=base, job=changes | {"training": training | {"perDeviceTrainBatchSize": 1}})
     assert pair.codes == [0, 0], pair.log(0) + pair.log(1)
     seen = json.loads((tmp_path / "pair.json").read_text())
-    # The weights are safe, and nothing of the training is in memory any more, when the model is put where it is measured.
+    # When the model is placed for the evaluation, its weights are saved and memory holds no objects of the training.
     assert seen["left"] == {"final": 1, "shards": 0, "optimizers": 0, "trainers": 0}
     assert seen["curve"] == [pytest.approx(record, rel=1e-3) for record in alone["lossCurve"]]
     assert seen["metrics"] == pytest.approx(alone["metrics"], rel=1e-3)
@@ -182,7 +185,7 @@ def test_what_fsdp_trains_is_published_as_by_one_process(
 
 @pytest.mark.parametrize("make", [make_base, make_t5])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_only_the_first_process_loads_what_is_sharded(
+def test_only_rank_0_loads_the_weights_of_a_sharded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, method: str
 ) -> None:
     folder, task = make(tmp_path), "seq2seq" if make is make_t5 else "causal"
@@ -199,13 +202,13 @@ def test_only_the_first_process_loads_what_is_sharded(
         [(name, value.shape, value.dtype, value.device) for name, value in (*m.named_parameters(), *m.named_buffers())]
         for m in models
     )
-    # The same tensors, also those that are shared: else the weights could not be dealt out.
+    # Both ranks need the same tensors, including shared ones. Otherwise rank 0 could not distribute the weights.
     assert first == second
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_a_step_learns_from_the_same_examples_however_it_is_divided(world: int, batch: int) -> None:
+def test_a_step_has_the_same_examples_for_any_world_size_and_micro_batch(world: int, batch: int) -> None:
     examples, effective = 53, 24
     whole = DataOrder(examples, effective, 1, seed=5)
     parts = [DataOrder(examples, batch, effective // (batch * world), 5, rank, world) for rank in range(world)]
@@ -222,7 +225,7 @@ def test_a_step_learns_from_the_same_examples_however_it_is_divided(world: int, 
             assert sorted(index for part in mine for micro in part for index in micro) == sorted(step)
 
 
-def test_the_order_is_the_one_that_accelerate_draws() -> None:
+def test_the_data_order_is_that_of_accelerate() -> None:
     from accelerate.data_loader import SeedableRandomSampler
 
     sampler = SeedableRandomSampler(range(30), data_seed=5)
@@ -233,7 +236,7 @@ def test_the_order_is_the_one_that_accelerate_draws() -> None:
         assert [index for batch in order for index in batch] == list(sampler)
 
 
-def test_which_process_this_is() -> None:
+def test_the_environment_variables_give_the_rank_of_a_process() -> None:
     assert distributed.variables(Pods(), {}) == {}
     pods = Pods(nodes=2, processes_per_node=4, first_host="run-0.peers.team-a.svc")
     values = distributed.variables(pods, {"JOB_COMPLETION_INDEX": "1"}, local=2)
@@ -262,30 +265,30 @@ def lost() -> End:
         ([lost(), End(20, told(Reason.MEMORY_EXCEEDED))], 20, Reason.MEMORY_EXCEEDED),
         ([End(32, told(Reason.COMMUNICATION_FAILED)), End(31, told(Reason.INTERRUPTED))], 31, Reason.INTERRUPTED),
         ([lost(), End(32, told(Reason.COMMUNICATION_FAILED))], 32, Reason.COMMUNICATION_FAILED),
-        # The kernel's, whoever ended first.
+        # A SIGKILL by the kernel means that memory ran out, whichever process ended first.
         ([End(-9, None), lost()], 20, Reason.MEMORY_EXCEEDED),
         ([End(-9, None), End(32, told(Reason.COMMUNICATION_FAILED))], 20, Reason.MEMORY_EXCEEDED),
         ([lost(), End(-9, None)], 20, Reason.MEMORY_EXCEEDED),
-        # The launcher's.
+        # A SIGKILL by the launcher does not.
         ([lost(), End(-9, None, by_launcher=True)], 21, Reason.PEER_LOST),
         ([End(-6, None), End(-9, None, by_launcher=True)], 1, Reason.INTERNAL_ERROR),
-        # torch's watchdog aborts those that wait on their GPU for one that has ended.
+        # torch's watchdog aborts ranks that wait on their GPU for a rank that has ended.
         ([lost(), End(-6, None)], 21, Reason.PEER_LOST),
         ([End(-9, None), End(-6, None)], 20, Reason.MEMORY_EXCEEDED),
         ([End(-6, None), End(20, told(Reason.MEMORY_EXCEEDED))], 20, Reason.MEMORY_EXCEEDED),
-        # One that was aborted before anybody else ended has failed by itself.
+        # A rank that was aborted before any other rank failed is itself the cause.
         ([End(-6, None), lost()], 1, Reason.INTERNAL_ERROR),
         ([End(-6, None), End(-6, None)], 1, Reason.INTERNAL_ERROR),
     ],
 )
-def test_of_several_processes_the_one_that_failed_by_itself_is_told(
+def test_of_several_processes_the_one_that_caused_the_failure_is_reported(
     ends: list[End], code: int, reason: Reason | None
 ) -> None:
     found, why = worst(ends)
     assert (found, why.reason if why else None) == (code, reason)
 
 
-def test_a_straggler_that_the_launcher_kills_is_no_want_of_memory(
+def test_a_process_that_the_launcher_kills_is_not_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "LONGEST", 0.3)
@@ -299,7 +302,7 @@ def test_a_straggler_that_the_launcher_kills_is_no_want_of_memory(
     assert worst(ends)[0] == PEER_LOST
 
 
-def test_what_nccl_reports_ends_a_process_that_waits_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nccl_error_ends_a_process_that_waits_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     def give_up(error: BaseException) -> int:

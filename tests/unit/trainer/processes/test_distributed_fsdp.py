@@ -1,4 +1,4 @@
-"""Weights that are spread over two processes, on gloo."""
+"""Weights that are sharded over two ranks, on gloo."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,8 @@ BF16 = {"sharding": "fsdp", "precision": "bf16", "max_steps": 10, "eval_steps": 
 
 
 def test_an_evaluation_leaves_the_weights_sharded_and_in_float32(tmp_path: Path) -> None:
-    # Asked to end within the evaluation of step 5, in which no checkpoint was due: it is taken after the evaluation's forward pass.
+    # Rank 1 is interrupted within the evaluation of step 5, where no checkpoint was due.
+    # The checkpoint is taken after a forward pass of the evaluation.
     asked = run_pair(tmp_path, "asked", measuring={2: [1, "term"]}, **BF16)
     assert asked.codes == [PEER_LOST, INTERRUPTED], asked.log(0) + asked.log(1)
     assert [ref.step for ref in asked.progress.checkpoints or ()] == [4, 5]
@@ -32,10 +33,10 @@ def test_an_evaluation_leaves_the_weights_sharded_and_in_float32(tmp_path: Path)
     assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
-def test_a_checkpoint_of_the_step_of_an_evaluation_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint_of_an_evaluated_step(tmp_path: Path) -> None:
     asked = run_pair(tmp_path, "asked", {9: [1, "term"]}, **BF16)
     assert asked.codes == [PEER_LOST, INTERRUPTED], asked.log(0) + asked.log(1)
-    # The second of the two is asked to end within the last evaluation: the first one does without it.
+    # Rank 1 is interrupted within the last evaluation. Rank 0 no longer needs it.
     done = run_pair(tmp_path, "done", measuring={5: [1, "term"]}, **BF16)
     assert done.codes == [0, 0], done.log(0) + done.log(1)
     assert done.progress.resumed_from == 5
@@ -51,7 +52,7 @@ def test_a_checkpoint_of_the_step_of_an_evaluation_is_gone_on_from(tmp_path: Pat
     [({"tied": True}, {}), ({"tied": False}, {"gradient_checkpointing": True}), ({"lora": True}, {})],
     ids=["tied", "untied", "lora"],
 )
-def test_a_t5_whose_embeddings_are_shared_learns_as_in_one_process(
+def test_a_t5_with_shared_embeddings_trains_as_in_one_process(
     tmp_path: Path, t5: dict[str, bool], changes: dict[str, bool]
 ) -> None:
     options = {"t5": t5, "sharding": "fsdp", "max_steps": 7, **changes}

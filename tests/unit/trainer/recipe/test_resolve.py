@@ -1,4 +1,4 @@
-"""What is derived where the spec leaves it open, and what is refused."""
+"""The values that resolve derives for fields that the spec leaves open, and the settings that it refuses."""
 
 import math
 from dataclasses import replace
@@ -42,7 +42,7 @@ def resolved(
     )
 
 
-def test_nothing_given_on_a_cpu() -> None:
+def test_defaults_on_a_cpu() -> None:
     wire = resolved().wire()
     assert wire == {
         "numTrainEpochs": 3.0,
@@ -74,7 +74,7 @@ def test_nothing_given_on_a_cpu() -> None:
     }
 
 
-def test_what_is_given_stays() -> None:
+def test_fields_that_the_spec_sets_are_kept() -> None:
     got = resolved({"perDeviceTrainBatchSize": 32, "gradientAccumulationSteps": 3, "maxSteps": 400, "evalSteps": 50})
     assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (32, 3)
     assert (got.max_steps, got.eval_steps) == (400, 50)
@@ -90,12 +90,12 @@ def test_what_is_given_stays() -> None:
         ({"gradientAccumulationSteps": 32}, 1, 32),
     ],
 )
-def test_batch_and_accumulation_make_sixteen(given: dict[str, int], batch: int, accumulation: int) -> None:
+def test_the_default_effective_batch_has_16_examples(given: dict[str, int], batch: int, accumulation: int) -> None:
     got = resolved(given)
     assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (batch, accumulation)
 
 
-def test_a_gpu_takes_what_fits_beside_the_weights() -> None:
+def test_the_micro_batch_of_a_gpu_fits_beside_the_weights() -> None:
     long = resolved(device=H100, model=LLAMA_8B, longest=2048)
     short = resolved(device=H100, model=LLAMA_8B, longest=128)
     assert long.per_device_train_batch_size * long.gradient_accumulation_steps == 16
@@ -107,15 +107,17 @@ def test_a_gpu_takes_what_fits_beside_the_weights() -> None:
 KNOWN = replace(LLAMA_8B, liger=True)
 
 
-def test_fused_kernels_are_used_where_liger_knows_the_architecture() -> None:
+def test_fused_kernels_are_used_if_liger_supports_the_architecture() -> None:
     assert resolved(device=H100, model=KNOWN).use_liger_kernel
     assert not resolved(device=H100, model=LLAMA_8B).use_liger_kernel
     assert not resolved({"useLigerKernel": False}, device=H100, model=KNOWN).use_liger_kernel
-    assert not resolved(device=H100, model=KNOWN, method={"full": {}}, world=8).use_liger_kernel, "it is sharded"
+    assert not resolved(device=H100, model=KNOWN, method={"full": {}}, world=8).use_liger_kernel, (
+        "fused kernels are off by default for a sharded model"
+    )
     assert resolved({"useLigerKernel": True}, device=H100, model=KNOWN, method={"full": {}}, world=8).use_liger_kernel
 
 
-def test_without_the_logits_more_examples_fit() -> None:
+def test_fused_kernels_do_not_store_logits_so_more_examples_fit() -> None:
     without = resolved({"useLigerKernel": False}, device=H100, model=KNOWN, longest=1400)
     assert resolved(device=H100, model=KNOWN, longest=1400).per_device_train_batch_size > (
         without.per_device_train_batch_size
@@ -123,7 +125,7 @@ def test_without_the_logits_more_examples_fit() -> None:
 
 
 @pytest.mark.parametrize(("device", "words"), [(CPU, "needs a GPU"), (H100, "no kernels for the base model")])
-def test_fused_kernels_that_cannot_be_had_are_refused(device: Device, words: str) -> None:
+def test_unavailable_fused_kernels_are_refused(device: Device, words: str) -> None:
     with pytest.raises(Failure, match=words) as caught:
         resolved({"useLigerKernel": True}, device=device)
     assert caught.value.reason is Reason.CONFIGURATION_INVALID
@@ -134,7 +136,7 @@ def test_precision_follows_the_device(device: Device, precision: str) -> None:
     assert resolved(device=device).precision == precision
 
 
-def test_qlora_computes_in_the_precision_unless_told() -> None:
+def test_qlora_computes_in_the_training_precision_unless_the_spec_sets_another() -> None:
     got = resolved(method={"qlora": {}}, device=H100)
     assert (got.quant_type, got.double_quant, got.compute_dtype) == ("nf4", True, "bfloat16")
     told = resolved(method={"qlora": {"computeDtype": "float16"}}, device=H100)
@@ -149,18 +151,20 @@ def test_qlora_computes_in_the_precision_unless_told() -> None:
         ({"maxLength": 1024}, CPU, "context is 512 tokens"),
     ],
 )
-def test_what_cannot_be_done_is_refused(training: dict[str, Any], device: Device, message: str) -> None:
+def test_settings_that_the_device_or_model_does_not_support_are_refused(
+    training: dict[str, Any], device: Device, message: str
+) -> None:
     with pytest.raises(Failure, match=message) as caught:
         resolved(training, device)
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
 
-def test_the_length_stays_moderate_on_a_long_context_and_without_one() -> None:
+def test_the_default_max_length_is_2048_for_a_long_or_unknown_context() -> None:
     assert resolved(model=LLAMA_8B).max_length == 2048
     assert limits(make_job(training={}), CPU, None).max_length == 2048
 
 
-def test_without_held_out_examples_nothing_is_evaluated() -> None:
+def test_without_held_out_examples_there_are_no_evaluation_steps() -> None:
     assert resolved(held_out=False).eval_steps is None
 
 
@@ -184,7 +188,7 @@ def test_a_method_has_its_own_fields_and_no_others(method: str, there: set[str])
     assert own & resolved(method={method: {}}).wire().keys() == there
 
 
-def test_virtual_tokens_take_their_place_in_the_context() -> None:
+def test_virtual_tokens_reduce_the_default_max_length() -> None:
     method = {"promptTuning": {"virtualTokens": 100}}
     assert resolved(method=method).max_length == 412
     assert resolved(method=method, task="seq2seq").max_length == 412
@@ -198,7 +202,7 @@ def test_virtual_tokens_take_their_place_in_the_context() -> None:
         ({"perDeviceTrainBatchSize": 2}, 4, 2, 2, 63),
         ({"gradientAccumulationSteps": 2}, 4, 2, 2, 63),
         ({"perDeviceTrainBatchSize": 3}, 2, 3, 3, 56),  # 334 micro-batches, 167 for each process
-        ({}, 32, 1, 1, 32),  # 32 at a time at least
+        ({}, 32, 1, 1, 32),  # 32 processes need at least 32 examples per step
     ],
 )
 def test_processes_share_the_effective_batch(
@@ -214,7 +218,7 @@ def test_processes_share_the_effective_batch(
 
 
 @pytest.mark.parametrize(("examples", "batch", "accumulation"), [(1000, 3, 4), (17, 4, 2), (3, 8, 1), (64, 4, 4)])
-def test_steps_are_those_that_accelerate_makes(examples: int, batch: int, accumulation: int) -> None:
+def test_steps_per_epoch_are_those_of_accelerate(examples: int, batch: int, accumulation: int) -> None:
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler
 
@@ -225,7 +229,7 @@ def test_steps_are_those_that_accelerate_makes(examples: int, batch: int, accumu
             assert steps_per_epoch(examples, batch, accumulation, world) == math.ceil(mine / accumulation)
 
 
-def test_placement_decides_where_the_spec_does_not() -> None:
+def test_placement_sets_the_fields_that_the_spec_leaves_open() -> None:
     choice = {"microBatch": 2, "gradientCheckpointing": True, "sharding": "fsdp"}
     got = resolved(device=H100, world=2, choice=choice)
     assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (2, 4)
@@ -243,11 +247,11 @@ def test_sharding_follows_the_method(method: str, world: int, sharding: str | No
     assert resolved(method={method: {}}, world=world).sharding == sharding
 
 
-def test_activations_are_recomputed_only_where_one_example_would_not_fit_otherwise() -> None:
+def test_gradient_checkpointing_is_on_only_if_one_example_would_not_fit_without_it() -> None:
     assert not resolved(device=H100, model=LLAMA_8B, longest=2048).gradient_checkpointing
     long = {"maxLength": 65536}
     assert resolved(long, device=H100, model=LLAMA_8B, longest=65536).gradient_checkpointing
-    assert not resolved(model=LLAMA_8B, longest=2048).gradient_checkpointing  # a CPU
+    assert not resolved(model=LLAMA_8B, longest=2048).gradient_checkpointing  # on a CPU
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,7 @@ def test_activations_are_recomputed_only_where_one_example_would_not_fit_otherwi
         (9, 1, 1, (3, 3)),
     ],
 )
-def test_half_the_micro_batch_is_the_same_batch(
+def test_halving_the_micro_batch_keeps_the_effective_batch(
     batch: int, accumulation: int, halvings: int, expected: tuple[int, int]
 ) -> None:
     given = {"perDeviceTrainBatchSize": batch, "gradientAccumulationSteps": accumulation}
@@ -286,7 +290,7 @@ def test_a_micro_batch_of_one_cannot_be_halved() -> None:
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw8bit"])
-def test_optimizers_that_do_not_know_sharded_weights_are_refused_with_fsdp(optim: str) -> None:
+def test_optimizers_that_do_not_support_sharded_weights_are_refused_with_fsdp(optim: str) -> None:
     full: dict[str, Any] = {"full": {}}
     assert resolved({"optim": optim}, H100, method=full, world=2).sharding == "ddp"
     assert resolved({"optim": optim, "sharding": "fsdp"}, H100, method=full).sharding is None
@@ -297,7 +301,7 @@ def test_optimizers_that_do_not_know_sharded_weights_are_refused_with_fsdp(optim
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "adamw8bit"])
-def test_8_bit_states_need_a_gpu(optim: str) -> None:
+def test_an_8_bit_optimizer_needs_a_gpu(optim: str) -> None:
     assert resolved({"optim": optim}, H100).optim == optim
     if optim != "adamw8bit":
         assert resolved({"optim": optim}).optim == optim
@@ -307,7 +311,7 @@ def test_8_bit_states_need_a_gpu(optim: str) -> None:
     assert caught.value.reason == Reason.CONFIGURATION_INVALID and "adafactor" in caught.value.remedy
 
 
-def test_warm_up_is_given_in_steps_or_as_a_share() -> None:
+def test_warmup_steps_are_set_by_the_spec_or_are_a_share_of_all_steps() -> None:
     assert resolved({"maxSteps": 100}).warmup_steps == 3
     assert resolved({"maxSteps": 100, "warmupSteps": 7}).warmup_steps == 7
     assert resolved({"maxSteps": 5, "warmupSteps": 7}).warmup_steps == 5
@@ -358,7 +362,7 @@ def test_presets_become_the_modules_of_the_architecture(
     assert target_modules(Lora.model_validate({"targetModules": preset}), model, []) == expected
 
 
-def test_names_that_are_not_there_are_answered_with_those_that_are() -> None:
+def test_an_unknown_module_name_is_refused_with_a_list_of_the_known_names() -> None:
     with pytest.raises(Failure) as caught:
         target_modules(Lora(target_module_names=["q_proj", "qkv"]), LLAMA, [])
     assert caught.value.reason == Reason.CONFIGURATION_INVALID
@@ -371,7 +375,7 @@ def test_a_rank_above_the_full_rank_is_refused() -> None:
         target_modules(Lora(rank=65), LLAMA, [])
 
 
-def test_pace_says_nothing_early_and_counts_evaluations_in() -> None:
+def test_pace_has_no_estimate_in_the_first_steps_and_includes_evaluations() -> None:
     clock = [0.0]
     pace = Pace(lambda: clock[0])
     pace.step(0, 0)

@@ -1,4 +1,4 @@
-"""The files that a job names: packed, of another form, too large, damaged."""
+"""Downloads of the files that a job names: compressed, of another format, too large, or damaged."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ LINES = chat_lines(6)
 
 
 def fetched(root: Path, data: bytes, uri: str = "s3://bucket/train.jsonl", *, jsonl: bool = True) -> tuple[bytes, str]:
-    """What is in the work folder afterwards, and the digest."""
+    """Download a file that holds `data`. Return its content in the work folder and its digest."""
     store = MemoryStore({uri.removeprefix("s3://bucket/"): data})
     target = root / "work/dataset/train.jsonl"
     digest = download_file(
@@ -34,8 +34,8 @@ def refused(root: Path, data: bytes, uri: str = "s3://bucket/train.jsonl") -> Fa
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.jsonl"], ids=["by its name", "whatever its name"])
-def test_a_packed_file_is_unpacked_and_has_the_digest_of_what_is_stored(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.jsonl"], ids=["by its name", "by its content"])
+def test_a_gzip_file_is_decompressed_and_its_digest_is_that_of_the_stored_file(tmp_path: Path, name: str) -> None:
     packed = gzip.compress(LINES[:100]) + gzip.compress(LINES[100:])  # as pigz and `cat a.gz b.gz` write it
     content, digest = fetched(tmp_path, packed, f"s3://bucket/{name}")
     assert content == LINES
@@ -45,13 +45,15 @@ def test_a_packed_file_is_unpacked_and_has_the_digest_of_what_is_stored(tmp_path
 @pytest.mark.parametrize(
     "damage", [gzip.compress(LINES)[:-20], gzip.compress(LINES)[:30] + b"\0" * 60, b"\x1f\x8b\x09" + b"\0" * 30]
 )
-def test_a_damaged_packed_file(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_gzip_file_is_invalid(tmp_path: Path, damage: bytes) -> None:
     failure = refused(tmp_path, damage, "s3://bucket/train.jsonl.gz")
     assert failure.reason == Reason.DATASET_INVALID
     assert "damaged gzip file" in failure.message
 
 
-def test_a_packed_file_that_swells_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gzip_file_that_decompresses_beyond_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "LIMIT", 20 * 1024**2)
     failure = refused(tmp_path, gzip.compress(b"\0" * 200 * 1024**2), "s3://bucket/bomb.jsonl.gz")
     assert failure.reason == Reason.CONFIGURATION_INVALID
@@ -65,7 +67,7 @@ def test_a_file_that_is_too_large_is_not_downloaded(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "work/dataset/train.jsonl").exists()
 
 
-def test_a_work_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_work_folder_without_enough_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "SPARE", 1 << 60)
     failure = refused(tmp_path, LINES)
     assert failure.reason == Reason.CONFIGURATION_INVALID
@@ -73,14 +75,14 @@ def test_a_work_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "data/TRAIN.CSV", "train.tar.gz", "train.jsonl.zst"])
-def test_files_of_other_forms_are_told_by_their_names(tmp_path: Path, name: str) -> None:
+def test_files_of_other_formats_are_recognised_by_their_names(tmp_path: Path, name: str) -> None:
     failure = refused(tmp_path, LINES, f"s3://bucket/{name}")
     assert failure.reason == Reason.DATASET_INVALID
     assert "is not JSON Lines" in failure.message
     assert "to_json" in failure.remedy
 
 
-def test_files_of_other_forms_are_told_by_their_content(tmp_path: Path) -> None:
+def test_files_of_other_formats_are_recognised_by_their_content(tmp_path: Path) -> None:
     assert "it is a Parquet file" in refused(tmp_path, b"PAR1\0\0").message
     assert "it is a zip file" in refused(tmp_path, gzip.compress(b"PK\x03\x04\0")).message
     array = json.dumps([{"text": "a"}], indent=1).encode()
@@ -89,11 +91,11 @@ def test_files_of_other_forms_are_told_by_their_content(tmp_path: Path) -> None:
     assert "jq" in failure.remedy
 
 
-def test_other_files_may_have_any_form(tmp_path: Path) -> None:
+def test_files_that_are_not_datasets_may_have_any_format(tmp_path: Path) -> None:
     assert fetched(tmp_path, b"[1]", "s3://bucket/task.yaml", jsonl=False)[0] == b"[1]"
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_file_is_unavailable(tmp_path: Path) -> None:
     failure = refused(tmp_path, LINES, "s3://bucket/data/")
     assert failure.reason == Reason.DATASET_UNAVAILABLE
     assert "it is a folder" in failure.message

@@ -20,19 +20,19 @@ from graft_trainer.run.failures import (
 
 
 class OutOfMemoryError(RuntimeError):
-    """Like torch's."""
+    """Stands for torch's error of this name."""
 
 
 class DistError(RuntimeError):
-    """torch.distributed's."""
+    """Stands for the base class of the errors of torch.distributed."""
 
 
 class DistBackendError(DistError):
-    """As NCCL's errors come."""
+    """Stands for the errors of NCCL."""
 
 
 class DistStoreError(DistError):
-    """As those of the store come, through which the processes meet."""
+    """Stands for the errors of the store through which the ranks meet."""
 
 
 @pytest.mark.parametrize(
@@ -75,38 +75,40 @@ SLOW = RuntimeError("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:7
 @pytest.mark.parametrize(
     ("error", "trained", "follows", "reason"),
     [
-        # A connection that ends in the midst of training is a process that ended; before it, it may be the network.
+        # A connection that closes during training means that a rank ended. Before training it may be the network.
         (CLOSED, True, False, Reason.PEER_LOST),
         (EXITED, True, False, Reason.PEER_LOST),
         (CLOSED, False, False, Reason.COMMUNICATION_FAILED),
         (EXITED, False, False, Reason.COMMUNICATION_FAILED),
-        # Nobody else need have ended for these.
+        # These errors can happen although no other rank has ended.
         (NO_INTERFACE, False, False, Reason.COMMUNICATION_FAILED),
         (NO_INTERFACE, True, False, Reason.COMMUNICATION_FAILED),
         (SILENT, False, False, Reason.COMMUNICATION_FAILED),
         (SILENT, True, False, Reason.COMMUNICATION_FAILED),
         (SLOW, True, False, Reason.COMMUNICATION_FAILED),
-        # Another process has said that it ends: its reason is the run's.
+        # Another rank has announced its end: the reason of the run is that rank's reason.
         (CLOSED, False, True, Reason.PEER_LOST),
         (SILENT, True, True, Reason.PEER_LOST),
-        # What has nothing to do with the others is this process's own.
+        # An error that has no relation to other ranks is this rank's own.
         (MemoryError(), True, True, Reason.OUT_OF_MEMORY),
     ],
 )
-def test_only_a_peer_that_ended_is_lost(error: BaseException, trained: bool, follows: bool, reason: Reason) -> None:
+def test_peer_lost_is_reported_only_if_a_peer_has_ended(
+    error: BaseException, trained: bool, follows: bool, reason: Reason
+) -> None:
     failure = explain(error, trained=trained, follows=follows)
     assert failure.reason == reason
     assert (EXIT_CODES[reason] in FREE_EXIT_CODES) == (reason == Reason.PEER_LOST)
     assert EXIT_CODES[reason] not in FATAL_EXIT_CODES or reason == Reason.OUT_OF_MEMORY
 
 
-def test_processes_that_cannot_talk_are_told_what_to_look_at() -> None:
+def test_a_communication_failure_lists_what_to_check() -> None:
     failure = explain(NO_INTERFACE)
     assert "no socket interface found" in failure.message
     assert all(word in failure.remedy for word in ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "memlock", "driver"))
 
 
-def test_memory_that_runs_out_after_the_last_step_is_no_reason_to_train_otherwise() -> None:
+def test_out_of_memory_after_the_last_step_does_not_advise_other_training_settings() -> None:
     known = {"perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 2, "maxLength": 512}
     failure = explain(MemoryError(), known)
     assert failure.reason == Reason.OUT_OF_MEMORY
@@ -114,7 +116,7 @@ def test_memory_that_runs_out_after_the_last_step_is_no_reason_to_train_otherwis
     assert "evaluation.maxNewTokens" in failure.remedy and "training." not in failure.remedy
 
 
-def test_while_training_the_next_attempt_takes_half_unless_there_is_no_half() -> None:
+def test_out_of_memory_in_training_halves_the_micro_batch_unless_it_is_one_example() -> None:
     known = {"perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 2, "maxLength": 512}
     exceeded = explain(MemoryError(), known, training=True)
     assert exceeded.reason == Reason.MEMORY_EXCEEDED
@@ -125,12 +127,12 @@ def test_while_training_the_next_attempt_takes_half_unless_there_is_no_half() ->
     assert explain(MemoryError(), None, training=True).reason == Reason.OUT_OF_MEMORY
 
 
-def test_a_key_that_may_not_write_is_an_upload_that_failed_while_publishing() -> None:
+def test_a_denied_write_while_publishing_is_upload_failed() -> None:
     assert store_failure(StoreError("denied", "403"), publishing=True).reason == Reason.UPLOAD_FAILED
 
 
 @pytest.mark.parametrize("character", ["x", "é", '"', "\x00", "🦙", "\udcff"])
-def test_the_termination_message_is_whole_json_within_the_limit(character: str) -> None:
+def test_the_termination_message_is_valid_json_within_the_limit(character: str) -> None:
     failure = explain(Failure(Reason.DATASET_INVALID, character * 9000, "Do this."))
     data = termination_bytes(failure)
     assert TERMINATION_LIMIT * 0.9 < len(data) <= TERMINATION_LIMIT

@@ -1,4 +1,4 @@
-"""Datasets and base models from a Hub: here a few lines of HTTP server that speak as much of its protocol as is used."""
+"""Datasets and base models from a Hub. The Hub is a small HTTP server with the part of the protocol that is used."""
 
 import gzip
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_dataset_and_base_model_come_from_the_endpoint_with_the_tenants_token(hu
     assert hub.tokens == {"Bearer hf_tenant"}
 
 
-def test_preflight_leaves_the_weights_at_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_preflight_does_not_download_the_weights(hub: Hub, tmp_path: Path) -> None:
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint))
     preflight(run)
     brought = {path.name for path in run.settings.base_model_dir.iterdir() if path.is_file()}
@@ -38,7 +38,7 @@ def test_preflight_leaves_the_weights_at_the_hub(hub: Hub, tmp_path: Path) -> No
     assert brought == there - {"model.safetensors"}
 
 
-def test_a_packed_file_of_the_hub_is_unpacked_and_kept_once(hub: Hub, tmp_path: Path) -> None:
+def test_a_gzip_file_of_the_hub_is_decompressed_and_kept_only_once(hub: Hub, tmp_path: Path) -> None:
     hub.files["datasets/org/data/sets/train.jsonl.gz"] = gzip.compress(chat_lines(5))
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint, "sets/train.jsonl.gz"))
     prepare_container(run)
@@ -46,7 +46,7 @@ def test_a_packed_file_of_the_hub_is_unpacked_and_kept_once(hub: Hub, tmp_path: 
     assert not list(run.settings.work_dir.rglob("train.jsonl.gz"))
 
 
-def test_a_file_of_the_hub_that_is_too_large_is_not_fetched(
+def test_a_file_of_the_hub_that_is_too_large_is_not_downloaded(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graft_trainer.run.download.LIMIT", 100)
@@ -59,7 +59,7 @@ def test_a_file_of_the_hub_that_is_too_large_is_not_fetched(
     assert not any(path.name == "train.jsonl" for path in run.settings.work_dir.rglob("*"))
 
 
-def test_a_file_that_the_repository_does_not_have(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_the_repository_does_not_have_is_unavailable(hub: Hub, tmp_path: Path) -> None:
     run = make_run(tmp_path, MemoryStore(), job_at(hub.endpoint, "sets/none.jsonl"))
     with pytest.raises(Exception) as caught:
         prepare_container(run)
@@ -68,8 +68,8 @@ def test_a_file_that_the_repository_does_not_have(hub: Hub, tmp_path: Path) -> N
     assert "no such file" in failure.message
 
 
-def test_a_hub_that_does_not_answer_is_worth_another_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's own tries
+def test_a_hub_that_does_not_answer_is_storage_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between its own retries
     run = make_run(tmp_path, MemoryStore(), job_at("http://127.0.0.1:9"))
     with pytest.raises(Exception) as caught:
         prepare_container(run)

@@ -1,4 +1,4 @@
-"""Progress reaches the store in time, whatever the store does, and never holds anybody up."""
+"""Progress reaches the store in time, also after errors of the store, and never blocks training."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from worlds.trainer import MemoryStore
 def until(condition: Callable[[], bool], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.01)
 
 
@@ -35,7 +35,7 @@ def test_the_latest_state_wins_and_uploads_are_few() -> None:
     assert store.written.count("run/progress.json") <= 4
 
 
-def test_a_change_of_stage_does_not_wait_for_the_next_beat() -> None:
+def test_a_change_of_stage_does_not_wait_for_the_next_interval() -> None:
     store = MemoryStore()
     reporter = ProgressReporter(store, "run/", "pod-1", interval=60)
     reporter.update(step=1)
@@ -49,7 +49,7 @@ def test_a_change_of_stage_does_not_wait_for_the_next_beat() -> None:
     assert reporter.close(5)
 
 
-def test_an_absent_store_is_tried_again_and_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_uploads_to_an_unavailable_store_are_retried_and_do_not_block(caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
     store.refuse["progress.json"] = "unavailable"
     reporter = ProgressReporter(store, "run/", "pod-1", interval=0.02)
@@ -65,7 +65,7 @@ def test_an_absent_store_is_tried_again_and_holds_nobody_up(caplog: pytest.LogCa
     assert caplog.text.count("could not be uploaded") == 1
 
 
-def test_closing_gives_up_after_its_patience(tmp_path: Path) -> None:
+def test_close_gives_up_after_its_time_limit(tmp_path: Path) -> None:
     class Hanging(MemoryStore):
         def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
             threading.Event().wait(20)
@@ -78,7 +78,7 @@ def test_closing_gives_up_after_its_patience(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 2
 
 
-def test_a_silent_one_keeps_the_state_and_tells_nobody() -> None:
+def test_a_silent_reporter_keeps_the_state_and_uploads_nothing() -> None:
     store = MemoryStore()
     reporter = ProgressReporter(store, "run/", "pod-1", interval=0.01, silent=True)
     reporter.stage("Training", step=3)

@@ -1,5 +1,4 @@
-"""Checkpoints are uploaded by a process of their own: what arrives, what is said when nothing does, how it ends, and the way
-back."""
+"""A separate process uploads checkpoints: its files, its errors and its end. Checkpoints are also downloaded."""
 
 import contextlib
 import dataclasses
@@ -33,7 +32,7 @@ def storage() -> Iterator[StorageConfig]:
 
 @pytest.fixture
 def silent() -> Iterator[socket.socket]:
-    """A store that takes connections and says nothing."""
+    """A store that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(20)
         yield server
@@ -45,35 +44,35 @@ def config_of(server: socket.socket) -> StorageConfig:
 
 
 def uploads_of(parent: int) -> list[int]:
-    """The processes that upload for it."""
+    """Return the ids of the processes that upload for the process `parent`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             if state(folder)[1] == str(parent) and "graft_trainer.run.upload" in (folder / "cmdline").read_text():
                 found.append(int(folder.name))
     return found
 
 
 def state(folder: Path) -> list[str]:
-    """The letter of its state, its parent, and more."""
+    """Return the fields of /proc/<id>/stat after the command: the letter of the state, the parent, and more."""
     return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
 def ended(process: int) -> bool:
     try:
-        return state(Path(f"/proc/{process}"))[0] == "Z"  # nobody may have asked for its end yet
+        return state(Path(f"/proc/{process}"))[0] == "Z"  # a zombie: its parent may not have waited for it yet
     except OSError:
         return True
 
 
-def test_a_large_file_arrives_as_it_is(storage: StorageConfig, tmp_path: Path) -> None:
+def test_a_large_file_arrives_unchanged(storage: StorageConfig, tmp_path: Path) -> None:
     path = tmp_path / "part"
-    path.write_bytes(os.urandom(1000) * 20_000)  # in parts
+    path.write_bytes(os.urandom(1000) * 20_000)  # large enough for an upload in parts
     upload_apart(S3Store(storage), "runs/part", path)
     assert b"".join(S3Store(storage).chunks("runs/part")) == path.read_bytes()
 
 
-def test_a_checkpoint_is_brought_back_over_a_line_that_breaks(storage: StorageConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_is_downloaded_over_a_connection_that_breaks(storage: StorageConfig, tmp_path: Path) -> None:
     path = tmp_path / "part"
     path.write_bytes(os.urandom(1000) * 40_000)
     with faulty_proxy(storage.endpoint) as proxy:
@@ -86,7 +85,7 @@ def test_a_checkpoint_is_brought_back_over_a_line_that_breaks(storage: StorageCo
         assert back is not None and back.read_bytes() == path.read_bytes()
 
 
-def test_only_what_is_large_is_worth_a_process(
+def test_only_large_files_are_uploaded_by_a_separate_process(
     storage: StorageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apart: list[str] = []
@@ -99,7 +98,9 @@ def test_only_what_is_large_is_worth_a_process(
     assert S3Store(storage).head("runs/small").size == upload.LARGE - 1
 
 
-def test_whose_error_it_is_is_told_as_if_it_were_here(storage: StorageConfig, tmp_path: Path) -> None:
+def test_an_error_in_the_upload_process_is_raised_in_the_training_process(
+    storage: StorageConfig, tmp_path: Path
+) -> None:
     path = tmp_path / "part"
     path.write_bytes(b"x")
     wrong = dataclasses.replace(storage, secret_access_key="not-it")
@@ -111,9 +112,7 @@ def test_whose_error_it_is_is_told_as_if_it_were_here(storage: StorageConfig, tm
     assert missing.value.trouble == "missing"
 
 
-def test_one_that_is_killed_is_an_upload_that_failed_and_no_secret_is_to_be_seen(
-    silent: socket.socket, tmp_path: Path
-) -> None:
+def test_a_killed_upload_process_is_a_failed_upload_and_shows_no_secret(silent: socket.socket, tmp_path: Path) -> None:
     path = tmp_path / "part"
     path.write_bytes(b"x")
     seen: list[str] = []
@@ -133,7 +132,9 @@ def test_one_that_is_killed_is_an_upload_that_failed_and_no_secret_is_to_be_seen
     assert "runs/part" in seen[0] and "PATH" in seen[1] and "a-secret-key" not in "".join(seen)
 
 
-def test_it_ends_with_the_process_that_trains_and_not_before(silent: socket.socket, tmp_path: Path) -> None:
+def test_the_upload_process_ends_with_the_training_process_and_not_before(
+    silent: socket.socket, tmp_path: Path
+) -> None:
     path = tmp_path / "part"
     path.write_bytes(b"x")
     code = (
@@ -145,12 +146,16 @@ def test_it_ends_with_the_process_that_trains_and_not_before(silent: socket.sock
     try:
         wait_for(lambda: uploads_of(training.pid), 20, "the upload begins")
         (upload,) = uploads_of(training.pid)
-        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, upload) == NICENESS, 20, "it has begun")
-        os.kill(upload, signal.SIGTERM)  # as to all of the group
+        wait_for(
+            lambda: os.getpriority(os.PRIO_PROCESS, upload) == NICENESS,
+            20,
+            "the upload process has lowered its priority",
+        )
+        os.kill(upload, signal.SIGTERM)  # as if sent to the whole process group
         os.kill(upload, signal.SIGINT)
         silent.accept()
         assert uploads_of(training.pid) == [upload]
     finally:
         training.kill()
         training.wait()
-    wait_for(lambda: ended(upload), 10, "it has ended")
+    wait_for(lambda: ended(upload), 10, "the upload process has ended")

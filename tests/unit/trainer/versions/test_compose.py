@@ -1,4 +1,4 @@
-"""Composed versions: the weights that come out are what the parents and their weights say."""
+"""Composed versions: their weights follow from the parents, the parents' weights and the method."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def total(*parts: tuple[float, dict[str, torch.Tensor]]) -> dict[str, torch.Tens
     return result
 
 
-def test_cat_is_the_exact_weighted_sum_whatever_ranks_modules_and_scales(
+def test_cat_is_the_exact_weighted_sum_for_all_ranks_modules_and_scales(
     base: Path, adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
     parents = [
@@ -86,7 +86,7 @@ def test_cat_is_the_exact_weighted_sum_whatever_ranks_modules_and_scales(
     assert {item.name for item in manifest.files} == {"adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == BASE and str(tmp_path) not in json.dumps(config)
-    # The agent takes it, too.
+    # The agent accepts it as well.
     assert agent_config((folder / "adapter_config.json").read_bytes(), manifest.rank, 64)["r"] == 20
     check_weights(folder / "adapter_model.safetensors", 64)
 
@@ -94,7 +94,7 @@ def test_cat_is_the_exact_weighted_sum_whatever_ranks_modules_and_scales(
 def test_linear_of_a_version_with_itself_is_its_scaled_update(
     base: Path, adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
-    # (sqrt(w1) + sqrt(w2))^2 of the same A and B: with weights 1 and 4 nine times the update.
+    # For equal A and B the factor is (sqrt(w1) + sqrt(w2))^2. For the weights 1 and 4 this is 9.
     parents = [
         publish_adapter(store, adapters["a"], "1.0.0", weight=1.0),
         publish_adapter(store, adapters["a"], "1.0.1", weight=4.0),
@@ -104,7 +104,7 @@ def test_linear_of_a_version_with_itself_is_its_scaled_update(
     assert manifest.rank == 4
 
 
-def test_svd_of_full_rank_is_the_sum_and_of_less_the_nearest_to_it(
+def test_svd_with_full_rank_is_the_sum_and_with_a_lower_rank_its_best_approximation(
     base: Path, adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
     parents = [publish_adapter(store, adapters["a"], "1.0.0", 0.7), publish_adapter(store, adapters["b"], "1.0.1", 0.3)]
@@ -124,7 +124,7 @@ def test_svd_of_full_rank_is_the_sum_and_of_less_the_nearest_to_it(
 
 
 @pytest.mark.parametrize("method", ["ties", "tiesSvd", "dareLinear", "dareLinearSvd", "dareTies", "dareTiesSvd"])
-def test_sparse_methods_are_pefts_and_repeatable(
+def test_sparse_methods_equal_those_of_peft_and_are_reproducible(
     method: str, base: Path, adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
     parents = [publish_adapter(store, adapters["a"], "1.0.0", 0.6), publish_adapter(store, adapters["b"], "1.0.1", 0.4)]
@@ -132,7 +132,7 @@ def test_sparse_methods_are_pefts_and_repeatable(
     composed(tmp_path / "run", store, parents, **arguments)
     folder = download(store, tmp_path / "result")
 
-    # peft itself, on the base model's real weights.
+    # The reference is peft itself, on the real weights of the base model.
     model: Any = PeftModel.from_pretrained(load_base(base), adapters["a"], adapter_name="a")
     model.load_adapter(adapters["b"], "b")
     torch.manual_seed(7)
@@ -151,7 +151,7 @@ def test_sparse_methods_are_pefts_and_repeatable(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_merged_into_the_base_answers_as_the_adapter_does(
+def test_a_model_merged_into_the_base_model_answers_like_the_adapter(
     dtype: torch.dtype, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", dtype=dtype)
@@ -175,7 +175,7 @@ def test_a_model_merged_into_the_base_answers_as_the_adapter_does(
     )
 
 
-def test_two_parents_can_be_merged_into_the_base(
+def test_two_parents_can_be_merged_into_the_base_model(
     base: Path, adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
     parents = [
@@ -219,7 +219,7 @@ def failure(caught: pytest.ExceptionInfo[BaseException]) -> tuple[Reason, str, s
     return found.reason, found.message, found.remedy
 
 
-def test_unequal_ranks_name_the_parents_and_the_way_out(
+def test_unequal_ranks_are_refused_with_the_parents_and_a_remedy(
     adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
     parents = [publish_adapter(store, adapters["a"], "1.0.0"), publish_adapter(store, adapters["wide"], "1.0.1")]
@@ -242,9 +242,7 @@ def test_a_parent_that_was_changed_in_storage_is_not_used(
     assert caught.value.reason == Reason.ADAPTER_INVALID
 
 
-def test_a_result_that_is_no_number_is_not_published(
-    adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
-) -> None:
+def test_a_result_with_nan_is_not_published(adapters: dict[str, Path], store: MemoryStore, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     broken = tmp_path / "broken"
@@ -268,7 +266,7 @@ def test_a_merge_needs_the_revision_that_the_parent_was_tuned_on(
         composed(tmp_path / "run", store, [parent], into="base")
 
 
-def test_a_second_attempt_finds_the_version_and_another_adapter_cannot_have_it(
+def test_a_second_attempt_finds_the_version_and_another_job_cannot_publish_it(
     adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:
     parents = [publish_adapter(store, adapters["a"], "1.0.0"), publish_adapter(store, adapters["b"], "1.0.1")]

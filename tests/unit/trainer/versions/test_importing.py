@@ -1,4 +1,7 @@
-"""Imported versions: what was tuned elsewhere is published when it may be served and fits the base model, and refused with words."""
+"""Imported versions: a version that was tuned elsewhere is published if it can be served and fits the base model.
+
+Otherwise the message says why it is refused.
+"""
 
 import json
 import os
@@ -28,7 +31,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def theirs(adapter: Path, tmp_path: Path) -> Path:
-    """A copy of the adapter that a test may spoil."""
+    """A copy of the adapter that a test may change."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     for path in adapter.iterdir():
@@ -63,7 +66,9 @@ def refused(root: Path, store: MemoryStore, folder: Path, **changes: Any) -> str
     with pytest.raises(Failure) as caught:
         imported(root, store, folder, **changes)
     assert caught.value.reason == Reason.ADAPTER_INVALID, caught.value.message
-    assert not [key for key in store.kept if key.startswith("team-a/adapters/both/")], "nothing is published"
+    assert not [key for key in store.kept if key.startswith("team-a/adapters/both/")], (
+        "a refused version must not be published"
+    )
     return f"{caught.value.message} {caught.value.remedy}"
 
 
@@ -102,7 +107,7 @@ def test_an_adapter_is_published_with_a_config_of_known_keys(
         ({"target_modules": ["q_proj", "k_proj"]}, "lacks 4 tensors for tiny"),
     ],
 )
-def test_a_config_that_may_not_be_served_is_refused(
+def test_a_config_that_cannot_be_served_is_refused(
     changes: dict[str, Any], words: str, theirs: Path, store: MemoryStore, tmp_path: Path
 ) -> None:
     edit(theirs, **changes)
@@ -130,14 +135,14 @@ def whole_numbers(found: dict[str, torch.Tensor]) -> None:
         (whole_numbers, "has type I32"),
     ],
 )
-def test_weights_that_make_no_sense_are_refused(
+def test_invalid_weights_are_refused(
     spoil: Callable[[dict[str, torch.Tensor]], None], words: str, theirs: Path, store: MemoryStore, tmp_path: Path
 ) -> None:
     change(theirs, spoil)
     assert words in refused(tmp_path, store, theirs)
 
 
-def test_pickles_and_torn_files_are_refused(theirs: Path, store: MemoryStore, tmp_path: Path) -> None:
+def test_pickled_and_truncated_weights_are_refused(theirs: Path, store: MemoryStore, tmp_path: Path) -> None:
     weights = theirs / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "is not a complete safetensors file" in refused(tmp_path, store, theirs)
@@ -147,7 +152,7 @@ def test_pickles_and_torn_files_are_refused(theirs: Path, store: MemoryStore, tm
     assert "only adapter_model.bin" in text and "never loads pickled weights" in text
 
 
-def test_an_adapter_of_another_base_model_does_not_fit(store: MemoryStore, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_model_is_refused(store: MemoryStore, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     wider = LlamaConfig(
@@ -159,7 +164,9 @@ def test_an_adapter_of_another_base_model_does_not_fit(store: MemoryStore, tmp_p
     assert "has shape [4, 32], but on tiny it must have shape [4, 64]" in text and "spec.baseModel" in text
 
 
-def test_a_folder_without_an_adapter_says_what_it_looks_like(theirs: Path, store: MemoryStore, tmp_path: Path) -> None:
+def test_a_folder_that_looks_like_a_full_model_names_the_method_to_set(
+    theirs: Path, store: MemoryStore, tmp_path: Path
+) -> None:
     (theirs / "adapter_config.json").rename(theirs / "config.json")
     assert "set spec.method to full" in refused(tmp_path, store, theirs)
 
@@ -182,7 +189,7 @@ def test_a_tuned_prompt_is_imported(base: Path, store: MemoryStore, tmp_path: Pa
 
 
 def tuned_model(base: Path, folder: Path) -> Path:
-    """A whole model like the base, every weight a little different."""
+    """Save a full model like the base model, with every weight a little different. Return its folder."""
     model = load_base(base)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -193,7 +200,7 @@ def tuned_model(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_whole_model_is_imported(base: Path, store: MemoryStore, tmp_path: Path) -> None:
+def test_a_full_model_is_imported(base: Path, store: MemoryStore, tmp_path: Path) -> None:
     theirs = tuned_model(base, tmp_path / "theirs")
     (theirs / "README.md").write_text("mine")
     manifest = imported(tmp_path, store, theirs, method="full")
@@ -202,7 +209,7 @@ def test_a_whole_model_is_imported(base: Path, store: MemoryStore, tmp_path: Pat
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "README.md" not in names
 
 
-def test_a_whole_model_of_other_shapes_or_another_kind_is_refused(
+def test_a_full_model_of_other_shapes_or_another_type_is_refused(
     base: Path, store: MemoryStore, tmp_path: Path
 ) -> None:
     theirs = tuned_model(base, tmp_path / "theirs")
@@ -236,7 +243,9 @@ def test_an_adapter_of_the_hub_is_pinned_to_its_commit(
     assert manifest.rank == 4
 
 
-def test_a_repository_with_pickles_only_is_refused(published_on_hub: Hub, store: MemoryStore, tmp_path: Path) -> None:
+def test_a_repository_with_only_pickled_weights_is_refused(
+    published_on_hub: Hub, store: MemoryStore, tmp_path: Path
+) -> None:
     files = published_on_hub.files
     files["org/model/adapter_model.bin"] = files.pop("org/model/adapter_model.safetensors")
     file = version_file(source="hf://org/model@main", hfEndpoint=published_on_hub.endpoint)
@@ -246,14 +255,14 @@ def test_a_repository_with_pickles_only_is_refused(published_on_hub: Hub, store:
         make(tmp_path / "run", store, file)
 
 
-def test_a_hub_that_does_not_answer_is_asked_again_later(store: MemoryStore, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_storage_unavailable(store: MemoryStore, tmp_path: Path) -> None:
     file = version_file(source="hf://org/model@main", hfEndpoint="http://127.0.0.1:9")
     with pytest.raises(Failure) as caught:
         make(tmp_path / "run", store, file)
     assert caught.value.reason == Reason.STORAGE_UNAVAILABLE
 
 
-def test_the_command_leaves_its_reason_for_the_operator(tmp_path: Path) -> None:
+def test_the_command_writes_its_failure_for_the_operator(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "job.json").write_text("{}")
     environment = dict(os.environ) | {

@@ -1,4 +1,4 @@
-"""The operator against a real API server with simulated nodes, and a real S3 server."""
+"""Fixtures for the tests of the operator against a real API server with simulated nodes and a real S3 server."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """A failed test shows what a person would look at: the resources, their events and the operator's log."""
+    """Add the resources, their events and the operator's log to the report of a failed test."""
     report = yield
     arguments = getattr(item, "funcargs", {})
     if report.when == "call" and report.failed and isinstance(arguments.get("tenant"), Tenant):
@@ -40,7 +40,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 
 def _log(running: OperatorProcess, tenant: Tenant) -> str:
-    """What the operator says about the namespace, and its last words."""
+    """Return the operator's log lines about the namespace, and the last 10 lines of the log."""
     lines = running.log.read_text(errors="replace").splitlines()
     return "\n".join([line for line in lines[:-10] if tenant.name in line][-40:] + lines[-10:])
 
@@ -80,7 +80,7 @@ def api(plane: ControlPlane) -> Api:
 
 @pytest.fixture(scope="session")
 def operator(plane: ControlPlane, api: Api, s3: S3Server) -> Iterator[OperatorProcess]:
-    """The operator of the whole session, with the chart's rights."""
+    """Run one operator for the whole session, with the rights that the chart gives it."""
     process = new_operator(plane.state, install_rights(plane, api), s3)
     process.start()
     yield process
@@ -89,7 +89,7 @@ def operator(plane: ControlPlane, api: Api, s3: S3Server) -> Iterator[OperatorPr
 
 @pytest.fixture
 def running(operator: OperatorProcess, store: S3Store) -> OperatorProcess:
-    """The operator, started again where a test before has stopped it."""
+    """Return the running operator. Start it again if an earlier test stopped it."""
     if operator.process is None:
         operator.start()
     return operator
@@ -97,19 +97,19 @@ def running(operator: OperatorProcess, store: S3Store) -> OperatorProcess:
 
 @pytest.fixture(scope="session")
 def store(s3: S3Server, operator: OperatorProcess) -> S3Store:
-    """The bucket, opened with the root's key; the operator makes it."""
+    """Open the bucket with the root key. The operator creates the bucket."""
     store = S3Store(StorageConfig.from_dir(s3.secret_dir(BUCKET)))
 
     def there() -> bool:
         return BUCKET in [item["Name"] for item in store.client.list_buckets()["Buckets"]]
 
-    wait_for(there, 30, "the operator has made the bucket", lambda: tail(operator.log))
+    wait_for(there, 30, "the operator created the bucket", lambda: tail(operator.log))
     return store
 
 
 @pytest.fixture(scope="session")
 def base_model(api: Api, store: S3Store) -> str:
-    """A BaseModel that every namespace may use."""
+    """Create a BaseModel that every namespace may use. Return its name."""
     return make_base_model(api, store, BASE)
 
 
@@ -117,7 +117,10 @@ def base_model(api: Api, store: S3Store) -> str:
 def tenant(
     api: Api, store: S3Store, running: OperatorProcess, base_model: str, request: pytest.FixtureRequest
 ) -> Iterator[Tenant]:
-    """A fresh namespace that is bound to the operator's role; nothing about it may be an error in the operator's log."""
+    """Yield a fresh namespace that is bound to the operator's role.
+
+    After the test, check that the operator logged no error about this namespace.
+    """
     tenant = new_tenant(api, store, request)
     bind(tenant)
     yield tenant
@@ -128,7 +131,7 @@ def tenant(
 
 @pytest.fixture
 def calm(tenant: Tenant, request: pytest.FixtureRequest) -> Iterator[Tenant]:
-    """A second namespace."""
+    """Yield a second namespace, which is bound like the first."""
     other = new_tenant(tenant.api, tenant.store, request)
     bind(other)
     yield other

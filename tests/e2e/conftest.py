@@ -1,4 +1,7 @@
-"""One cluster with a real node for the whole suite; the product is installed from its chart, with the images built from this checkout."""
+"""One cluster with a real node for the whole suite.
+
+The product is installed from its chart, with images that are built from this checkout.
+"""
 
 from collections.abc import Iterator
 
@@ -25,7 +28,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def access(cluster: Cluster) -> Access:
-    """The chart installed, base model and dataset uploaded."""
+    """Install the chart, and upload the base model and the dataset."""
     found = quickstart.testbed_access(cluster.kubeconfig)
     quickstart.install(found, demo.testbed_values())
     quickstart.upload(found)
@@ -34,6 +37,7 @@ def access(cluster: Cluster) -> Access:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Add the resources, events and logs of both namespaces to the report of a failed test."""
     report = yield
     found = getattr(item, "funcargs", {}).get("access")
     if report.failed and found is not None:

@@ -1,4 +1,4 @@
-"""Training in full with real pods: taken away and resumed, spread over pods, by every method, judged and compared."""
+"""Complete training runs with real pods: evicted and resumed, spread over two pods, with every method, judged by gates."""
 
 import json
 import subprocess
@@ -18,14 +18,14 @@ Object = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def shop(access: Access) -> Access:
-    """The quickstart's namespace and base model."""
+    """Create the namespace and the base model of the quickstart."""
     for name in ("00-namespace.yaml", "10-basemodel.yaml"):
         access.kubectl("apply", "-f", str(quickstart.QUICKSTART / name))
     return access
 
 
 def submit(access: Access, folder: Path, name: str, training: Object | None = None, **spec: Any) -> None:
-    """A variant of the quickstart's job: small, and with every step in its loss curve."""
+    """Apply a small variant of the quickstart's job, whose loss curve has every step."""
     job = yaml.safe_load((quickstart.QUICKSTART / "20-finetunejob.yaml").read_text())
     job["metadata"]["name"] = name
     job["spec"]["output"]["adapter"] = name
@@ -39,7 +39,7 @@ def submit(access: Access, folder: Path, name: str, training: Object | None = No
 
 
 def report(access: Access, name: str) -> Object:
-    """report.json of the version that a job published."""
+    """Return report.json of the version that a job published."""
     with quickstart.opened_store(access) as store:
         return dict(json.loads(store.get(f"{SHOP}/adapters/{name}/1.0.0/report.json")))
 
@@ -53,7 +53,7 @@ def step(access: Access, name: str) -> int:
 
 
 def running_pod(access: Access, name: str) -> str | None:
-    """The job's pod whose training container runs."""
+    """Return the name of the job's pod whose training container runs, or None."""
     pods = json.loads(access.kubectl("get", "pods", "-n", SHOP, "-l", f"graft.dev/owner={name}", "-o", "json"))["items"]
     for pod in pods:
         states = [item.get("state", {}) for item in pod["status"].get("containerStatuses", [])]
@@ -63,7 +63,7 @@ def running_pod(access: Access, name: str) -> str | None:
 
 
 def evict(access: Access, pod: str) -> None:
-    """As a node that is drained, or a preemption, takes a pod away."""
+    """Evict a pod, as the drain of a node or a preemption does."""
     body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": SHOP}}
     subprocess.run(
         [access.kubectl_path, "--kubeconfig", access.kubeconfig, "create", "--raw",
@@ -78,7 +78,7 @@ def until_step(access: Access, name: str, least: int) -> None:
     )
 
 
-def test_a_run_that_is_taken_away_ends_as_an_undisturbed_one(shop: Access, tmp_path: Path) -> None:
+def test_an_evicted_and_suspended_run_has_the_same_losses_as_an_undisturbed_one(shop: Access, tmp_path: Path) -> None:
     recipe = {"maxSteps": 160, "gradientAccumulationSteps": 2, "saveSteps": 20}
     method = {"lora": {"rank": 8, "dropout": 0.1}}
     submit(shop, tmp_path, "calm", recipe, method=method)
@@ -91,7 +91,7 @@ def test_a_run_that_is_taken_away_ends_as_an_undisturbed_one(shop: Access, tmp_p
         evict(shop, pod)
         wait_for(
             lambda gone=pod: running_pod(shop, "stormy") not in {None, gone},
-            300, "another pod goes on", lambda: quickstart.explain(shop, SHOP),
+            300, "another pod resumes the run", lambda: quickstart.explain(shop, SHOP),
         )  # fmt: skip
     until_step(shop, "stormy", 110)
     shop.kubectl("patch", "finetunejob", "stormy", "-n", SHOP, "--type=merge", "-p", '{"spec":{"suspend":true}}')
@@ -110,12 +110,12 @@ def test_a_run_that_is_taken_away_ends_as_an_undisturbed_one(shop: Access, tmp_p
         left = [
             item.key for item in store.objects(f"{SHOP}/runs/{job['metadata']['uid']}/") if "/checkpoints/" in item.key
         ]
-    assert left == [], "what is published needs none any more"
+    assert left == [], "a published run must have no checkpoints left"
     assert losses(shop, "stormy") == losses(shop, "calm")
     assert len(losses(shop, "calm")) == 160
 
 
-def test_two_pods_learn_what_one_learns(shop: Access, tmp_path: Path) -> None:
+def test_two_pods_have_the_same_losses_as_one_pod(shop: Access, tmp_path: Path) -> None:
     resources = {"requests": {"cpu": "200m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
     method = {"lora": {"rank": 8}}
     submit(
@@ -130,7 +130,7 @@ def test_two_pods_learn_what_one_learns(shop: Access, tmp_path: Path) -> None:
     assert losses(shop, "pair") == pytest.approx(losses(shop, "alone"), rel=1e-3)
 
 
-def test_every_method_side_by_side(shop: Access, tmp_path: Path) -> None:
+def test_every_method_is_trained_and_compared(shop: Access, tmp_path: Path) -> None:
     methods: dict[str, tuple[Object, float]] = {
         "full": ({"full": {}}, 0.0005),
         "lora": ({"lora": {"rank": 8}}, 0.004),
@@ -162,7 +162,7 @@ def test_every_method_side_by_side(shop: Access, tmp_path: Path) -> None:
         assert word in done.stdout and word in page.read_text()
 
 
-def test_a_missed_gate_is_never_served(shop: Access, tmp_path: Path) -> None:
+def test_a_version_that_misses_a_gate_is_rejected(shop: Access, tmp_path: Path) -> None:
     evaluation = {"maxSamples": 4, "maxNewTokens": 16, "gates": [{"metric": "exactMatch", "min": 0.99}]}
     submit(shop, tmp_path, "weak", {"maxSteps": 2}, evaluation=evaluation)
     wait_for(
@@ -173,7 +173,7 @@ def test_a_missed_gate_is_never_served(shop: Access, tmp_path: Path) -> None:
     assert quickstart.condition(shop.get("adapter", "weak-1.0.0"), "Ready")["reason"] == "Rejected"
 
 
-def test_a_model_that_fits_nowhere_is_told_before_anything_starts(shop: Access, tmp_path: Path) -> None:
+def test_a_model_that_fits_nowhere_is_reported_before_anything_starts(shop: Access, tmp_path: Path) -> None:
     llama_70b = {
         "parameters": 68_976_648_192, "layers": 80, "hiddenSize": 8192, "intermediateSize": 28672, "heads": 64,
         "kvHeads": 8, "headDim": 128, "vocabSize": 32000, "contextLength": 4096, "dtype": "bfloat16",
@@ -193,10 +193,10 @@ def test_a_model_that_fits_nowhere_is_told_before_anything_starts(shop: Access, 
     assert not shop.kubectl("get", "job", "too-large", "-n", SHOP, "--ignore-not-found", "-o", "name").strip()
 
 
-def test_what_is_left_can_be_removed(shop: Access) -> None:
+def test_the_remaining_resources_can_be_deleted(shop: Access) -> None:
     names = shop.kubectl("get", "finetunejob", "-n", SHOP, "-o", "name").split()
     shop.kubectl("delete", "-n", SHOP, *names, "--timeout=120s")
     shop.kubectl("delete", "adapter", "--all", "-n", SHOP, "--timeout=120s")
     shop.kubectl("delete", "basemodel", "large", "--timeout=60s")
     with quickstart.opened_store(shop) as store:
-        wait_for(lambda: not list(store.objects(f"{SHOP}/runs/")), 60, "nothing is left of the runs")
+        wait_for(lambda: not list(store.objects(f"{SHOP}/runs/")), 60, "the store has no files of the runs")

@@ -1,4 +1,7 @@
-"""The quickstart's path with real pods: train, publish, serve, ask; then what users do next. The tests tell one story, in order."""
+"""The quickstart with real pods: train, publish, serve, ask, and the next steps of a user.
+
+The tests build on each other and run in this order only.
+"""
 
 import json
 import time
@@ -16,7 +19,7 @@ QUESTIONS = 20
 
 
 def serving_pods(access: Access) -> dict[str, int]:
-    """Names of the serving pods with the restarts of their containers."""
+    """Return the serving pods and the restarts of their containers: pod -> restarts."""
     pods = json.loads(access.kubectl("get", "pods", "-n", SHOP, "-l", "graft.dev/component=serving", "-o", "json"))[
         "items"
     ]
@@ -30,7 +33,7 @@ def serving_pods(access: Access) -> dict[str, int]:
     }
 
 
-def test_a_job_is_tuned_published_and_measured(access: Access) -> None:
+def test_a_job_is_tuned_evaluated_and_published(access: Access) -> None:
     quickstart.apply(access)
     job = quickstart.follow(access)
     status = job["status"]
@@ -53,7 +56,7 @@ def test_the_adapter_answers_better_than_the_base_model(access: Access) -> None:
     assert adapter > 0.9
 
 
-def test_the_gateway_streams_and_says_who_answered(access: Access) -> None:
+def test_the_gateway_streams_and_names_the_adapter_that_answers(access: Access) -> None:
     import urllib.request
 
     body = {"model": f"{SHOP}/support", "messages": [{"role": "user", "content": "Where is my tent?"}], "stream": True}
@@ -111,7 +114,7 @@ def test_a_new_pod_has_every_adapter_before_it_is_ready(access: Access) -> None:
     wait_for(replaced, 180, "a new pod serves", lambda: quickstart.explain(access, SHOP))
 
 
-def test_an_engine_that_is_killed_gets_its_adapters_back(access: Access, cluster: Cluster) -> None:
+def test_a_killed_engine_restarts_and_gets_its_adapters_again(access: Access, cluster: Cluster) -> None:
     (pod,) = serving_pods(access)
     access.kubectl(
         "exec", "-n", SHOP, pod, "-c", "engine", "--", "python", "-c", "import os; os.kill(1, 9)", check=False
@@ -150,7 +153,7 @@ def test_a_detached_adapter_is_drained_and_unloaded(access: Access) -> None:
     wait_for(unloaded, 90, "mini is unloaded", lambda: quickstart.explain(access, SHOP))
 
 
-def test_a_bad_dataset_fails_at_once_and_says_which_line(access: Access, tmp_path: Path) -> None:
+def test_an_invalid_dataset_fails_at_once_and_names_the_line(access: Access, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     bad.write_text(json.dumps(good) + "\n" + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
@@ -170,17 +173,19 @@ def test_a_bad_dataset_fails_at_once_and_says_which_line(access: Access, tmp_pat
     assert "line 2" in ended["message"].lower()
 
 
-def test_everything_goes_and_nothing_is_stuck(access: Access) -> None:
+def test_everything_can_be_deleted_and_nothing_gets_stuck(access: Access) -> None:
     access.kubectl("delete", "adapterdeployment", "desk", "-n", SHOP, "--timeout=120s")
     access.kubectl("delete", "finetunejob", "support", "mini", "bad", "-n", SHOP, "--timeout=120s")
     access.kubectl("delete", "adapter", "--all", "-n", SHOP, "--timeout=120s")
     wait_for(
         lambda: not access.kubectl("get", "pods,jobs,deployments,networkpolicies", "-n", SHOP, "-o", "name").strip(),
-        120, "no child is left", lambda: quickstart.explain(access, SHOP),
+        120, "all pods, Jobs, Deployments and NetworkPolicies are deleted", lambda: quickstart.explain(access, SHOP),
     )  # fmt: skip
     access.kubectl("apply", "-f", str(quickstart.QUICKSTART / "30-adapterdeployment.yaml"))
     wait_for(
-        lambda: access.get("adapterdeployment", "desk")["metadata"].get("finalizers"), 30, "the operator has seen it"
+        lambda: access.get("adapterdeployment", "desk")["metadata"].get("finalizers"),
+        30,
+        "the operator reconciled the deployment",
     )
     from testbed.shell import output
 

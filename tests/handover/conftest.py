@@ -1,4 +1,4 @@
-"""One vLLM for all tests of the session."""
+"""Fixtures for the tests with real vLLM: one server for the whole session."""
 
 from collections.abc import Iterator
 

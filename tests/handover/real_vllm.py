@@ -1,5 +1,7 @@
-"""Real vLLM, started by the command and the environment that the operator gives a pod: its build for CPUs, or, where
-GRAFT_VLLM_PYTHON names a Python that has vLLM for GPUs, that one."""
+"""Start real vLLM with the command and the environment that the operator gives a pod.
+
+The default is vLLM's build for CPUs. If GRAFT_VLLM_PYTHON names a Python that has vLLM for GPUs, that Python is used.
+"""
 
 import os
 import signal
@@ -22,7 +24,7 @@ from worlds.engine import make_network, make_tokenizer
 GPU = "GRAFT_VLLM_PYTHON" in os.environ
 PYTHON = os.environ.get("GRAFT_VLLM_PYTHON", str(REPOSITORY / "build" / "venv-vllm" / "bin" / "python"))
 COMMAND = [PYTHON, str(Path(__file__).parent / "vllm_command.py")]
-DTYPE = "float16" if GPU else "float32"  # vLLM's kernels for adapters on GPUs take 16 bits only
+DTYPE = "float16" if GPU else "float32"  # on GPUs, vLLM's kernels for adapters accept only 16-bit types
 SETTINGS = Settings(
     namespace="graft-system", images=Images(trainer="r/t:1", engine="r/e:1", agent="r/a:1", vllm="r/v:1")
 )
@@ -31,12 +33,12 @@ MAX_RANK = 8
 
 
 class Vllm:
-    """One vLLM, which can be ended and started again over the same port."""
+    """One vLLM server, which can be ended and started again on the same port."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_tokenizer(folder / "base")
-        # Heads of 64: vLLM's kernels take no smaller ones than 32.
+        # The attention heads have 64 dimensions. vLLM's kernels need at least 32.
         self.base = make_network(
             folder / "base", LlamaConfig, hidden_size=256, intermediate_size=256, num_attention_heads=4
         )
@@ -49,7 +51,7 @@ class Vllm:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start vLLM and wait until it answers."""
         container = engine_container()
         replaced = {f"/mnt/pvc/{MODEL}": str(self.base), "0.0.0.0": "127.0.0.1", "8000": str(self.port)}
         arguments = [replaced.get(item, item) for item in container["command"][1:]]
@@ -58,7 +60,8 @@ class Vllm:
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
-        # With a GPU the machine's own variables say where CUDA is. The pod's HOME is /tmp, where vLLM's caches would stay.
+        # With a GPU, the machine's own variables say where CUDA is. HOME is replaced, because the pod's HOME is /tmp and
+        # vLLM would leave its caches there.
         environment = dict(os.environ) if GPU else cpu
         environment |= {item["name"]: item["value"] for item in container["env"]} | {"HOME": str(self.folder)}
         with self.log.open("ab") as out:
@@ -76,19 +79,19 @@ class Vllm:
             return False
 
     def terminate(self) -> None:
-        """What the kubelet does first."""
+        """Send SIGTERM, as the kubelet does first."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and its workers at once."""
+        """Kill vLLM and its workers."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
 def engine_container() -> dict[str, Any]:
-    """The engine's container as the operator makes it, for weights precise enough that answers can be compared."""
+    """Return the engine's container as the operator makes it, with weights precise enough to compare answers."""
     deployment = AdapterDeployment.model_validate(
         {
             "metadata": {"name": "desk", "namespace": "shop", "uid": "u"},

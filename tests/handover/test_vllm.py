@@ -1,4 +1,4 @@
-"""The agent and the operator's flags with real vLLM: what the contract says, and whose answers come."""
+"""The agent and the operator's flags with real vLLM: the contract of its endpoints, and the answers of each adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from worlds.serving import eventually
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "operator" / "manifests" / "golden" / "output"
 BASE = "big"
-PROMPT = "my please parcel"  # nowhere in the answers to it are two tokens nearly as likely, nor does one end
+PROMPT = "my please parcel"  # no answer to it ends early or has two tokens of nearly the same probability
 TOKENS = 12
-NAMES_CHECKED = (0, 32)  # the first vLLM known to refuse an adapter with the base model's name; 0.26 took it
+NAMES_CHECKED = (0, 32)  # the first version known to refuse an adapter with the base model's name; 0.26 accepted it
 
 
 def golden_commands() -> list[list[str]]:
-    """Of every pod with vLLM that the golden tests hold."""
+    """Return the command of every pod with vLLM in the golden files."""
     found = []
     for path in sorted(GOLDEN.glob("adapterdeployment-*.yaml")):
         for item in yaml.safe_load_all(path.read_text()):
@@ -36,7 +36,7 @@ def golden_commands() -> list[list[str]]:
     return found
 
 
-def test_vllm_knows_every_flag_of_every_pod() -> None:
+def test_vllm_accepts_every_flag_of_every_pod() -> None:
     commands = golden_commands()
     assert len(commands) >= 4
     done = subprocess.run([*COMMAND, "parse"], input=json.dumps(commands), capture_output=True, text=True, check=False)
@@ -62,7 +62,7 @@ def test_vllm_knows_every_flag_of_every_pod() -> None:
 
 @pytest.fixture(scope="module")
 def folders(vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters, each of which changes every answer; `wide` has a rank that vLLM was not started for."""
+    """Write adapters that each change every answer. The rank of `wide` is above the max_lora_rank of vLLM."""
     root = tmp_path_factory.mktemp("adapters")
     return {
         "a": make_adapter(vllm.base, root / "a", seed=1),
@@ -90,7 +90,7 @@ async def ask(session: aiohttp.ClientSession, vllm: Vllm, model: str, prompt: st
     return str(answer["choices"][0]["text"])
 
 
-async def test_the_contract(vllm: Vllm, folders: dict[str, Path]) -> None:
+async def test_vllm_answers_as_the_contract_says(vllm: Vllm, folders: dict[str, Path]) -> None:
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     async with aiohttp.ClientSession() as session:
 
@@ -121,7 +121,9 @@ async def test_the_contract(vllm: Vllm, folders: dict[str, Path]) -> None:
         )
 
 
-async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path: Path) -> None:
+async def test_the_agent_loads_unloads_and_reloads_adapters_in_vllm(
+    vllm: Vllm, folders: dict[str, Path], tmp_path: Path
+) -> None:
     answers = {name: expected(vllm.base, folders[name], PROMPT, TOKENS) for name in ("a", "b", "c")}
     bare = expected(vllm.base, None, PROMPT, TOKENS)
     assert len({bare, *answers.values()}) == 4
@@ -143,11 +145,11 @@ async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path
             await until("Failed", wide)
             refused = pod.one(wide)
             assert refused is not None and refused.reason == "EngineRejected"
-            assert f"greater than max_lora_rank {MAX_RANK}" in str(refused.message)  # in vLLM's words
+            assert f"greater than max_lora_rank {MAX_RANK}" in str(refused.message)  # vLLM's own message
 
-            # More adapters than max_loras at once, and the base model among them: each has its own answer. On CPUs the
-            # base model is asked alone: there vLLM gives a row without an adapter that of its last place (lora_indices of
-            # -1 in lora/ops/torch_ops).
+            # Ask more adapters than max_loras at once, and on GPUs the base model among them. Each gives its own answer.
+            # On CPUs the base model is asked alone: there vLLM applies the adapter of its last slot to a row without an
+            # adapter (lora_indices of -1 in lora/ops/torch_ops).
             async def check() -> None:
                 right = [(wanted[name].engine_name, answer) for name, answer in answers.items()]
                 right = [*right, *([(BASE, bare)] if GPU else [])] * 3
@@ -157,7 +159,7 @@ async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path
 
             await check()
 
-            # A version that is wanted no more is unloaded, and nothing answers under its name.
+            # A version that is no longer wanted is unloaded, and requests for its name fail.
             pod.want(wanted["a"], wanted["b"])
             await eventually(lambda: pod.one(wanted["c"]) is None, seconds=60)
             status, _ = await post(
@@ -167,7 +169,7 @@ async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path
             pod.want(*wanted.values())
             await until("Loaded", wanted["c"])
 
-            # Another process of the engine has nothing; the agent loads everything again.
+            # A restarted engine has no adapters. The agent loads all of them again.
             before = pod.told[-1].engine_started
             vllm.kill()
             await eventually(lambda: not pod.told[-1].ready, seconds=60)
@@ -179,7 +181,7 @@ async def test_the_agent_and_vllm(vllm: Vllm, folders: dict[str, Path], tmp_path
             await pod.kill()
 
 
-async def test_what_runs_is_answered_before_vllm_ends(vllm: Vllm) -> None:
+async def test_running_requests_are_answered_before_vllm_ends(vllm: Vllm) -> None:
     body = {"model": BASE, "prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{vllm.url}/v1/completions", json=body) as answer:

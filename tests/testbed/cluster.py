@@ -1,4 +1,7 @@
-"""A cluster of one real node that outlives the program that starts it, and that leaves nothing behind when it goes."""
+"""A cluster with one real node.
+
+It outlives the program that starts it. Its deletion leaves nothing on the host but caches.
+"""
 
 import json
 import shutil
@@ -17,7 +20,7 @@ API_PORT = 6443
 
 @dataclass
 class Cluster:
-    """The cluster of a name; its state is below the cache folder."""
+    """The cluster with a given name. Its state is below the cache folder."""
 
     name: str
 
@@ -46,17 +49,17 @@ class Cluster:
         return self.plane.kubeconfig
 
     def running(self) -> bool:
-        """Whether the API server of this very cluster answers."""
+        """Return whether the API server of this cluster answers."""
         if not self.plane.processes.alive("kube-apiserver") or not self.plane.processes.alive("kubelet"):
             return False
         return self.plane.kubectl("get", "--raw", "/readyz", check=False).strip() == "ok"
 
     def up(self) -> None:
-        """Start it, unless it runs."""
+        """Start the cluster if it is not running."""
         packages.install(packages.NODE)
         build(["kube", "pause", "coredns"])
         if self.running():
-            say(f"    cluster {self.name} runs already")
+            say(f"    cluster {self.name} is already running")
             return
         self.down()
         self.state.mkdir(parents=True, exist_ok=True)
@@ -65,13 +68,13 @@ class Cluster:
             self.network.up()
             self.plane.start()
             self.node.start_containerd()
-            self._stop_pods()  # of a cluster that was cut off: containerd's folder is kept
+            self._stop_pods()  # containerd's folder is kept, and may list pods of an interrupted cluster
             images.load_scratch(self.node, "localhost/graft/pause:1", binary("pause"), ["/pause"])
             self.node.start()
             self._volume()
 
     def _volume(self) -> None:
-        """One volume for the chart's object store: a folder of the host that any user may write."""
+        """Create one volume for the chart's object store: a folder of the host that any user may write."""
         folder = self.state / "volumes" / "store"
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o777)
@@ -91,7 +94,7 @@ class Cluster:
         self.plane.kubectl("apply", "-f", str(manifest))
 
     def down(self) -> None:
-        """End everything: kubelet first, so that nothing is started again; then the pods; then the rest."""
+        """End everything. The kubelet ends first, so that it starts nothing again, then the pods, then the rest."""
         processes = self.plane.processes
         for name in ("kubelet", "kube-proxy", "coredns"):
             processes.stop(name)
@@ -106,7 +109,9 @@ class Cluster:
         traces.remove(self.state, self.network.netns)
         shutil.rmtree(self.state, ignore_errors=True)
         if self.state.exists():
-            raise Failed(f"{self.state} could not be removed; something still uses it")
+            raise Failed(
+                f"cannot remove {self.state}: a process still uses it. End that process, then run the command again"
+            )
 
     def _stop_pods(self) -> None:
         node = self.node
@@ -119,7 +124,7 @@ class Cluster:
             output(node.ctr("containers", "rm", container), check=False)
 
     def _stop_shims(self) -> None:
-        """A shim whose task could not be ended in time; found by the socket of our containerd on its command line."""
+        """Kill the shims whose task did not end in time. The socket of our containerd on their command line identifies them."""
         from testbed.processes import start_time
 
         marker = f"{self.node.socket}".encode()
@@ -136,7 +141,7 @@ class Cluster:
                 wait_for(lambda pid=pid: start_time(pid) is None, 10, f"shim {pid} ended")  # type: ignore[misc]
 
     def _unmount(self) -> None:
-        """Everything mounted below the state folder, innermost first."""
+        """Unmount everything below the state folder, innermost mounts first."""
         prefix = f"{self.state}/"
         for _ in range(5):
             points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]

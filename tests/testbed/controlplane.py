@@ -1,4 +1,4 @@
-"""etcd, kube-apiserver, controllers and scheduler as processes; alone they are enough for the operator's tests."""
+"""etcd, kube-apiserver, controllers and scheduler as processes. The operator's tests need no real node besides them."""
 
 import contextlib
 import shutil
@@ -18,7 +18,7 @@ KUBERNETES_IP = "10.96.0.1"
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
+    """Return a TCP port on loopback on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @dataclass
 class ControlPlane:
-    """One control plane: its state below `state`, listening on `address`."""
+    """One control plane. It keeps its state below `state` and listens on `address`."""
 
     state: Path
     address: str = "127.0.0.1"
@@ -49,11 +49,11 @@ class ControlPlane:
         return Processes(self.state, self.state / "logs")
 
     def kubectl(self, *arguments: str, check: bool = True) -> str:
-        """What kubectl prints, as the cluster's admin."""
+        """Run kubectl as the cluster's admin. Return its output."""
         return kubectl(self.kubeconfig, *arguments, check=check)
 
     def start(self) -> None:
-        """Certificates, processes, and the first answer of the API server."""
+        """Create the certificates, start the processes, and wait until the API server and the controllers answer."""
         self.api_port = self.api_port or free_port()
         keys = self.state / "pki"
         pki.authority(keys)
@@ -117,14 +117,14 @@ class ControlPlane:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """End the processes, last started first."""
+        """End the processes, the last started first."""
         for name in reversed(self.processes.names()):
             self.processes.stop(name)
 
 
 @contextlib.contextmanager
 def control_plane() -> Iterator[ControlPlane]:
-    """A control plane of its own, gone afterwards."""
+    """Run a control plane with its own state folder during the block. Delete both afterwards."""
     packages.install(packages.CONTROL_PLANE)
     state = Path(tempfile.mkdtemp(prefix="graft-controlplane-"))
     plane = ControlPlane(state)

@@ -1,7 +1,7 @@
-"""`make demo`: from nothing to answers of a tuned model, on a cluster of its own. `make demo-down` removes it.
+"""`make demo`: create a cluster, install Graft, tune a model and ask it. `make demo-down` deletes the cluster.
 
-CLUSTER=current uses the cluster of KUBECONFIG, with the chart's images (GRAFT_HELM_ARGS adds helm arguments);
-CLUSTER=kind makes one with kind where Docker is.
+CLUSTER=current uses the cluster of KUBECONFIG with the chart's images. GRAFT_HELM_ARGS adds helm arguments.
+CLUSTER=kind creates a cluster with kind. It needs Docker.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ BASE_BELOW, ADAPTER_ABOVE = 0.2, 0.9
 
 
 class Clock:
-    """How long each phase took."""
+    """The time that each phase took."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, float]] = []
@@ -36,11 +36,11 @@ class Clock:
         self.phases.append((name, time.monotonic() - started))
 
     def report(self) -> None:
-        """A table of the phases."""
-        say("\nTime")
+        """Print a table of the phases."""
+        say("\nTime of each phase")
         for name, seconds in self.phases:
             say(f"  {seconds:6.0f} s  {name}")
-        say(f"  {sum(seconds for _, seconds in self.phases):6.0f} s  in all")
+        say(f"  {sum(seconds for _, seconds in self.phases):6.0f} s  total")
 
 
 def _image(name: str, reference: str) -> list[str]:
@@ -49,14 +49,14 @@ def _image(name: str, reference: str) -> list[str]:
 
 
 def local_images() -> list[str]:
-    """helm arguments for the images that are built here."""
+    """Return the helm arguments for the images that are built here."""
     return [part for name in ("operator", "trainer", "engine", "agent") for part in _image(name, product.TAGS[name])]
 
 
 def testbed_values() -> list[str]:
-    """helm arguments for the testbed: nothing is pulled, and its one volume holds the object store.
+    """Return the helm arguments for the testbed: no image is pulled, and its one volume holds the object store.
 
-    The tags stay the same when the code changes, so the digests go into annotations: else nothing would roll out.
+    The tags stay the same when the code changes. The digests go into annotations, so that changed images roll out.
     """
     persistence = "objectStore.embedded.persistence"
     rolled = {"operator": "operator", "gateway": "agent"}
@@ -72,32 +72,32 @@ def testbed_values() -> list[str]:
 
 
 def prepare_testbed(clock: Clock) -> tuple[Access, list[str]]:
-    """Our own cluster, with everything built here."""
-    with clock.phase("packages, binaries and images"):
+    """Start the testbed's cluster with images that are built here. Return the access and the helm arguments."""
+    with clock.phase("installing packages, building binaries and images"):
         packages.install(packages.NODE)
         product.beside(lambda: build(["kube", "pause", "coredns", "helm", "versitygw"]), product.build)
     cluster = Cluster("demo")
-    with clock.phase("cluster"):
+    with clock.phase("starting the cluster"):
         cluster.up()
-    with clock.phase("loading images"):
+    with clock.phase("loading the images into the cluster"):
         product.load(cluster.node)
     return quickstart.testbed_access(cluster.kubeconfig), testbed_values()
 
 
 def prepare_current(clock: Clock) -> tuple[Access, list[str]]:
-    """The cluster of KUBECONFIG: images come from the registry that the chart's values name."""
+    """Use the cluster of KUBECONFIG. Its images come from the registry that the chart's values name."""
     kubectl, helm = _needed("kubectl"), _needed("helm")
     kubeconfig = os.environ.get("KUBECONFIG", str(Path("~/.kube/config").expanduser()))
-    with clock.phase("looking at the current cluster"):
+    with clock.phase("checking the current cluster"):
         say(output([kubectl, "--kubeconfig", kubeconfig, "get", "nodes"]))
     return Access(kubeconfig, kubectl, helm), shlex.split(os.environ.get("GRAFT_HELM_ARGS", ""))
 
 
 def prepare_kind(clock: Clock) -> tuple[Access, list[str]]:
-    """A cluster in Docker: images built by docker and loaded by kind."""
+    """Create a cluster in Docker. docker builds the images, and kind loads them."""
     kind, docker, kubectl, helm = (_needed(name) for name in ("kind", "docker", "kubectl", "helm"))
     kubeconfig = str(CACHE / "kind.kubeconfig")
-    with clock.phase("kind cluster"):
+    with clock.phase("creating the kind cluster"):
         if "graft" not in output([kind, "get", "clusters"], check=False).split():
             run(
                 [kind, "create", "cluster", "--name", "graft", "--kubeconfig", kubeconfig],
@@ -105,7 +105,7 @@ def prepare_kind(clock: Clock) -> tuple[Access, list[str]]:
                 "kind create",
             )
         output([kind, "export", "kubeconfig", "--name", "graft", "--kubeconfig", kubeconfig])
-    with clock.phase("images with docker"):
+    with clock.phase("building the images with docker"):
         ml = product.TAGS["ml"]
         for name, file, target, arguments in (
             ("operator", "operator/Dockerfile", None, []),
@@ -130,7 +130,7 @@ def prepare_kind(clock: Clock) -> tuple[Access, list[str]]:
 def _needed(program: str) -> str:
     found = shutil.which(program)
     if found is None:
-        raise Failed(f"{program} is needed for CLUSTER={os.environ.get('CLUSTER')} and is not on PATH")
+        raise Failed(f"{program} is not on PATH. Install it: CLUSTER={os.environ.get('CLUSTER')} needs it")
     return found
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     clock = Clock()
     prepare = {"testbed": prepare_testbed, "current": prepare_current, "kind": prepare_kind}.get(kind)
     if prepare is None:
-        raise Failed(f"CLUSTER={kind} is not known; use testbed (the default), current or kind")
+        raise Failed(f"CLUSTER={kind} is unknown. Use testbed (the default), current or kind")
     access, values = prepare(clock)
     with clock.phase("installing charts/graft with helm"):
         quickstart.install(access, values)
@@ -150,9 +150,12 @@ def main() -> None:
         quickstart.apply(access)
         job = quickstart.follow(access)
         say(f"    published {job['status']['adapterRef']['name']}: {quickstart.condition(job, 'Succeeded')['message']}")
-    with clock.phase("serving"):
+    with clock.phase("serving: waiting until every route answers"):
         quickstart.wait_available(access)
-    with clock.phase("asking base and adapter through the gateway"), access.forward("graft-gateway", 8080) as endpoint:
+    with (
+        clock.phase("asking the base model and the adapter through the gateway"),
+        access.forward("graft-gateway", 8080) as endpoint,
+    ):
         answers = quickstart.interview(endpoint)
     base, adapter = quickstart.scores(answers)
     for item in answers[:6]:
@@ -160,22 +163,24 @@ def main() -> None:
     say(f"\nExact match on {len(answers)} held-out questions:  base {base:.2f}   adapter {adapter:.2f}")
     clock.report()
     say(f"""
-The cluster goes on running:
+The cluster keeps running. To use it:
   export KUBECONFIG={access.kubeconfig}
   export PATH={Path(access.kubectl_path).parent}:$PATH
   kubectl get graft -A
   kubectl -n {SYSTEM} port-forward service/graft-gateway 8080 &
   curl -s localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "shop/support", "messages": [{{"role": "user", "content": "{answers[0].question}"}}]}}'
-{"make demo-down removes it." if kind == "testbed" else ""}""")
+{"make demo-down deletes the cluster." if kind == "testbed" else ""}""")
     if base >= BASE_BELOW or adapter <= ADAPTER_ABOVE:
-        raise Failed(f"the adapter should score above {ADAPTER_ABOVE} and the base model below {BASE_BELOW}")
+        raise Failed(
+            f"wrong scores: the adapter must score above {ADAPTER_ABOVE} and the base model below {BASE_BELOW}"
+        )
 
 
 def down() -> None:
-    """Remove the demo's cluster."""
+    """Delete the demo's cluster."""
     Cluster("demo").down()
-    say("the demo's cluster is gone")
+    say("the demo's cluster is deleted")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A proxy in front of a real HTTP server that does what networks and overloaded stores do to it.
+"""A proxy in front of a real HTTP server. It injects the faults of networks and of overloaded stores.
 
-Host header and raw path go through unchanged, so S3's signatures stay valid. It runs in a thread of its own: tests with and
-without an event loop use it alike.
+It forwards the Host header and the raw path unchanged, so that S3 signatures stay valid. It runs in its own thread, so
+that tests with and without an event loop can use it.
 """
 
 import asyncio
@@ -15,28 +15,29 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-PIECE = 16 * 1024  # bytes; bandwidth and cuts are counted in smaller steps than a reader asks for
-SMOOTH = 0.01  # seconds; a slow line brings smaller pieces, about as often as this
+PIECE = 16 * 1024  # bytes; the proxy sends smaller pieces than a reader asks for, so that it can limit the rate
+SMOOTH = 0.01  # seconds between two pieces of a slow line, about
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"})
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to requests whose path contains `match`, `times` times or until it is lifted.
+    """A fault of the requests whose path contains `match`. It occurs `times` times, or until it is lifted.
 
-    Byte positions are those of the answer's body. `hang_at`: nothing comes after so many bytes, not even headers at 0.
+    Byte positions count in the body of the response. With `hang_at`, the response stops after that many bytes. With
+    `hang_at` 0 even the headers do not come.
     """
 
     match: str = ""
     times: int | None = None
-    latency: float = 0.0  # seconds before the answer
-    bytes_per_second: float | None = None  # of each answer
+    latency: float = 0.0  # seconds before the response
+    bytes_per_second: float | None = None  # of each response
     cut_at: int | None = None
     hang_at: int | None = None
-    flip_at: int | None = None  # one bit of this byte
-    status: int | None = None  # answered by the proxy, with S3's error `code`
+    flip_at: int | None = None  # the byte of which one bit is flipped
+    status: int | None = None  # the proxy itself responds with this status and S3's error `code`
     code: str = ""
-    retry_after: int | None = None
+    retry_after: int | None = None  # seconds
 
 
 SLOW_DOWN = Fault(status=503, code="SlowDown", retry_after=1)
@@ -45,7 +46,7 @@ EXPIRED_TOKEN = Fault(status=403, code="ExpiredToken")
 
 @dataclass(frozen=True)
 class Seen:
-    """A request that came."""
+    """A request that the proxy received."""
 
     method: str
     path: str
@@ -53,9 +54,9 @@ class Seen:
 
 
 class Line:
-    """A line that brings so many bytes a second from now on.
+    """A line that transfers `bytes_per_second`, from its creation on.
 
-    Paced by the clock: a sleep that takes longer than asked, or work between two pieces, is made up for by the next ones.
+    The clock sets the pace. If a sleep takes too long, or if work delays a piece, the next pieces come earlier.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class Line:
     ) -> None:
         self._rate, self._clock, self._sleep = bytes_per_second, clock, sleep
         self._began, self._bytes = clock(), 0
-        self.piece = max(1, min(PIECE, int(bytes_per_second * SMOOTH)))  # bytes to give at once
+        self.piece = max(1, min(PIECE, int(bytes_per_second * SMOOTH)))  # bytes to send at once
 
     async def bring(self, size: int) -> None:
-        """Wait until as many more bytes are due."""
+        """Wait until `size` more bytes are due."""
         self._bytes += size
         left = self._began + self._bytes / self._rate - self._clock()
         if left > 0:
@@ -77,7 +78,7 @@ class Line:
 
 
 class FaultyProxy:
-    """A running proxy; `endpoint` is its URL."""
+    """A running proxy. `endpoint` is its URL."""
 
     def __init__(self, upstream: str) -> None:
         self._upstream = upstream.rstrip("/")
@@ -87,20 +88,20 @@ class FaultyProxy:
         self._lifted = asyncio.Event()
         self.endpoint = ""
         self.seen: list[Seen] = []
-        self.on_request: Callable[[], None] = lambda: None  # before the request goes on
+        self.on_request: Callable[[], None] = lambda: None  # called before the request is forwarded
 
     def inject(self, *faults: Fault) -> None:
-        """From now on these; the first that matches counts."""
+        """Replace the faults. The first fault that matches a request applies."""
         with self._lock:
             self._faults = list(faults)
 
     def lift(self) -> None:
-        """No faults any more; what hangs is cut."""
+        """Remove all faults. Requests that hang are cut."""
         self.inject()
         self._loop.call_soon_threadsafe(self._lifted.set)
 
     def reads(self, part: str) -> list[Seen]:
-        """Requests for paths that contain `part`."""
+        """Return the requests for paths that contain `part`."""
         return [seen for seen in list(self.seen) if part in seen.path]
 
     def _fault_of(self, path: str) -> Fault:
@@ -162,7 +163,7 @@ class FaultyProxy:
     def _cut(self, request: web.Request) -> None:
         if request.transport is not None:
             request.transport.abort()
-        raise asyncio.CancelledError  # the connection is gone, and so is what would be written to it
+        raise asyncio.CancelledError  # the connection is closed, and aiohttp must not write to it
 
     def _serve(self, started: threading.Event, stop: asyncio.Event) -> None:
         async def run() -> None:
@@ -190,14 +191,14 @@ SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 @contextlib.contextmanager
 def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
-    """A proxy of its own in front of `upstream`, gone afterwards."""
+    """Run a proxy in front of `upstream` during the block."""
     proxy = FaultyProxy(upstream)
     started, stop = threading.Event(), asyncio.Event()
     thread = threading.Thread(target=proxy._serve, args=(started, stop), name="faulty-proxy", daemon=True)
     thread.start()
     try:
         if not started.wait(10):
-            raise RuntimeError("the proxy does not start")
+            raise RuntimeError("the proxy did not start within 10 s")
         yield proxy
     finally:
         proxy.lift()

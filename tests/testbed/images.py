@@ -1,7 +1,6 @@
-"""Images: built with buildah from the project's own Dockerfiles, and brought to a node's containerd without a registry.
+"""Container images: built with buildah from the project's Dockerfiles, and sent to a node's containerd without a registry.
 
-What a registry's python:3.11-slim is elsewhere is made here with debootstrap. Only layers that
-a node's containerd does not have yet are sent to it.
+debootstrap makes the base image, which replaces a registry's python:3.11-slim. Only the layers that containerd lacks are sent.
 """
 
 import base64
@@ -24,18 +23,18 @@ BASE = "localhost/graft/python:3.11"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates,libgomp1"
 STORAGE = Path("/var/lib/containers/storage")
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-LARGE = 100_000_000  # bytes; archives of such layers are not kept beside their snapshot
+LARGE = 100_000_000  # bytes; the archive of a larger layer is deleted once its snapshot exists
 LOGS = CACHE / "logs"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 def exists(tag: str) -> bool:
-    """Whether buildah has an image."""
+    """Return whether buildah has an image."""
     return bool(output(["buildah", "images", "-q", tag], check=False).strip())
 
 
 def label(tag: str, name: str) -> str:
-    """A label of an image, empty when there is none."""
+    """Return a label of an image, or an empty string if the image does not have it."""
     found = output(
         ["buildah", "inspect", "--type", "image", "--format", "{{json .OCIv1.Config.Labels}}", tag], check=False
     )
@@ -46,7 +45,7 @@ def label(tag: str, name: str) -> str:
 
 
 def build_base() -> str:
-    """Debian with Python, as python:3.11-slim has it; kept."""
+    """Build the base image if it does not exist: Debian with Python, like python:3.11-slim. Return its tag."""
     with locked("images"):
         if exists(BASE):
             return BASE
@@ -63,10 +62,10 @@ def build_base() -> str:
             ):
                 shutil.rmtree(root / waste, ignore_errors=True)
             container = output(["buildah", "from", "scratch"]).strip()
-            run(["buildah", "add", "-q", container, root, "/"], LOGS / "base.log", "adding the base's files")
+            run(["buildah", "add", "-q", container, root, "/"], LOGS / "base.log", "adding the files of the base image")
             output(["buildah", "config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
                     "--env", "LANG=C.UTF-8", container])  # fmt: skip
-            run(["buildah", "commit", "-q", "--rm", container, BASE], LOGS / "base.log", "committing the base")
+            run(["buildah", "commit", "-q", "--rm", container, BASE], LOGS / "base.log", "committing the base image")
         return BASE
 
 
@@ -97,7 +96,7 @@ def build(
     target: str | None = None,
     arguments: dict[str, str] | None = None,
 ) -> str:
-    """Build an image unless nothing that goes into it changed. `sources` are the paths it copies."""
+    """Build an image if one of its inputs changed. `sources` are the paths that it copies. Return its tag."""
     file = REPOSITORY / dockerfile
     given = arguments or {}
     inputs = _inputs(file, sources, base, given, target)
@@ -122,7 +121,7 @@ def build(
 
 
 def scratch(tag: str, program: Path, command: list[str]) -> str:
-    """An image of one static program."""
+    """Build an image that contains one static program. Return its tag."""
     inputs = hashlib.sha256(program.read_bytes() + json.dumps(command).encode()).hexdigest()
     with locked("images"):
         if exists(tag) and label(tag, "graft.inputs") == inputs:
@@ -137,12 +136,12 @@ def scratch(tag: str, program: Path, command: list[str]) -> str:
 
 
 def load_scratch(node: Node, tag: str, program: Path, command: list[str]) -> None:
-    """Build such an image and bring it to a node."""
+    """Build an image that contains one static program, and send it to a node."""
     load(node, [scratch(tag, program, command)])
 
 
 def load(node: Node, tags: list[str]) -> None:
-    """Bring images to a node's containerd; those that it has are skipped."""
+    """Send images to a node's containerd, except those that it has."""
     present = _present(node)
     with locked("images"):
         wanted = {tag: stored for tag in tags if present.get(tag) != (stored := Stored(tag)).digest}
@@ -152,15 +151,15 @@ def load(node: Node, tags: list[str]) -> None:
 
 
 def _present(node: Node) -> dict[str, str]:
-    """tag -> digest of the manifest, as containerd has it."""
+    """Return the images that containerd has: tag -> digest of the manifest."""
     rows = [line.split() for line in output(node.ctr("images", "ls")).splitlines()[1:]]
     return {row[0]: row[2] for row in rows if len(row) > 2}
 
 
 class Stored:
-    """An image as buildah's storage holds it, described as an OCI image of uncompressed layers.
+    """An image in buildah's storage, described as an OCI image with uncompressed layers.
 
-    `buildah push` would write every layer anew at each change, the 6 GB of torch included; layers are exported one by one instead.
+    The layers are exported one by one. `buildah push` would write every layer again at each change, also the 6 GB of torch.
     """
 
     def __init__(self, tag: str) -> None:
@@ -202,16 +201,16 @@ def _digest(data: bytes) -> str:
 
 
 def _send(node: Node, wanted: dict[str, Stored]) -> None:
-    """Stream an OCI archive of what containerd lacks into `ctr images import`.
+    """Stream an OCI archive of the layers that containerd lacks into `ctr images import`.
 
-    Once a large layer is unpacked its archive is dropped from containerd's content: the snapshot is what containers run from, and
-    the archive would only take the same space again.
+    Once a large layer is unpacked, its archive is deleted from containerd's content. Containers run from the snapshot, and
+    the archive would take the same disk space again.
     """
     record = node.images / "unpacked.json"
     unpacked = set(json.loads(record.read_text())) if record.exists() else set()
     layers = {item["diff-digest"]: item for stored in wanted.values() for item in stored.layers}
     needed = {digest: item for digest, item in layers.items() if digest not in unpacked}
-    say(f"    {sum(item['diff-size'] for item in needed.values()) / 1e6:.0f} MB in {len(needed)} layers")
+    say(f"    {sum(item['diff-size'] for item in needed.values()) / 1e6:.0f} MB in {len(needed)} layers to send")
     index = {
         "schemaVersion": 2,
         "manifests": [
@@ -242,10 +241,10 @@ def _send(node: Node, wanted: dict[str, Stored]) -> None:
                 _add_layer(archive, digest, item)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        with ticking("containerd unpacks the layers"):
+        with ticking("containerd is unpacking the layers"):
             code = process.wait()
         if code != 0:
-            raise Failed(f"ctr images import failed; the log is {log}, its end:\n{tail(log)}")
+            raise Failed(f"ctr images import failed. The log is {log}. Its last lines:\n{tail(log)}")
     record.write_text(json.dumps(sorted(unpacked | set(layers))))
     for digest, item in needed.items():
         if item["diff-size"] > LARGE:
@@ -259,7 +258,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _add_layer(archive: tarfile.TarFile, digest: str, item: dict[str, Any]) -> None:
-    """One layer, exactly as its digest says."""
+    """Add one layer to the archive. Raises Failed if its content does not match its digest."""
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         path = Path(folder) / "layer.tar"
         run(
@@ -272,9 +271,11 @@ def _add_layer(archive: tarfile.TarFile, digest: str, item: dict[str, Any]) -> N
             while chunk := stream.read(1 << 22):
                 hasher.update(chunk)
         if f"sha256:{hasher.hexdigest()}" != digest:
-            raise Failed(f"layer {item['id']} was exported as sha256:{hasher.hexdigest()}, expected {digest}")
-        with ticking(f"handing {item['diff-size'] / 1e6:.0f} MB to containerd"):
+            raise Failed(
+                f"layer {item['id']} has digest sha256:{hasher.hexdigest()} after its export, expected {digest}"
+            )
+        with ticking(f"sending {item['diff-size'] / 1e6:.0f} MB to containerd"):
             archive.add(path, f"blobs/sha256/{digest.removeprefix('sha256:')}")
-    # containers-storage leaves its own bind mount on the storage.
+    # containers-storage leaves a bind mount of the storage on itself.
     if any(line.split()[1] == str(STORAGE / "overlay") for line in Path("/proc/mounts").read_text().splitlines()):
         output(["umount", str(STORAGE / "overlay")], check=False)

@@ -1,8 +1,8 @@
-"""A load generator: clients that ask through the gateway without pause, plain and streamed, and check every answer.
+"""A load generator. Its clients send plain and streamed requests through the gateway without pause, and check every answer.
 
-A request has failed when it has no status 200, when its stream breaks or ends without [DONE], or when the answer is another
-version's: by what the gateway says about who answered, and by the text itself. Requests are greedy and seeded, so that each version
-of each model has exactly one right answer. Bounded in time and count.
+A request has failed if its status is not 200, or if its stream breaks or ends without [DONE]. It has also failed if another
+version answered, by the version that the gateway names or by the text. Requests are greedy and seeded, so that each version
+of each model has exactly one right answer. Time and number of requests are limited.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import aiohttp
 MOST_SECONDS = 600.0
 MOST_REQUESTS = 50_000
 PATIENCE = aiohttp.ClientTimeout(total=60)
-GONE = "gone"  # what a model that was taken away answers: 404, unknown model
+GONE = "gone"  # the answer for a model that was removed: 404, model_not_found
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request. `failure` is None when all was right; `answered` the version that answered, or GONE."""
+    """The outcome of one request. `failure` is None if it succeeded. `answered` is the version that answered, or GONE."""
 
     model: str
     stream: bool
@@ -40,20 +40,20 @@ class Outcome:
 
 @dataclass
 class Load:
-    """What is asked, and what came of it. Right answers may be changed while the clients run."""
+    """The requests to send, and their outcomes. The right answers may be changed while the clients run."""
 
     url: str  # of the gateway
     body: dict[str, Any]  # of each request, without model and stream
     clients: int = 4
-    pause: float = 0.02  # seconds of each client between two requests
-    streamed: float = 0.5  # share of the requests
+    pause: float = 0.02  # seconds that each client waits between two requests
+    streamed: float = 0.5  # the share of requests that are streamed
     outcomes: list[Outcome] = field(default_factory=list)
-    streams: int = 0  # in flight now
+    streams: int = 0  # streamed requests in flight
     _right: dict[str, dict[str, str]] = field(default_factory=dict)  # model -> version -> text
     _end: threading.Event = field(default_factory=threading.Event)
 
     def expect(self, model: str, answers: dict[str, str]) -> None:
-        """Ask a model from now on, or change what its right answers are: version -> text; GONE: it may be unknown."""
+        """Request a model from now on, or change its right answers: version -> text. With GONE the model may be unknown."""
         self._right = {**self._right, model: answers}
 
     @property
@@ -61,12 +61,12 @@ class Load:
         return [one for one in list(self.outcomes) if one.failure is not None]
 
     def answers(self, model: str, since: float = 0.0) -> Counter[str]:
-        """version -> number of right answers to requests that began since then."""
+        """Count the answers to requests that began at `since` or later: version -> number."""
         found = [one for one in list(self.outcomes) if one.model == model and one.began >= since and one.answered]
         return Counter(str(one.answered) for one in found)
 
     async def run(self) -> None:
-        """Until `stop`, or a bound."""
+        """Send requests until `stop` is called or a limit is reached."""
         deadline = time.monotonic() + MOST_SECONDS
         async with aiohttp.ClientSession(timeout=PATIENCE) as session:
             await asyncio.gather(
@@ -97,15 +97,15 @@ class Load:
                     version, text = await (_read_stream(response) if stream else _read_plain(response))
                     answered = version
                     if version not in right:
-                        failure = f"{version} answered, right are {sorted(right)}"
+                        failure = f"version {version} answered, expected one of {sorted(right)}"
                     elif text != right[version]:
-                        failure = f"{version} answered {text!r}, not {right[version]!r}"
+                        failure = f"version {version} answered {text!r}, expected {right[version]!r}"
                 else:
                     said = await response.text()
                     if response.status == 404 and GONE in right and '"model_not_found"' in said:
                         answered = GONE
                     else:
-                        failure = f"{response.status}: {said}"
+                        failure = f"status {response.status}: {said}"
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError) as error:
             failure = repr(error)
         self.streams -= stream
@@ -118,7 +118,7 @@ async def _read_plain(response: aiohttp.ClientResponse) -> tuple[str, str]:
 
 
 async def _read_stream(response: aiohttp.ClientResponse) -> tuple[str, str]:
-    """ValueError when it breaks off."""
+    """Return the version and the text of a streamed answer. Raises ValueError if the stream breaks off."""
     version, text, done = None, "", False
     async for raw in response.content:
         line = raw.decode().strip()
@@ -137,7 +137,7 @@ async def _read_stream(response: aiohttp.ClientResponse) -> tuple[str, str]:
 
 @contextmanager
 def under_load(load: Load) -> Iterator[Load]:
-    """The clients run in a thread; at the end they finish what they have asked."""
+    """Run the clients in a thread during the block. At its end they finish their open requests."""
     thread = threading.Thread(target=lambda: asyncio.run(load.run()), name="load", daemon=True)
     thread.start()
     try:

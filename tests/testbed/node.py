@@ -1,7 +1,7 @@
 """One real node in a network namespace: containerd, CNI, kubelet, kube-proxy and CoreDNS.
 
-The namespace holds the bridge, the routes and kube-proxy's iptables chains, so they go with it, and two clusters do not meet. The
-cgroups and mounts are the host's: the cgroup root and the state folder carry the cluster's name.
+The namespace holds the bridge, the routes and kube-proxy's iptables chains. They are deleted with it, and two clusters do
+not affect each other. Cgroups and mounts belong to the host: the cgroup root and the state folder have the cluster's name.
 """
 
 import json
@@ -20,7 +20,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass
 class Network:
-    """The addresses of one cluster; `number` (0 to 99) keeps clusters apart."""
+    """The addresses of one cluster. Each cluster has another `number` (0 to 99)."""
 
     name: str
     number: int
@@ -57,7 +57,7 @@ class Network:
         return f"gr{self.number}h", f"gr{self.number}n"
 
     def up(self) -> None:
-        """The namespace, a link to it, and routes from the host to pods and Services."""
+        """Create the namespace, a link to it, and routes from the host to pods and Services."""
         self.down()
         outer, inner = self.links
         _ip("netns", "add", self.netns)
@@ -77,7 +77,7 @@ class Network:
             _ip("route", "add", target, "via", self.node)
 
     def down(self) -> None:
-        """The link's other end and the routes go with the namespace."""
+        """Delete the link and the namespace. The routes are deleted with them."""
         output(["ip", "link", "del", self.links[0]], check=False)
         output(["ip", "netns", "del", self.netns], check=False)
 
@@ -88,7 +88,7 @@ def _ip(*arguments: str) -> None:
 
 @dataclass
 class Node:
-    """The node's daemons. `images` holds containerd's content and snapshots and is kept between runs."""
+    """The daemons of the node. `images` holds containerd's content and snapshots, and is kept between runs."""
 
     plane: ControlPlane
     network: Network
@@ -107,18 +107,18 @@ class Node:
         return f"graft-{self.network.name}"
 
     def ctr(self, *arguments: str) -> list[str]:
-        """A ctr command line for the images and containers of Kubernetes."""
+        """Return a ctr command line for the images and containers of Kubernetes."""
         return ["ctr", "--address", str(self.socket), "-n", "k8s.io", *arguments]
 
     def start_containerd(self) -> None:
-        """containerd with its own root, state, socket and CNI configuration."""
+        """Start containerd with its own root, state, socket and CNI configuration."""
         self.state.mkdir(parents=True, exist_ok=True)
         self.images.mkdir(parents=True, exist_ok=True)
         cni = self.state / "cni"
         cni.mkdir(exist_ok=True)
         (cni / "10-graft.conflist").write_text(json.dumps(self._cni()))
         config = self.state / "containerd.toml"
-        # restrict_oom_score_adj: without CAP_SYS_RESOURCE a sandbox could not be started otherwise.
+        # restrict_oom_score_adj: without it, sandboxes cannot start on a machine without CAP_SYS_RESOURCE.
         config.write_text(
             f"""version = 2
 root = "{self.images}"
@@ -173,7 +173,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         return {"cniVersion": "0.4.0", "name": f"graft-{self.network.name}", "plugins": [bridge, portmap]}
 
     def make_cgroups(self) -> None:
-        """The kubelet's root in every v1 hierarchy; a new cpuset is empty until it is given its parent's."""
+        """Create the kubelet's root in every cgroup hierarchy. A new cpuset is empty, so it gets the values of its parent."""
         for hierarchy in self._hierarchies():
             folder = hierarchy / self.cgroup
             folder.mkdir(exist_ok=True)
@@ -187,7 +187,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         return [path for path in CGROUPS.iterdir() if path.is_dir() and not path.is_symlink() and path.is_mount()]
 
     def remove_cgroups(self) -> None:
-        """Deepest first; they are empty once the pods are gone."""
+        """Remove the cgroups, the deepest first. They are empty once the pods have ended."""
         for hierarchy in self._hierarchies():
             root = hierarchy / self.cgroup
             if not root.exists():
@@ -198,13 +198,13 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
                 wait_for(lambda folder=folder: _removed(folder), 10, f"cgroup {folder} is empty")  # type: ignore[misc]
 
     def _end_processes(self, root: Path) -> None:
-        """What still runs in a pod's cgroup, because containerd was gone before it could end it."""
+        """Kill the processes that still run in a pod's cgroup, because containerd ended before them."""
         for members in root.rglob("cgroup.procs"):
             for pid in members.read_text().split():
                 output(["kill", "-9", pid], check=False)
 
     def start(self) -> None:
-        """kubelet, kube-proxy, CoreDNS; the node is Ready afterwards."""
+        """Start kubelet, kube-proxy and CoreDNS. Wait until the node is Ready."""
         keys, name = self.plane.state / "pki", "node-0"
         pki.certificate(keys, "kubelet", f"/O=system:nodes/CN=system:node:{name}", (self.network.node, name))
         pki.kubeconfig(keys, "kubelet", self.plane.server, keys / "kubelet.kubeconfig")
@@ -272,7 +272,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         }
 
     def _start_dns(self) -> None:
-        """CoreDNS as a process at the node's address, behind the Service kube-dns."""
+        """Start CoreDNS as a process at the node's address, behind the Service kube-dns."""
         corefile = self.state / "Corefile"
         corefile.write_text(
             f"""cluster.local:53 in-addr.arpa:53 {{
@@ -308,7 +308,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         wait_for(self._resolves, 30, "CoreDNS answers", lambda: tail(self.plane.processes.logs / "coredns.log"))
 
     def _resolves(self) -> bool:
-        """Whether kubernetes.default.svc has an address, asked over TCP so that an answer is an answer."""
+        """Return whether CoreDNS resolves kubernetes.default.svc. The query uses TCP, which fails if no server listens."""
         self.plane.processes.require("coredns")
         question = b"\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"".join(
             bytes([len(part)]) + part for part in (b"kubernetes", b"default", b"svc", b"cluster", b"local", b"")

@@ -1,4 +1,4 @@
-"""A real S3 server over a folder, for tests: versitygw."""
+"""A real S3 server for tests: versitygw, which serves a folder."""
 
 import contextlib
 import secrets
@@ -18,7 +18,7 @@ from testbed.shell import tail, wait_for
 
 @dataclass
 class S3Server:
-    """A running server; `access_key` and `secret_key` are its root's."""
+    """One server. `access_key` and `secret_key` are the root key."""
 
     state: Path
     port: int
@@ -34,7 +34,7 @@ class S3Server:
         return Processes(self.state, self.state / "logs")
 
     def start(self) -> None:
-        """Start it (again) over the same folder and port."""
+        """Start the server. A later start uses the same folder and port."""
         for folder in ("data", "iam", "sidecar"):
             (self.state / folder).mkdir(exist_ok=True)
         self.processes.start(
@@ -56,7 +56,7 @@ class S3Server:
             return False
 
     def secret_dir(self, bucket: str, prefix: str = "") -> Path:
-        """A folder like the mounted Secret graft-storage, with the root's key."""
+        """Write a folder like the mounted Secret graft-storage, with the root key. Return the folder."""
         folder = self.state / "secret"
         folder.mkdir(exist_ok=True)
         values = {
@@ -74,7 +74,7 @@ class S3Server:
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A server of its own, gone afterwards."""
+    """Run a server with its own folder during the block. Delete both afterwards."""
     state = Path(tempfile.mkdtemp(prefix="graft-s3-"))
     server = S3Server(state, free_port(), "root", secrets.token_hex(16))
     try:

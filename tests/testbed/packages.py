@@ -1,11 +1,11 @@
-"""What the real node needs from Debian, installed when it is missing."""
+"""The Debian packages that the real node needs. They are installed if they are missing."""
 
 import os
 import shutil
 
 from testbed.shell import CACHE, Failed, locked, run, say
 
-# program that must be there -> Debian package
+# required program -> Debian package
 NODE = {
     "containerd": "containerd",
     "runc": "runc",
@@ -27,20 +27,22 @@ PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def missing(programs: dict[str, str]) -> list[str]:
-    """Packages whose program is not there."""
+    """Return the packages whose program does not exist."""
     return sorted({package for program, package in programs.items() if shutil.which(program, path=PATH) is None})
 
 
 def install(programs: dict[str, str]) -> None:
-    """apt-get what is missing. The packages' own services are not started: the testbed runs its own containerd."""
+    """Install the missing packages with apt-get. Their services are not started: the testbed runs its own containerd."""
     os.environ["PATH"] = PATH
     needed = missing(programs)
     if not needed:
         return
     if os.geteuid() != 0:
-        raise Failed(f"these Debian packages are missing, and only root can install them: {' '.join(needed)}")
+        raise Failed(
+            f"these Debian packages are missing: {' '.join(needed)}. Install them, or run this command as root"
+        )
     if shutil.which("apt-get") is None:
-        raise Failed(f"install these programs first: {' '.join(needed)} (this machine has no apt-get)")
+        raise Failed(f"these packages are missing: {' '.join(needed)}. Install them first: this machine has no apt-get")
     say(f"    installing {' '.join(needed)}")
     log = CACHE / "logs" / "apt.log"
     quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
@@ -49,4 +51,4 @@ def install(programs: dict[str, str]) -> None:
         run(["apt-get", "install", "-y", "-q", "--no-install-recommends", *needed], log, "apt-get install", env=quiet)
     still = missing(programs)
     if still:
-        raise Failed(f"still missing after apt-get install: {' '.join(still)}; the log is {log}")
+        raise Failed(f"these packages are still missing after apt-get install: {' '.join(still)}. Read the log {log}")

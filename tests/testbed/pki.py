@@ -8,7 +8,7 @@ DAYS = "30"
 
 
 def authority(folder: Path) -> None:
-    """ca.crt and ca.key, and the key pair that signs service account tokens."""
+    """Write ca.crt and ca.key, and the key pair that signs service account tokens."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", folder / "ca.key", "-out", folder / "ca.crt",
              "-subj", "/CN=graft-testbed", "-days", DAYS)  # fmt: skip
@@ -17,7 +17,7 @@ def authority(folder: Path) -> None:
 
 
 def certificate(folder: Path, name: str, subject: str, addresses: tuple[str, ...] = ()) -> None:
-    """<name>.crt and <name>.key, signed by the authority, for servers and clients."""
+    """Write <name>.crt and <name>.key for servers and clients, signed by the authority."""
     request, extensions = folder / f"{name}.csr", folder / f"{name}.ext"
     names = [f"{'IP' if item[0].isdigit() else 'DNS'}:{item}" for item in addresses]
     lines = ["extendedKeyUsage=serverAuth,clientAuth", *([f"subjectAltName={','.join(names)}"] if names else [])]
@@ -30,7 +30,7 @@ def certificate(folder: Path, name: str, subject: str, addresses: tuple[str, ...
 
 
 def kubeconfig(folder: Path, name: str, server: str, path: Path) -> None:
-    """A kubeconfig with embedded certificates."""
+    """Write a kubeconfig with embedded certificates."""
     import base64
 
     def embed(file: str) -> str:

@@ -1,4 +1,7 @@
-"""Processes that outlive the program that started them, and are ended by id: pid and start time, so never somebody else's."""
+"""Processes that outlive the program that started them.
+
+A process is identified by its pid and its start time, so that another process with the same pid is never ended.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,7 @@ from testbed.shell import Failed, tail
 
 
 def start_time(pid: int) -> str | None:
-    """Field 22 of /proc/<pid>/stat: two processes that share a pid never share it, too. None when there is no such process."""
+    """Return field 22 of /proc/<pid>/stat, or None if the process does not exist. It differs when a pid is used again."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -23,7 +26,7 @@ def start_time(pid: int) -> str | None:
 
 
 class Processes:
-    """The processes of one cluster, in a file."""
+    """The processes of one cluster, which a file lists."""
 
     def __init__(self, state: Path, logs: Path) -> None:
         self._file = state / "processes.json"
@@ -35,9 +38,9 @@ class Processes:
     def start(
         self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None, netns: str | None = None
     ) -> None:
-        """Start a program in a session of its own, its output in a log."""
+        """Start a program in its own session, with its output in a log."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        # nsenter, not `ip netns exec`: that hides the cgroup mounts.
+        # nsenter is used because `ip netns exec` hides the cgroup mounts.
         prefix = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -49,22 +52,22 @@ class Processes:
         self._file.write_text(json.dumps(self._read() | {name: entry}, indent=1))
 
     def alive(self, name: str) -> bool:
-        """Whether a process that we started still runs."""
+        """Return whether the process that was started under this name still runs."""
         entry = self._read().get(name)
         return entry is not None and start_time(int(entry["pid"])) == entry["start"]
 
     def require(self, name: str) -> None:
-        """Failed with the end of its log when a process is gone."""
+        """Check that a process still runs. Raises Failed with the end of its log if it ended."""
         if not self.alive(name):
             log = self.logs / f"{name}.log"
-            raise Failed(f"{name} ended; the log is {log}, its end:\n{tail(log)}")
+            raise Failed(f"{name} ended unexpectedly. The log is {log}. Its last lines:\n{tail(log)}")
 
     def names(self) -> list[str]:
-        """All that were started."""
+        """Return the names of the started processes, the first started first."""
         return list(self._read())
 
     def stop(self, name: str, timeout: float = 10) -> None:
-        """End one: SIGTERM, then SIGKILL."""
+        """End one process with SIGTERM. If it does not end in time, send SIGKILL."""
         entry = self._read().get(name)
         if entry is None:
             return

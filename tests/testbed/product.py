@@ -1,4 +1,4 @@
-"""The product's images, built from its Dockerfiles, and the object store's."""
+"""The images of the product, built from its Dockerfiles, and the image of the object store."""
 
 import os
 import threading
@@ -10,12 +10,12 @@ from testbed.node import Node
 
 VERSITYGW = "localhost/graft/versitygw:1.8.0"
 TAGS = {name: f"localhost/graft/{name}:dev" for name in ("operator", "trainer", "engine", "agent", "ml")}
-# An image that the user gives instead, for a machine that can pull one.
+# On a machine that can pull images, the user may name a base image to use instead of ours.
 BASE_IMAGE = os.environ.get("GRAFT_BASE_IMAGE", "")
 
 
 def build() -> None:
-    """All images; what did not change is not built again."""
+    """Build the images whose inputs changed."""
     packages.install(packages.NODE)
     base = BASE_IMAGE or images.build_base()
     given = {"BASE_IMAGE": base}
@@ -56,19 +56,19 @@ def build() -> None:
 
 
 def load(node: Node) -> None:
-    """Bring them to a node, with the object store's."""
+    """Send the product's images and the object store's image to a node."""
     images.scratch(VERSITYGW, binary("versitygw"), ["/versitygw"])
     images.load(node, [VERSITYGW, *(TAGS[name] for name in ("operator", "agent", "trainer", "engine"))])
 
 
 def beside(*bodies: Callable[[], None]) -> None:
-    """Run several at once, and raise the first error: images download while Go compiles."""
+    """Run several functions at once and raise the first error. Images download while Go compiles."""
     errors: list[BaseException] = []
 
     def guarded(body: Callable[[], None]) -> None:
         try:
             body()
-        except BaseException as error:  # handed to the caller below
+        except BaseException as error:  # raised below in the caller's thread
             errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]

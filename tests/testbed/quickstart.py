@@ -1,4 +1,4 @@
-"""The quickstart's path, step by step: install, upload, apply, follow, ask. The demo shows it, the e2e suite asserts on it."""
+"""The quickstart step by step: install, upload, apply, follow, ask. The demo shows the steps, the e2e suite tests them."""
 
 import base64
 import contextlib
@@ -27,24 +27,24 @@ MODEL = REPOSITORY / "examples" / "tiny-llama" / "model"
 
 @dataclass
 class Access:
-    """A cluster, by its kubeconfig, with the programs to use it."""
+    """Access to a cluster: its kubeconfig, and the programs to use it."""
 
     kubeconfig: str
     kubectl_path: str | Path
     helm_path: str | Path
 
     def kubectl(self, *arguments: str, check: bool = True) -> str:
-        """What kubectl prints."""
+        """Run kubectl. Return its output."""
         return output([self.kubectl_path, "--kubeconfig", self.kubeconfig, *arguments], check=check)
 
     def get(self, kind: str, name: str, namespace: str = SHOP) -> dict[str, Any]:
-        """A resource, empty when there is none."""
+        """Return a resource, or an empty dictionary if it does not exist."""
         text = self.kubectl("get", kind, name, "-n", namespace, "-o", "json", "--ignore-not-found")
         return dict(json.loads(text)) if text.strip() else {}
 
     @contextlib.contextmanager
     def forward(self, service: str, port: int, namespace: str = SYSTEM) -> Iterator[str]:
-        """http://127.0.0.1:<port> that leads to a Service, for as long as the block lasts."""
+        """Forward a local port to a Service during the block. Yield http://127.0.0.1:<port>."""
         log = CACHE / "logs" / f"forward-{service}.log"
         with log.open("w") as sink:
             process = subprocess.Popen(
@@ -63,12 +63,12 @@ class Access:
 
 
 def testbed_access(kubeconfig: Path) -> Access:
-    """With the testbed's own kubectl and helm."""
+    """Return the access with the testbed's own kubectl and helm."""
     return Access(str(kubeconfig), binary("kubectl"), binary("helm"))
 
 
 def install(access: Access, values: list[str]) -> None:
-    """The chart, with helm; waits until operator, gateway and store are ready."""
+    """Install the chart with helm. Wait until operator, gateway and store are ready."""
     log = CACHE / "logs" / "helm.log"
     log.unlink(missing_ok=True)
     command = [
@@ -82,7 +82,7 @@ def install(access: Access, values: list[str]) -> None:
 
 
 def explain(access: Access, namespace: str) -> str:
-    """What helps to understand a failure: resources, events, the end of the logs."""
+    """Return text that helps to understand a failure: resources, events and the last lines of the logs."""
     parts = [
         access.kubectl("get", "all,graft", "-n", namespace, "-o", "wide", check=False),
         access.kubectl("get", "events", "-n", namespace, "--sort-by=.lastTimestamp", check=False)[-4000:],
@@ -96,7 +96,7 @@ def explain(access: Access, namespace: str) -> str:
 
 @contextlib.contextmanager
 def opened_store(access: Access) -> Iterator[S3Store]:
-    """The cluster's object store, with the root's key, through a forwarded port."""
+    """Open the cluster's object store with the root key, through a forwarded port."""
     secret = access.get("secret", "graft-store-root", SYSTEM)["data"]
     key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))
     with access.forward("graft-store", 7070) as endpoint:
@@ -114,11 +114,11 @@ def opened_store(access: Access) -> Iterator[S3Store]:
 
 
 def upload(access: Access) -> None:
-    """The base model and the dataset, into the bucket, as `aws s3 cp` would."""
+    """Upload the base model and the dataset to the bucket, as `aws s3 cp` does."""
     files = [(path, f"models/tiny-llama/{path.name}") for path in sorted(MODEL.iterdir()) if path.is_file()]
     files += [(path, f"shop/datasets/support/{path.name}") for path in sorted((QUICKSTART / "data").glob("*.jsonl"))]
     with opened_store(access) as store:
-        wait_for(lambda: _bucket_there(store), 60, "the operator made the bucket", lambda: explain(access, SYSTEM))
+        wait_for(lambda: _bucket_there(store), 60, "the operator created the bucket", lambda: explain(access, SYSTEM))
         for path, name in files:
             store.upload(name, path)
     say(f"    {len(files)} files uploaded to s3://graft")
@@ -133,24 +133,24 @@ def _bucket_there(store: S3Store) -> bool:
 
 
 def apply(access: Access) -> None:
-    """The quickstart's manifests."""
+    """Apply the quickstart's manifests."""
     access.kubectl("apply", "-f", str(QUICKSTART))
 
 
 def forget(access: Access) -> None:
-    """An earlier run of the quickstart on the same cluster: its job is immutable, so it is removed."""
+    """Delete the job of an earlier run on the same cluster, because the spec of a job is immutable."""
     if access.kubectl("get", "finetunejob", "support", "-n", SHOP, "--ignore-not-found", check=False).strip():
         access.kubectl("delete", "finetunejob", "support", "-n", SHOP, "--timeout=120s")
 
 
 def condition(resource: dict[str, Any], type_: str) -> dict[str, Any]:
-    """A condition of a resource, empty when there is none."""
+    """Return a condition of a resource, or an empty dictionary if it does not exist."""
     found = [item for item in resource.get("status", {}).get("conditions", []) if item["type"] == type_]
     return dict(found[0]) if found else {}
 
 
 def follow(access: Access, name: str = "support", timeout: float = 900) -> dict[str, Any]:
-    """Show a job's progress in one line until it has ended; Failed with its reason when it did not succeed."""
+    """Show a job's progress in one line until it ends. Return the job. Raises Failed with its reason if it failed."""
     deadline, shown, told = time.monotonic() + timeout, "", 0.0
     live = sys.stdout.isatty()
     while True:
@@ -165,13 +165,17 @@ def follow(access: Access, name: str = "support", timeout: float = 900) -> dict[
                 print()
             return job
         if ended.get("status") == "False" or time.monotonic() > deadline:
-            why = ended.get("message") if ended.get("status") == "False" else f"not ended within {timeout:.0f} s"
+            why = (
+                ended.get("message")
+                if ended.get("status") == "False"
+                else f"the job did not end within {timeout:.0f} s"
+            )
             raise Failed(f"FineTuneJob {name}: {ended.get('reason')}: {why}\n{explain(access, SHOP)}")
         time.sleep(1)
 
 
 def wait_available(access: Access, name: str = "desk", timeout: float = 300) -> None:
-    """Until every route of the deployment answers."""
+    """Wait until every route of the deployment answers."""
     told = time.monotonic()
 
     def available() -> bool:
@@ -188,7 +192,7 @@ def wait_available(access: Access, name: str = "desk", timeout: float = 300) -> 
 
 
 def ask(endpoint: str, model: str, question: list[dict[str, str]]) -> str:
-    """A model's answer to a chat, by the OpenAI protocol."""
+    """Return a model's answer to a chat, through the OpenAI protocol."""
     body = {"model": model, "messages": question, "temperature": 0, "max_tokens": 48}
     request = urllib.request.Request(
         f"{endpoint}/v1/chat/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
@@ -213,18 +217,18 @@ class Answer:
 
 
 def normal(text: str) -> str:
-    """As the trainer's exact match compares: lower case, single spaces."""
+    """Return the text as the trainer's exact match compares it: lower case, single spaces."""
     return " ".join(text.lower().split())
 
 
 def held_out(limit: int) -> list[dict[str, Any]]:
-    """The first held-out examples."""
+    """Return the first `limit` held-out examples."""
     lines = (QUICKSTART / "data" / "heldout.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[:limit]]
 
 
 def interview(endpoint: str, limit: int = 60) -> list[Answer]:
-    """Ask base and adapter the same held-out questions."""
+    """Ask the base model and the adapter the same held-out questions."""
     answers, told = [], time.monotonic()
     examples = held_out(limit)
     for number, example in enumerate(examples):
@@ -239,12 +243,12 @@ def interview(endpoint: str, limit: int = 60) -> list[Answer]:
         )
         if time.monotonic() - told > 5:
             told = time.monotonic()
-            say(f"    asked {number + 1} of {len(examples)}")
+            say(f"    asked {number + 1} of {len(examples)} questions")
     return answers
 
 
 def scores(answers: list[Answer]) -> tuple[float, float]:
-    """Share of exact matches of base and adapter."""
+    """Return the share of exact matches of the base model and of the adapter."""
     count = len(answers)
     base = sum(normal(item.base) == normal(item.reference) for item in answers) / count
     adapter = sum(normal(item.adapter) == normal(item.reference) for item in answers) / count

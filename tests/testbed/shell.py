@@ -1,4 +1,4 @@
-"""Running other programs: what a person sees meanwhile, and what is left to read when one fails."""
+"""Run other programs. Print progress for the user, and keep a log to read if a program fails."""
 
 import contextlib
 import fcntl
@@ -10,22 +10,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-TELL_EVERY = 10.0  # seconds between lines about a step that takes long
+TELL_EVERY = 10.0  # seconds between two progress lines of a long step
 CACHE = Path(os.environ.get("GRAFT_CACHE", Path.home() / ".cache/graft"))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Failed(Exception):
-    """A step that failed; the message names the log to read."""
+    """A step that failed. The message names the log to read."""
 
 
 def say(text: str) -> None:
-    """One line for the person who waits."""
+    """Print one line for the user."""
     print(text, flush=True)
 
 
 def tail(path: Path, lines: int = 25) -> str:
-    """The end of a log."""
+    """Return the last lines of a log."""
     if not path.exists():
         return "(no log)"
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
@@ -33,7 +33,7 @@ def tail(path: Path, lines: int = 25) -> str:
 
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
-    """Announce a step and say how long it took."""
+    """Announce a step, and print afterwards how long it took."""
     started = time.monotonic()
     say(f"==> {name}")
     yield
@@ -43,7 +43,7 @@ def step(name: str) -> Iterator[None]:
 def run(
     command: Sequence[str | Path], log: Path, what: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> None:
-    """Run a program into a log file, with a sign of life; Failed with the end of the log when it fails."""
+    """Run a program with its output in a log, and print progress. Raises Failed with the end of the log if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started = told = time.monotonic()
     with log.open("ab") as output:
@@ -64,12 +64,14 @@ def run(
             process.wait()
             raise
     if process.returncode != 0:
-        raise Failed(f"{what} failed (exit {process.returncode}); the log is {log}, its end:\n{tail(log)}")
+        raise Failed(
+            f"{what} failed with exit code {process.returncode}. The log is {log}. Its last lines:\n{tail(log)}"
+        )
 
 
 @contextlib.contextmanager
 def ticking(what: str) -> Iterator[None]:
-    """A sign of life every few seconds while the block runs."""
+    """Print a progress line every few seconds during the block."""
     started, over = time.monotonic(), threading.Event()
 
     def tick() -> None:
@@ -86,7 +88,7 @@ def ticking(what: str) -> Iterator[None]:
 
 
 def output(command: Sequence[str | Path], env: Mapping[str, str] | None = None, check: bool = True) -> str:
-    """What a quick program prints; Failed with its errors when it fails."""
+    """Run a short program. Return its output. Raises Failed with its error output if it fails."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False
     )
@@ -96,30 +98,30 @@ def output(command: Sequence[str | Path], env: Mapping[str, str] | None = None, 
 
 
 def wait_for(predicate: Callable[[], object], timeout: float, what: str, explain: Callable[[], str] = str) -> None:
-    """Wait until a condition holds; Failed says for what, and what `explain` knows about it."""
+    """Wait until the predicate is true. Raises Failed with `what` and the text of `explain` after the timeout."""
     deadline = time.monotonic() + timeout
     while not predicate():
         if time.monotonic() > deadline:
-            raise Failed(f"not within {timeout:.0f} s: {what}\n{explain()}")
+            raise Failed(f"timed out after {timeout:.0f} s. Expected: {what}\n{explain()}")
         time.sleep(0.1)
 
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process at a time: builds write to shared caches."""
+    """Hold a lock during the block, because builds of several processes write to shared caches."""
     path = CACHE / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"    waiting for another process that has the lock {path}")
+            say(f"    waiting for another process that holds the lock {path}")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def main_guard(body: Callable[[], None]) -> int:
-    """Run a command's body; a failed step is one clear message, not a traceback."""
+    """Run a command's body. Print one message instead of a traceback if a step fails. Return the exit code."""
     try:
         body()
     except Failed as error:

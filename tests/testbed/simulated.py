@@ -1,4 +1,7 @@
-"""Simulated nodes: kwok plays the kubelet of each; a pod that is bound starts at once, and ends when a test says so."""
+"""Simulated nodes: kwok plays the kubelet of each node.
+
+A pod that is bound to a node starts at once. It runs no containers, and ends when a test ends it.
+"""
 
 import json
 from pathlib import Path
@@ -10,12 +13,12 @@ from testbed.shell import tail, wait_for
 
 STAGES = Path(__file__).parent / "manifests" / "kwok-stages.yaml"
 CAPACITY = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "nvidia.com/gpu": "8", "pods": "500"}
-# The GPUs of the nodes in turn, as GPU feature discovery labels them: product and MiB of one.
+# The nodes get these GPUs in turn. GPU feature discovery would label them so: product, and MiB of one GPU.
 GPUS = (("NVIDIA-L4", 23034), ("NVIDIA-A100-SXM4-80GB", 81920))
 
 
 def add_nodes(plane: ControlPlane, count: int = 2) -> None:
-    """Start kwok and make nodes; Ready afterwards."""
+    """Start kwok and create nodes. Wait until they are Ready."""
     plane.processes.start(
         "kwok",
         [

@@ -1,11 +1,11 @@
-"""What a node leaves on its host outside of its own folder and namespace, and how it is put back."""
+"""Settings and files that a node changes on its host outside of its own folder and namespace, and how they are restored."""
 
 import json
 from pathlib import Path
 
 from testbed.shell import output
 
-# The kubelet sets these for the whole machine.
+# The kubelet changes these settings for the whole machine.
 SYSCTLS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops")
 RESULTS = Path("/var/lib/cni/results")
 LOG_LINKS = Path("/var/log/containers")
@@ -13,13 +13,13 @@ NETNS = Path("/run/netns")
 
 
 def record(state: Path) -> None:
-    """Remember what the node will change."""
+    """Record the settings that the node will change."""
     values = {name: Path("/proc/sys", name).read_text().strip() for name in SYSCTLS}
     (state / "sysctls.json").write_text(json.dumps(values))
 
 
 def remove(state: Path, network: str) -> None:
-    """Put the settings back and remove the files; what is not there is fine."""
+    """Restore the settings and remove the files. Missing files are no error."""
     recorded = state / "sysctls.json"
     if recorded.exists():
         for name, value in json.loads(recorded.read_text()).items():
@@ -33,7 +33,7 @@ def remove(state: Path, network: str) -> None:
         for path in LOG_LINKS.iterdir():
             if path.is_symlink() and str(path.readlink()).startswith(f"{state}/"):
                 path.unlink(missing_ok=True)
-    # `ip netns add` makes its folder a mount point of its own; it is ours to undo when nobody uses it.
+    # `ip netns add` makes its folder a mount point. Unmount the folder if it contains no namespace.
     mounted = any(line.split()[1] == str(NETNS) for line in Path("/proc/mounts").read_text().splitlines())
     if mounted and not any(NETNS.iterdir()):
         output(["umount", str(NETNS)], check=False)

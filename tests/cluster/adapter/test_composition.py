@@ -1,4 +1,4 @@
-"""Versions that are made without training: composed from others, and imported."""
+"""Adapter versions that are made without training: composed from other versions, or imported."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def test_a_version_is_composed_and_served(tenant: Tenant) -> None:
     fleet.until_wanted("desk-1.0.0")
     assert [(item.uri, item.digest) for item in fleet.wanted().adapters] == [(f"s3://{BUCKET}/{prefix}", digest)]
 
-    # The number is taken: the next job of the same adapter goes on from it.
+    # Version 1.0.0 is used now. The next job of the same adapter gets the next version.
     tenant.job("third", adapter="desk")
     tenant.running_pod("third")
     assert tenant.job_file("third").output.version == "1.1.0"
@@ -65,12 +65,12 @@ def test_a_composition_waits_for_its_parents(tenant: Tenant) -> None:
     tenant.trained("second", adapter="returns")
     both.until("Composing")
     both.running_pod()
-    # What was chosen stays, whatever is published later.
+    # The chosen parents stay the same when a newer version is published.
     tenant.trained("third")
     assert [item["version"] for item in both.status()["parents"]] == ["1.0.0", "1.0.0"]
 
 
-def test_parents_that_do_not_go_together_are_refused_without_a_pod(tenant: Tenant) -> None:
+def test_incompatible_parents_are_refused_without_a_pod(tenant: Tenant) -> None:
     tenant.trained("first", rank=8)
     tenant.trained("second", adapter="returns", rank=4)
     both = Maker(tenant, "desk").compose("support@1.0.0", "returns@1.0.0", method="linear")
@@ -80,7 +80,7 @@ def test_parents_that_do_not_go_together_are_refused_without_a_pod(tenant: Tenan
     Maker(tenant, "desk", "1.0.1").compose("support@1.0.0", "returns@1.0.0", method="svd").until("Composing")
 
 
-def test_a_failure_is_told_in_the_pods_words_and_not_tried_again(tenant: Tenant, running: OperatorProcess) -> None:
+def test_a_failed_import_reports_the_pods_message_and_is_not_retried(tenant: Tenant, running: OperatorProcess) -> None:
     theirs = Maker(tenant, "theirs").create(**{"import": {"uri": f"s3://{BUCKET}/{tenant.name}/uploads/a/"}})
     theirs.fail_pod(theirs.running_pod(), Reason.ADAPTER_INVALID, "auto_map names code to run.", "Use others.")
     failed = theirs.until("ImportInvalid")
@@ -89,7 +89,7 @@ def test_a_failure_is_told_in_the_pods_words_and_not_tried_again(tenant: Tenant,
     tenant.until_events(theirs.name, "ImportInvalid")
     job = tenant.get("Job", "theirs-1.0.0-import")["metadata"]["uid"]
 
-    # Neither a restart nor the Job's own end of life starts it again.
+    # Neither a restart of the operator nor the deletion of the Job starts the import again.
     running.stop()
     tenant.api.delete("Job", tenant.name, "theirs-1.0.0-import")
     tenant.gone("Job", "theirs-1.0.0-import")
@@ -97,13 +97,13 @@ def test_a_failure_is_told_in_the_pods_words_and_not_tried_again(tenant: Tenant,
     Maker(tenant, "other").create(**{"import": {"uri": "hf://org/name"}}).until("Importing")
     assert theirs.until("ImportInvalid") == failed and theirs.jobs() == ["other-1.0.0-import"], job
 
-    # Nor does an edit of what may be edited.
+    # An edit of a mutable field does not start it again either.
     tenant.api.patch("Adapter", tenant.name, theirs.name, {"spec": {"deletionPolicy": "Delete"}})
-    tenant.wait(lambda: theirs.status()["observedGeneration"] == 2, "the edit was seen")
+    tenant.wait(lambda: theirs.status()["observedGeneration"] == 2, "the operator reconciled the edit")
     assert theirs.status()["stage"] == "Failed" and theirs.jobs() == ["other-1.0.0-import"]
 
 
-def test_a_pod_that_was_lost_is_followed_by_another(tenant: Tenant) -> None:
+def test_a_pod_that_cannot_reach_the_store_is_replaced(tenant: Tenant) -> None:
     theirs = Maker(tenant, "theirs").create(**{"import": {"uri": "hf://org/name"}})
     first = theirs.running_pod()
     theirs.fail_pod(first, Reason.STORAGE_UNAVAILABLE, "The store did not answer.", "The Job tries again.")
@@ -121,7 +121,7 @@ def test_an_import_from_another_tenant_is_refused(tenant: Tenant) -> None:
     assert theirs.jobs() == []
 
 
-def test_a_version_that_somebody_else_has_published_is_never_overwritten(tenant: Tenant) -> None:
+def test_an_already_published_version_is_never_overwritten(tenant: Tenant) -> None:
     tenant.trained("first")
     tenant.api.delete("Adapter", tenant.name, "support-1.0.0")
     tenant.gone("Adapter", "support-1.0.0")
@@ -131,7 +131,7 @@ def test_a_version_that_somebody_else_has_published_is_never_overwritten(tenant:
     assert again.jobs() == ["first"]
 
 
-def test_an_adapter_that_is_deleted_while_it_is_composed_leaves_nothing(tenant: Tenant) -> None:
+def test_deleting_an_adapter_during_its_import_deletes_its_job_and_files(tenant: Tenant) -> None:
     theirs = Maker(tenant, "theirs").create(deletionPolicy="Delete", **{"import": {"uri": "hf://org/name"}})
     pod = theirs.running_pod()
     theirs.publish_as_trainer(pod)
@@ -167,11 +167,11 @@ TWO = [{"adapter": "a@1.0.0"}, {"adapter": "b@latest"}]
         ({"import": {"uri": "hf://a/b"}, "job": {"name": "a", "uid": "b"}}, "job is allowed only with artifact"),
     ],
 )  # fmt: skip
-def test_a_wrong_composition_is_refused(tenant: Tenant, plane: ControlPlane, spec: Object, words: str) -> None:
+def test_an_invalid_composition_is_refused(tenant: Tenant, plane: ControlPlane, spec: Object, words: str) -> None:
     assert words in refused(plane, Maker(tenant, "wrong").manifest(**spec))
 
 
-def test_how_a_version_is_made_never_changes(tenant: Tenant, plane: ControlPlane) -> None:
+def test_compose_and_import_are_immutable(tenant: Tenant, plane: ControlPlane) -> None:
     both = Maker(tenant, "desk").compose("support@^1", "returns@1.0.0")
     other = both.manifest(compose={"parents": TWO})
     assert "a published version never changes" in refused(plane, other)
@@ -182,11 +182,11 @@ def test_how_a_version_is_made_never_changes(tenant: Tenant, plane: ControlPlane
     )
 
 
-# With the trainer itself in the place of the pods.
+# The next tests run the real trainer in place of the simulated pods.
 
 
 def tuned(folder: Path, seed: int, rank: int) -> Path:
-    """A LoRA of the example's model with a random update, as peft saves it."""
+    """Write a LoRA of the example's model with random weights, as peft saves it. Return the folder."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -218,8 +218,8 @@ def base_model(tenant: Tenant, name: str, source: str) -> None:
     tenant.wait(ready, f"BaseModel {name} is Ready")
 
 
-@pytest.mark.timeout(1200)  # three pods' work, with torch to load for each, on a machine that others use
-def test_imported_composed_into_the_base_and_served_as_a_base_model(tenant: Tenant, tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)  # seconds; three trainer runs, each of which imports torch, possibly on a busy machine
+def test_imported_adapters_are_merged_into_the_base_and_served_as_a_base_model(tenant: Tenant, tmp_path: Path) -> None:
     llama = f"llama-{hashlib.sha256(tenant.name.encode()).hexdigest()[:8]}"
     upload(tenant, f"models/{llama}/", MODEL)
     base_model(tenant, llama, f"s3://{BUCKET}/models/{llama}")
@@ -238,7 +238,7 @@ def test_imported_composed_into_the_base_and_served_as_a_base_model(tenant: Tena
     whole.until("Verified")
     manifest, _ = read_manifest(tenant.store, adapter_prefix(tenant.name, "whole", "1.0.0"), None)
     assert [(item.adapter, item.weight) for item in manifest.parents] == [("part1", 0.7), ("part2", 0.3)]
-    # It is served as a base model whose source is the version.
+    # The version becomes the source of a BaseModel, and a deployment uses that BaseModel.
     uri = whole.status()["artifact"]["uri"]
     base_model(tenant, f"{llama}-merged", uri)
     found = tenant.api.get("BaseModel", None, f"{llama}-merged")
@@ -249,8 +249,8 @@ def test_imported_composed_into_the_base_and_served_as_a_base_model(tenant: Tena
     fleet.until("Accepted", "Resolved")
 
 
-def test_a_foreign_adapter_that_does_not_fit_is_refused_by_the_trainer(tenant: Tenant, tmp_path: Path) -> None:
-    # The cluster tests' base model has other shapes than the example's.
+def test_the_trainer_refuses_an_imported_adapter_with_other_shapes(tenant: Tenant, tmp_path: Path) -> None:
+    # The adapter was made for the example's model. The base model of these tests has other shapes.
     upload(tenant, f"{tenant.name}/uploads/a/", tuned(tmp_path / "tuned", 1, 4))
     theirs = Maker(tenant, "theirs").create(**{"import": {"uri": f"s3://{BUCKET}/{tenant.name}/uploads/a/"}})
     theirs.run_trainer(tmp_path / "import")

@@ -1,4 +1,4 @@
-"""Versions over time: what they fit, and when they are deleted, compressed and restored."""
+"""The life of published versions: compatibility with base models, deletion, compression and restore."""
 
 import hashlib
 import lzma
@@ -20,16 +20,16 @@ from worlds.cluster.tenants import make_base_model
 
 
 def base_model(tenant: Tenant, **spec: Any) -> str:
-    """A BaseModel of this test alone, whose files it may change."""
+    """Create a BaseModel for one test only, so that the test may change its files. Return its name."""
     return make_base_model(tenant.api, tenant.store, f"base-{tenant.name}"[:60].strip("-"), **spec)
 
 
 def change_files(tenant: Tenant, base: str, version: str) -> str:
-    """Somebody replaces the model's files and gives them a version; the digest that they had."""
+    """Replace the model's files and give them a new version. Return the digest of the old files."""
     before = base_digest(tenant, base)
     tenant.store.put(f"models/{base}/model.safetensors", tenant.name.encode())
     tenant.api.patch("BaseModel", None, base, {"spec": {"version": version}})
-    tenant.wait(lambda: base_digest(tenant, base) != before, "the new files are seen")
+    tenant.wait(lambda: base_digest(tenant, base) != before, "the operator detected the new files")
     return before
 
 
@@ -56,10 +56,10 @@ def output(**more: Any) -> Object:
     return {"adapter": "support"} | more
 
 
-# What fits.
+# Compatibility with base models.
 
 
-def test_pods_stay_on_the_old_base_model_until_there_is_an_adapter_for_the_new_one(tenant: Tenant) -> None:
+def test_pods_stay_on_the_old_base_model_until_an_adapter_fits_the_new_one(tenant: Tenant) -> None:
     base = base_model(tenant, version="1.0.0")
     tenant.trained("first", baseModel=base)
     fleet = Fleet(tenant, "chat")
@@ -69,22 +69,22 @@ def test_pods_stay_on_the_old_base_model_until_there_is_an_adapter_for_the_new_o
         found = tenant.status("Adapter", name).get("compatibility", [])
         return [(item["name"], item["version"]) for item in found if item["name"] == base]
 
-    tenant.wait(lambda: fitting("support-1.0.0") == [(base, "1.0.0")], "the Adapter says what it fits")
+    tenant.wait(lambda: fitting("support-1.0.0") == [(base, "1.0.0")], "status.compatibility lists the BaseModel")
     old = change_files(tenant, base, "2.0.0")
     held = fleet.until("Accepted", "BaseModelHeld")
     assert old in held["message"] and "baseVersions" in held["message"] and "tune a version" in held["message"]
-    tenant.wait(lambda: fitting("support-1.0.0") == [], "the Adapter fits no BaseModel any more")
+    tenant.wait(lambda: fitting("support-1.0.0") == [], "status.compatibility no longer lists the BaseModel")
     assert sorted(pod["metadata"]["uid"] for pod in fleet.pods(2)) == sorted(pod["metadata"]["uid"] for pod in before)
     assert fleet.targets() == {"support": "support-1.0.0"}
     assert fleet.until("Available", "Serving")["status"] == "True" and fleet.status()["stage"] == "Available"
 
-    # A new deployment would have nothing but the new files.
+    # A new deployment can use only the new files, and the adapter does not fit them.
     other = Fleet(tenant, "other")
     other.deploy(["support@1.0.0"], baseModel=base)
     refused = other.until("Accepted", "AdapterIncompatible")
     assert old in refused["message"] and base_digest(tenant, base) in refused["message"]
 
-    # With a version for them the pods roll.
+    # Once a version fits the new files, the pods roll.
     assert tenant.trained("second", baseModel=base) == "support-1.0.1"
     other.change(adapters=["support@^1"])
     other.until_wanted("support-1.0.1")
@@ -97,7 +97,7 @@ def test_pods_stay_on_the_old_base_model_until_there_is_an_adapter_for_the_new_o
 
     tenant.wait(rolled, "the old pods are replaced", 90)
     new = fleet.pods(2)
-    for pod in new:  # even if an engine takes the old adapter on the new base model, it never gets a request
+    for pod in new:  # even if an engine loads the old adapter on the new base model, no request reaches it
         fleet.agent_says(pod, {"support-1.0.0": "Loaded", "support-1.0.1": "Loading"})
     fleet.until("Available", "RouteUnavailable")
     assert not any("support-1.0.0" in name for item in fleet.routes().backends for name in item.loaded)
@@ -108,7 +108,7 @@ def test_pods_stay_on_the_old_base_model_until_there_is_an_adapter_for_the_new_o
     fleet.until("Accepted", "Resolved")
 
 
-def test_an_adapter_that_promises_to_fit_newer_versions_of_its_base_model(tenant: Tenant) -> None:
+def test_base_versions_make_an_adapter_compatible_with_newer_base_models(tenant: Tenant) -> None:
     base = base_model(tenant, version="1.0.0")
     tenant.trained("first", baseModel=base, output=output(baseVersions="^1"))
     tenant.trained("exact", baseModel=base)
@@ -117,33 +117,36 @@ def test_an_adapter_that_promises_to_fit_newer_versions_of_its_base_model(tenant
 
     def resolves(name: str) -> None:
         tenant.wait(
-            lambda: [item.get("name") for item in fleet.status().get("adapters", [])] == [name], f"it is {name}"
+            lambda: [item.get("name") for item in fleet.status().get("adapters", [])] == [name],
+            f"support@latest resolves to {name}",
         )
 
     resolves("support-1.0.1")
     new = change_files(tenant, base, "1.1.0") and base_digest(tenant, base)
-    # The newest of those that fit.
+    # support@latest resolves to the newest version that fits.
     resolves("support-1.0.0")
     found = tenant.status("Adapter", "support-1.0.0")["compatibility"]
     assert {"name": base, "version": "1.1.0", "digest": new} in found
     template = tenant.get("Deployment", "chat")["spec"]["template"]["spec"]["initContainers"][0]["command"]
-    assert new in template, "the pods roll: everything that they serve fits the new files"
+    assert new in template, "the pods must roll, because every adapter that they serve fits the new files"
     fleet.until("Accepted", "Resolved")
 
-    # A promise may be given later, and taken back.
+    # spec.baseVersions may be added later. spec.baseModel never changes.
     tenant.api.patch("Adapter", tenant.name, "support-1.0.1", {"spec": {"baseVersions": "1.1"}})
     resolves("support-1.0.1")
     with pytest.raises(Refused, match="only baseVersions, deletionPolicy and retention may be edited"):
         tenant.api.patch("Adapter", tenant.name, "support-1.0.1", {"spec": {"baseModel": "another"}})
 
 
-# What is deleted.
+# Deletion by the retention policy.
 
 
-def test_unused_versions_are_announced_and_then_deleted_with_their_files(tenant: Tenant) -> None:
+def test_unused_versions_expire_and_are_deleted_with_their_files(tenant: Tenant) -> None:
     policy = {"keep": 1, "unusedFor": "6s"}
     tenant.trained("first")
-    assert not tenant.condition("Adapter", "support-1.0.0", "Retained"), "without a policy nothing is said"
+    assert not tenant.condition("Adapter", "support-1.0.0", "Retained"), (
+        "without a policy there must be no Retained condition"
+    )
     fleet = Fleet(tenant, "chat")
     (pod,) = fleet.serve(["support@^1"])
     tenant.until("Adapter", "support-1.0.0", "InUse", "Served")
@@ -160,7 +163,8 @@ def test_unused_versions_are_announced_and_then_deleted_with_their_files(tenant:
     fleet.until_wanted("support-1.0.2")
     fleet.agent_says(pod)
 
-    # 1.0.0 was served before, 1.0.1 comes before what is served, 1.0.3 is the newest: all may be needed.
+    # No version expires yet: 1.0.0 was served before, 1.0.1 is the version before the served 1.0.2,
+    # and 1.0.3 is the newest.
     tenant.until("Adapter", "support-1.0.0", "InUse", "NotServed")
     for version in ("1.0.0", "1.0.1", "1.0.2", "1.0.3"):
         assert tenant.until("Adapter", f"support-{version}", "Retained", "Needed")["message"]
@@ -171,13 +175,13 @@ def test_unused_versions_are_announced_and_then_deleted_with_their_files(tenant:
     fleet.until_wanted("support-1.0.4")
     fleet.agent_says(pod)
 
-    # Now a rollback leads to 1.0.2. The rejected version and the two oldest go.
+    # A rollback would now use 1.0.2. The rejected version 1.0.3 and the two oldest versions expire.
     doomed = ("1.0.0", "1.0.1", "1.0.3")
     for version in doomed:
         told = tenant.until("Adapter", f"support-{version}", "Retained", "Expiring")
         announced = tenant.status("Adapter", f"support-{version}")["prunedAfter"]
         assert announced in told["message"] and "retention on support-1.0.4" in told["message"]
-        # A rejected version is not signed.
+        # Version 1.0.3 was rejected, so it has no signature file.
         assert files(tenant, version) == [item for item in WHOLE if "sig" not in item or version != "1.0.3"]
     for version in doomed:
         tenant.gone("Adapter", f"support-{version}")
@@ -188,7 +192,7 @@ def test_unused_versions_are_announced_and_then_deleted_with_their_files(tenant:
         "Needed"
     ] * 2
 
-    # When nothing is served any more only the newest stays.
+    # When no deployment is left, only the newest version is kept.
     tenant.api.delete("AdapterDeployment", tenant.name, "chat")
     tenant.gone("Adapter", "support-1.0.2")
     settled(tenant)
@@ -216,10 +220,10 @@ def test_a_version_that_a_running_job_compares_with_is_kept(tenant: Tenant) -> N
     tenant.gone("Adapter", "support-1.0.0")
 
 
-# What is compressed.
+# Compression and restore.
 
 
-def test_an_inactive_version_is_compressed_and_restored_when_it_is_wanted(tenant: Tenant) -> None:
+def test_an_inactive_version_is_compressed_and_restored_for_a_deployment(tenant: Tenant) -> None:
     policy = {"compressAfter": "3s"}
     tenant.trained("first", output=output(retention=policy))
     digest = tenant.get("Adapter", "support-1.0.0")["spec"]["artifact"]["digest"]
@@ -227,7 +231,7 @@ def test_an_inactive_version_is_compressed_and_restored_when_it_is_wanted(tenant
     tenant.trained("second", output=output(retention=policy))
     away = tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
     assert "AdapterDeployment" in away["message"]
-    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the original is gone")
+    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the uncompressed file is deleted")
     settled(tenant)
     assert read_manifest(tenant.store, prefix(tenant, "1.0.0"), digest)[0] == manifest
     packed = tenant.store.get(f"{prefix(tenant, '1.0.0')}adapter_model.safetensors.xz")
@@ -235,7 +239,7 @@ def test_an_inactive_version_is_compressed_and_restored_when_it_is_wanted(tenant
     assert hashlib.sha256(lzma.decompress(packed)).hexdigest() == weights.sha256
     seen = tenant.status("Adapter", "support-1.0.0")
     assert (seen["stage"], seen["storedBytes"]) == ("Archived", len(packed))
-    assert tenant.status("Adapter", "support-1.0.1")["stage"] == "Ready", "the newest stays as it is"
+    assert tenant.status("Adapter", "support-1.0.1")["stage"] == "Ready", "the newest version must not be compressed"
 
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@1.0.0"])
@@ -249,17 +253,18 @@ def test_an_inactive_version_is_compressed_and_restored_when_it_is_wanted(tenant
     seen = tenant.status("Adapter", "support-1.0.0")
     assert seen["stage"] == "Ready" and "storedBytes" not in seen and seen["lastUsedTime"]
 
-    # It is Needed for as long as it is named, and goes back some time after.
+    # It is Needed while a deployment names it. Afterwards it is archived again.
     tenant.until("Adapter", "support-1.0.0", "Retained", "Needed", says="kept: used by chat")
     tenant.api.delete("AdapterDeployment", tenant.name, "chat")
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
 
-    # Without the newer version it is the newest, which is always ready to be served and compared with.
+    # After the newer version is deleted, this version is the newest. The newest version is never archived, because
+    # deployments and gates over the current version use it.
     tenant.api.delete("Adapter", tenant.name, "support-1.0.1")
     tenant.until("Adapter", "support-1.0.0", "Ready", "Verified")
 
 
-def test_what_answers_goes_on_answering_while_a_newer_version_is_restored(tenant: Tenant) -> None:
+def test_the_served_version_keeps_serving_while_a_newer_one_is_restored(tenant: Tenant) -> None:
     policy = {"compressAfter": "3s"}
     for name in ("first", "second"):
         tenant.trained(name)
@@ -267,7 +272,7 @@ def test_what_answers_goes_on_answering_while_a_newer_version_is_restored(tenant
     (pod,) = fleet.serve(["support@1.0.0"])
     tenant.trained("third", output=output(version="2.0.0", retention=policy))
     tenant.until("Adapter", "support-1.0.1", "Ready", "Archived")
-    tenant.wait(lambda: files(tenant, "1.0.1") == ARCHIVED, "the original is gone")
+    tenant.wait(lambda: files(tenant, "1.0.1") == ARCHIVED, "the uncompressed file is deleted")
     assert tenant.status("Adapter", "support-1.0.0")["stage"] == "Ready"
 
     fleet.change(adapters=["support@^1"])
@@ -277,12 +282,12 @@ def test_what_answers_goes_on_answering_while_a_newer_version_is_restored(tenant
     fleet.until_targets(support="support-1.0.1")
 
 
-def test_a_composition_has_its_archived_parent_restored(tenant: Tenant) -> None:
+def test_a_composition_restores_its_archived_parent(tenant: Tenant) -> None:
     tenant.trained("first")
     tenant.trained("other", adapter="returns")
     tenant.trained("second", output=output(version="2.0.0", retention={"compressAfter": "3s"}))
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
-    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the original is gone")
+    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the uncompressed file is deleted")
     both = Maker(tenant, "desk").compose("support@^1", "returns@1.0.0")
     both.until("Composing")
     assert files(tenant, "1.0.0") == WHOLE
@@ -290,15 +295,15 @@ def test_a_composition_has_its_archived_parent_restored(tenant: Tenant) -> None:
     tenant.until("Adapter", "support-1.0.0", "Retained", "Needed", says="a composition uses it as a parent")
 
 
-def test_a_compressed_version_whose_resource_is_made_anew(tenant: Tenant) -> None:
+def test_an_adapter_created_again_over_compressed_files_is_archived_and_can_be_restored(tenant: Tenant) -> None:
     tenant.trained("first", output=output(retention={"compressAfter": "3s"}))
     tenant.trained("second", output=output(retention={"compressAfter": "3s"}))
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
-    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the original is gone")
+    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the uncompressed file is deleted")
     spec = tenant.get("Adapter", "support-1.0.0")["spec"]
     tenant.api.delete("Adapter", tenant.name, "support-1.0.0")
     tenant.gone("Adapter", "support-1.0.0")
-    assert files(tenant, "1.0.0") == ARCHIVED, "it was deleted by hand, and is retained"
+    assert files(tenant, "1.0.0") == ARCHIVED, "a user deleted the Adapter, and its deletionPolicy must keep the files"
 
     tenant.api.create(tenant.resource("Adapter", "support-1.0.0", spec))
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
@@ -307,11 +312,11 @@ def test_a_compressed_version_whose_resource_is_made_anew(tenant: Tenant) -> Non
     assert files(tenant, "1.0.0") == WHOLE
 
 
-def test_a_damaged_copy_is_told_and_never_served(tenant: Tenant) -> None:
+def test_a_damaged_compressed_copy_is_reported_and_never_served(tenant: Tenant) -> None:
     tenant.trained("first", output=output(retention={"compressAfter": "3s"}))
     tenant.trained("second", output=output(retention={"compressAfter": "3s"}))
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived")
-    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the original is gone")
+    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the uncompressed file is deleted")
     tenant.store.put(f"{prefix(tenant, '1.0.0')}adapter_model.safetensors.xz", lzma.compress(b"other weights"))
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@1.0.0"])
@@ -320,7 +325,9 @@ def test_a_damaged_copy_is_told_and_never_served(tenant: Tenant) -> None:
     assert "DigestMismatch" in fleet.until("Accepted", "AdapterMissing")["message"] or fleet.wanted_names() == []
 
 
-def test_killed_while_it_compresses_and_while_it_restores(tenant: Tenant, running: OperatorProcess) -> None:
+def test_killing_the_operator_during_compression_and_restore_loses_no_weights(
+    tenant: Tenant, running: OperatorProcess
+) -> None:
     source = random.Random(3)
     weights = b"".join(source.randbytes(3) + bytes([source.choice([60, 188])]) for _ in range(1_500_000))
     policy = {"compressAfter": "2s"}
@@ -349,7 +356,7 @@ def test_killed_while_it_compresses_and_while_it_restores(tenant: Tenant, runnin
     killed([2.5, 3.5])
     tenant.until("Adapter", "support-1.0.0", "Ready", "Archived", 90)
     killed([0.2])
-    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the original is gone", 90)
+    tenant.wait(lambda: files(tenant, "1.0.0") == ARCHIVED, "the uncompressed file is deleted", 90)
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@1.0.0"])
     killed([0.5, 1.5])
@@ -358,13 +365,14 @@ def test_killed_while_it_compresses_and_while_it_restores(tenant: Tenant, runnin
     verify(tenant.store, prefix(tenant, "1.0.0"), digest)
 
 
-def test_who_names_a_version_just_before_its_originals_are_deleted_finds_them(
+def test_a_deployment_that_names_a_version_before_its_files_are_deleted_keeps_them(
     tenant: Tenant, running: OperatorProcess
 ) -> None:
     tenant.trained("first", output=output(retention={"compressAfter": "1h"}))
     tenant.trained("second", output=output(retention={"compressAfter": "1h"}))
     running.stop()
-    # The operator had made the copies and written Archived, and died; a deployment was made meanwhile.
+    # Simulate an operator that wrote the compressed copies and the reason Archived, and then crashed before it deleted
+    # the uncompressed files. A deployment is created before the operator starts again.
     digest = tenant.get("Adapter", "support-1.0.0")["spec"]["artifact"]["digest"]
     manifest, _ = read_manifest(tenant.store, prefix(tenant, "1.0.0"), digest)
     archive.compress(tenant.store, prefix(tenant, "1.0.0"), manifest, lambda: False)

@@ -1,4 +1,4 @@
-"""The operator signs what it has verified, and the agents load nothing else."""
+"""The operator signs the versions that it verified, and the agents load only signed versions."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ SECRET = "graft-signing"
 
 
 def published(api: Api) -> dict[str, bytes]:
-    """The public keys, as the agents read them."""
+    """Return the public keys as the agents read them: key id -> key."""
     found = api.get("ConfigMap", SYSTEM, TRUSTED_KEYS)
     return trusted_keys((found or {}).get("data") or {})
 
@@ -39,7 +39,10 @@ def secret_keys(api: Api) -> Keys:
 
 
 def patch_keys(api: Api, **entries: bytes | None) -> None:
-    """Change entries of the Secret, as an administrator does with kubectl; None takes one away."""
+    """Change entries of the Secret as an administrator does with kubectl. None removes an entry.
+
+    An underscore in a name stands for a dot.
+    """
     data = {
         name.replace("_", "."): base64.b64encode(value).decode() if value else None for name, value in entries.items()
     }
@@ -71,7 +74,7 @@ def wanted(fleet: Fleet) -> WantedAdapter:
 
 @pytest.fixture
 def restored(api: Api) -> Iterator[None]:
-    """The Secret as it was before."""
+    """Restore the Secret after the test."""
     before = api.get("Secret", SYSTEM, SECRET)
     assert before is not None
     yield
@@ -82,7 +85,7 @@ def restored(api: Api) -> Iterator[None]:
     api.patch("Secret", SYSTEM, SECRET, {"data": gone | before["data"]})
 
 
-def test_an_adapter_is_signed_and_the_agents_are_told(tenant: Tenant) -> None:
+def test_an_adapter_is_signed_and_the_agents_get_the_signature(tenant: Tenant) -> None:
     name = tenant.trained("first")
     keys = secret_keys(tenant.api)
     found = until_signed_by(tenant, name, keys.key_id)
@@ -111,14 +114,14 @@ def test_a_rejected_version_is_not_signed(tenant: Tenant) -> None:
     assert not [item.key for item in tenant.store.objects(prefix) if item.key.endswith(".sig.json")]
 
 
-def test_a_rotation_signs_anew_without_a_new_look_at_the_files(tenant: Tenant, restored: None) -> None:
+def test_a_key_rotation_signs_again_without_reading_the_files(tenant: Tenant, restored: None) -> None:
     name = tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     pods = fleet.serve(["support@1.0.0"])
     old = secret_keys(tenant.api).key_id
     verified = tenant.status("Adapter", name)["verifiedAt"]
     template = tenant.get("Deployment", "chat")["metadata"]["generation"]
-    # What only a new look would find.
+    # The operator would find this change only if it verified the files again.
     prefix = tenant.get("Adapter", name)["spec"]["artifact"]["uri"].removeprefix("s3://graft/")
     tenant.store.put(prefix + "adapter_model.safetensors", b"tampered")
 
@@ -127,22 +130,22 @@ def test_a_rotation_signs_anew_without_a_new_look_at_the_files(tenant: Tenant, r
     patch_keys(tenant.api, **{"9999-01-01_key": pem})
     found = until_signed_by(tenant, name, new)
     assert set(published(tenant.api)) == {old, new}
-    tenant.wait(lambda: wanted(fleet).signature == found, "the agents are told")
+    tenant.wait(lambda: wanted(fleet).signature == found, "the agents get the new signature")
     assert json.loads(tenant.store.get(prefix + "manifest.sig.json"))["keyId"] == new
     assert tenant.status("Adapter", name)["verifiedAt"] == verified
     assert tenant.condition("Adapter", name, "Ready")["reason"] == "Verified"
     assert tenant.get("Deployment", "chat")["metadata"]["generation"] == template
     assert [pod["metadata"]["uid"] for pod in fleet.pods(1)] == [pod["metadata"]["uid"] for pod in pods]
 
-    # The old key is retired: nothing else changes.
+    # Removing the old key changes nothing else.
     (entry,) = [item for item in (tenant.api.get("Secret", SYSTEM, SECRET) or {})["data"] if item != "9999-01-01.key"]
     patch_keys(tenant.api, **{entry.replace(".", "_"): None})
-    tenant.wait(lambda: set(published(tenant.api)) == {new}, "the old key is trusted no more")
+    tenant.wait(lambda: set(published(tenant.api)) == {new}, "the old key is no longer trusted")
     assert signature(tenant, name) == found
 
 
-def test_a_stolen_key_proves_nothing(tenant: Tenant, restored: None) -> None:
-    """Both versions were signed by the key that is replaced; one of them was changed since."""
+def test_replacing_a_stolen_key_verifies_the_files_before_signing_again(tenant: Tenant, restored: None) -> None:
+    """The replaced key signed both versions. The files of one version were changed since then."""
     whole, changed = tenant.trained("first"), tenant.trained("second", adapter="sales")
     prefix = tenant.get("Adapter", changed)["spec"]["artifact"]["uri"].removeprefix("s3://graft/")
     tenant.store.put(prefix + "adapter_model.safetensors", b"tampered")
@@ -154,36 +157,36 @@ def test_a_stolen_key_proves_nothing(tenant: Tenant, restored: None) -> None:
     assert signature(tenant, changed) is None
 
 
-def test_a_status_that_nobody_signed_is_not_believed(tenant: Tenant) -> None:
+def test_a_forged_signature_in_the_status_is_replaced(tenant: Tenant) -> None:
     name = tenant.trained("first")
     found = until_signed_by(tenant, name, secret_keys(tenant.api).key_id)
     path = f"/apis/graft.dev/v1alpha1/namespaces/{tenant.name}/adapters/{name}/status"
     forged = {"status": {"signature": {"keyId": found.key_id, "value": "A" * 86 + "=="}}}
     tenant.api.call("PATCH", path, forged, "application/merge-patch+json")
-    tenant.wait(lambda: signature(tenant, name) == found, "it is signed again")
+    tenant.wait(lambda: signature(tenant, name) == found, "the operator wrote the correct signature again")
 
 
-def test_keys_that_are_lost_are_made_anew(tenant: Tenant, restored: None) -> None:
+def test_a_deleted_signing_secret_is_replaced_by_a_new_key(tenant: Tenant, restored: None) -> None:
     name = tenant.trained("first")
     old = secret_keys(tenant.api).key_id
     tenant.api.delete("Secret", SYSTEM, SECRET)
-    tenant.wait(lambda: tenant.api.get("Secret", SYSTEM, SECRET), "there is a key again")
+    tenant.wait(lambda: tenant.api.get("Secret", SYSTEM, SECRET), "the operator created a new key")
     new = secret_keys(tenant.api).key_id
     assert new != old
     until_signed_by(tenant, name, new)
-    tenant.wait(lambda: set(published(tenant.api)) == {new}, "the old key is trusted no more")
+    tenant.wait(lambda: set(published(tenant.api)) == {new}, "the old key is no longer trusted")
 
 
-def test_a_key_that_cannot_be_used_stops_nothing_that_is_signed(tenant: Tenant, restored: None) -> None:
+def test_an_invalid_key_leaves_the_last_valid_keys_in_use(tenant: Tenant, restored: None) -> None:
     name = tenant.trained("first")
     before = published(tenant.api)
     patch_keys(tenant.api, **{"9999-03-01_key": b"SECRETWORD"})
-    running = tenant.trained("second")  # signed by the keys that were read last
+    running = tenant.trained("second")  # signed with the keys of the last valid read
     assert published(tenant.api) == before
     assert {signature(tenant, item).key_id for item in (name, running)} <= set(before)  # type: ignore[union-attr]
 
 
-def test_the_operator_says_what_is_wrong_with_its_keys_and_goes_on(
+def test_without_a_valid_key_an_adapter_names_the_invalid_entry_and_waits(
     tenant: Tenant, running: OperatorProcess, restored: None
 ) -> None:
     running.stop()
@@ -195,13 +198,15 @@ def test_the_operator_says_what_is_wrong_with_its_keys_and_goes_on(
     pod = tenant.running_pod("first")
     tenant.publish_as_trainer("first", pod)
     tenant.end_pod(pod)
-    tenant.wait(lambda: tenant.api.get("Adapter", tenant.name, "support-1.0.0"), "there is an Adapter")
+    tenant.wait(lambda: tenant.api.get("Adapter", tenant.name, "support-1.0.0"), "the Adapter exists")
     told = tenant.until("Adapter", "support-1.0.0", "Ready", "SigningKeyUnavailable")
     assert told["status"] == "Unknown" and f"{SYSTEM}/{SECRET}" in told["message"] and "1.key" in told["message"]
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@latest"])
     tenant.wait(
-        lambda: fleet.expected_names() == ["support-1.0.0"], "agents expect it", explain=lambda: str(fleet.status())
+        lambda: fleet.expected_names() == ["support-1.0.0"],
+        "the agents expect support-1.0.0",
+        explain=lambda: str(fleet.status()),
     )
     assert fleet.wanted_names() == []
     patch_keys(tenant.api, **{"1_key": generate()})
@@ -213,7 +218,7 @@ def test_the_operator_says_what_is_wrong_with_its_keys_and_goes_on(
     assert "SECRETWORD" not in log and "PRIVATE KEY" not in log
 
 
-def test_who_may_read_and_write_the_keys(tenant: Tenant) -> None:
+def test_service_accounts_have_only_the_rights_to_the_keys_that_they_need(tenant: Tenant) -> None:
     tenant.trained("first")
     Fleet(tenant, "chat").serve(["support@1.0.0"])
     api = tenant.api
@@ -241,18 +246,18 @@ def refused(call: Callable[[], object]) -> None:
     assert error.value.status == 403
 
 
-def test_a_key_that_somebody_adds_is_taken_out(tenant: Tenant) -> None:
+def test_a_public_key_that_was_added_by_hand_is_removed(tenant: Tenant) -> None:
     before = published(tenant.api)
     raw = b"x" * 32
     added = {"data": {key_id(raw): base64.b64encode(raw).decode()}}
     tenant.api.patch("ConfigMap", SYSTEM, TRUSTED_KEYS, added)
-    tenant.wait(lambda: published(tenant.api) == before, "it is gone")
+    tenant.wait(lambda: published(tenant.api) == before, "the operator removed the added key")
     tenant.api.delete("ConfigMap", SYSTEM, TRUSTED_KEYS)
-    tenant.wait(lambda: published(tenant.api) == before, "they are published again")
+    tenant.wait(lambda: published(tenant.api) == before, "the operator published the keys again")
 
 
-async def test_the_agent_takes_what_the_operator_signed_and_nothing_else(tenant: Tenant, tmp_path: Path) -> None:
-    """The agent's own code, with the namespace's key, what the operator wrote, and the store that somebody has tampered with."""
+async def test_the_agent_loads_only_versions_that_the_operator_signed(tenant: Tenant, tmp_path: Path) -> None:
+    """Run the agent's own code with the namespace's key, the operator's ConfigMaps and a store that was tampered with."""
     secret = tmp_path / "secret"
     tenant.job("first")
     pod_name = tenant.running_pod("first")
@@ -271,7 +276,7 @@ async def test_the_agent_takes_what_the_operator_signed_and_nothing_else(tenant:
     async with serving(
         tmp_path, storage=Storage(secret), namespace=tenant.name, trusted={TRUSTED_KEYS: found["data"]}
     ) as (pod, _, _):
-        # A version of somebody's own, in the tenant's own prefix, in a wanted ConfigMap that he has edited.
+        # An attacker copies the version inside the tenant's own prefix and edits the wanted ConfigMap to name the copy.
         prefix = real.uri.removeprefix("s3://graft/")
         for item in list(tenant.store.objects(prefix)):
             tenant.store.copy(item.key, item.key.replace("/1.0.0/", "/6.6.6/"))
@@ -281,7 +286,7 @@ async def test_the_agent_takes_what_the_operator_signed_and_nothing_else(tenant:
         pod.want(real)
         await pod.state(real, "Loaded")
 
-        # The same version after its bytes were changed in the bucket.
+        # The attacker changes the bytes of the signed version in the bucket.
         pod.want()
         await eventually(lambda: real.engine_name not in pod.engine.adapters)
         await pod.kill()

@@ -1,5 +1,7 @@
-"""The agent and a real S3 server that is slow, cut, corrupt, overloaded or does not take the key: what the pod goes on doing
-meanwhile, and that it ends up with everything that is wanted."""
+"""The agent against a real S3 server that is slow, cut off, corrupt or overloaded, or that denies the key.
+
+During the fault the pod keeps serving its loaded adapters. Afterwards it loads every wanted adapter.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def bucket(s3: S3Server) -> S3Store:
-    """The bucket, with the root's key."""
+    """Create the bucket. Return it, opened with the root key."""
     config = StorageConfig(s3.endpoint, "us-east-1", BUCKET, "", s3.access_key, s3.secret_key)
     store = S3Store(config)
     store.create_bucket()
@@ -43,7 +45,7 @@ def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
 
 
 def write_secret(folder: Path, **values: str) -> None:
-    """The mounted Secret, renewed as the kubelet does it: each file at once."""
+    """Write entries of the mounted Secret. Each file is replaced atomically, as the kubelet does it."""
     folder.mkdir(exist_ok=True)
     for name, value in values.items():
         (folder / f".{name}").write_text(value)
@@ -51,7 +53,7 @@ def write_secret(folder: Path, **values: str) -> None:
 
 
 class Rig:
-    """A pod whose store is the real one behind the proxy."""
+    """A pod whose store is the real S3 server behind the proxy."""
 
     def __init__(self, pod: Pod, start: Callable[[], Awaitable[None]], store: S3Store, secret: Path) -> None:
         self.pod = pod
@@ -60,7 +62,7 @@ class Rig:
         self.secret = secret
 
     def publish(self, name: str, size: int = 1280) -> WantedAdapter:
-        """Puts a version into the real store."""
+        """Put a version into the real store. Return it as a wanted adapter."""
         memory = MemoryStore()
         wanted = memory.publish(name, size=size)
         for key, data in memory.objects.items():
@@ -71,7 +73,7 @@ class Rig:
         await eventually(lambda: (one := self.pod.one(adapter)) and one.reason == reason, seconds=20)
 
     async def unharmed(self, others: list[WantedAdapter]) -> None:
-        """The pod is ready, and what it had it has."""
+        """Check that the pod is ready and that these adapters are still loaded."""
         assert await self.pod.agent.not_ready() is None
         for adapter in others:
             assert (one := self.pod.one(adapter)) is not None and one.state == "Loaded"
@@ -81,7 +83,7 @@ class Rig:
 async def rig(
     tmp_path: Path, store: S3Store, proxy: FaultyProxy, stall_seconds: float = 1.0
 ) -> AsyncIterator[tuple[Rig, WantedAdapter]]:
-    """A ready pod with one adapter."""
+    """Yield a ready pod with one loaded adapter, and that adapter."""
     config = store.config
     secret = tmp_path / "secret"
     write_secret(
@@ -115,7 +117,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-async def test_a_fault_of_the_store_harms_nobody_else_and_passes(
+async def test_a_store_fault_affects_only_its_own_adapter_and_the_download_is_retried(
     tmp_path: Path, bucket: S3Store, proxy: FaultyProxy, kind: str
 ) -> None:
     fault, reason = FAULTS[kind]
@@ -138,7 +140,9 @@ async def test_a_fault_of_the_store_harms_nobody_else_and_passes(
         assert loaded == bucket.get(bad.uri.removeprefix(f"s3://{BUCKET}/") + WEIGHTS)
 
 
-async def test_a_bit_that_flips_once_is_not_even_told(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
+async def test_a_bit_that_flips_once_is_downloaded_again_and_not_reported(
+    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
+) -> None:
     async with rig(tmp_path, bucket, proxy) as (made, first):
         bad = made.publish("bad", size=2 * MIB)
         proxy.inject(
@@ -150,7 +154,7 @@ async def test_a_bit_that_flips_once_is_not_even_told(tmp_path: Path, bucket: S3
         assert len(proxy.reads(BAD + WEIGHTS)) == 2 and len(proxy.reads(BAD + "manifest")) == 2
 
 
-async def test_a_cut_transfer_asks_for_the_rest_only(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
+async def test_a_cut_download_resumes_where_it_stopped(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
     async with rig(tmp_path, bucket, proxy) as (made, first):
         bad = made.publish("bad", size=4 * MIB)
         proxy.inject(Fault(match=BAD + WEIGHTS, cut_at=3 * MIB, times=1))
@@ -161,7 +165,7 @@ async def test_a_cut_transfer_asks_for_the_rest_only(tmp_path: Path, bucket: S3S
         assert 2 * MIB < int(other.range.removeprefix("bytes=").removesuffix("-")) <= 3 * MIB
 
 
-async def test_a_slow_store_delays_nobody_else(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
+async def test_a_slow_download_delays_no_other_adapter(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
     async with rig(tmp_path, bucket, proxy) as (made, first):
         bad, good = made.publish("bad", size=2 * MIB), made.publish("good")
         proxy.inject(Fault(match=BAD, latency=0.3, bytes_per_second=MIB))
@@ -173,7 +177,7 @@ async def test_a_slow_store_delays_nobody_else(tmp_path: Path, bucket: S3Store, 
         assert done.load_seconds is not None and done.load_seconds > 2
 
 
-async def test_a_slow_transfer_that_is_not_wanted_any_more_ends(
+async def test_the_download_of_an_adapter_that_is_no_longer_wanted_is_cancelled(
     tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
 ) -> None:
     async with rig(tmp_path, bucket, proxy) as (made, first):
@@ -185,7 +189,7 @@ async def test_a_slow_transfer_that_is_not_wanted_any_more_ends(
         await eventually(lambda: [path.name for path in made.pod.dir.iterdir()] == [first.engine_name], seconds=3)
 
 
-async def test_an_overloaded_store_is_left_alone_for_as_long_as_it_asks(
+async def test_the_agent_waits_as_long_as_an_overloaded_store_asks(
     tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
 ) -> None:
     async with rig(tmp_path, bucket, proxy) as (made, first):
@@ -200,9 +204,7 @@ async def test_an_overloaded_store_is_left_alone_for_as_long_as_it_asks(
         assert len(proxy.reads(BAD + "manifest")) == 2
 
 
-async def test_many_hanging_adapters_keep_no_new_one_waiting(
-    tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
-) -> None:
+async def test_many_hanging_downloads_delay_no_new_adapter(tmp_path: Path, bucket: S3Store, proxy: FaultyProxy) -> None:
     async with rig(tmp_path, bucket, proxy, stall_seconds=4.0) as (made, first):
         bad = [made.publish(f"hanging{number}") for number in range(12)]
         proxy.inject(Fault(match="hanging", hang_at=0))
@@ -210,7 +212,7 @@ async def test_many_hanging_adapters_keep_no_new_one_waiting(
         for adapter in bad:
             await made.told(adapter, "StorageUnavailable")
         good = made.publish("good")
-        made.pod.want(first, *bad, good)  # all are tried again
+        made.pod.want(first, *bad, good)  # the agent retries all of them
         started = time.monotonic()
         await made.pod.state(good, "Loaded")
         assert time.monotonic() - started < 3
@@ -227,21 +229,21 @@ async def test_renewed_credentials_need_no_restart(
         )
         second, third = made.publish("second"), made.publish("third")
         made.pod.want(first, second)
-        await made.pod.state(second, "Loaded")  # with the new key
+        await made.pod.state(second, "Loaded")  # downloaded with the new key
 
-        renewed = identity.issue("team-a")  # the old one stops working
+        renewed = identity.issue("team-a")  # the old key stops working
         made.pod.want(first, second, third)
         await made.told(third, "CredentialsInvalid")
         assert "key of the storage Secret" in str(made.pod.one(third).message)  # type: ignore[union-attr]
         await made.unharmed([first, second])
-        for _ in range(4):  # the back-off grows
+        for _ in range(4):  # each failed retry makes the back-off longer
             made.pod.want(first, second, third)
         write_secret(made.secret, secret_access_key=renewed.secret_access_key)
         await made.pod.state(third, "Loaded")
         await made.unharmed([first, second, third])
 
 
-async def test_a_pod_that_starts_with_an_expired_key_takes_nobodys_place(
+async def test_a_pod_that_starts_with_an_expired_key_is_not_ready(
     tmp_path: Path, bucket: S3Store, proxy: FaultyProxy
 ) -> None:
     async with rig(tmp_path, bucket, proxy) as (made, first):

@@ -1,5 +1,7 @@
-"""The agent's process, killed without a word at each request that it makes and at each change on its disk: the next one ends up
-with what is wanted, nothing partial is ever loaded, and nothing is left lying about."""
+"""The agent is killed with SIGKILL at each request that it makes and at each change on its disk.
+
+The next agent must load every wanted adapter. No partial adapter may be loaded, and no other files may remain.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ FILES = {"adapter_config.json", "adapter_model.safetensors", "manifest.digest"}
 
 
 class Zygote:
-    """Forks agents."""
+    """The process that forks the agents."""
 
     def __init__(self, kubeconfig: Path) -> None:
         script = REPOSITORY / "tests" / "worlds" / "cluster" / "agent_zygote.py"
-        self.kubeconfig = kubeconfig  # its path is read when the client is imported, its content at each start
+        self.kubeconfig = kubeconfig  # the client reads the path at its import, and the content at each start
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
@@ -57,7 +59,7 @@ class Zygote:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, unless there is no process yet or any more."""
+    """Send SIGKILL. Do nothing if the process has not started or has ended."""
     if pid == 0:
         return
     try:
@@ -85,7 +87,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 @pytest.fixture(scope="module")
 def versions(s3: S3Server) -> dict[str, WantedAdapter]:
-    """Three versions in the real store."""
+    """Put three versions into the real store. Return them: name -> version."""
     store = S3Store(StorageConfig(s3.endpoint, "us-east-1", BUCKET, "", s3.access_key, s3.secret_key))
     store.create_bucket()
     memory = MemoryStore()
@@ -102,7 +104,7 @@ def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
 
 
 class CheckedEngine(FakeEngine):
-    """An engine that looks at what it is told to load."""
+    """An engine that checks the files of each adapter before it loads it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class CheckedEngine(FakeEngine):
 
 
 class Cell:
-    """One pod: its disk, engine and ConfigMaps outlive its agent."""
+    """One pod. Its disk, engine and ConfigMaps survive its agent."""
 
     def __init__(self, root: Path, zygote: Zygote, s3: S3Server, proxy: FaultyProxy) -> None:
         self.root = root
@@ -168,7 +170,7 @@ class Cell:
         self.kube.put("dep-wanted", {WANTED_KEY: wanted.json_text()})
 
     def start(self, kill_at: int | None = None) -> None:
-        """Starts the agent; what it tells is known by its number."""
+        """Start the agent. Its pod UID contains the number of the start, so that its reports differ from earlier ones."""
         self._starts += 1
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -184,7 +186,7 @@ class Cell:
         self.pid = self._zygote.start(arguments=arguments, log=log, kill_at=kill_at, below=str(self.dir))
 
     def settled(self, *adapters: WantedAdapter) -> bool:
-        """Whether the agent that runs now says that all is done, and it is so."""
+        """Return whether the current agent reports exactly these adapters as loaded, and engine and disk agree."""
         text = self.kube.items["dep-residency"]["data"].get("pod-1")
         told = Residency.model_validate_json(text) if text else None
         names = sorted(adapter.engine_name for adapter in adapters)
@@ -205,7 +207,7 @@ class Cell:
             raise AssertionError(f"{there}\n{sorted(self.engine.adapters)}\n{tail(self.root / 'agent.log')}") from None
 
     async def before(self, old: WantedAdapter) -> None:
-        """The state that every case starts from: an agent that is gone has loaded a version that is then wanted no more."""
+        """Set up the state that every case starts from: a killed agent had loaded `old`, which is no longer wanted."""
         kill(self.pid)
         await eventually(lambda: gone(self.pid))
         snapshot = self.root / "before"
@@ -240,7 +242,7 @@ async def cell(root: Path, zygote: Zygote, s3: S3Server, proxy: FaultyProxy) -> 
 
 
 async def sweep(made: Cell, old: WantedAdapter, new: list[WantedAdapter], start: Callable[[int], None]) -> int:
-    """Kills agents at the first, second, … point until one gets through; at how many points it was."""
+    """Kill agents at the first point, the second point and so on, until one finishes. Return the number of points."""
     for count in range(1, 200):
         await made.before(old)
         made.want(*new)
@@ -252,10 +254,10 @@ async def sweep(made: Cell, old: WantedAdapter, new: list[WantedAdapter], start:
         made.start()
         await made.until_settled(*new)
         assert made.engine.broken == []
-    raise AssertionError("no agent ever gets through")
+    raise AssertionError("no agent finished: each was killed at one of the first 199 points")
 
 
-async def test_killed_at_each_request_it_ends_up_with_what_is_wanted(
+async def test_after_a_kill_at_any_request_the_next_agent_loads_every_wanted_adapter(
     tmp_path: Path, zygote: Zygote, s3: S3Server, proxy: FaultyProxy, versions: dict[str, WantedAdapter]
 ) -> None:
     async with cell(tmp_path, zygote, s3, proxy) as made:
@@ -267,7 +269,7 @@ async def test_killed_at_each_request_it_ends_up_with_what_is_wanted(
                 nonlocal left
                 left -= 1
                 if left == 0:
-                    kill(made.pid)  # and the request is carried out nevertheless
+                    kill(made.pid)  # the server handles the request nevertheless
 
             made.on_request = request
             made.start()
@@ -275,7 +277,7 @@ async def test_killed_at_each_request_it_ends_up_with_what_is_wanted(
         assert await sweep(made, versions["old"], [versions["a"], versions["b"]], start) > 15
 
 
-async def test_killed_at_each_change_on_disk_it_ends_up_with_what_is_wanted(
+async def test_after_a_kill_at_any_disk_change_the_next_agent_loads_every_wanted_adapter(
     tmp_path: Path, zygote: Zygote, s3: S3Server, proxy: FaultyProxy, versions: dict[str, WantedAdapter]
 ) -> None:
     async with cell(tmp_path, zygote, s3, proxy) as made:

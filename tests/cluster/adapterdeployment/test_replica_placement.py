@@ -1,4 +1,7 @@
-"""Adapters on a part of the replicas, because not all fit on each: two copies, what is lost comes back, room is asked for by name."""
+"""Placement of adapters on some of the replicas, when not all adapters fit on each replica.
+
+Each adapter gets two replicas, lost copies are replaced, and messages name the fields to raise.
+"""
 
 import pytest
 from worlds.cluster.api import Object, Refused
@@ -9,7 +12,7 @@ NAMES = ("red", "green", "blue", "grey")
 
 
 def homes(fleet: Fleet) -> dict[str, set[str]]:
-    """Adapter -> the pods that are to have it."""
+    """Return the pods that must have each adapter: adapter -> pods."""
     return {item.adapter: set(item.pods or []) for item in fleet.wanted().adapters}
 
 
@@ -18,7 +21,7 @@ def name(pod: Object) -> str:
 
 
 def load(fleet: Fleet, pods: list[Object]) -> None:
-    """Each agent does what it is told."""
+    """Report, as the agent of each pod, that all adapters of the pod are loaded."""
     for pod in pods:
         mine = fleet.wanted().for_pod(name(pod))
         assert mine is not None
@@ -26,9 +29,9 @@ def load(fleet: Fleet, pods: list[Object]) -> None:
 
 
 def known(fleet: Fleet, pods: list[Object]) -> None:
-    """Wait until the assignment knows exactly these pods."""
+    """Wait until the assignment covers exactly these pods."""
     expected = sorted(name(pod) for pod in pods)
-    fleet.tenant.wait(lambda: fleet.wanted().assigned == expected, f"the assignment is for {expected}")
+    fleet.tenant.wait(lambda: fleet.wanted().assigned == expected, f"the assignment covers {expected}")
 
 
 def trained(tenant: Tenant, *names: str) -> list[str]:
@@ -38,7 +41,7 @@ def trained(tenant: Tenant, *names: str) -> list[str]:
 
 
 def serve(tenant: Tenant, adapters: list[str], replicas: int, slots: int) -> tuple[Fleet, list[Object]]:
-    """Deploy, and play the agents until everything that has room is loaded."""
+    """Deploy, and play the agents until every adapter that fits is loaded. Return the deployment and its pods."""
     fleet = Fleet(tenant, "chat")
     fleet.deploy(adapters, replicas=replicas, limits={"adaptersPerReplica": slots})
     pods = fleet.pods(replicas)
@@ -50,7 +53,7 @@ def serve(tenant: Tenant, adapters: list[str], replicas: int, slots: int) -> tup
     return fleet, pods
 
 
-def test_a_replica_that_goes_takes_no_adapter_with_it(tenant: Tenant) -> None:
+def test_losing_a_replica_loses_no_adapter(tenant: Tenant) -> None:
     fleet, pods = serve(tenant, trained(tenant, *NAMES), replicas=3, slots=3)
     before = homes(fleet)
     assert all(len(where) >= 2 for where in before.values())
@@ -67,17 +70,18 @@ def test_a_replica_that_goes_takes_no_adapter_with_it(tenant: Tenant) -> None:
     known(fleet, now)
     after = homes(fleet)
     for adapter, where in before.items():
-        assert where - {lost} <= after[adapter], "what was somewhere stays there"
+        assert where - {lost} <= after[adapter], "adapters must stay on the remaining replicas"
         assert len(after[adapter]) >= 2
     assert fleet.until("Available", "Serving")["status"] == "True"  # every adapter had a second replica
     load(fleet, now)
     fleet.until("Progressing", "Complete")
     tenant.wait(
-        lambda: {len(item.loaded) for item in fleet.routes().backends} == {4}, "three adapters and the base each"
+        lambda: {len(item.loaded) for item in fleet.routes().backends} == {4},
+        "each replica has three adapters and the base model",
     )
 
 
-def test_a_replica_that_is_not_ready_any_more_is_told(tenant: Tenant) -> None:
+def test_a_replica_that_becomes_unready_degrades_the_deployment(tenant: Tenant) -> None:
     fleet, pods = serve(tenant, trained(tenant, "red", "green"), replicas=2, slots=2)
     fleet.until("Degraded", "AsExpected")
     fleet.ready(pods[0], False)
@@ -87,16 +91,18 @@ def test_a_replica_that_is_not_ready_any_more_is_told(tenant: Tenant) -> None:
     fleet.ready(pods[0], True)
     fleet.until("Degraded", "AsExpected")
     tenant.wait(
-        lambda: fleet.status()["stage"] == "Available", "it is whole again", explain=lambda: str(fleet.status())
+        lambda: fleet.status()["stage"] == "Available",
+        "the stage is Available again",
+        explain=lambda: str(fleet.status()),
     )
 
 
-def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None:
+def test_no_room_names_the_fields_to_raise_and_raising_one_helps(tenant: Tenant) -> None:
     fleet, pods = serve(tenant, trained(tenant, *NAMES), replicas=2, slots=3)
     told = fleet.until("Degraded", "NoRoom", says="is on 1 replica instead of 2")
     assert told["status"] == "True"
     assert "raise spec.replicas to 3, or raise spec.limits.adaptersPerReplica to 4" in told["message"]
-    assert fleet.until("Available", "Serving")  # each of them has one
+    assert fleet.until("Available", "Serving")  # each adapter is on one replica at least
 
     fleet.change(replicas=3)
     now = fleet.pods(3)
@@ -113,15 +119,15 @@ def test_no_room_says_what_would_make_room_and_that_does(tenant: Tenant) -> None
     fleet.until("Degraded", "NoRoom", says=f"has no room on 1 replica: {remedy}")
     fleet.until("Available", "RouteUnavailable")
     fleet.change(limits={"adaptersPerReplica": 4})
-    tenant.wait(lambda: fleet.wanted().assigned is None, "everything is for every replica")
+    tenant.wait(lambda: fleet.wanted().assigned is None, "every adapter is on every replica")
     load(fleet, [left])
     fleet.until("Degraded", "AsExpected")
     assert len(fleet.pods(1)) == 1 and pods
 
 
-def test_a_version_changes_on_a_part_of_the_replicas(tenant: Tenant) -> None:
+def test_a_new_version_rolls_out_on_some_of_the_replicas(tenant: Tenant) -> None:
     fleet, pods = serve(tenant, trained(tenant, "red", "green", "blue"), replicas=3, slots=3)
-    assert fleet.wanted().assigned is None  # all fit; beside an older version they do not
+    assert fleet.wanted().assigned is None  # the three adapters fit; with a new version beside an old one they do not
     tenant.trained("again", adapter="red")
     fleet.until_wanted("red-1.0.0", "red-1.0.1", "green-1.0.0", "blue-1.0.0")
     known(fleet, pods)
@@ -129,20 +135,23 @@ def test_a_version_changes_on_a_part_of_the_replicas(tenant: Tenant) -> None:
     assert len(where["red-1.0.1"]) == 2
     first, second = (pod for pod in pods if name(pod) in where["red-1.0.1"])
     load(fleet, [first])
-    tenant.wait(lambda: "1/2" in [item.get("loaded") for item in fleet.status()["adapters"]], "one of two has it")
+    tenant.wait(
+        lambda: "1/2" in [item.get("loaded") for item in fleet.status()["adapters"]],
+        "one of two replicas has the new version",
+    )
     assert fleet.targets()["red"] == "red-1.0.0"
     assert fleet.until("Available", "Serving")
 
     load(fleet, [second])
     fleet.until_targets(red="red-1.0.1", green="green-1.0.0", blue="blue-1.0.0")
     fleet.until_wanted("red-1.0.1", "green-1.0.0", "blue-1.0.0")
-    tenant.wait(lambda: fleet.wanted().assigned is None, "all fit again")
+    tenant.wait(lambda: fleet.wanted().assigned is None, "all adapters fit on each replica again")
     load(fleet, pods)
     fleet.until("Progressing", "Complete")
     fleet.until("Degraded", "AsExpected")
 
 
-def test_a_limit_that_makes_no_sense_is_refused(tenant: Tenant) -> None:
+def test_an_invalid_limit_is_refused(tenant: Tenant) -> None:
     for limits, words in (
         ({"adapterBytesPerReplica": "-4Gi"}, "at least 1Mi"),
         ({"adapterBytesPerReplica": "10m"}, "at least 1Mi"),

@@ -1,6 +1,7 @@
-"""Clients ask without pause while adapters come, change and go, an engine is killed, a pod is deleted and the base is rolled.
+"""Clients send requests without pause while the deployment changes.
 
-Everything but the kubelet is real: API server, operator, object store, agents, engines and the gateway, as processes.
+Adapters are added, changed and removed, an engine is killed, a pod is deleted, and all pods are rolled. Only the kubelet
+is simulated. API server, operator, object store, agents, engines and gateway are real processes.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def node(api: Api, tmp_path: Path, fork_server: ForkServer) -> Iterator[Loopback
 
 
 def in_float32(folder: Path) -> Path:
-    """The tiny model with weights of 32 bits."""
+    """Copy the tiny model with 32-bit weights. Return the folder."""
     shutil.copytree(MODEL, folder)
     AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").save_pretrained(folder)
     return folder
 
 
 class Story:
-    """One deployment under load, and what its clients are told."""
+    """One deployment under load, and the answers that its clients expect."""
 
     def __init__(self, tenant: Tenant, node: LoopbackNode, load: Load, fleet: Fleet) -> None:
         self.tenant, self.node, self.load, self.fleet = tenant, node, load, fleet
@@ -60,7 +61,7 @@ class Story:
         return f"{self.tenant.name}/{route}"
 
     def until(self, predicate: object, what: str, seconds: float = 240) -> None:
-        """Wait; the first failed request ends it."""
+        """Wait until the predicate holds. Fail at the first failed request."""
 
         def there() -> object:
             assert not self.load.failures, self.load.failures[:3]
@@ -70,13 +71,13 @@ class Story:
         self.tenant.wait(there, what, seconds, lambda: str(self.fleet.status()))
 
     def until_answered(self, route: str, version: str, number: int = 5) -> None:
-        """Wait until clients got answers of a version to what they asked from now on."""
+        """Wait until a version has answered `number` requests that began after this call."""
         since = time.monotonic()
         answers = self.load.answers
-        self.until(lambda: answers(self.model(route), since)[version] >= number, f"{route} answers as {version}")
+        self.until(lambda: answers(self.model(route), since)[version] >= number, f"version {version} answers {route}")
 
     def until_serving(self) -> None:
-        """Everything is rolled out, and every pod that serves is ready."""
+        """Wait until the rollout is complete and every route is served."""
 
         def settled() -> bool:
             seen = {
@@ -85,13 +86,13 @@ class Story:
             }
             return seen["Available"].get("reason") == "Serving" and seen["Progressing"].get("reason") == "Complete"
 
-        self.until(settled, "all is rolled out")
+        self.until(settled, "the rollout is complete")
 
     def pods(self) -> list[LoopbackPod]:
         return self.node.of(self.tenant.name)
 
 
-@pytest.mark.timeout(900)  # it takes two minutes where nothing else runs
+@pytest.mark.timeout(900)  # seconds; it takes two minutes on an idle machine
 def test_no_request_fails_while_everything_changes(
     tenant: Tenant, node: LoopbackNode, plane: ControlPlane, tmp_path: Path
 ) -> None:
@@ -100,7 +101,7 @@ def test_no_request_fails_while_everything_changes(
         name: make_adapter(MODEL, tmp_path / name, seed)
         for seed, name in enumerate(("support-1.0.0", "support-1.0.1", "sales-1.0.0"))
     }
-    reference = in_float32(tmp_path / "reference")  # as the engine computes
+    reference = in_float32(tmp_path / "reference")  # the engine computes in float32, too
     right = {name: expected(reference, folder, PROMPT, TOKENS) for name, folder in folders.items()}
     assert len(set(right.values())) == 3
     publish_version(tenant, folders["support-1.0.0"], "support", "1.0.0")
@@ -109,7 +110,9 @@ def test_no_request_fails_while_everything_changes(
     fleet = Fleet(tenant, "chat")
     write = {"baseModel": BASE, "drainSeconds": 1, **PLACEMENT}
     fleet.deploy(["support@latest"], replicas=2, **write)
-    tenant.wait(lambda: tenant.api.get("ServiceAccount", tenant.name, "chat-agent"), "the agents have an account")
+    tenant.wait(
+        lambda: tenant.api.get("ServiceAccount", tenant.name, "chat-agent"), "the agents' service account exists"
+    )
     write_kubeconfig(plane, tmp_path / "agents.kubeconfig", tenant.api.token(tenant.name, "chat-agent"))
 
     with gateway(plane, tenant.api, tmp_path, node.address()) as url, under_load(Load(url, BODY)) as load:
@@ -124,31 +127,33 @@ def test_no_request_fails_while_everything_changes(
         load.expect(story.model("sales"), {"1.0.0": right["sales-1.0.0"]})
         story.until_answered("sales", "1.0.0")
 
-        # A new version.
+        # A new version is published.
         load.expect(story.model("support"), {v: right[f"support-{v}"] for v in ("1.0.0", "1.0.1")})
         publish_version(tenant, folders["support-1.0.1"], "support", "1.0.1")
         story.until_answered("support", "1.0.1", number=1)
         load.expect(story.model("support"), {"1.0.1": right["support-1.0.1"]})
         story.until_answered("support", "1.0.1")
-        story.until(lambda: fleet.wanted_names() == ["sales-1.0.0", "support-1.0.1"], "the old version is not wanted")
+        story.until(
+            lambda: fleet.wanted_names() == ["sales-1.0.0", "support-1.0.1"], "the old version is no longer wanted"
+        )
 
-        # An engine is killed without a word, in the middle of streams: another replica takes them over.
+        # An engine is killed with SIGKILL in the middle of streams. Another replica takes the streams over.
         load.streamed = 1.0
         story.until(lambda: load.streams > load.clients / 2, "streams run in both pods")
         victim = story.pods()[0]
         victim.engine.signal(signal.SIGKILL)
         story.until(lambda: victim.engine.restarts == 1, "the engine was started again")
         load.streamed = 0.5
-        story.until(lambda: victim.ready, "it is ready again")
+        story.until(lambda: victim.ready, "the pod is ready again")
         story.until_serving()
 
         # A pod is deleted.
         leaving = story.pods()[1]
         tenant.api.delete("Pod", tenant.name, leaving.name)
-        story.until(leaving.over.is_set, "its processes have ended")
+        story.until(leaving.over.is_set, "the processes of the deleted pod have ended")
         story.until_serving()
 
-        # The base is rolled: every pod is replaced.
+        # A changed limit rolls the deployment: every pod is replaced.
         before = {pod.name for pod in story.pods()}
         fleet.change(limits={"maxNumSeqs": 12})
         story.until(
@@ -158,7 +163,7 @@ def test_no_request_fails_while_everything_changes(
         story.until_answered("sales", "1.0.0")
         story.until_answered("support", "1.0.1")
 
-        # An adapter is taken away.
+        # An adapter is detached.
         load.expect(story.model("sales"), {"1.0.0": right["sales-1.0.0"], GONE: ""})
         fleet.change(adapters=["support@latest"])
         story.until_answered("sales", GONE, number=1)

@@ -1,4 +1,4 @@
-"""Who says how many pods there are: the user, an autoscaler, or the next request."""
+"""The number of pods, which the user, an autoscaler or the next request sets."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ def replicas(tenant: Tenant) -> int:
 
 
 def scale(tenant: Tenant, number: int) -> None:
-    """What an autoscaler does."""
+    """Set the replicas through the scale subresource, as an autoscaler does."""
     path = f"/apis/apps/v1/namespaces/{tenant.name}/deployments/chat/scale"
     tenant.api.call("PATCH", path, {"spec": {"replicas": number}}, "application/merge-patch+json")
 
@@ -51,7 +51,7 @@ def engine_flags(tenant: Tenant) -> list[str]:
     return list(container["command"])
 
 
-def test_several_replicas_are_guarded_and_spread(tenant: Tenant) -> None:
+def test_several_replicas_have_a_disruption_budget_and_run_on_different_nodes(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
     fleet.deploy([], routes=[{"model": "base"}], replicas=2, shutdownSeconds=60)
     pods = fleet.pods(2)
@@ -60,54 +60,58 @@ def test_several_replicas_are_guarded_and_spread(tenant: Tenant) -> None:
     assert budget["selector"]["matchLabels"].items() <= pods[0]["metadata"]["labels"].items()
     spec: Any = pods[0]["spec"]
     assert spec["terminationGracePeriodSeconds"] == 80
-    # The nodes here have no zone, as in many clusters that are not a cloud's; that must not end the spreading over nodes.
+    # These nodes have no zone label, as in many on-premises clusters. The pods must run on different nodes nevertheless.
     assert len({pod["spec"]["nodeName"] for pod in pods}) == 2
 
     fleet.change(replicas=1)
     fleet.pods(1)
-    tenant.gone("PodDisruptionBudget", "chat")  # it would block the drain of the node
+    tenant.gone("PodDisruptionBudget", "chat")  # with one replica it would block the drain of the node
 
 
-def test_an_autoscaler_has_the_replicas_and_the_operator_leaves_them_alone(tenant: Tenant) -> None:
+def test_the_operator_leaves_the_replicas_to_the_autoscaler(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
     fleet.deploy([], routes=[{"model": "base"}], replicas=3)
     fleet.pods(3)
     fleet.change(autoscaling={"minReplicas": 2, "maxReplicas": 5, "target": CPU | {"requestsPerReplica": 8}})
-    tenant.wait(lambda: tenant.api.get("HorizontalPodAutoscaler", tenant.name, "chat"), "the autoscaler is made")
+    tenant.wait(lambda: tenant.api.get("HorizontalPodAutoscaler", tenant.name, "chat"), "the autoscaler exists")
     spec = tenant.get("HorizontalPodAutoscaler", "chat")["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 5)
     assert {item["type"] for item in spec["metrics"]} == {"ContainerResource", "External"}
     assert spec["scaleTargetRef"]["name"] == "chat"
-    assert replicas(tenant) == 3, "the hand-over does not fall back to the default of 1"
+    assert replicas(tenant) == 3, "the hand-over must not reset the replicas to the default of 1"
 
     def claimed() -> list[str]:
         entries = tenant.get("Deployment", "chat")["metadata"]["managedFields"]
         return [item["manager"] for item in entries if "f:replicas" in item["fieldsV1"].get("f:spec", {})]
 
     tenant.wait(
-        lambda: "graft-operator" not in claimed(), "the operator has given the field up", explain=lambda: str(claimed())
+        lambda: "graft-operator" not in claimed(),
+        "the operator no longer owns the field spec.replicas",
+        explain=lambda: str(claimed()),
     )
     scale(tenant, 4)
     fleet.pods(4)
-    # The pods are rolled, their number is not touched.
+    # A new limit rolls the pods and does not change their number.
     fleet.change(limits={"maxLoras": 4, "adaptersPerReplica": 4})
-    tenant.wait(lambda: "4" in engine_flags(tenant), "the new limit is in the pods")
+    tenant.wait(lambda: "4" in engine_flags(tenant), "the pod template has the new limit")
     assert replicas(tenant) == 4
     tenant.wait(
         lambda: "behavior" in tenant.get("HorizontalPodAutoscaler", "chat")["spec"],
-        "replicas of an adapter do not go together",
+        "the autoscaler limits how many replicas it removes at once",
     )
     (policy,) = tenant.get("HorizontalPodAutoscaler", "chat")["spec"]["behavior"]["scaleDown"]["policies"]
     assert policy["value"] == 1
     fleet.pods(4)
-    tenant.wait(lambda: fleet.status()["readyText"] == "4/4", "all are ready", 120, lambda: str(fleet.status()))
+    tenant.wait(
+        lambda: fleet.status()["readyText"] == "4/4", "all replicas are ready", 120, lambda: str(fleet.status())
+    )
 
     fleet.change(autoscaling=None, replicas=1)
     fleet.pods(1)
     tenant.gone("HorizontalPodAutoscaler", "chat")
 
 
-def test_without_keda_the_remedy_is_told_and_the_models_are_served(tenant: Tenant) -> None:
+def test_without_keda_the_condition_names_the_remedy_and_the_models_are_served(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
     keda = {"provider": "keda", "prometheusUrl": "http://prometheus:9090", "minReplicas": 1, "maxReplicas": 3}
     fleet.deploy([], routes=[{"model": "base"}], autoscaling=keda | {"target": {"requestsPerReplica": 8}})
@@ -131,7 +135,7 @@ def test_without_keda_the_remedy_is_told_and_the_models_are_served(tenant: Tenan
         tenant.api.call("DELETE", f"{CRDS}/scaledobjects.keda.sh")
 
 
-def test_what_makes_no_sense_is_refused(tenant: Tenant) -> None:
+def test_invalid_autoscaling_is_refused(tenant: Tenant) -> None:
     for spec, message in (
         ({"autoscaling": {"maxReplicas": 3}}, "autoscaling.target"),
         ({"autoscaling": {"minReplicas": 4, "maxReplicas": 3, "target": CPU}}, "minReplicas must not be above"),
@@ -146,7 +150,7 @@ def test_what_makes_no_sense_is_refused(tenant: Tenant) -> None:
             Fleet(tenant, "chat").deploy([], routes=[{"model": "base"}], **spec)
 
 
-def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> None:
+def test_an_idle_deployment_scales_to_zero_and_the_next_request_wakes_it(tenant: Tenant) -> None:
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@1.0.0"], autoscaling={"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 5})
@@ -159,7 +163,7 @@ def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> No
     assert asleep["status"] == "True" and "wakes it" in asleep["message"]
     fleet.pods(0)
     tenant.wait(lambda: fleet.status()["stage"] == "Asleep", "the stage is Asleep")
-    tenant.wait(lambda: fleet.status()["readyText"] == "0/0", "no pod is left")
+    tenant.wait(lambda: fleet.status()["readyText"] == "0/0", "the deployment has no pods")
     assert fleet.status()["sizing"]["strategy"] == "serverless"
     assert fleet.routes().idle_seconds == 5 and fleet.routes().backends == []
     assert fleet.targets() == {"support": "support-1.0.0"}
@@ -167,7 +171,7 @@ def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> No
     address = "127.77.0.1"
     with engine(address, ENGINE_PORT), front_door(tenant.api, "gw-1") as door, ThreadPoolExecutor() as clients:
         first = clients.submit(door.ask, f"{tenant.name}/support")
-        (pod,) = fleet.pods(1)  # the operator heard of it from the gateway's ConfigMap
+        (pod,) = fleet.pods(1)  # the operator read the demand from the gateway's ConfigMap
         assert not first.done(), first.result().data
         path = f"/api/v1/namespaces/{tenant.name}/pods/{pod['metadata']['name']}/status"
         where = {"status": {"podIP": address, "podIPs": [{"ip": address}]}}
@@ -180,9 +184,9 @@ def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> No
         assert json.loads(demand["data"][f"{tenant.name}.chat.gw-1"])["deployment"] == "chat"
     fleet.until("Available", "Asleep")
 
-    fleet.change(replicas=0)  # stopped by its user: no request wakes it
+    fleet.change(replicas=0)  # the user stopped the deployment, so no request wakes it
     fleet.until("Available", "ScaledToZero")
-    tenant.wait(lambda: fleet.routes().idle_seconds is None, "requests do not wait for it")
+    tenant.wait(lambda: fleet.routes().idle_seconds is None, "the gateway no longer holds requests for the deployment")
     tenant.api.delete("AdapterDeployment", tenant.name, "chat")
     tenant.gone("AdapterDeployment", "chat")
 
@@ -193,7 +197,7 @@ def test_it_sleeps_when_idle_and_the_next_request_wakes_it(tenant: Tenant) -> No
     assert left() == []
 
 
-def test_an_operator_that_was_away_wakes_what_was_asked_for(tenant: Tenant, running: Any) -> None:
+def test_a_restarted_operator_wakes_a_deployment_that_was_requested_meanwhile(tenant: Tenant, running: Any) -> None:
     fleet = Fleet(tenant, "chat")
     fleet.deploy([], routes=[{"model": "base"}], autoscaling={"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 20})
     fleet.pods(1)
@@ -207,23 +211,27 @@ def test_an_operator_that_was_away_wakes_what_was_asked_for(tenant: Tenant, runn
     fleet.pods(1)
 
 
-def test_a_pod_that_goes_away_leaves_the_routes_at_once(tenant: Tenant) -> None:
+def test_a_terminating_pod_leaves_the_routes_at_once(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
     fleet.deploy([], routes=[{"model": "base"}], replicas=2)
     pods = fleet.pods(2)
     for pod in pods:
         fleet.agent_says(pod)
-    tenant.wait(lambda: len(fleet.routes().backends) == 2, "both are backends")
+    tenant.wait(lambda: len(fleet.routes().backends) == 2, "both pods are backends")
     going = pods[0]["metadata"]["name"]
     tenant.api.patch("Pod", tenant.name, going, {"metadata": {"finalizers": ["graft.test/still-answering"]}})
     tenant.api.delete("Pod", tenant.name, going)
-    tenant.wait(lambda: going not in [item.pod for item in fleet.routes().backends], "it has left the routes")
-    assert tenant.get("Pod", going)["metadata"]["deletionTimestamp"], "while it still is there"
+    tenant.wait(
+        lambda: going not in [item.pod for item in fleet.routes().backends], "the terminating pod has left the routes"
+    )
+    assert tenant.get("Pod", going)["metadata"]["deletionTimestamp"], (
+        "the pod must still exist, because a finalizer holds it"
+    )
     tenant.api.patch("Pod", tenant.name, going, {"metadata": {"finalizers": None}})
     tenant.gone("Pod", going)
 
 
-def test_another_base_model_rolls_the_pods_one_by_one(tenant: Tenant) -> None:
+def test_new_base_model_files_roll_the_pods_one_by_one(tenant: Tenant) -> None:
     base = make_base_model(tenant.api, tenant.store, f"base-{tenant.name}"[:60].strip("-"))
     fleet = Fleet(tenant, "chat")
     fleet.deploy([], baseModel=base, routes=[{"model": "base"}], replicas=2)
@@ -239,7 +247,7 @@ def test_another_base_model_rolls_the_pods_one_by_one(tenant: Tenant) -> None:
     tenant.api.delete("BaseModel", None, base)
     tenant.store.put(f"models/{base}/model-2.safetensors", b"more weights")
     tenant.api.create({key: spec[key] for key in ("apiVersion", "kind", "spec")} | {"metadata": {"name": base}})
-    tenant.wait(lambda: digest() != old, "the pods' template has the new digest")
+    tenant.wait(lambda: digest() != old, "the pod template has the new digest")
     rolling = tenant.get("Deployment", "chat")["spec"]["strategy"]["rollingUpdate"]
     assert rolling == {"maxUnavailable": 0, "maxSurge": 1}
 
@@ -251,4 +259,4 @@ def test_another_base_model_rolls_the_pods_one_by_one(tenant: Tenant) -> None:
         ]
         return len(alive) == 2 and not before & {pod["metadata"]["uid"] for pod in alive}
 
-    tenant.wait(replaced, "both pods are new")
+    tenant.wait(replaced, "both pods are replaced")

@@ -1,4 +1,7 @@
-"""A route through two adapters: it is there when both are, and each follows its own versions."""
+"""A route through a sequence of two adapters.
+
+It serves when both adapters are loaded. Each adapter follows its own versions.
+"""
 
 import json
 from typing import Any
@@ -13,7 +16,7 @@ ROUTES = [{"model": "polite", "sequence": ["support", "tone"]}, {"model": "suppo
 
 
 def steps(fleet: Fleet) -> list[str | None]:
-    """The Adapters of the sequence, as the gateway is told."""
+    """Return the Adapters of the sequence, as the gateway's routes list them."""
     entry = next(item for item in fleet.routes().routes if item.model.endswith("/polite"))
     assert entry.targets == []
     return [step.adapter for step in entry.steps]
@@ -39,7 +42,7 @@ def test_a_sequence_serves_when_every_step_is_loaded(tenant: Tenant) -> None:
     fleet.until_wanted("support-1.0.0", "support-1.0.1", "tone-1.0.0")
     assert steps(fleet) == ["support-1.0.0", "tone-1.0.0"]
     fleet.agent_says(pod)
-    tenant.wait(lambda: steps(fleet) == ["support-1.0.1", "tone-1.0.0"], "the first step moves on its own")
+    tenant.wait(lambda: steps(fleet) == ["support-1.0.1", "tone-1.0.0"], "only the first step moves to the new version")
     fleet.until_wanted("support-1.0.1", "tone-1.0.0")
 
 
@@ -51,7 +54,7 @@ def test_a_sequence_serves_when_every_step_is_loaded(tenant: Tenant) -> None:
         ({"sequence": ["support", "other"]}, "each adapter of a route's sequence must be one of adapters"),
     ],
 )
-def test_a_wrong_sequence_is_refused(tenant: Tenant, plane: ControlPlane, route: dict[str, Any], words: str) -> None:
+def test_an_invalid_sequence_is_refused(tenant: Tenant, plane: ControlPlane, route: dict[str, Any], words: str) -> None:
     spec = {"baseModel": BASE, "adapters": ["support@latest", "tone@latest"], "routes": [{"model": "m", **route}]}
     assert words in refused(plane, tenant.resource("AdapterDeployment", "wrong", spec))
     assert json.dumps(tenant.api.list("AdapterDeployment", tenant.name)) == "[]"

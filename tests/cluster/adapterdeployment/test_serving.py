@@ -1,4 +1,7 @@
-"""Adapters come, change and go while the pods stay; the order is load, seen loaded, shift traffic, unload."""
+"""Adapters are added, changed and removed without a restart of the pods.
+
+The order is always the same: load, see it loaded on every replica, shift traffic, unload.
+"""
 
 from worlds.cluster.api import Object
 from worlds.cluster.fleet import Fleet
@@ -9,7 +12,7 @@ def uids(pods: list[Object]) -> list[str]:
     return sorted(pod["metadata"]["uid"] for pod in pods)
 
 
-def test_another_adapter_never_touches_the_pods(tenant: Tenant) -> None:
+def test_adding_an_adapter_restarts_no_pod(tenant: Tenant) -> None:
     tenant.trained("first")
     tenant.trained("other", adapter="sales")
     fleet = Fleet(tenant, "chat")
@@ -40,7 +43,7 @@ def test_a_new_version_gets_traffic_when_every_replica_has_it(tenant: Tenant) ->
     tenant.trained("second")
     fleet.until_wanted("support-1.0.0", "support-1.0.1")
     assert fleet.targets() == {"support": "support-1.0.0"}
-    fleet.agent_says(pods[0])  # one of two has both
+    fleet.agent_says(pods[0])  # one of two replicas has both versions
     fleet.agent_says(pods[1], {"support-1.0.0": "Loaded", "support-1.0.1": "Loading"})
     tenant.wait(
         lambda: [item["loaded"] for item in fleet.status()["adapters"]] == ["1/2"], "one replica has the new version"
@@ -59,7 +62,7 @@ def test_a_new_version_gets_traffic_when_every_replica_has_it(tenant: Tenant) ->
     tenant.until("Adapter", "support-1.0.0", "InUse", "NotServed")
 
 
-def test_an_adapter_that_cannot_be_loaded_leaves_the_others_served(tenant: Tenant) -> None:
+def test_the_others_are_served_when_one_adapter_cannot_be_loaded(tenant: Tenant) -> None:
     tenant.trained("first")
     tenant.trained("other", adapter="sales")
     fleet = Fleet(tenant, "chat")
@@ -93,10 +96,11 @@ def test_a_pod_that_is_not_ready_gets_no_traffic(tenant: Tenant) -> None:
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     pods = fleet.serve(["support@1.0.0"], replicas=2)
-    tenant.wait(lambda: len(fleet.routes().backends) == 2, "both are backends")
+    tenant.wait(lambda: len(fleet.routes().backends) == 2, "both pods are backends")
     fleet.ready(pods[0], False)
     tenant.wait(
-        lambda: [item.pod for item in fleet.routes().backends] == [pods[1]["metadata"]["name"]], "one backend is left"
+        lambda: [item.pod for item in fleet.routes().backends] == [pods[1]["metadata"]["name"]],
+        "only the ready pod is a backend",
     )
     assert fleet.until("Available", "Serving")["status"] == "True"
     fleet.ready(pods[1], False)
@@ -106,7 +110,7 @@ def test_a_pod_that_is_not_ready_gets_no_traffic(tenant: Tenant) -> None:
     fleet.until("Available", "Serving")
 
 
-def test_a_pod_that_is_replaced_counts_only_when_its_own_agent_says_so(tenant: Tenant) -> None:
+def test_a_replacement_pod_serves_only_after_its_own_agent_reports(tenant: Tenant) -> None:
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     (old,) = fleet.serve(["support@1.0.0"])
@@ -120,7 +124,7 @@ def test_a_pod_that_is_replaced_counts_only_when_its_own_agent_says_so(tenant: T
     assert list(keys) == [new["metadata"]["name"]]
 
 
-def test_scaled_to_zero_and_back(tenant: Tenant) -> None:
+def test_scaling_to_zero_and_back(tenant: Tenant) -> None:
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     fleet.serve(["support@1.0.0"])
@@ -128,10 +132,10 @@ def test_scaled_to_zero_and_back(tenant: Tenant) -> None:
     tenant.api.call("PATCH", path, {"spec": {"replicas": 0}}, "application/merge-patch+json")
     fleet.until("Available", "ScaledToZero")
     fleet.pods(0)
-    tenant.wait(lambda: fleet.routes().backends == [], "no backend is left")
+    tenant.wait(lambda: fleet.routes().backends == [], "the routes have no backends")
     assert fleet.routes().unavailable == "the deployment is scaled to zero"
     assert fleet.targets() == {"support": "support-1.0.0"}
-    tenant.wait(lambda: fleet.status()["stage"] != "Progressing", "the deployment is at rest")
+    tenant.wait(lambda: fleet.status()["stage"] != "Progressing", "the deployment is no longer Progressing")
 
     tenant.api.call("PATCH", path, {"spec": {"replicas": 1}}, "application/merge-patch+json")
     (pod,) = fleet.pods(1)
@@ -139,7 +143,7 @@ def test_scaled_to_zero_and_back(tenant: Tenant) -> None:
     fleet.until("Available", "Serving")
 
 
-def test_adapters_that_do_not_fit_are_told_and_the_others_served(tenant: Tenant) -> None:
+def test_an_incompatible_adapter_is_reported_and_the_others_are_served(tenant: Tenant) -> None:
     tenant.trained("first")
     tenant.trained("wide", adapter="wide", rank=128)
     fleet = Fleet(tenant, "chat")
@@ -148,4 +152,4 @@ def test_adapters_that_do_not_fit_are_told_and_the_others_served(tenant: Tenant)
     fleet.until_wanted("support-1.0.0")
     assert "maxLoraRank" in fleet.until("Accepted", "AdapterIncompatible")["message"]
     fleet.agent_says(pod)
-    tenant.wait(lambda: fleet.status()["stage"] == "Degraded", "it serves what it can")
+    tenant.wait(lambda: fleet.status()["stage"] == "Degraded", "the stage is Degraded")

@@ -1,4 +1,4 @@
-"""How a training can end, and what its user reads then."""
+"""The ways in which a training run ends, and the message that its user reads."""
 
 import json
 
@@ -11,7 +11,7 @@ def never_became_an_adapter(tenant: Tenant) -> bool:
     return tenant.api.list("Adapter", tenant.name) == []
 
 
-def test_a_bad_dataset_ends_the_job_at_once(tenant: Tenant) -> None:
+def test_an_invalid_dataset_fails_the_job_without_retries(tenant: Tenant) -> None:
     tenant.job("typo", retries=5)
     pod = tenant.running_pod("typo")
     tenant.fail_pod(pod, Reason.DATASET_INVALID, "line 7 of train.jsonl has no messages.", "Add them, then apply anew.")
@@ -22,24 +22,24 @@ def test_a_bad_dataset_ends_the_job_at_once(tenant: Tenant) -> None:
     assert status["stage"] == "Failed" and status["completionTime"]
     assert [(item["pod"], item["reason"]) for item in status["attempts"]] == [(pod, "DatasetInvalid")]
     assert never_became_an_adapter(tenant)
-    tenant.wait(lambda: "DatasetInvalid" in tenant.events("typo"), "an Event tells it, too")
+    tenant.wait(lambda: "DatasetInvalid" in tenant.events("typo"), "an Event reports it, too")
 
 
-def test_a_container_that_used_too_much_memory(tenant: Tenant) -> None:
+def test_an_oom_killed_container_names_the_memory_limit(tenant: Tenant) -> None:
     tenant.job("greedy", retries=0)
     tenant.end_pod(tenant.running_pod("greedy"), 137, reason="OOMKilled")
     ended = tenant.until("FineTuneJob", "greedy", "Succeeded", "OutOfMemory")
     assert "resources.limits.memory" in ended["message"]
 
 
-def test_words_without_json_are_shown_as_they_are(tenant: Tenant) -> None:
+def test_a_termination_message_without_json_is_shown_unchanged(tenant: Tenant) -> None:
     tenant.job("crash", retries=0)
     tenant.end_pod(tenant.running_pod("crash"), 1, "Traceback: ZeroDivisionError")
     ended = tenant.until("FineTuneJob", "crash", "Succeeded", "InternalError")
     assert "ZeroDivisionError" in ended["message"] and "container train" in ended["message"]
 
 
-def test_an_image_that_cannot_be_pulled_is_told_while_the_job_waits(tenant: Tenant) -> None:
+def test_an_image_pull_error_is_shown_while_the_job_is_pending(tenant: Tenant) -> None:
     tenant.job("stuck")
     pod = tenant.running_pod("stuck")
     waiting = {"reason": "ImagePullBackOff", "message": "no such image graft/trainer:test"}
@@ -56,30 +56,30 @@ def test_an_image_that_cannot_be_pulled_is_told_while_the_job_waits(tenant: Tena
     shown = tenant.until("FineTuneJob", "stuck", "Succeeded", "Pending")
     tenant.wait(
         lambda: "no such image" in tenant.condition("FineTuneJob", "stuck", "Succeeded")["message"],
-        "the kubelet's words show", explain=lambda: json.dumps(shown),
+        "the condition shows the kubelet's message", explain=lambda: json.dumps(shown),
     )  # fmt: skip
     assert tenant.status("FineTuneJob", "stuck")["stage"] == "Pending"
 
 
-def test_a_pod_that_finds_no_node_says_so(tenant: Tenant) -> None:
+def test_an_unschedulable_pod_shows_the_schedulers_message(tenant: Tenant) -> None:
     tenant.job("huge", resources={"requests": {"cpu": "9999"}})
     tenant.until("FineTuneJob", "huge", "Succeeded", "Pending")
     tenant.wait(
         lambda: "Insufficient cpu" in tenant.condition("FineTuneJob", "huge", "Succeeded")["message"],
-        "the scheduler's words show",
+        "the condition shows the scheduler's message",
     )
 
 
-def test_a_deadline(tenant: Tenant) -> None:
+def test_a_job_past_its_deadline_fails(tenant: Tenant) -> None:
     tenant.job("slow", activeDeadlineSeconds=60)
     tenant.running_pod("slow")
-    tenant.wait(lambda: tenant.status("FineTuneJob", "slow").get("stage") == "Training", "it trains")
-    tenant.api.patch("Job", tenant.name, "slow", {"spec": {"activeDeadlineSeconds": 1}})  # a minute, shortened
+    tenant.wait(lambda: tenant.status("FineTuneJob", "slow").get("stage") == "Training", "the stage is Training")
+    tenant.api.patch("Job", tenant.name, "slow", {"spec": {"activeDeadlineSeconds": 1}})  # the test shortens the minute
     ended = tenant.until("FineTuneJob", "slow", "Succeeded", "DeadlineExceeded")
     assert "activeDeadlineSeconds" in ended["message"]
 
 
-def test_a_crash_is_tried_again_and_the_next_pod_succeeds(tenant: Tenant) -> None:
+def test_a_failed_pod_is_retried_and_the_next_pod_succeeds(tenant: Tenant) -> None:
     tenant.job("lucky", retries=2)
     first = tenant.running_pod("lucky")
     tenant.fail_pod(first, Reason.STORAGE_UNAVAILABLE, "The store did not answer.", "")
@@ -96,7 +96,7 @@ def test_a_crash_is_tried_again_and_the_next_pod_succeeds(tenant: Tenant) -> Non
     ]
 
 
-def test_a_pod_that_succeeds_and_leaves_nothing(tenant: Tenant) -> None:
+def test_a_pod_that_exits_with_0_but_publishes_nothing_fails_the_job(tenant: Tenant) -> None:
     tenant.job("empty")
     tenant.end_pod(tenant.running_pod("empty"))
     ended = tenant.until("FineTuneJob", "empty", "Succeeded", "ResultMissing")
@@ -120,17 +120,17 @@ def test_a_file_that_changed_in_storage_is_never_served(tenant: Tenant) -> None:
     assert tenant.status("Adapter", "support-1.0.0")["stage"] == "Invalid"
     tenant.wait(
         lambda: "not Ready" in fleet.tenant.condition("AdapterDeployment", "chat", "Accepted")["message"],
-        "the deployment says why it serves nothing",
+        "the deployment reports why it serves nothing",
     )
     assert fleet.wanted().adapters == [] and fleet.targets() == {"support": None}
 
 
-def test_an_eviction_does_not_cost_a_retry(tenant: Tenant) -> None:
+def test_an_eviction_uses_up_no_retry(tenant: Tenant) -> None:
     tenant.job("moved", retries=0)
     first = tenant.running_pod("moved")
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": first, "namespace": tenant.name}}
     tenant.api.call("POST", f"/api/v1/namespaces/{tenant.name}/pods/{first}/eviction", eviction)
-    tenant.fail_pod(first, Reason.INTERRUPTED, "The pod was stopped.", "")  # SIGTERM, as the kubelet sends it
+    tenant.fail_pod(first, Reason.INTERRUPTED, "The pod was stopped.", "")  # as after the kubelet's SIGTERM
     second = tenant.running_pod("moved", but=(first,))
     tenant.publish_as_trainer("moved", second)
     tenant.end_pod(second)

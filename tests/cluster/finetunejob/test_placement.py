@@ -1,4 +1,7 @@
-"""A job without resources gets the smallest GPUs of the cluster that fit; what does not fit is told before anything is made."""
+"""Placement of training jobs on GPUs.
+
+A job without resources gets the smallest GPUs of the cluster that fit. If none fit, the job reports it before any pod runs.
+"""
 
 import json
 from typing import Any
@@ -15,18 +18,18 @@ def model(tenant: Tenant, facts: Object, size: str) -> str:
 
 
 def placed(tenant: Tenant, job: str, **data: Any) -> tuple[Object, Object, Object]:
-    """(status.sizing, resources of the container, node selector) of a job whose Job was made, after the checks."""
+    """Pass the preflight checks and wait for the Job. Return (status.sizing, container resources, node selector)."""
     tenant.pass_preflight(job, **data)
     tenant.wait(
         lambda: tenant.api.get("Job", tenant.name, job),
-        f"the Job of {job} is made",
+        f"the Job of {job} exists",
         explain=lambda: str(tenant.status("FineTuneJob", job)),
     )
     pod: Any = tenant.get("Job", job)["spec"]["template"]["spec"]
     return tenant.status("FineTuneJob", job)["sizing"], pod["containers"][0]["resources"], pod.get("nodeSelector", {})
 
 
-def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
+def test_the_smallest_gpu_that_fits_is_chosen(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
     tenant.job("small", baseModel=seven, resources=None, method={"qlora": {}}, training={"maxLength": 1024})
     sizing, resources, selector = placed(tenant, "small")
@@ -47,7 +50,7 @@ def test_the_smallest_gpu_that_fits_is_taken(tenant: Tenant) -> None:
     assert tenant.job_file("larger").pods.processes_per_node == sizing["gpusPerNode"]
 
 
-def test_nothing_is_asked_of_the_gpus_before_the_data_was_looked_at(tenant: Tenant) -> None:
+def test_a_preflight_job_checks_the_dataset_before_gpus_are_requested(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
     tenant.job("typo", baseModel=seven, resources=None, method={"qlora": {}}, retries=5, queue="gpus")
     pod = tenant.running_pod("typo", preflight=True)
@@ -65,7 +68,7 @@ def test_nothing_is_asked_of_the_gpus_before_the_data_was_looked_at(tenant: Tena
     tenant.gone("Job", "typo-preflight")
 
 
-def test_the_choice_is_by_the_lengths_that_the_data_has(tenant: Tenant) -> None:
+def test_the_measured_example_lengths_decide_the_sizing(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
     tenant.job("short", baseModel=seven, resources=None, method={"qlora": {}}, training={"maxLength": 4096})
     tenant.running_pod("short", preflight=True)
@@ -80,10 +83,10 @@ def test_the_choice_is_by_the_lengths_that_the_data_has(tenant: Tenant) -> None:
     pod = tenant.running_pod("short")
     tenant.until("FineTuneJob", "short", "Succeeded", "Training")
     status = tenant.status("FineTuneJob", "short")
-    assert [item["pod"] for item in status["attempts"]] == [pod]  # what only checked was none
+    assert [item["pod"] for item in status["attempts"]] == [pod]  # the preflight pod does not count as an attempt
 
 
-def test_a_queue_is_not_asked_for_disk_that_it_may_not_cover(tenant: Tenant) -> None:
+def test_a_queued_job_requests_no_ephemeral_storage(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
     tenant.job("queued", baseModel=seven, resources=None, method={"qlora": {}}, queue="gpus")
     sizing, resources, _ = placed(tenant, "queued")
@@ -91,7 +94,7 @@ def test_a_queue_is_not_asked_for_disk_that_it_may_not_cover(tenant: Tenant) -> 
     tenant.until("FineTuneJob", "queued", "Succeeded", "Queued")
 
 
-def test_what_fits_nowhere_says_what_would(tenant: Tenant) -> None:
+def test_a_job_that_fits_nowhere_reports_its_memory_and_the_gpus(tenant: Tenant) -> None:
     seventy = model(tenant, LLAMA_2_70B, "70b")
     tenant.job("giant", baseModel=seventy, resources=None, method={"full": {}})
     refused = tenant.until("FineTuneJob", "giant", "Accepted", "DoesNotFit")
@@ -100,7 +103,7 @@ def test_what_fits_nowhere_says_what_would(tenant: Tenant) -> None:
     assert tenant.api.get("Job", tenant.name, "giant") is None
 
 
-def test_explicit_resources_are_taken_as_they_are(tenant: Tenant) -> None:
+def test_explicit_resources_are_used_unchanged(tenant: Tenant) -> None:
     seven = model(tenant, LLAMA_2_7B, "7b")
     given = {"requests": {"cpu": "2", "memory": "16Gi"}, "limits": {"memory": "16Gi", "nvidia.com/gpu": 1}}
     tenant.job(

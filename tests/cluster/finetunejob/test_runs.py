@@ -1,4 +1,4 @@
-"""The life of a long run: held back, stopped and taken up again, short of memory, spread over pods, judged, cleaned up."""
+"""The life of a long run: queued, suspended, resumed, out of memory, spread over pods, judged by gates, cleaned up."""
 
 import json
 from typing import Any
@@ -27,24 +27,24 @@ def test_a_queued_job_waits_for_kueue(tenant: Tenant) -> None:
     held = job_of(tenant, "queued")
     assert held["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-queue"
     assert held["spec"]["suspend"] is True and tenant.pods(tenant.get("FineTuneJob", "queued")) == []
-    # Kueue admits: it lifts the suspension of the Job and nothing else.
+    # Kueue admits the Job: it sets spec.suspend to false and changes nothing else.
     tenant.api.patch("Job", tenant.name, "queued", {"spec": {"suspend": False}})
     finish(tenant, "queued", tenant.running_pod("queued"))
 
 
-def test_a_job_is_suspended_and_taken_up_again(tenant: Tenant) -> None:
+def test_a_suspended_job_resumes_from_its_checkpoint(tenant: Tenant) -> None:
     tenant.job("paused")
     first = tenant.running_pod("paused")
     kept = [CheckpointRef(step=40, attempt=first, size_bytes=1000, created_at="2026-01-01T00:00:00Z")]
     tenant.progress("paused", first, stage="Training", step=47, total_steps=100, percent=47, checkpoints=kept)
-    tenant.wait(lambda: tenant.status("FineTuneJob", "paused").get("checkpoints"), "the checkpoint shows")
+    tenant.wait(lambda: tenant.status("FineTuneJob", "paused").get("checkpoints"), "the checkpoint is in the status")
     assert tenant.status("FineTuneJob", "paused")["checkpoints"][0]["step"] == 40
 
     tenant.api.patch("FineTuneJob", tenant.name, "paused", {"spec": {"suspend": True}})
     shown = tenant.until("FineTuneJob", "paused", "Succeeded", "Suspended")
     assert "checkpoint of step 40" in shown["message"]
     owner = tenant.get("FineTuneJob", "paused")
-    tenant.wait(lambda: tenant.pods(owner) == [], "the pods are gone")
+    tenant.wait(lambda: tenant.pods(owner) == [], "the pods are deleted")
     assert tenant.status("FineTuneJob", "paused")["stage"] == "Suspended"
 
     tenant.api.patch("FineTuneJob", tenant.name, "paused", {"spec": {"suspend": False}})
@@ -56,7 +56,7 @@ def test_a_job_is_suspended_and_taken_up_again(tenant: Tenant) -> None:
     assert attempts[1]["resumedFrom"] == 40
 
 
-def test_a_job_that_is_made_suspended_takes_nothing(tenant: Tenant) -> None:
+def test_a_job_that_is_created_suspended_creates_no_objects(tenant: Tenant) -> None:
     tenant.job("later", suspend=True)
     tenant.until("FineTuneJob", "later", "Succeeded", "Suspended")
     assert tenant.api.get("Job", tenant.name, "later") is None
@@ -65,31 +65,36 @@ def test_a_job_that_is_made_suspended_takes_nothing(tenant: Tenant) -> None:
     finish(tenant, "later", tenant.running_pod("later"))
 
 
-def test_memory_that_runs_out_halves_the_micro_batch(tenant: Tenant) -> None:
+def test_running_out_of_memory_halves_the_micro_batch(tenant: Tenant) -> None:
     tenant.job("big", retries=1)
     first = tenant.running_pod("big")
     known: dict[str, Any] = {"perDeviceTrainBatchSize": 8, "gradientAccumulationSteps": 2}
     tenant.progress("big", first, stage="Training", step=1, total_steps=9, training=known)
-    tenant.wait(lambda: _attempt(tenant, "big", 0).get("microBatch") == 8, "the first attempt's micro-batch shows")
+    tenant.wait(
+        lambda: _attempt(tenant, "big", 0).get("microBatch") == 8, "the status has the micro-batch of the first attempt"
+    )
     assert tenant.job_file("big").halvings == 0
-    # The trainer saw it itself: no retry is used up.
+    # The trainer reports this reason itself. It uses up no retry.
     tenant.fail_pod(first, Reason.MEMORY_EXCEEDED, "Memory ran out with 8 examples at once.", "Half as many follow.")
     second = tenant.running_pod("big", but=(first,))
-    tenant.wait(lambda: tenant.job_file("big").halvings == 1, "the next attempt is told to halve")
+    tenant.wait(lambda: tenant.job_file("big").halvings == 1, "the job file tells the next attempt to halve once")
     known = {"perDeviceTrainBatchSize": 4, "gradientAccumulationSteps": 4}
     tenant.progress("big", second, stage="Training", step=1, total_steps=9, training=known)
-    tenant.wait(lambda: _attempt(tenant, "big", 1).get("microBatch") == 4, "the second attempt's micro-batch shows")
-    # The kernel killed it: nobody in the pod could say so.
+    tenant.wait(
+        lambda: _attempt(tenant, "big", 1).get("microBatch") == 4,
+        "the status has the micro-batch of the second attempt",
+    )
+    # The kernel killed the container, so that the trainer could not report a reason.
     tenant.end_pod(second, 137, reason="OOMKilled")
     third = tenant.running_pod("big", but=(first, second))
-    tenant.wait(lambda: tenant.job_file("big").halvings == 2, "and once more")
+    tenant.wait(lambda: tenant.job_file("big").halvings == 2, "the job file tells the next attempt to halve twice")
     finish(tenant, "big", third)
     attempts = tenant.status("FineTuneJob", "big")["attempts"]
     assert [item["reason"] for item in attempts] == ["MemoryExceeded", "MemoryExceeded", "Completed"]
     assert [(item.get("microBatch"), item.get("accumulation")) for item in attempts[:2]] == [(8, 2), (4, 4)]
 
 
-def test_memory_that_is_too_small_for_one_example(tenant: Tenant) -> None:
+def test_memory_too_small_for_one_example_fails_without_retries(tenant: Tenant) -> None:
     tenant.job("bigger", retries=5)
     remedy = "Set training.gradientCheckpointing to true."
     tenant.fail_pod(tenant.running_pod("bigger"), Reason.OUT_OF_MEMORY, "Memory ran out with one example.", remedy)
@@ -121,15 +126,20 @@ def test_several_pods_train_together(tenant: Tenant) -> None:
     names = {index: pod["metadata"]["name"] for index, pod in pods.items()}
 
     tenant.progress("wide", names["0"], stage="Training", step=5, total_steps=10, percent=50, world_size=2)
-    tenant.wait(lambda: tenant.status("FineTuneJob", "wide").get("progressText") == "50%", "the first pod reports")
+    tenant.wait(
+        lambda: tenant.status("FineTuneJob", "wide").get("progressText") == "50%",
+        "the status has the progress of rank 0",
+    )
     assert tenant.status("FineTuneJob", "wide")["resolved"]["worldSize"] == 2
 
-    # One of them fails; the other ends because it does, and that is not what the user reads.
+    # Pod 1 fails. Pod 0 ends because it lost its peer. The attempts keep the two reasons apart.
     tenant.fail_pod(names["1"], Reason.STORAGE_UNAVAILABLE, "The store did not answer.", "")
     tenant.fail_pod(names["0"], Reason.PEER_LOST, "Another pod of the run ended.", "")
     again = lambda: [pod for pod in running() if pod["metadata"]["name"] not in names.values()]  # noqa: E731
     tenant.wait(
-        lambda: len(again()) == 2, "both are replaced", explain=lambda: json.dumps(tenant.status("FineTuneJob", "wide"))
+        lambda: len(again()) == 2,
+        "both pods are replaced",
+        explain=lambda: json.dumps(tenant.status("FineTuneJob", "wide")),
     )
     by_index = {pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]: pod for pod in again()}
     tenant.end_pod(by_index["1"]["metadata"]["name"])
@@ -139,7 +149,7 @@ def test_several_pods_train_together(tenant: Tenant) -> None:
     assert ended == [(0, "Completed"), (0, "PeerLost"), (1, "Completed"), (1, "StorageUnavailable")]
 
 
-def test_peers_that_do_not_come_use_up_the_retries(tenant: Tenant) -> None:
+def test_missing_peers_use_up_the_retries(tenant: Tenant) -> None:
     resources = {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "128Mi"}}
     tenant.job("apart", nodes=2, resources=resources, retries=0)
     remedy = "Set spec.queue."
@@ -148,7 +158,7 @@ def test_peers_that_do_not_come_use_up_the_retries(tenant: Tenant) -> None:
     assert ended["status"] == "False" and remedy in ended["message"]
 
 
-def test_scores_that_could_not_be_measured_are_named(tenant: Tenant) -> None:
+def test_scores_that_were_not_measured_are_listed(tenant: Tenant) -> None:
     tenant.job("unmeasured")
     pod = tenant.running_pod("unmeasured")
     missing = ["base model, quiz: Memory ran out"]
@@ -158,7 +168,7 @@ def test_scores_that_could_not_be_measured_are_named(tenant: Tenant) -> None:
     assert shown.endswith("; not measured: base model, quiz: Memory ran out")
 
 
-def test_a_missed_gate_is_published_as_rejected_and_never_served(tenant: Tenant) -> None:
+def test_a_version_that_misses_a_gate_is_rejected_and_never_served(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
     fleet.deploy(["support@latest"])
     tenant.job("judged", evaluation={"gates": [{"metric": "exactMatch", "min": 0.95}]})
@@ -175,12 +185,12 @@ def test_a_missed_gate_is_published_as_rejected_and_never_served(tenant: Tenant)
     assert tenant.status("Adapter", "support-1.0.0")["metrics"]["exactMatch"] == 0.91
     tenant.wait(
         lambda: "not Ready" in tenant.condition("AdapterDeployment", "chat", "Accepted").get("message", ""),
-        "the deployment says why it serves nothing",
+        "the deployment reports why it serves nothing",
     )
     assert fleet.wanted().adapters == []
 
 
-def test_a_gate_over_the_current_version_is_given_that_version(tenant: Tenant) -> None:
+def test_the_trainer_gets_the_current_version_for_a_gate_over_it(tenant: Tenant) -> None:
     tenant.trained("before")
     gate = {"metric": "exactMatch", "minGain": 0, "over": "current"}
     tenant.job("after", evaluation={"gates": [gate]})
@@ -191,29 +201,29 @@ def test_a_gate_over_the_current_version_is_given_that_version(tenant: Tenant) -
     assert (current.uri, current.digest) == (adapter["uri"], adapter["digest"])
 
 
-def test_what_prepare_found_shows(tenant: Tenant) -> None:
+def test_the_status_has_the_dataset_statistics(tenant: Tenant) -> None:
     tenant.job("looked")
     pod = tenant.running_pod("looked")
     found = DatasetStatistics(examples=90, held_out=10, invalid=2, max_tokens=300, truncated_share=0.125)
     tenant.progress("looked", pod, stage="Preparing", dataset=found)
-    tenant.wait(lambda: tenant.status("FineTuneJob", "looked").get("dataset"), "the statistics show")
+    tenant.wait(lambda: tenant.status("FineTuneJob", "looked").get("dataset"), "the statistics are in the status")
     shown = tenant.status("FineTuneJob", "looked")["dataset"]
     assert (shown["examples"], shown["invalid"], shown["truncatedShare"]) == (90, 2, 0.125)
 
 
-def test_a_job_that_failed_is_started_again_from_its_checkpoint(tenant: Tenant) -> None:
+def test_raising_restarts_resumes_a_failed_job_from_its_checkpoint(tenant: Tenant) -> None:
     tenant.job("stubborn", retries=0, restarts=3)
     first = tenant.running_pod("stubborn")
     kept = [CheckpointRef(step=40, attempt=first, size_bytes=1000, created_at="2026-01-01T00:00:00Z")]
     tenant.progress("stubborn", first, stage="Training", step=47, total_steps=100, percent=47, checkpoints=kept)
-    tenant.wait(lambda: tenant.status("FineTuneJob", "stubborn").get("checkpoints"), "the checkpoint shows")
+    tenant.wait(lambda: tenant.status("FineTuneJob", "stubborn").get("checkpoints"), "the checkpoint is in the status")
     checkpoint = (
         f"{tenant.name}/runs/{tenant.job_file('stubborn').job.uid}/{first}/checkpoints/step-000040/rank-0000.json"
     )
     tenant.store.put(checkpoint, b"{}")
     tenant.fail_pod(first, Reason.OUT_OF_MEMORY, "No memory.", "Give it more.")
     tenant.until("FineTuneJob", "stubborn", "Succeeded", "OutOfMemory")
-    assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 3  # what it was made with starts nothing
+    assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 3  # the value at creation starts nothing
 
     more = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
     change = {"restarts": 4, "retries": 1, "resources": more}
@@ -223,13 +233,13 @@ def test_a_job_that_failed_is_started_again_from_its_checkpoint(tenant: Tenant) 
         lambda: any(
             "from the checkpoint of step 40" in item["message"] for item in tenant.api.list("CoreEvent", tenant.name)
         ),
-        "an Event says from where it goes on",
+        "an Event names the checkpoint",
     )
     pod: Any = tenant.get("Pod", second)
     assert pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "2Gi"}
     assert tenant.get("Job", "stubborn")["spec"]["backoffLimit"] == 1
     left = [item.key for item in tenant.store.objects(f"{tenant.name}/runs/{tenant.job_file('stubborn').job.uid}/")]
-    assert left == [checkpoint]  # what the first attempt said of itself counts no longer
+    assert left == [checkpoint]  # the progress of the first attempt is deleted
     tenant.progress("stubborn", second, stage="Training", step=41, total_steps=100, percent=41, resumed_from=40)
     finish(tenant, "stubborn", second)
     status = tenant.status("FineTuneJob", "stubborn")
@@ -237,12 +247,12 @@ def test_a_job_that_failed_is_started_again_from_its_checkpoint(tenant: Tenant) 
     assert (status["restarts"], status["adapterRef"]["version"]) == (4, "1.0.0")
 
     tenant.api.patch("FineTuneJob", tenant.name, "stubborn", {"spec": {"restarts": 5}})
-    tenant.job("next")  # whatever is done for the other one is done before this one ends
+    tenant.job("next")  # when this job ends, the operator has reconciled the edit above, too
     finish(tenant, "next", tenant.running_pod("next"))
-    assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 4  # one that succeeded stays as it is
+    assert tenant.status("FineTuneJob", "stubborn")["restarts"] == 4  # a job that succeeded is not started again
 
 
-def test_one_that_failed_after_it_had_published_keeps_its_version(tenant: Tenant) -> None:
+def test_a_job_that_failed_after_publishing_keeps_its_version(tenant: Tenant) -> None:
     tenant.job("late", retries=0)
     first = tenant.running_pod("late")
     tenant.publish_as_trainer("late", first)
@@ -251,21 +261,21 @@ def test_one_that_failed_after_it_had_published_keeps_its_version(tenant: Tenant
     tenant.api.patch("FineTuneJob", tenant.name, "late", {"spec": {"restarts": 1}})
     second = tenant.running_pod("late", but=(first,))
     assert tenant.job_file("late").output.version == "1.0.0"
-    tenant.end_pod(second)  # the trainer finds it published, and ends well
+    tenant.end_pod(second)  # the trainer finds the published version and exits with 0
     tenant.until("FineTuneJob", "late", "Succeeded", "Published")
     assert tenant.status("FineTuneJob", "late")["adapterRef"]["version"] == "1.0.0"
 
 
-def test_a_finished_job_goes_after_its_time_and_the_adapter_stays(tenant: Tenant) -> None:
+def test_a_finished_job_is_deleted_after_its_ttl_and_the_adapter_stays(tenant: Tenant) -> None:
     tenant.trained("brief")
     assert tenant.api.get("FineTuneJob", tenant.name, "brief") is not None
     tenant.api.patch("FineTuneJob", tenant.name, "brief", {"spec": {"ttlSecondsAfterFinished": 1}})
     tenant.gone("FineTuneJob", "brief")
-    tenant.wait(lambda: tenant.api.get("Job", tenant.name, "brief") is None, "its Job is gone, too")
+    tenant.wait(lambda: tenant.api.get("Job", tenant.name, "brief") is None, "its Job is deleted, too")
     assert tenant.get("Adapter", "support-1.0.0")["status"]["stage"] == "Ready"
 
 
-def test_a_spot_job_prefers_nodes_that_may_go_and_counts_no_preemption(tenant: Tenant) -> None:
+def test_a_spot_job_prefers_spot_nodes_and_a_preemption_uses_up_no_retry(tenant: Tenant) -> None:
     tenant.job("cheap", spot=True, retries=0)
     first = tenant.running_pod("cheap")
     pod = tenant.get("Pod", first)

@@ -1,4 +1,4 @@
-"""A deployment without resources gets the smallest GPUs of the cluster that fit, and keeps them."""
+"""Sizing of deployments: one without resources gets the smallest GPUs of the cluster that fit, and keeps them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from worlds.cluster.tenants import make_base_model
 
 @pytest.fixture
 def with_vllm(running: OperatorProcess) -> Iterator[None]:
-    """An installation that has an image of vLLM."""
+    """Give the operator an image of vLLM for this test."""
     images: Any = SETTINGS["images"]
     running.stop()
     images["vllm"] = "graft/vllm:test"
@@ -35,13 +35,13 @@ def serve(tenant: Tenant, name: str, facts: Object, **spec: Any) -> Fleet:
 def pod_spec(tenant: Tenant, name: str) -> Any:
     tenant.wait(
         lambda: tenant.api.get("Deployment", tenant.name, name),
-        f"the Deployment {name} is made",
+        f"the Deployment {name} exists",
         explain=lambda: str(tenant.status("AdapterDeployment", name)),
     )
     return tenant.get("Deployment", name)["spec"]["template"]["spec"]
 
 
-def test_the_smallest_gpu_is_taken_and_kept(tenant: Tenant, with_vllm: None) -> None:
+def test_the_smallest_gpu_is_chosen_and_kept(tenant: Tenant, with_vllm: None) -> None:
     fleet = serve(tenant, "seven", LLAMA_2_7B, limits={"maxLoraRank": 16})
     pod = pod_spec(tenant, "seven")
     tenant.wait(lambda: fleet.status().get("sizing"), "the sizing is in the status")
@@ -54,7 +54,7 @@ def test_the_smallest_gpu_is_taken_and_kept(tenant: Tenant, with_vllm: None) -> 
     assert container["command"][container["command"].index("--max-model-len") + 1] == "4096"
     assert fleet.pods(1)[0]["spec"]["nodeName"] == "node-0"
 
-    # The node of its GPU is cordoned: placement would choose another one now, but what runs is not rolled for that.
+    # The node with this GPU is cordoned. Placement would now choose another GPU, but must not roll the running pods.
     tenant.api.patch("Node", None, "node-0", {"spec": {"unschedulable": True}})
     try:
         fleet.change(adapters=["support@latest"], drainSeconds=11)
@@ -65,7 +65,7 @@ def test_the_smallest_gpu_is_taken_and_kept(tenant: Tenant, with_vllm: None) -> 
     tenant.api.delete("AdapterDeployment", tenant.name, "seven")
 
 
-def test_a_large_model_is_spread_and_what_fits_nowhere_is_told(tenant: Tenant, with_vllm: None) -> None:
+def test_a_large_model_uses_several_gpus_and_one_that_fits_nowhere_is_reported(tenant: Tenant, with_vllm: None) -> None:
     fleet = serve(tenant, "seventy", LLAMA_2_70B, quantization="none")
     command = pod_spec(tenant, "seventy")["containers"][0]["command"]
     assert command[command.index("--tensor-parallel-size") + 1] == "4"

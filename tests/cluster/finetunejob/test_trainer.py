@@ -1,4 +1,4 @@
-"""The trainer's two containers as processes, against a real S3 server: what the operator finds in storage afterwards."""
+"""The trainer's two containers as processes against a real S3 server, and the files that they leave in the bucket."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUCKET = "graft"
 
 @dataclass
 class World:
-    """A bucket with the quickstart's model and data."""
+    """A bucket with the model and the data of the quickstart."""
 
     server: S3Server
     store: S3Store
@@ -112,7 +112,7 @@ class Pod:
         return Termination.model_validate_json(self.termination_file.read_text())
 
 
-def test_the_pod_that_only_checks(world: World, tmp_path: Path) -> None:
+def test_preflight_checks_the_dataset_and_downloads_no_weights(world: World, tmp_path: Path) -> None:
     pod = Pod(world, tmp_path, job_file(world, "90"), "helpdesk-preflight-0")
     code, output = pod.run("preflight")
     assert code == 0, output
@@ -129,7 +129,7 @@ def test_the_pod_that_only_checks(world: World, tmp_path: Path) -> None:
     assert "no-such.jsonl" in pod.termination().message
 
 
-def test_a_run_leaves_a_version_that_the_operator_can_verify(world: World, tmp_path: Path) -> None:
+def test_a_run_publishes_a_version_that_the_operator_can_verify(world: World, tmp_path: Path) -> None:
     pod = Pod(world, tmp_path, job_file(world, "1"))
     begin = time.monotonic()
     code, output = pod.run("prepare")
@@ -152,7 +152,7 @@ def test_a_run_leaves_a_version_that_the_operator_can_verify(world: World, tmp_p
     left = [item.key for item in world.store.objects("shop/runs/1/") if "/checkpoints/" in item.key]
     assert left == [] == progress.checkpoints
 
-    # The Job's retry of a pod that was lost after publishing finds the work done.
+    # If a pod is lost after publishing, the Job's next pod finds the published version and succeeds.
     (tmp_path / "again").mkdir()
     retry = Pod(world, tmp_path / "again", pod.job, "helpdesk-1")
     assert [retry.run("prepare")[0], retry.run("train")[0]] == [0, 0]
@@ -160,7 +160,7 @@ def test_a_run_leaves_a_version_that_the_operator_can_verify(world: World, tmp_p
     assert progress is not None and progress.stage == "Succeeded"
     assert verify(world.store, adapter_prefix("shop", "helpdesk", "1.0.0"), progress.manifest_digest or "") == manifest
 
-    # Another job cannot have the version.
+    # Another job cannot publish the same version.
     (tmp_path / "other").mkdir()
     other = Pod(world, tmp_path / "other", job_file(world, "2", output=pod.job.output))
     code, output = other.run("prepare")
@@ -168,7 +168,7 @@ def test_a_run_leaves_a_version_that_the_operator_can_verify(world: World, tmp_p
     assert "shop/helpdesk" in other.termination().message
 
 
-def test_a_dataset_with_a_mistake_fails_at_once_with_the_line(world: World, tmp_path: Path) -> None:
+def test_an_invalid_dataset_fails_at_once_and_names_the_line(world: World, tmp_path: Path) -> None:
     lines = (DATA / "train.jsonl").read_bytes().splitlines(keepends=True)[:50]
     lines[6] = b'{"messages": [{"role": "user", "content": "Hi"}]}\n'
     world.store.put("shop/data/bad.jsonl", b"".join(lines))
@@ -182,7 +182,7 @@ def test_a_dataset_with_a_mistake_fails_at_once_with_the_line(world: World, tmp_
     assert progress is not None and progress.stage == "Failed" and progress.failure == failure
 
 
-def test_a_key_that_may_not_write_is_found_before_anything_is_downloaded(world: World, tmp_path: Path) -> None:
+def test_a_denied_key_is_reported_before_anything_is_downloaded(world: World, tmp_path: Path) -> None:
     pod = Pod(world, tmp_path, job_file(world, "4"))
     secret = tmp_path / "secret"
     secret.mkdir()

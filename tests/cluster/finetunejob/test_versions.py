@@ -1,4 +1,4 @@
-"""Which version a job publishes."""
+"""The version number that a job publishes."""
 
 from worlds.cluster.tenant import Tenant
 
@@ -20,7 +20,7 @@ def test_jobs_at_the_same_time_get_different_versions(tenant: Tenant) -> None:
     assert sorted(versions) == ["1.0.0", "1.0.1", "1.0.2", "1.0.3"]
 
 
-def test_a_version_that_was_asked_for(tenant: Tenant) -> None:
+def test_an_explicit_version_is_used_and_cannot_be_used_again(tenant: Tenant) -> None:
     assert tenant.trained("first", output={"adapter": "support", "version": "2.3.4"}) == "support-2.3.4"
     tenant.job("second", output={"adapter": "support", "version": "2.3.4"})
     waiting = tenant.until("FineTuneJob", "second", "Accepted", "VersionExists")
@@ -30,7 +30,7 @@ def test_a_version_that_was_asked_for(tenant: Tenant) -> None:
     assert tenant.job_file("third").output.version == "2.3.5"
 
 
-def test_files_that_are_in_storage_already_are_never_overwritten(tenant: Tenant) -> None:
+def test_files_that_exist_in_storage_are_never_overwritten(tenant: Tenant) -> None:
     tenant.store.put(f"{tenant.name}/adapters/support/1.4.0/manifest.json", b"{}")
     tenant.job("careful")
     tenant.running_pod("careful")

@@ -1,4 +1,4 @@
-"""What a job waits for, and that it goes on by itself."""
+"""The objects that jobs and deployments wait for. They continue by themselves once the objects exist."""
 
 import pytest
 from graft.artifacts.store import S3Store
@@ -33,7 +33,7 @@ def test_a_deployment_waits_for_its_base_model(tenant: Tenant) -> None:
     assert fleet.targets() == {"plain": None}
 
 
-def test_a_base_model_without_weights_says_what_is_missing(tenant: Tenant) -> None:
+def test_a_base_model_without_weights_reports_the_missing_weights(tenant: Tenant) -> None:
     name = f"empty-{tenant.name}"
     tenant.store.put(f"models/{name}/config.json", b"{}")
     source = {"source": f"s3://graft/models/{name}"}
@@ -45,7 +45,7 @@ def test_a_base_model_without_weights_says_what_is_missing(tenant: Tenant) -> No
     assert "no safetensors weights" in waiting["message"]
 
 
-def test_a_base_model_of_others_is_refused(tenant: Tenant) -> None:
+def test_a_base_model_that_the_namespace_may_not_use_is_refused(tenant: Tenant) -> None:
     name = make_base_model(tenant.api, tenant.store, f"private-{tenant.name}", allowedNamespaces=["somebody-else"])
     tenant.job("curious", baseModel=name)
     refused = tenant.until("FineTuneJob", "curious", "Accepted", "BaseModelForbidden")
@@ -70,7 +70,7 @@ def unbound(
     return new_tenant(api, store, request)
 
 
-def test_a_namespace_that_is_not_bound_says_how_to_bind_it(unbound: Tenant) -> None:
+def test_an_unbound_namespace_gets_the_command_that_binds_it(unbound: Tenant) -> None:
     tenant = unbound
     tenant.job("hopeful")
     fleet = Fleet(tenant, "chat")
@@ -88,7 +88,7 @@ def test_a_namespace_that_is_not_bound_says_how_to_bind_it(unbound: Tenant) -> N
 
 
 def quota(tenant: Tenant, resource: str, amount: int = 0) -> str:
-    """Allow so many of a resource; the path of the quota that is in force."""
+    """Limit a resource to `amount` objects and wait until the quota is in force. Return the path of the quota."""
     path = f"/api/v1/namespaces/{tenant.name}/resourcequotas"
     manifest = {
         "apiVersion": "v1",
@@ -101,7 +101,7 @@ def quota(tenant: Tenant, resource: str, amount: int = 0) -> str:
     return f"{path}/few"
 
 
-def test_a_quota_of_jobs_is_told_and_the_job_goes_on_later(tenant: Tenant) -> None:
+def test_an_exceeded_job_quota_is_reported_and_the_job_continues_later(tenant: Tenant) -> None:
     path = quota(tenant, "count/jobs.batch")
     tenant.job("many")
     refused = tenant.until("FineTuneJob", "many", "Accepted", "CreationFailed")
@@ -111,17 +111,17 @@ def test_a_quota_of_jobs_is_told_and_the_job_goes_on_later(tenant: Tenant) -> No
     assert tenant.job_file("many").output.version == "1.0.0"
 
 
-def test_a_quota_of_one_job_has_room_for_the_checks_and_then_for_the_run(tenant: Tenant) -> None:
+def test_a_quota_of_one_job_is_enough_for_the_preflight_and_the_run(tenant: Tenant) -> None:
     quota(tenant, "count/jobs.batch", 1)
     tenant.job("many", resources=None)
     tenant.pass_preflight("many", examples=10, maxTokens=100)
     tenant.running_pod("many")
     status = tenant.status("FineTuneJob", "many")
-    assert status["checked"] and status["dataset"]["maxTokens"] == 100  # its pod is gone
+    assert status["checked"] and status["dataset"]["maxTokens"] == 100  # the preflight pod no longer exists
     assert [job["metadata"]["name"] for job in tenant.api.list("Job", tenant.name)] == ["many"]
 
 
-def test_a_quota_of_pods_is_told(tenant: Tenant) -> None:
+def test_an_exceeded_pod_quota_is_reported(tenant: Tenant) -> None:
     quota(tenant, "pods")
     tenant.job("many")
     refused = tenant.until("FineTuneJob", "many", "Succeeded", "QuotaExceeded")

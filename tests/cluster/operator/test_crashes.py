@@ -1,4 +1,4 @@
-"""The operator may die at any moment; and when there is nothing to do it does nothing."""
+"""The operator may be killed at any moment without effect on the result. When nothing changes, it writes nothing."""
 
 import re
 import time
@@ -16,7 +16,10 @@ RESOURCES = {"finetunejobs", "adapters", "adapterdeployments", "basemodels", "jo
 
 
 def story(tenant: Tenant, between: Callable[[], None], after: Callable[[], None]) -> None:
-    """A job that is tuned, published and served; `between` runs at each turn, `after` when the cluster moved on meanwhile."""
+    """Tune, publish and serve one adapter.
+
+    `between` is called after each step. After the last step, the agent's report, `after` is called instead.
+    """
     tenant.job("first", resources=None)
     between()
     tenant.pass_preflight("first", examples=10, maxTokens=100)
@@ -41,7 +44,7 @@ def story(tenant: Tenant, between: Callable[[], None], after: Callable[[], None]
 
 
 def end_state(tenant: Tenant) -> Object:
-    """What a user sees, without names and times that differ from run to run."""
+    """Return the state that a user sees, without names and times that differ from run to run."""
     job, adapter, deployment = tenant.status("FineTuneJob", "first"), tenant.get("Adapter", "support-1.0.0"), None
     deployment = tenant.status("AdapterDeployment", "chat")
     seen: Object = {
@@ -68,19 +71,21 @@ def _general(value: Any, tenant: Tenant) -> Any:
     return value.replace(tenant.name, "NAMESPACE") if isinstance(value, str) else value
 
 
-def test_killed_at_many_moments_the_end_is_the_same(tenant: Tenant, running: OperatorProcess, calm: Tenant) -> None:
+def test_killing_the_operator_at_many_moments_does_not_change_the_result(
+    tenant: Tenant, running: OperatorProcess, calm: Tenant
+) -> None:
     story(calm, lambda: None, lambda: None)
 
     pauses = iter([0, 0.1, 0.05, 0.25, 0.5])
 
     def killed_soon() -> None:
-        """Die before or while working on it, come back."""
+        """Kill the operator before or during its work on the step, and start it again."""
         time.sleep(next(pauses))
         running.kill9()
         running.start()
 
     def killed_late() -> None:
-        """Work a little first; stay away for a moment."""
+        """Kill the operator for a second, let it work for a moment, kill it again and start it."""
         running.kill9()
         time.sleep(1)
         running.start()
@@ -90,11 +95,11 @@ def test_killed_at_many_moments_the_end_is_the_same(tenant: Tenant, running: Ope
 
     story(tenant, killed_soon, killed_late)
     assert end_state(tenant) == end_state(calm)
-    assert len(tenant.api.list("Job", tenant.name)) == 2  # the one that checks, and the one that trains
+    assert len(tenant.api.list("Job", tenant.name)) == 2  # the preflight Job, and the Job that trains
     settled(tenant)
 
 
-def test_what_happened_while_it_was_away(tenant: Tenant, running: OperatorProcess) -> None:
+def test_a_restarted_operator_handles_changes_that_it_missed(tenant: Tenant, running: OperatorProcess) -> None:
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     fleet.serve(["support@1.0.0"])
@@ -115,7 +120,7 @@ def test_what_happened_while_it_was_away(tenant: Tenant, running: OperatorProces
 
 
 def writes(tenant: Tenant) -> dict[str, float]:
-    """Writes that the API server has counted for the resources that only the operator writes, no-op writes included."""
+    """Return the API server's counts of writes to resources that only the operator writes, no-op writes included."""
     counted = {}
     for line in tenant.api.text("GET", "/metrics").splitlines():
         if not line.startswith("apiserver_request_total{"):
@@ -133,14 +138,16 @@ def test_an_idle_operator_writes_nothing(tenant: Tenant, running: OperatorProces
     tenant.job("running")
     pod = tenant.running_pod("running")
     tenant.progress("running", pod, stage="Training", step=1, total_steps=2, percent=50)
-    tenant.wait(lambda: tenant.status("FineTuneJob", "running").get("progressText") == "50%", "the progress shows")
+    tenant.wait(
+        lambda: tenant.status("FineTuneJob", "running").get("progressText") == "50%", "the progress is in the status"
+    )
     tenant.job("waiting", baseModel="nowhere")
     tenant.until("FineTuneJob", "waiting", "Accepted", "BaseModelMissing")
     for name in (tenant, calm):
         settled(name)
 
     before, counted = versions(tenant) | versions(calm), writes(tenant)
-    assert any('verb="APPLY"' in line for line in counted), "the API server counts what the operator writes"
+    assert any('verb="APPLY"' in line for line in counted), "the API server must count the operator's writes"
     looks = running.metric("graft_reconciles_total")
     time.sleep(16)
     assert versions(tenant) | versions(calm) == before
@@ -148,7 +155,9 @@ def test_an_idle_operator_writes_nothing(tenant: Tenant, running: OperatorProces
         line: number - counted.get(line, 0) for line, number in writes(tenant).items() if number > counted.get(line, 0)
     }
     assert more == {}
-    assert running.metric("graft_reconciles_total") > looks, "the operator did look at the running job meanwhile"
+    assert running.metric("graft_reconciles_total") > looks, (
+        "the operator must have reconciled the running job meanwhile"
+    )
 
 
 def test_a_restart_writes_nothing(tenant: Tenant, running: OperatorProcess) -> None:

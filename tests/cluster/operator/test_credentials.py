@@ -1,4 +1,4 @@
-"""The key of a namespace opens its own part of the bucket, and nothing else."""
+"""The key of a namespace gives access to its own prefix in the bucket, and to nothing else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from worlds.cluster.tenants import bind, new_tenant
 
 @pytest.fixture
 def neighbour(tenant: Tenant, request: pytest.FixtureRequest) -> Tenant:
-    """A second namespace with a key of its own, and a file."""
+    """Return a second namespace, which has its own key and one file."""
     other = new_tenant(tenant.api, tenant.store, request)
     bind(other)
     other.job("there")
@@ -29,7 +29,7 @@ def denied(call: Callable[..., Any], *arguments: Any) -> None:
     assert error.value.trouble == "denied", error.value
 
 
-def test_a_key_opens_its_own_prefix_only(tenant: Tenant, neighbour: Tenant) -> None:
+def test_a_key_gives_access_to_its_own_prefix_only(tenant: Tenant, neighbour: Tenant) -> None:
     tenant.job("here")
     tenant.running_pod("here")
     store = tenant.tenant_store()
@@ -49,14 +49,14 @@ def test_a_key_opens_its_own_prefix_only(tenant: Tenant, neighbour: Tenant) -> N
     denied(store._call, "delete_object", own)
     denied(store.delete_prefix, f"{tenant.name}/datasets/")
     store.put(f"{tenant.name}/runs/uid/pod/checkpoints/step-000001/rank-0000.json", b"{}")
-    assert store.delete_prefix(f"{tenant.name}/runs/uid/") == 1  # its checkpoints are the run's to remove
+    assert store.delete_prefix(f"{tenant.name}/runs/uid/") == 1  # a run may delete its own checkpoints
     denied(store._call, "delete_object", f"{neighbour.name}/runs/uid/progress.json")
     assert tenant.store.get(other) == b"{}" and tenant.store.get(own) == b"{}"
     with pytest.raises(Exception, match=r"AccessDenied|403"):
         store.client.put_bucket_policy(Bucket="graft", Policy="{}")
 
 
-def test_a_key_is_a_file_never_a_variable(tenant: Tenant) -> None:
+def test_a_key_is_mounted_as_a_file_and_never_set_as_a_variable(tenant: Tenant) -> None:
     tenant.job("here")
     pod = tenant.get("Pod", tenant.running_pod("here"))
     mounts = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
@@ -65,7 +65,7 @@ def test_a_key_is_a_file_never_a_variable(tenant: Tenant) -> None:
         assert not [item for item in container["env"] if "secretKeyRef" in (item.get("valueFrom") or {})]
 
 
-def test_a_secret_that_is_deleted_is_issued_anew_for_the_next_job(tenant: Tenant) -> None:
+def test_a_deleted_secret_is_issued_again_for_the_next_job(tenant: Tenant) -> None:
     tenant.job("first")
     tenant.running_pod("first")
     old = tenant.tenant_store()
@@ -87,7 +87,7 @@ def works(store: S3Store, key: str) -> bool:
     return True
 
 
-def test_a_secret_of_the_platform_team_is_left_alone(tenant: Tenant) -> None:
+def test_a_secret_that_the_platform_team_created_is_not_changed(tenant: Tenant) -> None:
     manifest = {"apiVersion": "v1", "kind": "Secret", "stringData": {"bucket": "graft"}}
     tenant.api.create(manifest | {"metadata": {"name": "graft-storage", "namespace": tenant.name}})
     tenant.job("here")

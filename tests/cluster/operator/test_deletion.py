@@ -1,4 +1,4 @@
-"""What stays and what goes when something is deleted."""
+"""The objects and files that are deleted with a resource, and those that stay."""
 
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store
@@ -13,7 +13,7 @@ def keys(store: S3Store, prefix: str) -> list[str]:
     return [item.key.removeprefix(prefix) for item in store.objects(prefix)]
 
 
-def test_a_job_that_is_deleted_while_it_trains_leaves_its_published_adapters(tenant: Tenant) -> None:
+def test_deleting_a_running_job_keeps_the_published_adapters(tenant: Tenant) -> None:
     assert tenant.trained("done") == "support-1.0.0"
     tenant.job("unfinished")
     pod = tenant.running_pod("unfinished")
@@ -39,7 +39,7 @@ def test_a_job_that_never_started_can_be_deleted(tenant: Tenant) -> None:
     tenant.gone("FineTuneJob", "waiting")
 
 
-def test_a_job_that_is_made_anew_under_its_name(tenant: Tenant) -> None:
+def test_a_job_can_be_created_again_with_the_same_name(tenant: Tenant) -> None:
     tenant.job("twice")
     first = tenant.get("FineTuneJob", "twice")["metadata"]["uid"]
     tenant.running_pod("twice")
@@ -50,7 +50,7 @@ def test_a_job_that_is_made_anew_under_its_name(tenant: Tenant) -> None:
     assert owner == tenant.get("FineTuneJob", "twice")["metadata"]["uid"] != first
 
 
-def test_an_adapter_that_is_served_waits_for_its_deployment(tenant: Tenant) -> None:
+def test_deleting_a_served_adapter_waits_for_its_deployment(tenant: Tenant) -> None:
     tenant.trained("first", output={"adapter": "support", "deletionPolicy": "Delete"})
     tenant.trained("other", adapter="sales")
     fleet = Fleet(tenant, "chat")
@@ -78,7 +78,7 @@ def test_retained_files_outlive_their_adapter(tenant: Tenant) -> None:
     assert "manifest.json" in keys(tenant.store, f"{tenant.name}/adapters/support/1.0.0/")
 
 
-def test_a_deleted_deployment_leaves_nothing(tenant: Tenant) -> None:
+def test_deleting_a_deployment_deletes_all_its_objects(tenant: Tenant) -> None:
     tenant.trained("first")
     fleet = Fleet(tenant, "chat")
     fleet.serve(["support@1.0.0"])
@@ -93,11 +93,11 @@ def test_a_deleted_deployment_leaves_nothing(tenant: Tenant) -> None:
         ("NetworkPolicy", "chat-serving"),
     ):
         tenant.gone(kind, name)
-    tenant.wait(lambda: not tenant.api.list("ReplicaSet", tenant.name), "no ReplicaSet is left")
+    tenant.wait(lambda: not tenant.api.list("ReplicaSet", tenant.name), "the ReplicaSets are deleted")
     tenant.until("Adapter", "support-1.0.0", "InUse", "NotServed")
 
 
-def test_a_deletion_in_a_namespace_that_lost_its_binding_says_so(tenant: Tenant) -> None:
+def test_a_deletion_in_an_unbound_namespace_reports_the_missing_binding(tenant: Tenant) -> None:
     tenant.job("orphan")
     tenant.running_pod("orphan")
     tenant.api.delete("RoleBinding", tenant.name, "graft")
@@ -108,7 +108,9 @@ def test_a_deletion_in_a_namespace_that_lost_its_binding_says_so(tenant: Tenant)
     assert tenant.api.list("Job", tenant.name) == []
 
 
-def test_a_deleted_namespace_leaves_no_credential_and_is_not_stuck(tenant: Tenant, calm: Tenant, s3: S3Server) -> None:
+def test_deleting_a_namespace_revokes_its_credential_and_does_not_get_stuck(
+    tenant: Tenant, calm: Tenant, s3: S3Server
+) -> None:
     identity = VersityIdentity(tenant.store, s3.endpoint)
     calm.job("elsewhere")
     calm.running_pod("elsewhere")
@@ -121,9 +123,9 @@ def test_a_deleted_namespace_leaves_no_credential_and_is_not_stuck(tenant: Tenan
 
     tenant.api.delete("Namespace", None, tenant.name)
     tenant.wait(lambda: "deletionTimestamp" in tenant.get("Pod", pod)["metadata"], "the training pod is stopped")
-    tenant.fail_pod(pod, Reason.INTERRUPTED, "The pod was stopped.", "")  # SIGTERM, as the kubelet sends it
+    tenant.fail_pod(pod, Reason.INTERRUPTED, "The pod was stopped.", "")  # as after the kubelet's SIGTERM
     tenant.wait(
-        lambda: tenant.api.get("Namespace", None, tenant.name) is None, "the namespace is gone", timeout=90,
+        lambda: tenant.api.get("Namespace", None, tenant.name) is None, "the namespace is deleted", timeout=90,
         explain=lambda: str((tenant.api.get("Namespace", None, tenant.name) or {}).get("status")),
     )  # fmt: skip
     tenant.wait(lambda: tenant.name not in identity.tenants(), "its key is revoked")

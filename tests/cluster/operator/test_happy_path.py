@@ -1,4 +1,4 @@
-"""From a base model to a served adapter."""
+"""The path from a base model to a served adapter, without faults."""
 
 from worlds.cluster.api import Object
 from worlds.cluster.fleet import Fleet
@@ -9,7 +9,7 @@ def test_a_base_model_is_pinned_and_its_facts_are_read(tenant: Tenant) -> None:
     def status() -> Object:
         return dict((tenant.api.get("BaseModel", None, BASE) or {}).get("status", {}))
 
-    tenant.wait(lambda: status().get("stage") == "Ready", "the model is Ready")
+    tenant.wait(lambda: status().get("stage") == "Ready", "the BaseModel is Ready")
     found = status()
     assert found["digest"].startswith("sha256:")
     assert found["facts"]["parameters"] == 1000 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
@@ -26,7 +26,9 @@ def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
     assert tenant.job_file("first").output.version == "1.0.0"
 
     tenant.progress("first", pod, stage="Training", step=30, total_steps=60, percent=50, loss=1.2345, eta_seconds=200)
-    tenant.wait(lambda: tenant.status("FineTuneJob", "first").get("progressText") == "50%", "the progress shows")
+    tenant.wait(
+        lambda: tenant.status("FineTuneJob", "first").get("progressText") == "50%", "the progress is in the status"
+    )
     status = tenant.status("FineTuneJob", "first")
     assert (status["stage"], status["lossText"], status["etaText"]) == ("Training", "1.2345", "3m20s")
     assert (status["progress"]["step"], status["progress"]["totalSteps"]) == (30, 60)

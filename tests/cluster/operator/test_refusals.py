@@ -1,4 +1,4 @@
-"""Bad input is refused by `kubectl apply`, with words that help."""
+"""`kubectl apply` refuses invalid manifests with a message that names the field or the rule."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ DIGEST = "sha256:" + "0" * 64
         ({"resources": {"limits": {"memory": "lots"}}}, "spec.resources.limits.memory"),
     ],
 )
-def test_a_wrong_job_is_refused(tenant: Tenant, plane: ControlPlane, change: dict[str, Any], words: str) -> None:
+def test_an_invalid_job_is_refused(tenant: Tenant, plane: ControlPlane, change: dict[str, Any], words: str) -> None:
     assert words in refused(plane, tenant.job_manifest("wrong", **change))
     assert tenant.api.get("FineTuneJob", tenant.name, "wrong") is None
 
@@ -53,7 +53,7 @@ def test_the_spec_of_a_job_never_changes(tenant: Tenant, plane: ControlPlane) ->
 
 
 @pytest.mark.parametrize("uri", ["s3://graft/", "s3:///key/", "s3://graft/key", "hf://org/name/"])
-def test_an_artifact_that_is_no_prefix_is_refused(tenant: Tenant, plane: ControlPlane, uri: str) -> None:
+def test_an_artifact_uri_that_is_not_a_prefix_is_refused(tenant: Tenant, plane: ControlPlane, uri: str) -> None:
     spec = {"adapter": "support", "version": "1.0.0", "baseModel": "tiny", "method": "lora"}
     words = refused(
         plane, tenant.resource("Adapter", "support-1.0.0", spec | {"artifact": {"uri": uri, "digest": DIGEST}})
@@ -88,7 +88,9 @@ def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) 
         ({"adapters": ["support@latest"], "replicas": -1}, "spec.replicas"),
     ],
 )
-def test_a_wrong_deployment_is_refused(tenant: Tenant, plane: ControlPlane, spec: dict[str, Any], words: str) -> None:
+def test_an_invalid_deployment_is_refused(
+    tenant: Tenant, plane: ControlPlane, spec: dict[str, Any], words: str
+) -> None:
     assert words in refused(plane, tenant.resource("AdapterDeployment", "wrong", {"baseModel": BASE} | spec))
 
 

@@ -1,4 +1,4 @@
-"""What the tests on a real API server share: the operator's process, tenants, nodes and serving pods.
+"""Shared parts of the tests with a real API server: the operator's process, tenants, nodes and serving pods.
 
-Nothing here runs containers: that is the e2e suite's.
+Nothing here runs containers. Only the e2e suite does.
 """

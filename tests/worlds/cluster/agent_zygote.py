@@ -1,7 +1,7 @@
-"""Starts the agent's real process many times in a short time: everything is imported once, and each start is a fork.
+"""Start the agent's real process many times in a short time. Everything is imported once, and each start is a fork.
 
-Reads one JSON line per start: {"arguments": […], "log": path, "kill_at": n, "below": folder}; answers with the
-process id. With kill_at the process is ended by SIGKILL at its n-th call that changes something below the folder, before the call.
+This program reads one JSON line per start: {"arguments": […], "log": path, "kill_at": n, "below": folder}. It answers with
+the process id. With kill_at, SIGKILL ends the process just before its n-th call that changes something below the folder.
 """
 
 import json
@@ -19,7 +19,7 @@ CHANGES = frozenset(
 
 
 def kill_at(count: int, folder: str) -> None:
-    """SIGKILL at the count-th change below the folder. Truncation and fsync come as calls on an open file: not counted."""
+    """Send SIGKILL at the count-th change below the folder. Truncation and fsync of an open file do not count."""
     left = count
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -36,7 +36,7 @@ def kill_at(count: int, folder: str) -> None:
 
 
 def start(order: dict[str, object]) -> int:
-    """Forks the agent; its process id."""
+    """Fork the agent. Return its process id."""
     if pid := os.fork():
         return pid
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -50,13 +50,13 @@ def start(order: dict[str, object]) -> int:
     try:
         agent.main()
     finally:
-        os._exit(70)  # main() ends the process itself
+        os._exit(70)  # not reached: main() ends the process itself
 
 
 def main() -> None:
     boto3.client(
         "s3", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
-    )  # reads its models once
+    )  # boto3 reads its service models once, before the forks
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     for line in sys.stdin:
         print(start(json.loads(line)), flush=True)

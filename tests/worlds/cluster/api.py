@@ -1,4 +1,4 @@
-"""The Kubernetes API as the tests use it: plain calls over one connection, much faster than a kubectl per call."""
+"""The Kubernetes API for the tests: plain calls over one connection, much faster than one kubectl per call."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ ALL_KINDS = KINDS | {"ReplicaSet": Kind("apps/v1", "replicasets"), "CoreEvent": 
 
 
 class Refused(Exception):
-    """The API server said no."""
+    """The API server refused a call."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -32,7 +32,7 @@ class Api:
         self._pool = urllib3.PoolManager(ca_certs=str(pki / "ca.crt"), timeout=30.0, retries=2, **identity)
 
     def as_token(self, token: str) -> "Api":
-        """The same server, as somebody else."""
+        """Return access to the same server with another identity."""
         return Api(self.server, self.pki, token)
 
     def text(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> str:
@@ -51,7 +51,7 @@ class Api:
         return dict(json.loads(self.text(method, path, body, content_type)))
 
     def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
-        """The object, or None."""
+        """Return the object, or None if it does not exist."""
         try:
             return self.call("GET", ALL_KINDS[kind].path(namespace, name))
         except Refused as error:
@@ -64,12 +64,12 @@ class Api:
         return list(self.call("GET", ALL_KINDS[kind].path(namespace) + query)["items"])
 
     def create(self, manifest: Object) -> Object:
-        """Create an object; the namespace is in its metadata."""
+        """Create an object in the namespace of its metadata."""
         kind = ALL_KINDS[manifest["kind"]]
         return self.call("POST", kind.path(manifest["metadata"].get("namespace")), manifest)
 
     def apply(self, manifest: Object, manager: str) -> Object:
-        """Server-side apply."""
+        """Apply an object with server-side apply."""
         metadata = manifest["metadata"]
         path = ALL_KINDS[manifest["kind"]].path(metadata.get("namespace"), metadata["name"])
         return self.call("PATCH", f"{path}?fieldManager={manager}&force=true", manifest, APPLY)
@@ -82,7 +82,7 @@ class Api:
         return self.call("PATCH", path, {"status": status}, STRATEGIC)
 
     def delete(self, kind: str, namespace: str | None, name: str) -> None:
-        """Delete an object; one that is gone is fine."""
+        """Delete an object. It is no error if the object does not exist."""
         try:
             self.call("DELETE", ALL_KINDS[kind].path(namespace, name), {"propagationPolicy": "Background"})
         except Refused as error:
@@ -90,7 +90,7 @@ class Api:
                 raise
 
     def token(self, namespace: str, account: str) -> str:
-        """A token of a service account."""
+        """Return a token of a service account."""
         path = ALL_KINDS["ServiceAccount"].path(namespace, account, "token")
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 86400}}
         return str(self.call("POST", path, body)["status"]["token"])

@@ -1,4 +1,4 @@
-"""An AdapterDeployment in a story: its pods, the agents that the test plays, and what the gateway is told."""
+"""An AdapterDeployment in a test: its pods, the agents that the test plays, and the gateway's routes."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from worlds.cluster.tenant import BASE, Tenant
 
 
 class Fleet:
-    """One deployment. The agents write with their own service account: its Role must be enough."""
+    """One deployment. The played agents write with their own service account, so that its Role must be sufficient."""
 
     def __init__(self, tenant: Tenant, name: str) -> None:
         self.tenant, self.name = tenant, name
@@ -35,7 +35,10 @@ class Fleet:
         return self.tenant.until("AdapterDeployment", self.name, type_, reason, timeout, **message)
 
     def pods(self, count: int) -> list[Object]:
-        """Wait until so many pods run. A roll-out whose replicas have parts of the adapters takes 15 s for each of them."""
+        """Wait until `count` pods run. Return them.
+
+        If each replica has only some of the adapters, a rollout takes 15 s for each replica.
+        """
         owner = self.tenant.get("AdapterDeployment", self.name)
 
         def alive() -> list[Object]:
@@ -46,55 +49,57 @@ class Fleet:
         return alive()
 
     def wanted(self) -> Wanted:
-        """What the agents are told."""
+        """Return the wanted adapters as the agents read them."""
         return Wanted.model_validate_json(self.tenant.get("ConfigMap", f"{self.name}-wanted")["data"]["wanted.json"])
 
     def told(self) -> bool:
-        """Whether the agents are told anything yet."""
+        """Return whether the ConfigMap that the agents read exists."""
         return self.tenant.api.get("ConfigMap", self.tenant.name, f"{self.name}-wanted") is not None
 
     def wanted_names(self) -> list[str]:
-        """Names of the Adapters that are wanted."""
+        """Return the names of the wanted Adapters."""
         return sorted(item.adapter for item in self.wanted().adapters) if self.told() else []
 
     def expected_names(self) -> list[str]:
-        """Names of the Adapters that will be wanted once they are verified."""
+        """Return the names of the Adapters that are wanted once they are verified."""
         return sorted(item.adapter for item in self.wanted().expected) if self.told() else []
 
     def until_wanted(self, *names: str) -> None:
         self.tenant.wait(
             lambda: self.wanted_names() == sorted(names),
-            f"wanted is {names}",
-            explain=lambda: f"it is {self.wanted_names()}",
+            f"the wanted adapters are {names}",
+            explain=lambda: f"they are {self.wanted_names()}",
         )
 
     def find_routes(self) -> Object | None:
-        """The ConfigMap in the operator's namespace."""
+        """Return the ConfigMap of the routes in the operator's namespace, or None."""
         labels = f"graft.dev/component=routes,graft.dev/namespace={self.tenant.name},graft.dev/owner={self.name}"
         found = self.tenant.api.list("ConfigMap", SYSTEM, labels)
         assert len(found) <= 1
         return found[0] if found else None
 
     def routes(self) -> Routes:
-        """What the gateway is told."""
+        """Wait until the routes exist. Return them as the gateway reads them."""
         self.tenant.wait(self.find_routes, f"{self.name} has routes")
         found = self.find_routes()
         assert found is not None
         return Routes.model_validate_json(found["data"]["routes.json"])
 
     def targets(self) -> dict[str, str | None]:
-        """route -> Adapter that answers it."""
+        """Return the Adapter that answers each route: route -> Adapter."""
         prefix = f"{self.tenant.name}/"
         entries = self.routes().routes
         return {item.model.removeprefix(prefix): item.targets[0].adapter if item.targets else None for item in entries}
 
     def until_targets(self, **targets: str) -> None:
         self.tenant.wait(
-            lambda: self.targets() == targets, f"routes are {targets}", explain=lambda: f"they are {self.targets()}"
+            lambda: self.targets() == targets,
+            f"the targets of the routes are {targets}",
+            explain=lambda: f"they are {self.targets()}",
         )
 
     def agent_says(self, pod: Object, states: dict[str, str] | None = None, failure: str = "") -> None:
-        """One agent writes its key: by default everything that is wanted is loaded. `states`: adapter -> state."""
+        """Write the report of one agent. By default it has loaded every wanted adapter. `states`: adapter -> state."""
         wanted = self.wanted().adapters
         chosen = {item.adapter: "Loaded" for item in wanted} if states is None else states
         name = pod["metadata"]["name"]
@@ -125,12 +130,12 @@ class Fleet:
         self._agents.apply(manifest, f"graft-agent-{name}")
 
     def ready(self, pod: Object, ready: bool) -> None:
-        """A pod becomes ready or not, as the kubelet says after its probes."""
+        """Set the Ready condition of a pod, as the kubelet does after its probes."""
         condition = {"type": "Ready", "status": "True" if ready else "False"}
         self.tenant.api.patch_status("Pod", self.tenant.name, pod["metadata"]["name"], {"conditions": [condition]})
 
     def serve(self, adapters: list[str], replicas: int = 1, **spec: Any) -> list[Object]:
-        """Deploy, and play the agents until all is served; the pods."""
+        """Deploy, and play the agents until the rollout is complete. Return the pods."""
         self.deploy(adapters, replicas=replicas, **spec)
         pods = self.pods(replicas)
         self.tenant.wait(lambda: len(self.wanted_names()) == len(adapters), f"{len(adapters)} adapters are wanted")

@@ -1,7 +1,8 @@
-"""Starts the engine's and the agent's own main() many times in a short time: everything is imported once, each start is a fork.
+"""Start the main() of the engine and of the agent many times in a short time. Each start is a fork after all imports.
 
-Reads one JSON line per start: {"program": "engine" or "agent", "arguments": […], "environment": {…}, "log": path}; answers with
-the process id. The file that KUBECONFIG names when this starts is read by each agent at its own start.
+This program reads one JSON line per start: {"program": "engine" or "agent", "arguments": […], "environment": {…},
+"log": path}. It answers with the process id. Each agent reads, at its own start, the file that KUBECONFIG named when this
+program started.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 
 class ForkServer:
-    """The parent's side."""
+    """The test's side: it starts this file as a process and sends it the orders."""
 
     def __init__(self, kubeconfig: Path) -> None:
         self._one = Lock()
@@ -28,7 +29,7 @@ class ForkServer:
         )
 
     def start(self, program: str, arguments: list[str], environment: dict[str, str], log: Path) -> int:
-        """Starts a program; its process id."""
+        """Start a program. Return its process id."""
         assert self._process.stdin is not None and self._process.stdout is not None
         order = {"program": program, "arguments": arguments, "environment": environment, "log": str(log)}
         with self._one:
@@ -39,7 +40,7 @@ class ForkServer:
     def end(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.kill()  # it may still import; what it forked is ended by who asked for it
+        self._process.kill()  # it may still be importing; each caller ends the processes that it started
         self._process.wait(10)
 
 
@@ -64,9 +65,9 @@ def _serve() -> None:
     import boto3
     from graft_server.agent import __main__ as agent
     from graft_server.engine import __main__ as engine
-    from transformers.models.llama import modeling_llama  # noqa: F401 - what the engine imports when it loads its model
+    from transformers.models.llama import modeling_llama  # noqa: F401 - the engine imports it when it loads its model
 
-    # boto3 reads its models at the first client.
+    # The first client makes boto3 read its service models.
     boto3.client("s3", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
     mains = {"engine": engine.main, "agent": agent.main}
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies

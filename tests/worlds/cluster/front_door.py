@@ -1,4 +1,4 @@
-"""A gateway in a story, with the chart's rights, and an engine behind it that answers everything."""
+"""A gateway in a test, with the chart's rights, and an engine that answers every request."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def engine(address: str, port: int) -> Iterator[None]:
-    """Listens where a pod's engine would, on a loopback address."""
+    """Run an engine on a loopback address, in place of the engine of a pod."""
     server = ThreadingHTTPServer((address, port), _Answers)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -52,7 +52,7 @@ def engine(address: str, port: int) -> Iterator[None]:
 
 
 class FrontDoor:
-    """One gateway; `ask` is its client."""
+    """A client of one gateway."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -67,7 +67,7 @@ class FrontDoor:
 
 @contextmanager
 def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
-    """Runs the gateway on loopback, as its service account."""
+    """Run the gateway on loopback, with its service account."""
     started, urls, stop, loop = threading.Event(), list[str](), asyncio.Event(), asyncio.new_event_loop()
 
     async def serve() -> None:
@@ -96,9 +96,9 @@ def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
     thread = threading.Thread(target=loop.run_until_complete, args=[serve()])
     thread.start()
     try:
-        assert started.wait(30), "the gateway did not start"
+        assert started.wait(30), "the gateway did not start within 30 s"
         door = FrontDoor(urls[0])
-        wait_for(door.ready, 30, "the gateway has read its table")
+        wait_for(door.ready, 30, "the gateway has read its routes")
         yield door
     finally:
         loop.call_soon_threadsafe(stop.set)

@@ -1,4 +1,4 @@
-"""Facts of two models of known sizes, as spec.facts of a BaseModel has them."""
+"""The facts of two models of known sizes, in the form of spec.facts of a BaseModel."""
 
 LLAMA_2_7B = {
     "parameters": 6_738_415_616, "layers": 32, "hiddenSize": 4096, "intermediateSize": 11008, "gatedMlp": True, "heads": 32,

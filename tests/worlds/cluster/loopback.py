@@ -1,8 +1,9 @@
-"""A node whose serving pods really serve: engine and agent of each pod run as processes on a loopback address of its own.
+"""A node whose serving pods really serve: engine and agent of each pod run as processes on the pod's own loopback address.
 
-The kubelet is played here, as far as serving pods need it: containers started from the pod's own spec and again when they end,
-probes, readiness and the pod's address in its status; at a deletion the preStop pause, SIGTERM, and the pod's object last.
-There is no sandbox: files that the spec would mount lie in a folder per pod, and the base model is one that is there already.
+This module plays the kubelet as far as serving pods need it. It starts the containers of the pod's spec, restarts them when
+they end, probes them, and writes readiness and address into the pod's status. When a pod is deleted, it waits for the preStop
+pause, sends SIGTERM, and deletes the pod's object last. There is no sandbox: mounted files are in a folder per pod, and the
+base model is not downloaded.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ from worlds.cluster.api import MERGE, Api, Object, Refused
 
 NODE = "loopback"
 TAINT = "graft.dev/loopback"
-# What a deployment says to get its pods here, and nobody else's.
+# With these fields of its spec, a deployment gets its pods onto this node. No other pods run here.
 PLACEMENT = {
     "nodeSelector": {"kubernetes.io/hostname": NODE},
     "tolerations": [{"key": TAINT, "operator": "Exists"}],
 }
-HEARTBEAT = 10.0
-LOOK_EVERY = 0.2
-PROBE_EVERY = 0.5  # the pods' own probes have longer periods; the order of events is the same
+HEARTBEAT = 10.0  # seconds
+LOOK_EVERY = 0.2  # seconds
+PROBE_EVERY = 0.5  # seconds; the pods' own probes have longer periods, but the order of events is the same
 
 # program, arguments, environment, log -> process id
 Start = Callable[[str, list[str], dict[str, str], Path], int]
 
 
 class Container:
-    """One process, known by its id and start time."""
+    """One process, identified by its pid and its start time."""
 
     def __init__(self, start: Callable[[], int]) -> None:
         self._start = start
         self.restarts = -1
         self.pid = 0
-        self.since = 0.0  # of the monotonic clock
+        self.since = 0.0  # seconds of the monotonic clock
         self._born: str | None = None
         self.start()
 
@@ -108,7 +109,7 @@ class LoopbackPod:
         self._thread.start()
 
     def _write_secret(self) -> None:
-        """The mounted storage Secret."""
+        """Write the storage Secret as the kubelet mounts it."""
         secret = self.api.get("Secret", self.namespace, "graft-storage")
         assert secret is not None
         (self.folder / "storage").mkdir()
@@ -138,7 +139,7 @@ class LoopbackPod:
         self._call("DELETE", f"/api/v1/namespaces/{self.namespace}/pods/{self.name}", {"gracePeriodSeconds": 0})
 
     def _call(self, method: str, path: str, body: Object) -> None:
-        """A call about this pod, which may be gone: somebody has deleted it without grace."""
+        """Call the API about this pod. The pod may no longer exist, if it was deleted without a grace period."""
         try:
             self.api.call(method, path, body, MERGE if method == "PATCH" else "application/json")
         except Refused as error:
@@ -146,7 +147,7 @@ class LoopbackPod:
                 raise
 
     def abandon(self) -> None:
-        """End the processes; the pod's object is left to others."""
+        """End the processes. Do not delete the pod's object."""
         self._abandoned = True
         self.deleted.set()
         self._thread.join(10)
@@ -170,7 +171,7 @@ class LoopbackPod:
             return False
 
     def _tell(self) -> None:
-        """The pod's status, when it changed."""
+        """Write the pod's status if it changed."""
         ready = "True" if self.ready else "False"
         new = {
             "phase": "Running",
@@ -194,14 +195,14 @@ class LoopbackPod:
 
 
 def _arguments(container: Object) -> list[str]:
-    """Of `python -m <module> …`."""
+    """Return the arguments of a container whose command is `python -m <module> …`."""
     command = [*container["command"], *container.get("args", [])]
     assert command[:2] == ["python", "-m"], command
     return [str(word) for word in command[3:]]
 
 
 def _with(arguments: list[str], values: dict[str, str]) -> list[str]:
-    """The arguments, with these flags' values in place of theirs."""
+    """Return the arguments with the values of these flags replaced."""
     left, skip = [], False
     for word in arguments:
         if skip:
@@ -218,11 +219,11 @@ def _now() -> str:
 
 
 class LoopbackNode:
-    """The node and its kubelet; one test has it at a time."""
+    """The node and its kubelet. One test uses it at a time."""
 
     def __init__(self, api: Api, folder: Path, model: Path, start: Start) -> None:
         self._api, self._folder, self._model, self._start = api, folder, model, start
-        self._net = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}"  # other runs on this machine have others
+        self._net = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}"  # other test runs on this machine use other networks
         self._next = 1
         self.pods: dict[str, LoopbackPod] = {}  # by UID
         self.troubles: list[str] = []
@@ -230,12 +231,12 @@ class LoopbackNode:
         self._thread = threading.Thread(target=self._run, name="loopback kubelet", daemon=True)
 
     def address(self) -> str:
-        """A loopback address that nobody has yet."""
+        """Return a loopback address that is not used yet."""
         self._next += 1
         return f"{self._net}.{self._next}"
 
     def of(self, namespace: str) -> list[LoopbackPod]:
-        """The pods of a namespace that live."""
+        """Return the pods of a namespace that have not ended."""
         return [pod for pod in list(self.pods.values()) if pod.namespace == namespace and not pod.over.is_set()]
 
     def named(self, name: str) -> LoopbackPod:
@@ -250,14 +251,14 @@ class LoopbackNode:
         })  # fmt: skip
         self._heartbeat({"capacity": room, "allocatable": room})
         self._thread.start()
-        wait_for(self._schedulable, 30, "the loopback node takes pods")
+        wait_for(self._schedulable, 30, "the loopback node is schedulable")
 
     def _schedulable(self) -> bool:
         node = self._api.call("GET", f"/api/v1/nodes/{NODE}")
         return [taint["key"] for taint in node["spec"].get("taints", [])] == [TAINT]
 
     def close(self) -> None:
-        """End what runs; the objects go with their namespace or owner."""
+        """End all processes and delete the node. The pods are deleted with their namespace or owner."""
         self._end.set()
         self._thread.join(20)
         for pod in self.pods.values():
@@ -299,7 +300,7 @@ class LoopbackNode:
 
 @contextmanager
 def loopback_node(api: Api, folder: Path, model: Path, start: Start) -> Iterator[LoopbackNode]:
-    """The node, gone afterwards with all its processes."""
+    """Run the node during the block. End all its processes and delete it afterwards."""
     node = LoopbackNode(api, folder, model, start)
     node.open()
     try:

@@ -1,4 +1,7 @@
-"""Composed and imported versions in a story: what the user creates, and the pod that makes them, as the trainer itself or played."""
+"""Composed and imported versions in a test.
+
+The test creates the Adapter as a user does. It plays the pod that makes the version, or runs the real trainer in its place.
+"""
 
 import json
 import os
@@ -49,7 +52,7 @@ class Maker:
         return self.tenant.running_pod(self.name, but, "Adapter")
 
     def file(self) -> VersionFile:
-        """What the pod is told."""
+        """Return the file that tells the pod what to make."""
         data = self.tenant.get("ConfigMap", f"{self.name}-{self.command}")["data"]
         return VersionFile.model_validate_json(data["job.json"])
 
@@ -57,7 +60,7 @@ class Maker:
         return [item["metadata"]["name"] for item in self.tenant.api.list("Job", self.tenant.name)]
 
     def publish_as_trainer(self, pod: str) -> None:
-        """Files of a composed adapter and its manifest, as the trainer leaves them."""
+        """Publish the files of a composed adapter and its manifest, as the trainer does."""
         file = self.file()
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
         given = file.composition.parents if file.composition else []
@@ -85,7 +88,7 @@ class Maker:
         self.end_pod(pod, EXIT_CODES[reason], Termination(reason=reason, message=message, remedy=remedy).json_text())
 
     def run_trainer(self, folder: Path) -> None:
-        """What the kubelet does: mount the ConfigMap and the Secret, run the container's command, report how it ended."""
+        """Play the kubelet: mount the ConfigMap and the Secret, run the container's command, and report how it ended."""
         pod = self.running_pod()
         for name in ("storage", "work"):
             (folder / name).mkdir(parents=True)
@@ -98,7 +101,7 @@ class Maker:
             "GRAFT_WORK_DIR": str(folder / "work"),
             "GRAFT_TERMINATION_FILE": str(folder / "termination"),
             "GRAFT_STORAGE_PATIENCE": "5",
-            "OMP_NUM_THREADS": "1",  # threads that wait for each other on shared CPUs take many times as long
+            "OMP_NUM_THREADS": "1",  # several threads on shared CPUs wait for each other and take many times as long
         }
         done = subprocess.run(
             [sys.executable, "-m", "graft_trainer", self.command],

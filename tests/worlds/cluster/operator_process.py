@@ -1,4 +1,4 @@
-"""The operator as a process with the chart's own rights: started, stopped and killed by the tests."""
+"""The operator as a process with the chart's rights. The tests start, stop and kill it."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ RIGHTS = {"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBi
 
 @dataclass
 class OperatorProcess:
-    """`python -m graft` with a kubeconfig, a configuration and the store's key."""
+    """The process `python -m graft`, with a kubeconfig, a configuration and the root key of the store."""
 
     folder: Path
     kubeconfig: Path
@@ -41,12 +41,12 @@ class OperatorProcess:
         return self.folder / "operator.log"
 
     def start(self) -> None:
-        """Start it, and wait until its probes say that it works."""
+        """Start the operator and wait until its health probe succeeds."""
         self.launch()
         wait_for(self.healthy, 60, "the operator is healthy", lambda: tail(self.log))
 
     def launch(self) -> None:
-        """Start it without waiting."""
+        """Start the operator without waiting."""
         assert self.process is None
         config = self.folder / "config.json"
         config.write_text(json.dumps(SETTINGS))
@@ -64,7 +64,9 @@ class OperatorProcess:
             )
 
     def healthy(self) -> bool:
-        assert self.process is not None and self.process.poll() is None, f"the operator ended:\n{tail(self.log)}"
+        assert self.process is not None and self.process.poll() is None, (
+            f"the operator ended unexpectedly. The last lines of its log:\n{tail(self.log)}"
+        )
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz", timeout=5) as answer:
                 return int(answer.status) == 200
@@ -72,7 +74,7 @@ class OperatorProcess:
             return False
 
     def end(self, number: signal.Signals) -> None:
-        """Signal our own child and wait for it."""
+        """Send a signal to the operator and wait until it ends."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -91,7 +93,7 @@ class OperatorProcess:
         self.end(signal.SIGKILL)
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's series."""
+        """Return the sum of all series of a metric."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
@@ -106,10 +108,10 @@ SETTINGS = {
 
 
 def install_rights(plane: ControlPlane, api: Api) -> Path:
-    """The chart's service account and roles, nothing else of it; the kubeconfig of that account."""
+    """Install the operator's account and roles from the chart, and nothing else of it. Return the account's kubeconfig."""
     api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}})
     chart = REPOSITORY / "charts/graft"
-    # --kube-version: without a cluster helm takes the version of the Kubernetes that it was built with, none here.
+    # --kube-version: without a cluster, helm uses the Kubernetes version that was set at its build. Our build sets none.
     rendered = output([binary("helm"), "template", "graft", chart, "--namespace", SYSTEM, "--kube-version", KUBERNETES])
     documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] in RIGHTS]
     ours = [item for item in documents if "helm.sh/hook" not in (item["metadata"].get("annotations") or {})]
@@ -131,5 +133,5 @@ def install_rights(plane: ControlPlane, api: Api) -> Path:
 
 
 def new_operator(folder: Path, kubeconfig: Path, s3: S3Server) -> OperatorProcess:
-    """An operator that is not started yet."""
+    """Return an operator that is not started yet."""
     return OperatorProcess(folder, kubeconfig, s3.secret_dir(BUCKET))

@@ -1,4 +1,4 @@
-"""A manifest that the API server must refuse."""
+"""Check that the API server refuses a manifest."""
 
 import json
 
@@ -10,7 +10,7 @@ from worlds.cluster.api import Object
 
 
 def refused(plane: ControlPlane, manifest: Object) -> str:
-    """What kubectl says."""
+    """Apply a manifest that must be refused. Return kubectl's message."""
     path = plane.state / "refused.json"
     path.write_text(json.dumps(manifest))
     with pytest.raises(Failed) as error:

@@ -1,4 +1,4 @@
-"""What serves in a story with real processes: the tiny base model, adapters of random weights, kubeconfigs and the gateway."""
+"""Serving with real processes in a test: the tiny base model, adapters of random weights, kubeconfigs and the gateway."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def make_real_base(api: Api, store: S3Store, name: str = BASE, folder: Path = MODEL) -> str:
-    """A BaseModel with these files, those of the tiny model of the examples unless told otherwise."""
+    """Upload a model and create its BaseModel. Return its name. The default is the tiny model of the examples."""
     for path in folder.iterdir():
         store.upload(f"models/{name}/{path.name}", path)
     if api.get("BaseModel", None, name) is None:
@@ -43,7 +43,7 @@ def make_real_base(api: Api, store: S3Store, name: str = BASE, folder: Path = MO
 def upload_version(
     store: S3Store, tenant: str, folder: Path, adapter: str, version: str, rank: int, base: str = BASE
 ) -> tuple[str, str]:
-    """Put a version into the store; its URI and the digest of its manifest."""
+    """Put a version into the store. Return its URI and the digest of its manifest."""
     files = {name: folder / name for name in FILES}
     model = f"s3://{BUCKET}/models/{base}"
     made = Manifest(
@@ -58,7 +58,7 @@ def upload_version(
 
 
 def adapter_manifest(tenant: Tenant, uri: str, digest: str, adapter: str, version: str, base: str = BASE) -> Object:
-    """The Adapter of a version that is in the store."""
+    """Return the Adapter of a version that is in the store."""
     spec = {
         "adapter": adapter, "version": version, "baseModel": base, "method": "lora",
         "artifact": {"uri": uri, "digest": digest},
@@ -67,14 +67,14 @@ def adapter_manifest(tenant: Tenant, uri: str, digest: str, adapter: str, versio
 
 
 def publish_version(tenant: Tenant, folder: Path, adapter: str, version: str, rank: int = 4) -> str:
-    """A version in the store and its Adapter; the Adapter's name."""
+    """Put a version into the store and create its Adapter. Return the Adapter's name."""
     uri, digest = upload_version(tenant.store, tenant.name, folder, adapter, version, rank)
     tenant.api.create(adapter_manifest(tenant, uri, digest, adapter, version))
     return f"{adapter}-{version}"
 
 
 def write_kubeconfig(plane: ControlPlane, path: Path, token: str) -> Path:
-    """A kubeconfig of a service account."""
+    """Write a kubeconfig of a service account. Return its path."""
     cluster = {"server": plane.server, "certificate-authority": str(plane.state / "pki/ca.crt")}
     path.write_text(
         json.dumps({
@@ -89,7 +89,7 @@ def write_kubeconfig(plane: ControlPlane, path: Path, token: str) -> Path:
 
 @contextmanager
 def gateway(plane: ControlPlane, api: Api, folder: Path, address: str) -> Iterator[str]:
-    """The gateway as a process, with the chart's rights; its URL."""
+    """Run the gateway as a process with the chart's rights. Yield its URL."""
     kubeconfig = write_kubeconfig(plane, folder / "gateway.kubeconfig", api.token(SYSTEM, "graft-gateway"))
     log = folder / "gateway.log"
     with log.open("ab") as out:
@@ -100,7 +100,7 @@ def gateway(plane: ControlPlane, api: Api, folder: Path, address: str) -> Iterat
     url = f"http://{address}:{GATEWAY_PORT}"
 
     def ready() -> bool:
-        assert process.poll() is None, f"the gateway ended:\n{tail(log)}"
+        assert process.poll() is None, f"the gateway ended unexpectedly. The last lines of its log:\n{tail(log)}"
         try:
             with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
                 return int(answer.status) == 200

@@ -1,4 +1,4 @@
-"""Waits until nothing in a tenant's namespace changes any more."""
+"""Wait until nothing in a tenant's namespace changes any more."""
 
 import time
 
@@ -9,7 +9,7 @@ CHILDREN = ("Job", "Deployment", "ConfigMap", "NetworkPolicy", "Role", "RoleBind
 
 
 def versions(tenant: Tenant) -> dict[str, str]:
-    """Every object and its resourceVersion."""
+    """Return the resourceVersion of every object: kind and name -> resourceVersion."""
     return {
         f"{kind} {item['metadata']['name']}": item["metadata"]["resourceVersion"]
         for kind in (*OURS, *CHILDREN)
@@ -18,7 +18,7 @@ def versions(tenant: Tenant) -> dict[str, str]:
 
 
 def settled(tenant: Tenant, seconds: float = 3) -> dict[str, str]:
-    """Wait until nothing changes for so long."""
+    """Wait until nothing changes for `seconds`. Return the resourceVersions."""
     last, since = versions(tenant), time.monotonic()
 
     def quiet() -> bool:

@@ -1,4 +1,4 @@
-"""A tenant's namespace in a story: what its user creates and sees, and the training pods that the test plays."""
+"""A tenant's namespace in a test: the resources that its user creates and reads, and the training pods that the test plays."""
 
 import base64
 import hashlib
@@ -24,23 +24,23 @@ from worlds.cluster.api import Api, Object
 
 API = "graft.dev/v1alpha1"
 BASE = "tiny"
-# What a story's jobs ask for unless it says otherwise: without GPUs there is no other Job before the one that trains.
+# The resources of a test's jobs unless the test sets others. Without GPUs no preflight Job runs before the training.
 ON_CPU = {"requests": {"cpu": "1", "memory": "1Gi"}}
 SCORES = {"exactMatch": 0.91, "base/exactMatch": 0.12}
 
 
 @dataclass
 class Tenant:
-    """One namespace; `store` is opened with the root's key."""
+    """One namespace. `store` is opened with the root key."""
 
     api: Api
     name: str
     store: S3Store
 
-    # What the user does.
+    # Actions of the user.
 
     def job(self, name: str, adapter: str = "support", **spec: Any) -> Object:
-        """Create a FineTuneJob; with resources=None the operator chooses them, and it takes GPUs."""
+        """Create a FineTuneJob. With resources=None the operator chooses GPUs for it."""
         return self.api.create(self.job_manifest(name, adapter, **spec))
 
     def job_manifest(self, name: str, adapter: str = "support", **spec: Any) -> Object:
@@ -59,23 +59,23 @@ class Tenant:
         return {"apiVersion": API, "kind": kind, "metadata": {"name": name, "namespace": self.name}, "spec": spec}
 
     def give_back(self) -> None:
-        """Delete jobs and deployments, without waiting: their pods hold what other stories need."""
+        """Delete jobs and deployments without waiting. Their pods would hold resources that other tests need."""
         for kind in ("FineTuneJob", "AdapterDeployment"):
             for item in self.api.list(kind, self.name):
                 self.api.delete(kind, self.name, item["metadata"]["name"])
 
-    # What the user sees.
+    # Reads and waits of the user.
 
     def get(self, kind: str, name: str) -> Object:
         found = self.api.get(kind, self.name, name)
-        assert found is not None, f"there is no {kind} {name}"
+        assert found is not None, f"{kind} {name} does not exist"
         return found
 
     def status(self, kind: str, name: str) -> Object:
         return dict(self.get(kind, name).get("status") or {})
 
     def condition(self, kind: str, name: str, type_: str) -> Object:
-        """A condition that is about the present generation, or {}."""
+        """Return a condition of the current generation, or an empty dictionary."""
         found = self.get(kind, name)
         for item in found.get("status", {}).get("conditions", []):
             if item["type"] == type_ and item["observedGeneration"] == found["metadata"]["generation"]:
@@ -85,7 +85,10 @@ class Tenant:
     def until(
         self, kind: str, name: str, type_: str, reason: str, timeout: float = 45, *, says: str = "", not_: str = ""
     ) -> Object:
-        """Wait for a condition's reason, and for what its message has to say and not to say; the condition."""
+        """Wait until a condition has a reason. Return the condition.
+
+        Its message must also contain `says`, and must not contain `not_`.
+        """
         seen: Object = {}
 
         def there() -> bool:
@@ -93,8 +96,8 @@ class Tenant:
             text = seen["kept"].get("message", "")
             return seen["kept"].get("reason") == reason and says in text and not (not_ and not_ in text)
 
-        what = f"{kind} {name}: {type_} has reason {reason}" + (f" and says {says!r}" if says else "")
-        self.wait(there, what, timeout, lambda: f"it is {seen.get('kept')}")
+        what = f"{kind} {name}: {type_} has reason {reason}" + (f" and its message contains {says!r}" if says else "")
+        self.wait(there, what, timeout, lambda: f"the condition is {seen.get('kept')}")
         return dict(seen["kept"])
 
     def wait(
@@ -103,32 +106,35 @@ class Tenant:
         wait_for(predicate, timeout, what, explain)
 
     def gone(self, kind: str, name: str, timeout: float = 60) -> None:
-        self.wait(lambda: self.api.get(kind, self.name, name) is None, f"{kind} {name} is gone", timeout)
+        self.wait(lambda: self.api.get(kind, self.name, name) is None, f"{kind} {name} is deleted", timeout)
 
     def events(self, name: str) -> list[str]:
-        """The reasons of the Events about a resource."""
+        """Return the reasons of the Events about a resource."""
         found = self.api.list("CoreEvent", self.name)
         return [item["reason"] for item in found if item["involvedObject"]["name"] == name]
 
     def until_events(self, name: str, *reasons: str) -> None:
-        """Wait for Events about a resource: they are written beside its status, not with it."""
+        """Wait for Events about a resource. The operator does not write them together with the status."""
         self.wait(
             lambda: set(reasons) <= set(self.events(name)),
             f"there are Events {reasons} about {name}",
-            explain=lambda: f"there are {self.events(name)}",
+            explain=lambda: f"the Events are {self.events(name)}",
         )
 
     # The training pod, played by the test.
 
     def pods(self, owner: Object) -> list[Object]:
-        """The pods of a resource, oldest first."""
+        """Return the pods of a resource, the oldest first."""
         found = self.api.list("Pod", self.name, f"{OWNER_UID}={owner['metadata']['uid']}")
         return sorted(found, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
     def running_pod(
         self, job: str, but: tuple[str, ...] = (), kind: str = "FineTuneJob", *, preflight: bool = False
     ) -> str:
-        """Wait for a pod of the job that runs, one that trains or with `preflight` one that only checks; its name."""
+        """Wait until a training pod of the job runs, or a preflight pod if `preflight` is set. Return its name.
+
+        Pods whose names are in `but` do not count.
+        """
         owner = self.get(kind, job)
 
         def running() -> list[str]:
@@ -148,7 +154,7 @@ class Tenant:
             (folder / key).write_bytes(base64.b64decode(value))
 
     def tenant_store(self) -> S3Store:
-        """The store as the pods open it: with the namespace's key."""
+        """Open the store with the namespace's key, as the pods do."""
         with tempfile.TemporaryDirectory() as folder:
             self.mount_storage(Path(folder))
             return S3Store(StorageConfig.from_dir(folder))
@@ -163,7 +169,7 @@ class Tenant:
     def publish_as_trainer(
         self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None, weights: bytes | None = None
     ) -> str:
-        """Upload the files of the version and its manifest; its prefix in the bucket."""
+        """Upload the files of the version and its manifest. Return its prefix in the bucket."""
         file = self.job_file(job)
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
         with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +192,7 @@ class Tenant:
     def end_pod(
         self, pod: str, exit_code: int = 0, message: str = "", reason: str = "", container: str = "train"
     ) -> None:
-        """The pod's container ends; the real Job controller draws the conclusions."""
+        """End the container of a pod. The real Job controller then updates the Job."""
         phase = "Failed" if exit_code else "Succeeded"
         now = self.api.get("Pod", self.name, pod)
         assert now is not None
@@ -202,12 +208,12 @@ class Tenant:
         self.api.patch_status("Pod", self.name, pod, status)
 
     def fail_pod(self, pod: str, reason: Reason, message: str, remedy: str) -> None:
-        """The trainer's own words, with the exit code of the reason."""
+        """End a pod with the trainer's termination message and the exit code of the reason."""
         text = Termination(reason=reason, message=message, remedy=remedy).json_text()
         self.end_pod(pod, EXIT_CODES[reason], text)
 
     def pass_preflight(self, job: str, **data: Any) -> None:
-        """The checks before a run with GPUs find nothing wrong, and `data` to be what the dataset is like."""
+        """End the preflight pod without an error. `data` are the statistics of the dataset that it reports."""
         pod = self.running_pod(job, preflight=True)
         self.progress(job, pod, stage="Preparing", dataset=data)
         self.end_pod(pod, container="prepare")
@@ -215,7 +221,7 @@ class Tenant:
     def trained(
         self, job: str, adapter: str = "support", rank: int = 8, weights: bytes | None = None, **spec: Any
     ) -> str:
-        """A whole run, from the job to its verified Adapter; the Adapter's name."""
+        """Play a whole run, from the job to its verified Adapter. Return the Adapter's name."""
         self.job(job, adapter, **spec)
         pod = self.running_pod(job)
         self.publish_as_trainer(job, pod, rank, weights=weights)

@@ -1,4 +1,4 @@
-"""What an administrator does in a story: base models, namespaces, and their binding."""
+"""The actions of an administrator in a test: create base models and namespaces, and bind the namespaces to the operator."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ NUMBERS = itertools.count(1)
 
 
 def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
-    """Put a model's files into the bucket, and name them."""
+    """Put a model's files into the bucket and create their BaseModel. Return its name."""
     store.put(f"models/{name}/config.json", json.dumps(CONFIG).encode())
     store.put(f"models/{name}/model.safetensors", b"weights" * 100)
     source = {"source": f"s3://{BUCKET}/models/{name}"}
@@ -30,7 +30,7 @@ def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
 
 
 def new_tenant(api: Api, store: S3Store, request: pytest.FixtureRequest) -> Tenant:
-    """A namespace that nobody bound yet; its pods must meet Pod Security `restricted`."""
+    """Create a namespace that is not bound yet. Its pods must meet Pod Security `restricted`."""
     told = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:30].strip("-")
     name = f"{told}-{next(NUMBERS)}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
@@ -39,7 +39,7 @@ def new_tenant(api: Api, store: S3Store, request: pytest.FixtureRequest) -> Tena
 
 
 def bind(tenant: Tenant) -> None:
-    """What the operator's own message tells an administrator to do."""
+    """Bind the namespace to the operator's role, as the operator's message tells an administrator to do."""
     tenant.api.create({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
         "metadata": {"name": "graft", "namespace": tenant.name},

@@ -63,8 +63,8 @@ bench-train-cluster: binaries ## compare apply to Ready with a script and a copy
 bench-serve: venv binaries ## compare serving with its references; results are ratios (build/bench/)
 	PYTHONPATH=tests $(PY) -m benchmarks.serve
 
-images: venv ## build the images
-	@$(PY) -c 'from testbed import product; product.build()'
+images: venv ## build the images, and write their bills of materials and digests to build/sbom
+	@$(PY) -c 'from testbed import product, sbom; product.build(); sbom.write(product.TAGS)'
 
 crds: venv ## generate crds/, the chart's copy and docs/reference.md from the models
 	$(PY) -m graft.crdgen

@@ -6,11 +6,13 @@ depth and the number of its values. This module knows no message; the limits of 
 """
 
 import json
+import math
 import re
 from typing import Any, NamedTuple, NoReturn
 
-# A string is skipped as a whole, so that brackets and commas in it do not count.
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+# A string is skipped as a whole, so that brackets and commas in it do not count. The repeats are possessive, and the closing
+# quote is optional: no text makes the search step back, so its time is linear and it needs no memory.
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # a surrogate; it is valid only as one of a pair
 
 
@@ -30,7 +32,7 @@ def check_json(data: bytes, limits: Limits, what: str) -> None:
     """Raise OutOfBounds if `data` exceeds the limits. `what` names it in the message. It costs no memory."""
     if len(data) > limits.size:
         raise OutOfBounds(f"{what} has {len(data)} bytes, more than {limits.size}")
-    depth, values = 0, 1
+    depth, values, strings = 0, 1, 0
     for token in TOKEN.finditer(data):
         first = data[token.start()]
         if first in b"[{":
@@ -40,21 +42,26 @@ def check_json(data: bytes, limits: Limits, what: str) -> None:
             depth -= 1
         elif first == 0x2C:  # a comma
             values += 1
+        else:
+            strings += 1  # at most a key and a value; without commas between them it is no JSON, but it costs time
         if depth > limits.depth:
             raise OutOfBounds(f"{what} is nested deeper than {limits.depth} levels")
-        if values > limits.values:
+        if depth < 0:
+            raise OutOfBounds(f"{what} is not valid JSON: it closes more brackets than it opens")
+        if values > limits.values or strings > 2 * limits.values:
             raise OutOfBounds(f"{what} has more than {limits.values} values")
 
 
-def parse_json(data: bytes, limits: Limits, what: str) -> Any:
+def parse_json(data: bytes, limits: Limits, what: str, *, constants: bool = False) -> Any:
     """Return the value of UTF-8 JSON within the limits. Raises OutOfBounds.
 
     NaN, Infinity, numbers of thousands of digits and halves of surrogate pairs are refused: what is accepted can be written
-    as JSON again.
+    as JSON again. With `constants`, NaN and Infinity are accepted: Python writes them, for example in config.json.
     """
     check_json(data, limits, what)
+    strict: dict[str, Any] = {} if constants else {"parse_constant": _refuse_constant, "parse_float": _finite}
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        value = json.loads(data.decode(), **strict)
         if HALF_CHARACTER.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -64,6 +71,12 @@ def parse_json(data: bytes, limits: Limits, what: str) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError("a number is too large")
+    return number
 
 
 def _first_line(error: Exception) -> str:

@@ -19,21 +19,22 @@ from prometheus_client import start_http_server
 
 from graft import metrics
 from graft.api import GROUP, VERSION
-from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
-from graft.contracts.gateway import DEMAND_COMPONENT, DEMAND_CONFIGMAP
+from graft.contracts.gateway import DEMAND_CONFIGMAP
 from graft.contracts.mounts import STORAGE_DIR
-from graft.kube import Kube, Manifest
+from graft.kube import Kube, KubeError, Manifest
 from graft.manifests.adapter import JOB_UID
-from graft.manifests.metadata import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
+from graft.manifests.metadata import OWNER_UID
 from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, retention, signing, versions
 from graft.reconcile.adapterdeployment import adapterdeployment, scaling
 from graft.reconcile.finetunejob import finetunejob
-from graft.reconcile.shared import access
+from graft.reconcile.shared import access, storerights
+from graft.reconcile.shared.admission import admit
 from graft.reconcile.shared.context import Context
-from graft.reconcile.shared.queue import Queue
+from graft.reconcile.shared.ownership import owner_of
+from graft.reconcile.shared.queue import Key, Queue
 from graft.settings import load as load_settings
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Operator:
         self.ctx: Context | None = None
         self.queue: Queue | None = None
         self.tasks: list[asyncio.Task[None]] = []
+        self.uids: dict[Key, str] = {}  # of the resources that have a worker
         self.watching: dict[str, float] = {}  # child kind -> when its watch last worked
         # (namespace, name) of an AdapterDeployment -> the strings in its spec and status
         self.said: dict[tuple[str, str], set[retention.Said]] = {}
@@ -79,16 +81,16 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
 async def _start_operator() -> None:
     config = load_settings()
     store = await asyncio.to_thread(S3Store, StorageConfig.from_dir(os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR)))
-    identity = None
-    if config.storage.issue_credentials:
-        identity = VersityIdentity(store, config.storage.admin_url or store.config.endpoint)
-    ctx = Context(await Kube.connect(), config, store, identity)
+    kube = await Kube.connect()
+    ctx = Context(kube, config, store, await storerights.open_identity(kube, config, store))
     await signing.refresh(ctx)
     operator.ctx = ctx
-    operator.queue = Queue({kind: partial(reconcile, ctx) for kind, reconcile in RECONCILERS.items()})
+    operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
+    ctx.wake = operator.queue.wake
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
     operator.tasks = [asyncio.create_task(_follow(kind), name=f"watch {kind}") for kind in CHILDREN]
     operator.tasks.append(asyncio.create_task(_follow_demand(), name="watch demand"))
+    operator.tasks.append(asyncio.create_task(_follow_namespaces(), name="watch namespaces"))
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
     operator.tasks.append(asyncio.create_task(_signing_keys(), name="signing keys"))
 
@@ -119,11 +121,15 @@ async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
         await asyncio.sleep(random.uniform(0, 0.2))  # noqa: S311 - jitter
     if kind in RECONCILERS:
         if event.get("type") == "DELETED":
+            operator.uids.pop((kind, namespace, name), None)
             queue.forget(kind, namespace, name)
         else:
+            operator.uids[kind, namespace, name] = meta["uid"]
             queue.wake(kind, namespace, name)
     for other in _referring(kind, dict(body), event.get("type")):
         queue.wake(*other)
+    if kind == "BaseModel" and event.get("type") == "DELETED" and operator.ctx is not None:
+        await storerights.model_deleted(operator.ctx)
 
 
 def _referring(kind: str, body: Manifest, change: str | None) -> list[tuple[str, str, str]]:
@@ -175,13 +181,17 @@ def _versions(namespace: str, adapters: set[str]) -> list[tuple[str, str, str]]:
     return [key for key in operator.queue.keys("Adapter", namespace) if key[2].rpartition("-")[0] in adapters]
 
 
-@kopf.on.event("", "v1", "namespaces")
-async def namespace_changed(event: Any, name: str, **_: Any) -> None:
-    """Revoke the storage key of a namespace that was deleted."""
-    if event.get("type") == "DELETED" and operator.ctx is not None:
+async def _follow_namespaces() -> None:
+    """Revoke the storage keys of namespaces that are deleted."""
+    ctx = operator.ctx
+    assert ctx is not None  # noqa: S101
+    async for event in ctx.kube.watch("Namespace", {}):
+        operator.watching["Namespace"] = time.monotonic()
+        if event is None or event["type"] != "DELETED":
+            continue
         try:
-            await access.revoke_orphans(operator.ctx)
-        except StoreError as error:
+            await access.revoke_orphans(ctx)
+        except (StoreError, KubeError) as error:
             log.warning(
                 "cannot revoke the storage keys of deleted namespaces, the next housekeeping retries: %s", error
             )
@@ -196,13 +206,9 @@ async def _follow(kind: str) -> None:
         if event is None:
             continue
         metrics.WATCH_EVENTS.labels(kind).inc()
-        metadata = event["object"]["metadata"]
-        labels = metadata.get("labels") or {}
-        owner_kind, owner = labels.get(OWNER_KIND, ""), labels.get(OWNER_NAME, "")
-        # Routes are in the operator's namespace. A label names the namespace of their owner.
-        namespace = labels.get("graft.dev/namespace") or metadata.get("namespace", "")
-        if (owner_kind, namespace, owner) in queue.keys(owner_kind, namespace):
-            queue.wake(owner_kind, namespace, owner)
+        owner = owner_of(kind, event["object"], operator.uids, ctx.settings.namespace)
+        if owner is not None:
+            queue.wake(*owner)
 
 
 async def _follow_demand() -> None:
@@ -210,11 +216,10 @@ async def _follow_demand() -> None:
     ctx, queue = operator.ctx, operator.queue
     assert ctx is not None and queue is not None  # noqa: S101
     known: dict[str, str] = {}
-    async for event in ctx.kube.watch("ConfigMap", {COMPONENT: DEMAND_COMPONENT}):
+    # Any user can set labels on a ConfigMap. Only this one, in the operator's namespace, counts.
+    async for event in ctx.kube.watch("ConfigMap", {}, only=(ctx.settings.namespace, DEMAND_CONFIGMAP)):
         operator.watching["demand"] = time.monotonic()
-        metadata = event["object"]["metadata"] if event is not None else {}
-        # Any user can set the label on a ConfigMap. Only the one in the operator's namespace counts.
-        if event is None or (metadata["namespace"], metadata["name"]) != (ctx.settings.namespace, DEMAND_CONFIGMAP):
+        if event is None:
             continue
         data = event["object"].get("data") or {}
         news = {key: text for key, text in data.items() if known.get(key) != text}
@@ -226,7 +231,7 @@ async def _follow_demand() -> None:
 
 
 async def _housekeeping() -> None:
-    """At the start and every hour, create the bucket if configured, and revoke the keys of deleted namespaces."""
+    """At the start and every hour, create the bucket if configured, and correct the rights and the keys of the namespaces."""
     ctx = operator.ctx
     assert ctx is not None  # noqa: S101
     pause = 1.0
@@ -234,6 +239,7 @@ async def _housekeeping() -> None:
         try:
             if ctx.settings.storage.create_bucket:
                 await asyncio.to_thread(ctx.store.create_bucket)
+            await storerights.allow_models(ctx)
             await access.revoke_orphans(ctx)
             pause = 3600.0
         except Exception as error:

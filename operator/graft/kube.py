@@ -1,99 +1,57 @@
-"""The only code that talks to the Kubernetes API: get, list, apply, status, delete, events.
+"""The only code that talks to the Kubernetes API: get, list, watch, apply, status, delete, events.
 
-It uses the generic calls of the official async client, with plain dicts. Every call has a timeout. It is retried on
-429, 5xx and broken connections, and honours Retry-After. Retries are safe because all calls are idempotent: server-side
-apply, and deletes with a UID precondition.
+Every path part is quoted and checked (kinds.py). What comes back is checked for kind, name and namespace before anybody uses
+it. Answers are bounded (connection.py): lists are read page by page, and only what the caller needs is held.
 """
 
 import asyncio
-import json
 import logging
 import os
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from kubernetes.aio import client, config
 
-from graft import metrics
+from graft import connection, metrics
+from graft.connection import JSON, TOO_LARGE, Connection, KubeError
+from graft.kinds import (
+    KINDS,
+    METADATA_LISTS,
+    METADATA_ONLY,
+    ImpossibleName,
+    Kind,
+    WrongAnswer,
+    check_list,
+    check_object,
+    path_part,
+    selector,
+)
+
+__all__ = ["FIELD_MANAGER", "KINDS", "Kind", "Kube", "KubeError", "Manifest", "covers", "owned_by"]
 
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "graft-operator"
-TIMEOUT = aiohttp.ClientTimeout(total=20, connect=5)
-ATTEMPTS = 5
 WATCH_SECONDS = 240  # after which the server ends a watch
+PAGE = 200  # objects in one answer
+LARGEST_LIST = 32 * 2**20  # bytes of the objects of one namespace that a list holds
 Manifest = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """The API path of a kind."""
-
-    api_version: str
-    plural: str
-    namespaced: bool = True
-
-    def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-        root = f"/api/{self.api_version}" if "/" not in self.api_version else f"/apis/{self.api_version}"
-        scope = f"/namespaces/{namespace}" if self.namespaced and namespace else ""
-        return "/".join(part for part in (f"{root}{scope}/{self.plural}", name, subresource) if part)
-
-
-KINDS: dict[str, Kind] = {
-    "BaseModel": Kind("graft.dev/v1alpha1", "basemodels", namespaced=False),
-    "FineTuneJob": Kind("graft.dev/v1alpha1", "finetunejobs"),
-    "Adapter": Kind("graft.dev/v1alpha1", "adapters"),
-    "AdapterDeployment": Kind("graft.dev/v1alpha1", "adapterdeployments"),
-    "Job": Kind("batch/v1", "jobs"),
-    "Deployment": Kind("apps/v1", "deployments"),
-    "Pod": Kind("v1", "pods"),
-    "Service": Kind("v1", "services"),
-    "Node": Kind("v1", "nodes", namespaced=False),
-    "ConfigMap": Kind("v1", "configmaps"),
-    "Secret": Kind("v1", "secrets"),
-    "ServiceAccount": Kind("v1", "serviceaccounts"),
-    "Namespace": Kind("v1", "namespaces", namespaced=False),
-    "Event": Kind("events.k8s.io/v1", "events"),
-    "Role": Kind("rbac.authorization.k8s.io/v1", "roles"),
-    "RoleBinding": Kind("rbac.authorization.k8s.io/v1", "rolebindings"),
-    "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),
-    "HorizontalPodAutoscaler": Kind("autoscaling/v2", "horizontalpodautoscalers"),
-    "ScaledObject": Kind("keda.sh/v1alpha1", "scaledobjects"),
-    "NetworkPolicy": Kind("networking.k8s.io/v1", "networkpolicies"),
-}
-
-
-class KubeError(Exception):
-    """A call that failed, with the API server's answer. status is 0 if there was no answer."""
-
-    def __init__(self, status: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.reason = reason
-
-
 class Kube:
-    """A connection to one API server."""
+    """The objects of one API server."""
 
     def __init__(self, api: Any) -> None:
-        self._api = api
+        self._connection = Connection(api)
 
     @classmethod
     async def connect(cls) -> "Kube":
         """Connect with the pod's service account, or with KUBECONFIG outside a cluster."""
-        configuration = client.Configuration()
-        if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
-            config.load_incluster_config(client_configuration=configuration)
-        else:
-            await config.load_kube_config(client_configuration=configuration)
-        configuration.connection_pool_maxsize = 64
-        return cls(client.ApiClient(configuration))
+        return cls(await connection.connect())
 
     async def close(self) -> None:
-        await self._api.close()
+        await self._connection.close()
 
     async def request(
         self,
@@ -101,123 +59,147 @@ class Kube:
         path: str,
         body: Any = None,
         query: dict[str, Any] | None = None,
-        content_type: str | None = None,
+        content_type: str = JSON,
     ) -> Manifest:
         """Send one request, and retry while the server is busy, restarting or unreachable. Raises KubeError with the
         server's answer."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                status, headers, data = await self._once(method, path, body, query, content_type)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                failure, wait = KubeError(0, "Unreachable", f"{method} {path}: {error!r}"), None
-            else:
-                if status < 300:
-                    return json.loads(data) if data else {}
-                failure = _error(status, data, method, path)
-                if status != 429 and status < 500:
-                    raise failure
-                wait = headers.get("Retry-After")
-            if attempt == ATTEMPTS:
-                raise failure
-            pause = float(wait) if wait and wait.isdigit() else 0.2 * 2**attempt
-            await asyncio.sleep(min(pause, 10) * random.uniform(0.5, 1))  # noqa: S311 - jitter
-        raise AssertionError("unreachable")
-
-    async def _once(
-        self, method: str, path: str, body: Any, query: dict[str, Any] | None, content_type: str | None
-    ) -> tuple[int, Any, bytes]:
-        headers = {"Accept": "application/json", "Content-Type": content_type or "application/json"}
-        parameters = list((query or {}).items())
-        serialized = await self._api.param_serialize(
-            method, path, query_params=parameters, header_params=headers, body=body, auth_settings=["BearerToken"]
-        )
-        response = await self._api.call_api(*serialized, _request_timeout=TIMEOUT)
-        data = await response.read()
-        return response.status, response.headers, data
+        data = await self._connection.answer(method, path, body, query, content_type=content_type)
+        return dict(connection.parse(data))
 
     async def get(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
-        """Return the object, or None if it does not exist."""
+        """Return the object, or None if it does not exist. No object has a name that Kubernetes does not allow."""
         try:
-            return await self.request("GET", KINDS[kind].path(namespace, name))
+            answer = await self.request("GET", KINDS[kind].path(namespace, name))
+            check_object(kind, namespace, name, answer)
+        except ImpossibleName:
+            return None
+        except WrongAnswer as error:
+            raise KubeError(0, "WrongAnswer", str(error)) from error
         except KubeError as error:
             if error.status == 404:
                 return None
             raise
+        return answer
 
     async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
         """Return the Events about an object, oldest first."""
-        query = {"fieldSelector": f"involvedObject.uid={uid}"}
-        items = (await self.request("GET", f"/api/v1/namespaces/{namespace}/events", query=query)).get("items", [])
+        query = {"fieldSelector": f"involvedObject.uid={path_part(uid)}"}
+        path = f"/api/v1/namespaces/{path_part(namespace)}/events"
+        items = [
+            item
+            async for page, _ in self._pages(path, query)
+            for item in page.get("items") or []
+            if (item.get("involvedObject") or {}).get("uid") == uid
+        ]
         return sorted(items, key=lambda item: str(item["metadata"]["creationTimestamp"]))
 
     async def list(
-        self, kind: str, namespace: str | None = None, labels: dict[str, str] | None = None
+        self,
+        kind: str,
+        namespace: str | None = None,
+        labels: dict[str, str] | None = None,
+        *,
+        owner: str | None = None,
+        metadata_only: bool = False,
     ) -> list[Manifest]:
-        """Return all objects with these labels. They are read from etcd, not from a cache."""
-        query: dict[str, Any] = {"limit": 500}
-        if labels:
-            query["labelSelector"] = ",".join(f"{key}={value}" for key, value in labels.items())
+        """Return all objects with these labels. They are read from etcd, not from a cache.
+
+        With `owner`, only objects whose ownerReferences have this UID are held: everybody may set labels. managedFields are left
+        out, and with `metadata_only` everything but the metadata. Raises KubeError if the objects of one namespace have more than
+        LARGEST_LIST bytes.
+        """
+        query = {"labelSelector": selector(dict(labels))} if labels else {}
         items: list[Manifest] = []
+        held = 0
+        async for page, size in self._pages(
+            KINDS[kind].path(namespace), query, METADATA_LISTS if metadata_only else JSON
+        ):
+            _check_list(kind, namespace, page)
+            found = page.get("items") or []
+            kept = [_slim(item) for item in found if owner is None or owned_by(item, owner)]
+            items += kept
+            held += size * len(kept) // max(len(found), 1)
+            if namespace is not None and held > LARGEST_LIST:
+                text = f"the {KINDS[kind].plural} of namespace {namespace} have more than {LARGEST_LIST >> 20} MiB. Delete some"
+                raise KubeError(0, TOO_LARGE, text)
+        return items
+
+    async def _pages(self, path: str, query: dict[str, Any], accept: str = JSON) -> AsyncIterator[tuple[Manifest, int]]:
+        """Yield the pages of a list with their bytes. A page that is too large is asked for again with fewer objects."""
+        query = query | {"limit": PAGE}
         while True:
-            page = await self.request("GET", KINDS[kind].path(namespace), query=query)
-            items += page.get("items", [])
+            try:
+                data = await self._connection.answer("GET", path, query=query, accept=accept)
+            except KubeError as error:
+                if error.reason != TOO_LARGE or query["limit"] == 1:
+                    raise
+                query["limit"] = max(1, query["limit"] // 8)
+                continue
+            page = connection.parse(data)
+            yield page, len(data)
             token = page.get("metadata", {}).get("continue")
             if not token:
-                return items
+                return
             query["continue"] = token
 
-    async def watch(self, kind: str, labels: dict[str, str | None]) -> AsyncIterator[Manifest | None]:
+    async def watch(
+        self,
+        kind: str,
+        labels: dict[str, str | None],
+        *,
+        only: tuple[str, str] | None = None,
+    ) -> AsyncIterator[Manifest | None]:
         """Yield the changes of all objects with these labels, without end. A label with the value None matches any
-        value. The objects are listed first, then watched, and listed again after an error. None is yielded when a watch
-        opens or ends without an error, so a caller can tell a silent watch from a broken one."""
-        selector = ",".join(key if value is None else f"{key}={value}" for key, value in labels.items())
+        value. Only their metadata is read: everybody may set labels on objects of any size.
+
+        `only`: watch one object, as (namespace, name), as a whole.
+
+        The objects are listed first, then watched, and listed again after an error. None is yielded when a watch opens or ends
+        without an error, so a caller can tell a silent watch from a broken one.
+        """
+        namespace, name = only if only is not None else (None, None)
+        path = KINDS[kind].path(namespace)
+        query: dict[str, Any] = {"labelSelector": selector(labels)} if labels else {}
+        if name is not None:
+            query["fieldSelector"] = f"metadata.name={path_part(name)}"
+        accept = (METADATA_LISTS, METADATA_ONLY) if only is None else (JSON, JSON)
         pause = 0.5
         while True:
             try:
-                page = await self.request("GET", KINDS[kind].path(), query={"labelSelector": selector})
-                for item in page.get("items", []):
-                    yield {"type": "LISTED", "object": item}
-                version = page["metadata"]["resourceVersion"]
+                version = ""
+                async for page, _ in self._pages(path, query, accept[0]):
+                    _check_list(kind, namespace, page)
+                    for item in page.get("items") or []:
+                        yield {"type": "LISTED", "object": _slim(item)}
+                    version = page["metadata"]["resourceVersion"]
                 yield None
-                async for event in self._stream(KINDS[kind].path(), selector, version):
-                    if event is not None and event["type"] == "ERROR":
-                        raise KubeError(
-                            int(event["object"].get("code", 0)), "Expired", str(event["object"].get("message"))
-                        )
+                async for event in self._events(kind, namespace, path, query, version, accept[1]):
                     pause = 0.5
                     yield event
-            except (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            except (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError) as error:
                 log.info("the watch of %s ended and is opened again: %s", kind, error)
                 metrics.WATCH_RESTARTS.labels(kind).inc()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
                 pause = min(pause * 2, 30)
 
-    async def _stream(self, path: str, selector: str, version: str) -> AsyncIterator[Manifest | None]:
-        """Yield events after `version`. The server ends a watch after WATCH_SECONDS. It is then opened again at the
-        last version that was seen."""
+    async def _events(
+        self, kind: str, namespace: str | None, path: str, query: dict[str, Any], version: str, accept: str
+    ) -> AsyncIterator[Manifest | None]:
+        """Yield events after `version`, and None for a sign of life. The server ends a watch after WATCH_SECONDS. It is then
+        opened again at the last version that was seen."""
         while True:
-            query = {
-                "labelSelector": selector,
-                "watch": "true",
-                "resourceVersion": version,
-                "allowWatchBookmarks": "true",
-                "timeoutSeconds": WATCH_SECONDS,
-            }
-            serialized = await self._api.param_serialize(
-                "GET", path, query_params=list(query.items()), header_params={"Accept": "application/json"},
-                auth_settings=["BearerToken"],
-            )  # fmt: skip
-            timeout = aiohttp.ClientTimeout(total=WATCH_SECONDS + 30, connect=5)
-            response = await self._api.call_api(*serialized, _request_timeout=timeout)
-            raw = response.response
-            async with raw:
-                if raw.status != 200:
-                    raise _error(raw.status, await raw.read(), "WATCH", path)
-                async for line in raw.content:
-                    event = json.loads(line)
-                    if event["type"] != "ERROR":
-                        version = event["object"]["metadata"]["resourceVersion"]
-                    yield None if event["type"] == "BOOKMARK" else event
+            async for event in self._connection.stream(
+                path, query | {"resourceVersion": version}, WATCH_SECONDS, accept
+            ):
+                found = event["object"]
+                if event["type"] == "ERROR":
+                    raise KubeError(int(found.get("code", 0)), "Expired", str(found.get("message")))
+                version = found["metadata"]["resourceVersion"]
+                if event["type"] == "BOOKMARK":
+                    yield None
+                    continue
+                check_object(kind, namespace, None, found)
+                yield {"type": event["type"], "object": _slim(found)}
             yield None
 
     async def apply(self, manifest: Manifest, *, manager: str = FIELD_MANAGER) -> Manifest:
@@ -251,8 +233,8 @@ class Kube:
             if error.status != 409:
                 raise
             existing = await self.get(manifest["kind"], metadata.get("namespace"), metadata["name"])
-            owners = {item["uid"] for item in (existing or {}).get("metadata", {}).get("ownerReferences", [])}
-            if not owners & {item["uid"] for item in metadata.get("ownerReferences", [])}:
+            ours = [item["uid"] for item in metadata.get("ownerReferences", [])]
+            if existing is None or not any(owned_by(existing, uid) for uid in ours):
                 raise
 
     async def apply_status(
@@ -338,11 +320,22 @@ def covers(live: Any, wanted: Any) -> bool:
     return bool(live == wanted)
 
 
-def _error(status: int, data: bytes, method: str, path: str) -> KubeError:
+def owned_by(item: Manifest, uid: str) -> bool:
+    """Return whether the controller in the ownerReferences of an object has this UID. Labels alone prove nothing."""
+    references = item["metadata"].get("ownerReferences") or []
+    return any(reference.get("controller") and reference.get("uid") == uid for reference in references)
+
+
+def _check_list(kind: str, namespace: str | None, page: Manifest) -> None:
     try:
-        answer = json.loads(data)
-        return KubeError(
-            status, str(answer.get("reason", "")), str(answer.get("message", data.decode(errors="replace")))
-        )
-    except ValueError:
-        return KubeError(status, "", f"{method} {path}: {status} {data[:300].decode(errors='replace')}")
+        check_list(kind, namespace, page)
+    except WrongAnswer as error:
+        raise KubeError(0, "WrongAnswer", str(error)) from error
+
+
+def _slim(item: Manifest) -> Manifest:
+    """Return an object of a list without two lists that nobody uses and that are often longer than the rest: who set which
+    field, and the images on a node."""
+    item["metadata"].pop("managedFields", None)
+    (item.get("status") or {}).pop("images", None)
+    return item

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -10,7 +11,9 @@ CONFIG_FILE = "/etc/graft-operator/config.json"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True, frozen=True
+    )
 
 
 class Images(_Part):
@@ -40,6 +43,16 @@ class Signing(_Part):
     create: bool = True  # True: the operator creates the Secret if it does not exist; False: the platform team does
 
 
+class Network(_Part):
+    """What the NetworkPolicies of serving and training pods allow besides the flows that Graft knows."""
+
+    api_server_ports: list[int] = Field(default_factory=lambda: [443, 6443])
+    # Addresses of DNS servers that are no pods and that are link-local. The default is NodeLocal DNSCache's.
+    dns_servers: list[str] = Field(default_factory=lambda: ["169.254.20.10/32"])
+    egress: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyEgressRules
+    metrics_from: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyPeers; if empty, everybody
+
+
 class Spot(_Part):
     """How spot nodes are recognised. Pods of jobs with spec.spot prefer nodes with these labels and tolerate these
     taints."""
@@ -67,6 +80,7 @@ class Settings(_Part):
     storage: Storage = Field(default_factory=Storage)
     signing: Signing = Field(default_factory=Signing)
     spot: Spot = Field(default_factory=Spot)
+    network: Network = Field(default_factory=Network)
     gateway_url: str = ""
     gateway_selector: dict[str, str] = Field(default_factory=lambda: {"app.kubernetes.io/component": "gateway"})
     huggingface_endpoint: str | None = None

@@ -25,6 +25,13 @@ log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 60.0
 REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=20, sock_connect=5)
+PAGE = 20  # objects in one answer of a LIST
+# The API server is trusted, but others write the ConfigMaps. Kubernetes allows 1 MiB of data in one. JSON escapes can double
+# it, and the managed fields come on top.
+OBJECT_BYTES = 4 * 1024 * 1024
+PAGE_BYTES = PAGE * OBJECT_BYTES
+ERROR_BYTES = 64 * 1024
+MOST_OBJECTS = 20_000
 Snapshot = Mapping[str, Mapping[str, str]]  # name -> data
 
 
@@ -55,9 +62,16 @@ class ConfigMaps:
 
     async def list(self, selector: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], str]:
         """Return (data by name, resource version). `selector` is {"fieldSelector": …} or {"labelSelector": …}."""
-        answer = await self._json("GET", self._path, dict(selector))
-        items = {item["metadata"]["name"]: item.get("data") or {} for item in answer.get("items") or []}
-        return items, answer["metadata"]["resourceVersion"]
+        items: dict[str, dict[str, str]] = {}
+        query = {**selector, "limit": str(PAGE)}
+        while True:
+            answer = await self._json("GET", self._path, query, most=PAGE_BYTES)
+            items |= {item["metadata"]["name"]: item.get("data") or {} for item in answer.get("items") or []}
+            if len(items) > MOST_OBJECTS:
+                raise KubeError(0, f"GET {self._path}: there are more than {MOST_OBJECTS} ConfigMaps")
+            if not (token := answer["metadata"].get("continue")):
+                return items, answer["metadata"]["resourceVersion"]
+            query["continue"] = token
 
     async def watch(
         self, selector: Mapping[str, str], resource_version: str, seconds: float
@@ -78,7 +92,7 @@ class ConfigMaps:
         try:
             response = await self._send("GET", self._path, query, limits=limits)
             try:
-                while line := await response.content.readline():
+                while line := await response.content.readline(max_line_length=OBJECT_BYTES):
                     event = json.loads(line)
                     if event["type"] == "ERROR":
                         status = event["object"]
@@ -107,11 +121,16 @@ class ConfigMaps:
         query = {"fieldManager": manager, "force": "true"}
         await self._json("PATCH", f"{self._path}/{quote(name, safe='')}", query, body)
 
-    async def _json(self, method: str, path: str, query: dict[str, str], body: object = None) -> dict[str, Any]:
+    async def _json(
+        self, method: str, path: str, query: dict[str, str], body: object = None, *, most: int = OBJECT_BYTES
+    ) -> dict[str, Any]:
         try:
             response = await self._send(method, path, query, body)
             async with response:
-                answer: dict[str, Any] = json.loads(await response.read())
+                data = await _beginning(response, most + 1)
+            if len(data) > most:
+                raise KubeError(0, f"{method} {path}: the answer has more than {most} bytes")
+            answer: dict[str, Any] = json.loads(data)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise KubeError(0, f"{method} {path}: {error!r}") from error
         return answer
@@ -138,11 +157,23 @@ class ConfigMaps:
         response: aiohttp.ClientResponse = answer.response
         if response.status >= 300:
             async with response:
-                text = await response.text()
-            with suppress(ValueError, AttributeError):
+                text = (await _beginning(response, ERROR_BYTES)).decode(errors="replace")
+            with suppress(ValueError, AttributeError, RecursionError):
                 text = str(json.loads(text).get("message") or text)
             raise KubeError(response.status, f"{method} {path}: {response.status} {text[:500]}")
         return response
+
+
+async def _beginning(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """Return at most the first `most` bytes of an answer. If there are more, the connection is closed."""
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        parts.append(part[: most - size])
+        size += len(parts[-1])
+        if size >= most:
+            response.close()
+            break
+    return b"".join(parts)
 
 
 class Follower:

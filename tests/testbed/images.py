@@ -44,6 +44,16 @@ def label(tag: str, name: str) -> str:
         return ""
 
 
+def pinned(reference: str) -> str:
+    """Return the ID of an image. Pull the image if it does not exist here.
+
+    A Dockerfile that builds on an ID cannot get another image by the same tag.
+    """
+    if not exists(reference):
+        output(["buildah", "pull", "-q", reference])
+    return _image_id(reference).removeprefix("sha256:")
+
+
 def build_base() -> str:
     """Build the base image if it does not exist: Debian with Python, like python:3.11-slim. Return its tag."""
     with locked("images"):
@@ -167,6 +177,7 @@ class Stored:
         folder = STORAGE / "overlay-images" / image
         name = base64.b64encode(f"sha256:{image}".encode()).decode()
         self.config = (folder / f"={name}").read_bytes()
+        self.id = _digest(self.config)
         images = json.loads((STORAGE / "overlay-images" / "images.json").read_text())
         layers = {item["id"]: item for item in json.loads((STORAGE / "overlay-layers" / "layers.json").read_text())}
         self.layers: list[dict[str, Any]] = []  # lowest first

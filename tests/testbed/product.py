@@ -17,7 +17,7 @@ BASE_IMAGE = os.environ.get("GRAFT_BASE_IMAGE", "")
 def build() -> None:
     """Build the images whose inputs changed."""
     packages.install(packages.NODE)
-    base = BASE_IMAGE or images.build_base()
+    base = images.pinned(BASE_IMAGE or images.build_base())
     given = {"BASE_IMAGE": base}
     code = ("operator/graft",)
     images.build(
@@ -39,19 +39,19 @@ def build() -> None:
         target="ml",
         arguments=given,
     )
-    ml = given | {"ML_IMAGE": TAGS["ml"]}
+    ml = images.pinned(TAGS["ml"])
     images.build(
         TAGS["trainer"], "trainer-image/Dockerfile",
         ("requirements/trainer.txt", "requirements/uv.txt", *code, "trainer-image/graft_trainer"),
-        base=TAGS["ml"], target="trainer", arguments=given | {"COMPILER": ""},
+        base=ml, target="trainer", arguments=given | {"COMPILER": ""},
     )  # fmt: skip
     images.build(
         TAGS["engine"],
         "server-image/Dockerfile",
         (*code, "server-image/graft_server"),
-        base=TAGS["ml"],
+        base=ml,
         target="engine",
-        arguments=ml,
+        arguments=given | {"ML_IMAGE": ml},
     )
 
 

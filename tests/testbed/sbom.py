@@ -32,10 +32,12 @@ def write(tags: dict[str, str]) -> list[Path]:
     digests, written = {}, []
     with step("writing bills of materials to build/sbom"):
         for name, tag in tags.items():
-            digests[name] = {"tag": tag, "digest": Stored(tag).digest}
+            stored = Stored(tag)
+            # A registry that compresses the layers gives the manifest another digest. The id stays the same.
+            digests[name] = {"tag": tag, "id": stored.id, "digest": stored.digest}
             path = FOLDER / f"{name}.cdx.json"
             with _mounted(tag) as root:
-                path.write_text(document(name, digests[name]["digest"], root))
+                path.write_text(document(name, stored.digest, root))
             written.append(path)
     listed = FOLDER / "digests.json"
     listed.write_text(json.dumps(digests, indent=2) + "\n")
@@ -105,8 +107,9 @@ def _ours(root: Path) -> Iterator[Component]:
 
 def _licenses(item: Distribution) -> list[str]:
     """The license that a Python package declares, if it is short. Some packages have the whole text there."""
-    declared = item.metadata.get("License-Expression") or item.metadata.get("License") or ""
-    return [declared.strip()] if 0 < len(declared.strip()) <= 80 and "\n" not in declared.strip() else []
+    fields = [name for name in ("License-Expression", "License") if name in item.metadata]
+    declared = [item.metadata[name].strip() for name in fields]
+    return [text for text in declared if 0 < len(text) <= 80 and "\n" not in text][:1]
 
 
 def _component(purl: PackageURL, licenses: Iterable[str] = ()) -> Component:

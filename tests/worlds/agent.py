@@ -1,4 +1,4 @@
-"""A serving pod's agent in this process, beside a stand-in for the engine; the store is a dict or a real one."""
+"""The agent of a serving pod, in the test process beside a stand-in for the engine. The store is a dict or real."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worlds.serving import NAMESPACE, TRUSTED, FakeEngine, MemoryStore, eventual
 
 
 class Pod:
-    """An engine, a store and an agent that can be started again."""
+    """An engine, a store and an agent that can be restarted."""
 
     def __init__(self, adapters_dir: Path, storage: Storage | None = None) -> None:
         self.dir = adapters_dir
@@ -31,13 +31,12 @@ class Pod:
         self.cache_bytes: int | None = 1 << 30
         self.load_seconds = 20.0
         self.namespace = NAMESPACE
-        self.trusted: dict[str, dict[str, str]] | None = (
-            TRUSTED  # the ConfigMap with the keys; None: it was not read yet
-        )
+        # The ConfigMap with the trusted keys. None means that the agent has not read it yet.
+        self.trusted: dict[str, dict[str, str]] | None = TRUSTED
         self.agent: Agent = None  # type: ignore[assignment]
 
     def publish(self, folder: Path, name: str, rank: int) -> WantedAdapter:
-        """An adapter that peft has saved, in the store."""
+        """Put an adapter that peft has saved into the store. Return it as a wanted adapter."""
         files = {key: (folder / key).read_bytes() for key in ("adapter_config.json", "adapter_model.safetensors")}
         return self.store.publish(name, rank=rank, files=files)
 
@@ -90,7 +89,7 @@ class Pod:
 
 @asynccontextmanager
 async def serving(tmp_path: Path, **fields: Any) -> AsyncIterator[tuple[Pod, aiohttp.ClientSession, str]]:
-    """A running agent; `fields` are attributes of the Pod, set before it starts."""
+    """Run an agent. `fields` are attributes of the Pod that are set before the agent starts."""
     pod = Pod(tmp_path / "adapters", fields.pop("storage", None))
     for name, value in fields.items():
         setattr(pod, name, value)

@@ -43,7 +43,7 @@ class FolderStore:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, key: str, bucket: str | None = None) -> bytes:
+    def get(self, key: str, bucket: str | None = None, *, most: int = 1 << 23) -> bytes:
         try:
             return (self.folder / key).read_bytes()
         except FileNotFoundError as error:

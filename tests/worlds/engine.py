@@ -1,4 +1,4 @@
-"""A tiny base model, its tokenizer and adapters, made on the spot for the engine's tests, and a running server."""
+"""A tiny base model with its tokenizer and adapters, created for the engine's tests, and a running server."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from transformers import (
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 BASE = "tiny"
-torch.set_num_threads(1)  # the matrices are tiny: a second thread would only be waited for
+torch.set_num_threads(1)  # more threads only slow down such tiny matrices
 
 
 def make_base(directory: Path) -> Path:
-    """Saves a Llama of random weights whose tokens are single characters."""
+    """Save a Llama with random weights. Its tokens are single characters."""
     make_tokenizer(directory)
     return make_network(directory, LlamaConfig)
 
 
 def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
-    """Saves a tokenizer whose tokens are single characters."""
+    """Save a tokenizer whose tokens are single characters."""
     vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *CHARACTERS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
@@ -51,7 +51,7 @@ def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
 
 
 def make_seq2seq(directory: Path, kind: Any = T5Config, **config: Any) -> Path:
-    """Saves an encoder-decoder of random weights, without a chat template."""
+    """Save an encoder-decoder with random weights and without a chat template."""
     make_tokenizer(directory, template=None)
     torch.manual_seed(7)
     shape = {
@@ -71,14 +71,14 @@ def make_seq2seq(directory: Path, kind: Any = T5Config, **config: Any) -> Path:
 
 
 def load_network(directory: Path) -> Any:
-    """The network as plain transformers loads it."""
+    """Load the network with plain transformers."""
     seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     return kind.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def make_network(directory: Path, kind: Any, **config: Any) -> Path:
-    """Saves random weights of a causal model beside the tokenizer; `kind` is the class of its config."""
+    """Save a causal model with random weights beside the tokenizer. `kind` is the class of its config."""
     torch.manual_seed(7)
     shape = {
         "vocab_size": len(CHARACTERS) + 2,
@@ -99,7 +99,7 @@ def make_network(directory: Path, kind: Any, **config: Any) -> Path:
 
 
 def make_adapter(base: Path, directory: Path, seed: int, **config: Any) -> Path:
-    """Saves an adapter whose B matrices are random, so that it changes every answer."""
+    """Save an adapter with random B matrices, so that it changes every answer."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **config}
     torch.manual_seed(seed)
     network = load_network(base)
@@ -113,7 +113,7 @@ def make_adapter(base: Path, directory: Path, seed: int, **config: Any) -> Path:
 
 
 def make_prompt(base: Path, directory: Path, seed: int, tokens: int = 6) -> Path:
-    """Saves a tuned prompt of random vectors."""
+    """Save a tuned prompt of random vectors."""
     torch.manual_seed(seed)
     network = load_network(base)
     task = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
@@ -124,7 +124,7 @@ def make_prompt(base: Path, directory: Path, seed: int, tokens: int = 6) -> Path
 
 
 def expected(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:
-    """What plain transformers and peft answer, greedily."""
+    """Return the greedy answer of plain transformers and peft."""
     model: Any = load_network(base)
     seq2seq = model.config.is_encoder_decoder
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -134,13 +134,13 @@ def expected(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
     )[0]
-    # A causal answer follows its prompt, unless the prompt went in as vectors.
+    # The output of a causal model starts with the prompt, unless the prompt was given as vectors.
     answer = output[ids.shape[1] :] if not seq2seq and output[: ids.shape[1]].equal(ids[0]) else output
     return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 class Api:
-    """A client of a running engine, in the words of the tests."""
+    """A client of a running engine."""
 
     def __init__(self, server: Server, client: TestClient[Any, Any]) -> None:
         self.server = server
@@ -180,11 +180,11 @@ class Api:
     async def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
+            assert time.monotonic() < deadline, f"the condition did not become true within {seconds} s"
             await asyncio.sleep(0.005)
 
     def slow_down(self, seconds: float = 0.02) -> None:
-        """Makes every forward pass take a while, so that a test can act during an answer."""
+        """Delay every forward pass, so that a test can act while the engine answers."""
         network = self.engine.network
         forward = network._forward
 
@@ -197,7 +197,7 @@ class Api:
 
 @asynccontextmanager
 async def running(base: Path, **settings: Any) -> AsyncIterator[Api]:
-    """A server on a free port, with room for several adapters unless told otherwise."""
+    """Run a server on a free port. By default it has room for several adapters."""
     defaults = {"max_loras": 4, "max_cpu_loras": 4, "runtime_loading": True, "max_num_seqs": 8}
     chosen = Settings(model=str(base), served_model_names=(BASE,), **{**defaults, **settings})
     server = Server(chosen, load_base_model(chosen))

@@ -1,4 +1,4 @@
-"""A gateway with fake engines behind it, and a client in front of it."""
+"""A gateway with fake engines behind it and a client in front of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def table(*addresses: str, **fields: Any) -> Routes:
 
 
 class World:
-    """Engines, a gateway and a client."""
+    """The engines, the gateway and the client."""
 
     def __init__(self, gateway: Gateway, session: aiohttp.ClientSession, url: str) -> None:
         self.gateway, self.session, self.url = gateway, session, url
@@ -103,7 +103,7 @@ async def sse(request: web.Request) -> AsyncIterator[web.StreamResponse]:
 
 
 async def refused(response: aiohttp.ClientResponse, status: int, code: str) -> dict[str, Any]:
-    """Checks that it is an error in OpenAI's shape."""
+    """Check that the response is an error in OpenAI's form. Return the error."""
     assert response.status == status, await response.text()
     error: dict[str, Any] = (await response.json())["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["code"] == code

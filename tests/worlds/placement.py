@@ -1,10 +1,10 @@
-"""What placement's tests share: configs of known models, and nodes as the Kubernetes API gives them."""
+"""Data of the placement tests: configs of known models, and nodes as the Kubernetes API returns them."""
 
 from typing import Any
 
 
 def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    """config.json of a Llama 2."""
+    """Return the config.json of a Llama 2 model."""
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -38,7 +38,7 @@ def node(
     cordoned: bool = False,
     **resources: str,
 ) -> dict[str, Any]:
-    """A node; further resources by name."""
+    """Return a node. `resources` are further allocatable resources by name."""
     return {
         "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name} | (labels or {})},
         "spec": {"unschedulable": cordoned, "taints": taints or []},
@@ -50,7 +50,7 @@ def node(
 
 
 def gpu_node(name: str, product: str, mib: int | None = None, *, gpus: int = 1, **fields: Any) -> dict[str, Any]:
-    """A node as GPU feature discovery labels it; without its memory when `mib` is None."""
+    """Return a node with the labels of GPU feature discovery. If `mib` is None, the memory label is missing."""
     labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.count": str(gpus)} | fields.pop("labels", {})
     if mib is not None:
         labels["nvidia.com/gpu.memory"] = str(mib)

@@ -1,4 +1,4 @@
-"""Stand-ins for what the agent and the gateway talk to: a Kubernetes API for ConfigMaps, an engine, an object store."""
+"""Stand-ins for the services around the agent and the gateway: a Kubernetes API, an engine and an object store."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from graft_server.agent.storage.objects import Stream
 from kubernetes.aio.client import ApiClient, Configuration
 
 NAMESPACE = "team-a"
-KEYS = read_keys({"2026-01-01.key": generate()})  # the operator's
+KEYS = read_keys({"2026-01-01.key": generate()})  # the signing key of the operator
 TRUSTED = {"graft-trusted-keys": published_keys(KEYS.public)}
 
 
 async def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Waits until the check holds; its value."""
+    """Wait until the check returns a true value. Return that value."""
     deadline = time.monotonic() + seconds
     while True:
         value = check()
@@ -32,13 +32,13 @@ async def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
             value = await value
         if value:
             return value
-        assert time.monotonic() < deadline, f"never came true within {seconds} s: {check}"
+        assert time.monotonic() < deadline, f"the check did not succeed within {seconds} s: {check}"
         await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
 async def listening(app: web.Application, port: int = 0, **options: Any) -> AsyncIterator[str]:
-    """Serves an application on a local port; host:port."""
+    """Serve an application on a local port. Yield its address as host:port."""
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1, **options)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
@@ -51,7 +51,10 @@ async def listening(app: web.Application, port: int = 0, **options: Any) -> Asyn
 
 
 class FakeKube:
-    """ConfigMaps of one namespace: LIST, WATCH, GET and server-side apply, with the failures that a real server has."""
+    """An API server with the ConfigMaps of one namespace: LIST, WATCH, GET and server-side apply.
+
+    It can fail as a real server does.
+    """
 
     def __init__(self) -> None:
         self.items: dict[str, dict[str, Any]] = {}
@@ -60,7 +63,7 @@ class FakeKube:
         self.lists = 0
         self.patches: list[dict[str, Any]] = []
         self.down = False
-        self.expired_watches = 0  # so many watches are refused with 410
+        self.expired_watches = 0  # the number of watches to refuse with 410
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -89,7 +92,7 @@ class FakeKube:
         self._send("DELETED", self.items.pop(name))
 
     def end_watches(self, error: int | None = None) -> None:
-        """Ends them all, with an ERROR event where one is given."""
+        """End all watches. If `error` is given, send an ERROR event with this code before."""
         for queue in self.watchers:
             if error:
                 queue.put_nowait({"type": "ERROR", "object": {"kind": "Status", "code": error, "message": "gone"}})
@@ -159,7 +162,7 @@ def _status(code: int, message: str) -> web.Response:
 
 
 def safetensors(seed: str, rank: int = 8, size: int = 1280) -> bytes:
-    """A LoRA of one module, whose bytes depend on the seed."""
+    """Return a safetensors file with a LoRA matrix of one module. Its bytes depend on the seed."""
     inputs = max(1, size // (4 * rank))
     data = (hashlib.sha256(seed.encode()).digest() * (rank * inputs // 8 + 1))[: rank * inputs * 4]
     name = "base_model.model.layers.0.q_proj.lora_A.weight"
@@ -168,7 +171,7 @@ def safetensors(seed: str, rank: int = 8, size: int = 1280) -> bytes:
 
 
 def signed(wanted: WantedAdapter, keys: Keys = KEYS, **fields: str) -> WantedAdapter:
-    """With the operator's signature; `fields` of the statement changed."""
+    """Return the adapter with the signature of the operator. `fields` change the signed statement."""
     name, _, version = wanted.adapter.rpartition("-")
     statement = {
         "namespace": NAMESPACE,
@@ -181,17 +184,17 @@ def signed(wanted: WantedAdapter, keys: Keys = KEYS, **fields: str) -> WantedAda
 
 
 class MemoryStore:
-    """The agent's view of the object store, over a dict."""
+    """The object store as the agent sees it, kept in a dict."""
 
     config = StorageConfig("", "us-east-1", "bucket", f"{NAMESPACE}/", "id", "secret")
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
-        self.unavailable: set[str] = set()  # keys that fail
-        self.cut: set[str] = set()  # keys whose bytes stop half way
+        self.unavailable: set[str] = set()  # keys whose requests fail
+        self.cut: set[str] = set()  # keys whose download breaks halfway
         self.slow = 0.0  # seconds per chunk
         self.reads: list[str] = []
-        self.starts: list[tuple[str, int]] = []  # file, first byte
+        self.starts: list[tuple[str, int]] = []  # file name and first byte of each download
 
     def _at(self, key: str, bucket: str | None) -> bytes:
         self.reads.append(key)
@@ -202,8 +205,10 @@ class MemoryStore:
             raise StoreError("missing", f"{key} is missing")
         return self.objects[key]
 
-    def get(self, key: str, bucket: str | None = None) -> bytes:
-        return self._at(key, bucket)
+    def get(self, key: str, bucket: str | None = None, *, most: int = 1 << 23) -> bytes:
+        if len(data := self._at(key, bucket)) > most:
+            raise StoreError("large", f"{key} has {len(data)} bytes")
+        return data
 
     def stream(self, key: str, bucket: str, start: int = 0) -> Stream:
         data = self._at(key, bucket)
@@ -230,7 +235,7 @@ class MemoryStore:
         size: int = 1280,
         fields: dict[str, Any] | None = None,
     ) -> WantedAdapter:
-        """Puts a version there, `fields` of its manifest changed; what the operator would say is wanted."""
+        """Put a version into the store. Return it as a wanted adapter of the operator. `fields` change its manifest."""
         prefix = f"{NAMESPACE}/adapters/{name}/1.0.0/"
         document = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
         files = files or {
@@ -269,19 +274,19 @@ class MemoryStore:
 
 
 class FakeEngine:
-    """vLLM's contract for models, adapters and completions, and the ways in which it fails."""
+    """An engine with vLLM's contract for models, adapters and completions. It can fail as vLLM does."""
 
     def __init__(self, base: str = "base") -> None:
         self.base = base
         self.adapters: dict[str, str] = {}
         self.healthy = True
         self.flat_errors = False
-        self.refuse: dict[str, tuple[int, str]] = {}  # name -> status, message
-        self.unknown_status = 404  # of an unload of nothing; older engines say 400
+        self.refuse: dict[str, tuple[int, str]] = {}  # name of a refused adapter -> status, message
+        self.unknown_status = 404  # status for an unload of an unknown name; older engines answer 400
         self.keep: set[str] = set()  # names whose unload fails
-        self.forget_answer: set[str] = set()  # loads that happen, but whose answer is lost
-        self.hang: set[str] = set()  # names whose load is never answered, and does not happen
-        self.awake = asyncio.Event()  # while it is not set no probe is answered
+        self.forget_answer: set[str] = set()  # names whose load succeeds, but whose answer is lost
+        self.hang: set[str] = set()  # names whose load gets no answer and has no effect
+        self.awake = asyncio.Event()  # while it is not set, probes get no answer
         self.awake.set()
         self.running: list[str] = []
         self.calls: list[str] = []

@@ -181,9 +181,11 @@ class MemoryStore:
             if part in key:
                 raise StoreError(trouble, f"s3://bucket/{key}: {trouble}")
 
-    def get(self, key: str, bucket: str | None = None) -> bytes:
+    def get(self, key: str, bucket: str | None = None, *, most: int = 1 << 23) -> bytes:
         if key not in self.kept:
             raise StoreError("missing", f"s3://bucket/{key}: NoSuchKey")
+        if len(self.kept[key]) > most:
+            raise StoreError("large", f"s3://bucket/{key} has {len(self.kept[key])} bytes")
         return self.kept[key]
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Versions of an adapter, old and new, and the deployments that name them."""
+"""Old and new versions of an adapter, and deployments that refer to them."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def adapter(
     base: str = "sha256:one",
     **more: Any,
 ) -> Adapter:
-    """A version that was made a year ago, and last used so many days ago; None: never."""
+    """Return a version that was created a year ago and last used `unused_days` days ago."""
     condition = {
         "type": "Ready",
         "status": READY[reason],

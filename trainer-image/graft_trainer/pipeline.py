@@ -7,7 +7,7 @@ from contextlib import suppress
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.storage import StoreError
 
-from graft_trainer.checkpoints.checkpoint import Checkpoint, all_of_run, complete
+from graft_trainer.checkpoints.checkpoint import Checkpoint, Receipt, all_of_run, complete
 from graft_trainer.processes import distributed
 from graft_trainer.run.earlier import already_published, memory_halvings
 from graft_trainer.run.failures import Failure, Interrupted
@@ -110,7 +110,7 @@ def remove_checkpoints(run: Run) -> None:
     try:
         with suppress(Interrupted), run.interruption.deferred():
             objects = list(run.store.objects(run.prefix))
-            left = complete(objects, run.prefix, lambda item: run.store.get(item.key))
+            left = complete(objects, run.prefix, lambda item: run.store.get(item.key, most=Receipt.limits.size))
             for key in all_of_run(objects, run.prefix):
                 run.store.delete(key)
                 left = [one for one in left if not key.startswith(run.prefix + one.prefix)]
@@ -122,7 +122,9 @@ def remove_checkpoints(run: Run) -> None:
 
 def trained_to_the_end(run: Run) -> bool:
     """Return whether an earlier attempt has stored its weights after the last step."""
-    found = complete(run.store.objects(run.prefix), run.prefix, lambda item: run.store.get(item.key))
+    found = complete(
+        run.store.objects(run.prefix), run.prefix, lambda item: run.store.get(item.key, most=Receipt.limits.size)
+    )
     return any(checkpoint.final for checkpoint in found)
 
 

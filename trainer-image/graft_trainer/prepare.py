@@ -19,7 +19,7 @@ from graft_trainer.data.dataset import check_template
 from graft_trainer.data.read import Data, read_data
 from graft_trainer.evaluation import gates
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
-from graft_trainer.evaluation.suites import needs_chat_template, read_suite
+from graft_trainer.evaluation.suites import check_data, needs_chat_template, read_suite, suite_lines
 from graft_trainer.model.basemodel import (
     check_base_model,
     check_data_fits,
@@ -147,7 +147,7 @@ def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
             path = folder / f"{suite.name}.jsonl"
             digests[key] = _download(run, suite.uri, path, field)
             with path.open("rb") as stream:
-                tasks = read_suite(stream, suite, run.job.dataset, run.job.task)
+                tasks = read_suite(suite_lines(stream), suite, run.job.dataset, run.job.task)
             log.info("%s: %d tasks", field, len(tasks))
             if needs_chat_template(tasks):
                 conversations.append(suite.name)
@@ -156,6 +156,8 @@ def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
             digests[key] = _download(run, suite.lm_eval.definition, path, f"{field}.lmEval.definition", jsonl=False)
             path = folder / f"{suite.name}.data.jsonl"
             digests[f"{key}/data"] = _download(run, suite.lm_eval.data, path, f"{field}.lmEval.data")
+            with path.open("rb") as stream:
+                check_data(suite_lines(stream), suite)
     prefetch(run.job.evaluation.suites or [], folder, run.job.hf_endpoint, run.settings.hf_token())
     return digests, conversations
 

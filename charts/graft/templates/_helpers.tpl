@@ -106,10 +106,45 @@ priorityClassName: {{ . }}
 {{- default (printf "http://%s-gateway.%s.svc:%v" (include "graft.fullname" .) .Release.Namespace .Values.gateway.service.port) .Values.gateway.url -}}
 {{- end -}}
 
-{{/* Allow all egress except to the cloud's metadata address. The chart does not know the addresses of the API server, DNS and S3. */}}
-{{- define "graft.egress" -}}
+{{/* The environment of every Python container: nothing is imported from its working folder or from HOME. */}}
+{{- define "graft.pythonEnv" -}}
+- name: PYTHONSAFEPATH
+  value: "1"
+- name: PYTHONNOUSERSITE
+  value: "1"
+- name: HOME
+  value: /tmp
+{{- end -}}
+
+{{/* NetworkPolicyPeers: all addresses except clouds' metadata and link-local addresses. */}}
+{{- define "graft.addresses" -}}
+{{- .Files.Get "files/addresses.yaml" | fromYamlArray | toYaml -}}
+{{- end -}}
+
+{{/* The API server's ports, as JSON. Its Service has 443. The pods behind it may have another port. */}}
+{{- define "graft.apiServerPorts" -}}
+{{- $ports := .Values.networkPolicy.apiServerPorts -}}
+{{- if not $ports -}}
+{{- $ports = list 443 6443 -}}
+{{- $slice := lookup "discovery.k8s.io/v1" "EndpointSlice" "default" "kubernetes" -}}
+{{- range (dig "ports" list $slice) -}}
+{{- $ports = append $ports (int .port) -}}
+{{- end -}}
+{{- end -}}
+{{- $ports | uniq | toJson -}}
+{{- end -}}
+
+{{/* The egress rule for DNS. 5353 is the port of OpenShift's DNS pods. */}}
+{{- define "graft.dnsEgress" -}}
 - to:
-    - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.169.254/32]}
-    - ipBlock: {cidr: "::/0", except: ["fd00:ec2::254/128"]}
     - namespaceSelector: {}
+    {{- include "graft.addresses" . | nindent 4 }}
+    {{- range .Values.networkPolicy.dnsServers }}
+    - ipBlock: {cidr: {{ . | quote }}}
+    {{- end }}
+  ports:
+    {{- range list 53 5353 }}
+    - {protocol: UDP, port: {{ . }}}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
 {{- end -}}

@@ -5,10 +5,24 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.api.composition import Compose, Import
-from graft.api.meta import DNS_LABEL, SEMVER, SHA256, VERSION_RANGE, Conditions, Resource, Schema, Status, rules
+from graft.api.meta import (
+    DNS_LABEL,
+    DNS_NAME,
+    SEMVER,
+    SHA256,
+    SHA256_LENGTH,
+    UID,
+    VERSION_RANGE,
+    Conditions,
+    Resource,
+    Schema,
+    Status,
+    rules,
+)
 from graft.api.recipe import MethodName
 from graft.api.retention import Retention
 
+ARTIFACT_URI = r"^s3://[^/\s]+/[^\s]+/$"
 DeletionPolicy = Literal["Retain", "Delete"]
 
 
@@ -16,20 +30,22 @@ class AdapterArtifact(Schema):
     """Where the files of a version are, and the digest that they must have."""
 
     uri: str = Field(
-        pattern=r"^s3://[^/\s]+/[^\s]+/$",
+        pattern=ARTIFACT_URI,
         max_length=1024,
         description="Folder in object storage that holds manifest.json: s3://bucket/prefix/.",
     )
     digest: str = Field(
-        pattern=SHA256, description="sha256:… of manifest.json. The manifest holds the digests of the other files."
+        pattern=SHA256,
+        max_length=SHA256_LENGTH,
+        description="sha256:… of manifest.json. The manifest holds the digests of the other files.",
     )
 
 
 class JobReference(Schema):
     """The FineTuneJob that made the version."""
 
-    name: str = Field(description="Name of the job, in the same namespace.")
-    uid: str = Field(description="UID of the job. A later job may have the same name.")
+    name: str = Field(pattern=DNS_NAME, max_length=253, description="Name of the job, in the same namespace.")
+    uid: str = Field(pattern=UID, max_length=63, description="UID of the job. A later job may have the same name.")
 
 
 class AdapterSpec(Schema):
@@ -37,7 +53,9 @@ class AdapterSpec(Schema):
 
     adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="Name of the adapter that this is a version of.")
     version: str = Field(pattern=SEMVER, max_length=32, description="Semantic version, for example 1.4.2.")
-    base_model: str = Field(max_length=63, description="Name of the BaseModel that the version was tuned on.")
+    base_model: str = Field(
+        pattern=DNS_NAME, max_length=63, description="Name of the BaseModel that the version was tuned on."
+    )
     method: MethodName = Field(description="Method that the version was tuned with.")
     artifact: AdapterArtifact | None = Field(
         default=None, description="Files that are already published: where they are, and their digest."
@@ -69,7 +87,7 @@ class AdapterSpec(Schema):
 class CompatibleBase(Status):
     """A BaseModel that the version fits now."""
 
-    name: str = Field(description="Name of the BaseModel.")
+    name: str = Field(pattern=DNS_NAME, max_length=253, description="Name of the BaseModel.")
     version: str | None = Field(default=None, description="spec.version of the BaseModel.")
     digest: str | None = Field(default=None, description="Digest or revision of the BaseModel now.")
 
@@ -84,11 +102,11 @@ class AdapterSignature(Status):
 class ResolvedParent(Status):
     """A version that the composition combines. It is chosen once and does not change later."""
 
-    name: str = Field(description="Name of the Adapter resource.")
-    version: str = Field(description="Version of the adapter.")
+    name: str = Field(pattern=DNS_NAME, max_length=253, description="Name of the Adapter resource.")
+    version: str = Field(pattern=SEMVER, max_length=32, description="Version of the adapter.")
     weight: float = Field(description="Factor that its update is multiplied by.")
-    uri: str = Field(description="Where its files are.")
-    digest: str = Field(description="sha256:… of its manifest.json.")
+    uri: str = Field(pattern=ARTIFACT_URI, max_length=1024, description="Where its files are.")
+    digest: str = Field(pattern=SHA256, max_length=SHA256_LENGTH, description="sha256:… of its manifest.json.")
 
 
 class AdapterStatus(Status):

@@ -7,7 +7,9 @@ from pydantic import Field
 from graft.api.deploymentstatus import AdapterDeploymentStatus
 from graft.api.meta import (
     DNS_LABEL,
+    DNS_NAME,
     QUANTITY,
+    QUANTITY_LENGTH,
     Placement,
     Resource,
     Resources,
@@ -82,6 +84,7 @@ class EngineLimits(Schema):
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "x-kubernetes-int-or-string": True,
             "pattern": QUANTITY,
+            "maxLength": QUANTITY_LENGTH,
         },
     )
 
@@ -145,7 +148,7 @@ class Autoscaling(Schema):
 class AdapterDeploymentSpec(Placement):
     """Which adapters are served on which base model, and with which resources."""
 
-    base_model: str = Field(min_length=1, max_length=63, description="Name of the BaseModel. Immutable.")
+    base_model: str = Field(pattern=DNS_NAME, max_length=63, description="Name of the BaseModel. Immutable.")
     adapters: list[str] = Field(
         default_factory=list,
         max_length=128,

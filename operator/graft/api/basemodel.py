@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from graft.api.meta import MODEL_URI, SEMVER, Conditions, Resource, Schema, Status, rules
+from graft.api.meta import DNS_LABEL, MODEL_URI, SEMVER, Conditions, Resource, Schema, Status, rules
+
+CLASS_NAME = r"^[A-Za-z_][A-Za-z0-9_.]*$"
 
 
 class ModelFacts(Schema):
@@ -45,13 +47,18 @@ class ModelFacts(Schema):
         default=None, description="Whether the output head shares its weights with the token embeddings."
     )
     architecture: str | None = Field(
-        default=None, description="Name of the transformers class, for example LlamaForCausalLM."
+        default=None,
+        pattern=CLASS_NAME,
+        max_length=128,
+        description="Name of the transformers class, for example LlamaForCausalLM.",
     )
-    dtype: str | None = Field(default=None, description="Data type of the weights, for example bfloat16.")
+    dtype: str | None = Field(
+        default=None, max_length=128, description="Data type of the weights, for example bfloat16."
+    )
     context_length: int | None = Field(
         default=None, ge=1, description="Longest sequence that the model supports, in tokens."
     )
-    license: str | None = Field(default=None, description="Licence of the weights.")
+    license: str | None = Field(default=None, max_length=256, description="Licence of the weights.")
 
 
 class BaseModelSpec(Schema):
@@ -81,8 +88,12 @@ class BaseModelSpec(Schema):
     allowed_namespaces: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Namespaces whose jobs and deployments may use the model. All namespaces when absent.",
-        json_schema_extra={"x-kubernetes-list-type": "set"},
+        max_length=5000,
+        description="Names of the namespaces whose jobs and deployments may use the model. All namespaces when absent.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "set",
+            "items": {"type": "string", "pattern": DNS_LABEL, "maxLength": 63},
+        },
     )
 
 

@@ -6,16 +6,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from graft.api.adapterdeployment import ADAPTER_REF
-from graft.api.meta import Placement, Resources, Schema, rules
+from graft.api.meta import IMPORT_URI, Placement, Resources, Schema, rules
 
 # The trainer maps these names to those of peft (combination_type of add_weighted_adapter).
 CompositionMethod = Literal[
     "linear", "cat", "svd", "ties", "tiesSvd", "dareLinear", "dareLinearSvd", "dareTies", "dareTiesSvd"
 ]
 EQUAL_RANKS: frozenset[CompositionMethod] = frozenset({"linear", "ties", "dareLinear", "dareTies"})
-IMPORT_URI = (
-    r"^(hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^\s]+/)$"
-)
 
 
 class ComposeParent(Schema):

@@ -7,6 +7,7 @@ from pydantic import Field
 from graft.api.meta import DATASET_URI, DNS_LABEL, Schema, rules
 
 Metric = Literal["exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity", "accuracy"]
+METRIC_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.,:+/-]*$"
 Baseline = Literal["zeroShot", "fewShot"]
 
 
@@ -89,7 +90,7 @@ class Gate(Schema):
     """What a metric must reach. A version that misses a gate is published as Rejected and never served."""
 
     metric: str = Field(
-        min_length=1,
+        pattern=METRIC_NAME,
         max_length=200,
         description="Name of a metric in status.metrics, for example exactMatch, evalLoss or <suite>/rougeL.",
     )

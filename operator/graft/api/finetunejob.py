@@ -8,6 +8,7 @@ from graft.api.adapter import DeletionPolicy
 from graft.api.evaluation import Evaluation
 from graft.api.meta import (
     DNS_LABEL,
+    DNS_NAME,
     SEMVER,
     VERSION_RANGE,
     Conditions,
@@ -61,7 +62,9 @@ class FineTuneJobSpec(Placement):
     activeDeadlineSeconds and resources."""
 
     base_model: str = Field(
-        min_length=1, max_length=63, description="Name of the BaseModel. The job waits until it exists and is Ready."
+        pattern=DNS_NAME,
+        max_length=63,
+        description="Name of the BaseModel. The job waits until it exists and is Ready.",
     )
     dataset: Dataset = Field(description="The training data, and the held-out data for the evaluation.")
     method: Method = Field(description="How to tune the model: exactly one of full, lora, qlora, promptTuning.")
@@ -219,15 +222,17 @@ class Sizing(Status):
 class AdapterReference(Status):
     """The version that the job published."""
 
-    name: str = Field(description="Name of the Adapter resource.")
-    adapter: str = Field(description="Name of the adapter.")
-    version: str = Field(description="Version of the adapter.")
+    name: str = Field(pattern=DNS_NAME, max_length=253, description="Name of the Adapter resource.")
+    adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="Name of the adapter.")
+    version: str = Field(pattern=SEMVER, max_length=32, description="Version of the adapter.")
 
 
 class Resolved(Status):
     """Values that Graft derived where the spec leaves them open."""
 
-    version: str | None = Field(default=None, description="Version that the job publishes.")
+    version: str | None = Field(
+        default=None, pattern=SEMVER, max_length=32, description="Version that the job publishes."
+    )
     base_model_digest: str | None = Field(
         default=None, description="Digest or revision of the base model that the job uses."
     )

@@ -4,16 +4,42 @@ The pydantic models of this package are the only schema. `graft.crdgen` generate
 docs/reference.md from them. The operator parses live objects with them.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic import BaseModel as PydanticModel
-from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 GROUP = "graft.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 GPU = "nvidia.com/gpu"  # resource name of the device plugin, and key of the usual taint
+
+
+# Patterns of names. What a resource names becomes part of a path, a label or a file's name, so nothing else may be in it.
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"  # at most 63 characters
+DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"  # at most 253 characters
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"  # at most 317 characters
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"  # at most 63 characters
+UID = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+SEMVER = r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)$"
+# The part after the @ in an entry of AdapterDeployment.spec.adapters, except `latest`.
+VERSION_RANGE = r"^\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2}$"
+SHA256 = r"^sha256:[0-9a-f]{64}$"
+SHA256_LENGTH = 71  # characters
+KEY_NAME = r"^[^\x00-\x1f\x7f]+$"  # a key in a file of the user: any text without control characters
+
+# Patterns of places. No part of a path may be . or .., which would lead out of the folder.
+_PART = r"([^/\s.][^/\s]*|\.[^/\s.][^/\s]*|\.\.[^/\s]+)"
+_PATH = rf"{_PART}(/{_PART})*"
+_HF_PART = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?"
+_HF = rf"{_HF_PART}/{_HF_PART}(@{_HF_PART}(/{_HF_PART})*)?"
+_CLAIM = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+_BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+MODEL_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}(/({_PATH}/?)?)?)$"
+DATASET_URI = rf"^(hf://datasets/{_HF}/{_PATH}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}/{_PATH}|configMap://{_CLAIM}/[A-Za-z0-9._-]+)$"
+IMPORT_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+/)$"
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -23,9 +49,14 @@ def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
 
 
 class Schema(PydanticModel):
-    """Base of every API model: camelCase in JSON, snake_case in Python. Unknown fields are refused."""
+    """Base of every API model: camelCase in JSON, snake_case in Python. Unknown fields are refused.
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid")
+    An error never quotes the value: it may be another's secret.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", hide_input_in_errors=True
+    )
 
     def wire(self) -> dict[str, Any]:
         """Return the object as JSON data: camelCase keys, without absent values."""
@@ -35,7 +66,9 @@ class Schema(PydanticModel):
 class Status(Schema):
     """Base of the status models. It ignores unknown fields, so it can read what an older or newer operator wrote."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True
+    )
 
 
 class Condition(Status):
@@ -60,7 +93,9 @@ class Condition(Status):
 class ObjectMeta(PydanticModel):
     """The part of metadata that the operator reads."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True
+    )
 
     name: str
     namespace: str = ""
@@ -77,7 +112,9 @@ class ObjectMeta(PydanticModel):
 class Resource(PydanticModel):
     """Base of the four kinds: metadata, next to a typed spec and status."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True
+    )
 
     metadata: ObjectMeta
 
@@ -95,15 +132,19 @@ QUANTITY = (
     r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
 )
 
+QUANTITY_LENGTH = 32  # characters
+
 Quantities = Annotated[
     dict[str, str | int],
     Field(
+        max_length=32,
         description="Amounts by resource name, as in a container: cpu, memory, ephemeral-storage, nvidia.com/gpu.",
         json_schema_extra={
             "additionalProperties": {
                 "anyOf": [{"type": "integer"}, {"type": "string"}],
                 "x-kubernetes-int-or-string": True,
                 "pattern": QUANTITY,
+                "maxLength": QUANTITY_LENGTH,
             }
         },
     ),
@@ -128,13 +169,18 @@ class Toleration(Schema):
     """A taint that the pods tolerate, with the same fields as in a pod."""
 
     key: str | None = Field(
-        default=None, description="Key of the taint. If it is empty and operator is Exists, every key matches."
+        default=None,
+        pattern=rf"^$|{LABEL_KEY}",
+        max_length=317,
+        description="Key of the taint. If it is empty and operator is Exists, every key matches.",
     )
     operator: Literal["Exists", "Equal"] | None = Field(
         default=None,
         description="Exists: any value of the taint matches. Equal: the taint must have the same value. Equal when absent.",
     )
-    value: str | None = Field(default=None, description="Value of the taint, for operator Equal.")
+    value: str | None = Field(
+        default=None, pattern=LABEL_VALUE, max_length=63, description="Value of the taint, for operator Equal."
+    )
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Effect of the taint. If it is empty, every effect matches."
     )
@@ -149,30 +195,34 @@ class Toleration(Schema):
 GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
 
+def _label_key(text: str) -> str:
+    if len(text) > 317 or re.fullmatch(LABEL_KEY, text) is None:
+        raise ValueError("a key must be the key of a label, for example topology.kubernetes.io/zone")
+    return text
+
+
 class Placement(Schema):
     """Which nodes the pods may run on."""
 
-    node_selector: dict[str, str] | None = Field(
-        default=None, description="Labels that a node must have to run the pods."
-    )
+    node_selector: (
+        dict[Annotated[str, AfterValidator(_label_key)], Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)]]
+        | None
+    ) = Field(default=None, max_length=32, description="Labels that a node must have to run the pods.")
     tolerations: list[Toleration] | None = Field(
         default=None,
+        max_length=64,
         description="Taints of nodes that the pods tolerate.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     priority_class_name: str | None = Field(
-        default=None, description="Name of the pods' PriorityClass. The cluster's default when absent."
+        default=None,
+        pattern=rf"^$|{DNS_NAME}",
+        max_length=253,
+        description="Name of the pods' PriorityClass. The cluster's default when absent.",
     )
     runtime_class_name: str | None = Field(
         default=None,
+        pattern=rf"^$|{DNS_NAME}",
+        max_length=253,
         description="Name of the pods' RuntimeClass, for example nvidia. The node's default runtime when absent.",
     )
-
-
-MODEL_URI = r"^(hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^\s]+|pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/[^\s]*)?)$"
-DATASET_URI = r"^(hf://datasets/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?/[^\s]+|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^\s]+|pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[^\s]+|configMap://[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9._-]+)$"
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-SEMVER = r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)$"
-# The part after the @ in an entry of AdapterDeployment.spec.adapters, except `latest`.
-VERSION_RANGE = r"^\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2}$"
-SHA256 = r"^sha256:[0-9a-f]{64}$"

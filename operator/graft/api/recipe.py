@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from graft.api.meta import DATASET_URI, Schema, rules
+from graft.api.meta import DATASET_URI, KEY_NAME, Schema, rules
+
+MODULE_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$"
 
 
 class Columns(Schema):
@@ -12,26 +14,31 @@ class Columns(Schema):
 
     messages: str | None = Field(
         default=None,
+        pattern=KEY_NAME,
         max_length=128,
         description="For format chat: field with the list of messages. Named messages when absent.",
     )
     instruction: str | None = Field(
         default=None,
+        pattern=KEY_NAME,
         max_length=128,
         description="For format instruction: field with the question or task. Named instruction when absent.",
     )
     input: str | None = Field(
         default=None,
+        pattern=KEY_NAME,
         max_length=128,
         description="For format instruction: field with further input, which may be empty. Named input when absent.",
     )
     output: str | None = Field(
         default=None,
+        pattern=KEY_NAME,
         max_length=128,
         description="For format instruction: field with the answer to train on. Named output when absent.",
     )
     text: str | None = Field(
         default=None,
+        pattern=KEY_NAME,
         max_length=128,
         description="For format text: field with the text to train on. Named text when absent.",
     )
@@ -123,7 +130,10 @@ class Lora(Schema):
         min_length=1,
         max_length=64,
         description="Names of the modules that get an update, for example q_proj. Use it instead of the preset in targetModules.",
-        json_schema_extra={"x-kubernetes-list-type": "set", "items": {"type": "string", "maxLength": 128}},
+        json_schema_extra={
+            "x-kubernetes-list-type": "set",
+            "items": {"type": "string", "pattern": MODULE_NAME, "maxLength": 128},
+        },
     )
 
     model_config = Schema.model_config | {

@@ -26,12 +26,14 @@ class Retention(Schema):
     unused_for: str | None = Field(
         default=None,
         pattern=DURATION,
+        max_length=7,
         description="If a version has been unused for this long, the operator deletes it together with its files, even if "
         "deletionPolicy is Retain. Examples: 30d, 12h, 90m, 45s. Nothing is deleted when absent.",
     )
     compress_after: str | None = Field(
         default=None,
         pattern=DURATION,
+        max_length=7,
         description="If a version has been unused for this long, the operator compresses its weights in storage. It restores "
         "them when the version is needed again. Examples: 30d, 12h, 90m, 45s. Nothing is compressed when absent.",
     )

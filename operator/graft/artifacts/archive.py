@@ -14,6 +14,7 @@ import hashlib
 import lzma
 from collections.abc import Callable, Iterator
 
+from graft.artifacts.listing import listing
 from graft.artifacts.manifest import Manifest, ManifestFile
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import CHUNK, S3Store
@@ -43,7 +44,7 @@ def compress(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) 
 
     The originals stay. Raises InvalidArtifact if an original is missing or differs from the manifest.
     """
-    there = {item.key: item.size for item in store.objects(prefix)}
+    there = {item.key: item.size for item in listing(store, prefix)}
     for file in weights(manifest):
         key = prefix + file.name
         if key + SUFFIX in there and _holds(store, key, file, stopped):
@@ -57,7 +58,7 @@ def compress(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) 
         if not _holds(store, key, file, stopped):
             raise StoreError("unavailable", f"{key + SUFFIX}: the data read back differs from the data written")
     copies = {prefix + file.name + SUFFIX for file in weights(manifest)}
-    return sum(item.size for item in store.objects(prefix) if item.key in copies)
+    return sum(item.size for item in listing(store, prefix) if item.key in copies)
 
 
 def drop_originals(store: S3Store, prefix: str, manifest: Manifest) -> None:
@@ -68,7 +69,7 @@ def drop_originals(store: S3Store, prefix: str, manifest: Manifest) -> None:
 
 def restore(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) -> None:
     """Make and verify each original again, then delete its copy. Raises InvalidArtifact if a copy is invalid."""
-    there = {item.key for item in store.objects(prefix)}
+    there = {item.key for item in listing(store, prefix)}
     for file in weights(manifest):
         key = prefix + file.name
         if key + SUFFIX not in there:
@@ -83,7 +84,7 @@ def restore(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) -
 
 def is_archived(store: S3Store, prefix: str, manifest: Manifest) -> bool:
     """Return whether at least one file is missing and every missing file has a compressed copy."""
-    there = {item.key.removeprefix(prefix) for item in store.objects(prefix)}
+    there = {item.key.removeprefix(prefix) for item in listing(store, prefix)}
     missing = [file.name for file in manifest.files if file.name not in there]
     return bool(missing) and all(name + SUFFIX in there for name in missing)
 
@@ -93,7 +94,7 @@ def verify(store: S3Store, prefix: str, manifest: Manifest) -> None:
 
     Raises InvalidArtifact at a difference.
     """
-    there = {item.key for item in store.objects(prefix)}
+    there = {item.key for item in listing(store, prefix)}
     for file in manifest.files:
         key = prefix + file.name
         if key not in there and key + SUFFIX not in there:
@@ -105,7 +106,7 @@ def verify(store: S3Store, prefix: str, manifest: Manifest) -> None:
 
 def leftovers(store: S3Store, prefix: str, manifest: Manifest) -> bool:
     """Return whether a file has both an original and a copy: a process was killed before it deleted one of them."""
-    there = {item.key.removeprefix(prefix) for item in store.objects(prefix)}
+    there = {item.key.removeprefix(prefix) for item in listing(store, prefix)}
     return any(file.name in there and file.name + SUFFIX in there for file in weights(manifest))
 
 

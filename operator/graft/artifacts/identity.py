@@ -1,13 +1,22 @@
 """Issue keys of the object store through versitygw's identity service: one per tenant, limited to the tenant's prefix.
 
 The admin API (versitygw's s3api/controllers/admin.go, v1.8) takes XML over PATCH. The root key signs the requests with
-SigV4 for the service s3. A bucket policy allows each user its own prefix and the shared base models. Only one process
-may write users and policy at a time: the operator.
+SigV4 for the service s3. A bucket policy allows each user its own prefix and the base models that its tenant may use.
+
+Several installations of Graft may use one store. The users of this installation have its id in their names, and its id is
+in the Sids of its statements. Other users and statements are never changed or deleted. Versions of Graft before the id
+named users graft-<tenant>. Such a user belongs to this installation only if a statement of Graft in this bucket's policy
+names it.
 """
 
+import hashlib
 import json
+import logging
+import re
 import secrets
+import threading
 import xml.etree.ElementTree as ET
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -16,20 +25,44 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from graft.artifacts.layout import MODELS_PREFIX, tenant_prefix
+from graft.artifacts.layout import MODELS_PREFIX, USER_PREFIX, tenant_prefix
 from graft.artifacts.storage import StorageConfig, StoreError, Trouble
 from graft.artifacts.store import S3Store
 
-USER_PREFIX = "graft-"
-MARK = "Graft"  # a Sid that begins so marks Graft's statements; all others in the policy stay unchanged
+log = logging.getLogger(__name__)
+
+MARK = "Graft"  # the Sids of Graft's statements begin with it; all other statements in the policy stay unchanged
+LEGACY = re.compile(rf"{MARK}(Own|Runs|List|Models)(.*)", re.DOTALL)  # Sids before installations had ids
+LEGACY_MODELS = f"{MARK}Models"
+POLICY_LIMIT = 20 * 1024  # bytes of a bucket policy in S3; versitygw accepts more
+ALL_MODELS: Mapping[str, Collection[str] | None] = {MODELS_PREFIX: None}
+Statement = dict[str, Any]
+
+
+def installation_id(bucket: str, installation: str) -> str:
+    """Return the id of an installation: 10 hex digits from its bucket and the name that the caller knows it by (PURE)."""
+    return hashlib.sha256(f"{bucket}\n{installation}".encode()).hexdigest()[:10]
 
 
 class VersityIdentity:
-    """The users of the store and their rights on one bucket."""
+    """The users of the store that this installation has made, and their rights on its bucket."""
 
-    def __init__(self, store: S3Store, admin_url: str) -> None:
+    def __init__(
+        self,
+        store: S3Store,
+        admin_url: str,
+        installation: str = "",
+        models: Mapping[str, Collection[str] | None] | None = ALL_MODELS,
+    ) -> None:
+        """Open the identity service. `installation` names this installation uniquely among those of the store.
+
+        `models`: see `bucket_statements`. None: not known yet, so the statements about models stay as they are.
+        """
         self._store = store
         self._admin_url = admin_url.rstrip("/")
+        self._id = installation_id(store.config.bucket, installation)
+        self._models = models
+        self._lock = threading.Lock()  # one writer of users and policy, even if a reconcile was ended meanwhile
         ca = store.config.ca_file
         self._http = (
             urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=20), ca_certs=ca)
@@ -39,15 +72,14 @@ class VersityIdentity:
 
     def issue(self, tenant: str) -> StorageConfig:
         """Create a new key for a tenant and return its configuration. An older key of the tenant stops working."""
-        user, secret = USER_PREFIX + tenant, secrets.token_urlsafe(30)
-        if user in self.users():
-            self._set_policy(lambda tenants: tenants - {tenant})
-            self._admin(f"/delete-user?access={quote(user)}")
-        self._admin(
-            "/create-user",
-            f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>",
-        )
-        self._set_policy(lambda tenants: tenants | {tenant})
+        user, secret = self._user(tenant), secrets.token_urlsafe(30)
+        with self._lock:
+            self._remove(tenant)
+            self._admin(
+                "/create-user",
+                f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>",
+            )
+            self._write(self._recorded() | {tenant: user})
         own = self._store.config
         return StorageConfig(
             endpoint=own.endpoint,
@@ -61,46 +93,98 @@ class VersityIdentity:
 
     def revoke(self, tenant: str) -> None:
         """Delete a tenant's key. It is no error if the tenant has none."""
-        self._set_policy(lambda tenants: tenants - {tenant})
-        if USER_PREFIX + tenant in self.users():
-            self._admin(f"/delete-user?access={quote(USER_PREFIX + tenant)}")
+        with self._lock:
+            self._remove(tenant)
 
     def tenants(self) -> set[str]:
-        """Return the tenants that have a key."""
-        return {user.removeprefix(USER_PREFIX) for user in self.users() if user.startswith(USER_PREFIX)}
+        """Return the tenants that have a key of this installation."""
+        return set(self._recorded())
+
+    def allow(self, models: Mapping[str, Collection[str] | None]) -> None:
+        """Let tenants read base models. `models`: see `bucket_statements`. Nothing is written if nothing changed."""
+        with self._lock:
+            self._models = models
+            self._write(self._recorded())
 
     def users(self) -> set[str]:
-        """Return all users of the store."""
+        """Return all users of the store, also those of others."""
         root = ET.fromstring(self._admin("/list-users") or b"<none/>")  # noqa: S314 - our own store's answer
         return {element.text or "" for element in root.iter() if element.tag.rpartition("}")[2] == "Access"}
 
-    def _set_policy(self, change: Any) -> None:
-        policy = self._policy()
+    def _user(self, tenant: str) -> str:
+        return f"{USER_PREFIX}{self._id}-{tenant}"
+
+    def _recorded(self) -> dict[str, str]:
+        """Return the users of this installation by tenant: by their names, or because this bucket's policy records them."""
+        there, prefix = self.users(), self._user("")
+        named = {user.removeprefix(prefix): user for user in there if user.startswith(prefix)}
+        return recorded(self._policy(), MARK + self._id, there) | named
+
+    def _remove(self, tenant: str) -> None:
+        """Take a tenant's rights away, then delete its users that this installation has made."""
+        records = self._recorded()
+        before = records.pop(tenant, None)
+        self._write(records)
+        there = self.users()
+        for user in sorted({self._user(tenant), before or ""} & there - {self._store.config.access_key_id}):
+            if user != self._user(tenant) and (other := self._named_elsewhere(user)) is not None:
+                # Its name does not say which installation made it.
+                log.warning(
+                    "the user %s lost its rights here and stays, because the policy of bucket %s names it", user, other
+                )
+                continue
+            self._admin(f"/delete-user?access={quote(user)}")
+
+    def _named_elsewhere(self, user: str) -> str | None:
+        """Return another bucket of the store whose policy names the user, or None."""
+        try:
+            buckets = [str(item["Name"]) for item in self._store.client.list_buckets().get("Buckets", [])]
+        except Exception as error:
+            raise StoreError("unavailable", f"cannot list the buckets of the store: {error}") from error
+        for bucket in buckets:
+            if bucket == self._store.config.bucket:
+                continue
+            if any(user in _principals(item) for item in self._policy(bucket).get("Statement", [])):
+                return bucket
+        return None
+
+    def _write(self, users: Mapping[str, str]) -> None:
+        """Write the statements of these users, by tenant, into the bucket's policy if they differ from the present ones."""
+        policy, bucket = self._policy(), self._store.config.bucket
         there = policy.get("Statement", [])
-        kept = [item for item in there if not str(item.get("Sid", "")).startswith(MARK)]
-        statements = kept + bucket_statements(self._store.config.bucket, sorted(change(_tenants(policy))))
+        kept = [item for item in there if not is_own(item, self._id)]
+        models = self._models
+        if models is None and any(str(item.get("Sid")) == LEGACY_MODELS for item in there):
+            models = ALL_MODELS  # as the version of Graft before has it
+        statements = kept + bucket_statements(bucket, users, models or {}, MARK + self._id)
+        if models is None:
+            statements += models_of(there, MARK + self._id, self.users())
         if statements == there:
             return
-        client, bucket = self._store.client, self._store.config.bucket
+        text = json.dumps({"Version": "2012-10-17", "Statement": statements}, separators=(",", ":"))
+        client = self._store.client
         try:
             if statements:
-                client.put_bucket_policy(
-                    Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements})
-                )
+                client.put_bucket_policy(Bucket=bucket, Policy=text)
             elif policy:
                 client.delete_bucket_policy(Bucket=bucket)
         except Exception as error:
-            raise StoreError("unavailable", f"cannot change the bucket policy of {bucket}: {error}") from error
+            size = f"{len(text)} bytes for {len(users)} namespaces"
+            raise StoreError("unavailable", f"cannot change the bucket policy of {bucket} ({size}): {error}") from error
+        if len(text) > POLICY_LIMIT:
+            log.warning(
+                "the bucket policy of %s has %d bytes for %d namespaces. S3 allows %d; this store accepted it",
+                bucket, len(text), len(users), POLICY_LIMIT,
+            )  # fmt: skip
 
-    def _policy(self) -> dict[str, Any]:
+    def _policy(self, bucket: str | None = None) -> dict[str, Any]:
+        bucket = bucket or self._store.config.bucket
         try:
-            answer = self._store.client.get_bucket_policy(Bucket=self._store.config.bucket)
+            answer = self._store.client.get_bucket_policy(Bucket=bucket)
         except Exception as error:
             if "NoSuchBucketPolicy" in str(error):
                 return {}
-            raise StoreError(
-                "unavailable", f"cannot read the bucket policy of {self._store.config.bucket}: {error}"
-            ) from error
+            raise StoreError("unavailable", f"cannot read the bucket policy of {bucket}: {error}") from error
         return dict(json.loads(answer["Policy"]))
 
     def _admin(self, path: str, body: str = "") -> bytes:
@@ -123,55 +207,91 @@ class VersityIdentity:
         return answer.data
 
 
-def bucket_statements(bucket: str, tenants: list[str]) -> list[dict[str, Any]]:
+def bucket_statements(
+    bucket: str, users: Mapping[str, str], models: Mapping[str, Collection[str] | None], mark: str
+) -> list[Statement]:
     """Return the policy statements of the tenants' users (PURE).
 
-    Each user may read and write below its own prefix, delete only below its runs/, and read the base models.
+    `users`: tenant -> its user. `models`: prefix of a base model -> the tenants that may read it; None: all of them.
+    `mark`: the beginning of all Sids. Each user may read and write below its own prefix, delete only below its runs/, and
+    read and list the base models that its tenant may use. Models with the same readers share their statements.
     """
-    statements: list[dict[str, Any]] = []
-    for tenant in tenants:
-        principal, prefix = {"AWS": [USER_PREFIX + tenant]}, tenant_prefix(tenant)
+    arn = f"arn:aws:s3:::{bucket}"
+    statements: list[Statement] = []
+    for tenant, user in sorted(users.items()):
+        prefix = tenant_prefix(tenant)
+        data = ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
         statements += [
-            {
-                "Sid": f"{MARK}Own{tenant}",
-                "Effect": "Allow",
-                "Principal": principal,
-                "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"],
-                "Resource": [f"arn:aws:s3:::{bucket}/{prefix}*"],
-            },
-            {
-                "Sid": f"{MARK}Runs{tenant}",  # to delete staged files and old checkpoints
-                "Effect": "Allow",
-                "Principal": principal,
-                "Action": ["s3:DeleteObject"],
-                "Resource": [f"arn:aws:s3:::{bucket}/{prefix}runs/*"],
-            },
-            {
-                "Sid": f"{MARK}List{tenant}",
-                "Effect": "Allow",
-                "Principal": principal,
-                "Action": ["s3:ListBucket"],
-                "Resource": [f"arn:aws:s3:::{bucket}"],
-                "Condition": {"StringLike": {"s3:prefix": [f"{prefix}*", f"{MODELS_PREFIX}*"]}},
-            },
+            _allow(f"{mark}Own{tenant}", [user], data, [f"{arn}/{prefix}*"]),
+            # To delete staged files and old checkpoints.
+            _allow(f"{mark}Runs{tenant}", [user], ["s3:DeleteObject"], [f"{arn}/{prefix}runs/*"]),
+            _allow_list(f"{mark}List{tenant}", [user], arn, [prefix]),
         ]
-    if tenants:
-        statements.append(
-            {
-                "Sid": f"{MARK}Models",
-                "Effect": "Allow",
-                "Principal": {"AWS": [USER_PREFIX + tenant for tenant in tenants]},
-                "Action": ["s3:GetObject"],
-                "Resource": [f"arn:aws:s3:::{bucket}/{MODELS_PREFIX}*"],
-            }
-        )
+    readers: dict[tuple[str, ...], list[str]] = {}
+    for prefix, tenants in sorted(models.items()):
+        able = tuple(sorted(users if tenants is None else set(tenants) & set(users)))
+        if able:
+            readers.setdefault(able, []).append(prefix)
+    for number, (able, prefixes) in enumerate(sorted(readers.items())):
+        who = [users[tenant] for tenant in able]
+        objects = [f"{arn}/{prefix}*" for prefix in prefixes]
+        statements += [
+            _allow(f"{mark}Models{number}", who, ["s3:GetObject"], objects),
+            _allow_list(f"{mark}ModelsList{number}", who, arn, prefixes),
+        ]
     return statements
 
 
-def _tenants(policy: dict[str, Any]) -> set[str]:
-    own = f"{MARK}Own"
-    return {
-        str(item["Sid"]).removeprefix(own)
-        for item in policy.get("Statement", [])
-        if str(item.get("Sid", "")).startswith(own)
-    }
+def _allow(sid: str, users: list[str], actions: list[str], resources: list[str]) -> Statement:
+    allowed = {"Sid": sid, "Effect": "Allow", "Principal": {"AWS": users}}
+    return allowed | {"Action": actions, "Resource": resources}
+
+
+def _allow_list(sid: str, users: list[str], arn: str, prefixes: Iterable[str]) -> Statement:
+    below = {"StringLike": {"s3:prefix": [f"{prefix}*" for prefix in prefixes]}}
+    return _allow(sid, users, ["s3:ListBucket"], [arn]) | {"Condition": below}
+
+
+def is_own(statement: Statement, installation: str) -> bool:
+    """Return whether this installation writes a statement: its id is in the Sid, or a version before ids wrote it (PURE)."""
+    sid = str(statement.get("Sid", ""))
+    return sid.startswith(MARK + installation) or LEGACY.fullmatch(sid) is not None
+
+
+def recorded(policy: Mapping[str, Any], mark: str, there: Collection[str]) -> dict[str, str]:
+    """Return the users with names of versions before ids that a bucket's policy records as this installation's, by tenant
+    (PURE).
+
+    Users that do not exist are left out: another installation may have deleted them.
+    """
+    found = {}
+    for item in policy.get("Statement", []):
+        sid = str(item.get("Sid", ""))
+        legacy = LEGACY.fullmatch(sid)
+        if legacy is not None and legacy[1] == "Own":
+            tenant = legacy[2]
+        elif sid.startswith(f"{mark}Own"):
+            tenant = sid.removeprefix(f"{mark}Own")
+        else:
+            continue
+        user = USER_PREFIX + tenant
+        if user in there and user in _principals(item):
+            found[tenant] = user
+    return found
+
+
+def models_of(statements: Iterable[Statement], mark: str, there: Collection[str]) -> list[Statement]:
+    """Return an installation's statements about base models, without users that do not exist (PURE)."""
+    found = []
+    for item in statements:
+        users = [user for user in _principals(item) if user in there]
+        if users and str(item.get("Sid", "")).startswith(f"{mark}Models"):
+            found.append(item | {"Principal": {"AWS": users}})
+    return found
+
+
+def _principals(statement: Statement) -> list[str]:
+    """Return the users that a statement names, in the notations of S3's policies."""
+    principal = statement.get("Principal")
+    named = principal.get("AWS", []) if isinstance(principal, dict) else principal
+    return [str(item) for item in named] if isinstance(named, list) else [str(named)] if named else []

@@ -13,11 +13,28 @@ PROGRESS = "progress.json"
 EVENTS = "events.jsonl"
 MODELS_PREFIX = "models/"
 CHECKPOINTS = "checkpoints/"
+USER_PREFIX = "graft-"  # of the tenants' users of the store
+
+
+# Namespaces that can be no tenant, because their part of the bucket or their user of the store belongs to somebody else.
+RESERVED = {
+    MODELS_PREFIX.rstrip("/"): f"{MODELS_PREFIX} in the bucket holds the base models of all tenants",
+    "root": "the user graft-root of the store has all rights on it",
+}
 
 
 def tenant_of(namespace: str) -> str:
     """Return the tenant's path segment. There are no Tenant resources yet, so it is the namespace's name."""
     return namespace
+
+
+def why_reserved(namespace: str, own_user: str = "") -> str | None:
+    """Return why a namespace can be no tenant, or None. `own_user`: the operator's own user of the store."""
+    if namespace in RESERVED:
+        return RESERVED[namespace]
+    if f"{USER_PREFIX}{tenant_of(namespace)}" == own_user:
+        return f"the operator itself is the user {own_user} of the store"
+    return None
 
 
 def tenant_prefix(tenant: str) -> str:
@@ -66,14 +83,14 @@ def in_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
 
     The operator reads files because this check passed, so it is strict. It returns False in these cases: the slash
     after the tenant's name is missing (another tenant's name may begin with it); another bucket has a folder of that
-    name; the tenant's name is empty; the key has . or .. among its folders (some stores resolve them); the URI is not
+    name; the tenant's name is empty or reserved; the key has . or .. among its folders (some stores resolve them); the URI is not
     an s3:// URI with a key.
     """
     try:
         found, key = split_s3_uri(uri)
     except ValueError:
         return False
-    if not tenant or found != bucket or not key.startswith(tenant_prefix(tenant)):
+    if not tenant or tenant in RESERVED or found != bucket or not key.startswith(tenant_prefix(tenant)):
         return False
     return not {".", ".."} & set(key.split("/"))
 

@@ -5,10 +5,16 @@ It is written last: with it, a version is published. It holds the SHA-256 of eve
 
 import hashlib
 import re
-from typing import Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
+
+from graft.bounded import Limits
+from graft.contracts.message import Key, Name, Real, Scalar, Size, Uri, Whole, Words, read_as
+from graft.contracts.progress import METRICS, MODULES
+
+LIMITS = Limits(size=1024 * 1024, depth=6, values=20_000)
 
 # The files that a version may contain. Weights are safetensors only. A manifest that lists any other file is invalid.
 ALLOWED_FILES = frozenset(
@@ -37,69 +43,80 @@ ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True, frozen=True
+    )
 
 
 class ManifestFile(_Part):
     """One file of the version."""
 
-    name: str
-    size: int = Field(ge=0)
+    name: Name
+    size: Size
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class ManifestBaseModel(_Part):
     """The base model that the adapter belongs to."""
 
-    name: str
-    uri: str
-    digest: str | None = None
+    name: Name
+    uri: Uri
+    digest: Name | None = None
 
 
 class ManifestJob(_Part):
     """The run that made the version."""
 
-    name: str
-    namespace: str
-    uid: str
-    attempt: str
+    name: Name
+    namespace: Name
+    uid: Name
+    attempt: Name
 
 
 class ManifestParent(_Part):
     """A parent of a composed version."""
 
-    adapter: str
-    version: str
-    digest: str
-    weight: float
+    adapter: Name
+    version: Name
+    digest: Name
+    weight: Real
 
 
 class Manifest(_Part):
     """The contents of manifest.json, schema version 1."""
 
     schema_version: int = 1
-    adapter: str
-    version: str
-    method: str
+    adapter: Name
+    version: Name
+    method: Name
     base_model: ManifestBaseModel
     job: ManifestJob
-    recipe: str
-    hyperparameters: dict[str, Any]
-    datasets: dict[str, str] = {}  # train, eval, suite/<name> -> sha256:… of the file
-    metrics: dict[str, float] = {}
-    task: str = "causal"
-    rank: int | None = None  # for lora and qlora
-    target_modules: list[str] = []
-    rejected: list[str] = []  # the missed gates, as texts; a version that missed one is never served
-    files: list[ManifestFile]
-    image: str = ""
-    parents: list[ManifestParent] = []
-    composition: dict[str, Any] | None = None  # how the parents were combined: the method and its parameters
-    imported_from: str | None = (
+    recipe: Name
+    hyperparameters: Annotated[dict[Key, Scalar], Field(max_length=64)]
+    datasets: Annotated[dict[Key, Name], Field(max_length=64)] = {}  # train, eval, suite/<name> -> sha256:… of the file
+    metrics: Annotated[dict[Key, Real], Field(max_length=METRICS)] = {}
+    task: Name = "causal"
+    rank: Whole | None = None  # for lora and qlora
+    target_modules: Annotated[list[Name], Field(max_length=MODULES)] = []
+    rejected: Annotated[
+        list[Words], Field(max_length=32)
+    ] = []  # the missed gates, as texts; a version that missed one is never served
+    files: Annotated[list[ManifestFile], Field(max_length=1000)]
+    image: Uri = ""
+    parents: Annotated[list[ManifestParent], Field(max_length=64)] = []
+    composition: Annotated[dict[Key, Scalar], Field(max_length=64)] | None = (
+        None  # how the parents were combined: the method and its parameters
+    )
+    imported_from: Uri | None = (
         None  # pinned: hf://org/name@<commit>, or s3://bucket/prefix/ as listed in source_digest
     )
-    source_digest: str | None = None
-    created_at: str
+    source_digest: Name | None = None
+    created_at: Name
+
+    @classmethod
+    def read(cls, data: bytes | str) -> "Manifest":
+        """Return the manifest in the bytes of manifest.json. Raises OutOfBounds if it is invalid or exceeds LIMITS."""
+        return read_as(cls, data, LIMITS, "manifest.json")
 
     @field_validator("schema_version")
     @classmethod

@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.layout import SIGNATURE, split_s3_uri
+from graft.artifacts.listing import listing
 from graft.artifacts.storage import StoreError
-from graft.artifacts.store import ObjectInfo, Report, S3Store
+from graft.artifacts.store import MOST_OBJECTS, ObjectInfo, Report, S3Store
+from graft.bounded import Limits, OutOfBounds, parse_json
 
+CONFIG = "config.json"
+# Of config.json and adapter_config.json, from hubs, buckets and claims. The largest that are known have some 100 KB.
+CONFIG_LIMITS = Limits(size=1024 * 1024, depth=16, values=50_000)
+TOKENIZER_LIMITS = Limits(
+    size=8 * 1024 * 1024, depth=16, values=300_000
+)  # tokenizer_config.json; that of Gemma 3 has 1.2 MB
 WEIGHTS = ".safetensors"
 MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
-CONFIG_LIMIT = 1024 * 1024  # bytes
 DISK_FULL = (ENOSPC, EDQUOT)
 
 
@@ -76,13 +83,13 @@ def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
         # each new key.
         files = [
             item
-            for item in store.objects(prefix, bucket)
+            for item in listing(store, prefix, bucket)
             if item.key.endswith(MODEL_FILES) and item.key != prefix + SIGNATURE
         ]
     except StoreError as error:
         raise SourceError(str(error), transient=error.trouble == "unavailable") from error
     names = {item.key.removeprefix(prefix) for item in files}
-    if "config.json" not in names:
+    if CONFIG not in names:
         raise SourceError(f"there is no config.json below {uri}")
     if not any(name.endswith(WEIGHTS) for name in names):
         raise SourceError(f"there are no safetensors weights below {uri}")
@@ -103,12 +110,21 @@ def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token:
         raise SourceError("no object store is configured")
     bucket, prefix, files = s3_files(store, uri)
     try:
-        config = json.loads(store.get(prefix + "config.json", bucket))
+        data = store.get(prefix + CONFIG, bucket, most=CONFIG_LIMITS.size)
     except StoreError as error:
         raise SourceError(str(error), transient=error.trouble == "unavailable") from error
-    except ValueError as error:
-        raise SourceError(f"config.json below {uri} is not valid JSON: {error}") from error
-    return Description(s3_digest(prefix, files), None, config, sum(item.size for item in files))
+    return Description(s3_digest(prefix, files), None, read_config(data, uri), sum(item.size for item in files))
+
+
+def read_config(data: bytes, uri: str) -> dict[str, Any]:
+    """Return the object in the config.json of a model. Raises SourceError if it exceeds CONFIG_LIMITS or is no object."""
+    try:
+        config = parse_json(data, CONFIG_LIMITS, f"{CONFIG} of {uri}", constants=True)
+    except OutOfBounds as error:
+        raise SourceError(str(error)) from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{CONFIG} of {uri} is not a JSON object")
+    return config
 
 
 @contextlib.contextmanager
@@ -130,19 +146,47 @@ def hub_errors(uri: str) -> Iterator[None]:
 
 
 def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Description:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
 
     repo, revision = split_hf_uri(uri)
     api = HfApi(endpoint=endpoint, token=token or False)
     with hub_errors(uri):
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
-        siblings = [file for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)]
-        if not any(file.rfilename.endswith(WEIGHTS) for file in siblings):
+        siblings = {file.rfilename: file.size for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)}
+        if len(siblings) > MOST_OBJECTS:
+            raise SourceError(f"{uri} has more than {MOST_OBJECTS} files")
+        if not any(name.endswith(WEIGHTS) for name in siblings):
             raise SourceError(f"{uri} has no safetensors weights")
-        path = hf_hub_download(repo, "config.json", revision=info.sha, endpoint=endpoint, token=token or False)
-        config = json.loads(Path(path).read_text())
+        if CONFIG not in siblings:
+            raise SourceError(f"{uri} has no {CONFIG}")
+        path = download_config(repo, CONFIG, info.sha, siblings[CONFIG], endpoint=endpoint, token=token or False)
+        config = read_config(path.read_bytes(), uri)
     license_tag = next((tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")), None)
-    return Description(None, info.sha, config, sum(file.size or 0 for file in siblings), license_tag)
+    return Description(None, info.sha, config, sum(size or 0 for size in siblings.values()), license_tag)
+
+
+def download_config(
+    repo: str, name: str, revision: str | None, size: int | None, *, endpoint: str | None, **how: Any
+) -> Path:
+    """Download a config of a hub's repository, within `hub_errors`. Return its path.
+
+    `size` is its size in the hub's listing, None if the listing has none. Raises SourceError if the file has more bytes
+    than CONFIG_LIMITS allow. Its author may write any file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    place = {"repo_id": repo, "filename": name, "revision": revision, "endpoint": endpoint, **how}
+    check_config_size(hf_hub_download(**place, dry_run=True).file_size if size is None else size, name, repo)
+    path = Path(hf_hub_download(**place))
+    check_config_size(path.stat().st_size, name, repo)  # the hub may send another file than it lists
+    return path
+
+
+def check_config_size(size: int | None, name: str, where: str) -> None:
+    """Raise SourceError if a config has more bytes than CONFIG_LIMITS allow, or if its size is unknown (None)."""
+    if size is None or size > CONFIG_LIMITS.size:
+        known = "a size that the hub does not give" if size is None else f"{size} bytes"
+        raise SourceError(f"{name} of {where} has {known}, but it may have at most {CONFIG_LIMITS.size} bytes")
 
 
 def fetch(

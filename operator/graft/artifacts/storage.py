@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Trouble = Literal["missing", "denied", "full", "exists", "unavailable"]
+from botocore.exceptions import ClientError
+
+Trouble = Literal["missing", "denied", "full", "exists", "large", "unavailable"]
 
 
 class StoreError(Exception):
-    """A call to the store failed. `trouble` says why: missing, denied, full, exists, or unavailable (a retry may
-    succeed)."""
+    """A call to the store failed. `trouble` says why: missing, denied, full, exists, large (the object has more bytes than
+    its reader accepts), or unavailable (a retry may succeed)."""
 
     def __init__(self, trouble: Trouble, message: str) -> None:
         super().__init__(message)
@@ -57,3 +59,18 @@ class StorageConfig:
             session_token=text("session-token", "") or None,
             ca_file=str(ca) if ca.exists() and ca.stat().st_size else None,
         )
+
+
+def trouble_of(error: ClientError) -> Trouble:
+    """Return the trouble that the store's error answer describes (PURE)."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in {"NoSuchKey", "NoSuchBucket", "NotFound", "404"} or status == 404:
+        return "missing"
+    if code in {"QuotaExceeded", "XMinioStorageFull", "EntityTooLarge", "InsufficientStorage"} or status == 507:
+        return "full"
+    if status == 412 or code in {"PreconditionFailed", "ConditionalRequestConflict"}:
+        return "exists"
+    if status in {401, 403}:
+        return "denied"
+    return "unavailable"

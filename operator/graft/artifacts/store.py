@@ -21,7 +21,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from graft.artifacts.storage import StorageConfig, StoreError, Trouble
+from graft.artifacts.storage import StorageConfig, StoreError, trouble_of
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -33,6 +33,7 @@ PART = 32 * 1024 * 1024  # bytes in a part of a streamed upload; S3 allows 10,00
 RANGE = 16 * 1024 * 1024  # bytes in a range of a download; if a connection breaks, only its range is downloaded again
 STREAMS = 8  # parallel connections of a download; botocore keeps 10 connections
 PIECE = 256 * 1024  # bytes that each connection holds in memory
+MOST_OBJECTS = 10_000  # in a listing that is held in memory; a model of 300 shards is the largest folder that is known
 SMALL_OBJECT = 8 * 1024 * 1024  # bytes of a JSON document; larger objects are not read into memory
 
 
@@ -73,20 +74,6 @@ class ObjectInfo:
     key: str
     size: int
     etag: str
-
-
-def _trouble(error: ClientError) -> Trouble:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code in {"NoSuchKey", "NoSuchBucket", "NotFound", "404"} or status == 404:
-        return "missing"
-    if code in {"QuotaExceeded", "XMinioStorageFull", "EntityTooLarge", "InsufficientStorage"} or status == 507:
-        return "full"
-    if status == 412 or code in {"PreconditionFailed", "ConditionalRequestConflict"}:
-        return "exists"
-    if status in {401, 403}:
-        return "denied"
-    return "unavailable"
 
 
 def _parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -147,7 +134,7 @@ class S3Store:
         try:
             return getattr(self.client, operation)(Bucket=bucket, Key=key, **arguments)
         except ClientError as error:
-            raise StoreError(_trouble(error), f"s3://{bucket}/{key}: {error}") from error
+            raise StoreError(trouble_of(error), f"s3://{bucket}/{key}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}") from error
 
@@ -156,21 +143,26 @@ class S3Store:
         try:
             self.client.head_bucket(Bucket=self.config.bucket)
         except ClientError as error:
-            if _trouble(error) != "missing":
-                raise StoreError(_trouble(error), f"bucket {self.config.bucket}: {error}") from error
+            if trouble_of(error) != "missing":
+                raise StoreError(trouble_of(error), f"bucket {self.config.bucket}: {error}") from error
             try:
                 self.client.create_bucket(Bucket=self.config.bucket)
             except ClientError as refused:
-                raise StoreError(_trouble(refused), f"bucket {self.config.bucket}: {refused}") from refused
+                raise StoreError(trouble_of(refused), f"bucket {self.config.bucket}: {refused}") from refused
         except BotoCoreError as error:
             raise StoreError("unavailable", f"bucket {self.config.bucket}: {error}") from error
 
     @retried
-    def get(self, key: str, bucket: str | None = None) -> bytes:
-        """Return the bytes of a small object (at most SMALL_OBJECT bytes)."""
+    def get(self, key: str, bucket: str | None = None, *, most: int = SMALL_OBJECT) -> bytes:
+        """Return the bytes of an object of at most `most` bytes.
+
+        Raises StoreError, "large" if the object has more. Its size is checked before its content is read.
+        """
         response = self._call("get_object", key, bucket)
-        if response["ContentLength"] > SMALL_OBJECT:
-            raise StoreError("denied", f"{key} is larger than {SMALL_OBJECT} bytes")
+        if (size := response["ContentLength"]) > most:
+            raise StoreError(
+                "large", f"{key} has {size} bytes. This is larger than the {most} bytes that are read of it"
+            )
         try:
             return bytes(response["Body"].read())
         except (BotoCoreError, OSError) as error:
@@ -201,10 +193,10 @@ class S3Store:
         try:
             self.client.upload_file(str(path), self.config.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
         except ClientError as error:
-            raise StoreError(_trouble(error), f"{key}: {error}") from error
+            raise StoreError(trouble_of(error), f"{key}: {error}") from error
         except Exception as error:  # S3UploadFailedError wraps a ClientError in its message only
             cause = error.__cause__ or error.__context__
-            trouble = _trouble(cause) if isinstance(cause, ClientError) else "unavailable"
+            trouble = trouble_of(cause) if isinstance(cause, ClientError) else "unavailable"
             raise StoreError(trouble, f"{key}: {error}") from error
 
     def upload_stream(self, key: str, chunks: Iterable[bytes]) -> None:
@@ -232,9 +224,9 @@ class S3Store:
         try:
             found = self.client.list_multipart_uploads(Bucket=self.config.bucket, Prefix=key).get("Uploads", [])
         except ClientError as error:
-            if _trouble(error) == "denied":
+            if trouble_of(error) == "denied":
                 return  # a key that may write may lack the right to list uploads; the bucket's own rules remove them
-            raise StoreError(_trouble(error), f"uploads to {key}: {error}") from error
+            raise StoreError(trouble_of(error), f"uploads to {key}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"uploads to {key}: {error}") from error
         for item in found:
@@ -248,13 +240,17 @@ class S3Store:
         try:
             self.client.copy({"Bucket": bucket, "Key": source}, bucket, key)
         except ClientError as error:
-            raise StoreError(_trouble(error), f"copying {source} to s3://{bucket}/{key}: {error}") from error
+            raise StoreError(trouble_of(error), f"copying {source} to s3://{bucket}/{key}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"copying {source} to s3://{bucket}/{key}: {error}") from error
 
-    def chunks(self, key: str, bucket: str | None = None) -> Iterator[bytes]:
-        """Yield the bytes of an object of any size in chunks."""
-        yield from _pieces(key, self._call("get_object", key, bucket)["Body"], CHUNK)
+    def chunks(self, key: str, bucket: str | None = None, *, etag: str | None = None) -> Iterator[bytes]:
+        """Yield the bytes of an object of any size in chunks. With `etag`, raises StoreError if the object has another."""
+        response = self._call("get_object", key, bucket)
+        with contextlib.closing(response["Body"]) as body:
+            if etag is not None and response["ETag"].strip('"') != etag:
+                raise StoreError("unavailable", f"{key} was replaced by another object meanwhile")
+            yield from _pieces(key, body, CHUNK)
 
     def download(
         self,
@@ -342,12 +338,18 @@ class S3Store:
                 yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item["ETag"].strip('"'))
 
     def folders(self, prefix: str) -> list[str]:
-        """Return the names of the folders directly below a prefix that ends in /."""
-        return [
-            entry["Prefix"].removeprefix(prefix).rstrip("/")
-            for page in self._pages(self.config.bucket, Prefix=prefix, Delimiter="/")
-            for entry in page.get("CommonPrefixes", [])
-        ]
+        """Return the names of the folders directly below a prefix that ends in /.
+
+        Raises StoreError, "large" if there are more than MOST_OBJECTS folders and objects.
+        """
+        found, count = list[str](), 0
+        for page in self._pages(self.config.bucket, Prefix=prefix, Delimiter="/"):
+            entries = page.get("CommonPrefixes", [])
+            found += [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in entries]
+            count += len(entries) + len(page.get("Contents", []))
+            if count > MOST_OBJECTS:
+                raise StoreError("large", f"there are more than {MOST_OBJECTS} objects below {prefix}")
+        return found
 
     def _pages(self, bucket: str, **query: str) -> Iterator[dict[str, Any]]:
         page = self._page(bucket, query)
@@ -361,7 +363,7 @@ class S3Store:
         try:
             return dict(self.client.list_objects_v2(Bucket=bucket, **query))
         except ClientError as error:
-            raise StoreError(_trouble(error), f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
+            raise StoreError(trouble_of(error), f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
         except BotoCoreError as error:
             raise StoreError("unavailable", f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
 
@@ -377,9 +379,12 @@ class S3Store:
         """
         if not prefix.endswith("/") or prefix.count("/") < 2:
             raise ValueError(f"refusing to delete below {prefix!r}")
-        keys = sorted(
-            (item.key for item in self.objects(prefix)), key=lambda key: (not key.endswith("/manifest.json"), key)
-        )
-        for key in keys:
+        # Two passes over the listing: a tenant may have any number of objects, so the keys are not collected.
+        manifests = [item.key for item in self.objects(prefix) if item.key.endswith("/manifest.json")]
+        for key in manifests:
             self.delete(key)
-        return len(keys)
+        count = len(manifests)
+        for item in self.objects(prefix):
+            self.delete(item.key)
+            count += 1
+        return count

@@ -7,12 +7,11 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from graft.artifacts.layout import MANIFEST, attempt_prefix, run_prefix
-from graft.artifacts.manifest import Manifest, ManifestFile, digest
+from graft.artifacts.manifest import LIMITS, Manifest, ManifestFile, digest
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import CHUNK, S3Store
+from graft.bounded import OutOfBounds
 
 CLAIM = "version.json"  # in the run's folder: the manifest of the attempt whose files are published
 
@@ -78,7 +77,7 @@ def staging_prefix(tenant: str, manifest: Manifest) -> str:
 
 def _get(store: S3Store, key: str) -> bytes | None:
     try:
-        return store.get(key)
+        return store.get(key, most=LIMITS.size)
     except StoreError as error:
         if error.trouble != "missing":
             raise
@@ -87,7 +86,10 @@ def _get(store: S3Store, key: str) -> bytes | None:
 
 def _copy_claimed(store: S3Store, tenant: str, prefix: str, claim: bytes) -> bytes:
     """Copy the winner's files to the version's prefix and publish its manifest. Return the published manifest."""
-    winner = Manifest.model_validate_json(claim)
+    try:
+        winner = Manifest.read(claim)
+    except OutOfBounds as error:  # no attempt of this version of Graft wrote it
+        raise StoreError("exists", f"{CLAIM} in the run's folder holds another publication: {error}") from error
     try:
         for file in winner.files:
             store.copy(staging_prefix(tenant, winner) + file.name, prefix + file.name)
@@ -113,8 +115,8 @@ def _put_first(store: S3Store, key: str, data: bytes) -> bytes:
 
 def _same_run(existing: bytes, manifest: Manifest) -> bool:
     try:
-        return Manifest.model_validate_json(existing).job.uid == manifest.job.uid
-    except ValidationError:
+        return Manifest.read(existing).job.uid == manifest.job.uid
+    except OutOfBounds:
         return False
 
 
@@ -125,16 +127,19 @@ def read_manifest(
 
     Raises InvalidArtifact if the manifest is invalid or not the expected one.
     """
-    data = store.get(prefix + MANIFEST, bucket)
+    try:
+        data = store.get(prefix + MANIFEST, bucket, most=LIMITS.size)
+    except StoreError as error:
+        if error.trouble == "large":
+            raise InvalidArtifact("ManifestInvalid", str(error)) from error
+        raise
     actual = digest(data)
     if expected_digest is not None and actual != expected_digest:
         raise InvalidArtifact("DigestMismatch", f"manifest.json has the digest {actual}, expected {expected_digest}")
     try:
-        return Manifest.model_validate_json(data), actual
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidArtifact("ManifestInvalid", f"manifest.json: {where}: {first['msg']}") from error
+        return Manifest.read(data), actual
+    except OutOfBounds as error:
+        raise InvalidArtifact("ManifestInvalid", str(error)) from error
 
 
 def verify(store: S3Store, prefix: str, expected_digest: str, bucket: str | None = None) -> Manifest:

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from graft.artifacts.layout import adapter_prefix, tenant_of
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
+from graft.bounded import OutOfBounds
 from graft.cli.failure import CliFailure
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.report.document import Report
@@ -59,12 +57,10 @@ def read_file(path: Path) -> Report:
 def parse(data: bytes, where: str) -> Report:
     """Parse a report of any known schema version. Raises CliFailure if it is invalid."""
     try:
-        return Report.model_validate(json.loads(data))
-    except ValueError as error:  # invalid JSON, invalid UTF-8, or pydantic's ValidationError
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        why = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}" if first else str(error)
+        return Report.read(data)
+    except OutOfBounds as error:
         raise CliFailure(
-            f"{where} is not a valid report: {why}",
+            f"{where} is not a valid report: {error}",
             "Every version that a FineTuneJob publishes has a report.json beside its weights.",
         ) from error
 
@@ -142,11 +138,12 @@ def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> It
 def _fetch(store: S3Store, namespace: str, version: Version) -> Report:
     key = adapter_prefix(tenant_of(namespace), version.adapter, version.version) + REPORT
     try:
-        data = store.get(key)
+        data = store.get(key, most=Report.limits.size)
     except StoreError as error:
         remedies = {
             "missing": f"{version.adapter} {version.version} was deleted, or it was imported: imported versions have no report.",
             "denied": f"The key in the Secret {STORAGE_SECRET} may not read this object. Ask the platform team.",
+            "large": "Graft's trainer writes smaller reports. Check who may write to the bucket.",
         }
         unreachable = (
             "The store's address is often reachable only inside the cluster. Forward a port to the store and give its URL "

@@ -3,11 +3,8 @@
 The check needs no operator, and it trusts no statement of the cluster: only the public keys that the user gives.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from graft.api.adapter import AdapterSignature
 from graft.artifacts import archive
@@ -17,9 +14,12 @@ from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.artifacts.versions import verify as verify_files
+from graft.bounded import Limits, OutOfBounds
 from graft.cli.failure import CliFailure
 from graft.cli.reports import opened_store
+from graft.contracts.message import read_as
 
+SIGNATURE_LIMITS = Limits(size=16 * 1024, depth=4, values=64)
 SAFE = (
     "Do not use the files. Compare the Adapter's status.signature and status.artifact.digest with the bucket, and check who "
     "may write to the bucket."
@@ -67,7 +67,8 @@ def check(store: S3Store, namespace: str, adapter: str, version: str, trusted: d
     prefix = adapter_prefix(tenant_of(namespace), adapter, version)
     what = f"{adapter} {version} in {namespace}"
     try:
-        signature = AdapterSignature.model_validate(json.loads(store.get(prefix + SIGNATURE)))
+        data = store.get(prefix + SIGNATURE, most=SIGNATURE_LIMITS.size)
+        signature = read_as(AdapterSignature, data, SIGNATURE_LIMITS, SIGNATURE)
         manifest, digest = read_manifest(store, prefix, None)
         uri = s3_uri(store.config.bucket, prefix)
         verify(signature, Statement(namespace, adapter, version, uri, digest), trusted)
@@ -78,12 +79,13 @@ def check(store: S3Store, namespace: str, adapter: str, version: str, trusted: d
             verify_files(store, prefix, digest)
     except (SignatureInvalid, InvalidArtifact) as error:
         raise CliFailure(f"{what} is NOT what was verified: {error}", SAFE) from error
-    except (ValidationError, ValueError) as error:
-        raise CliFailure(f"{what}: {SIGNATURE} is invalid: {error}", SAFE) from error
+    except OutOfBounds as error:
+        raise CliFailure(f"{what}: {error}", SAFE) from error
     except StoreError as error:
         remedies = {
             "missing": "A version has a signature only after its Adapter is Ready. Check it: kubectl get adapters -o wide",
             "denied": "The key in the Secret graft-storage may not read this version. Ask the platform team.",
+            "large": SAFE,
         }
         unreachable = (
             "If the store's address is reachable only inside the cluster, forward a port to the store and give its URL with "

@@ -2,6 +2,7 @@
 
 The Kubernetes API is the only control plane, and object storage is the only data plane (docs/architecture.md). The
 parts exchange only these messages. A reader ignores unknown fields, so parts of neighbouring versions work together.
+It does not trust the writer: `Message.read` checks the limits of the message before it parses, and every field has bounds.
 
 | module   | message      | written by | read by  | where                                                             |
 |----------|--------------|------------|----------|-------------------------------------------------------------------|

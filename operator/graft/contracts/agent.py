@@ -1,25 +1,27 @@
 """Between operator and agent: the adapters that a pod must load, and the adapters that it has loaded."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from graft.api.adapter import AdapterSignature
-from graft.contracts.message import Message
+from graft.bounded import Limits
+from graft.contracts.message import CONFIGMAP, Message, Name, Real, Uri, Whole, Words
 
 TRUSTED_KEYS = "graft-trusted-keys"  # ConfigMap with the public keys, in the operator's namespace
 WANTED_KEY = "wanted.json"
+MOST_ADAPTERS = 1000  # of a pod; a deployment has at most 128, and the versions that they replace
 
 
 class WantedAdapter(Message):
     """One adapter that replicas must load."""
 
-    engine_name: str  # <tenant>--<adapter>-<version>--<digest12>
-    adapter: str  # name of the Adapter resource
-    uri: str
-    digest: str  # of manifest.json
+    engine_name: Name  # <tenant>--<adapter>-<version>--<digest12>
+    adapter: Name  # name of the Adapter resource
+    uri: Uri
+    digest: Name  # of manifest.json
     signature: AdapterSignature | None = None  # made by the operator, see graft.artifacts.signing
-    pods: list[str] | None = None  # pods that must load it; None: every replica
+    pods: list[Name] | None = None  # pods that must load it; None: every replica
 
     def is_for(self, pod: str) -> bool:
         """Return whether the pod must load this adapter."""
@@ -38,15 +40,17 @@ class Wanted(Message):
     pods that have them.
     """
 
-    schema_version: int = 1
-    base_model: str
-    max_lora_rank: int
-    drain_seconds: int = 10
-    adapters: list[WantedAdapter] = Field(default_factory=list)
-    assigned: list[str] | None = None  # None: there is no assignment, and every pod loads all adapters
+    limits: ClassVar[Limits] = Limits(CONFIGMAP, depth=6, values=100_000)
+
+    schema_version: Whole = 1
+    base_model: Name
+    max_lora_rank: Whole
+    drain_seconds: Whole = 10
+    adapters: list[WantedAdapter] = Field(default_factory=list, max_length=MOST_ADAPTERS)
+    assigned: list[Name] | None = None  # None: there is no assignment, and every pod loads all adapters
     # Versions that become wanted when the operator has verified them. The agent downloads their files into unused disk
     # space and does not load them.
-    expected: list[WantedAdapter] = Field(default_factory=list)
+    expected: list[WantedAdapter] = Field(default_factory=list, max_length=MOST_ADAPTERS)
 
     def is_for(self, engine_name: str, pod: str) -> bool:
         """Return whether the adapter is for this pod. An adapter that is not wanted yet is for every pod."""
@@ -66,24 +70,26 @@ AdapterState = Literal["Pending", "Loading", "Loaded", "Draining", "Failed"]
 class ResidentAdapter(Message):
     """One adapter in one pod."""
 
-    engine_name: str
-    adapter: str
-    digest: str
+    engine_name: Name
+    adapter: Name
+    digest: Name
     state: AdapterState
-    reason: str | None = None
-    message: str | None = None
-    load_seconds: float | None = None
-    size_bytes: int | None = None
+    reason: Name | None = None
+    message: Words | None = None
+    load_seconds: Real | None = None
+    size_bytes: Whole | None = None
 
 
 class Residency(Message):
     """The adapters of one pod. The agent writes it when it changes, never on a timer."""
 
-    pod: str
-    pod_uid: str
+    limits: ClassVar[Limits] = Limits(CONFIGMAP // 2, depth=4, values=10_000)
+
+    pod: Name
+    pod_uid: Name
     ready: bool  # the engine is healthy, and every adapter that was wanted at its last start is Loaded or Failed
-    engine_started: str | None = None  # changes when the engine restarts
-    adapters: list[ResidentAdapter] = Field(default_factory=list)
+    engine_started: Name | None = None  # changes when the engine restarts
+    adapters: list[ResidentAdapter] = Field(default_factory=list, max_length=MOST_ADAPTERS)
 
 
 def engine_name(tenant: str, adapter_resource: str, manifest_digest: str) -> str:

@@ -1,8 +1,11 @@
 """Between operator and gateway: the routes of each deployment, and the demand for deployments that may sleep."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from graft.contracts.message import Message
+from graft.bounded import Limits
+from graft.contracts.message import CONFIGMAP, Message, Name, Whole, Words
 
 ROUTES_KEY = "routes.json"
 ROUTES_COMPONENT = "routes"
@@ -13,17 +16,17 @@ DEMAND_COMPONENT = "demand"
 class RouteTarget(Message):
     """One model that answers the requests of a route."""
 
-    engine_model: str  # model name in the engine: an adapter's engine name, or the name of the base model
-    adapter: str | None = None  # name of the Adapter resource; None: the bare base model
-    version: str | None = None
-    digest: str | None = None
-    weight: int = 100
+    engine_model: Name  # model name in the engine: an adapter's engine name, or the name of the base model
+    adapter: Name | None = None  # name of the Adapter resource; None: the bare base model
+    version: Name | None = None
+    digest: Name | None = None
+    weight: Whole = 100
 
 
 class RouteEntry(Message):
     """One model name that clients use. A sequence has `steps` and no targets."""
 
-    model: str  # <namespace>/<route>
+    model: Name  # <namespace>/<route>
     targets: list[RouteTarget]
     steps: list[RouteTarget] = Field(default_factory=list)  # the answer of each step is the question of the next step
 
@@ -36,20 +39,22 @@ class RouteEntry(Message):
 class Backend(Message):
     """One ready replica."""
 
-    pod: str
-    address: str  # ip:port of the engine
-    loaded: list[str]  # engine models that it has loaded, including the base model's name
+    pod: Name
+    address: Name  # ip:port of the engine
+    loaded: list[Name]  # engine models that it has loaded, including the base model's name
 
 
 class Routes(Message):
     """The part of the gateway's routing table that belongs to one deployment."""
 
-    schema_version: int = 1
-    namespace: str
-    deployment: str
-    base_model: str
-    unavailable: str | None = None  # why no replica can answer now; the gateway shows it in its error
-    idle_seconds: int | None = None  # idle time after which it sleeps; a request wakes it. None: it never sleeps
+    limits: ClassVar[Limits] = Limits(CONFIGMAP, depth=6, values=100_000)
+
+    schema_version: Whole = 1
+    namespace: Name
+    deployment: Name
+    base_model: Name
+    unavailable: Words | None = None  # why no replica can answer now; the gateway shows it in its error
+    idle_seconds: Whole | None = None  # idle time after which it sleeps; a request wakes it. None: it never sleeps
     routes: list[RouteEntry] = Field(default_factory=list)
     backends: list[Backend] = Field(default_factory=list)
 
@@ -57,9 +62,11 @@ class Routes(Message):
 class Demand(Message):
     """The newest request that one gateway received for a deployment that may sleep."""
 
-    namespace: str
-    deployment: str
-    at: str  # time of the newest request that arrived or was running, in the format of status.now()
+    limits: ClassVar[Limits] = Limits(4096, depth=2, values=32)
+
+    namespace: Name
+    deployment: Name
+    at: Name  # time of the newest request that arrived or was running, in the format of status.now()
 
 
 def demand_key(namespace: str, deployment: str, gateway: str) -> str:

@@ -1,14 +1,16 @@
 """Operator to training pod: what the pod trains, composes or imports. ConfigMap key job.json, mounted at JOB_FILE."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from graft.api.composition import CompositionMethod
 from graft.api.evaluation import Evaluation
 from graft.api.recipe import Dataset, Method, MethodName, Training
-from graft.contracts.message import BaseModelRef, Message
+from graft.bounded import Limits
+from graft.contracts.message import CONFIGMAP, BaseModelRef, Message
 
+LIMITS = Limits(CONFIGMAP, depth=12, values=20_000)  # the spec of a job has up to 32 suites, gates and templates
 RENDEZVOUS_PORT = 29500  # on the first pod of a run; the ranks connect to it
 
 
@@ -54,6 +56,8 @@ class Choice(Message):
 class JobFile(Message):
     """The input of a training pod: the spec as the user wrote it, with the references resolved."""
 
+    limits: ClassVar[Limits] = LIMITS
+
     schema_version: int = 1
     job: JobIdentity
     tenant: str  # first path segment in the bucket
@@ -97,6 +101,8 @@ class Composition(Message):
 
 class VersionFile(Message):
     """The input of a pod that composes or imports a version, without training."""
+
+    limits: ClassVar[Limits] = LIMITS
 
     schema_version: int = 1
     job: JobIdentity  # the Adapter

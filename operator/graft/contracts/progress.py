@@ -1,9 +1,13 @@
 """From training pod to operator: progress.json in object storage, the termination message and the exit codes."""
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from graft.contracts.message import Message
+from graft.bounded import Limits
+from graft.contracts.message import Key, Message, Name, Real, Scalar, Whole, Words, first, first_entries
+
+MODULES = 512  # names of target modules that a message holds
+METRICS = 2000  # 32 suites and the held-out examples, measured on 4 subjects
 
 
 class Reason(StrEnum):
@@ -56,9 +60,11 @@ FREE_EXIT_CODES = sorted(code for code in EXIT_CODES.values() if 20 <= code < 30
 class Termination(Message):
     """Why a container failed: the content of its termination message. Kubernetes keeps 4096 bytes of it."""
 
+    limits: ClassVar[Limits] = Limits(8192, depth=4, values=32)
+
     reason: Reason
-    message: str
-    remedy: str
+    message: Words
+    remedy: Words
 
 
 TrainingStage = Literal["Preparing", "Training", "Evaluating", "Publishing", "Succeeded", "Failed"]
@@ -67,51 +73,55 @@ TrainingStage = Literal["Preparing", "Training", "Evaluating", "Publishing", "Su
 class CheckpointRef(Message):
     """A complete checkpoint in object storage."""
 
-    step: int
-    attempt: str
-    size_bytes: int
-    created_at: str
+    step: Whole
+    attempt: Name
+    size_bytes: Whole
+    created_at: Name
 
 
 class DatasetStatistics(Message):
     """Statistics of the prepared dataset. Lengths are in tokens, before truncation unless a comment says otherwise."""
 
-    examples: int = 0
-    held_out: int = 0
-    invalid: int = 0
-    tokens: int = 0  # after truncation
-    mean_tokens: float = 0
-    median_tokens: int = 0
-    p95_tokens: int = 0
-    max_tokens: int = 0
-    truncated_share: float = 0
+    examples: Whole = 0
+    held_out: Whole = 0
+    invalid: Whole = 0
+    tokens: Whole = 0  # after truncation
+    mean_tokens: Real = 0
+    median_tokens: Whole = 0
+    p95_tokens: Whole = 0
+    max_tokens: Whole = 0
+    truncated_share: Real = 0
     sampled: bool = False  # True: the lengths come from a sample of the examples
 
 
 class Progress(Message):
     """The state of an attempt. The pod writes it at most every 5 s, and at once when the stage changes."""
 
-    attempt: str
+    limits: ClassVar[Limits] = Limits(256 * 1024, depth=6, values=10_000)
+
+    attempt: Name
     stage: TrainingStage
-    updated_at: str
-    step: int = 0
-    total_steps: int = 0
-    percent: int = 0
-    loss: float | None = None
-    eval_loss: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: int | None = None
-    training: dict[str, Any] | None = None  # the resolved hyperparameters, camelCase
-    target_modules: list[str] | None = None
-    trainable_parameters: int | None = None
-    total_parameters: int | None = None
-    world_size: int | None = None  # processes that train together
-    peak_memory_bytes: int | None = None  # of one GPU; without GPUs, of the process
+    updated_at: Name
+    step: Whole = 0
+    total_steps: Whole = 0
+    percent: Whole = 0
+    loss: Real | None = None
+    eval_loss: Real | None = None
+    tokens_per_second: Real | None = None
+    eta_seconds: Whole | None = None
+    training: Annotated[dict[Key, Scalar], first_entries(64)] | None = None  # the resolved hyperparameters, camelCase
+    target_modules: Annotated[list[Name], first(MODULES)] | None = None
+    trainable_parameters: Whole | None = None
+    total_parameters: Whole | None = None
+    world_size: Whole | None = None  # processes that train together
+    peak_memory_bytes: Whole | None = None  # of one GPU; without GPUs, of the process
     dataset: DatasetStatistics | None = None
-    resumed_from: int | None = None  # step of the checkpoint that this attempt resumed from
-    checkpoints: list[CheckpointRef] | None = None  # the complete checkpoints of the run, oldest first
-    metrics: dict[str, float] | None = None
-    rejected: list[str] | None = None  # the gates that the version missed, in words
-    missing: list[str] | None = None  # what could not be measured and why, in words
-    manifest_digest: str | None = None  # set when the version is published
+    resumed_from: Whole | None = None  # step of the checkpoint that this attempt resumed from
+    checkpoints: Annotated[list[CheckpointRef], first(64)] | None = (
+        None  # the complete checkpoints of the run, oldest first
+    )
+    metrics: Annotated[dict[Key, Real], first_entries(METRICS)] | None = None
+    rejected: Annotated[list[Words], first(32)] | None = None  # the gates that the version missed, in words
+    missing: Annotated[list[Words], first(32)] | None = None  # what could not be measured and why, in words
+    manifest_digest: Name | None = None  # set when the version is published
     failure: Termination | None = None

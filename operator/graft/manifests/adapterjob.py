@@ -9,14 +9,18 @@ from graft.contracts.job import Composition, JobIdentity, OutputRef, ParentVersi
 from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import JOB_FILE, WORK_DIR
 from graft.manifests.metadata import OWNER_UID, Manifest, child, labels
-from graft.manifests.network import EGRESS
+from graft.manifests.network import egress
 from graft.manifests.podspec import (
-    CONTAINER_SECURITY,
+    PYTHON_ENV,
     STORAGE_MOUNTS,
+    USER_ENV,
+    container_defaults,
     field_env,
     huggingface_volume,
     pod_defaults,
     storage_volume,
+    tmp_mount,
+    tmp_volume,
 )
 from graft.manifests.training import FAILURE_POLICY, mounted_volumes
 from graft.settings import Settings
@@ -80,14 +84,14 @@ def config_map(adapter: Adapter, file: VersionFile) -> Manifest:
     }
 
 
-def policy(adapter: Adapter) -> Manifest:
-    """Return the NetworkPolicy: no ingress, and egress to all addresses except the cloud's metadata address."""
+def policy(adapter: Adapter, settings: Settings) -> Manifest:
+    """Return the NetworkPolicy: no ingress, and egress to DNS, the object store and the hub."""
     return child("networking.k8s.io/v1", "NetworkPolicy", job_name(adapter), adapter, "network") | {
         "spec": {
             "podSelector": {"matchLabels": {OWNER_UID: adapter.metadata.uid}},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [],
-            "egress": EGRESS,
+            "egress": egress(settings),
         }
     }
 
@@ -126,23 +130,23 @@ def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: R
     """Return the batch/v1 Job with one container."""
     volumes, mounts = mounted_volumes([base_model.uri])
     container: Manifest = {
-        "name": command(adapter),
+        **container_defaults(command(adapter)),
         "image": settings.images.trainer,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python", "-m", "graft_trainer", command(adapter)],
         "env": [
+            *PYTHON_ENV,
+            *USER_ENV,
             field_env("POD_NAME", "metadata.name"),
-            {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
             {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
         ],
         "resources": needs.wire(),
-        "securityContext": CONTAINER_SECURITY,
         "terminationMessagePolicy": "File",
         "volumeMounts": [
             {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
             *STORAGE_MOUNTS,
             {"name": "work", "mountPath": WORK_DIR},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
+            tmp_mount(command(adapter)),
             *mounts,
         ],
     }
@@ -156,7 +160,7 @@ def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: R
             storage_volume(),
             huggingface_volume(),
             {"name": "work", "emptyDir": {}},
-            {"name": "tmp", "emptyDir": {}},
+            tmp_volume(command(adapter)),
             *volumes,
         ],
     }

@@ -1,5 +1,5 @@
-"""The parts that the specs of all Graft's pods share: Pod Security `restricted`, placement, resources, the mounted
-Secrets."""
+"""The parts that the specs of all Graft's pods share: Pod Security `restricted`, what keeps containers apart, placement,
+resources, the mounted Secrets."""
 
 from graft.api.meta import GPU_TOLERATION, Placement, Resources
 from graft.contracts.mounts import HF_SECRET, STORAGE_DIR, STORAGE_SECRET
@@ -7,6 +7,9 @@ from graft.manifests.metadata import Manifest
 from graft.settings import Settings
 
 USER = 65532
+# The engine answers clients and runs other people's models, so it has neither the credentials nor the user of the agent
+# beside it. Both are in the group of the pod's volumes (fsGroup).
+ENGINE_USER = 65533
 POD_SECURITY = {
     "runAsNonRoot": True,
     "runAsUser": USER,
@@ -20,6 +23,35 @@ CONTAINER_SECURITY = {
     "readOnlyRootFilesystem": True,
     "capabilities": {"drop": ["ALL"]},
 }
+
+# Python must import nothing from a folder that a container can write: neither from its working folder nor from HOME.
+# The images set the same. vLLM's image is not ours.
+PYTHON_ENV: list[Manifest] = [{"name": "PYTHONSAFEPATH", "value": "1"}, {"name": "PYTHONNOUSERSITE", "value": "1"}]
+# torch asks for the user's name. Without these, it fails for a user that the image's /etc/passwd does not list.
+USER_ENV: list[Manifest] = [
+    {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the container
+    {"name": "USER", "value": "graft"},
+    {"name": "LOGNAME", "value": "graft"},
+]
+
+
+def container_defaults(name: str, *, user: int | None = None) -> Manifest:
+    """Return the part of a container that all Graft's containers share. Nobody can write to its working folder.
+
+    Without `user`, the container has the pod's user.
+    """
+    identity = {} if user is None else {"runAsUser": user, "runAsGroup": user}
+    return {"name": name, "workingDir": "/", "securityContext": CONTAINER_SECURITY | identity}
+
+
+def tmp_volume(container: str) -> Manifest:
+    """Return the volume of one container's /tmp. No other container mounts it: what is left there may be executed."""
+    return {"name": f"tmp-{container}", "emptyDir": {}}
+
+
+def tmp_mount(container: str) -> Manifest:
+    """Return the mount of `tmp_volume`."""
+    return {"name": f"tmp-{container}", "mountPath": "/tmp"}  # noqa: S108 - an emptyDir of the container
 
 
 def pod_defaults(settings: Settings, placement: Placement, *, gpus: int = 0) -> Manifest:

@@ -2,13 +2,13 @@
 
 import hashlib
 
-from graft.api import AdapterDeployment
+from graft.api import AdapterDeployment, Resource
 from graft.contracts.gateway import ROUTES_COMPONENT, ROUTES_KEY, Routes
 from graft.manifests.metadata import Manifest, labels
 from graft.settings import Settings
 
 
-def routes_name(deployment: AdapterDeployment) -> str:
+def routes_name(deployment: Resource) -> str:
     """Return a name that is unique over all namespaces and has at most 63 characters."""
     full = f"{deployment.metadata.namespace}/{deployment.metadata.name}"
     return f"routes-{deployment.metadata.name[:40]}-{hashlib.sha256(full.encode()).hexdigest()[:10]}"

@@ -10,13 +10,18 @@ from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR
 from graft.manifests.metadata import OWNER_UID, Manifest, child, labels
 from graft.manifests.podspec import (
-    CONTAINER_SECURITY,
+    ENGINE_USER,
+    PYTHON_ENV,
     STORAGE_MOUNTS,
+    USER_ENV,
+    container_defaults,
     container_resources,
     field_env,
     huggingface_volume,
     pod_defaults,
     storage_volume,
+    tmp_mount,
+    tmp_volume,
 )
 from graft.settings import Settings
 
@@ -25,6 +30,12 @@ HOST_SLOTS = (32, 64, 128)
 # vLLM quantises while it loads: 4 bits with bitsandbytes, 8 bits with its fp8. Graft's own engine has bitsandbytes
 # only.
 QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
+# vLLM would fetch the images of a request from every address that the request names, inside the cluster too. No host has
+# this name (RFC 2606). Images inside the request (data: URLs) still work.
+NO_DOMAIN = "media.invalid"
+# vLLM must not fall back to pickled weights, which a claim can hold. bitsandbytes has a loader of its own. It prefers
+# safetensors, too.
+LOAD_FORMAT = {"none": "safetensors", "int8": "safetensors", "int4": "bitsandbytes"}
 LEAVE_SECONDS = 10  # from the deletion of a pod until every gateway knows of it, with a large margin
 EXIT_SECONDS = 10  # for the processes to exit after the last request
 NODE, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
@@ -104,6 +115,8 @@ def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: Serving
     if sizing.gpu_memory_percent:
         arguments += ["--gpu-memory-utilization", f"{sizing.gpu_memory_percent / 100:.2f}"]
     arguments += ["--max-cpu-loras", str(host_slots(deployment))]
+    arguments += ["--load-format", LOAD_FORMAT[sizing.quantization]]
+    arguments += ["--allowed-media-domains", NO_DOMAIN]
     return ["vllm", "serve", model, "--enable-lora", *arguments]
 
 
@@ -124,19 +137,19 @@ def _engine(
     vllm = sizing.engine == "vllm"
     probe = {"httpGet": {"path": "/health", "port": "engine"}}
     return {
-        "name": "engine",
+        **container_defaults("engine", user=ENGINE_USER),
         "image": settings.images.vllm if vllm else settings.images.engine,
         "imagePullPolicy": settings.image_pull_policy,
         "command": _engine_arguments(deployment, model, sizing),
         "env": [
+            *PYTHON_ENV,
+            *USER_ENV,
             {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "1"},
-            {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
             {"name": "HF_HUB_OFFLINE", "value": "1"},
             *([{"name": "VLLM_NO_USAGE_STATS", "value": "1"}] if vllm else []),
         ],
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
         "resources": _resources(deployment, sizing),
-        "securityContext": CONTAINER_SECURITY,
         # Loading a large model takes long, so the start may take half an hour. After that, six failed liveness probes
         # restart the engine.
         "startupProbe": probe | {"periodSeconds": 2, "failureThreshold": 900, "timeoutSeconds": 5},
@@ -151,7 +164,7 @@ def _engine(
 
 def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
     return {
-        "name": "agent",
+        **container_defaults("agent"),
         "image": settings.images.agent,
         "imagePullPolicy": settings.image_pull_policy,
         "restartPolicy": "Always",  # a native sidecar: it starts before the engine and ends after it
@@ -174,13 +187,14 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
             *(["--cache-bytes", str(size)] if (size := deployment.spec.limits.adapter_bytes) else []),
         ],
         "env": [
+            *PYTHON_ENV,
+            *USER_ENV,
             field_env("POD_NAME", "metadata.name"),
             field_env("POD_NAMESPACE", "metadata.namespace"),
             field_env("POD_UID", "metadata.uid"),
         ],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "resources": AGENT_RESOURCES,
-        "securityContext": CONTAINER_SECURITY,
         "readinessProbe": {
             "httpGet": {"path": "/readyz", "port": "agent"},
             "periodSeconds": 2,
@@ -197,7 +211,7 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
         "volumeMounts": [
             *STORAGE_MOUNTS,
             {"name": "adapters", "mountPath": ADAPTERS_DIR},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
+            tmp_mount("agent"),
             {"name": "api", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": True},
         ],
     }
@@ -221,20 +235,19 @@ def _fetch_base(base_model: BaseModelRef, settings: Settings) -> Manifest:
     endpoint = ["--hf-endpoint", settings.huggingface_endpoint] if settings.huggingface_endpoint else []
     digest = ["--digest", base_model.digest] if base_model.digest else []
     return {
-        "name": "base-model",
+        **container_defaults("base-model"),
         "image": settings.images.agent,
         "imagePullPolicy": settings.image_pull_policy,
         "command": [
             "python", "-m", "graft_server.agent", "fetch-base",
             "--uri", base_model.uri, *digest, "--target", f"{MODELS_DIR}/base", *endpoint,
         ],
-        "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - an emptyDir
+        "env": [*PYTHON_ENV, *USER_ENV],
         "resources": FETCH_RESOURCES,
-        "securityContext": CONTAINER_SECURITY,
         "volumeMounts": [
             *STORAGE_MOUNTS,
             {"name": "models", "mountPath": MODELS_DIR},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
+            tmp_mount("base-model"),
         ],
     }  # fmt: skip
 
@@ -271,14 +284,15 @@ def serving_deployment(
             "name": "adapters",
             "emptyDir": {"sizeLimit": binary(limits.adapter_bytes + VOLUME_SPARE)} if limits.adapter_bytes else {},
         },
-        {"name": "tmp", "emptyDir": {}},
+        tmp_volume("agent"),
+        tmp_volume("engine"),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}},
         API_VOLUME,
     ]
     mounts: list[Manifest] = [
         {"name": "models", "mountPath": MODELS_DIR, "readOnly": True},
         {"name": "adapters", "mountPath": ADAPTERS_DIR, "readOnly": True},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
+        tmp_mount("engine"),
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - an emptyDir
     ]
     if base_model.uri.startswith("pvc://"):
@@ -288,6 +302,7 @@ def serving_deployment(
         mounts.append({"name": "pvc", "mountPath": f"{PVC_DIR}/{claim}", "readOnly": True})
     else:
         model = f"{MODELS_DIR}/base"
+        volumes.append(tmp_volume("base-model"))
         init.append(_fetch_base(base_model, settings))
     selector = {"matchLabels": pod_selector(deployment)}
     explicit = deployment.spec.resources

@@ -15,13 +15,17 @@ from graft.contracts.mounts import CONFIGMAP_DIR, JOB_FILE, PVC_DIR, WORK_DIR
 from graft.contracts.progress import FATAL_EXIT_CODES, FREE_EXIT_CODES
 from graft.manifests.metadata import COMPONENT, OWNER_UID, Manifest, child, labels
 from graft.manifests.podspec import (
-    CONTAINER_SECURITY,
+    PYTHON_ENV,
     STORAGE_MOUNTS,
+    USER_ENV,
+    container_defaults,
     container_resources,
     field_env,
     huggingface_volume,
     pod_defaults,
     storage_volume,
+    tmp_mount,
+    tmp_volume,
 )
 from graft.settings import Settings, Spot
 
@@ -196,7 +200,7 @@ def preflight_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings
         # It has the name of the init container, because it runs the same checks and the operator reads both in the same
         # way.
         "containers": [_container("prepare", "preflight", settings, mounts, PREPARE_RESOURCES)],
-        "volumes": volumes,
+        "volumes": [*volumes, tmp_volume("prepare")],
     }
     pod.pop("runtimeClassName", None)  # the runtime class is for GPUs only
     if job.spec.spot:
@@ -210,6 +214,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
     Several pods make it an Indexed Job.
     """
     volumes, mounts = _volumes(job, base_model)
+    volumes += [tmp_volume("prepare"), tmp_volume("train")]
     if shape.several:
         # Processes exchange tensors through shared memory. A container's default is only 64 MB.
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
@@ -260,13 +265,13 @@ def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) 
 
 
 def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest], list[Manifest]]:
-    """Return volumes and mounts of every container that reads the job's data."""
+    """Return volumes and mounts of every container that reads the job's data. /tmp is not one of them: each container
+    has its own."""
     data_volumes, data_mounts = mounted_volumes([base_model.uri] + [uri for _, uri in data_uris(job)])
     mounts: list[Manifest] = [
         {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
         *STORAGE_MOUNTS,
         {"name": "work", "mountPath": WORK_DIR},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir
         *data_mounts,
     ]
     volumes: list[Manifest] = [
@@ -274,7 +279,6 @@ def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest]
         storage_volume(),
         huggingface_volume(),
         {"name": "work", "emptyDir": {}},
-        {"name": "tmp", "emptyDir": {}},
         *data_volumes,
     ]
     return volumes, mounts
@@ -282,17 +286,17 @@ def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest]
 
 def _container(name: str, command: str, settings: Settings, mounts: list[Manifest], needs: Manifest) -> Manifest:
     return {
-        "name": name,
+        **container_defaults(name),
         "image": settings.images.trainer,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python", "-m", "graft_trainer", command],
         "env": [
+            *PYTHON_ENV,
+            *USER_ENV,
             field_env("POD_NAME", "metadata.name"),
-            {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir
             {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
         ],
         "resources": needs,
-        "securityContext": CONTAINER_SECURITY,
         "terminationMessagePolicy": "File",
-        "volumeMounts": mounts,
+        "volumeMounts": [*mounts, tmp_mount(name)],
     }

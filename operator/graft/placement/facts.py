@@ -5,13 +5,16 @@ A config uses its family's own field names and leaves out values that equal the 
 family, the sizes are read under the usual names, and the number of parameters follows from the size of the weights.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from graft.api.basemodel import ModelFacts
+from graft.api.basemodel import CLASS_NAME, ModelFacts
 from graft.placement.blocks import FactsMissing, geometry, matrices
 
 Config = dict[str, Any]
+MOST = 2**31 - 1  # a larger number in a config is no size of a model, and is ignored
+WORDS = 128  # characters of a text in the facts
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}  # bytes of a weight, by dtype
 
 
@@ -92,14 +95,15 @@ def facts_of(config: Config, license_: str | None = None, size_bytes: int | None
     text = text if isinstance(text, dict) else config
     family = FAMILIES.get(str(text.get("model_type")))
     known = (family.defaults if family else {}) | text
-    architectures = config.get("architectures") or []
-    architecture = str(architectures[0]) if architectures else None
+    architectures = config.get("architectures")
+    architecture = str(architectures[0])[:WORDS] if isinstance(architectures, list) and architectures else None
+    if architecture is not None and re.fullmatch(CLASS_NAME, architecture) is None:
+        architecture = None  # it is no name of a class
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     seq2seq = bool(config.get("is_encoder_decoder"))
 
     def number(*names: str) -> int | None:
-        found = (known.get(name) for name in names)
-        return next((item for item in found if isinstance(item, int) and not isinstance(item, bool) and item > 0), None)
+        return next((found for name in names if (found := _whole(known, name))), None)
 
     hidden = number("hidden_size", "n_embd", "d_model")
     heads = number("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
@@ -126,15 +130,21 @@ def facts_of(config: Config, license_: str | None = None, size_bytes: int | None
         if family is None
         else False,
         architecture=architecture,
-        dtype=str(dtype) if dtype else None,
+        dtype=str(dtype)[:WORDS] if dtype else None,
         # T5's positions are distances, so it has no longest sequence, even if its config names one.
         context_length=None
         if "relative_attention_num_buckets" in known
         else number("max_position_embeddings", "n_positions", "max_seq_len"),
-        license=license_,
+        license=license_ and license_[:WORDS],
     )
     counted = _count(known, facts, family) if family is not None and text is config else None
     return facts.model_copy(update={"parameters": counted or _from_size(config, facts.dtype, size_bytes)})
+
+
+def _whole(known: Config, name: str) -> int | None:
+    """Return a number from 1 to MOST in a config, or None. The author of the model wrote the config: it may hold anything."""
+    found = known.get(name)
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found <= MOST else None
 
 
 def _task(seq2seq: bool, architecture: str | None, family: Family | None) -> Literal["causal", "seq2seq"] | None:
@@ -146,7 +156,7 @@ def _task(seq2seq: bool, architecture: str | None, family: Family | None) -> Lit
 
 
 def _gated(known: Config, family: Family | None) -> bool | None:
-    if "feed_forward_proj" in known or known.get("model_type") in {"t5", "mt5"}:
+    if "feed_forward_proj" in known or known.get("model_type") in ("t5", "mt5"):
         return str(known.get("feed_forward_proj", "relu")).startswith("gated")
     return family.gated if family is not None else None
 
@@ -183,16 +193,17 @@ def _count(known: Config, facts: ModelFacts, family: Family) -> int | None:
         total += blocks * 2 * shape.head_dim
     if family.positions is not None and facts.context_length is not None:
         total += (facts.context_length + family.positions) * hidden
-    buckets = int(known.get("relative_attention_num_buckets", 0)) if crossing else 0
+    buckets = (_whole(known, "relative_attention_num_buckets") or 0) if crossing else 0
     total += 2 * buckets * shape.heads
-    return total + family.norm * hidden * _norms(known, family, blocks, crossing) + _narrow(known, shape.vocab, hidden)
+    total += family.norm * hidden * _norms(known, family, blocks, crossing) + _narrow(known, shape.vocab, hidden)
+    return total if 0 < total < 2**53 else None  # else it is no model that exists
 
 
 def _norms(known: Config, family: Family, blocks: int, crossing: int) -> int:
     """Return the number of norms, including those after the last blocks."""
     each = family.norms
     if known.get("model_type") == "falcon":
-        two = known.get("num_ln_in_parallel_attn") or (2 if known.get("new_decoder_architecture") else 1)
+        two = _whole(known, "num_ln_in_parallel_attn") or (2 if known.get("new_decoder_architecture") else 1)
         each = two if known.get("parallel_attn") or known.get("new_decoder_architecture") else 2
     if known.get("model_type") == "opt" and not known["do_layer_norm_before"]:
         return each * blocks
@@ -202,7 +213,7 @@ def _norms(known: Config, family: Family, blocks: int, crossing: int) -> int:
 def _narrow(known: Config, vocab: int, hidden: int) -> int:
     """Return the change in the count if embeddings are narrower than the blocks, with a projection on each side
     (OPT-350m)."""
-    narrow = int(known.get("word_embed_proj_dim") or hidden)
+    narrow = _whole(known, "word_embed_proj_dim") or hidden
     return vocab * (narrow - hidden) + 2 * narrow * hidden if narrow != hidden else 0
 
 

@@ -1,15 +1,17 @@
 """Find changes that make room for adapters that do not fit on the replicas (PURE).
 
-The planner accepts each of these changes.
+The planner accepts each of these changes. The search for them is bounded: if its work is used up, a change that would help
+may be missing.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from graft.placement.replicas import COPIES, Capacity, Item, ReplicaPod, plan
+from graft.placement.replicas import COPIES, Capacity, Item, ReplicaPod, Work, plan
 
 TRIED = 16  # candidates that are tried, from the smallest possible one upwards
+WORK = 400_000  # checks of the search for one change
 MIB = 1 << 20
 
 
@@ -26,11 +28,14 @@ class Remedies:
     both: tuple[int, int] | None = None
 
 
-def enough(items: Sequence[Item], replicas: int, capacity: Capacity) -> bool:
+def enough(items: Sequence[Item], replicas: int, capacity: Capacity, work: Work | None = None) -> bool:
     """Return whether this number of empty replicas holds all copies of all adapters.
 
-    Adapters of too high a rank do not count.
+    Adapters of too high a rank do not count. It returns False if the work is used up before the answer is known.
     """
+    work = work or Work(WORK)
+    if work.left < 0:
+        return False
     fitting = [item for item in items if capacity.max_rank is None or item.rank <= capacity.max_rank]
     slots, limit = capacity.adapters, capacity.bytes
     if slots is not None and _copies(fitting, replicas) > slots * replicas:
@@ -38,7 +43,7 @@ def enough(items: Sequence[Item], replicas: int, capacity: Capacity) -> bool:
     if limit is not None and max([_total(fitting, replicas) / replicas, *(item.bytes for item in fitting)]) > limit:
         return False
     pods = [ReplicaPod(f"{number:04d}") for number in range(replicas)]
-    return not plan(fitting, pods, capacity, {}, fill=False).short
+    return not plan(fitting, pods, capacity, {}, fill=False, work=work).short
 
 
 def remedies(items: Sequence[Item], replicas: int, capacity: Capacity) -> Remedies:
@@ -62,14 +67,18 @@ def _replicas(items: Sequence[Item], replicas: int, capacity: Capacity) -> int |
         least = max(least, math.ceil(_copies(items, least) / capacity.adapters))
     if capacity.bytes:
         least = max(least, math.ceil(_total(items, least) / capacity.bytes))
-    return _first(range(least, least + TRIED), lambda count: enough(items, count, capacity))
+    work = Work(WORK)
+    return _first(range(least, least + TRIED), lambda count: enough(items, count, capacity, work))
 
 
 def _adapters(items: Sequence[Item], replicas: int, capacity: Capacity) -> int | None:
     if capacity.adapters is None:
         return None
     least = max(capacity.adapters + 1, math.ceil(_copies(items, replicas) / replicas))
-    return _first(range(least, least + TRIED), lambda count: enough(items, replicas, replace(capacity, adapters=count)))
+    work = Work(WORK)
+    return _first(
+        range(least, least + TRIED), lambda count: enough(items, replicas, replace(capacity, adapters=count), work)
+    )
 
 
 def _bytes(items: Sequence[Item], replicas: int, capacity: Capacity) -> int | None:
@@ -78,7 +87,8 @@ def _bytes(items: Sequence[Item], replicas: int, capacity: Capacity) -> int | No
     least = max(capacity.bytes + 1, *(item.bytes for item in items), math.ceil(_total(items, replicas) / replicas))
     step = max(MIB, max(item.bytes for item in items) // 8)
     sizes = [math.ceil((least + step * number) / MIB) * MIB for number in range(TRIED)]
-    return _first(sizes, lambda size: enough(items, replicas, replace(capacity, bytes=size)))
+    work = Work(WORK)
+    return _first(sizes, lambda size: enough(items, replicas, replace(capacity, bytes=size), work))
 
 
 def _copies(items: Iterable[Item], replicas: int) -> int:

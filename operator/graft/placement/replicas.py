@@ -11,15 +11,20 @@ are two:
 4. The remaining room takes further copies, of the adapters with the fewest copies first. So a new replica shares the load
    at once.
 
+The work of one plan is bounded (Work). If it is used up, the plan is valid and less complete: the next plan starts from it
+and goes on.
+
 The last loaded copy of an adapter is never removed. So an adapter that answers keeps answering: it is loaded on another
 replica, reported as loaded there, and only then removed from the old one. The same input gives the same plan. Planning
 again after a plan was carried out gives the same plan again.
 """
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 COPIES = 2
+WORK = 1_000_000  # checks of one plan, about a second
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,23 @@ class ReplicaPod:
         return self.ready and (name in self.loaded or name in self.draining)
 
 
+class WorkUsedUp(Exception):
+    """The plan needs more work than it may use."""
+
+
+class Work:
+    """How many checks planning may still make. A check asks whether one adapter may be on one replica."""
+
+    def __init__(self, left: int = WORK) -> None:
+        self.left = left
+
+    def use(self, checks: int) -> None:
+        """Count checks. Raises WorkUsedUp."""
+        self.left -= checks
+        if self.left < 0:
+            raise WorkUsedUp
+
+
 @dataclass(frozen=True)
 class Plan:
     """The result. `homes`: adapter -> its replicas, sorted; None: every adapter on every replica.
@@ -92,17 +114,23 @@ def plan(
     previous: Mapping[str, Collection[str]],
     *,
     fill: bool = True,
+    work: Work | None = None,
 ) -> Plan:
-    """Return the plan. `items`: the most important first. `previous`: adapter -> its replicas in the previous plan."""
+    """Return the plan. `items`: the most important first. `previous`: adapter -> its replicas in the previous plan.
+
+    `work`: how much work it may be, WORK by default.
+    """
     if fits_everywhere(items, capacity):
         return Plan(None)
-    board = _Board({item.name: item for item in items}, {pod.name: pod for pod in pods}, capacity)
+    board = _Board({item.name: item for item in items}, {pod.name: pod for pod in pods}, capacity, work or Work())
     board.keep(previous)
     # One step may make room for another, so repeat until nothing changes. The loop ends, because each step makes
     # progress of one kind: one more adapter answers, a first copy, a second copy, a ready copy, or a further copy. And
     # no step undoes progress of a kind that stands before its own in this list.
-    while board.spread() or (fill and board.fill()):
-        pass
+    # Nothing is half changed when the work is used up: each change is made as a whole after the checks for it.
+    with contextlib.suppress(WorkUsedUp):
+        while board.spread() or (fill and board.fill()):
+            pass
     board.hold(previous)
     return Plan(
         homes={name: tuple(sorted(homes)) for name, homes in board.homes.items()},
@@ -117,15 +145,19 @@ class _Board:
     items: dict[str, Item]  # the most important first
     pods: dict[str, ReplicaPod]
     capacity: Capacity
+    work: Work
     homes: dict[str, set[str]] = field(default_factory=dict)
     on: dict[str, set[str]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
+    answering: dict[str, int] = field(default_factory=dict)  # adapter -> number of its homes that answer for it
+    ready: dict[str, int] = field(default_factory=dict)  # adapter -> number of its homes that are ready
 
     def __post_init__(self) -> None:
         self.pods = dict(sorted(self.pods.items()))
         self.homes = {name: set() for name in self.items}
         self.on = {name: set() for name in self.pods}
         self.bytes = dict.fromkeys(self.pods, 0)
+        self.answering, self.ready = dict.fromkeys(self.items, 0), dict.fromkeys(self.items, 0)
         self._rank = {name: number for number, name in enumerate(self.items)}
 
     def keep(self, previous: Mapping[str, Collection[str]]) -> None:
@@ -138,13 +170,18 @@ class _Board:
                 if pod in self.pods and name not in self.pods[pod].unfit:
                     self._put(name, pod)
         for pod in self.pods:
-            while not self._within(len(self.on[pod]), self.bytes[pod]):
-                self._take(max(self.on[pod], key=lambda name: self._spare(name, pod)), pod)
+            if self._within(len(self.on[pod]), self.bytes[pod]):
+                continue
+            for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
+                self._take(name, pod)
+                if self._within(len(self.on[pod]), self.bytes[pod]):
+                    break
 
     def spread(self) -> bool:
         """Place first copies, second copies and copies on ready replicas. Return whether anything changed."""
         changed = False
         for item in self.items.values():
+            self.work.use(len(self.pods))
             still = [name for name, pod in self.pods.items() if pod.has(item.name)]
             if not self.homes[item.name] & set(still):
                 changed |= self._add_on(item, 0, still)
@@ -154,7 +191,7 @@ class _Board:
                     changed |= self._add(item, level, self.pods)
         ready = {name for name, pod in self.pods.items() if pod.ready}
         for item in self.items.values():
-            if ready and not self.homes[item.name] & ready:
+            if ready and not self.ready[item.name]:
                 changed |= self._add(item, COPIES, sorted(ready))
         return changed
 
@@ -187,6 +224,7 @@ class _Board:
         changed = False
         open_ = [name for name, item in self.items.items() if not item.leaving and self.homes[name]]
         while open_:
+            self.work.use(len(open_))
             name = min(open_, key=lambda name: (len(self.homes[name]), self._rank[name]))
             free = [pod for pod in self.pods if pod not in self.homes[name] and self._room(self.items[name], pod)]
             if free:
@@ -241,10 +279,10 @@ class _Board:
         It can if it answers elsewhere. If it does not answer here, it can if another of its replicas is at least as
         ready.
         """
-        here, others = self.pods[pod], [self.pods[other] for other in self.homes[name] if other != pod]
+        here, home = self.pods[pod], pod in self.homes[name]
         if here.has(name):
-            return any(other.answers(name) for other in others)
-        return at_once or not here.ready or any(other.ready for other in others)
+            return self.answering[name] - (home and here.answers(name)) > 0
+        return at_once or not here.ready or self.ready[name] - home > 0
 
     def _spare(self, name: str, pod: str) -> tuple[int, bool, bool, int]:
         """Return a sort key: the adapter with the greatest key is removed first."""
@@ -252,6 +290,7 @@ class _Board:
         return len(self.homes[name]), item.leaving, self._may_leave(name, pod), self._rank[name]
 
     def _room(self, item: Item, pod: str, without: Sequence[str] = ()) -> bool:
+        self.work.use(1 + len(without))
         if item.name in self.pods[pod].unfit:
             return False
         freed = sum(self.items[name].bytes for name in without)
@@ -272,9 +311,14 @@ class _Board:
         if pod not in self.homes[name]:
             self.homes[name].add(pod)
             self.on[pod].add(name)
-            self.bytes[pod] += self.items[name].bytes
+            self._count(name, pod, 1)
 
     def _take(self, name: str, pod: str) -> None:
         self.homes[name].remove(pod)
         self.on[pod].remove(name)
-        self.bytes[pod] -= self.items[name].bytes
+        self._count(name, pod, -1)
+
+    def _count(self, name: str, pod: str, sign: int) -> None:
+        self.bytes[pod] += sign * self.items[name].bytes
+        self.answering[name] += sign * self.pods[pod].answers(name)
+        self.ready[name] += sign * self.pods[pod].ready

@@ -6,9 +6,11 @@ from pathlib import Path
 from graft.api import BaseModel
 from graft.api.basemodel import BaseModelStatus, ModelFacts
 from graft.api.meta import Condition
-from graft.artifacts import sources
+from graft.artifacts import layout, sources
+from graft.artifacts.storage import StoreError
 from graft.contracts.mounts import HF_TOKEN_FILE
 from graft.placement.facts import facts_of
+from graft.reconcile.shared import storerights
 from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition, find
 
@@ -32,6 +34,13 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 async def _describe(ctx: Context, model: BaseModel) -> sources.Description | sources.SourceError | None:
     if model.spec.source.startswith("pvc://"):
         return None
+    if (foreign := await _foreign(ctx, model)) is not None:
+        return foreign
+    try:
+        # Before the model is Ready: a pod must not start without the right to read it, or with one that was taken away.
+        await storerights.allow_models(ctx)
+    except StoreError as error:
+        return sources.SourceError(f"cannot set the namespaces' rights on the model: {error}", transient=True)
     try:
         token = await ctx.blocking(_token)
         return await ctx.blocking(
@@ -39,6 +48,29 @@ async def _describe(ctx: Context, model: BaseModel) -> sources.Description | sou
         )
     except sources.SourceError as error:
         return error
+
+
+async def _foreign(ctx: Context, model: BaseModel) -> sources.SourceError | None:
+    """Return why the operator does not read a source with its own key, or None.
+
+    Everybody who may list BaseModels sees what it finds. So it reads a namespace's part of its bucket only for a model that
+    this namespace alone may use.
+    """
+    source, bucket = model.spec.source, ctx.store.config.bucket
+    if not source.startswith("s3://"):
+        return None
+    _, key = layout.split_s3_uri(source)
+    if {".", ".."} & set(key.split("/")):
+        return sources.SourceError("spec.source has . or .. among its folders. Name the folder itself")
+    namespace = key.partition("/")[0]
+    if not layout.in_tenants_part(f"{source.rstrip('/')}/", bucket, layout.tenant_of(namespace)):
+        return None
+    if model.spec.allowed_namespaces == [namespace] or await ctx.kube.get("Namespace", None, namespace) is None:
+        return None
+    return sources.SourceError(
+        f"spec.source: {source} is in the part of the bucket that belongs to namespace {namespace}. Set "
+        f"spec.allowedNamespaces: [{namespace}], or copy the files below {layout.s3_uri(bucket, layout.MODELS_PREFIX)}"
+    )
 
 
 def _token() -> str | None:

@@ -4,11 +4,12 @@ The schema version is 2. Documents of version 1 can be read too; they lack most 
 bytes, seconds, nats per token, and shares from 0 to 1.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from graft.api.evaluation import Gate
+from graft.bounded import Limits
 from graft.contracts.job import JobIdentity
 from graft.contracts.message import BaseModelRef, Message
 from graft.contracts.progress import DatasetStatistics
@@ -148,6 +149,8 @@ class Analysis(Message):
 
 class Report(Message):
     """The content of report.json."""
+
+    limits: ClassVar[Limits] = Limits(size=8 * 1024 * 1024, depth=16, values=500_000)  # curves have a value per step
 
     schema_version: int = SCHEMA_VERSION
     job: ReportJob

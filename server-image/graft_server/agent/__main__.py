@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 
-import aiohttp
 from aiohttp import web
 
 from graft_server.agent.agent import Agent
+from graft_server.agent.engine.answers import open_session
 from graft_server.agent.engine.client import EngineClient
 from graft_server.agent.report.residency import Publisher
 from graft_server.agent.server import application
@@ -57,7 +57,7 @@ async def serve(settings: Settings) -> int:
     configmaps = ConfigMaps(client, settings.namespace)
     publisher = Publisher(configmaps, settings.residency_configmap, settings.pod_name)
     storage = Storage(settings.storage_dir, stall_seconds=settings.stall_seconds)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with open_session() as session:
         agent = Agent(
             pod=settings.pod_name,
             pod_uid=settings.pod_uid,

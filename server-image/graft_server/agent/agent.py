@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from graft.bounded import OutOfBounds
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted, WantedAdapter
-from pydantic import ValidationError
 
 from graft_server.agent.decisions.decide import Observed, decide, loaded, unwanted_in_engine
 from graft_server.agent.decisions.memory import Failures, Idleness
@@ -92,10 +92,10 @@ class Agent:
         """
         for data in configmaps.values():
             try:
-                everything = Wanted.model_validate_json(data.get(WANTED_KEY) or "")
-            except ValidationError as error:
+                everything = Wanted.read(data.get(WANTED_KEY) or "")
+            except OutOfBounds as error:
                 self.metrics.failures.labels("WantedInvalid").inc()
-                log.error("%s is invalid and is ignored: %s", WANTED_KEY, error.errors()[0]["msg"])
+                log.error("%s is invalid and is ignored: %s", WANTED_KEY, error)
                 continue
             wanted = everything.for_pod(self._pod)
             if wanted is None:

@@ -13,6 +13,7 @@ import torch
 from aiohttp import web
 from graft.cpus import cpu_limit
 
+from graft_server.connections import Connections
 from graft_server.engine.app import Server
 from graft_server.engine.model import BaseModel, load_base_model
 from graft_server.engine.settings import Settings, parse
@@ -56,7 +57,7 @@ async def serve(settings: Settings, base: BaseModel) -> None:
     runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.host, settings.port).start()
+        await Connections(settings.connections).site(runner, settings.host, settings.port).start()
         for address in runner.addresses:  # the port that was assigned if --port is 0
             log.info("serving %s on %s:%d", ", ".join(settings.served_model_names), address[0], address[1])
         await stop.wait()

@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
+from pydantic import BaseModel as Body
 
+from graft_server.connections import guard_of
 from graft_server.engine.adapters import AdapterWeights, Limits, read_adapter
 from graft_server.engine.answers import Answers, Generator
 from graft_server.engine.generation import Capacity, Engine
@@ -36,11 +38,19 @@ from graft_server.engine.residency import Residency
 from graft_server.engine.sequence import Output
 from graft_server.engine.settings import Settings
 from graft_server.engine.shapes import Choice, Shapes, TokenTexts, model_card, usage
+from graft_server.inflight import Account, Full, InFlight, weight
+from graft_server.receiving import Refused, receive
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=Body)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MAX_BODY_BYTES = 16 << 20
+SMALL = 64 << 10  # bytes; parsing so many takes less time than a change of threads
+MAX_LOAD_BYTES = 64 << 10  # of a request to load or unload an adapter
+LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
+MAX_HEADERS = 64
+EVERYBODY = "everybody"
+PROBES = frozenset({"/health", "/metrics"})
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # valid X-Request-Id values; the id becomes part of the answer's id
 
 
@@ -79,6 +89,8 @@ class Server:
             settings.max_num_seqs + settings.max_waiting_requests,
             settings.request_timeout,
         )
+        self.bytes = InFlight()
+        self._parsing = asyncio.Lock()  # a large body becomes many objects: one at a time
         self._started = int(time.time())
         self._draining = False
         self._in_flight = 0
@@ -88,7 +100,16 @@ class Server:
 
     def application(self) -> web.Application:
         """Return the aiohttp application. Run it with handler_cancellation, so that a lost client frees its slot."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors, self._guard])
+        app = web.Application(
+            client_max_size=self._settings.max_body_bytes,
+            middlewares=[self._errors, self._guard],
+            handler_args={
+                "auto_decompress": False,  # encodings are refused before the body is read
+                "keepalive_timeout": self._settings.keepalive_timeout,
+                "lingering_time": LINGER_SECONDS,
+                "max_headers": MAX_HEADERS,
+            },
+        )
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._show_metrics)
@@ -115,6 +136,17 @@ class Server:
 
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        guard = guard_of(request)
+        if guard is None:
+            return await self._guarded(request, handler)
+        guard.began()
+        try:
+            crowded = guard.crowded and request.path not in PROBES
+            return await self._guarded(request, _too_crowded if crowded else handler)
+        finally:
+            guard.answered()
+
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except ApiError as error:
@@ -123,9 +155,16 @@ class Server:
         except web.HTTPException as error:
             wrapped = ApiError(error.status, error.reason, error.reason)
             return web.json_response(wrapped.body, status=error.status)
-        except web.RequestPayloadError as error:  # the body contradicts its headers
-            wrapped = ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", f"the body cannot be read: {error}")
-            return web.json_response(wrapped.body, status=HTTPStatus.BAD_REQUEST)
+        except Refused as error:
+            wrapped = ApiError(error.status, HTTPStatus(error.status).phrase, str(error))
+            return web.json_response(wrapped.body, status=error.status)
+        except Full as error:
+            if error.never:
+                wrapped = ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request Entity Too Large", str(error))
+            else:
+                wrapped = unavailable(f"the server is overloaded: {error}")
+            headers = {} if error.never else {"Retry-After": "2"}
+            return web.json_response(wrapped.body, status=wrapped.status, headers=headers)
         except ConnectionError:
             raise  # the client disconnected; aiohttp handles it
         except Exception as error:
@@ -182,21 +221,44 @@ class Server:
         return web.json_response({"object": "list", "data": cards})
 
     async def _load(self, request: web.Request) -> web.Response:
-        body = parse_body(LoadLoraRequest, request.content_type, await request.read())
+        body = await self._small(LoadLoraRequest, request)
         # Shielded: if the client disconnects, the load still completes. Else a nameless adapter could stay in memory.
         return web.Response(text=await asyncio.shield(self.registry.load(body)))
 
     async def _unload(self, request: web.Request) -> web.Response:
-        body = parse_body(UnloadLoraRequest, request.content_type, await request.read())
+        body = await self._small(UnloadLoraRequest, request)
         return web.Response(text=await asyncio.shield(self.registry.unload(body)))
 
+    async def _small(self, kind: type[M], request: web.Request) -> M:
+        """Return the body of a request of the agent. It does not wait for those of clients."""
+        body = await receive(request, MAX_LOAD_BYTES, self._settings.body_timeout, None)
+        return parse_body(kind, request.content_type, body, self._settings.max_body_values)
+
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = parse_body(ChatRequest, request.content_type, await request.read())
-        return await self._generate(request, body)
+        return await self._answer(ChatRequest, request)
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
-        body = parse_body(CompletionRequest, request.content_type, await request.read())
-        return await self._generate(request, body)
+        return await self._answer(CompletionRequest, request)
+
+    async def _answer(
+        self, kind: type[ChatRequest] | type[CompletionRequest], request: web.Request
+    ) -> web.StreamResponse:
+        settings = self._settings
+        share = self.bytes.begin([Account(EVERYBODY, "all clients", settings.max_bytes_in_flight, shared=True)])
+        try:
+            body = await receive(request, settings.max_body_bytes, settings.body_timeout, share)
+            values = settings.max_body_values
+            share.add(weight(body, values))
+            parsed: ChatRequest | CompletionRequest
+            if len(body) <= SMALL:
+                parsed = parse_body(kind, request.content_type, body, values)
+            else:
+                async with self._parsing:
+                    parsed = await asyncio.to_thread(parse_body, kind, request.content_type, body, values)
+            del body
+            return await self._generate(request, parsed)
+        finally:
+            share.close()
 
     async def _generate(self, request: web.Request, body: ChatRequest | CompletionRequest) -> web.StreamResponse:
         asked = request.headers.get("X-Request-Id", "")
@@ -211,6 +273,11 @@ class Server:
                 _extend(choices[index], output)
             counts = usage(answers.prompt_tokens, answers.completion_tokens)
             return web.json_response(shapes.answer(choices, counts))
+
+
+async def _too_crowded(_: web.Request) -> web.StreamResponse:
+    """Refuse a request on a connection beyond the bound."""
+    raise unavailable("the server has too many connections")
 
 
 def _piece(answers: Answers, index: int, first: bool = True) -> Choice:

@@ -7,12 +7,26 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from graft.bounded import Limits, OutOfBounds, check_json
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # prompts in one request
 MAX_LOGPROBS = 20  # alternatives reported beside a token
 MAX_STOPS = 64  # stop strings: the engine's thread searches for each of them after every token
+MAX_STOP_CHARACTERS = 1024
+MAX_CHAT_MESSAGES = 4096  # the chat template is a program that runs over them
+MAX_TEMPLATE_ARGUMENTS, MAX_ARGUMENT_CHARACTERS = 16, 1024
+BODY_DEPTH = 32  # of nested objects and arrays
+MAX_BIASES = 1024  # tokens in logit_bias
 MAX_TEMPERATURE = 100  # beyond it, and outside PENALTIES, logits leave the range of floats
 PENALTIES = (0.01, 100)
 
@@ -20,6 +34,9 @@ MAX_MESSAGES = 20  # faults of one request that the answer lists
 ALTERNATIVE = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")  # pydantic's names for the types of a union
 
 Text = Annotated[str, StringConstraints(min_length=1)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+# A list with 200,000 wrong entries has one fault, not as many: each fault is an object.
+Ids = Annotated[list[int], Field(fail_fast=True)]
 M = TypeVar("M", bound=BaseModel)
 
 # Fields of the API that change the answer and that this engine does not support, with the values that have no effect.
@@ -122,8 +139,8 @@ class GenerationRequest(BaseModel):
     min_tokens: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Ids | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -132,6 +149,9 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            bias = data.get("logit_bias")
+            if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+                raise bad_request(f"logit_bias: at most {MAX_BIASES} tokens are allowed", "logit_bias")
             for name, neutral in cls.unsupported.items():
                 # `in` compares with ==, for which 0 is False and 1 is True. So the types are compared too.
                 value = data.get(name)
@@ -163,7 +183,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Text
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as chat templates expect it: with its content as one string."""
@@ -173,14 +193,26 @@ class Message(BaseModel):
         return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
 
 
+def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments for a chat template: few, and no lists or objects, over which a template may loop."""
+    if len(arguments) > MAX_TEMPLATE_ARGUMENTS:
+        raise ValueError(f"at most {MAX_TEMPLATE_ARGUMENTS} entries are allowed")
+    for name, value in arguments.items():
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise ValueError(f"{name[:100]} must be a string, a number or a boolean")
+        if max(len(name), len(str(value))) > MAX_ARGUMENT_CHARACTERS:
+            raise ValueError(f"{name[:100]} must have at most {MAX_ARGUMENT_CHARACTERS} characters")
+    return arguments
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     unsupported = {**UNSUPPORTED, "add_special_tokens": (None, False), "echo": (None, False)}
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_CHAT_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain_arguments)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -201,7 +233,9 @@ class CompletionRequest(GenerationRequest):
 
     unsupported = {**UNSUPPORTED, "add_special_tokens": (None, True)}
 
-    prompt: Text | list[int] | list[Text] | list[list[int]] = Field(min_length=1)
+    prompt: Text | Ids | Annotated[list[Text], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)] = (
+        Field(min_length=1)
+    )
     echo: bool | None = None
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -220,18 +254,21 @@ class CompletionRequest(GenerationRequest):
         return [item for item in prompt if not isinstance(item, int)]
 
 
-def parse_body(model: type[M], content_type: str, body: bytes) -> M:
-    """Parse a request. Raises ApiError 400 with a message that names the field."""
+def parse_body(model: type[M], content_type: str, body: bytes, values: int) -> M:
+    """Parse a request of at most `values` values. Raises ApiError 400 with a message that names the field."""
     if content_type != "application/json":
         message = f"Unsupported Media Type: Only 'application/json' is allowed, not {content_type!r}"
         raise ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", message)
     try:
+        check_json(body, Limits(len(body), BODY_DEPTH, values), "the body")
         return model.model_validate_json(body)
+    except OutOfBounds as error:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", str(error)) from error
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
         messages: dict[str, None] = {}  # a dict, to keep the order without duplicates
         for detail in details[:MAX_MESSAGES]:
-            field = ".".join(str(part) for part in detail["loc"] if not ALTERNATIVE.fullmatch(str(part)))
+            field = ".".join(str(part) for part in detail["loc"] if not ALTERNATIVE.fullmatch(str(part)))[:200]
             messages[f"{field}: {detail['msg']}" if field else detail["msg"]] = None
-        param = str(details[0]["loc"][0]) if details[0]["loc"] else None
+        param = str(details[0]["loc"][0])[:200] if details[0]["loc"] else None
         raise ApiError(HTTPStatus.BAD_REQUEST, "Bad Request", "; ".join(messages), param) from error

@@ -23,6 +23,9 @@ from graft_server.engine.residency import Adapter
 
 log = logging.getLogger(__name__)
 
+MAX_NAMES = 4096  # registered at once; each costs memory and an entry of /v1/models
+MAX_NAME_CHARACTERS = 512
+
 
 @dataclass(frozen=True)
 class Registered:
@@ -49,6 +52,10 @@ class AdapterRegistry:
         name, path = request.lora_name, request.lora_path
         if not name or not path:
             raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
+        if len(name) > MAX_NAME_CHARACTERS:
+            raise _invalid_input(f"'lora_name' must have at most {MAX_NAME_CHARACTERS} characters.")
+        if name not in self.entries and len(self.entries) >= MAX_NAMES:
+            raise _invalid_input(f"{MAX_NAMES} adapters are loaded already. Unload others first.")
         if name in self._base_names:
             raise _invalid_input(f"The lora adapter name '{name}' is the base model's.")
         async with _Turn(self, name):

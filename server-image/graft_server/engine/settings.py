@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graft_server.connections import ConnectionLimits
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 TRUE_WORDS = ("1", "true")
 
@@ -17,7 +19,8 @@ class Settings:
 
     `max_loras` limits the different adapters in one batch, and `max_cpu_loras` the adapters in memory. If more than
     `max_waiting_requests` sequences would queue, a request gets 503. It also gets 503 if it has waited `queue_timeout`
-    seconds, and 504 if its answer is not complete after `request_timeout` seconds.
+    seconds, and 504 if its answer is not complete after `request_timeout` seconds. `max_bytes_in_flight` covers the bodies
+    that are being received or answered.
     """
 
     model: str
@@ -39,6 +42,26 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     shutdown_timeout: float = 600.0
     runtime_loading: bool = False
+    max_body_bytes: int = 16 << 20
+    max_body_values: int = 200_000
+    max_bytes_in_flight: int = 64 << 20
+    max_connections: int = 1024
+    max_head_bytes: int = 64 << 10
+    head_timeout: float = 10.0
+    body_timeout: float = 60.0
+    keepalive_timeout: float = 75.0
+    send_timeout: float = 60.0
+
+    @property
+    def connections(self) -> ConnectionLimits:
+        """Return the bounds on connections. The peers of an engine are few gateways, so one may have all of them."""
+        return ConnectionLimits(
+            most=self.max_connections,
+            per_peer=self.max_connections,
+            head_seconds=self.head_timeout,
+            head_bytes=self.max_head_bytes,
+            send_seconds=self.send_timeout,
+        )
 
 
 def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -67,6 +90,21 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     add("--chat-template", default=None, help="a file with a Jinja template, or the template itself")
     add("--api-key", nargs="+", default=None, help="API keys that /v1 accepts (default: VLLM_API_KEY)")
     add("--shutdown-timeout", type=float, default=600.0, help="seconds for running requests to finish after SIGTERM")
+    known = Settings("", ())
+    add("--max-body-bytes", type=_positive, default=known.max_body_bytes, help="largest request body, in bytes")
+    add("--max-body-values", type=_positive, default=known.max_body_values, help="values in the JSON of a request")
+    add("--max-bytes-in-flight", type=_positive, default=known.max_bytes_in_flight, help="bytes of all bodies at once")
+    add("--max-connections", type=_positive, default=known.max_connections, help="connections at once")
+    add("--max-head-bytes", type=_positive, default=known.max_head_bytes, help="bytes of a request's headers")
+    add("--head-timeout", type=_seconds, default=known.head_timeout, help="seconds to receive a request's headers")
+    add("--body-timeout", type=_seconds, default=known.body_timeout, help="seconds to receive a request's body")
+    add("--keepalive-timeout", type=_seconds, default=known.keepalive_timeout, help="seconds between two requests")
+    add(
+        "--send-timeout",
+        type=_seconds,
+        default=known.send_timeout,
+        help="seconds to wait for a client that reads nothing",
+    )
     flags = parser.parse_args(arguments)
 
     max_cpu_loras = flags.max_cpu_loras or flags.max_loras
@@ -93,6 +131,15 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         api_keys=tuple(flags.api_key or ([key] if key else [])),
         shutdown_timeout=flags.shutdown_timeout,
         runtime_loading=environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").strip().lower() in TRUE_WORDS,
+        max_body_bytes=flags.max_body_bytes,
+        max_body_values=flags.max_body_values,
+        max_bytes_in_flight=flags.max_bytes_in_flight,
+        max_connections=flags.max_connections,
+        max_head_bytes=flags.max_head_bytes,
+        head_timeout=flags.head_timeout,
+        body_timeout=flags.body_timeout,
+        keepalive_timeout=flags.keepalive_timeout,
+        send_timeout=flags.send_timeout,
     )
 
 

@@ -10,6 +10,7 @@ from aiohttp import web
 from graft.contracts.gateway import ROUTES_COMPONENT
 
 from graft_server.configmaps import ConfigMaps, Follower, api_client
+from graft_server.connections import Connections
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.demand import Reporter
 from graft_server.gateway.settings import Settings, parse
@@ -52,7 +53,8 @@ async def serve(settings: Settings) -> int:
             shutdown_timeout=settings.drain_seconds,
         )
         await runner.setup()
-        await web.TCPSite(runner, settings.listen_address or None, settings.port).start()
+        connections = Connections(settings.connections)
+        await connections.site(runner, settings.listen_address or None, settings.port).start()
         log.info("the gateway listens on port %d", settings.port, extra={"namespace": settings.namespace})
 
         following = asyncio.create_task(follower.run(), name="follower")

@@ -1,33 +1,41 @@
 """The HTTP routes of the gateway. Other paths get 404, above all the engine's routes to load and unload adapters."""
 
 import asyncio
-import json
 import logging
 import random
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 import aiohttp
 from aiohttp import web
-from graft.contracts.gateway import Backend, Routes, RouteTarget
+from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.configmaps import Snapshot
+from graft_server.connections import guard_of
+from graft_server.gateway.bodies import Bodies
+from graft_server.gateway.cards import Listing, card
 from graft_server.gateway.demand import Waiting
-from graft_server.gateway.errors import ApiError, bad_request, no_route, too_large, unavailable, unknown_model
+from graft_server.gateway.errors import ApiError, busy, crowded, no_route, unavailable, unknown_model
+from graft_server.gateway.fields import CHAT, COMPLETIONS
 from graft_server.gateway.metrics import UNKNOWN, Metrics
+from graft_server.gateway.parts import Parts
 from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
 from graft_server.gateway.sequence import answer_in_steps
 from graft_server.gateway.settings import Settings
-from graft_server.gateway.table import Model, Table, read_parts
+from graft_server.gateway.table import Model
+from graft_server.inflight import Full, InFlight
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = web.RequestKey("model", str)  # set once the model is known to exist
 NOT_COUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
+VALID_ID = re.compile(r"[!-~]{1,128}")  # of a request; it becomes a header again
+LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
+MAX_HEADERS = 64
 
 
 class Gateway:
@@ -43,26 +51,34 @@ class Gateway:
         self._table_age = table_age
         self._proxy = Proxy(session, settings, self.metrics)
         self.waiting = Waiting(settings, self.metrics)
-        self._table = Table()
-        self._parts: dict[str, Routes] = {}
+        self.bytes = InFlight()
+        self._bodies = Bodies(settings)
+        self.parts = Parts()
+        self._problems: list[str] = []
         self._synced = False
         self._chance = random.Random()  # noqa: S311 - spreads traffic
-        self._started = int(time.time())
+        self._listing = Listing(int(time.time()))
+        self._writing = asyncio.Lock()  # of the listing, which is written beside the event loop
 
     def update(self, configmaps: Snapshot) -> None:
-        """Replace the routing table. Running requests keep their model and target."""
-        self._parts, problems = read_parts(configmaps, self._parts)
-        table, more = Table.of(self._parts.values())
-        for problem in (*problems, *more):
-            log.error("refused a part of the routing table: %s", problem)
-        if table != self._table or not self._synced:
-            log.info("the routing table has %d models", len(table.models), extra={"models": len(table.models)})
-        self._table, self._synced = table, True
-        self._proxy.balancer.keep_only(table.addresses)
-        self.waiting.keep_only(table.sleepers)
+        """Replace the parts of the routing table that changed. Running requests keep their model and target."""
+        changed = self.parts.update(configmaps)
+        problems = self.parts.problems
+        if problems != self._problems:
+            for problem in problems:
+                log.error("refused a part of the routing table: %s", problem)
+            self._problems = problems
+            self.metrics.problems.set(len(problems))
+        if self._synced and not changed:
+            return
+        self._synced = True
+        size = self.parts.table.size
+        log.info("the routing table has %d models", size, extra={"models": size})
+        self._proxy.balancer.keep_only(self.parts.addresses)
+        self.waiting.keep_only(self.parts.sleepers)
         self.waiting.table_changed()
-        self.metrics.models.set(len(table.models))
-        self.metrics.problems.set(len(problems) + len(more))
+        self.metrics.models.set(size)
+        self.metrics.keep_only(lambda name: self.waiting.holds(name) or self.parts.table.find(name) is not None)
 
     def drain(self) -> None:
         """Report unready. Requests that wait for a deployment to wake end with 503 and Retry-After."""
@@ -74,29 +90,49 @@ class Gateway:
 
         Run it with handler_cancellation: if a client disconnects, its request then also ends in the engine.
         """
-        app = web.Application(client_max_size=self._settings.max_body_bytes, middlewares=[self._observe])
+        app = web.Application(
+            client_max_size=self._settings.max_body_bytes,
+            middlewares=[self._observe],
+            handler_args={
+                "auto_decompress": False,  # encodings are refused before the body is read
+                "keepalive_timeout": self._settings.keepalive_timeout,
+                "lingering_time": LINGER_SECONDS,
+                "max_headers": MAX_HEADERS,
+            },
+        )
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._model)
-        app.router.add_post("/v1/chat/completions", self._complete)
-        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post(CHAT, partial(self._complete, CHAT))
+        app.router.add_post(COMPLETIONS, partial(self._complete, COMPLETIONS))
         app.on_response_prepare.append(self._close_when_draining)
         return app
 
     @web.middleware
     async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give every request an id, count it, and answer errors in OpenAI's shape."""
+        guard = guard_of(request)
+        if guard is None:
+            return await self._observed(request, handler, crowded=False)
+        guard.began()
+        try:
+            return await self._observed(request, handler, crowded=guard.crowded)
+        finally:
+            guard.answered()
+
+    async def _observed(self, request: web.Request, handler: Handler, *, crowded: bool) -> web.StreamResponse:
         began = time.monotonic()
         if request.path in NOT_COUNTED:
             return await handler(request)
         self.in_flight += 1
         self.metrics.in_flight.inc()
         status = "499"  # stays if the client disconnects before an answer
-        request[REQUEST_ID] = request.headers.get("X-Request-Id", "")[:128] or uuid.uuid4().hex
+        asked = request.headers.get("X-Request-Id", "")[:128]
+        request[REQUEST_ID] = asked if VALID_ID.fullmatch(asked) else uuid.uuid4().hex
         try:
-            response = await self._guarded(request, handler)
+            response = await self._guarded(request, too_crowded if crowded else handler)
             status = "broken" if request.get(BROKEN) else str(response.status)
             if not response.prepared:
                 response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
@@ -106,11 +142,12 @@ class Gateway:
         finally:
             seconds = time.monotonic() - began
             model = request.get(MODEL, UNKNOWN)
+            label = self.metrics.label(model) if model else UNKNOWN
             self.in_flight -= 1
             self.metrics.in_flight.dec()
-            self.metrics.requests.labels(model, status).inc()
+            self.metrics.requests.labels(label, status).inc()
             if model != UNKNOWN:
-                self.metrics.seconds.labels(model).observe(seconds)
+                self.metrics.seconds.labels(label).observe(seconds)
             log.info(
                 "%s %s %s",
                 request.method,
@@ -129,8 +166,8 @@ class Gateway:
             return await handler(request)
         except ApiError as error:
             return error.response()
-        except web.HTTPRequestEntityTooLarge:
-            return too_large(self._settings.max_body_bytes).response()
+        except Full as error:
+            return busy(error).response()
         except web.HTTPException as error:
             if error.status in (404, 405):
                 return no_route(request.method, request.path).response()
@@ -158,42 +195,28 @@ class Gateway:
     async def _show_metrics(self, _: web.Request) -> web.Response:
         age = self._table_age()
         self.metrics.table_age.set(-1 if age is None else age)
-        return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        text = await asyncio.to_thread(self.metrics.text)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def _models(self, _: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.Response:
         self._check_synced()
-        cards = [self._card(model) for _, model in sorted(self._table.models.items())]
-        return web.json_response({"object": "list", "data": cards})
+        share = self.bytes.begin(self._bodies.accounts(request))
+        try:
+            async with self._writing:
+                body = await asyncio.to_thread(self._listing.of, self.parts.table)
+            share.add(len(body))
+            response = web.Response(body=body, content_type="application/json", headers=self._id(request))
+            await response.prepare(request)
+            await response.write_eof()
+            return response
+        finally:
+            share.close()
 
     async def _model(self, request: web.Request) -> web.Response:
-        return web.json_response(self._card(self._find(request.match_info["model"])))
+        return web.json_response(card(self._find(request.match_info["model"]), self._listing.created))
 
-    def _card(self, model: Model) -> dict[str, Any]:
-        reason = model.why_not
-        target = model.targets[0] if model.targets else None
-        asleep = model.idle_seconds is not None and not model.backends
-        replicas = {backend.pod for one in (*model.targets, *model.steps) for backend in model.replicas(one)}
-        return {
-            "id": model.name,
-            "object": "model",
-            "created": self._started,
-            "owned_by": model.namespace,
-            "graft": {
-                "adapter": target.adapter if target else None,
-                "version": target.version if target else None,
-                **(
-                    {"steps": [{"adapter": one.adapter, "version": one.version} for one in model.steps]}
-                    if model.steps
-                    else {}
-                ),
-                "deployment": model.deployment,
-                "namespace": model.namespace,
-                "base_model": model.base_model,
-                "state": "asleep" if asleep else "unavailable" if reason else "available",
-                "reason": reason,
-                "replicas": len(replicas),
-            },
-        }
+    def _id(self, request: web.Request) -> dict[str, str]:
+        return {"X-Request-Id": request[REQUEST_ID]}
 
     def _check_synced(self) -> None:
         if not self._synced:
@@ -201,34 +224,36 @@ class Gateway:
 
     def _find(self, name: str) -> Model:
         self._check_synced()
-        model = self._table.models.get(name)
+        model = self.parts.table.find(name)
         if model is None:
             raise unknown_model(name)
         return model
 
-    async def _complete(self, request: web.Request) -> web.StreamResponse:
+    async def _complete(self, path: str, request: web.Request) -> web.StreamResponse:
         began = time.monotonic()
-        payload = await self._payload(request)
-        name = payload.get("model")
-        if not isinstance(name, str) or not name:
-            raise bad_request("The request has no model. Set model to <namespace>/<route>.", "model")
-        model = self._find(name)
-        request[MODEL] = model.name
-        with self.waiting.counted(model):
-            model, target = await self._target(model)
-            call = Call(request, model, target, payload, began)
-            if model.steps:
-                newest = partial(self._table_model, model.name)
-                return await answer_in_steps(self._proxy, call, newest, self._settings.step_tokens)
+        share = self.bytes.begin(self._bodies.accounts(request))
+        try:
+            payload = await self._bodies.payload(request, path, share)
+            model = self._find(payload["model"])
+            request[MODEL] = model.name
+            with self.waiting.counted(model):
+                model, target = await self._target(model)
+                call = Call(request, model, target, payload, began, share)
+                if model.steps:
+                    return await answer_in_steps(
+                        self._proxy, call, partial(self._newest, model.name), self._settings.step_tokens
+                    )
 
-            def replicas() -> tuple[Backend, ...]:
-                newest = self._table_model(model.name)
-                return newest.replicas(target) if newest else ()
+                def replicas() -> tuple[Backend, ...]:
+                    newest = self._newest(model.name)
+                    return newest.replicas(target) if newest else ()
 
-            return await self._proxy.answer(call, replicas)
+                return await self._proxy.answer(call, replicas)
+        finally:
+            share.close()
 
-    def _table_model(self, name: str) -> Model | None:
-        return self._table.models.get(name)
+    def _newest(self, name: str) -> Model | None:
+        return self.parts.table.find(name)
 
     async def _target(self, model: Model) -> tuple[Model, RouteTarget]:
         """Return the model and the target that answers it (for a sequence, its first step).
@@ -247,19 +272,7 @@ class Gateway:
 
         return await self.waiting.hold(model, find)
 
-    async def _payload(self, request: web.Request) -> dict[str, Any]:
-        if (request.content_length or 0) > self._settings.max_body_bytes:
-            raise too_large(self._settings.max_body_bytes)
-        try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                body = await request.read()
-        except TimeoutError as error:
-            message = f"The request's body did not arrive within {self._settings.body_timeout:g} s."
-            raise ApiError(408, "request_timeout", message) from error
-        try:
-            payload = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise bad_request(f"The request's body is not valid JSON: {error}") from error
-        if not isinstance(payload, dict):
-            raise bad_request("The request's body must be a JSON object.")
-        return payload
+
+async def too_crowded(_: web.Request) -> web.StreamResponse:
+    """Refuse a request on a connection beyond the bound."""
+    raise crowded()

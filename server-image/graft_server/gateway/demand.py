@@ -87,12 +87,18 @@ class Waiting:
         finally:
             self._running[key] -= 1
             gauge.dec()
+            if not self._running[key]:
+                del self._running[key]
             self._touch(model, key)
 
     def _touch(self, model: Model, key: Key) -> None:
         if model.idle_seconds is not None:
             known = self.activity.setdefault(key, Activity(model.idle_seconds))
             known.idle_seconds, known.newest = model.idle_seconds, time.monotonic()
+
+    def holds(self, name: str) -> bool:
+        """Return whether requests for this model wait."""
+        return self._held[name] > 0
 
     async def hold(self, model: Model, find: Callable[[], tuple[Model, T | None]]) -> tuple[Model, T]:
         """Wait until `find` returns a target, for at most `hold_seconds`. `find` reads the newest table.
@@ -105,7 +111,8 @@ class Waiting:
         key = (model.namespace, model.deployment)
         self._held[model.name] += 1
         self._waiting[key] += 1
-        self._metrics.held.labels(model.name).inc()
+        held = self._metrics.held.labels(self._metrics.label(model.name))
+        held.inc()
         self.news.set()
         deadline = time.monotonic() + self._settings.hold_seconds
         try:
@@ -127,7 +134,11 @@ class Waiting:
         finally:
             self._held[model.name] -= 1
             self._waiting[key] -= 1
-            self._metrics.held.labels(model.name).dec()
+            held.dec()
+            if not self._held[model.name]:
+                del self._held[model.name]
+            if not self._waiting[key]:
+                del self._waiting[key]
 
     def due(self) -> list[Key]:
         """Return the deployments whose activity must be written now."""

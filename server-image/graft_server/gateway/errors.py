@@ -1,9 +1,14 @@
 """Errors in OpenAI's shape."""
 
-import json
 from typing import Any
 
 from aiohttp import web
+from graft.bounded import Limits, OutOfBounds, parse_json
+
+from graft_server.inflight import Full
+
+ENGINE_ERROR = Limits(64 * 1024, depth=8, values=1000)  # of an engine's error answer
+MAX_MESSAGE = 4096  # characters of an engine's message that reach the client
 
 
 class ApiError(Exception):
@@ -41,8 +46,21 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, "invalid_request", message, param=param)
 
 
-def too_large(limit: int) -> ApiError:
-    return ApiError(413, "request_too_large", f"The request's body is larger than {limit} bytes.")
+def busy(error: Full) -> ApiError:
+    """Return the 413 if the request alone is too large, the 429 if the caller has too many bytes in flight, or the 503 if all callers together have."""
+    if error.never:
+        return ApiError(413, "request_too_large", f"The request needs too much memory: {error}.")
+    if error.account.shared:
+        return ApiError(503, "overloaded", f"The gateway is busy: {error}.", kind="service_unavailable", retry_after=2)
+    return ApiError(
+        429, "too_many_bytes_in_flight", f"Wait for earlier answers: {error}.", kind="rate_limit", retry_after=2
+    )
+
+
+def crowded() -> ApiError:
+    """Return the 503 for a connection beyond the bound."""
+    message = "The gateway has too many connections. Use fewer, and keep them open."
+    return ApiError(503, "too_many_connections", message, kind="service_unavailable", retry_after=2)
 
 
 def unknown_model(name: str) -> ApiError:
@@ -79,8 +97,8 @@ def upstream_broke(message: str) -> ApiError:
 def engine_error(status: int, body: bytes, engine_model: str, name: str) -> ApiError:
     """Return the engine's error with the client's name of the model. `body` has the nested or the older flat shape."""
     try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
+        answer = parse_json(body, ENGINE_ERROR, "the engine's error")
+    except OutOfBounds:
         answer = {}
     error = answer.get("error", answer) if isinstance(answer, dict) else {}
     if not isinstance(error, dict):
@@ -89,8 +107,8 @@ def engine_error(status: int, body: bytes, engine_model: str, name: str) -> ApiE
     param = error.get("param")
     return ApiError(
         status,
-        str(error.get("code") or status),
-        message.replace(engine_model, name),
-        kind=str(error.get("type") or "engine_error"),
-        param=param if isinstance(param, str) else None,
+        str(error.get("code") or status)[:100],
+        message[:MAX_MESSAGE].replace(engine_model, name),
+        kind=str(error.get("type") or "engine_error")[:100],
+        param=param[:100] if isinstance(param, str) else None,
     )

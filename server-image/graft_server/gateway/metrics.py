@@ -1,9 +1,19 @@
-"""The gateway's Prometheus metrics. Only existing models become label values, so clients cannot add time series."""
+"""The gateway's Prometheus metrics. Only existing models become label values, so clients cannot add time series.
+
+A tenant can have thousands of models. Of each namespace, the first NAMED_OF_A_NAMESPACE models that get requests have time
+series of their own. The others share those of `<namespace>/*`.
+"""
+
+from collections import Counter as Count
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 UNKNOWN = ""
+NAMED = 1000  # models with their own time series
+NAMED_OF_A_NAMESPACE = 200
+FORGOTTEN_AT_ONCE = 20  # models; removing a time series searches through all of them
 
 
 class Metrics:
@@ -12,6 +22,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
+        self._named: set[str] = set()
+        self._of_namespace: Count[str] = Count()
         self.requests = Counter(
             "graft_gateway_requests",
             "Requests by model and HTTP status. 499: client disconnected. broken: stream ended with an error event.",
@@ -57,6 +69,26 @@ class Metrics:
             "Seconds since the API server last confirmed the routing table; -1 before the first time.",
             registry=registry,
         )
+
+    def label(self, model: str) -> str:
+        """Return the value of the label `model` for a model that exists."""
+        namespace = model.partition("/")[0]
+        if model in self._named:
+            return model
+        if len(self._named) >= NAMED or self._of_namespace[namespace] >= NAMED_OF_A_NAMESPACE:
+            return f"{namespace}/*"
+        self._named.add(model)
+        self._of_namespace[namespace] += 1
+        return model
+
+    def keep_only(self, exists: Callable[[str], bool]) -> None:
+        """Remove the time series of models that no longer exist, some with each call."""
+        gone = [model for model in self._named if not exists(model)]
+        for model in gone[:FORGOTTEN_AT_ONCE]:
+            self._named.discard(model)
+            self._of_namespace[model.partition("/")[0]] -= 1
+            for metric in (self.requests, self.seconds, self.first_byte, self.held):
+                metric.remove_by_labels({"model": model})
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""

@@ -4,9 +4,11 @@ If a replica fails before the first byte, another replica gets the request. If a
 continues it where that is possible.
 """
 
+import asyncio
 import json
 import logging
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,24 +17,31 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from graft.bounded import Limits, OutOfBounds
 from graft.contracts.gateway import Backend, RouteTarget
 
-from graft_server.gateway.errors import ApiError, engine_error, timed_out, unavailable, upstream_broke
+from graft_server.gateway.errors import ApiError, busy, engine_error, timed_out, unavailable, upstream_broke
 from graft_server.gateway.metrics import Metrics
 from graft_server.gateway.rewrite import Differs, StreamRewriter, Words, error_event, rewrite_answer
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Balancer, Model
+from graft_server.inflight import Full, Share
 
 log = logging.getLogger(__name__)
 
 # Of the client's headers, only these and the request's id reach the engine. Of the engine's headers, only the
 # Retry-After of an error reaches the client. So neither credentials nor hop-by-hop headers are passed on.
 REQUEST_HEADERS = ("traceparent", "tracestate")
+VALID_HEADER = re.compile(r"[ -~]{1,512}")
+SECONDS = re.compile(r"[0-9]{1,5}")
 REQUEST_ID = web.RequestKey("request_id", str)
 BROKEN = web.RequestKey("broken", bool)  # the stream ended with an error event
-ANSWER_LIMIT = 64 * 1024 * 1024
+ANSWER_DEPTH = 64  # of nested objects and arrays
+LARGE = 32 * 1024  # bytes; so many, a stream of tokens has at once only if its client does not read
+SMALL = 64 * 1024  # bytes; rewriting so many takes less time than a change of threads
 ERROR_LIMIT = 64 * 1024
 STOPPED_SENDING = "the engine stopped sending in the middle of its answer"
+HIGHEST_STATUS = 599
 ANSWERS_ELSEWHERE = frozenset({502, 503})
 
 
@@ -55,6 +64,7 @@ class Call:
     target: RouteTarget
     payload: dict[str, Any]
     began: float
+    share: Share  # of the bytes in flight
     before: list[dict[str, Any]] = field(default_factory=list)  # for a sequence: the finished steps
     spent: dict[str, int] = field(default_factory=dict)  # tokens of the finished steps
     for_client: bool = True  # if False, the answer becomes the next step's question
@@ -102,6 +112,8 @@ class Proxy:
         self._session = session
         self._settings = settings
         self._metrics = metrics
+        self._limits = Limits(settings.max_answer_bytes, ANSWER_DEPTH, settings.max_answer_values)
+        self._rewriting = asyncio.Lock()  # a large answer becomes many objects: one at a time
         self.balancer = Balancer(random.Random())  # noqa: S311 - spreads load
         self._timeout = aiohttp.ClientTimeout(
             total=settings.total_timeout, sock_connect=settings.connect_timeout, sock_read=settings.idle_timeout
@@ -115,9 +127,10 @@ class Proxy:
         """
         try:
             return await self._answer(call, replicas)
-        except ApiError as error:
+        except (ApiError, Full) as failure:
+            error = busy(failure) if isinstance(failure, Full) else failure
             if call.sending is None:
-                raise
+                raise error from failure
             call.request[BROKEN] = True
             log.warning("%s: %s", call.model.name, error)
             await call.sending.response.write(call.sending.rewriter.gap() + error_event(error.body))
@@ -165,6 +178,8 @@ class Proxy:
                 await self._refused(call, upstream)
             if upstream.content_type == "text/event-stream":
                 return await self._stream(call, upstream)
+            if upstream.status != 200:
+                raise upstream_broke(f"the engine answered with status {upstream.status}")
             if call.sending is not None:
                 raise upstream_broke("the stream broke, and the replica that took over does not stream")
             return await self._plain(call, upstream)
@@ -175,7 +190,11 @@ class Proxy:
             self.balancer.end(backend.address)
 
     async def _send(self, call: Call, backend: Backend) -> aiohttp.ClientResponse:
-        headers = {name: call.request.headers[name] for name in REQUEST_HEADERS if name in call.request.headers}
+        headers = {
+            name: value
+            for name in REQUEST_HEADERS
+            if VALID_HEADER.fullmatch(value := call.request.headers.get(name, ""))
+        }
         headers["X-Request-Id"] = call.request[REQUEST_ID]
         headers["Content-Type"] = "application/json"
         headers["Accept-Encoding"] = "identity"  # uncompressed, because the answer is rewritten
@@ -183,7 +202,12 @@ class Proxy:
         url = f"http://{backend.address}{call.request.path}"
         try:
             response = await self._session.post(
-                url, data=body, headers=headers, timeout=self._timeout, allow_redirects=False
+                url,
+                data=body,
+                headers=headers,
+                timeout=self._timeout,
+                allow_redirects=False,
+                auto_decompress=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Elsewhere("connect", "the replica cannot be reached", avoid=True) from error
@@ -201,6 +225,8 @@ class Proxy:
         body = b""
         with suppress(aiohttp.ClientError, TimeoutError, OSError):
             body = await upstream.content.read(ERROR_LIMIT)
+        if upstream.status > HIGHEST_STATUS:
+            raise upstream_broke(f"the engine answered with status {upstream.status}")
         error = engine_error(upstream.status, body, call.target.engine_model, call.model.name)
         if upstream.status in ANSWERS_ELSEWHERE:
             raise Elsewhere(str(upstream.status), f"the replica answered {upstream.status}: {error}", avoid=True)
@@ -208,8 +234,8 @@ class Proxy:
             raise Elsewhere("not_loaded", "the replica does not have the adapter loaded now")
         if upstream.status in (401, 403):
             raise upstream_broke(f"the engine refused the gateway's request: {upstream.status} {error}")
-        if upstream.headers.get("Retry-After", "").isdigit():
-            error.retry_after = int(upstream.headers["Retry-After"])
+        if SECONDS.fullmatch(seconds := upstream.headers.get("Retry-After", "")):
+            error.retry_after = int(seconds)
         raise error
 
     def _headers(self, call: Call) -> dict[str, str]:
@@ -222,17 +248,21 @@ class Proxy:
 
     async def _plain(self, call: Call, upstream: aiohttp.ClientResponse) -> web.Response:
         try:
-            body = await _read(upstream, ANSWER_LIMIT)
+            body = await _read(upstream, self._settings.max_answer_bytes, call.share)
         except TimeoutError as error:
             raise timed_out(call.model.name, STOPPED_SENDING) from error
         except (aiohttp.ClientError, OSError) as error:
             raise Elsewhere("broken", "the connection to the replica broke before its answer was complete") from error
         try:
-            body = rewrite_answer(body, call.words)
-        except (ValueError, RecursionError) as error:
-            raise upstream_broke(f"the engine's answer is invalid: {error}") from error
+            if len(body) <= SMALL:
+                body = rewrite_answer(body, call.words, self._limits)
+            else:
+                async with self._rewriting:
+                    body = await asyncio.to_thread(rewrite_answer, body, call.words, self._limits)
+        except OutOfBounds as error:
+            raise upstream_broke(str(error)) from error
         if call.for_client:
-            self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+            self._metrics.first_byte.labels(self._metrics.label(call.model.name)).observe(time.monotonic() - call.began)
         return web.Response(
             body=body, status=upstream.status, content_type="application/json", headers=self._headers(call)
         )
@@ -245,6 +275,7 @@ class Proxy:
         sending = call.sending or self._new_stream(call)
         response, rewriter = sending.response, sending.rewriter
         chunks = upstream.content.iter_any()
+        held = 0  # bytes of an unusually long line
         while True:
             broken: ApiError | None = None
             try:
@@ -265,14 +296,24 @@ class Proxy:
                         await response.write(gap)
                 raise Elsewhere("broken", str(broken), again=False)
             if not response.prepared:
-                self._metrics.first_byte.labels(call.model.name).observe(time.monotonic() - call.began)
+                self._metrics.first_byte.labels(self._metrics.label(call.model.name)).observe(
+                    time.monotonic() - call.began
+                )
                 call.sending = sending
                 await response.prepare(call.request)
             try:
                 out = rewriter.feed(chunk) if chunk else rewriter.rest()
             except Differs as error:
                 raise upstream_broke("the stream broke, and another replica's answer is not the same") from error
-            if out:
+            if rewriter.pending > LARGE or held:
+                call.share.remove(held)
+                held = rewriter.pending
+                call.share.add(held)
+            if len(out) > LARGE:
+                call.share.add(len(out))
+                await response.write(out)  # waits for a client that reads slowly
+                call.share.remove(len(out))
+            elif out:
                 await response.write(out)
             if not chunk:
                 await response.write_eof()
@@ -283,14 +324,15 @@ class Proxy:
         response.content_type = "text/event-stream"
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # else nginx in front of the gateway buffers the stream
-        return Sending(response, StreamRewriter(call.words))
+        return Sending(response, StreamRewriter(call.words, repeatable=call.repeatable))
 
 
-async def _read(upstream: aiohttp.ClientResponse, limit: int) -> bytes:
+async def _read(upstream: aiohttp.ClientResponse, limit: int, share: Share) -> bytes:
     parts, size = [], 0
     async for part in upstream.content.iter_any():
         size += len(part)
         if size > limit:
             raise upstream_broke(f"the engine's answer is larger than {limit} bytes")
+        share.add(len(part))
         parts.append(part)
     return b"".join(parts)

@@ -8,9 +8,14 @@ that was already passed on.
 import json
 from typing import Any
 
-LINE_LIMIT = 1 << 20  # bytes; a longer line is passed on unchanged
-DONE = b"[DONE]"
+from graft.bounded import Limits, OutOfBounds, parse_json
 
+LINE_LIMIT = 256 * 1024  # bytes; a longer line is passed on unchanged
+SAID_LIMIT = 256 * 1024  # characters; a longer stream is not continued by another replica
+PIECES = 256  # of text; then they are joined, because a short string needs much more memory than its characters
+MOST_TOKENS = 10**12
+ANSWER = Limits(16 * 1024 * 1024, depth=64, values=1_000_000)
+DONE = b"[DONE]"
 
 TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
@@ -32,15 +37,20 @@ class Words:
 
 
 def add_usage(usage: dict[str, Any], spent: dict[str, int]) -> dict[str, Any]:
-    """Return OpenAI's usage object with the counts of another one added."""
-    return usage | {name: int(usage.get(name) or 0) + spent.get(name, 0) for name in TOKENS}
+    """Return OpenAI's usage object with the counts of another one added. A count that is no number counts as 0."""
+    return usage | {name: token_count(usage.get(name)) + spent.get(name, 0) for name in TOKENS}
 
 
-def rewrite_answer(body: bytes, words: Words) -> bytes:
-    """Rewrite a complete JSON answer. Raises ValueError if the body is not a JSON object."""
-    answer = json.loads(body)
+def token_count(value: Any) -> int:
+    """Return an engine's count of tokens, or 0 if it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else 0
+
+
+def rewrite_answer(body: bytes, words: Words, limits: Limits = ANSWER) -> bytes:
+    """Rewrite a complete JSON answer. Raises OutOfBounds if the body exceeds the limits or is not a JSON object."""
+    answer = parse_json(body, limits, "the engine's answer")
     if not isinstance(answer, dict):
-        raise ValueError("it is not a JSON object")
+        raise OutOfBounds("the engine's answer is not a JSON object")
     words.rename(answer)
     answer["graft"] = words.graft
     return _dump(answer)
@@ -51,14 +61,19 @@ class Differs(Exception):
 
 
 class StreamRewriter:
-    """The rewriter of one stream of server-sent events. It passes each line on as soon as the line is complete."""
+    """The rewriter of one stream of server-sent events. It passes each line on as soon as the line is complete.
 
-    def __init__(self, words: Words) -> None:
+    `repeatable`: another replica may continue the stream, so its text is kept.
+    """
+
+    def __init__(self, words: Words, *, repeatable: bool = True) -> None:
         self._words = words
+        self._repeatable = repeatable
         self._rest = b""
         self._first = True
         self._passing = False  # inside a line longer than LINE_LIMIT
-        self._said = ""  # the text passed on so far
+        self._said = ""  # the text passed on so far, up to SAID_LIMIT, without the newest pieces
+        self._newest: list[str] = []
         self._again: str | None = None  # the part of it that the replica that took over must still repeat
         self._dropped = False  # the line before was dropped, so the blank line after it is dropped too
         self._only_text = True
@@ -68,11 +83,17 @@ class StreamRewriter:
     @property
     def can_begin_again(self) -> bool:
         """Return whether another replica can continue: only whole lines with the text of one choice were passed on."""
-        return self._only_text and not self._passing and not self.done
+        return self._repeatable and self._only_text and not self._passing and not self.done
+
+    @property
+    def pending(self) -> int:
+        """Return the bytes of an incomplete line, which wait for its end."""
+        return len(self._rest)
 
     def begin_again(self) -> bytes:
         """Expect the same answer again, from its beginning. Return the bytes that end the last event passed on."""
         self._rest = b""
+        self._join()
         self._again = None if self._first else self._said
         return self.gap()
 
@@ -132,18 +153,21 @@ class StreamRewriter:
 
     def _follow(self, event: dict[str, Any]) -> bool:
         """Record the event's text, and cut off the part passed on before. Return whether to pass the event on."""
-        choices = event.get("choices") or []
-        if not choices:
+        choices = event.get("choices")
+        if not isinstance(choices, list) or not choices:
             return not self._again
-        choice = choices[0] if isinstance(choices, list) and isinstance(choices[0], dict) else {}
+        choice = choices[0] if isinstance(choices[0], dict) else {}
         part = choice["delta"] if isinstance(choice.get("delta"), dict) else choice
         name = "content" if part is not choice else "text"
         text = part.get(name) or ""
         others = {key for key, value in part.items() if value and key not in _PLAIN}
         self._only_text &= len(choices) == 1 and isinstance(text, str) and not choice.get("index") and not others
         if self._again is None:
-            self._said += text if isinstance(text, str) else ""
+            if isinstance(text, str):
+                self._say(text)
             return True
+        if not isinstance(text, str):
+            raise Differs
         known = min(len(text), len(self._again))
         if text[:known] != self._again[:known]:
             raise Differs
@@ -155,9 +179,23 @@ class StreamRewriter:
         if not left and not choice.get("finish_reason"):
             return False
         self._again = None
-        self._said += left
+        self._say(left)
         part[name] = left
         return True
+
+    def _say(self, text: str) -> None:
+        """Record text that is passed on. Of a stream without end, no text is kept."""
+        if not self._repeatable:
+            return
+        self._newest.append(text)
+        if len(self._newest) >= PIECES or len(text) > PIECES:
+            self._join()
+
+    def _join(self) -> None:
+        self._said += "".join(self._newest)
+        self._newest = []
+        if len(self._said) > SAID_LIMIT:
+            self._said, self._repeatable = "", False
 
 
 # The keys that a choice or its delta has in a stream of plain text.

@@ -51,7 +51,8 @@ async def answer_in_steps(
         if last:
             return response
         text, done = _text(response, where)
-        spent = add_usage(call.spent, done.get("usage") or {})
+        usage = done.get("usage")
+        spent = add_usage(call.spent, usage if isinstance(usage, dict) else {})
         entry = step.step | {"finish_reason": done["choices"][0].get("finish_reason")}
         call = replace(
             call,

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from graft.contracts.mounts import GATEWAY_PORT
 
+from graft_server.connections import ConnectionLimits
+
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MAX_BODY_BYTES = 10 * 1024 * 1024
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,22 @@ class Settings:
     listen_address: str = ""
     port: int = GATEWAY_PORT
     max_body_bytes: int = MAX_BODY_BYTES
+    max_body_depth: int = 32  # of nested objects and arrays in a request
+    max_body_values: int = 200_000  # in all objects and arrays of a request; a prompt of token ids has one per token
+    max_answer_bytes: int = MAX_ANSWER_BYTES  # of an engine, if it does not stream
+    max_answer_values: int = 1_000_000
+    # Memory of requests and answers that the gateway holds at once, in bytes. With these values, a gateway under attack
+    # stays below the 512 MiB of the chart. A caller is a key in the header Authorization, or
+    # else an address. An address may hold more than a key, because it may be an Ingress.
+    max_bytes_in_flight: int = 80 * 1024 * 1024
+    max_bytes_per_peer: int = 64 * 1024 * 1024
+    max_bytes_per_caller: int = 48 * 1024 * 1024
+    max_connections: int = 2048
+    max_connections_per_peer: int = 1024
+    max_head_bytes: int = 64 * 1024  # of a request's line and headers
+    head_timeout: float = 10.0  # to receive a request's line and headers
+    keepalive_timeout: float = 75.0  # between two requests of a connection
+    send_timeout: float = 60.0  # without the client's reading what is sent
     body_timeout: float = 60.0  # to receive a request's body
     connect_timeout: float = 2.0
     # Longest time without a byte from the engine. A plain answer arrives only when it is complete.
@@ -35,6 +54,17 @@ class Settings:
     shutdown_delay: float = 5.0  # unready but still accepting, until Services have noticed
     drain_seconds: float = 60.0  # for the requests in flight
     log_level: str = "INFO"
+
+    @property
+    def connections(self) -> ConnectionLimits:
+        """Return the bounds on connections."""
+        return ConnectionLimits(
+            most=self.max_connections,
+            per_peer=self.max_connections_per_peer,
+            head_seconds=self.head_timeout,
+            head_bytes=self.max_head_bytes,
+            send_seconds=self.send_timeout,
+        )
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
@@ -54,6 +84,19 @@ def parse(arguments: list[str] | None = None) -> Settings:
     flag("listen-address", str, "address to listen on; empty: all addresses")
     flag("port", int, "port for all routes, including /metrics")
     flag("max-body-bytes", int, "largest request body, in bytes")
+    flag("max-body-depth", int, "levels of nested objects and arrays in a request body")
+    flag("max-body-values", int, "values in a request body")
+    flag("max-answer-bytes", int, "largest answer of an engine that does not stream, in bytes")
+    flag("max-answer-values", int, "values in such an answer")
+    flag("max-bytes-in-flight", int, "bytes of requests and answers that the gateway holds at once")
+    flag("max-bytes-per-peer", int, "the same for one client address, which may be a proxy")
+    flag("max-bytes-per-caller", int, "the same for one key in the header Authorization")
+    flag("max-connections", int, "connections of clients at once")
+    flag("max-connections-per-peer", int, "connections of one client address at once")
+    flag("max-head-bytes", int, "bytes of a request's line and headers")
+    flag("head-timeout", float, "seconds to receive a request's line and headers")
+    flag("keepalive-timeout", float, "seconds that a connection may be idle between two requests")
+    flag("send-timeout", float, "seconds to wait for a client that does not read its answer")
     flag("body-timeout", float, "seconds to receive a request's body")
     flag("connect-timeout", float, "seconds to connect to an engine")
     flag("idle-timeout", float, "longest time without a byte from the engine, in seconds")

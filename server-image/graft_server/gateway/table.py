@@ -4,8 +4,10 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graft.contracts.gateway import ROUTES_KEY, Backend, Routes, RouteTarget
-from pydantic import ValidationError
+from graft.contracts.gateway import Backend, Routes, RouteTarget
+
+MAX_ROUTES = 512  # of one deployment; its kind allows 128 adapters and 128 sequences
+MAX_BACKENDS = 1000  # of one deployment
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Model:
     unavailable: str | None
     steps: tuple[RouteTarget, ...] = ()  # for a sequence, which has no targets
     idle_seconds: int | None = None  # set if its deployment may sleep
+    # The backends by the engine models that they have loaded. All models of a deployment share it.
+    loaded: Mapping[str, tuple[Backend, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def replicas(self, target: RouteTarget) -> tuple[Backend, ...]:
         """Return the backends that have the target loaded."""
-        return tuple(backend for backend in self.backends if target.engine_model in backend.loaded)
+        return self.loaded.get(target.engine_model, ())
 
     def pick(self, chance: random.Random) -> RouteTarget | None:
         """Choose a target by weight, among those that a backend can answer. For a sequence, return its first step.
@@ -57,71 +61,126 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Table:
-    """All models, by the name that clients use."""
+class Part:
+    """The models of one deployment."""
 
-    models: Mapping[str, Model] = field(default_factory=dict)
+    namespace: str
+    deployment: str
+    models: Mapping[str, Model]
+    sleeps: bool
+    addresses: frozenset[str]
+    foreign: tuple[str, ...] = ()  # names that it claims outside its namespace; they are refused
 
     @classmethod
-    def of(cls, parts: Iterable[Routes]) -> tuple["Table", list[str]]:
-        """Build the table from the parts of all deployments. Return it and a list of problems.
+    def of(cls, routes: Routes) -> "Part":
+        """Build the part. Raises ValueError if the deployment has too many routes or backends."""
+        for what, count, most in (
+            ("routes", len(routes.routes), MAX_ROUTES),
+            ("backends", len(routes.backends), MAX_BACKENDS),
+        ):
+            if count > most:
+                raise ValueError(
+                    f"AdapterDeployment {routes.deployment} has {count} {what}; at most {most} are allowed"
+                )
+        loaded: dict[str, list[Backend]] = {}
+        for backend in routes.backends:
+            for name in dict.fromkeys(backend.loaded):
+                loaded.setdefault(name, []).append(backend)
+        shared = {name: tuple(backends) for name, backends in loaded.items()}
+        backends = tuple(routes.backends)
+        models: dict[str, Model] = {}
+        foreign = []
+        for route in routes.routes:
+            if not route.model.startswith(f"{routes.namespace}/"):
+                foreign.append(route.model)
+                continue
+            models.setdefault(
+                route.model,
+                Model(
+                    name=route.model,
+                    namespace=routes.namespace,
+                    deployment=routes.deployment,
+                    base_model=routes.base_model,
+                    targets=tuple(route.targets),
+                    backends=backends,
+                    unavailable=routes.unavailable,
+                    steps=tuple(route.steps),
+                    idle_seconds=routes.idle_seconds,
+                    loaded=shared,
+                ),
+            )
+        addresses = frozenset(backend.address for backend in backends)
+        sleeps = routes.idle_seconds is not None
+        return cls(routes.namespace, routes.deployment, models, sleeps, addresses, tuple(foreign))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All models. Those of a namespace stand together, so that a change of one tenant costs the others nothing."""
+
+    namespaces: Mapping[str, Mapping[str, Model]] = field(default_factory=dict)
+    conflicts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # problems, by namespace
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> "Table":
+        """Build the table from the parts of all deployments."""
+        by_namespace: dict[str, list[Part]] = {}
+        for part in parts:
+            by_namespace.setdefault(part.namespace, []).append(part)
+        return cls().replaced(by_namespace)
+
+    def replaced(self, changed: Mapping[str, Sequence[Part]]) -> "Table":
+        """Return a table in which these namespaces have these parts. A namespace without parts is removed.
 
         A deployment may only name models of its own namespace; other routes are refused. If two deployments claim the
         same name, the deployment that sorts first gets it, so every gateway decides alike.
         """
-        models: dict[str, Model] = {}
-        problems: list[str] = []
-        for part in sorted(parts, key=lambda part: (part.namespace, part.deployment)):
-            for route in part.routes:
-                whose = f"{part.namespace}/{part.deployment}"
-                if not route.model.startswith(f"{part.namespace}/"):
-                    problems.append(f"{whose} claims the model {route.model}, which is not in its namespace")
-                elif route.model in models:
-                    problems.append(
-                        f"{whose} claims the model {route.model}, which {models[route.model].deployment} has already"
-                    )
-                else:
-                    models[route.model] = Model(
-                        name=route.model,
-                        namespace=part.namespace,
-                        deployment=part.deployment,
-                        base_model=part.base_model,
-                        targets=tuple(route.targets),
-                        backends=tuple(part.backends),
-                        unavailable=part.unavailable,
-                        steps=tuple(route.steps),
-                        idle_seconds=part.idle_seconds,
-                    )
-        return cls(models), problems
+        namespaces, conflicts = dict(self.namespaces), dict(self.conflicts)
+        for namespace, parts in changed.items():
+            namespaces.pop(namespace, None)
+            conflicts.pop(namespace, None)
+            ordered = sorted(parts, key=lambda part: part.deployment)
+            models: dict[str, Model] = {}
+            for part in reversed(ordered):  # the first comes last, so that its models stay
+                models.update(part.models)
+            if models:
+                namespaces[namespace] = models
+            if problems := _problems(ordered, models):
+                conflicts[namespace] = problems
+        return Table(namespaces, conflicts)
+
+    def find(self, name: str) -> Model | None:
+        """Return the model with this name, or None. The time does not depend on the size of the table."""
+        models = self.namespaces.get(name.partition("/")[0])
+        return models.get(name) if models else None
 
     @property
-    def sleepers(self) -> set[tuple[str, str]]:
-        """Return namespace and name of each deployment that may sleep."""
-        return {(model.namespace, model.deployment) for model in self.models.values() if model.idle_seconds is not None}
+    def size(self) -> int:
+        """Return the number of models."""
+        return sum(map(len, self.namespaces.values()))
 
     @property
-    def addresses(self) -> frozenset[str]:
-        """Return the addresses of all backends."""
-        return frozenset(backend.address for model in self.models.values() for backend in model.backends)
+    def problems(self) -> list[str]:
+        """Return what was refused, for people."""
+        return [problem for problems in self.conflicts.values() for problem in problems]
 
 
-def read_parts(
-    configmaps: Mapping[str, Mapping[str, str]], before: Mapping[str, Routes]
-) -> tuple[dict[str, Routes], list[str]]:
-    """Parse the part of the table in each ConfigMap. Return the parts by ConfigMap name, and a list of problems.
+def _problems(parts: Sequence[Part], models: Mapping[str, Model]) -> tuple[str, ...]:
+    """Return at most two problems of each part: routes of other namespaces, and routes that another part has already."""
+    problems = []
+    crowded = sum(len(part.models) for part in parts) > len(models)
+    for part in parts:
+        whose = f"{part.namespace}/{part.deployment}"
+        if part.foreign:
+            problems.append(f"{whose} claims {_such(part.foreign)}, which is not in its namespace")
+        if crowded and (taken := [name for name, model in part.models.items() if models[name] is not model]):
+            owner = models[taken[0]].deployment
+            problems.append(f"{whose} claims {_such(taken)}, which {owner} has already")
+    return tuple(problems)
 
-    If a ConfigMap is invalid, its last valid part stays.
-    """
-    parts: dict[str, Routes] = {}
-    problems: list[str] = []
-    for name, data in configmaps.items():
-        try:
-            parts[name] = Routes.model_validate_json(data.get(ROUTES_KEY) or "")
-        except ValidationError as error:
-            problems.append(f"ConfigMap {name} is invalid: {error.errors()[0]['msg']}")
-            if name in before:
-                parts[name] = before[name]
-    return parts, problems
+
+def _such(names: Sequence[str]) -> str:
+    return f"the model {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 class Balancer:

@@ -334,4 +334,4 @@ def test_an_auditor_verifies_a_version_with_a_public_key(tenant: Tenant, plane: 
         tenant.store.put(prefix + key, before)
     tenant.store.delete(prefix + "manifest.sig.json")
     code, text = graft_verify(keys)
-    assert code == 1 and "has a signature once its Adapter is Ready" in text
+    assert code == 1 and "has a signature only after its Adapter is Ready" in text

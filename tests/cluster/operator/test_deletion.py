@@ -3,8 +3,10 @@
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.store import S3Store
 from graft.contracts.progress import Reason
+from graft.reconcile.shared.storerights import installation_name
 from testbed.objectstore import S3Server
 from worlds.cluster.fleet import Fleet
+from worlds.cluster.operator_process import SYSTEM
 from worlds.cluster.tenant import Tenant
 from worlds.cluster.tenants import bind
 
@@ -111,7 +113,8 @@ def test_a_deletion_in_an_unbound_namespace_reports_the_missing_binding(tenant: 
 def test_deleting_a_namespace_revokes_its_credential_and_does_not_get_stuck(
     tenant: Tenant, calm: Tenant, s3: S3Server
 ) -> None:
-    identity = VersityIdentity(tenant.store, s3.endpoint)
+    cluster = tenant.api.get("Namespace", None, "kube-system") or {}
+    identity = VersityIdentity(tenant.store, s3.endpoint, installation_name(cluster["metadata"]["uid"], SYSTEM))
     calm.job("elsewhere")
     calm.running_pod("elsewhere")
     tenant.trained("first")
@@ -130,6 +133,6 @@ def test_deleting_a_namespace_revokes_its_credential_and_does_not_get_stuck(
     )  # fmt: skip
     tenant.wait(lambda: tenant.name not in identity.tenants(), "its key is revoked")
     policy = tenant.store.client.get_bucket_policy(Bucket="graft")["Policy"]
-    assert f"GraftOwn{tenant.name}" not in policy and f"GraftOwn{calm.name}" in policy
+    assert f"Own{tenant.name}" not in policy and f"Own{calm.name}" in policy
     calm.tenant_store().put(f"{calm.name}/datasets/train.jsonl", b"{}")
     assert fleet.find_routes() is None

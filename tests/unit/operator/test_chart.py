@@ -1,4 +1,4 @@
-"""The Helm chart: it renders, it refuses typos, its pods are restricted and its rights are few."""
+"""The Helm chart: it renders and refuses typos. Its pods meet Pod Security `restricted`. Its roles have few rights."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ EVERYTHING = {
 
 @pytest.fixture(scope="session")
 def helm() -> str:
-    """The testbed's helm, or the one on PATH."""
+    """Return the path of the testbed's helm, or of the helm on PATH."""
     try:
         from testbed.binaries import binary
 
@@ -58,7 +58,7 @@ def helm() -> str:
     except Exception as error:
         found = shutil.which("helm")
         if found is None:
-            pytest.fail(f"the chart cannot be tested: no helm on PATH, and the testbed could not build one: {error}")
+            pytest.fail(f"cannot test the chart: no helm on PATH, and the testbed could not build one: {error}")
         return found
 
 
@@ -71,7 +71,7 @@ def run(helm: str, *arguments: str, values: Manifest | None = None, tmp: Path) -
 
 @pytest.fixture
 def template(helm: str, tmp_path: Path) -> Any:
-    """Render the chart with values; a list of manifests."""
+    """Return a function that renders the chart with some values and returns the manifests."""
 
     def render(values: Manifest | None = None, *arguments: str) -> list[Manifest]:
         done = run(
@@ -93,12 +93,14 @@ def template(helm: str, tmp_path: Path) -> Any:
 
 def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
     found = [item for item in manifests if item["kind"] == kind and item["metadata"]["name"] == name]
-    assert len(found) == 1, f"{kind} {name}: {[(item['kind'], item['metadata']['name']) for item in manifests]}"
+    assert len(found) == 1, (
+        f"expected one {kind} {name}, found {[(item['kind'], item['metadata']['name']) for item in manifests]}"
+    )
     return found[0]
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """The pod templates, by name of what makes them."""
+    """Return the pod templates by the name of their workload."""
     return {
         item["metadata"]["name"]: item["spec"]["template"]
         for item in manifests
@@ -107,7 +109,7 @@ def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
 
 
 def rules(manifests: list[Manifest]) -> list[tuple[str, str, Manifest]]:
-    """Every RBAC rule: kind and name of its role, and the rule."""
+    """Return every RBAC rule, with the kind and the name of its role."""
     return [
         (item["kind"], item["metadata"]["name"], rule)
         for item in manifests
@@ -127,7 +129,7 @@ def test_helm_lint_finds_nothing(helm: str, tmp_path: Path, values: Manifest) ->
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_defaults_are_valid_and_every_one_is_in_the_schema() -> None:
+def test_the_defaults_are_valid_and_name_every_field_of_the_schema() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     jsonschema.validate(values, schema)
@@ -142,7 +144,7 @@ def test_the_defaults_are_valid_and_every_one_is_in_the_schema() -> None:
             entry for name in value for entry in unlisted(node["properties"][name], value[name], f"{path}.{name}")
         ]
 
-    assert unlisted(schema, values, "") == [], "in the schema but not in values.yaml"
+    assert unlisted(schema, values, "") == [], "these fields are in the schema but not in values.yaml"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_an_external_store_without_its_key_is_refused(helm: str, tmp_path: Path)
     assert "objectStore.external.existingSecret is needed" in done.stderr
 
 
-def test_keys_are_not_issued_by_a_store_that_cannot(helm: str, tmp_path: Path) -> None:
+def test_issuing_keys_needs_a_store_with_an_admin_url(helm: str, tmp_path: Path) -> None:
     values = {"objectStore": {"embedded": {"enabled": False}, "external": {"existingSecret": "s"}}}
     done = run(helm, "template", "graft", str(CHART), values=values, tmp=tmp_path)
     assert "needs objectStore.external.adminUrl" in done.stderr
@@ -208,7 +210,7 @@ def test_only_the_third_party_store_has_a_key_in_its_environment(template: Any) 
 
 
 @pytest.mark.parametrize("values", [{}, EXTERNAL, EVERYTHING], ids=["default", "external", "everything"])
-def test_no_role_has_a_wildcard_or_reads_secrets_of_the_cluster(template: Any, values: Manifest) -> None:
+def test_no_role_has_a_wildcard_or_reads_all_secrets_of_the_cluster(template: Any, values: Manifest) -> None:
     manifests = template(values)
     for kind, name, rule in rules(manifests):
         assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"], name
@@ -224,7 +226,7 @@ def test_no_role_has_a_wildcard_or_reads_secrets_of_the_cluster(template: Any, v
             assert {subject["kind"] for subject in item["subjects"]} == everybody
 
 
-def test_the_operator_writes_workloads_only_where_it_was_let_in(template: Any) -> None:
+def test_the_operator_writes_workloads_only_in_the_tenant_namespaces(template: Any) -> None:
     manifests = template({"tenantNamespaces": ["team-a", "team-b"]})
     bound = [
         item["metadata"]["namespace"]
@@ -237,7 +239,7 @@ def test_the_operator_writes_workloads_only_where_it_was_let_in(template: Any) -
             assert set(rule["verbs"]) <= {"get", "list", "watch"}, rule
 
 
-def test_all_that_every_service_account_may_read_are_the_public_keys(template: Any) -> None:
+def test_every_service_account_may_read_only_the_public_keys(template: Any) -> None:
     manifests = template(EVERYTHING)
     groups = [
         (item["kind"], item["roleRef"], subject["name"])
@@ -258,7 +260,7 @@ def test_all_that_every_service_account_may_read_are_the_public_keys(template: A
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_the_signing_key_is_one_secret_of_the_operators_namespace(template: Any, create: bool) -> None:
+def test_the_signing_key_is_one_secret_in_the_namespace_of_the_operator(template: Any, create: bool) -> None:
     manifests = template({"signing": {"secretName": "keys", "create": create}})
     assert operator_settings(manifests).signing == Signing(secret="keys", create=create)
     role = find(manifests, "Role", "graft-operator")
@@ -271,12 +273,12 @@ def test_the_signing_key_is_one_secret_of_the_operators_namespace(template: Any,
     assert not [item for item in manifests if item["kind"] == "Secret" and item["metadata"]["name"] == "keys"]
 
 
-def test_a_provided_key_is_never_written(template: Any) -> None:
+def test_the_operator_may_not_write_a_storage_key_that_the_user_provides(template: Any) -> None:
     tenant = find(template(EXTERNAL), "ClusterRole", "graft-tenant")
     assert [rule["verbs"] for rule in tenant["rules"] if "secrets" in rule["resources"]] == [["get"]]
 
 
-def test_the_operator_reads_what_the_chart_says(template: Any) -> None:
+def test_the_settings_of_the_operator_match_the_values_of_the_chart(template: Any) -> None:
     manifests = template({"imagePullSecrets": ["registry"], "images": {"agent": {"digest": "sha256:" + "a" * 64}}})
     settings = operator_settings(manifests)
     assert settings.namespace == "graft-system"
@@ -324,7 +326,7 @@ def test_the_operators_storage_folder_is_complete(template: Any, values: Manifes
         assert set(root) == {"access-key-id", "secret-access-key"}
 
 
-def test_the_crds_are_templates_that_survive_the_release(template: Any) -> None:
+def test_the_crds_are_templates_and_survive_an_uninstall(template: Any) -> None:
     originals = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / "crds").glob("*.yaml")}
     rendered = [item for item in template() if item["kind"] == "CustomResourceDefinition"]
     assert len(rendered) == len(originals)
@@ -336,7 +338,7 @@ def test_the_crds_are_templates_that_survive_the_release(template: Any) -> None:
     assert not [item for item in template({"crds": {"install": False}}) if item["kind"] == "CustomResourceDefinition"]
 
 
-def test_the_finalizers_go_after_the_operator_has_gone(template: Any) -> None:
+def test_an_uninstall_removes_the_finalizers_after_the_operator(template: Any) -> None:
     hooks = [item for item in template() if "helm.sh/hook" in item["metadata"].get("annotations", {})]
     weight = {item["kind"]: int(item["metadata"]["annotations"]["helm.sh/hook-weight"]) for item in hooks}
     assert {item["metadata"]["annotations"]["helm.sh/hook"] for item in hooks} == {"post-delete"}
@@ -344,7 +346,7 @@ def test_the_finalizers_go_after_the_operator_has_gone(template: Any) -> None:
     assert pods(hooks)["graft-uninstall"]["spec"]["containers"][0]["command"] == ["python", "-m", "graft", "uninstall"]
 
 
-def test_the_stores_policy_admits_the_pods_that_the_operator_makes(template: Any) -> None:
+def test_the_network_policy_of_the_store_admits_the_pods_that_the_operator_creates(template: Any) -> None:
     from graft.api import FineTuneJob
 
     job = FineTuneJob.model_validate(
@@ -362,16 +364,16 @@ def test_the_stores_policy_admits_the_pods_that_the_operator_makes(template: Any
     ports = {rule["ports"][0]["port"]: rule["from"] for rule in policy["ingress"]}
     admitted = [peer["podSelector"]["matchLabels"] for peer in ports["s3"] if "namespaceSelector" in peer]
     assert any(selector.items() <= labels(job, "training").items() for selector in admitted)
-    assert len(ports["admin"]) == 1, "the identity service is the operator's alone"
+    assert len(ports["admin"]) == 1, "only the operator may reach the identity service"
     assert "egress" not in policy and "Egress" in policy["policyTypes"]
 
 
-def test_a_second_gateway_brings_a_disruption_budget(template: Any) -> None:
+def test_a_second_gateway_replica_gets_a_disruption_budget(template: Any) -> None:
     assert not [item for item in template() if item["kind"] == "PodDisruptionBudget"]
     assert find(template({"gateway": {"replicas": 2}}), "PodDisruptionBudget", "graft-gateway")
 
 
-def test_the_gateway_is_started_and_probed_as_it_is_written(template: Any) -> None:
+def test_the_gateway_knows_the_flags_and_probes_of_the_chart(template: Any) -> None:
     from graft_server.gateway.app import Gateway
     from graft_server.gateway.settings import parse
 
@@ -404,7 +406,7 @@ def test_optional_parts_render(template: Any) -> None:
         ]
 
 
-def test_services_and_policies_select_the_pods(template: Any) -> None:
+def test_every_service_and_network_policy_selects_one_workload(template: Any) -> None:
     manifests = template(EVERYTHING)
     found = [pod["metadata"]["labels"] for pod in pods(manifests).values()]
     for item in manifests:
@@ -417,7 +419,7 @@ def test_services_and_policies_select_the_pods(template: Any) -> None:
         assert sum(selector.items() <= pod.items() for pod in found) == 1, item["metadata"]["name"]
 
 
-def test_the_stores_data_survives_the_release_unless_told_otherwise(template: Any) -> None:
+def test_the_data_of_the_store_survives_an_uninstall_unless_persistence_is_off(template: Any) -> None:
     spec = find(template(), "StatefulSet", "graft-store")["spec"]
     assert spec["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"] == "100Gi"
     spec = find(
@@ -427,7 +429,7 @@ def test_the_stores_data_survives_the_release_unless_told_otherwise(template: An
     assert {"name": "data", "emptyDir": {}} in spec["template"]["spec"]["volumes"]
 
 
-def test_another_release_name_renames_everything_alike(helm: str, tmp_path: Path) -> None:
+def test_another_release_name_renames_all_objects_consistently(helm: str, tmp_path: Path) -> None:
     done = run(helm, "template", "prod", str(CHART), "--namespace", "x", values={}, tmp=tmp_path)
     manifests = [item for item in yaml.safe_load_all(done.stdout) if item]
     settings = Settings.model_validate_json(find(manifests, "ConfigMap", "prod-graft-config")["data"]["config.json"])
@@ -436,7 +438,7 @@ def test_another_release_name_renames_everything_alike(helm: str, tmp_path: Path
     assert set(pods(manifests)) == {f"prod-graft-{part}" for part in ("operator", "gateway", "store", "uninstall")}
 
 
-def test_the_gateway_writes_one_configmap_and_nothing_else(template: Any) -> None:
+def test_the_gateway_may_write_only_one_configmap(template: Any) -> None:
     from graft.contracts.gateway import DEMAND_CONFIGMAP
 
     manifests = template({"gateway": {"holdSeconds": 30}})
@@ -446,4 +448,6 @@ def test_the_gateway_writes_one_configmap_and_nothing_else(template: Any) -> Non
     ]
     (container,) = pods(manifests)["graft-gateway"]["spec"]["containers"]
     assert container["command"][-2:] == ["--hold-seconds", "30"]
-    assert any(entry["name"] == "POD_NAME" for entry in container["env"]), "its keys carry its name"
+    assert any(entry["name"] == "POD_NAME" for entry in container["env"]), (
+        "the keys that the gateway writes contain the name of its pod"
+    )

@@ -1,4 +1,4 @@
-"""The generated CRDs: what is committed is what the models say, and it has the shape that the API server takes."""
+"""The generated CRDs: the committed files match the models, and they have the form that the API server accepts."""
 
 import re
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ KEYWORDS = {
     "items",
     "maxItems",
     "maxLength",
+    "maxProperties",
     "maximum",
     "minItems",
     "minLength",
@@ -45,7 +46,7 @@ def at(kind: str, path: str) -> dict[str, Any]:
 
 
 def nodes(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every schema in a schema, with its path."""
+    """Yield every schema inside a schema, with its path."""
     yield path, node
     for name, child in node.get("properties", {}).items():
         yield from nodes(child, f"{path}.{name}")
@@ -54,11 +55,11 @@ def nodes(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str,
             yield from nodes(node[word], f"{path}[]")
 
 
-def test_the_committed_files_are_what_the_models_say() -> None:
-    assert crdgen.differences(crdgen.ROOT) == "", "run `python -m graft.crdgen`"
+def test_the_committed_files_match_the_models() -> None:
+    assert crdgen.differences(crdgen.ROOT) == "", "the committed files are outdated. Run `python -m graft.crdgen`"
 
 
-def test_check_shows_what_differs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_check_shows_the_differences(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(crdgen, "ROOT", tmp_path)
     assert crdgen.main([]) == 0
     assert crdgen.main(["--check"]) == 0
@@ -100,7 +101,7 @@ def test_the_schema_is_structural(kind: str) -> None:
             continue
         assert "type" in node, path
         unknown = {word for word in node if not word.startswith("x-kubernetes-")} - KEYWORDS
-        assert not unknown, f"{path}: {unknown}"
+        assert not unknown, f"{path} has unknown keywords: {unknown}"
         assert not ("properties" in node and "additionalProperties" in node), path
         if node["type"] == "integer":
             assert node["format"] in INTEGER_FORMATS, path
@@ -112,7 +113,7 @@ def test_the_schema_is_structural(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CRDS)
-def test_the_kind_has_what_kubectl_shows(kind: str) -> None:
+def test_every_kind_has_a_status_and_the_columns_that_kubectl_shows(kind: str) -> None:
     crd = CRDS[kind]["spec"]
     version = crd["versions"][0]
     assert crd["names"]["categories"] == ["graft"]
@@ -128,20 +129,20 @@ def test_the_kind_has_what_kubectl_shows(kind: str) -> None:
                 node = (node.get("items") or node)["properties"][name]
 
 
-def test_defaults_fill_in_what_the_user_leaves_out_at_every_depth() -> None:
+def test_defaults_fill_in_missing_fields_at_every_depth() -> None:
     assert at("FineTuneJob", "spec.training")["default"] == {}
     assert at("FineTuneJob", "spec.training.lrSchedulerType")["default"] == "cosine"
     assert at("FineTuneJob", "spec.method.lora.rank")["default"] == 16
     assert at("AdapterDeployment", "spec.adapters")["default"] == []
-    assert "default" not in at("FineTuneJob", "spec.resources"), "absent is not empty"
+    assert "default" not in at("FineTuneJob", "spec.resources"), "a missing field must differ from an empty one"
 
 
 @pytest.mark.parametrize("kind", CRDS)
-def test_the_api_server_writes_nothing_into_a_status(kind: str) -> None:
+def test_a_status_has_no_defaults(kind: str) -> None:
     assert [path for path, node in nodes(at(kind, "status")) if "default" in node] == []
 
 
-def test_a_bound_that_is_not_reached_has_openapis_form() -> None:
+def test_an_exclusive_bound_has_the_form_of_openapi() -> None:
     split = at("FineTuneJob", "spec.dataset.evalSplit")
     assert (split["minimum"], split["exclusiveMinimum"], split["maximum"], split["exclusiveMaximum"]) == (
         0,
@@ -161,11 +162,11 @@ def test_only_the_resolved_hyperparameters_are_free_form() -> None:
     assert free == [("FineTuneJob", ".status.resolved.training")]
 
 
-def test_large_models_have_a_number_of_parameters() -> None:
+def test_the_number_of_parameters_is_a_64_bit_integer() -> None:
     assert at("BaseModel", "spec.facts.parameters")["format"] == "int64"
 
 
-def test_a_union_is_refused_when_generating() -> None:
+def test_the_generator_refuses_a_union() -> None:
     with pytest.raises(ValueError, match="no unions"):
         crdgen.structural({"anyOf": [{"type": "string"}, {"type": "integer"}]}, {}, defaults=True)
 
@@ -181,6 +182,6 @@ def test_the_reference_names_every_field_and_every_reason() -> None:
                 assert f"| `{reason}` | {meaning} |" in text
 
 
-def test_the_table_cells_keep_their_bars() -> None:
+def test_bars_in_table_cells_are_escaped() -> None:
     rows = [line for line in crdgen.reference(REASONS).splitlines() if line.startswith("| `")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} <= {4, 5}

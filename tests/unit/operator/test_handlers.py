@@ -1,4 +1,4 @@
-"""Who is looked at when something else changes."""
+"""Which resources are reconciled when another resource changes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from graft.reconcile.shared.queue import Queue
 
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
-    """A queue that follows some Adapters and never looks at them."""
+    """Return a queue that knows some resources and never reconciles them."""
 
     class Followed(Queue):
         def keys(self, kind: str, namespace: str | None = None) -> list[tuple[str, str, str]]:
@@ -26,20 +26,20 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
 
 def woken(spec: dict[str, Any], **status: Any) -> set[str]:
-    """By a change of an Adapter."""
+    """Return the names of the resources that a change of an Adapter wakes."""
     metadata = {"name": f"{spec['adapter']}-{spec['version']}", "namespace": "shop"}
     body = {"metadata": metadata, "spec": spec, "status": status}
     return {key[2] for key in handlers._referring("Adapter", body, "MODIFIED")}
 
 
 def woken_by(name: str, *adapters: str, change: str | None = "MODIFIED", **status: Any) -> set[str]:
-    """By a change of an AdapterDeployment."""
+    """Return the names of the resources that a change of an AdapterDeployment wakes."""
     spec = {"baseModel": "tiny", "adapters": list(adapters)}
     body = {"metadata": {"name": name, "namespace": "shop"}, "spec": spec, "status": status}
     return {key[2] for key in handlers._referring("AdapterDeployment", body, change)}
 
 
-def test_a_composition_wakes_its_parents_which_may_have_to_be_restored(queue: Queue) -> None:
+def test_a_composition_wakes_its_parents_because_they_may_need_a_restore(queue: Queue) -> None:
     parents = [{"adapter": "support@^1", "weight": 1}, {"adapter": "elsewhere@latest", "weight": 1}]
     spec = {"adapter": "both", "version": "1.0.0", "compose": {"parents": parents, "method": "cat"}}
     assert woken(spec) == {"support-1.0.0", "support-2.0.0"}
@@ -48,10 +48,10 @@ def test_a_composition_wakes_its_parents_which_may_have_to_be_restored(queue: Qu
     assert woken({"adapter": "support", "version": "1.0.0", "artifact": {}}) == {"support-2.0.0"}
 
 
-def test_a_deployment_wakes_the_adapters_that_it_names_now_and_no_more(queue: Queue) -> None:
+def test_a_deployment_wakes_the_adapters_that_it_starts_or_stops_naming(queue: Queue) -> None:
     assert woken_by("chat", "support@^1") == {"support-1.0.0", "support-2.0.0"}
-    assert woken_by("chat", "support@^1") == set()  # nothing of it changed
-    # What a rollback leads to depends on the version that is used.
+    assert woken_by("chat", "support@^1") == set()  # no reference has changed
+    # The target of a rollback depends on the version in use.
     used = {"adapters": [{"name": "support", "resolved": "support-1.0.0"}]}
     assert woken_by("chat", "support@^1", **used) == {"support-1.0.0", "support-2.0.0"}
     assert woken_by("chat", "support@^1", observedGeneration=3, message="3 of 4 replicas", **used) == set()
@@ -64,7 +64,7 @@ def test_a_deployment_wakes_the_adapters_that_it_names_now_and_no_more(queue: Qu
     assert woken_by("chat", "support-desk@1.0.0") == {"support-desk-1.0.0"}
 
 
-def test_a_version_that_is_restored_and_then_resolved_looks_again(queue: Queue) -> None:
+def test_a_restored_version_is_woken_again_when_it_is_resolved(queue: Queue) -> None:
     woken_by("chat", "support@^1", adapters=[{"ref": "support@^1", "restoring": "support-1.0.0"}])
     assert woken_by("chat", "support@^1", adapters=[{"ref": "support@^1", "name": "support-1.0.0"}]) == {
         "support-1.0.0",
@@ -72,19 +72,19 @@ def test_a_version_that_is_restored_and_then_resolved_looks_again(queue: Queue) 
     }
 
 
-def test_after_a_listing_everything_of_the_namespace_looks(queue: Queue) -> None:
-    """What was deleted while the watch was lost is told by nobody."""
+def test_after_a_new_listing_every_adapter_of_the_namespace_is_woken(queue: Queue) -> None:
+    """No event reports a resource that was deleted while the watch was interrupted."""
     woken_by("chat", "support@^1")
     assert woken_by("chat", "support@^1", change=None) == {key[2] for key in queue.keys("Adapter", "shop")}
 
 
 @pytest.mark.parametrize("text", ["a-1.2.²", "a-1.2." + "9" * 5000, "-", "@", ""])
-def test_no_text_keeps_others_from_being_woken(queue: Queue, text: str) -> None:
+def test_an_invalid_reference_does_not_keep_other_resources_from_being_woken(queue: Queue, text: str) -> None:
     woken_by("chat", "support@^1", text)
     assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0", "chat"}
 
 
-def test_an_adapter_wakes_the_deployments_that_name_it(queue: Queue) -> None:
+def test_an_adapter_wakes_the_deployments_that_refer_to_it(queue: Queue) -> None:
     woken_by("chat", "support@^1")
     woken_by("counter", "sales@latest", adapters=[{"resolved": "both-1.0.0"}])
     assert woken({"adapter": "sales", "version": "1.0.0"}) == {"counter"}

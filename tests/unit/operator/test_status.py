@@ -1,4 +1,4 @@
-"""Conditions: documented reasons, transition times, events only on transitions."""
+"""Conditions: they have documented reasons and transition times, and only transitions create events."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_a_long_message_is_cut() -> None:
     assert len(condition("Adapter", "Ready", "False", "FileMissing", "x" * 5000).message) == MESSAGE_LIMIT
 
 
-def test_the_transition_time_stays_while_the_status_does() -> None:
+def test_the_transition_time_changes_only_with_the_status() -> None:
     new = condition("Adapter", "Ready", "True", "Verified", "again")
     (same,) = merge([old()], [new], 2, "2026-02-02T00:00:00Z")
     assert (same.last_transition_time, same.observed_generation) == ("2026-01-01T00:00:00Z", 2)
@@ -60,11 +60,11 @@ def test_only_a_changed_status_or_reason_is_a_transition() -> None:
     assert transitions([], [old()]) == [old()]
 
 
-def test_durations_read_well() -> None:
+def test_durations_are_easy_to_read() -> None:
     assert [duration(seconds) for seconds in (0, 45, 200, 7500)] == ["0s", "45s", "3m20s", "2h05m"]
 
 
-def test_a_live_object_covers_what_a_manifest_names() -> None:
+def test_a_live_object_covers_a_manifest_if_it_has_all_its_fields() -> None:
     live = {"metadata": {"labels": {"a": "1", "b": "2"}}, "spec": {"list": [{"x": 1, "default": True}]}}
     assert covers(live, {"metadata": {"labels": {"a": "1"}}, "spec": {"list": [{"x": 1}]}})
     assert not covers(live, {"spec": {"list": [{"x": 2}]}})

@@ -10,15 +10,16 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graft.artifacts.layout import CHECKPOINTS, checkpoint_prefix
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import ObjectInfo
+from graft.bounded import Limits, OutOfBounds
 from graft.contracts.job import JobFile
-from graft.contracts.message import Message
+from graft.contracts.message import Message, Name, Size, Whole
 from graft.contracts.progress import CheckpointRef
-from pydantic import ValidationError
+from pydantic import Field
 
 from graft_trainer.recipe.resolve import Resolved
 
@@ -38,20 +39,23 @@ FREE = (
     "save_steps",
     "save_total_limit",
 )
+MOST_RANKS = 10_000  # names of files have four digits for the rank
 
 
 class Receipt(Message):
     """What one rank wrote. It is stored beside the rank's file, after the upload of that file."""
 
-    schema_version: int = 1
-    step: int
-    rank: int
-    world_size: int
+    limits: ClassVar[Limits] = Limits(4096, depth=3, values=64)
+
+    schema_version: Whole = 1
+    step: Whole
+    rank: int = Field(ge=0, lt=MOST_RANKS)
+    world_size: int = Field(ge=1, le=MOST_RANKS)
     final: bool = False
-    of: str  # identity()
-    size: int
-    sha256: str
-    created_at: str
+    of: Name  # identity()
+    size: Size
+    sha256: Name
+    created_at: Name
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,13 @@ def complete(objects: Iterable[ObjectInfo], root: str, read: Callable[[ObjectInf
             data[name] = item.size
             continue
         try:
-            receipt = Receipt.model_validate_json(read(item))
-        except ValidationError:
+            receipt = Receipt.read(read(item))
+        except OutOfBounds:
             continue  # written by another version of the trainer
         except StoreError as error:
-            if error.trouble != "missing":
+            if error.trouble not in {"missing", "large"}:
                 raise
-            continue  # another attempt has deleted it meanwhile
+            continue  # another attempt has deleted it meanwhile, or it is no receipt
         of = match["attempt"], int(match["step"]), match["final"] is not None
         receipts.setdefault(of, {})[int(match["rank"])] = receipt
     found = []

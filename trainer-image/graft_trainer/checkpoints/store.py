@@ -154,7 +154,7 @@ class CheckpointStore:
 
     def _read(self, item: ObjectInfo) -> bytes:
         if (item.key, item.etag) not in self._receipts:
-            self._receipts[item.key, item.etag] = self.store.get(item.key)
+            self._receipts[item.key, item.etag] = self.store.get(item.key, most=Receipt.limits.size)
         return self._receipts[item.key, item.etag]
 
 

@@ -15,12 +15,12 @@ from typing import Any, BinaryIO, overload
 from graft.api.recipe import Columns, Dataset
 from graft.contracts.progress import Reason
 
+from graft_trainer.data.lines import LINE, BadLine, bounded_lines, excerpt, kind_of, record_of
 from graft_trainer.run.failures import Failure
 
 ROLES = ("system", "user", "assistant", "tool")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 SHOWN = 5  # invalid lines that a message shows; the message counts all of them
-EXCERPT = 100  # characters that a message shows of an invalid line
 Message = dict[str, Any]
 
 
@@ -60,7 +60,7 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.choose(range(*index.indices(len(self))))
         self.stream.seek(self.begins[index])
-        return self.parse(self.numbers[index], self.stream.readline())
+        return self.parse(self.numbers[index], self.stream.readline(LINE.size + 1))
 
     def choose(self, indices: Sequence[int]) -> "Examples":
         """Return the examples at these indices, in this order."""
@@ -81,10 +81,6 @@ class Reading:
     total: int  # examples in the file; more than len(examples) if only a sample was kept
     invalid: int = 0  # lines that were skipped, with dataset.onInvalid: skip
     problems: list[str] = field(default_factory=list)  # what is wrong with the first skipped lines
-
-
-class BadLine(Exception):
-    """A line is invalid. The message says what is wrong with it."""
 
 
 def check_template(template: str) -> None:
@@ -122,9 +118,8 @@ def read_examples(
 
     numbers, begins = array("q"), array("q")
     problems: list[str] = []
-    good = bad = end = 0
-    for number, raw in enumerate(stream, start=1):
-        begin, end = end, end + len(raw)
+    good = bad = 0
+    for number, (begin, raw) in enumerate(bounded_lines(stream), start=1):
         if not _content(number, raw).strip():
             continue
         if limit is not None and good + (0 if skip else bad) >= limit:
@@ -217,27 +212,6 @@ def parser_of(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
     return lambda line, record: Example(line, text=_string(record, columns.text or "text"))
 
 
-def record_of(raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})") from error
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise BadLine("nested too deeply") from error
-    if not isinstance(record, dict):
-        raise BadLine(f"a JSON {_kind(record)}, not an object")
-    if "\\u" in text:  # an escape can encode half a character (a surrogate), which no tokenizer accepts
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise BadLine("an unpaired surrogate escape (\\ud800 to \\udfff)") from error
-    return record
-
-
 def _chat(line: int, record: dict[str, Any], column: str) -> Example:
     messages = _field(record, column)
     if not isinstance(messages, list) or not messages:
@@ -245,14 +219,15 @@ def _chat(line: int, record: dict[str, Any], column: str) -> Example:
     for index, message in enumerate(messages):
         where = f"{column}[{index}]"
         if not isinstance(message, dict):
-            raise BadLine(f"{where} is a {_kind(message)}, not an object with role and content")
+            raise BadLine(f"{where} is a {kind_of(message)}, not an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise BadLine(f"{where}.role is {json.dumps(role, ensure_ascii=False)}, not one of {', '.join(ROLES)}")
+            shown = excerpt(json.dumps(role, ensure_ascii=False).encode())
+            raise BadLine(f"{where}.role is {shown}, not one of {', '.join(ROLES)}")
         if role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]:
             continue
         if not isinstance(content, str) or not content.strip():
-            problem = "is empty" if isinstance(content, str) else f"is a {_kind(content)}, not a text"
+            problem = "is empty" if isinstance(content, str) else f"is a {kind_of(content)}, not a text"
             raise BadLine(f"{where}.content {problem if 'content' in message else 'is missing'}")
     last = messages[-1]
     if last["role"] != "assistant":
@@ -270,7 +245,7 @@ def _instruction(line: int, record: dict[str, Any], columns: Columns, template: 
     if further is None:
         further = ""
     if not isinstance(further, str):
-        raise BadLine(f"{name} is a {_kind(further)}, not a text")
+        raise BadLine(f"{name} is a {kind_of(further)}, not a text")
     if template is not None:
         return Example(line, prompt=fill(template, instruction, further), answer=answer, asked=(instruction, further))
     question = f"{instruction}\n\n{further}" if further.strip() else instruction
@@ -288,20 +263,10 @@ def _field(record: dict[str, Any], name: str) -> Any:
 def _string(record: dict[str, Any], name: str) -> str:
     value = _field(record, name)
     if not isinstance(value, str):
-        raise BadLine(f"{name} is a {_kind(value)}, not a text")
+        raise BadLine(f"{name} is a {kind_of(value)}, not a text")
     if not value.strip():
         raise BadLine(f"{name} is empty")
     return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
-    return kinds.get(type(value), "null")
-
-
-def excerpt(raw: bytes) -> str:
-    text = raw.decode(errors="replace").strip()
-    return text if len(text) <= EXCERPT else text[:EXCERPT] + "…"
 
 
 def _remedy(spec: Dataset) -> str:

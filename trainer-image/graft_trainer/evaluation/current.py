@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.manifest import Manifest
+from graft.artifacts.sources import CONFIG_LIMITS
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
+from graft.bounded import OutOfBounds, parse_json
 from graft.contracts.job import CurrentVersion
 from peft import PeftModel
 from transformers import AutoTokenizer
@@ -140,7 +142,12 @@ def _fitting(problem: str) -> Iterator[None]:
 def _reduce_config(path: Path, task: str) -> str:
     """Reduce the config file to the fields that describe the adapter. Return its peft_type. The removed fields are for
     training only, for example an initial text or a tokenizer to load."""
-    config = json.loads(path.read_text())
+    try:
+        config = parse_json(path.read_bytes(), CONFIG_LIMITS, path.name)
+    except OutOfBounds as error:
+        raise NotComparable(f"the current version's {error}. {USE_BASE}") from error
+    if not isinstance(config, dict):
+        raise NotComparable(f"the current version's {path.name} is not a JSON object. {USE_BASE}")
     kind = config.get("peft_type")
     if kind not in KNOWN:
         raise NotComparable(

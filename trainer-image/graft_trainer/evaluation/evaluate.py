@@ -26,7 +26,15 @@ from graft_trainer.evaluation.gates import HELD_OUT, Who, prefixed
 from graft_trainer.evaluation.generate import stop_tokens
 from graft_trainer.evaluation.measure import MEASURED_AT_ONCE, Measured, Questions, measure
 from graft_trainer.evaluation.subject import NAMES, Meter, Subject
-from graft_trainer.evaluation.suites import Task, chat_prompts, main_metric, metrics_of, read_suite, task_of
+from graft_trainer.evaluation.suites import (
+    Task,
+    chat_prompts,
+    main_metric,
+    metrics_of,
+    read_suite,
+    suite_lines,
+    task_of,
+)
 from graft_trainer.model.loss import mean_loss
 from graft_trainer.run.failures import Failure, explain
 from graft_trainer.run.run import Run
@@ -171,7 +179,7 @@ def _suites(run: Run, trained: Trained) -> list[_Set]:
         tasks: list[Task] = []
         if suite.lm_eval is None:
             with (run.settings.dataset_dir / "suites" / f"{suite.name}.jsonl").open("rb") as stream:
-                tasks = read_suite(stream, suite, run.job.dataset, trained.task)
+                tasks = read_suite(suite_lines(stream), suite, run.job.dataset, trained.task)
             if chat_prompts(run.job.dataset) and trained.tokenizer.chat_template:
                 tasks = [task.as_chat() for task in tasks]
         metrics = metrics_of(suite, tasks[0].kind) if tasks else ()

@@ -4,6 +4,7 @@ Only the harness's own code runs. A user's definition must be plain YAML. Templa
 Metrics and datasets that bring code from the Hub are refused. This module does not import torch.
 """
 
+import json
 import logging
 import re
 import sys
@@ -19,6 +20,9 @@ from graft_trainer.run.failures import Failure
 
 log = logging.getLogger(__name__)
 LARGEST = 256 * 1024  # bytes of a definition
+DEPTH = 32  # of nested mappings and lists in it
+ALIASES = 16  # in it. Aliases and merge keys repeat what they name: a few dozen, one within another, become gigabytes
+FILTER_CHARS = 64  # of the name of a filter, which becomes part of a metric's name
 IGNORED_KEYS = {  # the location of the data and the number of examples, which the suite sets, and labels
     "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split", "fewshot_split",
     "num_fewshot", "tag", "task_alias", "should_decontaminate",
@@ -40,11 +44,14 @@ def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
     if len(data) > LARGEST:
         raise _refused(suite, f"it has {len(data)} bytes, and the limit is {LARGEST} bytes")
     try:
-        found = yaml.safe_load(data)
+        found = yaml.load(data, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        json.dumps(found, default=str, skipkeys=True)  # raises ValueError if a part contains itself
     except yaml.YAMLError as error:
         tag = TAG.search(str(error))
         what = f"the tag {tag.group(1)} is not allowed" if tag else f"it is not YAML: {error}"
         raise _refused(suite, what) from error
+    except ValueError as error:  # also a number of thousands of digits, or a date that does not exist
+        raise _refused(suite, f"it has a value that cannot be read: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("task"), str):
         raise _refused(suite, "it must be a mapping with the task's name in the key task")
     if unknown := sorted(str(key) for key in found.keys() - KEYS - IGNORED_KEYS):
@@ -62,6 +69,12 @@ def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
             )
         if not isinstance(metric.get("aggregation", ""), str):
             raise _refused(suite, f"the aggregation of the metric {name} must be a name")
+    for item in found.get("filter_list") or []:
+        name = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(name, str) or not name.isprintable() or len(name) > FILTER_CHARS:
+            raise _refused(
+                suite, f"each entry of filter_list must have a name of at most {FILTER_CHARS} printable characters"
+            )
     generation = found.get("generation_kwargs") or {}
     if not isinstance(generation, dict) or (unknown := sorted(generation.keys() - GENERATION_KEYS)):
         raise _refused(
@@ -70,6 +83,22 @@ def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
             f"not allowed: {', '.join(unknown)}",
         )
     return {key: value for key, value in found.items() if key in KEYS}
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader with bounds on depth and aliases."""
+
+    depth = aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node. Raises YAMLError beyond the bounds."""
+        self.aliases += self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        if self.depth > DEPTH or self.aliases > ALIASES:
+            raise yaml.YAMLError(f"it is nested deeper than {DEPTH} levels, or has more than {ALIASES} aliases")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _refused(suite: Suite, why: str) -> Failure:

@@ -6,16 +6,18 @@ Both prepare and train read the suites' files with this code.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from graft.api.evaluation import Metric, Suite
 from graft.api.recipe import Columns, Dataset
 from graft.contracts.progress import Reason
 
-from graft_trainer.data.dataset import BadLine, Example, Message, excerpt, parser_of, record_of
+from graft_trainer.data.dataset import Example, Message, parser_of
+from graft_trainer.data.lines import BadLine, bounded_lines, excerpt, record_of
 from graft_trainer.run.failures import Failure
 
 Kind = Literal["answers", "choices", "text"]
+MOST_TASKS = 100_000  # of a suite; they are held in memory. The largest known, HellaSwag, has 40,000
 SHOWN = 5  # bad lines that a message shows; all are counted
 ASKING = ("system", "user", "assistant", "tool")
 ALLOWED: dict[Kind, tuple[Metric, ...]] = {
@@ -133,6 +135,12 @@ def read_suite(
             continue
         if suite.limit is not None and seen >= suite.limit:
             break
+        if seen >= MOST_TASKS:
+            raise Failure(
+                Reason.CONFIGURATION_INVALID,
+                f"spec.evaluation.suites {suite.name} ({suite.uri}) has more than {MOST_TASKS} lines",
+                f"Set the suite's limit to at most {MOST_TASKS}, or use a smaller file.",
+            )
         seen += 1
         try:
             task = _task(number, record_of(content), dataset)
@@ -173,6 +181,29 @@ def read_suite(
             "Give the lines a prompt and an answer, or use a causal base model.",
         )
     return tasks
+
+
+def suite_lines(stream: BinaryIO) -> Iterable[bytes]:
+    """Return the lines of a suite's file for read_suite, each bounded."""
+    return (line for _, line in bounded_lines(stream))
+
+
+def check_data(lines: Iterable[bytes], suite: Suite) -> None:
+    """Check the data of a user's own lm-eval task: every line is a JSON object within the bounds.
+
+    The harness reads it with a library that ends the process at some nested lines. Raises Failure(DatasetInvalid).
+    """
+    for number, raw in enumerate(lines, start=1):
+        content = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        try:
+            if content.strip():
+                record_of(content)
+        except BadLine as error:
+            raise Failure(
+                Reason.DATASET_INVALID,
+                f"spec.evaluation.suites {suite.name}: lmEval.data: line {number}: {error} — {excerpt(content)}",
+                "Correct this line. Each line must be one JSON object.",
+            ) from error
 
 
 def needs_chat_template(tasks: Sequence[Task]) -> bool:

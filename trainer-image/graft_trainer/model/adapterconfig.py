@@ -1,10 +1,11 @@
 """Check the adapter_config.json of an imported or composed adapter (PURE), and reduce it to the keys that describe
 it."""
 
-import json
 from typing import Any
 
 from graft.api.recipe import MethodName
+from graft.artifacts.sources import CONFIG_LIMITS
+from graft.bounded import OutOfBounds, parse_json
 from graft.contracts.progress import Reason
 
 from graft_trainer.data.tokens import Task
@@ -43,9 +44,9 @@ def reduced_config(data: bytes, who: str, method: MethodName, task: Task) -> dic
     """Return the keys that describe the adapter. Raises Failure(AdapterInvalid) if the adapter is not of the method, or
     if Graft does not serve such an adapter."""
     try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"{who}: adapter_config.json is not JSON: {error}") from error
+        config = parse_json(data, CONFIG_LIMITS, "it")
+    except OutOfBounds as error:
+        raise invalid(f"{who}: adapter_config.json is not JSON of an adapter: {error}") from error
     if not isinstance(config, dict):
         raise invalid(f"{who}: adapter_config.json is not a JSON object")
     for key, why in REFUSED.items():

@@ -2,19 +2,25 @@
 
 import ast
 import importlib.util
-import json
 import struct
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from graft.api.recipe import Dataset
+from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS
+from graft.bounded import Limits, OutOfBounds, parse_json
 from graft.contracts.progress import Reason
 
 from graft_trainer.data.tokens import Task
 from graft_trainer.run.failures import Failure
 
+HEADER = Limits(size=100_000_000, depth=6, values=4_000_000)  # of a safetensors file; the format allows 100 MB
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+LIMITS = {
+    "tokenizer_config.json": TOKENIZER_LIMITS,
+    "model.safetensors.index.json": Limits(size=64 * 1024 * 1024, depth=4, values=1_000_000),  # DeepSeek-V3's has 9 MB
+}
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 HEADS: dict[Task, tuple[str, ...]] = {  # endings of class names whose models predict the next token
@@ -148,10 +154,10 @@ def _truncated(path: Path) -> str | None:
     with path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size, 100_000_000):
+        if length > min(size, HEADER.size):
             return "is not a safetensors file"
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), HEADER, "the header")
             end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "is not a safetensors file"
@@ -213,13 +219,18 @@ def architectures(task: Task) -> dict[str, str]:
 
 def _json(path: Path, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        limits = LIMITS.get(path.name, CONFIG_LIMITS)
+        if (size := path.stat().st_size) > limits.size:
+            raise OutOfBounds(f"it has {size} bytes, more than {limits.size}")
+        value = parse_json(path.read_bytes(), limits, "it", constants=True)
     except FileNotFoundError as error:
         raise _invalid(
             f"{name} has no {path.name}", "Point spec.source of the BaseModel at a folder in Hugging Face's layout."
         ) from error
-    except ValueError as error:
-        raise _invalid(f"{name}: {path.name} is not JSON: {error}", f"Upload a valid {path.name}.") from error
+    except OutOfBounds as error:
+        raise _invalid(
+            f"{name}: {path.name} is not JSON of a model: {error}", f"Upload a valid {path.name}."
+        ) from error
     if not isinstance(value, dict):
         raise _invalid(f"{name}: {path.name} is not a JSON object", f"Upload a valid {path.name}.")
     return value

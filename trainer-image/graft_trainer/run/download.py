@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest
-from graft.artifacts.sources import SourceError, pvc_path
+from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS, SourceError, pvc_path
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import CHUNK, Report, S3Store
 from graft.artifacts.versions import InvalidArtifact, file_sha256, read_manifest
@@ -26,6 +26,12 @@ from graft_trainer.run.settings import Settings
 log = logging.getLogger(__name__)
 LIMIT = 4 * 1024**3  # bytes of a decompressed file: the work folder is on the node's disk
 SPARE = 256 * 1024**2  # bytes that stay free on the disk
+MOST_BYTES = {
+    "adapter_config.json": CONFIG_LIMITS.size,
+    "config.json": CONFIG_LIMITS.size,
+    "generation_config.json": CONFIG_LIMITS.size,
+    "tokenizer_config.json": TOKENIZER_LIMITS.size,
+}
 GZIP = b"\x1f\x8b"
 OTHER_FORMS = {
     b"PAR1": "Parquet", b"ARROW1": "Arrow", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
@@ -104,8 +110,17 @@ def fetch_version(store: S3Store, uri: str, digest: str, folder: Path) -> Manife
     for file in manifest.files:
         if file.name.startswith("report."):
             continue
-        path = folder / file.name
-        store.download(store.head(prefix + file.name, bucket), path, bucket)
+        path, stored = folder / file.name, store.head(prefix + file.name, bucket)
+        if stored.size != file.size:
+            raise InvalidArtifact(
+                "DigestMismatch",
+                f"{file.name} does not match the manifest: it has {stored.size} bytes, not {file.size}",
+            )
+        if file.size > (most := MOST_BYTES.get(file.name, file.size)):
+            raise InvalidArtifact(
+                "ManifestInvalid", f"{file.name} has {file.size} bytes, but it may have at most {most}"
+            )
+        store.download(stored, path, bucket)
         if (file_sha256(path), path.stat().st_size) != (file.sha256, file.size):
             raise InvalidArtifact("DigestMismatch", f"{file.name} does not match the manifest")
     return manifest

@@ -1,32 +1,37 @@
 """What earlier attempts of the job left in the store: a published version, and failures for lack of memory."""
 
+import logging
+
 from graft.artifacts.layout import MANIFEST, PROGRESS
-from graft.artifacts.manifest import Manifest, digest
+from graft.artifacts.manifest import LIMITS, Manifest, digest
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
+from graft.bounded import OutOfBounds
 from graft.contracts.progress import Progress, Reason
-from pydantic import ValidationError
 
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Run
 
+log = logging.getLogger(__name__)
+
 
 def read_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | None:
-    """Return the manifest below a version's prefix and its digest: (None, digest) if it is unreadable, None if there is
-    none.
+    """Return the manifest below a version's prefix and its digest: (None, "") if it is unreadable, None if there is none.
 
     Raises StoreError.
     """
     try:
-        data = store.get(prefix + MANIFEST)
+        data = store.get(prefix + MANIFEST, most=LIMITS.size)
     except StoreError as error:
         if error.trouble == "missing":
             return None
+        if error.trouble == "large":
+            return None, ""
         raise
     try:
-        return Manifest.model_validate_json(data), digest(data)
-    except ValidationError:
-        return None, digest(data)
+        return Manifest.read(data), digest(data)
+    except OutOfBounds:
+        return None, ""
 
 
 def already_published(run: Run) -> tuple[Manifest, str] | None:
@@ -58,7 +63,21 @@ def memory_halvings(run: Run) -> int:
     for item in run.store.objects(run.prefix):
         if not item.key.endswith("/" + PROGRESS):
             continue
-        progress = Progress.model_validate_json(run.store.get(item.key))
-        if progress.failure is not None and progress.failure.reason == Reason.MEMORY_EXCEEDED:
-            known = max(known, int((progress.training or {}).get("halvings", 0)) + 1)
+        progress = _progress(run.store, item.key)
+        if progress is None or progress.failure is None or progress.failure.reason != Reason.MEMORY_EXCEEDED:
+            continue
+        halvings = (progress.training or {}).get("halvings", 0)
+        known = max(known, 1 + (halvings if isinstance(halvings, int) else 0))
     return known
+
+
+def _progress(store: S3Store, key: str) -> Progress | None:
+    """Return the progress of an attempt, or None if it is not readable or is deleted meanwhile. Raises StoreError."""
+    try:
+        return Progress.read(store.get(key, most=Progress.limits.size))
+    except OutOfBounds as error:
+        log.warning("%s is not readable, so its failure is not counted: %s", key, error)
+    except StoreError as error:
+        if error.trouble not in {"missing", "large"}:
+            raise
+    return None

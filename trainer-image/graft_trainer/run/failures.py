@@ -198,6 +198,12 @@ def store_failure(error: StoreError, *, publishing: bool = False) -> Termination
                 message=f"The bucket or object does not exist: {message}",
                 remedy="Create the bucket that the Secret graft-storage names, or correct the bucket's name in the Secret.",
             )
+        case "large":
+            return Termination(
+                reason=Reason.STORAGE_DENIED,
+                message=f"An object in the store is too large: {message}",
+                remedy="Another writer has replaced the object. Check who may write below the tenant's prefix, and delete the object.",
+            )
         case _:
             return Termination(
                 reason=Reason.STORAGE_UNAVAILABLE,

@@ -133,7 +133,9 @@ class ProgressReporter:
 
     def _upload(self, state: Progress, events: list[bytes]) -> bool:
         try:
-            self._store.put(self._prefix + PROGRESS, state.json_text().encode())
+            # update() does not validate: the texts of errors are cut here to what the operator reads.
+            bounded = Progress.model_validate_json(state.json_text())
+            self._store.put(self._prefix + PROGRESS, bounded.json_text().encode())
             if events:
                 self._store.put(self._prefix + EVENTS, b"".join(events))
         except Exception as error:

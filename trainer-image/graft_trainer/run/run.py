@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from graft.artifacts.layout import PROGRESS, adapter_prefix, attempt_prefix, run_prefix
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
+from graft.bounded import OutOfBounds
 from graft.contracts.job import JobFile
 from graft.contracts.message import Message
 from graft.contracts.progress import DatasetStatistics, Progress, Reason
-from pydantic import ValidationError
 
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.interruption import Interruption
@@ -78,13 +78,11 @@ def read_job(path: Path) -> JobFile:
 def read_message(path: Path, kind: type[M]) -> M:
     """Read a file that the operator wrote. Raises Failure if its operator is of another version than this image."""
     try:
-        return kind.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        return kind.read(path.read_bytes())
+    except OutOfBounds as error:
         raise Failure(
             Reason.INTERNAL_ERROR,
-            f"{path} cannot be read: {where}: {first['msg']}",
+            f"{path} cannot be read: {error}",
             "Use the trainer image of the operator's own version.",
         ) from error
 

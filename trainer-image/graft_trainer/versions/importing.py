@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.layout import split_s3_uri
+from graft.artifacts.listing import listing
 from graft.artifacts.manifest import ALLOWED_FILES, ManifestBaseModel
 from graft.artifacts.manifest import SHARD as SHARD_NAME
-from graft.artifacts.sources import SourceError, fetch, hub_errors, s3_digest, s3_files, split_hf_uri
+from graft.artifacts.sources import (
+    SourceError,
+    check_config_size,
+    download_config,
+    fetch,
+    hub_errors,
+    s3_digest,
+    s3_files,
+    split_hf_uri,
+)
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import ObjectInfo
 from graft.contracts.progress import Reason
@@ -30,7 +40,6 @@ from graft_trainer.versions.making import Made, Making, write_base_config
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CONFIG_LIMIT = 1024 * 1024  # bytes
 WHERE = "Correct spec.import.uri, or let this namespace's key or Hugging Face token read it."
 
 
@@ -46,8 +55,6 @@ def import_version(making: Making, source: str) -> Made:
 def _adapter(making: Making, source: str) -> Made:
     file, folder = making.file, making.settings.adapter_dir
     pinned, digest = fetch_adapter(making, source, folder)
-    if (size := (folder / CONFIG).stat().st_size) > CONFIG_LIMIT:
-        raise invalid(f"{source}: {CONFIG} has {size} bytes, but it may have at most {CONFIG_LIMIT} bytes")
     config = reduced_config((folder / CONFIG).read_bytes(), source, file.method, file.task)
     base_config = write_base_config(making)
     base = base_of_shapes(base_config, file.base_model.name, file.task)
@@ -74,8 +81,9 @@ def fetch_adapter(making: Making, source: str, folder: Path) -> tuple[str, str |
     if source.startswith("hf://"):
         return _adapter_of_hub(making, source, folder), None
     bucket, prefix = split_s3_uri(source)
-    found = {item.key.removeprefix(prefix): item for item in making.store.objects(prefix, bucket)}
+    found = {item.key.removeprefix(prefix): item for item in listing(making.store, prefix, bucket)}
     _check_names(source, set(found))
+    check_config_size(found[CONFIG].size, CONFIG, source)
     chosen: list[ObjectInfo] = [found[CONFIG], found[WEIGHTS]]
     for item in chosen:
         making.store.download(item, folder / item.key.removeprefix(prefix), bucket)
@@ -88,13 +96,17 @@ def _adapter_of_hub(making: Making, source: str, folder: Path) -> str:
     repo, revision = split_hf_uri(source)
     endpoint, token = making.file.hf_endpoint, making.settings.hf_token() or False
     with hub_errors(source):
-        info = HfApi(endpoint=endpoint, token=token).model_info(repo, revision=revision, timeout=20)
-    _check_names(source, {item.rfilename for item in info.siblings or []})
+        info = HfApi(endpoint=endpoint, token=token).model_info(
+            repo, revision=revision, files_metadata=True, timeout=20
+        )
+    sizes = {item.rfilename: item.size for item in info.siblings or []}
+    _check_names(source, set(sizes))
     local = making.settings.work_dir / "hub"
-    for name in (CONFIG, WEIGHTS):
-        with hub_errors(source):
-            path = hf_hub_download(repo, name, revision=info.sha, endpoint=endpoint, token=token, local_dir=local)
-        shutil.move(path, folder / name)
+    with hub_errors(source):
+        config = download_config(repo, CONFIG, info.sha, sizes[CONFIG], endpoint=endpoint, token=token, local_dir=local)
+        shutil.move(config, folder / CONFIG)
+        path = hf_hub_download(repo, WEIGHTS, revision=info.sha, endpoint=endpoint, token=token, local_dir=local)
+    shutil.move(path, folder / WEIGHTS)
     return f"hf://{repo}@{info.sha}"
 
 

@@ -3,8 +3,8 @@
 Its deletion waits while a deployment serves it.
 """
 
-import asyncio
 from dataclasses import replace
+from typing import Any
 
 from graft.api import Adapter
 from graft.api.adapter import AdapterStatus
@@ -12,9 +12,9 @@ from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.storage import StoreError
-from graft.artifacts.versions import InvalidArtifact, verify
+from graft.artifacts.versions import InvalidArtifact
 from graft.kube import Manifest
-from graft.reconcile.adapter import adapterjob, lifecycle, signing
+from graft.reconcile.adapter import adapterjob, lifecycle, signing, verification
 from graft.reconcile.adapter.compatibility import is_put_away
 from graft.reconcile.shared import ending
 from graft.reconcile.shared.access import Trouble
@@ -24,8 +24,7 @@ from graft.status import condition, find, now
 KIND = "Adapter"
 # Verdicts that may change although the spec does not: the store may answer again, and files may still arrive.
 RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing", "SigningKeyUnavailable"}
-# Verification reads every byte. More verifications at once would only share the same bandwidth.
-_verifying = asyncio.Semaphore(4)
+UNREAD = ("base_model_digest", "rank", "target_modules", "size_bytes", "metrics", "score", "verified_at", "signature")
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
@@ -43,11 +42,14 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if adapter.metadata.deletion_timestamp:
         return await _clean_up(ctx, raw, adapter, used_by, deployments)
     ready = find(adapter.status.conditions, "Ready")
+    if (outside := verification.outside_namespace(adapter, ctx.store.config.bucket)) is not None:
+        return await _refuse(ctx, raw, adapter, outside, used_by)
     look = lifecycle.Look(ctx, raw, adapter, deployments, used_by, in_use(used_by))
     if ready is not None and is_put_away(adapter):
-        pause = await lifecycle.attend(look, ready)
-        if pause is not None:
-            return pause
+        if not verification.running(ctx, adapter):
+            pause = await lifecycle.attend(look, ready)
+            if pause is not None:
+                return pause
         ready = None  # its files are restored, and are verified like new ones
     done = ready is not None and ready.observed_generation == adapter.metadata.generation and ready.status != "Unknown"
     settled = done and ready is not None and ready.reason not in RETRIED
@@ -68,35 +70,58 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         status = adapter.status.model_copy(update=told | {"stage": "Verifying"})
         await ctx.write_status(raw, status, [signing.unavailable(ctx), in_use(used_by)])
         return WAITING
-    checked = await _verify(ctx, adapter)
-    stored = await lifecycle.archived(ctx, adapter, checked)
-    status, verdict = observe(adapter, stored or checked)
-    if stored is not None and status.stage in {"Ready", "Rejected"}:
-        status, verdict = status.model_copy(update={"stage": "Archived"}), lifecycle.archived_condition()
+    checked = verification.outcome(ctx, adapter) if _may_verify(ctx, adapter) else None
+    if checked is None:
+        await _show_verifying(ctx, raw, adapter, told)
+        return max(SOON, _pause(ctx, adapter))
+    archived = isinstance(checked, verification.Checked) and checked.archived
+    status, verdict = observe(adapter, checked.manifest if isinstance(checked, verification.Checked) else checked)
+    if archived and status.stage in {"Ready", "Rejected"}:
+        if (
+            verification.own_prefix(adapter, adapter.artifact, ctx.store.config.bucket) is None
+        ):  # nothing is restored there
+            lost = InvalidArtifact("FileMissing", "the weights are in storage in compressed form only. Upload them")
+            status, verdict = observe(adapter, lost)
+        else:
+            status, verdict = status.model_copy(update={"stage": "Archived"}), lifecycle.archived_condition()
     status, verdict = await signing.signed(ctx, ctx.keys, adapter, status, verdict)
     await ctx.write_status(raw, status.model_copy(update=told), [verdict, in_use(used_by)])
-    return WAITING if verdict.reason in RETRIED else None
+    if verdict.reason in RETRIED:
+        return ctx.backoff.failed(adapter.metadata.uid, adapter.metadata.generation)
+    ctx.backoff.forget(adapter.metadata.uid)
+    return None
 
 
-async def _verify(ctx: Context, adapter: Adapter) -> AdapterManifest | InvalidArtifact | StoreError:
-    artifact = adapter.published
-    tenant = layout.tenant_of(adapter.metadata.namespace)
-    if layout.outside_tenants_part(artifact.uri, ctx.store.config.bucket, tenant):
-        own = layout.s3_uri(ctx.store.config.bucket, layout.tenant_prefix(tenant))
-        return InvalidArtifact(
-            "OutsideNamespace",
-            f"spec.artifact.uri: {artifact.uri} is outside this namespace's part of the bucket. Use files below {own}",
-        )
-    bucket, prefix = layout.split_s3_uri(artifact.uri)
-    try:
-        async with _verifying:
-            return await ctx.blocking(verify, ctx.store, prefix, artifact.digest, bucket)
-    except InvalidArtifact as error:
-        return error
-    except StoreError as error:
-        if error.trouble == "missing":
-            return InvalidArtifact("ManifestMissing", f"manifest.json does not exist at {artifact.uri}")
-        return error
+def _pause(ctx: Context, adapter: Adapter) -> float:
+    return ctx.backoff.left(adapter.metadata.uid, adapter.metadata.generation)
+
+
+def _may_verify(ctx: Context, adapter: Adapter) -> bool:
+    """Return whether the pause after the last failed verification is over, or a verification runs already."""
+    return verification.running(ctx, adapter) or _pause(ctx, adapter) <= 0
+
+
+async def _show_verifying(ctx: Context, raw: Manifest, adapter: Adapter, told: dict[str, Any]) -> None:
+    """Write the use of a version while its verification waits or runs. An earlier verdict stays until there is another."""
+    ready, used_by = find(adapter.status.conditions, "Ready"), told["used_by"]
+    if ready is None:
+        text = "the operator reads the files and compares them with manifest.json"
+        ready = condition(KIND, "Ready", "Unknown", "Verifying", text)
+        told = told | {"stage": "Verifying"}
+    elif ready.observed_generation != adapter.metadata.generation or is_put_away(adapter):
+        return  # it is a verdict on another spec, or on files that have been restored meanwhile
+    await ctx.write_status(raw, adapter.status.model_copy(update=told), [ready, in_use(used_by)])
+
+
+async def _refuse(
+    ctx: Context, raw: Manifest, adapter: Adapter, outside: InvalidArtifact, used_by: list[str]
+) -> float | None:
+    """Report a version that the operator must not read, without what an older operator has read of it."""
+    ctx.transfers.forget(adapter.metadata.uid)
+    status, verdict = observe(adapter, outside)
+    unread = dict.fromkeys(UNREAD) | lifecycle.use(adapter, used_by)
+    await ctx.write_status(raw, status.model_copy(update=unread), [verdict, in_use(used_by)])
+    return None
 
 
 def observe(
@@ -195,9 +220,9 @@ async def _clean_up(
         status = adapter.status.model_copy(update={"stage": "Deleting", "used_by": used_by})
         await ctx.write_status(raw, status, [*kept, in_use(used_by)])
         return WAITING
-    artifact = adapter.artifact
+    artifact, prefixes = adapter.artifact, []
     if adapter.spec.artifact is None:
-        left = await ending.stop(ctx, adapter)
+        left = await ending.end_jobs(ctx, adapter)
         if isinstance(left, Trouble):
             unbound = condition(KIND, "Ready", "Unknown", left.reason, left.message)
             await ctx.write_status(raw, adapter.status, [unbound, in_use(used_by)])
@@ -205,12 +230,12 @@ async def _clean_up(
         if left is not None:
             return left
         artifact = artifact or await adapterjob.unseen(ctx, adapter)
-    if not ctx.transfers.forget(adapter.metadata.uid):
-        return SOON
-    if lifecycle.removes_files(adapter, deployments) and artifact is not None:
-        bucket, prefix = layout.split_s3_uri(artifact.uri)
-        own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
-        if bucket == ctx.store.config.bucket and prefix.startswith(own):
-            await ctx.blocking(ctx.store.delete_prefix, prefix)
+        prefixes.append(layout.run_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.metadata.uid))
+    own = verification.own_prefix(adapter, artifact, ctx.store.config.bucket)
+    if own is not None and lifecycle.removes_files(adapter, deployments):
+        prefixes.append(own)
+    if (pause := ending.delete(ctx, adapter, prefixes)) is not None:
+        return pause
+    ctx.backoff.forget(adapter.metadata.uid)
     await ctx.remove_finalizer(adapter, KIND)
     return None

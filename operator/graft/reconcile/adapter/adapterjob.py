@@ -28,6 +28,8 @@ from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, refusal
+from graft.reconcile.shared.ownership import pods_of
+from graft.reconcile.shared.stored import valid
 from graft.status import condition, find
 
 KIND = "Adapter"
@@ -48,7 +50,7 @@ class Step:
 async def make(ctx: Context, adapter: Adapter) -> Step:
     """Reconcile a version that has no files yet."""
     namespace, labels = adapter.metadata.namespace, {OWNER_UID: adapter.metadata.uid}
-    children = await ctx.kube.list("Job", namespace, labels)
+    children = await ctx.kube.list("Job", namespace, labels, owner=adapter.metadata.uid)
     ended = bool(children) and any(
         condition_of(children[0], kind).get("status") == "True" for kind in ("Complete", "Failed", "FailureTarget")
     )
@@ -69,9 +71,8 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
             return published(adapter, found[1], ctx.store.config.bucket)
     if not children:
         return await _start(ctx, adapter)
-    own = sorted(
-        await ctx.kube.list("Pod", namespace, labels), key=lambda pod: str(pod["metadata"]["creationTimestamp"])
-    )
+    made = pods_of(children, await ctx.kube.list("Pod", namespace, labels))
+    own = sorted(made, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
     refused = await refusal(ctx, namespace, children[0]["metadata"]["uid"]) if not own else None
     return observe(adapter, children[0], own, refused)
 
@@ -86,7 +87,7 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
         return waiting(adapter, outside)
     if (trouble := await ensure_credentials(ctx, namespace)) is not None:
         return waiting(adapter, trouble)
-    adapters = [Adapter.model_validate(raw) for raw in await ctx.kube.list(KIND, namespace)]
+    adapters = valid(Adapter, await ctx.kube.list(KIND, namespace))
     if adapter.spec.compose is not None and adapter.status.parents is None:
         chosen = resolve(adapter, adapter.spec.compose, adapters, base.ref)
         if isinstance(chosen, Trouble):
@@ -111,7 +112,7 @@ async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Ada
     needs = manifests.resources(adapter, base.model.status, sizes)
     file = manifests.version_file(adapter, base.ref, base.model.spec.task, ctx.settings)
     await ctx.kube.apply(manifests.config_map(adapter, file))
-    await ctx.kube.apply(manifests.policy(adapter))
+    await ctx.kube.apply(manifests.policy(adapter, ctx.settings))
     await ctx.kube.create(manifests.job(adapter, base.ref, ctx.settings, needs))
 
 

@@ -16,19 +16,20 @@ from typing import Any
 
 from graft.api import Adapter, BaseModel
 from graft.api.meta import Condition
-from graft.artifacts import archive, layout
+from graft.artifacts import archive
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, read_manifest
-from graft.contracts.job import JobFile
 from graft.kube import Manifest
 from graft.manifests.adapter import ADAPTER_LABEL
 from graft.metrics import LIFECYCLE
-from graft.reconcile.adapter import retention
+from graft.reconcile.adapter import retention, verification
 from graft.reconcile.adapter.compatibility import compatible_bases
 from graft.reconcile.adapter.retention import Plan
 from graft.reconcile.shared.context import WAITING, Context
+from graft.reconcile.shared.jobs import job_file_of
+from graft.reconcile.shared.stored import valid
 from graft.status import condition, find, now
 
 KIND = "Adapter"
@@ -55,7 +56,7 @@ class Look:
 
     async def write(self, verdict: Condition, plan: Plan, **changes: Any) -> None:
         """Write the status: the verdict, the use, the compatibility and the plan."""
-        models = [BaseModel.model_validate(item) for item in await self.ctx.kube.list("BaseModel")]
+        models = valid(BaseModel, await self.ctx.kube.list("BaseModel"))
         told = use(self.adapter, self.used_by) | {
             "compatibility": compatible_bases(self.adapter, models),
             "pruned_after": plan.pruned_after,
@@ -144,18 +145,6 @@ async def attend(look: Look, verdict: Condition) -> float | None:
     return plan.next_look or QUIET
 
 
-async def archived(ctx: Context, adapter: Adapter, error: object) -> AdapterManifest | None:
-    """Return the manifest of a version whose missing files exist in compressed form.
-
-    This happens if its status was lost.
-    """
-    prefix = _own_prefix(ctx, adapter)
-    if prefix is None or not isinstance(error, InvalidArtifact) or error.reason != "FileMissing":
-        return None
-    manifest, _ = await ctx.blocking(read_manifest, ctx.store, prefix, adapter.published.digest)
-    return manifest if await ctx.blocking(archive.is_archived, ctx.store, prefix, manifest) else None
-
-
 def archived_condition() -> Condition:
     """Return the condition Ready of a version whose weights are compressed (PURE)."""
     text = "unused, so its weights are compressed in storage. They are restored if an AdapterDeployment refers to the version"
@@ -183,7 +172,7 @@ async def _plan(look: Look) -> Plan:
     """Decide from the objects at hand. Before anything is removed, list everything again and decide from that."""
     labels = {ADAPTER_LABEL: look.adapter.spec.adapter}
     found = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace, labels)
-    look.versions = [Adapter.model_validate(item) for item in found]
+    look.versions = valid(Adapter, found)
     needed = retention.needs(look.versions, look.deployments)
     plan = retention.decide(look.adapter, look.versions, needed, time.time())
     if plan.action == "keep":
@@ -204,11 +193,10 @@ async def _everything(look: Look) -> tuple[list[Adapter], dict[str, str]]:
     for job in await kube.list("FineTuneJob", namespace):
         if not _compares(job, name):
             continue
-        stored = await kube.get("ConfigMap", namespace, f"{job['metadata']['name']}-job")
-        file = JobFile.model_validate_json(stored["data"]["job.json"]) if stored else None
+        file = job_file_of(await kube.get("ConfigMap", namespace, f"{job['metadata']['name']}-job"))
         if file is not None and file.current is not None:
             compared.add(file.current.digest)
-    versions = [Adapter.model_validate(item) for item in adapters if item["spec"]["adapter"] == name]
+    versions = valid(Adapter, (item for item in adapters if item["spec"]["adapter"] == name))
     models = await kube.list("BaseModel")
     return versions, retention.needs(versions, deployments, retention.composing(adapters), compared, models)
 
@@ -235,13 +223,7 @@ async def _is_awaited(look: Look) -> bool:
 
 
 def _own_prefix(ctx: Context, adapter: Adapter) -> str | None:
-    """Return the prefix of the files if it belongs to this adapter in the operator's bucket.
-
-    No other files are written or deleted.
-    """
-    bucket, prefix = layout.split_s3_uri(adapter.published.uri)
-    own = layout.adapter_versions_prefix(layout.tenant_of(adapter.metadata.namespace), adapter.spec.adapter)
-    return prefix if bucket == ctx.store.config.bucket and prefix.startswith(own) else None
+    return verification.own_prefix(adapter, adapter.artifact, ctx.store.config.bucket)
 
 
 async def _prune(look: Look, verdict: Condition, plan: Plan) -> None:
@@ -312,8 +294,11 @@ async def _broken(look: Look, plan: Plan, error: InvalidArtifact) -> float | Non
 
 
 def _start(look: Look, what: str, call: Any) -> None:
-    prefix = _own_prefix(look.ctx, look.adapter)
-    look.ctx.transfers.start(look.uid, what, call, look.ctx.store, prefix, look.adapter)
+    prefix, meta = _own_prefix(look.ctx, look.adapter), look.adapter.metadata
+    look.ctx.transfers.start(
+        look.uid, what, call, look.ctx.store, prefix, look.adapter,
+        namespace=meta.namespace, then=lambda: look.ctx.wake(KIND, meta.namespace, meta.name),
+    )  # fmt: skip
 
 
 def _read(store: S3Store, prefix: str, adapter: Adapter) -> AdapterManifest:

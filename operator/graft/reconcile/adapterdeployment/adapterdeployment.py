@@ -11,16 +11,16 @@ it serves.
 """
 
 import asyncio
-from typing import Any
-
-from pydantic import BaseModel, ValidationError
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from graft.api import Adapter, AdapterDeployment
 from graft.api.deploymentstatus import ServingSizing
 from graft.artifacts.layout import tenant_of
+from graft.bounded import OutOfBounds
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted
 from graft.contracts.gateway import ROUTES_KEY, Routes
-from graft.contracts.message import BaseModelRef
+from graft.contracts.message import BaseModelRef, Message
 from graft.kube import KubeError, Manifest
 from graft.manifests import agent as agent_manifests
 from graft.manifests.metadata import OWNER_UID
@@ -33,7 +33,12 @@ from graft.reconcile.adapterdeployment.placing import place_engine
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.reconcile.shared.stored import valid
 from graft.status import find
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+SMALL = 500  # replicas times adapters, for which planning takes milliseconds
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
@@ -59,7 +64,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
     if not running:
         await _apply_adapters(ctx, world)
-    status, observed = observe(world, ctx.settings.gateway_url)
+    status, observed = await _computed(ctx, world, observe, world, ctx.settings.gateway_url)
     await ctx.write_status(raw, status, observed)
     if world.trouble is not None or world.unscaled is not None:
         return WAITING
@@ -69,9 +74,14 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     namespace, kube = spec.metadata.namespace, ctx.kube
-    (base, credentials), (listed, found_pods), (deployment, wanted, routes, residency) = await asyncio.gather(
+    children = {OWNER_UID: spec.metadata.uid}
+    (base, credentials), (listed, found_pods, sets), (deployment, wanted, routes, residency) = await asyncio.gather(
         asyncio.gather(gather_base_model(ctx, spec.spec.base_model, namespace), ensure_credentials(ctx, namespace)),
-        asyncio.gather(kube.list("Adapter", namespace), kube.list("Pod", namespace, {OWNER_UID: spec.metadata.uid})),
+        asyncio.gather(
+            kube.list("Adapter", namespace),
+            kube.list("Pod", namespace, children),
+            kube.list("ReplicaSet", namespace, children, metadata_only=True),
+        ),
         asyncio.gather(
             kube.get("Deployment", namespace, serving_name(spec)),
             kube.get("ConfigMap", namespace, wanted_name(spec)),
@@ -80,7 +90,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         ),
     )
     trouble = base if isinstance(base, Trouble) else credentials
-    adapters = [Adapter.model_validate(item) for item in listed]
+    adapters = valid(Adapter, listed)
     current = None if isinstance(base, Trouble) else base.ref
     live = basechange.base_of(deployment["spec"]["template"]) if deployment else None
     chosen = basechange.in_force(spec, adapters, current, live)
@@ -96,30 +106,30 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         else:
             world.sizing = placed
     world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
-    world.pods = found_pods
+    world.pods = pods.of_deployment(found_pods, sets, deployment, spec.metadata.uid)
     world.wanted = _parse(Wanted, wanted, WANTED_KEY)
     world.routes = _parse(Routes, routes, ROUTES_KEY)
     keys = (residency or {}).get("data") or {}
     alive = {pods.name(pod) for pod in world.pods}
-    for key in keys:
+    for key in alive & set(keys):
         found = _parse(Residency, residency, key)
-        if key in alive and found is not None:
+        if found is not None:
             world.residency[key] = found
-    gone = sorted(set(keys) - alive)
+    # A pod that is not ours (yet) may be adopted later, and its agent reports only changes.
+    gone = sorted(set(keys) - {pods.name(pod) for pod in found_pods})
     if gone:
         await kube.merge_patch("ConfigMap", namespace, residency_name(spec), {"data": dict.fromkeys(gone)})
     return world
 
 
-def _parse(model: type[Any], config_map: Manifest | None, key: str) -> Any:
+def _parse(kind: type[M], config_map: Manifest | None, key: str) -> M | None:
     text = ((config_map or {}).get("data") or {}).get(key)
     if text is None:
         return None
     try:
-        parsed: BaseModel = model.model_validate_json(text)
-    except ValidationError:
+        return kind.read(text)
+    except OutOfBounds:
         return None  # written by hand, or by a newer operator: it is written again
-    return parsed
 
 
 async def _scale(ctx: Context, world: World) -> bool:
@@ -128,7 +138,7 @@ async def _scale(ctx: Context, world: World) -> bool:
     Return whether the operator's manifest must be applied again without the field replicas.
     """
     live = world.deployment
-    if live is None or _owner(live) != world.spec.metadata.uid:
+    if live is None or pods.controller_of(live) != world.spec.metadata.uid:
         return False
     try:
         return await autoscaling.scale(ctx, world.spec, world.scale, live)
@@ -142,7 +152,7 @@ async def _scale(ctx: Context, world: World) -> bool:
 async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:
     spec, sizing = world.spec, world.sizing or ServingSizing()
     replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
-    if world.deployment is not None and _owner(world.deployment) != spec.metadata.uid:
+    if world.deployment is not None and pods.controller_of(world.deployment) != spec.metadata.uid:
         return Trouble(
             "CreationFailed",
             f"Deployment {serving_name(spec)} exists and does not belong to this AdapterDeployment. Delete that Deployment",
@@ -171,14 +181,17 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
     return None
 
 
-def _owner(manifest: Manifest) -> str | None:
-    return next(
-        (item["uid"] for item in manifest["metadata"].get("ownerReferences", []) if item.get("controller")), None
-    )
+async def _computed(ctx: Context, world: World, call: Callable[..., T], *arguments: Any) -> T:
+    """Return what a pure function returns. If the deployment is large, it runs in a thread, so that the event loop goes on."""
+    replicas = max(len(world.pods), world.scale.replicas)
+    if replicas * max(len(world.adapters), len(world.spec.spec.adapters)) <= SMALL:
+        return call(*arguments)
+    async with ctx.planning.turn(world.spec.metadata.namespace):
+        return await ctx.blocking(call, *arguments)
 
 
-async def _apply_adapters(ctx: Context, world: World) -> None:
-    """Write the gateway's routes, then what the agents load. So an adapter leaves the routes before it is drained."""
+def _decide(world: World, bucket: str) -> tuple[Routes, Wanted]:
+    """Return the gateway's routes, and what the agents must load (PURE)."""
     spec, tenant = world.spec, tenant_of(world.spec.metadata.namespace)
     routes = serving.plan_routes(
         spec,
@@ -194,7 +207,7 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     wanted = serving.plan_wanted(spec, world.resolved, world.wanted, routes, known)
     wanted = assignment.assign(wanted, spec, world.resolved, world.adapters, world.replicas, world.wanted)
     if wanted.assigned is None:
-        coming = serving.expected(spec, world.resolutions, world.adapters, tenant, ctx.store.config.bucket)
+        coming = serving.expected(spec, world.resolutions, world.adapters, tenant, bucket)
         wanted = wanted.model_copy(update={"expected": coming})
     routes = assignment.leave_out_moved(routes, wanted)
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
@@ -202,6 +215,13 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
         routes = routes.model_copy(update={"idle_seconds": spec.spec.autoscaling.idle_seconds})
     if world.scale.asleep:  # its last pods finish their running requests and get no new ones
         routes = routes.model_copy(update={"backends": []})
+    return routes, wanted
+
+
+async def _apply_adapters(ctx: Context, world: World) -> None:
+    """Write the gateway's routes, then what the agents load. So an adapter leaves the routes before it is drained."""
+    spec = world.spec
+    routes, wanted = await _computed(ctx, world, _decide, world, ctx.store.config.bucket)
     if routes != world.routes:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes

@@ -8,9 +8,8 @@ the new pods can take over.
 
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from graft.api import Adapter, AdapterDeployment
+from graft.bounded import OutOfBounds
 from graft.contracts.agent import engine_name
 from graft.contracts.message import BaseModelRef
 from graft.manifests.metadata import Manifest
@@ -23,8 +22,8 @@ def base_of(manifest: Manifest | None) -> BaseModelRef | None:
     """Return the base model that a pod or a pod template was made with, or None if it is not recorded."""
     text = ((manifest or {}).get("metadata", {}).get("annotations") or {}).get(BASE_MODEL)
     try:
-        return BaseModelRef.model_validate_json(text) if text else None
-    except ValidationError:
+        return BaseModelRef.read(text) if text else None
+    except OutOfBounds:
         return None
 
 

@@ -15,7 +15,7 @@ from graft.api.meta import Condition
 from graft.artifacts.layout import tenant_of
 from graft.contracts.agent import Residency, ResidentAdapter, Wanted, WantedAdapter
 from graft.contracts.gateway import Routes
-from graft.contracts.message import BaseModelRef
+from graft.contracts.message import BaseModelRef, cut
 from graft.contracts.mounts import ENGINE_PORT
 from graft.kube import Manifest
 from graft.manifests.serving import pod_selector
@@ -25,6 +25,7 @@ from graft.reconcile.shared.access import Trouble
 from graft.status import condition
 
 KIND = "AdapterDeployment"
+MESSAGE_BYTES = 500  # of an adapter in the status, which has one for each adapter and pod
 
 
 @dataclass
@@ -151,7 +152,7 @@ def _loaded(item: ResidentAdapter) -> LoadedAdapter:
         digest=item.digest.removeprefix("sha256:")[:12],
         state=item.state,
         reason=item.reason,
-        message=item.message,
+        message=item.message and cut(item.message, MESSAGE_BYTES),
         load_seconds=item.load_seconds,
         size_bytes=item.size_bytes,
     )

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import Autoscaling
 from graft.api.deploymentstatus import ServingSizing
@@ -71,9 +69,9 @@ def demands(data: Mapping[str, str]) -> dict[str, Demand]:
     found = {}
     for key, text in data.items():
         try:
-            demand = Demand.model_validate_json(text)
+            demand = Demand.read(text)
             seconds_left(demand.at, 0)
-        except (ValidationError, ValueError):
+        except (ValueError, OverflowError):  # not a Demand, or not a time
             continue
         found[key] = demand
     return found
@@ -91,5 +89,8 @@ def idle_seconds(demands_of: Iterable[Demand]) -> float | None:
 def steady_seconds(manifest: Mapping[str, Any]) -> float:
     """Return the seconds since the operator last scaled the Deployment, or created it."""
     metadata = manifest["metadata"]
-    since = (metadata.get("annotations") or {}).get(SCALED_AT) or metadata["creationTimestamp"]
-    return -seconds_left(since, 0)
+    noted = (metadata.get("annotations") or {}).get(SCALED_AT)
+    try:
+        return -seconds_left(noted or metadata["creationTimestamp"], 0)
+    except ValueError:  # somebody has written the annotation by hand
+        return -seconds_left(metadata["creationTimestamp"], 0)

@@ -10,14 +10,14 @@ resource's UID, the manifest by its path and the job's UID in it. After a job ha
 only two things can happen. It is deleted after its TTL. Or it is restarted, if it failed and spec.restarts is raised.
 """
 
-from pydantic import ValidationError
-
 from graft.api import Adapter, FineTuneJob
 from graft.api.finetunejob import Resolved, Sizing
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.storage import StoreError
-from graft.contracts.job import CurrentVersion, JobFile
+from graft.artifacts.store import S3Store
+from graft.bounded import OutOfBounds
+from graft.contracts.job import CurrentVersion
 from graft.contracts.message import BaseModelRef
 from graft.contracts.progress import Progress
 from graft.kube import KubeError, Manifest
@@ -53,7 +53,9 @@ from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, refusal
+from graft.reconcile.shared.jobs import condition_of, job_file_of, refusal
+from graft.reconcile.shared.ownership import pods_of
+from graft.reconcile.shared.stored import valid
 from graft.status import condition, find, seconds_left
 
 
@@ -100,11 +102,12 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 async def _gather(ctx: Context, job: FineTuneJob) -> World:
     namespace, labels = job.metadata.namespace, {OWNER_UID: job.metadata.uid}
     world = World(job)
-    jobs = await ctx.kube.list("Job", namespace, labels)
+    jobs = await ctx.kube.list("Job", namespace, labels, owner=job.metadata.uid)
     world.children = [child for child in jobs if not is_preflight(child)] or jobs
     if not world.children:
         return world
-    found = [pod for pod in await ctx.kube.list("Pod", namespace, labels) if is_preflight(pod) == world.preflight]
+    own = pods_of(jobs, await ctx.kube.list("Pod", namespace, labels))
+    found = [pod for pod in own if is_preflight(pod) == world.preflight]
     world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
     if not world.pods:
         world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
@@ -131,8 +134,7 @@ async def _steer(ctx: Context, world: World) -> None:
     halvings = memory_failures(world)
     if not halvings:
         return
-    stored = await ctx.kube.get("ConfigMap", namespace, job_file_name(job))
-    file = JobFile.model_validate_json(stored["data"]["job.json"]) if stored else None
+    file = job_file_of(await ctx.kube.get("ConfigMap", namespace, job_file_name(job)))
     if file is not None and file.halvings < halvings:
         await ctx.kube.apply(config_map(job, file.model_copy(update={"halvings": halvings})))
 
@@ -152,11 +154,15 @@ async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | N
 async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: bool) -> Progress | None:
     prefix = layout.attempt_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid, attempt)
     try:
-        return Progress.model_validate_json(await ctx.blocking(ctx.store.get, prefix + layout.PROGRESS))
-    except (StoreError, ValidationError) as error:
+        return await ctx.blocking(_fetch_progress, ctx.store, prefix + layout.PROGRESS)
+    except (StoreError, OutOfBounds) as error:
         if must and isinstance(error, StoreError) and error.trouble == "unavailable":
             raise  # the caller copies the facts in it only once, so the reconcile must be retried
-        return None  # not written yet, or not readable now: the pod's status is enough
+        return None  # not written yet, not readable now, or out of bounds: the pod's status is enough
+
+
+def _fetch_progress(store: S3Store, key: str) -> Progress:
+    return Progress.read(store.get(key, most=Progress.limits.size))
 
 
 async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
@@ -196,7 +202,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
     )
     try:
         await ctx.kube.apply(config_map(job, file))
-        await ctx.kube.apply(training_policy(job))
+        await ctx.kube.apply(training_policy(job, ctx.settings))
         if shape.nodes > 1:
             await ctx.kube.apply(peers_service(job))
         if shape.gpus and not job.status.checked:
@@ -225,7 +231,7 @@ async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | N
     if not any(gate.over == "current" for gate in job.spec.evaluation.gates or []):
         return None
     labelled = {adapter_manifests.ADAPTER_LABEL: job.spec.output.adapter}
-    found = [Adapter.model_validate(raw) for raw in await ctx.kube.list("Adapter", job.metadata.namespace, labelled)]
+    found = valid(Adapter, await ctx.kube.list("Adapter", job.metadata.namespace, labelled))
     ready = [item for item in found if (ready := find(item.status.conditions, "Ready")) and ready.status == "True"]
     if not ready:
         return None

@@ -23,7 +23,7 @@ from graft.manifests.training import is_preflight, preflight_name
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.jobs import condition_of
-from graft.status import condition, duration, find
+from graft.status import REASONS, condition, duration, find
 
 KIND = "FineTuneJob"
 MUCH_TRUNCATED = 0.1  # share of the examples
@@ -272,13 +272,19 @@ def _failure(world: World, failed: dict[str, Any]) -> Condition:
         return condition(KIND, "Succeeded", "False", "DeadlineExceeded", text)
     end = _cause(world.pods)
     if end is not None:
-        # MemoryExceeded announces an attempt with half the micro-batch, but no attempt follows.
-        reason = Reason.OUT_OF_MEMORY if end.reason == Reason.MEMORY_EXCEEDED else end.reason
-        return condition(KIND, "Succeeded", "False", reason, end.text)
+        return condition(KIND, "Succeeded", "False", _final_reason(end.reason), end.text)
     if world.progress is not None and world.progress.failure is not None:
         failure = world.progress.failure
-        return condition(KIND, "Succeeded", "False", failure.reason, f"{failure.message} {failure.remedy}")
+        text = f"{failure.message} {failure.remedy}"
+        return condition(KIND, "Succeeded", "False", _final_reason(failure.reason), text)
     return condition(KIND, "Succeeded", "False", Reason.INTERNAL_ERROR, failed.get("message") or "the Job failed")
+
+
+def _final_reason(said: str) -> str:
+    """Return the reason of the condition for the reason that a pod reports. A pod may report any."""
+    if said == Reason.MEMORY_EXCEEDED:  # it announces an attempt with half the micro-batch, but no attempt follows
+        return Reason.OUT_OF_MEMORY
+    return said if said in REASONS[KIND]["Succeeded"] else Reason.INTERNAL_ERROR
 
 
 def _completion(world: World) -> Condition:
@@ -345,8 +351,13 @@ def _attempts(world: World) -> list[Attempt]:
         attempts[progress.attempt] = attempts[progress.attempt].model_copy(
             update={
                 "resumed_from": progress.resumed_from,
-                "micro_batch": known.get("perDeviceTrainBatchSize"),
-                "accumulation": known.get("gradientAccumulationSteps"),
+                "micro_batch": _whole(known.get("perDeviceTrainBatchSize")),
+                "accumulation": _whole(known.get("gradientAccumulationSteps")),
             }
         )
     return sorted(attempts.values(), key=lambda item: (item.started_at or "~", item.index or 0))
+
+
+def _whole(value: object) -> int | None:
+    """Return a hyperparameter that is a whole number. None for any other value: a pod wrote it."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

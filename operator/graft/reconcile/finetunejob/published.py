@@ -23,7 +23,10 @@ async def read_published(ctx: Context, world: World, version: str) -> None:
             raise
         world.publish_trouble = f"cannot read manifest.json below {prefix}: {error}"
     else:
-        if manifest.job.uid == job.metadata.uid:
+        wanted, found = (job.spec.output.adapter, version), (manifest.adapter, manifest.version)
+        if manifest.job.uid == job.metadata.uid and found == wanted:
             world.published = (manifest, digest)
+        elif manifest.job.uid == job.metadata.uid:
+            world.publish_trouble = f"{prefix}manifest.json is for {' '.join(found)}, but the job publishes {' '.join(wanted)}. Create the job again with another spec.output.version"
         else:
             world.publish_trouble = f"another job, {manifest.job.name}, has written {prefix}manifest.json. Create the job again with another spec.output.version"

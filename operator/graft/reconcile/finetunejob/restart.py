@@ -61,6 +61,6 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
 
 def forget_attempts(store: S3Store, prefix: str) -> None:
     """Delete the progress files of all attempts below a run's prefix. Raises StoreError."""
-    for item in list(store.objects(prefix)):
+    for item in store.objects(prefix):
         if item.key.endswith("/" + layout.PROGRESS):
             store.delete(item.key)

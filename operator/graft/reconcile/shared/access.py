@@ -5,8 +5,10 @@ It does not know any kind's life cycle.
 
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from graft.api import BaseModel
-from graft.artifacts.layout import tenant_of
+from graft.artifacts.layout import USER_PREFIX, tenant_of, why_reserved
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import STORAGE_SECRET
@@ -62,7 +64,20 @@ def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | 
 async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | Trouble:
     """Read the BaseModel. Return it pinned, or why the namespace cannot use it now."""
     raw = await ctx.kube.get("BaseModel", None, name)
-    return base_model_of(name, namespace, BaseModel.model_validate(raw) if raw else None)
+    try:
+        model = BaseModel.model_validate(raw) if raw else None
+    except ValidationError:
+        return Trouble("BaseModelNotReady", f"the schema of Graft refuses BaseModel {name}. See its condition Ready")
+    return base_model_of(name, namespace, model)
+
+
+def reserved(namespace: str, why: str) -> Trouble:
+    """Return why the resources of a namespace are refused, and what to do (PURE)."""
+    return Trouble(
+        "NamespaceReserved",
+        f"namespace {namespace} cannot use Graft: {why}. Create the resource in a namespace with another name. "
+        f"docs/operations.md#reserved-namespaces says how to move what exists",
+    )
 
 
 async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
@@ -70,6 +85,8 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
 
     Return what is missing, or None.
     """
+    if (why := why_reserved(namespace)) is not None:
+        return reserved(namespace, why)
     try:
         keys, ours = await _credentials(ctx, namespace)
         if ctx.identity is None or not ours:
@@ -138,7 +155,10 @@ async def revoke_orphans(ctx: Context) -> None:
         return
     async with ctx.locks["credentials",]:
         tenants = await ctx.blocking(ctx.identity.tenants)
-        namespaces = {tenant_of(item["metadata"]["name"]) for item in await ctx.kube.list("Namespace")}
-        for tenant in sorted(tenants - namespaces):
+        found = await ctx.kube.list("Namespace", metadata_only=True)
+        # A reserved namespace can be no tenant, so the key that an earlier version of Graft gave it is revoked.
+        namespaces = {tenant_of(name) for item in found if why_reserved(name := item["metadata"]["name"]) is None}
+        own = {ctx.store.config.access_key_id.removeprefix(USER_PREFIX)}
+        for tenant in sorted(tenants - namespaces - own):
             await ctx.blocking(ctx.identity.revoke, tenant)
             ctx.issued.discard(tenant)

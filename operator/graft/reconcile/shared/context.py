@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +18,10 @@ from graft.artifacts.signing import Keys
 from graft.artifacts.store import S3Store
 from graft.kube import Kube, Manifest
 from graft.manifests.metadata import FINALIZER
+from graft.reconcile.shared.backoff import Backoff
 from graft.reconcile.shared.transfers import Transfers
+from graft.reconcile.shared.turns import Turns
+from graft.reconcile.shared.verified import Verified
 from graft.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,6 +32,7 @@ EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "E
 SILENT = {"InUse", "Needed", "Kept"}  # condition types and reasons for which no Event is written
 
 SOON = 5.0  # seconds until the next reconcile while work is in progress
+THREADS = 32  # for blocking calls: more than reconciles at the same time, so that none waits for another's thread
 WAITING = 20.0  # seconds until the next reconcile while the operator waits for something that it does not control
 
 
@@ -43,11 +48,22 @@ class Context:
     keys: Keys | None = None  # set by reconcile/adapter/signing.py; None until they have been read
     keys_trouble: str = "the operator has not read them yet"  # why `keys` is None
     transfers: Transfers = field(default_factory=Transfers)
+    verified: Verified = field(default_factory=Verified)
+    backoff: Backoff = field(default_factory=Backoff)
+    # Pure computations in threads, because they take long. More at once would only slow the event loop down.
+    planning: Turns = field(default_factory=lambda: Turns(2, 1))
+    wake: Callable[[str, str, str], None] = lambda kind, namespace, name: (
+        None
+    )  # reconcile a resource soon; see Queue.wake
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
 
     async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Run a blocking call, for example of the store, in a thread. The event loop never waits for it."""
-        return await asyncio.to_thread(call, *arguments)
+        """Run a blocking call, for example of the store, in a thread. The event loop never waits for it.
+
+        The call must be short: it holds a worker of the queue. Use `transfers` for long work.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: call(*arguments))
 
     async def write_status(self, raw: Manifest, status: Status, observed: list[Condition]) -> None:
         """Write the status if it differs from the present one, with an Event for each transition.

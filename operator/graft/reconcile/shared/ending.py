@@ -1,23 +1,61 @@
 """Stop the Jobs of a resource. Its pods end before their files are deleted, so that no pod still writes."""
 
+from collections.abc import Callable, Sequence
+
 from graft.api.meta import Resource
 from graft.artifacts import layout
+from graft.artifacts.store import S3Store
 from graft.kube import KubeError
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.shared.access import Trouble, not_bound
 from graft.reconcile.shared.context import SOON, Context
+from graft.reconcile.shared.ownership import is_pod_of
+
+DELETE = "delete"  # the kind of transfer
 
 
 async def stop(ctx: Context, resource: Resource) -> float | Trouble | None:
     """Delete the Jobs of a resource, then its folder under runs/.
 
-    Return the seconds until the next reconcile, why the Jobs cannot be deleted, or None when all is deleted.
+    Return the seconds until the next reconcile, why the Jobs cannot be deleted, or None when all is deleted. Raises
+    StoreError.
     """
     left = await end_jobs(ctx, resource)
-    if left is None:
-        tenant = layout.tenant_of(resource.metadata.namespace)
-        await ctx.blocking(ctx.store.delete_prefix, layout.run_prefix(tenant, resource.metadata.uid))
-    return left
+    if left is not None:
+        return left
+    tenant = layout.tenant_of(resource.metadata.namespace)
+    return delete(ctx, resource, [layout.run_prefix(tenant, resource.metadata.uid)])
+
+
+def delete(ctx: Context, resource: Resource, prefixes: Sequence[str]) -> float | None:
+    """Delete the files below these prefixes as a transfer, because a tenant decides how many they are.
+
+    Return the seconds until the next reconcile, or None when they are deleted and nothing else is written for the
+    resource. Raises StoreError.
+    """
+    meta, kind = resource.metadata, type(resource).__name__
+    transfer = ctx.transfers.find(meta.uid)
+    if transfer is None or transfer.what != DELETE:
+        if not ctx.transfers.forget(meta.uid):
+            return SOON
+        if not prefixes:
+            return None
+        ctx.transfers.start(
+            meta.uid, DELETE, _delete, ctx.store, list(prefixes),
+            namespace=meta.namespace, then=lambda: ctx.wake(kind, meta.namespace, meta.name),
+        )  # fmt: skip
+        return SOON
+    if not transfer.done:
+        return SOON
+    ctx.transfers.forget(meta.uid)
+    transfer.result()
+    return None
+
+
+def _delete(store: S3Store, prefixes: Sequence[str], stopped: Callable[[], bool]) -> None:
+    for prefix in prefixes:
+        if not stopped():
+            store.delete_prefix(prefix)
 
 
 async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
@@ -26,7 +64,7 @@ async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
     Return the seconds until the next reconcile, why that is impossible, or None.
     """
     namespace, labels = resource.metadata.namespace, {OWNER_UID: resource.metadata.uid}
-    for child in await ctx.kube.list("Job", namespace, labels):
+    for child in await ctx.kube.list("Job", namespace, labels, owner=resource.metadata.uid):
         if child["metadata"].get("deletionTimestamp"):
             continue
         try:
@@ -37,6 +75,8 @@ async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
             # The RoleBinding was deleted. This also happens while a namespace is deleted, if it loses the RoleBinding
             # before the Job.
             return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
-    if await ctx.kube.list("Pod", namespace, labels) or await ctx.kube.list("Job", namespace, labels):
+    pods = await ctx.kube.list("Pod", namespace, labels, metadata_only=True)
+    if any(is_pod_of(pod, resource.metadata.name) for pod in pods):
         return SOON
-    return None
+    left = await ctx.kube.list("Job", namespace, labels, owner=resource.metadata.uid, metadata_only=True)
+    return SOON if left else None

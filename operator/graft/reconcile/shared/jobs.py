@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from graft.bounded import OutOfBounds
+from graft.contracts.job import JobFile
 from graft.kube import KubeError, Manifest
 from graft.reconcile.shared.context import Context
 
@@ -9,6 +11,15 @@ from graft.reconcile.shared.context import Context
 def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
     """Return a condition of a resource from the API, or an empty dict if the resource does not have it (PURE)."""
     return next((dict(item) for item in raw.get("status", {}).get("conditions", []) if item["type"] == type_), {})
+
+
+def job_file_of(config_map: Manifest | None) -> JobFile | None:
+    """Return the job file in a ConfigMap. None if there is none, or if somebody has replaced it with other text (PURE)."""
+    text = ((config_map or {}).get("data") or {}).get("job.json")
+    try:
+        return None if text is None else JobFile.read(text)
+    except OutOfBounds:
+        return None
 
 
 async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:

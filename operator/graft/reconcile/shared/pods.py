@@ -1,16 +1,17 @@
 """Read pods: why a pod does not run yet, and why it ended (PURE)."""
 
-import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
+from graft.bounded import OutOfBounds
 from graft.contracts.progress import EXIT_CODES, Reason, Termination
 from graft.manifests.training import INDEX_LABEL
 
 Pod = dict[str, Any]
 DISK_REMEDY = "Set ephemeral-storage in resources.requests to the disk that the pod needs (FineTuneJob: status.sizing.nodeDiskBytes)."
+INDEX = re.compile(r"[0-9]{1,5}")
 STUCK = {
     "ImagePullBackOff",
     "ErrImagePull",
@@ -39,6 +40,27 @@ class Ending:
 
 def name(pod: Pod) -> str:
     return str(pod["metadata"]["name"])
+
+
+def controller_of(item: dict[str, Any]) -> str | None:
+    """Return the UID of the controller in the ownerReferences of an object. Labels alone prove nothing."""
+    references = item["metadata"].get("ownerReferences") or []
+    return next((str(found["uid"]) for found in references if found.get("controller")), None)
+
+
+def owned_by(found: list[Pod], owners: Collection[str | None]) -> list[Pod]:
+    """Return the objects whose controller has one of these UIDs."""
+    return [item for item in found if (uid := controller_of(item)) is not None and uid in owners]
+
+
+def of_deployment(
+    found: list[Pod], sets: list[dict[str, Any]], deployment: dict[str, Any] | None, owner: str
+) -> list[Pod]:
+    """Return the pods of the ReplicaSets of a Deployment that `owner`, a UID, controls. No other pod may serve."""
+    if deployment is None or controller_of(deployment) != owner:
+        return []
+    ours = {item["metadata"]["uid"] for item in owned_by(sets, {deployment["metadata"]["uid"]})}
+    return owned_by(found, ours)
 
 
 def phase(pod: Pod) -> str:
@@ -88,7 +110,8 @@ def waiting_message(pod: Pod) -> str | None:
 
 def index(pod: Pod) -> int:
     """Return the pod's index in its run. It is 0 if the run has one pod."""
-    return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, 0))
+    label = str(pod["metadata"].get("labels", {}).get(INDEX_LABEL, "0"))
+    return int(label) if INDEX.fullmatch(label) else 0
 
 
 def disrupted(pod: Pod) -> bool:
@@ -127,10 +150,10 @@ def _ending(terminated: dict[str, Any], container: str) -> Ending | None:
         return None
     at = terminated.get("finishedAt")
     try:
-        said = Termination.model_validate(json.loads(terminated.get("message", "")))
+        said = Termination.read(terminated.get("message", ""))
         return Ending(said.reason, said.message, said.remedy, at)
-    except (ValueError, ValidationError):
-        pass
+    except OutOfBounds:
+        pass  # not of Graft's own program: the kernel or a library ended the container
     if terminated.get("reason") == "OOMKilled":
         return Ending(
             Reason.MEMORY_EXCEEDED if container == "train" else Reason.OUT_OF_MEMORY,

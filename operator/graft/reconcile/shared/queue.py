@@ -3,6 +3,10 @@
 Several events in a short time cause one reconcile; a wake-up during a reconcile causes exactly one more. Each resource
 has one writer. After an error, the worker retries with exponential back-off. Every resource is also reconciled from
 time to time. So a lost event costs minutes, but never correctness.
+
+One namespace holds at most EACH of the CONCURRENCY places, and a free place goes to the namespace that holds the fewest.
+A reconcile that takes longer than DEADLINE is ended and retried like after an error. So what a tenant stores or names
+neither stops the others nor fails the operator's probe.
 """
 
 import asyncio
@@ -13,6 +17,7 @@ from collections.abc import Awaitable, Callable
 
 from graft import metrics
 from graft.kube import KubeError
+from graft.reconcile.shared.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +28,8 @@ RESYNC = 600.0  # seconds until a resource is reconciled without an event
 BACKOFF_FIRST = 1.0  # seconds
 BACKOFF_LAST = 60.0  # seconds
 CONCURRENCY = 16  # reconciles at the same time
+EACH = 8  # reconciles of one namespace at the same time
+DEADLINE = 180.0  # seconds for one reconcile; the probe fails later (STUCK_AFTER in graft/handlers.py)
 CONFLICT = 409  # HTTP status of a write that is based on an outdated resourceVersion
 
 
@@ -34,7 +41,7 @@ class Queue:
         self._resync = resync
         self._wakes: dict[Key, asyncio.Event] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
-        self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._slots = Turns(CONCURRENCY, EACH)
         self.last_done = time.monotonic()
         self.busy: dict[Key, float] = {}  # start of each running reconcile (time.monotonic), for the probe
 
@@ -89,14 +96,15 @@ class Queue:
     async def _once(self, key: Key) -> float | None:
         """Reconcile once. Return the seconds until the next reconcile, or None after an error."""
         kind, namespace, name = key
-        async with self._slots:
+        async with self._slots.turn(namespace):
             self.busy[key] = started = time.monotonic()
             try:
-                pause = await self._reconcilers[kind](namespace, name)
+                async with asyncio.timeout(DEADLINE):
+                    pause = await self._reconcilers[kind](namespace, name)
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                fields = {"resource": "/".join(key), "error": str(error)}
+                fields = {"resource": "/".join(key), "error": str(error) or type(error).__name__}
                 if isinstance(error, KubeError) and error.status == CONFLICT:
                     metrics.RECONCILES.labels(kind, "conflict").inc()
                     log.info("another writer changed the resource during the reconcile, retrying", extra=fields)

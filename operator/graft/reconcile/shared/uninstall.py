@@ -19,7 +19,7 @@ async def uninstall() -> None:
     kube = await Kube.connect()
     try:
         for kind in KINDS:
-            for raw in await kube.list(kind):
+            for raw in await kube.list(kind, metadata_only=True):
                 metadata = raw["metadata"]
                 if FINALIZER in metadata.get("finalizers", []):
                     rest = [item for item in metadata["finalizers"] if item != FINALIZER]

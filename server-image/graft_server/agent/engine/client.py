@@ -1,16 +1,30 @@
 """A client for the engine's HTTP API (docs: vLLM's runtime LoRA loading): health, models, load, unload and metrics."""
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import aiohttp
+from graft.bounded import Limits, OutOfBounds, parse_json
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from graft_server.agent.engine.answers import AnswerTooLarge, beginning, received
 
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5, sock_connect=2)
+PLAIN = {"Accept-Encoding": "identity"}
 LOAD_SECONDS = 300.0  # the first load compiles kernels
+MODELS = Limits(size=2 * 1024 * 1024, depth=8, values=50_000)  # vLLM describes a model by some 25 values
+ERROR = Limits(size=64 * 1024, depth=8, values=500)
+METRICS_BYTES = 8 * 1024 * 1024  # vLLM adds a line for each combination of adapters that has run
+MOST_MODELS = 2000
+NAME_CHARS, PATH_CHARS, MESSAGE_CHARS = 253, 4096, 2000
+MOST_PROCESSES = 256  # engine processes in one pod
 INFO = "vllm:lora_requests_info"
 ACTIVE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+START = "process_start_time_seconds"
+LINE = re.compile(rf"^({'|'.join(map(re.escape, (INFO, *ACTIVE, START)))})[{{ ].*$", re.MULTILINE)
+PROCESS = re.compile(r'[{,]engine="([^"\\]*+)"')
 
 
 class EngineDown(Exception):
@@ -36,51 +50,79 @@ class EngineRefused(Exception):
         self.status = status
 
 
+def listed_models(body: bytes) -> dict[str, str]:
+    """Return the models of GET /v1/models: name -> root path. Raises ValueError if it is no such list (PURE)."""
+    listing = parse_json(body, MODELS, "the list of models")
+    cards = listing.get("data") if isinstance(listing, dict) else None
+    if not isinstance(cards, list) or len(cards) > MOST_MODELS:
+        raise ValueError(f"data is not a list of at most {MOST_MODELS} models")
+    found = {}
+    for card in cards:
+        name, root = (card.get("id"), card.get("root")) if isinstance(card, dict) else (None, None)
+        if not isinstance(name, str) or not 0 < len(name) <= NAME_CHARS:
+            raise ValueError(f"a model has no name of at most {NAME_CHARS} characters")
+        found[name] = root if isinstance(root, str) and len(root) <= PATH_CHARS else ""
+    return found
+
+
 def error_message(status: int, body: bytes) -> str:
     """Return the message of an engine's error: from the nested or the older flat JSON form, or the first 500 bytes."""
     text = body[:500].decode(errors="replace").strip()
     try:
-        answer = json.loads(body)
-    except ValueError:
+        answer = parse_json(body, ERROR, "the error")
+    except OutOfBounds:
         return text or f"HTTP {status}"
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or text
-    return str(error) or f"HTTP {status}"
+    return str(error)[:MESSAGE_CHARS] or f"HTTP {status}"
 
 
 def active_adapters(exposition: str) -> frozenset[str]:
-    """Return the names of the adapters that running or waiting requests use.
+    """Return the names of the adapters that running or waiting requests use. Raises ValueError (PURE).
 
     vLLM keeps the series of former combinations in its registry. A sample's value is its time, so only the newest
     sample of each engine process counts. If no request is running or waiting, that sample is outdated and no adapter is
     active.
     """
-    newest: dict[str, tuple[float, frozenset[str]]] = {}
+    newest: dict[str, tuple[float, str]] = {}
     counts: list[float] = []
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            if sample.name in ACTIVE:
-                counts.append(sample.value)
-            if sample.name != INFO:
-                continue
-            listed = (sample.labels.get("running_lora_adapters", ""), sample.labels.get("waiting_lora_adapters", ""))
-            names = frozenset(name.strip() for part in listed for name in part.split(",") if name.strip())
-            process = sample.labels.get("engine", "")
-            if process not in newest or sample.value > newest[process][0]:
-                newest[process] = (sample.value, names)
+    for name, line in _lines(exposition):
+        if name in ACTIVE and len(counts) < MOST_PROCESSES * len(ACTIVE):
+            counts += [sample.value for sample in _samples(line)]
+        if name != INFO:
+            continue
+        match, value = PROCESS.search(line), float(line.rpartition(" ")[2])
+        process = match[1] if match else ""
+        if process not in newest or value > newest[process][0]:
+            newest[process] = (value, line)
+        if len(newest) > MOST_PROCESSES:
+            raise ValueError(f"the metrics are of more than {MOST_PROCESSES} engine processes")
     if counts and not any(counts):
         return frozenset()
-    return frozenset().union(*(names for _, names in newest.values()))
+    return frozenset().union(*(_adapters(sample) for _, line in newest.values() for sample in _samples(line)))
 
 
 def process_start(exposition: str) -> float | None:
-    """Return the start time of the engine's process in seconds since the epoch, or None if its metrics lack it."""
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            if sample.name == "process_start_time_seconds":
-                return sample.value
-    return None
+    """Return the start time of the engine's process in seconds since the epoch, or None if its metrics lack it (PURE)."""
+    found = (sample.value for name, line in _lines(exposition) if name == START for sample in _samples(line))
+    return next(found, None)
+
+
+def _lines(exposition: str) -> Iterator[tuple[str, str]]:
+    """Yield (metric, line) of the metrics that the agent reads. The parser needs far more time and memory for all lines."""
+    for match in LINE.finditer(exposition):
+        yield match[1], match[0]
+
+
+def _samples(line: str) -> Iterator[Sample]:
+    for family in text_string_to_metric_families(line + "\n"):
+        yield from family.samples
+
+
+def _adapters(sample: Sample) -> frozenset[str]:
+    listed = (sample.labels.get("running_lora_adapters", ""), sample.labels.get("waiting_lora_adapters", ""))
+    return frozenset(name.strip() for part in listed for name in part.split(",") if name.strip())
 
 
 class EngineClient:
@@ -93,16 +135,15 @@ class EngineClient:
 
     async def models(self) -> dict[str, str]:
         """Return the models that the engine lists: name -> root path. Raises EngineDown if it is not healthy."""
-        await self._read("/health")
+        await self._read("/health", ERROR.size)
         try:
-            listing = json.loads(await self._read("/v1/models"))
-            return {model["id"]: str(model.get("root") or "") for model in listing["data"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise EngineDown(f"/v1/models: {error!r}") from error
+            return listed_models(await self._read("/v1/models", MODELS.size))
+        except ValueError as error:
+            raise EngineDown(f"/v1/models: {error}") from error
 
     async def exposition(self) -> str:
         """Return the engine's Prometheus metrics as text."""
-        return (await self._read("/metrics")).decode(errors="replace")
+        return (await self._read("/metrics", METRICS_BYTES)).decode(errors="replace")
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter. If it is already loaded from the same path, this succeeds.
@@ -123,28 +164,42 @@ class EngineClient:
             if name in await self.models():
                 raise
 
-    async def _read(self, path: str) -> bytes:
+    async def _read(self, path: str, most: int) -> bytes:
+        """Return the body of a probe's answer, of at most `most` bytes. A redirect is not followed."""
         try:
-            async with self._session.get(self._url + path, timeout=PROBE_TIMEOUT) as response:
-                body = await response.read()
+            async with self._session.get(
+                self._url + path,
+                timeout=PROBE_TIMEOUT,
+                headers=PLAIN,
+                auto_decompress=False,
+                allow_redirects=False,
+            ) as response:
+                if response.status != 200:
+                    error = error_message(response.status, await beginning(response, ERROR.size))
+                    raise EngineDown(f"{path}: {response.status} {error}")
+                return await received(response, most)
         except aiohttp.ClientConnectorError as error:
             raise EngineDown(f"{path}: {error}", gone=True) from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, AnswerTooLarge) as error:
             raise EngineDown(f"{path}: {error!r}") from error
-        if response.status != 200:
-            raise EngineDown(f"{path}: {response.status} {error_message(response.status, body)}")
-        return body
 
     async def _change(self, path: str, body: Mapping[str, Any]) -> None:
         limits = aiohttp.ClientTimeout(total=self._load_seconds, sock_connect=2)
         try:
-            async with self._session.post(self._url + path, json=body, timeout=limits) as response:
-                answer = await response.read()
+            async with self._session.post(
+                self._url + path,
+                json=body,
+                timeout=limits,
+                headers=PLAIN,
+                auto_decompress=False,
+                allow_redirects=False,
+            ) as response:
+                answer = await beginning(response, ERROR.size)
         except aiohttp.ServerTimeoutError as error:
             raise EngineDown(f"{path}: {error!r}") from error
         except TimeoutError as error:
             raise EngineSlow(f"{path}: the engine has not answered within {self._load_seconds:.0f} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, AnswerTooLarge) as error:
             raise EngineDown(f"{path}: {error!r}") from error
         if response.status == 200:
             return

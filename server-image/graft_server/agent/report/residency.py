@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Collection, Mapping
 
-from graft.contracts.agent import AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
+from graft.contracts.agent import MOST_ADAPTERS, AdapterState, Residency, ResidentAdapter, Wanted, WantedAdapter
 
 from graft_server.agent.decisions.decide import OUR_NAME, OnDisk, loaded, unwanted_in_engine
 from graft_server.agent.decisions.memory import Failure, Failures
@@ -77,9 +77,10 @@ def resident_adapters(
 
     if wanted is None:
         return []
-    return [one(adapter) for adapter in wanted.adapters] + [
-        leaving(name) for name in unwanted_in_engine(wanted, engine or {})
-    ]
+    listed = [one(adapter) for adapter in wanted.adapters]
+    # An engine may list any names. The operator reads a residency of at most MOST_ADAPTERS.
+    draining = unwanted_in_engine(wanted, engine or {})[: max(0, MOST_ADAPTERS - len(listed))]
+    return listed + [leaving(name) for name in draining]
 
 
 class Publisher:

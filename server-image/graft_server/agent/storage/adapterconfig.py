@@ -1,7 +1,9 @@
 """Check adapter_config.json and reduce it to known keys (PURE). Unknown keys never reach the engine."""
 
-import json
 from typing import Any
+
+from graft.artifacts.sources import CONFIG_LIMITS
+from graft.bounded import OutOfBounds, parse_json
 
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 
@@ -128,9 +130,9 @@ def check_tokenizer_config(data: bytes) -> None:
 
 def _document(name: str, data: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ConfigRejected(f"{name} is not JSON: {error}") from error
+        document = parse_json(data, CONFIG_LIMITS, name)
+    except OutOfBounds as error:
+        raise ConfigRejected(f"{name} is not JSON that an adapter needs: {error}") from error
     if not isinstance(document, dict):
         raise ConfigRejected(f"{name} is not a JSON object")
     return document

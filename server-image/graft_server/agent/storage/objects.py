@@ -132,7 +132,7 @@ def explained(error: StoreError) -> AdapterError:
         return AdapterError(AdapterReason.STORAGE_THROTTLED, text, retry_after=_retry_after(error))
     if error.trouble == "missing":
         return AdapterError(AdapterReason.FILE_MISSING, f"not in storage: {text}")
-    if error.trouble == "denied" and error.__cause__ is None:  # S3Store itself refused: the document is too large
+    if error.trouble == "large":
         return AdapterError(AdapterReason.MANIFEST_INVALID, text)
     if error.trouble == "denied":
         return AdapterError(AdapterReason.STORAGE_DENIED, text)

@@ -1,4 +1,7 @@
-"""Compressed versions in a real S3 server: the same bytes come back, and at no moment is there neither file nor copy."""
+"""Compression of archived versions, against a real S3 server.
+
+A restored file equals its original. At every moment the store holds the original or a valid compressed copy.
+"""
 
 import hashlib
 import lzma
@@ -34,14 +37,14 @@ def store() -> Iterator[S3Store]:
 
 
 def weights(values: int) -> bytes:
-    """Like float32 weights: signs and exponents of a narrow range, mantissas at random."""
+    """Return bytes that compress like float32 weights: few signs and exponents, and random mantissas."""
     source = random.Random(7)
     return b"".join(source.randbytes(3) + bytes([source.choice([60, 61, 188, 189])]) for _ in range(values))
 
 
 @pytest.fixture
 def version(store: S3Store, tmp_path: Path) -> tuple[Manifest, str]:
-    """A published version: its manifest and the manifest's digest."""
+    """Publish a version. Return its manifest and the digest of the manifest."""
     if list(store.objects("shop/")):
         store.delete_prefix("shop/adapters/")
         store.delete_prefix("shop/runs/")
@@ -64,7 +67,9 @@ def keys(store: S3Store) -> set[str]:
     return {item.key.removeprefix(PREFIX) for item in store.objects(PREFIX)}
 
 
-def test_an_auditor_can_verify_what_is_compressed(store: S3Store, version: tuple[Manifest, str]) -> None:
+def test_verify_accepts_compressed_weights_and_reports_wrong_ones(
+    store: S3Store, version: tuple[Manifest, str]
+) -> None:
     manifest, digest = version
     key = read_keys({"a.key": generate()})
     statement = Statement("shop", "support", "1.0.0", f"s3://{store.config.bucket}/{PREFIX}", digest)
@@ -81,7 +86,7 @@ def test_an_auditor_can_verify_what_is_compressed(store: S3Store, version: tuple
         check(store, "shop", "support", "1.0.0", key.public)
 
 
-def test_there_and_back_the_digests_are_the_same(store: S3Store, version: tuple[Manifest, str]) -> None:
+def test_compress_and_restore_keep_the_digests(store: S3Store, version: tuple[Manifest, str]) -> None:
     manifest, digest = version
     size = manifest.files[1].size
     stored = archive.compress(store, PREFIX, manifest, never)
@@ -98,7 +103,7 @@ def test_there_and_back_the_digests_are_the_same(store: S3Store, version: tuple[
     archive.drop_originals(store, PREFIX, manifest)
     assert keys(store) == {"adapter_config.json", "adapter_model.safetensors.xz", "manifest.json"}
     assert archive.is_archived(store, PREFIX, manifest) and not archive.leftovers(store, PREFIX, manifest)
-    # Anybody's xz reads it, without Graft.
+    # Every xz tool can decompress the copy. Graft is not needed.
     plain = lzma.decompress(store.get(COPY))
     assert hashlib.sha256(plain).hexdigest() == manifest.files[1].sha256
 
@@ -107,7 +112,7 @@ def test_there_and_back_the_digests_are_the_same(store: S3Store, version: tuple[
     verify(store, PREFIX, digest)
 
 
-def test_an_original_that_is_not_what_the_manifest_says_stays_as_it_is(
+def test_compress_refuses_an_original_that_does_not_match_the_manifest(
     store: S3Store, version: tuple[Manifest, str]
 ) -> None:
     manifest, _ = version
@@ -119,7 +124,7 @@ def test_an_original_that_is_not_what_the_manifest_says_stays_as_it_is(
     assert store.get(WEIGHTS) == b"something else"
 
 
-def test_a_copy_that_is_damaged_is_made_anew_while_there_is_an_original(
+def test_compress_replaces_a_damaged_copy_while_the_original_exists(
     store: S3Store, version: tuple[Manifest, str]
 ) -> None:
     manifest, digest = version
@@ -133,7 +138,9 @@ def test_a_copy_that_is_damaged_is_made_anew_while_there_is_an_original(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "another", "bomb", "empty"])
-def test_a_damaged_copy_is_told_and_kept(store: S3Store, version: tuple[Manifest, str], damage: str) -> None:
+def test_restore_reports_a_damaged_copy_and_keeps_it(
+    store: S3Store, version: tuple[Manifest, str], damage: str
+) -> None:
     manifest, _ = version
     archive.compress(store, PREFIX, manifest, never)
     archive.drop_originals(store, PREFIX, manifest)
@@ -153,11 +160,11 @@ def test_a_damaged_copy_is_told_and_kept(store: S3Store, version: tuple[Manifest
 
 
 class Killed(Exception):
-    """The process ended here."""
+    """Stands for the end of the process."""
 
 
 def killed_at(store: S3Store, call: int) -> Callable[..., Any]:
-    """The store's calls, of which one never happens, nor any after it."""
+    """Return a replacement for `S3Store._call`. After `call` calls, every further call raises Killed."""
     count, real = 0, S3Store._call.__get__(store)
 
     def once(*arguments: Any, **named: Any) -> Any:
@@ -171,7 +178,7 @@ def killed_at(store: S3Store, call: int) -> Callable[..., Any]:
 
 
 def sound(store: S3Store, manifest: Manifest) -> bool:
-    """Whether the weights can be had: as the file or from its copy."""
+    """Return whether the store holds the weights, as the file or as a valid compressed copy."""
     (file,) = archive.weights(manifest)
     there = {item.key for item in store.objects(PREFIX)}
     if WEIGHTS in there and store.sha256(WEIGHTS) == (file.sha256, file.size):
@@ -179,7 +186,7 @@ def sound(store: S3Store, manifest: Manifest) -> bool:
     return COPY in there and hashlib.sha256(lzma.decompress(store.get(COPY))).hexdigest() == file.sha256
 
 
-def test_killed_before_each_call_of_the_store_nothing_is_lost(
+def test_a_kill_before_any_store_call_loses_no_weights(
     store: S3Store, version: tuple[Manifest, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, digest = version
@@ -198,14 +205,14 @@ def test_killed_before_each_call_of_the_store_nothing_is_lost(
                     done = False
                 else:
                     done = True
-            assert sound(store, manifest), f"killed before call {call}"
+            assert sound(store, manifest), f"the weights are lost if the process dies after {call} calls of the store"
             if done:
                 break
         assert done
     verify(store, PREFIX, digest)
 
 
-def test_it_stops_when_it_is_asked_to(store: S3Store, version: tuple[Manifest, str]) -> None:
+def test_an_interrupted_compression_keeps_the_original(store: S3Store, version: tuple[Manifest, str]) -> None:
     manifest, digest = version
     with pytest.raises(archive.Interrupted):
         archive.compress(store, PREFIX, manifest, lambda: True)
@@ -213,14 +220,14 @@ def test_it_stops_when_it_is_asked_to(store: S3Store, version: tuple[Manifest, s
     verify(store, PREFIX, digest)
 
 
-def test_an_upload_that_was_left_half_done_is_cleared(store: S3Store, version: tuple[Manifest, str]) -> None:
+def test_compress_aborts_an_unfinished_multipart_upload(store: S3Store, version: tuple[Manifest, str]) -> None:
     manifest, _ = version
     store._call("create_multipart_upload", COPY)
     archive.compress(store, PREFIX, manifest, never)
     assert store.client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []
 
 
-def test_a_stream_of_many_parts_and_of_none(store: S3Store) -> None:
+def test_upload_stream_handles_many_parts_no_parts_and_a_broken_source(store: S3Store) -> None:
     source = random.Random(1)
     data = source.randbytes(store_module.PART + 100)
     store.upload_stream("shop/runs/x/big", (data[at : at + 1_000_000] for at in range(0, len(data), 1_000_000)))

@@ -1,4 +1,7 @@
-"""Two attempts of one job that publish at once: the version is whole, whoever of them is faster, slower or killed."""
+"""Two attempts of one job publish at the same time.
+
+The published version is complete, whichever attempt is faster, slower or killed.
+"""
 
 import itertools
 from pathlib import Path
@@ -13,16 +16,16 @@ PREFIX = "team-a/adapters/colours/1.0.0/"
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the end of the process."""
 
 
 class StepwiseStore(MemoryStore):
-    """A store that lets something else happen, or kills its caller, before one of its writes."""
+    """A store that calls a function before one of its writes. The function may kill the caller."""
 
     def __init__(self) -> None:
         super().__init__()
         self.writes = 0
-        self.before: dict[int, object] = {}  # number of a write -> what happens before it
+        self.before: dict[int, object] = {}  # number of a write -> the function to call before it
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         self.writes += 1
@@ -33,7 +36,10 @@ class StepwiseStore(MemoryStore):
 
 
 def attempt(root: Path, name: str, uid: str = "uid-1") -> tuple[dict[str, Path], Manifest]:
-    """What an attempt has made: weights of its own, because no two runs are the same to the last bit."""
+    """Write the output files of an attempt. Return them with their manifest.
+
+    Each attempt has its own weights, because no two runs agree to the last bit.
+    """
     files = {}
     for file in ("adapter_config.json", "adapter_model.safetensors", "report.json"):
         files[file] = root / f"{uid}-{name}-{file}"
@@ -53,27 +59,29 @@ def attempt(root: Path, name: str, uid: str = "uid-1") -> tuple[dict[str, Path],
 
 
 def published_is_whole(store: MemoryStore) -> Manifest:
-    """As the operator looks at it: every byte against the manifest."""
+    """Verify every byte of the version against its manifest, as the operator does. Return the manifest."""
     return verify(store, PREFIX, digest(store.kept[PREFIX + "manifest.json"]))  # type: ignore[arg-type]
 
 
-WRITES = 8  # three files staged, the claim, three files copied, the manifest
+WRITES = 8  # stage three files, write the claim, copy three files, write the manifest
 
 
 @pytest.mark.parametrize("moment", range(1, WRITES + 1))
-def test_another_attempt_publishes_in_the_midst_of_this_one(tmp_path: Path, moment: int) -> None:
+def test_two_attempts_that_overlap_publish_one_version(tmp_path: Path, moment: int) -> None:
     store = StepwiseStore()
     first, second = attempt(tmp_path, "pod-1"), attempt(tmp_path, "pod-2")
     digests = []
     store.before[moment] = lambda: digests.append(publish(store, PREFIX, *second))  # type: ignore[arg-type]
     digests.append(publish(store, PREFIX, *first))  # type: ignore[arg-type]
-    assert digests[0] == digests[1], "both say which version is published"
+    assert digests[0] == digests[1], "both attempts return the digest of the published version"
     assert published_is_whole(store).job.attempt == ("pod-2" if moment <= 4 else "pod-1")
 
 
 @pytest.mark.parametrize(("killed", "woken"), itertools.product(range(1, WRITES + 1), repeat=2))
-def test_an_attempt_that_was_thought_dead_writes_on(tmp_path: Path, killed: int, woken: int) -> None:
-    """The first attempt stops before any of its writes, the next one starts, and in its midst the first one goes on."""
+def test_an_attempt_that_was_believed_dead_cannot_change_the_published_version(
+    tmp_path: Path, killed: int, woken: int
+) -> None:
+    """The first attempt stops before one of its writes. While the next attempt publishes, the first one continues."""
     store = StepwiseStore()
     first, second = attempt(tmp_path, "pod-1"), attempt(tmp_path, "pod-2")
 
@@ -88,11 +96,11 @@ def test_an_attempt_that_was_thought_dead_writes_on(tmp_path: Path, killed: int,
     publish(store, PREFIX, *second)  # type: ignore[arg-type]
     before = dict(store.kept)
     publish(store, PREFIX, *first)  # type: ignore[arg-type]
-    assert store.kept == before, "what is published never changes"
+    assert store.kept == before, "a published version never changes"
     published_is_whole(store)
 
 
-def test_an_attempt_after_one_that_was_killed_publishes_what_that_one_had_begun(tmp_path: Path) -> None:
+def test_the_next_attempt_publishes_the_files_that_a_killed_attempt_had_claimed(tmp_path: Path) -> None:
     store = StepwiseStore()
 
     def kill() -> None:

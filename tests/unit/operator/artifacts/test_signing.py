@@ -1,4 +1,4 @@
-"""Signatures: the exact bytes that are signed, and what verifies and what does not."""
+"""Signatures of adapter versions: the exact bytes that are signed, and which signatures are valid."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ KEYS = read_keys({"2026-01-01.key": pem(1)})
 
 
 def test_the_bytes_that_are_signed_never_change() -> None:
-    """Golden: another byte here makes every stored signature worthless."""
+    """A golden test: if one byte changes, every stored signature becomes invalid."""
     assert STATEMENT.to_bytes() == (
         b"graft.dev/adapter-signature/v1\n"
         b'{"adapter":"support","digest":"sha256:' + b"ab" * 32 + b'","namespace":"team-a",'
@@ -62,7 +62,7 @@ def test_the_bytes_that_are_signed_never_change() -> None:
     )
 
 
-def test_a_signature_verifies_by_the_key_that_made_it_and_by_no_other() -> None:
+def test_a_signature_verifies_only_with_the_key_that_made_it() -> None:
     signature, other = sign(KEYS, STATEMENT), read_keys({"a.key": pem(2)})
     verify(signature, STATEMENT, KEYS.public)
     with pytest.raises(KeyUnknown, match="not trusted"):
@@ -72,25 +72,25 @@ def test_a_signature_verifies_by_the_key_that_made_it_and_by_no_other() -> None:
 
 
 @pytest.mark.parametrize("field", ["namespace", "adapter", "version", "uri", "digest"])
-def test_a_signature_is_of_one_statement_only(field: str) -> None:
+def test_a_signature_is_valid_for_one_statement_only(field: str) -> None:
     other = replace(STATEMENT, **{field: getattr(STATEMENT, field) + "1"})
     with pytest.raises(SignatureInvalid):
         verify(sign(KEYS, STATEMENT), other, KEYS.public)
 
 
 @pytest.mark.parametrize("value", ["", "no base64!", base64.b64encode(b"short").decode(), "A" * 88])
-def test_a_signature_that_is_none(value: str) -> None:
+def test_a_malformed_signature_is_refused(value: str) -> None:
     with pytest.raises(SignatureInvalid):
         verify(sign(KEYS, STATEMENT).model_copy(update={"value": value}), STATEMENT, KEYS.public)
 
 
-def test_what_the_key_signs_elsewhere_is_no_signature_of_a_statement() -> None:
+def test_a_signature_without_the_domain_prefix_is_refused() -> None:
     bare = base64.b64encode(KEYS.private.sign(STATEMENT.to_bytes().removeprefix(DOMAIN))).decode()
     with pytest.raises(SignatureInvalid):
         verify(sign(KEYS, STATEMENT).model_copy(update={"value": bare}), STATEMENT, KEYS.public)
 
 
-def test_the_last_private_key_signs_and_all_verify() -> None:
+def test_the_private_key_with_the_last_name_signs_and_all_keys_verify() -> None:
     old, new, gone = pem(1), pem(2), pem(3)
     keys = read_keys(
         {"2026-06-01.key": new, "2026-01-01.key": old, "2025-01-01.pub": public_pem(gone), "notes.txt": b"x"}
@@ -123,20 +123,20 @@ def elliptic() -> bytes:
         ({"a.key": pem(1), "b.pub": pem(1)}, "b.pub is not an Ed25519 public key"),
     ],
 )
-def test_keys_that_cannot_be_used_are_named_and_not_quoted(entries: dict[str, bytes], words: str) -> None:
+def test_invalid_keys_are_named_but_not_quoted(entries: dict[str, bytes], words: str) -> None:
     with pytest.raises(KeysInvalid, match=words) as caught:
         read_keys(entries)
     assert "SECRETWORD" not in str(caught.value) and "BEGIN" not in str(caught.value)
-    assert caught.value.__context__ is None  # the parser might quote it
+    assert caught.value.__context__ is None  # the error of the parser might quote the key
 
 
-def test_keys_do_not_show_their_private_part() -> None:
+def test_the_repr_of_keys_does_not_show_the_private_key() -> None:
     assert "private" not in repr(KEYS) and "Ed25519PrivateKey" not in repr(KEYS)
     assert read_keys({"a.key": generate()}) != read_keys({"a.key": generate()})
     assert read_keys({"a.key": pem(1)}) == read_keys({"b.key": pem(1)})
 
 
-def test_public_keys_go_through_a_configmap_and_false_ones_do_not() -> None:
+def test_public_keys_are_read_from_a_configmap_and_wrong_ones_are_dropped() -> None:
     other = read_keys({"a.key": pem(2)}).public
     (mine,) = other.values()
     data = published_keys(KEYS.public)

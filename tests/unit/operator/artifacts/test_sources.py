@@ -1,4 +1,4 @@
-"""What a base model is at its source, in a real S3 server."""
+"""The description of a base model at its source, from a real S3 server."""
 
 from collections.abc import Iterator
 
@@ -20,8 +20,11 @@ def store() -> Iterator[S3Store]:
         yield store
 
 
-def test_a_new_signature_makes_no_other_model_of_a_version(store: S3Store) -> None:
-    """A whole model that was composed or imported is a BaseModel's source; its keys are rotated like others."""
+def test_a_new_signature_does_not_change_the_digest_of_a_base_model(store: S3Store) -> None:
+    """The source of a BaseModel may be a whole model that Graft composed or imported.
+
+    A key rotation also renews the signature of that version.
+    """
     uri = f"s3://{store.config.bucket}/{PREFIX}"
 
     def digest() -> str | None:

@@ -1,4 +1,7 @@
-"""Large objects reach the disk over lines that break, stores that go away and disks that are full: real S3, a proxy between."""
+"""Downloads of large objects over broken connections, from unavailable stores and to full disks.
+
+The store is a real S3 server behind a proxy that injects faults.
+"""
 
 import dataclasses
 import hashlib
@@ -48,7 +51,7 @@ def proxy(server: S3Server) -> Iterator[FaultyProxy]:
 
 
 def through(proxy: FaultyProxy, config: StorageConfig, patience: float = 0) -> S3Store:
-    """The store behind the proxy. botocore itself does not retry."""
+    """Return the store behind the proxy. botocore's own retries are off."""
     return S3Store(dataclasses.replace(config, endpoint=proxy.endpoint), attempts=1, timeout=1, patience=patience)
 
 
@@ -57,7 +60,7 @@ def fetched(store: S3Store, target: Path, **how: object) -> Path:
 
 
 def bytes_sent(proxy: FaultyProxy) -> int:
-    """That the ranges of the weights have asked for."""
+    """Return how many bytes of the weights the range requests asked for."""
     asked = [seen.range.removeprefix("bytes=").split("-") for seen in proxy.reads(KEY) if seen.range]
     return sum(int(last) - int(first) + 1 for first, last in asked)
 
@@ -72,18 +75,16 @@ def test_progress_grows_within_a_file(config: StorageConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("fault", [Fault(KEY, times=3, cut_at=3_000_000), Fault(KEY, times=2, hang_at=3_000_000)])
-def test_a_download_that_breaks_midway_goes_on(
-    fault: Fault, config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
-) -> None:
+def test_a_broken_download_resumes(fault: Fault, config: StorageConfig, proxy: FaultyProxy, tmp_path: Path) -> None:
     told: list[int] = []
     proxy.inject(fault)
     folder = fetched(through(proxy, config, 20), tmp_path / "base", report=lambda done, _: told.append(done))
     assert (folder / "model.safetensors").read_bytes() == LARGE
     assert told[-1] == max(told) == len(LARGE) + 2
-    assert bytes_sent(proxy) <= len(LARGE) + 3 * RANGE, "only what broke was asked for again"
+    assert bytes_sent(proxy) <= len(LARGE) + 3 * RANGE, "only the broken ranges are requested again"
 
 
-def test_a_store_that_comes_back_within_the_patience_is_read_on_from(
+def test_a_download_resumes_if_the_store_returns_within_the_patience(
     config: StorageConfig, server: S3Server, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     store, first = through(proxy, config, 20), threading.Event()
@@ -97,13 +98,13 @@ def test_a_store_that_comes_back_within_the_patience_is_read_on_from(
 
     outage = threading.Thread(target=away)
     outage.start()
-    proxy.inject(Fault(KEY, bytes_per_second=10e6))  # so that it is still on its way
+    proxy.inject(Fault(KEY, bytes_per_second=10e6))  # slow enough that the outage interrupts the download
     store.download(item, tmp_path / "file", report=lambda *_: first.set())
     outage.join()
     assert (tmp_path / "file").read_bytes() == LARGE
 
 
-def test_a_store_that_is_away_for_longer_than_the_patience(
+def test_a_store_that_is_unavailable_for_longer_than_the_patience_fails_the_download(
     config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     store = through(proxy, config, 4)
@@ -112,20 +113,20 @@ def test_a_store_that_is_away_for_longer_than_the_patience(
     with pytest.raises(SourceError) as caught:
         fetched(store, tmp_path / "base")
     assert caught.value.transient and 2 < time.monotonic() - began < 10
-    assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"], "nothing half done is left"
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"], "no partial file is left"
     proxy.inject(Fault("list-type", status=503, code="SlowDown"))
     with pytest.raises(SourceError) as caught:
         fetch(URI, None, tmp_path / "base", store=store.with_patience(0), pvc_root=tmp_path)
     assert caught.value.transient
 
 
-def test_a_store_that_does_not_list_for_a_while(config: StorageConfig, proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_a_listing_that_fails_for_a_while_is_retried(config: StorageConfig, proxy: FaultyProxy, tmp_path: Path) -> None:
     proxy.inject(Fault("list-type", times=2, status=503, code="SlowDown"))
     fetch(URI, None, tmp_path / "base", store=through(proxy, config, 10), pvc_root=tmp_path)
     assert (tmp_path / "base/model.safetensors").read_bytes() == LARGE
 
 
-def test_a_pod_that_is_asked_to_end_does_not_wait_for_what_is_on_its_way(
+def test_an_interrupt_does_not_wait_for_running_downloads(
     config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     class Asked(BaseException):
@@ -148,7 +149,7 @@ def test_a_pod_that_is_asked_to_end_does_not_wait_for_what_is_on_its_way(
     assert time.monotonic() - began < 4 and not list(tmp_path.iterdir())
 
 
-def test_an_object_that_is_replaced_midway_is_not_used(
+def test_an_object_that_is_replaced_during_the_download_is_refused(
     config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     other = bytes(len(LARGE))
@@ -164,7 +165,7 @@ def test_an_object_that_is_replaced_midway_is_not_used(
     assert not (tmp_path / "base/model.safetensors").exists()
 
 
-def test_a_small_object_is_compared_with_the_checksum_that_it_was_stored_with(
+def test_a_small_object_is_verified_with_its_stored_checksum(
     config: StorageConfig, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     store, data = through(proxy, config, 5), os.urandom(100_000)
@@ -180,14 +181,14 @@ def test_a_small_object_is_compared_with_the_checksum_that_it_was_stored_with(
     assert not (tmp_path / "again").exists()
 
 
-def test_an_empty_object(config: StorageConfig, tmp_path: Path) -> None:
+def test_an_empty_object_is_downloaded(config: StorageConfig, tmp_path: Path) -> None:
     store = S3Store(config)
     store.put("empty", b"")
     store.download(store.head("empty"), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_one_that_is_not_there_or_may_not_be_read_is_told_at_once(config: StorageConfig, tmp_path: Path) -> None:
+def test_a_missing_or_forbidden_object_fails_without_retries(config: StorageConfig, tmp_path: Path) -> None:
     gone = ObjectInfo("models/none", 5, "etag")
     wrong = dataclasses.replace(config, secret_access_key="not-it")
     for opened, trouble in ((config, "missing"), (wrong, "denied")):
@@ -196,14 +197,14 @@ def test_one_that_is_not_there_or_may_not_be_read_is_told_at_once(config: Storag
         assert caught.value.trouble == trouble
 
 
-def test_a_full_disk_is_told_as_such(config: StorageConfig, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_as_a_full_disk(config: StorageConfig, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
         fetched(S3Store(config, patience=60), tmp_path)
     assert caught.value.errno == ENOSPC
 
 
-def test_a_model_that_the_disk_has_no_room_for_is_not_begun(
+def test_a_model_that_does_not_fit_on_the_disk_is_not_downloaded(
     config: StorageConfig, server: S3Server, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
@@ -220,14 +221,14 @@ def test_a_model_that_the_disk_has_no_room_for_is_not_begun(
     assert "the disk is full" in said and "ephemeral-storage" in said
 
 
-def test_a_disk_that_a_model_of_the_hub_fills_is_no_hub_that_does_not_answer() -> None:
+def test_a_full_disk_is_not_reported_as_an_unavailable_hub() -> None:
     full = Path("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught, hub_errors("hf://org/model"):
         full.write_bytes(b"weights")
     assert not isinstance(caught.value, SourceError) and caught.value.errno == ENOSPC
 
 
-def test_what_took_longer_than_the_patience_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_took_longer_than_the_patience_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(store.time, "monotonic", lambda: clock.now)
     tries: list[float] = []

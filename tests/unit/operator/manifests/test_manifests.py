@@ -1,4 +1,7 @@
-"""Golden tests of the builders: a resource in, Kubernetes objects out. GRAFT_UPDATE_GOLDEN=1 writes the outputs anew."""
+"""Golden tests of the manifest builders: a resource goes in, Kubernetes objects come out.
+
+GRAFT_UPDATE_GOLDEN=1 rewrites the expected outputs.
+"""
 
 import os
 from pathlib import Path
@@ -45,7 +48,7 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         peers = [training.peers_service(job)] if shape.nodes > 1 else []
         return [
             training.config_map(job, file),
-            network.training_policy(job),
+            network.training_policy(job, SETTINGS),
             *peers,
             *([training.preflight_job(job, base, SETTINGS)] if shape.gpus else []),
             training.training_job(job, base, SETTINGS, shape),
@@ -57,7 +60,7 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         )
         return [
             adapterjob.config_map(adapter, adapterjob.version_file(adapter, base, "causal", SETTINGS)),
-            adapterjob.policy(adapter),
+            adapterjob.policy(adapter, SETTINGS),
             adapterjob.job(adapter, base, SETTINGS, adapterjob.resources(adapter, facts, 40_000_000)),
         ]
     deployment = AdapterDeployment.model_validate(manifest)
@@ -87,13 +90,13 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sizing(deployment: AdapterDeployment) -> ServingSizing:
-    """As the operator places it, on a cluster with L4s and A100s."""
+    """Place the deployment as the operator does, on a cluster with L4s and A100s."""
     facts = FACTS.get(deployment.spec.base_model)
     return engine.serving(facts, deployment.spec, task="causal", nodes=NODES, vllm=True)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))
-def test_golden(name: str) -> None:
+def test_the_built_objects_equal_the_golden_files(name: str) -> None:
     objects = build(yaml.safe_load((GOLDEN / "input" / f"{name}.yaml").read_text()))
     text = yaml.safe_dump_all(objects, sort_keys=True, width=140)
     output = GOLDEN / "output" / f"{name}.yaml"
@@ -117,7 +120,9 @@ def test_every_pod_meets_pod_security_restricted(name: str) -> None:
             assert security["allowPrivilegeEscalation"] is False
             assert security["readOnlyRootFilesystem"] is True
             assert security["capabilities"] == {"drop": ["ALL"]}
-            assert not [item for item in container["env"] if "secret" in str(item).lower()], "secrets are files"
+            assert not [item for item in container["env"] if "secret" in str(item).lower()], (
+                "secrets are mounted as files"
+            )
 
 
 def test_only_the_agent_has_the_api_token() -> None:
@@ -131,15 +136,15 @@ def test_only_the_agent_has_the_api_token() -> None:
     assert holders == ["agent"]
 
 
-def test_attaching_an_adapter_leaves_the_pod_template_alone() -> None:
+def test_attaching_an_adapter_does_not_change_the_pod_template() -> None:
     manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm.yaml").read_text())
     before = pods(build(manifest))
     manifest["spec"]["adapters"].append("product@latest")
     assert pods(build(manifest)) == before
 
 
-def test_another_base_model_or_limit_is_another_pod_template() -> None:
-    """What rolls the pods: Kubernetes replaces them when their template changes."""
+def test_another_base_model_or_limit_changes_the_pod_template() -> None:
+    """Kubernetes replaces the pods when their template changes."""
     manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
     deployment = AdapterDeployment.model_validate(manifest)
 
@@ -156,7 +161,7 @@ def test_another_base_model_or_limit_is_another_pod_template() -> None:
     assert "replicas" not in serving.serving_deployment(deployment, base, SETTINGS, sizing(deployment), None)["spec"]
 
 
-def test_a_pod_has_the_time_that_its_engine_takes_to_finish() -> None:
+def test_the_grace_period_is_long_enough_for_the_engine_to_drain() -> None:
     manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-vllm-70b.yaml").read_text())
     (pod,) = pods(build(manifest))
     (container,) = pod["containers"]
@@ -165,7 +170,7 @@ def test_a_pod_has_the_time_that_its_engine_takes_to_finish() -> None:
     assert drain == 600 and pod["terminationGracePeriodSeconds"] > asleep + drain
 
 
-def test_the_engine_for_cpus_knows_every_flag_that_it_is_given() -> None:
+def test_the_cpu_engine_accepts_every_flag_that_the_operator_sets() -> None:
     from graft_server.engine.settings import parse
 
     manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())

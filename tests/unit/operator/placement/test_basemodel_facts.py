@@ -1,4 +1,4 @@
-"""What config.json tells of a model: the parameters are those that transformers itself counts."""
+"""The facts of a base model from its config.json. The number of parameters equals the count by transformers."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from graft.placement.facts import facts_of
 from graft.reconcile.basemodel import observe
 from worlds.placement import LLAMA_2
 
-# Tiny models of every family, with every switch of it that changes the number of weights.
+# Tiny models of every family, with every option that changes the number of weights.
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SMALL | {"intermediate_size": 80, "num_key_value_heads": 2}
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
@@ -50,7 +50,9 @@ TINY: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "fields"), TINY, ids=lambda value: value if isinstance(value, str) else "")
-def test_parameters_are_those_that_transformers_counts(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_the_number_of_parameters_equals_the_count_by_transformers(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -96,11 +98,11 @@ FLAN_T5_BASE = {
     ],
     ids=["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "flan-t5-base"],
 )
-def test_parameters_are_the_published_ones(config: dict[str, Any], parameters: int) -> None:
+def test_the_number_of_parameters_equals_the_published_number(config: dict[str, Any], parameters: int) -> None:
     assert facts_of(config).parameters == parameters
 
 
-def test_everything_that_the_config_says_is_a_fact() -> None:
+def test_the_facts_include_every_value_of_the_config() -> None:
     assert facts_of(LLAMA_2["70B"], "llama2").wire() == {
         "parameters": 68_976_648_192,
         "task": "causal",
@@ -123,20 +125,20 @@ def test_everything_that_the_config_says_is_a_fact() -> None:
 NOVEL = {"model_type": "novel", "architectures": ["NovelForCausalLM"], "hidden_size": 64, "torch_dtype": "bfloat16"}
 
 
-def test_an_unknown_architecture_is_counted_by_the_size_of_its_weights() -> None:
+def test_the_size_of_the_weights_gives_the_parameters_of_an_unknown_architecture() -> None:
     facts = facts_of(NOVEL, size_bytes=2_000_000)
     assert (facts.parameters, facts.task, facts.hidden_size) == (1_000_000, "causal", 64)
     assert facts.heads is None and facts.gated_mlp is None and facts.tied_embeddings is None
 
 
-def test_what_cannot_be_known_stays_open() -> None:
+def test_unknown_facts_stay_empty() -> None:
     assert facts_of(NOVEL).parameters is None
     quantised = NOVEL | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     assert facts_of(quantised, size_bytes=2_000_000).parameters is None
     assert facts_of({}).wire() == {}
 
 
-def test_a_model_of_images_and_text_gives_the_facts_of_its_text() -> None:
+def test_a_multimodal_model_has_the_facts_of_its_language_model() -> None:
     gemma = {
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -145,7 +147,7 @@ def test_a_model_of_images_and_text_gives_the_facts_of_its_text() -> None:
         "torch_dtype": "bfloat16",
     }
     facts = facts_of(gemma, size_bytes=8_600_000_000)
-    # The weights hold the part for images, too, so only their size tells the number.
+    # The weights include the vision model, so only their size gives the number of parameters.
     assert (facts.parameters, facts.layers, facts.hidden_size) == (4_300_000_000, 34, 2560)
     assert (facts.heads, facts.kv_heads, facts.head_dim, facts.vocab_size) == (8, 4, 256, 262208)
 
@@ -166,10 +168,10 @@ def test_a_task_that_contradicts_the_config_is_refused_with_the_remedy() -> None
     status, [ready] = observe(resource("seq2seq"), found)
     assert (status.stage, ready.status) == ("Ready", "True")
     assert status.facts is not None and status.facts.parameters == 247_577_856
-    assert status.facts.context_length is None  # T5 has no longest sequence
+    assert status.facts.context_length is None  # T5 has no maximum sequence length
 
 
-def test_facts_of_the_spec_win_over_the_config() -> None:
+def test_facts_in_the_spec_override_the_config() -> None:
     found = Description("sha256:0", None, FLAN_T5_BASE, 990_000_000)
     status, [ready] = observe(resource("causal", {"task": "causal", "layers": 3}), found)
     assert ready.status == "True" and status.facts is not None

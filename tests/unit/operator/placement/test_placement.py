@@ -1,4 +1,4 @@
-"""Which hardware a job gets, what is said when none fits, and what explicit resources do."""
+"""Placement of training jobs: the chosen hardware, the message if none fits, and the effect of explicit resources."""
 
 from typing import Any
 
@@ -56,20 +56,20 @@ def test_the_smallest_gpu_that_fits_wins() -> None:
     assert decision.sizing.source == "estimate" and decision.sizing.node_memory_bytes == 19 * GIB
 
 
-def test_the_disk_has_room_for_the_base_model_a_checkpoint_and_what_is_published() -> None:
-    size = 13_476_839_424  # two bytes for each of its parameters
+def test_the_disk_request_covers_base_model_checkpoint_and_published_files() -> None:
+    size = 13_476_839_424  # bytes: two for each parameter
     lora = place(LLAMA_2["7B"], [A100], download=size)
     full = place(LLAMA_2["7B"], [A100], "full", download=size)
     mounted = place(LLAMA_2["7B"], [A100], "full")
     parameters = size // 2
-    assert full.sizing.gpus_per_node > 1 and full.sizing.nodes == 1  # all parts of a checkpoint lie in one pod
+    assert full.sizing.gpus_per_node > 1 and full.sizing.nodes == 1  # one pod holds all shards of a checkpoint
     for decision, needed in ((lora, size), (full, size + 12 * parameters + size), (mounted, 12 * parameters + size)):
         assert decision.resources is not None and decision.sizing.node_disk_bytes is not None
         assert needed < decision.sizing.node_disk_bytes < needed + 3 * GIB
         asked = (decision.resources.requests or {})["ephemeral-storage"]
         assert asked == f"{decision.sizing.node_disk_bytes // GIB}Gi"
     own = place(LLAMA_2["7B"], [A100], resources={"limits": {"nvidia.com/gpu": 1}})
-    assert own.resources is not None and own.resources.requests is None  # taken as they are
+    assert own.resources is not None and own.resources.requests is None  # explicit resources stay unchanged
     assert own.sizing.node_disk_bytes
 
 
@@ -77,11 +77,11 @@ def test_qlora_fits_where_lora_does_not() -> None:
     assert place(LLAMA_2["7B"], [A100, L4, T4], "qlora").sizing.gpu == "Tesla-T4"
 
 
-def test_a_gpu_without_bf16_is_none_for_a_job_that_wants_it() -> None:
+def test_a_job_with_precision_bf16_gets_no_gpu_without_bf16() -> None:
     assert place(LLAMA_2["7B"], [A100, T4], "qlora", precision="bf16").sizing.gpu == "NVIDIA-A100-SXM4-80GB"
 
 
-def test_one_gpu_before_several_and_one_node_before_two() -> None:
+def test_one_gpu_is_preferred_to_several_and_one_node_to_two() -> None:
     one = place(LLAMA_2["7B"], [A100, L4], "lora")
     assert (one.sizing.gpus_per_node, one.nodes, one.choice.sharding) == (1, 1, None)
     several = place(LLAMA_2["7B"], [A100, L4], "full")
@@ -93,7 +93,7 @@ def test_one_gpu_before_several_and_one_node_before_two() -> None:
 
 
 def test_the_micro_batch_is_the_largest_that_fits() -> None:
-    """Without checkpointing when it leaves room for four examples, with it when that buys more."""
+    """Gradient checkpointing is off if four examples fit without it. Otherwise it is on if more examples fit with it."""
     short = place(LLAMA_2["7B"], [A100], maxLength=512)
     assert (short.choice.micro_batch, short.choice.gradient_checkpointing) == (16, False)
     long = place(LLAMA_2["7B"], [L4], maxLength=2048)
@@ -102,7 +102,7 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
     assert long.sizing.micro_batch == long.choice.micro_batch
 
 
-def test_what_the_spec_says_of_batch_and_checkpointing_is_kept() -> None:
+def test_batch_size_and_checkpointing_of_the_spec_are_kept() -> None:
     decision = place(LLAMA_2["7B"], [A100], perDeviceTrainBatchSize=3, gradientCheckpointing=True)
     assert decision.choice == Choice(micro_batch=3, gradient_checkpointing=True)
     plain = place(LLAMA_2["7B"], [A100, L4], gradientCheckpointing=False)
@@ -111,12 +111,12 @@ def test_what_the_spec_says_of_batch_and_checkpointing_is_kept() -> None:
     assert halved.choice.micro_batch == 4
 
 
-def test_short_data_need_less_memory_than_the_longest_allowed() -> None:
+def test_short_examples_need_less_memory_than_the_maximum_length() -> None:
     known, unknown = (place(LLAMA_2["7B"], [A100], longest=longest).sizing for longest in (128, None))
     assert known.micro_batch == 16 and known.total_bytes < unknown.total_bytes
 
 
-def test_nodes_that_the_job_cannot_run_on_are_no_offers() -> None:
+def test_nodes_that_the_job_cannot_run_on_are_ignored() -> None:
     taint = [{"key": "team", "value": "b", "effect": "NoSchedule"}]
     others = [
         gpu_node("tainted", "NVIDIA-L4", 23034, taints=taint),
@@ -130,7 +130,7 @@ def test_nodes_that_the_job_cannot_run_on_are_no_offers() -> None:
     assert place(LLAMA_2["7B"], [A100, L4], placement=picky).sizing.gpu == "NVIDIA-A100-SXM4-80GB"
 
 
-def test_spot_nodes_are_offers_to_spot_jobs_and_gpu_taints_to_all() -> None:
+def test_only_spot_jobs_use_spot_nodes_and_every_job_tolerates_the_gpu_taint() -> None:
     gke = "cloud.google.com/gke-spot"
     spot = gpu_node("spot", "NVIDIA-L4", 23034, taints=[{"key": gke, "value": "true", "effect": "NoSchedule"}])
     usual = gpu_node(
@@ -140,7 +140,7 @@ def test_spot_nodes_are_offers_to_spot_jobs_and_gpu_taints_to_all() -> None:
     assert place(LLAMA_2["7B"], [spot, usual], spot_taints=(gke,)).sizing.gpu == "NVIDIA-L4"
 
 
-def test_nothing_fits_and_the_message_says_what_would() -> None:
+def test_if_nothing_fits_the_message_says_what_would() -> None:
     with pytest.raises(DoesNotFit) as refused:
         place(LLAMA_2["70B"], [A100, L4], "full")
     text = str(refused.value)
@@ -155,20 +155,20 @@ def test_nothing_fits_and_the_message_says_what_would() -> None:
     )
 
 
-def test_nodes_need_memory_beside_their_gpus() -> None:
+def test_a_node_with_too_little_host_memory_is_refused() -> None:
     with pytest.raises(DoesNotFit, match="needs more host memory than the nodes have"):
         place(LLAMA_2["7B"], [gpu_node("thin", "NVIDIA-A100-SXM4-80GB", 81920, memory="8Gi")])
 
 
-def test_sharded_processes_hold_the_weights_once_also_where_they_convert_them() -> None:
+def test_sharded_processes_hold_one_copy_of_the_weights_even_if_they_convert_them() -> None:
     same, other = (place(LLAMA_2["70B"] | {"torch_dtype": dtype}, [A100]).sizing for dtype in ("bfloat16", "float16"))
     assert (same.gpus_per_node, other.gpus_per_node, same.sharding) == (4, 4, "fsdp")
     assert same.node_memory_bytes == other.node_memory_bytes
-    # 6 GiB for each process, and a checkpoint of the adapter beside the weights in 16 bits.
+    # 6 GiB for each process, one copy of the weights in 16 bits, and a checkpoint of the adapter.
     assert same.node_memory_bytes == pytest.approx(4 * 6 * GIB + 2 * 68_976_648_192, rel=0.05)
 
 
-def test_a_small_model_runs_on_a_cpu_where_there_is_no_gpu() -> None:
+def test_a_small_model_runs_on_a_cpu_if_there_is_no_gpu() -> None:
     decision = place(TINY, [node("one", cpus="8", memory="16Gi"), node("two", cpus="2", memory="4Gi")])
     assert decision.resources is not None and decision.resources.limits is not None
     memory = decision.resources.limits["memory"]
@@ -187,7 +187,7 @@ def test_a_large_model_does_not_run_on_a_cpu() -> None:
         place(TINY, [node("one", ready="False")])
 
 
-def test_explicit_resources_are_taken_as_they_are() -> None:
+def test_explicit_resources_stay_unchanged() -> None:
     given = {"requests": {"cpu": "3"}, "limits": {"memory": "64Gi", "nvidia.com/gpu": 1}}
     decision = place(LLAMA_2["7B"], [A100], resources=given)
     assert decision.resources is not None and decision.resources.wire() == given
@@ -206,7 +206,7 @@ def test_explicit_resources_that_look_too_small_give_a_warning() -> None:
     assert "the memory limit is 0.5 GiB" in message
 
 
-def test_explicit_pods_share_the_weights_when_each_gpu_is_too_small_for_all() -> None:
+def test_explicit_gpus_shard_the_weights_if_one_gpu_cannot_hold_them() -> None:
     gpus = {"limits": {"memory": "200Gi", "nvidia.com/gpu": 4}}
     crowded = place(LLAMA_2["70B"], [A100], resources=gpus, nodes_wanted=2)
     assert (crowded.nodes, crowded.sizing.nodes, crowded.choice.sharding) == (2, 2, "fsdp")
@@ -218,7 +218,7 @@ def test_explicit_pods_share_the_weights_when_each_gpu_is_too_small_for_all() ->
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw8bit"])
-def test_optimizers_that_cannot_be_sharded_get_one_gpu_or_whole_copies(optim: str) -> None:
+def test_optimizers_that_cannot_be_sharded_get_one_gpu_or_full_copies(optim: str) -> None:
     large = gpu_node("h200", "NVIDIA-H200", 143771, gpus=8)
     one = place(LLAMA_2["7B"], [A100, large], "full", optim=optim)
     assert (one.sizing.gpus_per_node, one.nodes, one.choice.sharding) == (1, 1, None)

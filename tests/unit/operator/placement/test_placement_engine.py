@@ -1,4 +1,4 @@
-"""GPUs, flags and the strategy of a replica."""
+"""Placement of serving replicas: GPUs, engine flags and the strategy."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def place(model: str, *nodes: dict[str, Any], task: Any = "causal", vllm: bool =
     return serving(facts_of(config), spec(**fields), task=task, nodes=nodes, vllm=vllm)
 
 
-def test_the_smallest_gpu_that_fits_is_taken() -> None:
+def test_the_smallest_gpu_that_fits_is_chosen() -> None:
     found = place("7B", L4, A100, CPU, limits={"maxLoraRank": 16})
     assert (found.engine, found.gpu, found.gpus, found.quantization) == ("vllm", "NVIDIA-L4", 1, "none")
     assert found.node_selector == {"nvidia.com/gpu.product": "NVIDIA-L4"}
@@ -42,7 +42,7 @@ def test_a_large_model_is_spread_by_tensor_parallelism() -> None:
     assert place("7B", A100, strategy="distributed").gpus == 2
 
 
-def test_the_strategy_follows_the_memory() -> None:
+def test_the_strategy_follows_from_the_memory() -> None:
     small = {"limits": {"maxLoras": 2, "maxLoraRank": 8, "maxModelLen": 2048}}
     assert place("7B", L4, quantization="int4", **small).strategy == "serverless"
     assert place("70B", A100, quantization="int4", **small).strategy == "dedicated"
@@ -50,14 +50,14 @@ def test_the_strategy_follows_the_memory() -> None:
     assert forced.strategy == "serverless"
 
 
-def test_quantization_is_taken_where_only_that_fits() -> None:
+def test_the_model_is_quantized_only_if_nothing_else_fits() -> None:
     assert place("7B", T4).quantization == "int4"
-    assert place("7B", T4).dtype == "float16"  # no bfloat16 before Ampere
+    assert place("7B", T4).dtype == "float16"  # GPUs before Ampere have no bfloat16
     with pytest.raises(DoesNotFit, match=r"spec\.quantization int4 would fit"):
         place("7B", T4, quantization="none")
 
 
-def test_the_length_is_cut_before_the_weights() -> None:
+def test_the_context_is_shortened_before_the_weights_are_quantized() -> None:
     long = facts_of(LLAMA_2["7B"] | {"max_position_embeddings": 131072})
     found = serving(long, spec(limits={"maxLoraRank": 16}), task="causal", nodes=[L4], vllm=True)
     assert found.quantization == "none" and found.max_model_len is not None and 2048 <= found.max_model_len < 131072
@@ -66,7 +66,7 @@ def test_the_length_is_cut_before_the_weights() -> None:
         serving(long, spec(limits={"maxModelLen": 131072}), task="causal", nodes=[L4], vllm=True)
 
 
-def test_what_fits_nowhere_says_what_would() -> None:
+def test_if_nothing_fits_the_message_says_what_would() -> None:
     with pytest.raises(DoesNotFit) as refused:
         place("70B", L4)
     text = str(refused.value)
@@ -75,7 +75,7 @@ def test_what_fits_nowhere_says_what_would() -> None:
         place("7B", CPU, engine="vllm")
 
 
-def test_without_gpus_small_models_are_served_on_a_cpu_as_before() -> None:
+def test_without_gpus_small_models_are_served_on_a_cpu() -> None:
     found = place("tiny", CPU)
     assert (found.engine, found.gpus, found.memory_bytes, found.source) == ("transformers", 0, None, "default")
     assert found.strategy == "serverless"
@@ -86,14 +86,14 @@ def test_without_gpus_small_models_are_served_on_a_cpu_as_before() -> None:
     assert place("tiny", CPU, quantization="int4").quantization == "int4"
 
 
-def test_vllm_is_chosen_only_where_it_can_serve() -> None:
+def test_vllm_is_chosen_only_if_it_can_serve_the_model() -> None:
     assert place("tiny", L4).engine == "vllm"
     assert place("tiny", L4, vllm=False).engine == "transformers"
     assert place("tiny", L4, task="seq2seq").engine == "transformers"
     assert place("tiny", L4, engine="transformers").engine == "transformers"
 
 
-def test_explicit_resources_are_taken_as_they_are() -> None:
+def test_explicit_resources_stay_unchanged() -> None:
     given = {"limits": {"nvidia.com/gpu": 2, "memory": "32Gi"}}
     found = place("7B", L4, A100, resources=given)
     assert (found.engine, found.gpus, found.source, found.max_num_seqs) == ("vllm", 2, "spec", None)
@@ -102,17 +102,17 @@ def test_explicit_resources_are_taken_as_they_are() -> None:
     assert place("tiny", L4, resources={"limits": {"memory": "8Gi"}}).engine == "transformers"
 
 
-def test_a_model_without_facts_keeps_what_the_spec_says() -> None:
+def test_without_facts_there_is_no_strategy_and_the_message_names_spec_facts() -> None:
     found = serving(None, spec(), task="causal", nodes=[L4], vllm=True)
     assert found.engine == "transformers" and found.strategy is None and "spec.facts" in (found.message or "")
 
 
-def test_a_time_sliced_gpu_leaves_the_others_their_share() -> None:
+def test_a_replica_takes_only_its_share_of_a_time_sliced_gpu() -> None:
     sliced = gpu_node("s", "NVIDIA-A100-SXM4-80GB-SHARED", 81920, gpus=4, labels={"nvidia.com/gpu.replicas": "2"})
     assert place("7B", sliced).gpu_memory_percent == 45
 
 
-def test_only_what_decides_is_in_the_basis() -> None:
+def test_the_basis_holds_only_the_fields_that_decide_the_placement() -> None:
     facts = facts_of(LLAMA_2["7B"])
 
     def basis(**fields: Any) -> str:

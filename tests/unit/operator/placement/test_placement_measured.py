@@ -1,6 +1,6 @@
-"""The estimate against the memory that training really takes: never 10 % too low, never 25 % too high.
+"""The memory estimate, compared with the measured peak of real training.
 
-The whole set of cases is benchmarks/placement_memory.py; these are the small ones of it.
+The estimate may be at most 10 % too low and 25 % too high. These are the small cases of benchmarks/placement_memory.py.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def benchmark() -> Iterator[ModuleType]:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are so small that threads would only wait for each other
+    torch.set_num_threads(1)  # more threads only slow down such small matrices
     yield module
     torch.set_num_threads(threads)
 
@@ -45,13 +45,13 @@ def test_the_estimate_is_close_to_the_measured_peak(name: str, benchmark: Module
     assert 0.90 <= result["ratio"] <= 1.25, result
 
 
-def test_the_measure_counts_what_is_alive_at_once(benchmark: ModuleType) -> None:
+def test_the_peak_counts_only_tensors_that_exist_at_the_same_time(benchmark: ModuleType) -> None:
     import torch
 
     with benchmark.PeakOfLiveTensors() as peak:
         for _ in range(4):
-            torch.zeros(1024, dtype=torch.float32)  # gone again at once
+            torch.zeros(1024, dtype=torch.float32)  # freed at once
         kept = torch.zeros(1024, dtype=torch.float32)
-        kept.view(32, 32)  # the same storage
+        kept.view(32, 32)  # a view shares the storage
         both = kept + 1
     assert peak.peak == both.untyped_storage().nbytes() * 2 == 8192

@@ -1,8 +1,8 @@
-"""The table of GPUs per model size that platform teams plan with comes out of the estimate.
+"""The estimate reproduces the table of GPUs per model size that platform teams plan with.
 
-What the table leaves unsaid, and is taken here: Llama 2 with its weights in bf16; training is LoRA (rank 16, all linear layers) in bf16 with 8
-examples per GPU of up to 2048 tokens; serving holds the weights in 8 bits, 4 adapters of rank 16, and the cache of one
-request of 4096 tokens. The cluster offers every GPU that the table names, so the choice is the placement's.
+The table leaves some settings open. These tests use Llama 2 with weights in bf16. Training is LoRA in bf16 (rank 16,
+all linear layers), with 8 examples of up to 2048 tokens per GPU. Serving holds the weights in 8 bits, 4 adapters of
+rank 16 and the cache of one request of 4096 tokens. The cluster offers every GPU of the table, so placement chooses.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ CLUSTER = [
     gpu_node("a100-80", "NVIDIA-A100-SXM4-80GB", 81920, gpus=8),
 ]
 TABLE = [
-    # model, training: GPU, count, memory of the pod at most; serving: the same
+    # model; training: GPU, count, maximum memory of the pod in bytes; serving: the same three
     ("7B", ("NVIDIA-A100-SXM4-40GB", 1, 64e9), ("Tesla-T4", 1, 32e9)),
     ("13B", ("NVIDIA-A100-SXM4-80GB", 1, 128e9), ("NVIDIA-A10", 1, 48e9)),
     ("70B", ("NVIDIA-A100-SXM4-80GB", 4, 512e9), ("NVIDIA-A100-SXM4-80GB", 1, 128e9)),
@@ -33,7 +33,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("size", "expected"), [(size, row) for size, row, _ in TABLE], ids=["7B", "13B", "70B"])
-def test_training(size: str, expected: tuple[str, int, float]) -> None:
+def test_training_gets_the_gpus_of_the_table(size: str, expected: tuple[str, int, float]) -> None:
     gpu, count, memory = expected
     decision = training(
         facts_of(LLAMA_2[size]),
@@ -52,7 +52,7 @@ def test_training(size: str, expected: tuple[str, int, float]) -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [(size, row) for size, _, row in TABLE], ids=["7B", "13B", "70B"])
-def test_serving(size: str, expected: tuple[str, int, float]) -> None:
+def test_serving_gets_the_gpus_of_the_table(size: str, expected: tuple[str, int, float]) -> None:
     gpu, count, memory = expected
     shape = geometry(facts_of(LLAMA_2[size]))
     load = Load(context=4096, quantization="int8", adapters=4, max_rank=16)
@@ -73,7 +73,7 @@ def test_the_estimate_is_itemised() -> None:
     )
     sizing: dict[str, Any] = decision.sizing.wire()
     assert sizing["items"]["weights"] == 2 * 6_738_415_616
-    assert sizing["items"]["adapter"] == 4 * 39_976_960  # what peft says of rank 16 on all linear layers of Llama-2-7B
+    assert sizing["items"]["adapter"] == 4 * 39_976_960  # the count by peft: rank 16, all linear layers of Llama-2-7B
     assert sizing["items"]["optimizer"] == 2 * sizing["items"]["adapter"]
     assert set(sizing["items"]) == {
         "weights",

@@ -1,4 +1,7 @@
-"""Adapters over replicas when not all fit in all: two copies where there are two replicas, nothing moved that need not be."""
+"""Plans that distribute adapters over replicas if not every replica can hold all of them.
+
+Each adapter gets two replicas if two exist. A plan moves only adapters that must move.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -17,7 +20,7 @@ def items(*names: str, size: int = 0) -> list[Item]:
 
 
 def pods(*names: str, loaded: Homes | None = None) -> list[ReplicaPod]:
-    """Ready ones, with everything loaded that is theirs."""
+    """Return ready replicas. Each has loaded the adapters that `loaded` assigns to it."""
     there = loaded or {}
     return [ReplicaPod(name, True, frozenset(item for item, homes in there.items() if name in homes)) for name in names]
 
@@ -27,7 +30,7 @@ def homes(found: Plan) -> Homes:
     return found.homes
 
 
-def test_what_fits_everywhere_is_everywhere() -> None:
+def test_if_all_adapters_fit_every_replica_gets_all_of_them() -> None:
     assert plan(items("x", "y"), pods("a", "b", "c"), Capacity(adapters=2), {}) == Plan(None)
     assert plan(items("x", "y", size=5), pods("a"), Capacity(bytes=10), {}) == Plan(None)
     assert plan(items("x", "y", size=5), [], Capacity(), {}) == Plan(None)
@@ -39,7 +42,7 @@ def test_each_adapter_has_two_replicas_and_the_load_is_even() -> None:
     assert [sum(pod in where for where in found.values()) for pod in "abc"] == [4, 4, 4]
 
 
-def test_bytes_count_as_slots_do() -> None:
+def test_the_limit_in_bytes_works_like_the_limit_in_adapters() -> None:
     heavy = [Item("big", 80), Item("x", 30), Item("y", 30), Item("z", 30)]
     found = plan(heavy, pods("a", "b", "c", "d"), Capacity(bytes=100), {})
     assert not found.short
@@ -47,38 +50,38 @@ def test_bytes_count_as_slots_do() -> None:
         assert sum(item.bytes for item in heavy if pod in homes(found)[item.name]) <= 100
 
 
-def test_first_copies_come_before_second_ones() -> None:
+def test_first_copies_are_placed_before_second_copies() -> None:
     found = plan(items("x", "y", "z"), pods("a", "b"), Capacity(adapters=2), {})
     assert sorted(map(len, homes(found).values())) == [1, 1, 2]
     assert found.short == ("y", "z")
 
 
-def test_the_first_of_them_get_the_room_that_there_is() -> None:
+def test_the_first_adapters_of_the_list_get_the_free_slots() -> None:
     found = plan(items("x", "y", "z"), pods("a"), Capacity(adapters=2), {})
     assert homes(found) == {"x": ("a",), "y": ("a",), "z": ()}
     assert found.short == ("z",)
 
 
-def test_an_adapter_of_a_higher_rank_than_the_engines_take_is_put_nowhere() -> None:
+def test_an_adapter_above_the_maximum_rank_gets_no_replica() -> None:
     found = plan([Item("x", rank=8), Item("y", rank=64)], pods("a", "b"), Capacity(adapters=1, max_rank=16), {})
     assert (homes(found)["y"], found.short) == ((), ("y",))
 
 
-def test_an_adapter_goes_to_no_replica_whose_base_model_it_does_not_fit() -> None:
-    """While the base model is rolled over the pods differ."""
+def test_an_adapter_gets_no_replica_whose_base_model_it_does_not_fit() -> None:
+    """During a rollout of the base model, the pods have different files."""
     there = [*pods("a", "b"), ReplicaPod("c", unfit=frozenset({"x"})), ReplicaPod("d", unfit=frozenset({"x"}))]
     found = homes(plan(items("x", "y", "z"), there, Capacity(adapters=2), {"x": ["b", "c"]}))
     assert found["x"] == ("a", "b")
 
 
-def test_a_second_copy_can_need_a_move() -> None:
+def test_a_second_copy_may_move_one_other_adapter() -> None:
     before = {"x": ["a", "b"], "y": ["a", "b"], "z": ["c"]}
     found = plan(items("x", "y", "z"), pods("a", "b", "c", loaded=before), Capacity(adapters=2), before)
     assert not found.short
     assert sum(len(set(before[name]) - set(where)) for name, where in homes(found).items()) == 1
 
 
-def test_spare_room_takes_further_copies_that_give_way_to_what_has_none() -> None:
+def test_free_slots_hold_extra_copies_until_a_new_adapter_needs_them() -> None:
     before = homes(plan(items("x", "y", "z"), pods("a", "b", "c"), Capacity(adapters=2), {}))
     assert {len(where) for where in before.values()} == {2}
     spread = homes(plan(items("x", "y", "z"), pods("a", "b", "c", "d", loaded=before), Capacity(adapters=2), before))
@@ -88,15 +91,15 @@ def test_spare_room_takes_further_copies_that_give_way_to_what_has_none() -> Non
     assert not full.short and {len(where) for where in homes(full).values()} == {2}
 
 
-def test_a_copy_that_alone_answers_does_not_give_way() -> None:
+def test_the_only_loaded_copy_of_an_adapter_is_not_removed() -> None:
     before = {"x": ["a", "b"], "y": ["a", "b"]}
     only_a = {"x": ["a"], "y": ["a"]}
     found = homes(plan(items("x", "y", "new"), pods("a", "b", loaded=only_a), Capacity(adapters=2), before))
     assert found == {"x": ("a", "b"), "y": ("a",), "new": ("b",)}
 
 
-def test_a_new_version_takes_the_place_of_its_own_second_copy() -> None:
-    """Load, see it loaded, shift, unload: in two replicas that are full."""
+def test_a_new_version_takes_the_slot_of_the_second_copy_of_the_old_one() -> None:
+    """The change loads, confirms, shifts traffic and unloads, although both replicas are full."""
     before = {"x": ["a", "b"], "y1": ["a", "b"]}
     change = [Item("x"), Item("y2"), Item("y1", leaving=True)]
     found = homes(plan(change, pods("a", "b", loaded=before), Capacity(adapters=2), before))
@@ -104,7 +107,7 @@ def test_a_new_version_takes_the_place_of_its_own_second_copy() -> None:
     assert set(found["y1"]) | set(found["y2"]) == {"a", "b"}
 
 
-def test_one_full_replica_cannot_change_a_version() -> None:
+def test_with_one_full_replica_a_version_cannot_change() -> None:
     before = {"x": ["a"], "y1": ["a"]}
     change = [Item("x"), Item("y2"), Item("y1", leaving=True)]
     found = plan(change, pods("a", loaded=before), Capacity(adapters=2), before)
@@ -112,19 +115,19 @@ def test_one_full_replica_cannot_change_a_version() -> None:
     assert remedies(change, 1, Capacity(adapters=2)) == Remedies(replicas=3, adapters=3)
 
 
-def test_a_lowered_limit_moves_and_what_moves_answers_all_the_time() -> None:
+def test_a_lowered_limit_moves_adapters_that_keep_answering() -> None:
     before = {name: ["a"] for name in "uvwx"}
     there = pods("a", "b", loaded=before)
     found = homes(plan(items(*"uvwx"), there, Capacity(adapters=3), before))
     moved = [name for name in "uvwx" if found[name] == ("a", "b")]
-    assert "x" in moved  # the last one: on b from now on, and on a until it is loaded there
+    assert "x" in moved  # the last adapter moves to b, and stays on a until b has loaded it
     later = {name: found[name] for name in "uvwx"}
     settled = homes(plan(items(*"uvwx"), pods("a", "b", loaded=later), Capacity(adapters=3), later))
     assert all(sum(pod in where for where in settled.values()) <= 3 for pod in "ab")
     assert all(settled.values())
 
 
-def test_an_adapter_whose_replicas_are_all_away_gets_one_that_is_ready() -> None:
+def test_an_adapter_whose_replicas_are_all_unready_gets_a_ready_one() -> None:
     before = {"x": ["a", "b"], "y": ["c", "d"], "z": ["c", "d"]}
     there = [
         ReplicaPod("a", ready=False),
@@ -137,8 +140,8 @@ def test_an_adapter_whose_replicas_are_all_away_gets_one_that_is_ready() -> None
     assert found["x"] == ("a", "b", "e")
 
 
-def test_what_answers_only_where_it_was_to_leave_goes_back_there() -> None:
-    """x was to move from a to the replica that has died meanwhile; y has just come to a and is not loaded yet."""
+def test_an_adapter_stays_on_its_draining_replica_if_no_other_replica_answers() -> None:
+    """x was moving from a to a replica that has died since. y was assigned to a, but a has not loaded it yet."""
     before = {"x": ["gone", "b"], "y": ["a"], "z": ["b"]}
     there = [
         ReplicaPod("a", True, frozenset(), draining=frozenset({"x"})),
@@ -160,17 +163,19 @@ def test_what_answers_only_where_it_was_to_leave_goes_back_there() -> None:
         (items("x", "y", size=3 * MIB), 2, Capacity(adapters=1, bytes=3 * MIB), Remedies(4, None, None, (2, 6 * MIB))),
     ],
 )
-def test_what_would_make_room(what: list[Item], replicas: int, capacity: Capacity, expected: Remedies) -> None:
+def test_remedies_name_the_limits_that_would_suffice(
+    what: list[Item], replicas: int, capacity: Capacity, expected: Remedies
+) -> None:
     assert not enough(what, replicas, capacity)
     assert remedies(what, replicas, capacity) == expected
 
 
-# Stories with a seed: adapters and replicas come and go in any order, and agents are slow.
+# Random scenarios with a seed: adapters and replicas come and go in any order, and agents are slow.
 
 
 @dataclass
 class Story:
-    """A deployment's life; `loaded`: replica -> what its engine has."""
+    """The life of a deployment. `loaded` maps each replica to the adapters in its engine."""
 
     chance: random.Random
     capacity: Capacity
@@ -210,7 +215,7 @@ class Story:
             self.agents(0.5)
 
     def agents(self, share: float) -> None:
-        """Some of them do what they are told, and the routes move on."""
+        """Let the agents apply a random `share` of the changes that the plan asks for."""
         for pod in self.ready:
             has = self.loaded.setdefault(pod, set())
             for name, where in self.homes.items():
@@ -235,7 +240,7 @@ CAPACITIES = [Capacity(adapters=1), Capacity(adapters=3), Capacity(bytes=20), Ca
 
 
 @pytest.mark.parametrize("seed", range(48))
-def test_whatever_happens(seed: int) -> None:
+def test_random_events_never_violate_the_rules_of_a_plan(seed: int) -> None:
     story = Story(random.Random(seed), CAPACITIES[seed % len(CAPACITIES)])
     for _ in range(40):
         story.happen()
@@ -248,21 +253,21 @@ def test_whatever_happens(seed: int) -> None:
             assert story.capacity.adapters is None or len(here) <= story.capacity.adapters
             assert story.capacity.bytes is None or sum(size[name] for name in here) <= story.capacity.bytes
         assert {pod for where in story.homes.values() for pod in where} <= set(story.ready)
-        assert answered <= story.answers(story.homes)  # nothing stops answering for a plan's sake
+        assert answered <= story.answers(story.homes)  # a new plan takes no loaded adapter out of service
         again = dict(story.homes)
         story.step()
-        assert story.homes == again  # a plan gives itself
+        assert story.homes == again  # planning again changes nothing
 
 
 @pytest.mark.parametrize("seed", range(48))
-def test_two_copies_wherever_there_is_the_room(seed: int) -> None:
+def test_every_adapter_gets_two_copies_if_the_slots_suffice(seed: int) -> None:
     slots = seed % 4 + 1
     story = Story(random.Random(seed), Capacity(adapters=slots))
     for _ in range(30):
         story.happen()
         story.step()
     for item in [item for item in story.items if item.leaving]:
-        story.items.remove(item)  # every change of a version is over
+        story.items.remove(item)  # every change of a version is finished
     story.ready = dict.fromkeys(story.ready, True)
     for _ in range(20):
         story.agents(1.0)
@@ -277,7 +282,10 @@ def test_two_copies_wherever_there_is_the_room(seed: int) -> None:
 
 
 def settled(seed: int, *, adapters: int = 0, replicas: int = 0) -> tuple[list[Item], list[str], Capacity, Homes]:
-    """Adapters with two copies each, at rest on replicas that would have room for so many more, or could be so many fewer."""
+    """Return adapters with two copies each, the names of the replicas, their capacity and a stable plan.
+
+    The capacity allows `adapters` more adapters and `replicas` fewer replicas.
+    """
     chance = random.Random(seed)
     count, number = chance.randint(12, 24), chance.randint(4, 7)
     slots = -(-2 * (count + adapters) // (number - replicas))
@@ -287,7 +295,7 @@ def settled(seed: int, *, adapters: int = 0, replicas: int = 0) -> tuple[list[It
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_another_adapter_moves_none_where_there_is_room(seed: int) -> None:
+def test_a_new_adapter_moves_no_other_if_slots_are_free(seed: int) -> None:
     there, names, capacity, before = settled(seed, adapters=3)
     found = homes(plan([*there, Item("new")], pods(*names, loaded=before), capacity, before, fill=False))
     assert len(found["new"]) == 2
@@ -295,7 +303,7 @@ def test_another_adapter_moves_none_where_there_is_room(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_lost_replica_moves_only_what_was_on_it(seed: int) -> None:
+def test_a_lost_replica_moves_only_its_own_adapters(seed: int) -> None:
     there, names, capacity, before = settled(seed, adapters=3, replicas=1)
     lost, left = names[0], names[1:]
     orphans = {name for name, where in before.items() if lost in where}

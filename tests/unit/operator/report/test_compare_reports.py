@@ -1,4 +1,4 @@
-"""graft compare over files: the matrix in the terminal, as JSON and as a page."""
+"""`graft compare` over report files: the matrix in the terminal, as JSON and as an HTML page."""
 
 import base64
 import json
@@ -34,13 +34,15 @@ def cells(row: str, *methods: str) -> list[Any]:
     return next(one for one in comparison.rows if one.name == row).cells
 
 
-def test_four_methods_side_by_side(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_four_methods_are_shown_side_by_side(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.html"
     assert main(["compare", *files, "-o", str(page)]) == 0
     text = capsys.readouterr().out
     heads, *_ = text.splitlines()
     assert heads.split("  ")[-1].strip() == "Prompt tuning" and "LoRA r=8" in heads and "Full fine-tuning" in heads
-    assert "4 GB (0.50×)" in text and "8 GB (1.00×)" in text  # memory, relative to full wherever that stands
+    assert "4 GB (0.50×)" in text and "8 GB (1.00×)" in text  # memory relative to the full run, at any position
     assert "2 MB + 30 kB" in text
     for figures in PUBLISHED.values():
         assert all(figure in text for figure in figures.values())
@@ -77,7 +79,7 @@ def with_rank(method: str, rank: int, loss: float) -> Report:
     )
 
 
-def test_the_effect_of_the_rank_is_shown_where_a_method_has_several() -> None:
+def test_the_effect_of_the_rank_is_shown_if_a_method_has_several_ranks() -> None:
     runs = [with_rank("lora", 16, 0.9), with_rank("lora", 2, 1.2), with_rank("qlora", 8, 1.1), make_report("full")]
     comparison = compare(runs)
     assert [(run.label, run.rank, run.loss) for run in rank_runs(comparison)] == [
@@ -97,12 +99,12 @@ def test_without_a_full_run_the_first_is_the_reference() -> None:
     assert cells("training memory", "qlora", "lora")[1].relative == 2.0
 
 
-def test_the_size_to_deploy_is_base_and_adapter() -> None:
+def test_the_deployment_size_is_base_model_plus_adapter() -> None:
     values = [cell.value for cell in cells("deployment size", *METHODS)]
     assert values == [7_030_000, 7_000_000, 2_030_000, 7_030_000]
 
 
-def test_the_latency_of_qlora_is_over_the_base_model_of_the_others() -> None:
+def test_the_latency_of_qlora_is_relative_to_the_base_model_of_the_other_runs() -> None:
     report = make_report("qlora")
     assert report.analysis is not None and report.analysis.latency is not None
     report.analysis.latency.variants["base"].seconds_per_token = 0.1  # 4-bit weights on this machine
@@ -114,7 +116,7 @@ def test_the_latency_of_qlora_is_over_the_base_model_of_the_others() -> None:
     assert any("qlora needs a run of another method" in note for note in alone.notes)
 
 
-def test_the_score_is_one_that_all_have_and_lower_is_better_for_losses() -> None:
+def test_the_task_score_is_common_to_all_runs_and_lower_is_better_for_losses() -> None:
     assert [cell.relative for cell in cells("task score", "full", "lora")] == pytest.approx([1.0, 0.9])
     losses = compare(
         [make_report(metrics={"evalLoss": 0.5}), make_report(metrics={"evalLoss": 1.0, "exactMatch": 1.0})]
@@ -127,7 +129,7 @@ def test_the_score_is_one_that_all_have_and_lower_is_better_for_losses() -> None
     assert "The runs have no score in common." in none.notes
 
 
-def test_it_warns_where_runs_cannot_be_compared() -> None:
+def test_a_note_warns_if_runs_cannot_be_compared() -> None:
     other = make_report(dataset={"digests": {"train": "sha256:other"}})
     assert any("training data" in note for note in compare([make_report(), other]).notes)
     batch = make_report(hyperparameters={"maxSteps": 20, "rank": 8, "perDeviceTrainBatchSize": 4})
@@ -135,20 +137,22 @@ def test_it_warns_where_runs_cannot_be_compared() -> None:
     assert compare([make_report(), make_report("promptTuning")]).notes == []
 
 
-def test_runs_of_the_same_method_are_told_apart() -> None:
+def test_runs_of_the_same_method_get_different_labels() -> None:
     job = {"name": "again", "namespace": "shop", "uid": "uid-2"}
     assert compare([make_report(), make_report(job=job)]).labels == ["LoRA r=8, support-lora", "LoRA r=8, again"]
     assert compare([make_report(), make_report()]).labels[0].endswith("(1)")
 
 
-def test_an_old_report_is_compared_with_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_report_is_compared_by_the_fields_that_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(old_document()))
     new.write_text(json.dumps(document()))
     assert main(["compare", str(old), str(new), "-o", str(tmp_path / "page.html")]) == 0
     text = capsys.readouterr().out
     assert "40 s (1.00×)" in text and "80 s (2.00×)" in text
-    assert "—" in text  # no memory was measured then
+    assert "—" in text  # old reports contain no measured memory
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_an_old_report_is_compared_with_what_it_has(tmp_path: Path, capsys: pyte
         (b"\xff\xfe", "is not a valid report"),
     ],
 )
-def test_what_is_no_report_is_refused(content: bytes, expected: str) -> None:
+def test_an_invalid_report_is_refused(content: bytes, expected: str) -> None:
     with pytest.raises(CliFailure, match=expected):
         parse(content, "report.json")
 
@@ -185,7 +189,7 @@ def test_the_page_of_a_job_is_not_overwritten(
     assert Path("report.html").read_text() == "the page of a job"
 
 
-def test_a_job_without_a_version_says_how_far_it_is() -> None:
+def test_a_job_without_a_published_version_reports_its_stage() -> None:
     done = {
         "status": {
             "stage": "Succeeded",
@@ -202,7 +206,7 @@ def test_a_job_without_a_version_says_how_far_it_is() -> None:
     assert "kubectl describe finetunejob support -n shop" in failed.value.remedy
 
 
-def test_the_store_of_the_namespace_is_opened_where_the_user_says(tmp_path: Path) -> None:
+def test_the_user_can_override_the_endpoint_of_the_store(tmp_path: Path) -> None:
     data = {"endpoint": "http://store.graft:9000", "bucket": "graft", "access-key-id": "k", "secret-access-key": "s"}
     secret = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
     assert storage_config(secret, tmp_path, None).endpoint == "http://store.graft:9000"

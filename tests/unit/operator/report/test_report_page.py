@@ -1,4 +1,4 @@
-"""report.html: what a person sees, and that it is safe and whole without a network."""
+"""report.html: what it shows, and that it is complete and safe without a network."""
 
 import re
 from html.parser import HTMLParser
@@ -23,7 +23,7 @@ SECTIONS = [
 
 
 class Page(HTMLParser):
-    """The elements of a page, its headings and its text."""
+    """The elements, headings and text of an HTML page."""
 
     VOID = frozenset({"meta", "link", "br", "img", "use", "path"})
 
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     "source", [document(), document("full"), document("promptTuning", analysis=None), old_document()]
 )
-def test_every_section_is_there_in_every_report(source: dict[str, object]) -> None:
+def test_every_report_has_every_section(source: dict[str, object]) -> None:
     page = Page(render_job(source))
     assert page.headings == SECTIONS
     assert page.open == []  # every element is closed
@@ -71,7 +71,7 @@ def html() -> str:
     return render_job(document())
 
 
-def test_it_says_what_was_measured(html: str) -> None:
+def test_the_page_shows_what_was_measured(html: str) -> None:
     text = Page(html).text
     for expected in (
         "support 1.2.0",
@@ -84,11 +84,11 @@ def test_it_says_what_was_measured(html: str) -> None:
         "80 s",
     ):
         assert expected in text, expected
-    assert "0.2 worse" in text  # general/loss 2.0 over 1.8
+    assert "0.2 worse" in text  # general/loss is 2.0, and 1.8 for the base model
     assert "sha256:train" in text and "torch 2.15.0" in text
 
 
-def test_a_rejected_version_says_which_gates_it_missed() -> None:
+def test_the_page_of_a_rejected_version_names_the_missed_gates() -> None:
     source = document(analysis=None)
     source["evaluation"]["rejected"] = ["exactMatch is 0.4, the gate asks for at least 0.5"]
     text = Page(render_job(source)).text
@@ -96,7 +96,7 @@ def test_a_rejected_version_says_which_gates_it_missed() -> None:
     assert "exactMatch is 0.4, the gate asks for at least 0.5" in text
 
 
-def test_it_needs_no_network_and_no_script(html: str) -> None:
+def test_the_page_needs_no_network_and_no_script(html: str) -> None:
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag not in {"script", "iframe", "link", "object", "embed", "img"}
@@ -106,11 +106,11 @@ def test_it_needs_no_network_and_no_script(html: str) -> None:
                 assert (value or "").startswith(("#", "data:image/png;base64,")), value
     assert "@import" not in html
     addresses = set(re.findall(r"https?://[^\"'\s<)]+", html))
-    assert all(address.startswith("http://www.w3.org/") for address in addresses)  # names of the SVG vocabulary
+    assert all(address.startswith("http://www.w3.org/") for address in addresses)  # names of XML namespaces
     assert "default-src 'none'" in html
 
 
-def test_hostile_texts_stay_texts() -> None:
+def test_html_in_a_text_is_escaped() -> None:
     attack = '<script>alert(1)</script><img src=x onerror="alert(2)">'
     source = document(
         samples=[{"prompt": attack, "expected": attack, "answer": attack, "base/answer": attack, "suite": attack}],
@@ -131,12 +131,12 @@ def test_hostile_texts_stay_texts() -> None:
     assert page.text.count("<script>alert(1)</script>") > 10
 
 
-def test_a_name_with_dollars_is_no_formula() -> None:
+def test_a_name_with_dollar_signs_is_not_rendered_as_a_formula() -> None:
     source = document(metrics={"cost$in$euros/f1": 0.5}, analysis=None)
     assert "cost$in$euros/f1" in Page(render_job(source)).text
 
 
-def test_figures_have_a_text_and_the_numbers_stand_beside_them(html: str) -> None:
+def test_figures_have_a_text_alternative_and_tables_show_the_numbers(html: str) -> None:
     page = Page(html)
     figures = page.named("svg")
     assert len(figures) >= 8
@@ -154,7 +154,7 @@ def test_figures_take_the_colour_of_the_page(html: str) -> None:
     assert "#000000" not in svg and "#010203" not in svg
 
 
-def test_a_model_of_many_layers_stays_readable() -> None:
+def test_the_page_of_a_model_with_many_layers_stays_small() -> None:
     source = document()
     update = source["analysis"]["update"]
     update["matrices"] = [m | {"layer": layer, "name": f"{m['kind']}.{layer}"} for layer in range(80) for m in update["matrices"][:3]]  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_model_of_many_layers_stays_readable() -> None:
     assert Page(html).open == []
 
 
-def test_an_update_that_is_nothing_is_no_error() -> None:
+def test_an_update_of_zeros_is_no_error() -> None:
     source = document()
     for matrix in source["analysis"]["update"]["matrices"]:
         matrix |= {"singularValues": [0.0, 0.0], "norm": 0.0, "relativeNorm": 0.0, "effectiveRank": 0.0}

@@ -1,4 +1,4 @@
-"""The agent of a pod that is to have a part of the adapters only."""
+"""The agent of a pod that must serve only some of the adapters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from worlds.serving import eventually
 
 
 def tell(pod: Pod, assigned: list[str] | None, *adapters: tuple[WantedAdapter, list[str] | None]) -> None:
-    """Write what is wanted for all pods; this one is pod-1."""
+    """Write the wanted adapters of all pods. The agent under test runs in pod-1."""
     items = [adapter.model_copy(update={"pods": pods}) for adapter, pods in adapters]
     wanted = pod.wanted.model_copy(update={"adapters": items, "assigned": assigned})
     pod.agent.want({"x": {WANTED_KEY: wanted.json_text()}})
 
 
-async def test_a_pod_takes_its_own_part_and_is_ready_with_it(tmp_path: Path) -> None:
+async def test_a_pod_loads_only_its_own_adapters_and_is_ready_with_them(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         mine, both, theirs = pod.store.publish("mine"), pod.store.publish("both"), pod.store.publish("theirs")
         tell(pod, ["pod-1", "pod-2"], (mine, ["pod-1"]), (both, ["pod-1", "pod-2"]), (theirs, ["pod-2"]))
@@ -32,17 +32,17 @@ async def test_a_pod_takes_its_own_part_and_is_ready_with_it(tmp_path: Path) -> 
         await pod.ready()
 
 
-async def test_a_pod_that_the_assignment_does_not_know_waits_for_it(tmp_path: Path) -> None:
+async def test_a_pod_that_the_assignment_does_not_list_waits(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         one = pod.store.publish("one")
         tell(pod, ["pod-2"], (one, ["pod-2"]))
         assert "waiting for the operator" in str(await pod.ready(False))
-        tell(pod, ["pod-1", "pod-2"], (one, ["pod-2"]))  # known, and there is no adapter for it
+        tell(pod, ["pod-1", "pod-2"], (one, ["pod-2"]))  # pod-1 is assigned, but without an adapter
         await pod.ready()
         assert pod.engine.adapters == {} and pod.told[-1].adapters == []
 
 
-async def test_a_pod_that_is_forgotten_goes_on_with_what_it_has(tmp_path: Path) -> None:
+async def test_a_pod_removed_from_the_assignment_keeps_its_adapters(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         one = pod.store.publish("one")
         tell(pod, ["pod-1"], (one, ["pod-1"]))
@@ -52,7 +52,7 @@ async def test_a_pod_that_is_forgotten_goes_on_with_what_it_has(tmp_path: Path) 
         assert await pod.ready() is None and list(pod.engine.adapters) == [one.engine_name]
 
 
-async def test_another_pods_part_disturbs_no_download(tmp_path: Path) -> None:
+async def test_a_change_for_another_pod_does_not_interrupt_a_download(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         one = pod.store.publish("one", size=64 << 10)
         pod.store.slow = 0.01

@@ -1,4 +1,4 @@
-"""What the agent decides, without anything running."""
+"""The decisions of the agent, tested without an engine, a store or a disk."""
 
 from dataclasses import replace
 
@@ -58,11 +58,11 @@ def sizes(*adapters: WantedAdapter, size: int = 10) -> dict[str, int]:
         ([], Observed({}, {}), []),
         ([A], Observed({}, {}), [Inspect(A)]),
         ([A], Observed({}, {}, sizes=sizes(A)), [Download(A)]),
-        ([A], Observed({}, None, sizes=sizes(A)), [Download(A)]),  # the engine still loads its model: fetch meanwhile
+        ([A], Observed({}, None, sizes=sizes(A)), [Download(A)]),  # download while the engine still loads its model
         ([A], Observed(on(A), None), []),
         ([A], Observed(on(A), {}), [Load(A)]),
         ([A], Observed(on(A), at(A)), []),
-        ([A], Observed({}, at(A), sizes=sizes(A)), [Download(A)]),  # an eviction would read its files again
+        ([A], Observed({}, at(A), sizes=sizes(A)), [Download(A)]),  # after an eviction, the engine needs the files
         ([A], Observed({A.engine_name: OnDisk("sha256:other")}, {}, sizes=sizes(A)), [Download(A)]),
         ([A], Observed(on(A), {A.engine_name: "/elsewhere"}), [Unload(A.engine_name)]),
         ([A], Observed({}, {A.engine_name: "/elsewhere"}), [Unload(A.engine_name)]),
@@ -72,20 +72,20 @@ def sizes(*adapters: WantedAdapter, size: int = 10) -> dict[str, int]:
         ([], Observed(on(A), at(A)), []),  # draining
         ([], Observed(on(A), at(A), drained=[A.engine_name]), [Unload(A.engine_name)]),
         ([], Observed(on(A), at(A), drained=[A.engine_name], busy=[A.engine_name]), []),
-        ([], Observed(on(A), {}), []),  # kept for a quick way back
+        ([], Observed(on(A), {}), []),  # kept for a quick rollback
         ([], Observed(on(A, 10), {}, capacity=Capacity(9, 9)), [Delete(A.engine_name)]),
-        ([], Observed(on(A, 10), at(A), capacity=Capacity(9, 9)), []),  # the engine may read it again
-        ([], Observed(on(A, 10), None, capacity=Capacity(9, 9)), []),  # what the engine still reads is unknown
+        ([], Observed(on(A, 10), at(A), capacity=Capacity(9, 9)), []),  # the engine may read the files again
+        ([], Observed(on(A, 10), None, capacity=Capacity(9, 9)), []),  # the engine may still read the files
         ([A], Observed(on(B, 10), {}, sizes=sizes(A), capacity=Capacity(15, 15)), [Delete(B.engine_name)]),
-        ([A], Observed(on(B, 10), None, sizes=sizes(A), capacity=Capacity(15, 15)), []),  # there will be room
-        ([A], Observed(on(B, 10), at(B), sizes=sizes(A), capacity=Capacity(15, 15)), []),  # when it has drained
+        ([A], Observed(on(B, 10), None, sizes=sizes(A), capacity=Capacity(15, 15)), []),  # wait: B may be deleted later
+        ([A], Observed(on(B, 10), at(B), sizes=sizes(A), capacity=Capacity(15, 15)), []),  # wait until B has drained
         ([], Observed({}, {}, partial=[A.engine_name]), [Discard(A.engine_name)]),
         ([A], Observed({}, {}, partial=[A.engine_name], sizes=sizes(A)), [Download(A)]),
         ([A], Observed(on(A), at(A), partial=[A.engine_name]), [Discard(A.engine_name)]),
         ([], Observed({}, {"base": "/models/base", "someone-elses": "/x"}, drained=["someone-elses"]), []),
     ],
 )
-def test_decisions(want: list[WantedAdapter], seen: Observed, actions: list[object]) -> None:
+def test_decisions_for_wanted_adapters(want: list[WantedAdapter], seen: Observed, actions: list[object]) -> None:
     assert decide(wanted(*want), seen, DIR) == actions
 
 
@@ -98,19 +98,22 @@ def test_decisions(want: list[WantedAdapter], seen: Observed, actions: list[obje
         ([], Observed({}, {}, sizes=sizes(B), partial=[B.engine_name]), [Download(B)]),
         ([], Observed({}, {}, busy=[B.engine_name]), []),
         ([], Observed({}, {}, held_back=[B.engine_name], partial=[B.engine_name]), []),
-        ([], Observed(on(B), {}), []),  # it is not loaded
-        ([A], Observed({}, {}, sizes=sizes(B)), [Inspect(A)]),  # what is wanted comes first
+        ([], Observed(on(B), {}), []),  # an expected adapter is not loaded
+        ([A], Observed({}, {}, sizes=sizes(B)), [Inspect(A)]),  # wanted adapters come first
         ([A], Observed(on(A), {}, sizes=sizes(B)), [Load(A), Download(B)]),
+        # An expected adapter that does not fit is skipped without a failure.
         (
             [A],
             Observed(on(A, 10), at(A), sizes=sizes(B), capacity=Capacity(19, 30)),
             [],
-        ),  # it is refused without a word
-        ([A], Observed(on(A, 10), at(A), sizes=sizes(B), capacity=Capacity(30, 19)), []),  # it would go again at once
-        ([], Observed(on(A, 10), {}, sizes=sizes(B), capacity=Capacity(15, 15)), []),  # nothing goes for it
+        ),
+        # The agent would delete B again at once.
+        ([A], Observed(on(A, 10), at(A), sizes=sizes(B), capacity=Capacity(30, 19)), []),
+        # Nothing is deleted to make room for an expected adapter.
+        ([], Observed(on(A, 10), {}, sizes=sizes(B), capacity=Capacity(15, 15)), []),
         ([A], Observed(on(B, 10), {}, sizes=sizes(A), capacity=Capacity(15, 15)), [Delete(B.engine_name)]),
         ([A, B], Observed({**on(A), **on(B)}, at(A)), [Load(B)]),
-        # What is wanted and missing ends it, and has its room when it is gone.
+        # A missing wanted adapter stops the download of an expected one, and gets its room after the files are deleted.
         ([A], Observed({}, {}, sizes=sizes(A, B), partial=[B.engine_name]), [Download(A), Discard(B.engine_name)]),
         (
             [A],
@@ -118,17 +121,17 @@ def test_decisions(want: list[WantedAdapter], seen: Observed, actions: list[obje
             [Discard(B.engine_name)],
         ),
         ([A], Observed({}, {}, sizes=sizes(A, B), busy=[B.engine_name], capacity=Capacity(15, 15)), []),
-        # One that cannot be had is not waited for.
+        # An expected adapter does not wait for a wanted one that has failed.
         ([A], Observed({}, {}, sizes=sizes(B), failed=[A.engine_name], held_back=[A.engine_name]), [Download(B)]),
     ],
 )
-def test_what_is_expected_is_brought_and_not_loaded(
+def test_expected_adapters_are_downloaded_but_not_loaded(
     want: list[WantedAdapter], seen: Observed, actions: list[object]
 ) -> None:
     assert decide(wanted(*want).model_copy(update={"expected": [B]}), seen, DIR) == actions
 
 
-def test_what_is_expected_comes_one_at_a_time_and_is_counted_on_its_way() -> None:
+def test_expected_adapters_are_downloaded_one_at_a_time_and_partial_files_count() -> None:
     c = adapter("c", "c")
     want = wanted(A).model_copy(update={"expected": [B, c]})
 
@@ -138,7 +141,7 @@ def test_what_is_expected_comes_one_at_a_time_and_is_counted_on_its_way() -> Non
 
     assert actions() == [Download(B)]
     assert actions(busy=[B.engine_name], partial=[B.engine_name]) == []
-    assert actions(held_back=[B.engine_name], partial=[B.engine_name]) == [], "its part takes the room"
+    assert actions(held_back=[B.engine_name], partial=[B.engine_name]) == [], "its partial download takes the room"
     assert actions(held_back=[B.engine_name]) == [Download(c)]
     assert actions(sizes={}) == [Inspect(B, expected=True)]
 
@@ -147,7 +150,7 @@ def names(actions: list[object], kind: type) -> list[str]:
     return [action.name for action in actions if isinstance(action, kind)]  # type: ignore[attr-defined]
 
 
-def test_the_last_ones_do_not_fit_and_no_other_suffers() -> None:
+def test_only_the_last_adapters_are_refused_if_the_disk_is_too_small() -> None:
     c = adapter("c", "c")
     gib = 1 << 30
     seen = Observed(on(A, gib), at(A), sizes=sizes(B, c, size=gib), capacity=Capacity(5 * gib // 2, 0))
@@ -157,26 +160,26 @@ def test_the_last_ones_do_not_fit_and_no_other_suffers() -> None:
     assert refusal.message.startswith("it needs 1.00 GiB, but only 0.50 GiB of 2.50 GiB are left for it: attach fewer")
 
 
-def test_where_room_is_short_nobody_takes_that_of_one_before_it() -> None:
+def test_no_adapter_takes_the_room_of_an_earlier_one() -> None:
     seen = Observed({}, {}, sizes=sizes(B), capacity=Capacity(15, 15))
-    assert decide(wanted(A, B), seen, DIR) == [Inspect(A)]  # it may be as large, and it is wanted first
+    assert decide(wanted(A, B), seen, DIR) == [Inspect(A)]  # A comes first and may need the room
     failed = Observed(
         {}, {}, sizes=sizes(B), capacity=Capacity(15, 15), failed=[A.engine_name], held_back=[A.engine_name]
     )
-    assert decide(wanted(A, B), failed, DIR) == [Download(B)]  # but nobody waits for one that cannot be had
+    assert decide(wanted(A, B), failed, DIR) == [Download(B)]  # B does not wait for A, because A has failed
 
 
-def test_kept_versions_make_room_the_least_recently_used_first() -> None:
+def test_kept_versions_are_deleted_least_recently_used_first() -> None:
     old, older, loaded_one = adapter("old", "1"), adapter("older", "2"), adapter("loaded", "3")
     there = {**on(old, 10, used_at=200), **on(older, 10, used_at=100), **on(loaded_one, 10, used_at=1)}
     room = Observed(there, at(loaded_one), sizes=sizes(A), capacity=Capacity(35, 35))
-    assert decide(wanted(A), room, DIR) == [Delete(older.engine_name)]  # first the room, then the download
+    assert decide(wanted(A), room, DIR) == [Delete(older.engine_name)]  # first make room, then download
     then = Observed({**on(old, 10), **on(loaded_one, 10)}, at(loaded_one), sizes=sizes(A), capacity=Capacity(35, 35))
     assert decide(wanted(A), then, DIR) == [Download(A)]
-    assert decide(wanted(old), then, DIR) == [Load(old)]  # a roll-back needs no download
+    assert decide(wanted(old), then, DIR) == [Load(old)]  # a rollback needs no download
 
 
-def test_one_deletion_is_seen_before_the_next_is_decided() -> None:
+def test_versions_are_deleted_one_at_a_time() -> None:
     going, kept = adapter("going", "1"), adapter("kept", "2")
     seen = Observed(
         {**on(going, 10), **on(kept, 10)}, {}, busy=[going.engine_name], sizes=sizes(A), capacity=Capacity(25, 25)
@@ -185,14 +188,14 @@ def test_one_deletion_is_seen_before_the_next_is_decided() -> None:
     assert decide(wanted(A), replace(seen, busy=()), DIR) == [Delete(going.engine_name)]
 
 
-def test_nothing_is_deleted_for_an_adapter_that_does_not_fit_even_then() -> None:
+def test_nothing_is_deleted_for_an_adapter_that_still_would_not_fit() -> None:
     kept = adapter("kept", "1")
     seen = Observed(on(kept, 10), {}, sizes=sizes(A, size=50), capacity=Capacity(40, 40))
     actions = decide(wanted(A), seen, DIR)
     assert names(actions, Refuse) == [A.engine_name] and names(actions, Delete) == []
 
 
-def test_room_that_a_running_download_will_fill_is_taken() -> None:
+def test_a_running_download_counts_with_its_full_size() -> None:
     seen = Observed({}, {}, busy=[A.engine_name], sizes=sizes(A, B), capacity=Capacity(15, 15))
     assert names(decide(wanted(A, B), seen, DIR), Refuse) == [B.engine_name]
 
@@ -231,7 +234,7 @@ def test_a_config_is_reduced_to_known_keys() -> None:
         (b"}", "not JSON"),
     ],
 )
-def test_a_config_that_may_not_be_served(more: bytes, words: str) -> None:
+def test_an_unsafe_or_unsupported_config_is_refused(more: bytes, words: str) -> None:
     with pytest.raises(ConfigRejected, match=words):
         reduced_config(CONFIG % more, 8, 16)
 
@@ -249,7 +252,7 @@ def test_a_tokenizer_that_names_code_is_refused() -> None:
         check_tokenizer_config(b'{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
 
 
-def test_what_runs_is_the_newest_sample() -> None:
+def test_the_newest_sample_of_the_metric_gives_the_active_adapters() -> None:
     def info(running: str, waiting: str, value: float) -> str:
         labels = f'max_lora="2",running_lora_adapters="{running}",waiting_lora_adapters="{waiting}"'
         return f"vllm:lora_requests_info{{{labels}}} {value}\n"
@@ -257,7 +260,7 @@ def test_what_runs_is_the_newest_sample() -> None:
     text = "# TYPE vllm:lora_requests_info gauge\n" + info("old", "", 1.0) + info("a,b", "c", 2.0)
     assert active_adapters(text) == {"a", "b", "c"}
     counts = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"
-    assert active_adapters(counts + text) == frozenset()  # a leftover: nothing runs at all
+    assert active_adapters(counts + text) == frozenset()  # the sample is outdated: no request runs
     assert active_adapters("") == frozenset()
 
 
@@ -271,11 +274,11 @@ def test_what_runs_is_the_newest_sample() -> None:
         (b"", "HTTP 500"),
     ],
 )
-def test_both_shapes_of_errors(body: bytes, message: str) -> None:
+def test_error_messages_are_read_from_every_form_of_answer(body: bytes, message: str) -> None:
     assert error_message(500, body) == message
 
 
-def test_back_off_per_adapter() -> None:
+def test_each_adapter_has_its_own_backoff() -> None:
     failures = Failures()
     waits = [failures.add("a", AdapterReason.STORAGE_UNAVAILABLE, "m", 0).retry_at for _ in range(9)]
     assert 0.7 <= waits[0] <= 1 and 21 <= waits[-1] <= 30
@@ -286,30 +289,30 @@ def test_back_off_per_adapter() -> None:
     assert failures.held_back(0) == {"a"}
     failures.retry_now()
     assert failures.held_back(0) == frozenset()
-    assert failures.get("b") is not None  # still to be told
-    assert failures.add("a", AdapterReason.STORAGE_UNAVAILABLE, "m", 0).retry_at <= 1  # from the start again
+    assert failures.get("b") is not None  # the failure is still reported
+    assert failures.add("a", AdapterReason.STORAGE_UNAVAILABLE, "m", 0).retry_at <= 1  # the backoff starts again
 
 
-def test_a_store_that_asks_for_patience_gets_it_within_reason() -> None:
+def test_retry_after_of_the_store_is_respected_up_to_a_limit() -> None:
     failures = Failures()
     assert failures.add("a", AdapterReason.STORAGE_THROTTLED, "m", 0, retry_after=17).retry_at == 17
     assert failures.add("b", AdapterReason.STORAGE_THROTTLED, "m", 0, retry_after=86400).retry_at == 120
 
 
-def test_what_is_found_at_every_look_is_news_once() -> None:
+def test_a_problem_that_every_check_finds_is_reported_once() -> None:
     failures = Failures()
     assert failures.note("a", AdapterReason.DISK_FULL, "needs 10, has 5")
     assert not failures.note("a", AdapterReason.DISK_FULL, "needs 10, has 6")
     assert failures.held_back(0) == frozenset()
 
 
-def test_idle_means_idle_all_the_time() -> None:
+def test_an_adapter_is_drained_only_after_a_whole_idle_period() -> None:
     idleness = Idleness()
     idleness.see(["a"], [], 0)
     idleness.see(["a"], ["a"], 5)
     idleness.see(["a"], [], 8)
     assert not idleness.drained(10, 12) and idleness.drained(10, 18) == {"a"}
-    idleness.see(["a"], None, 19)  # not known
+    idleness.see(["a"], None, 19)  # the running requests are unknown
     assert not idleness.drained(10, 20)
 
 
@@ -319,31 +322,31 @@ def ready(readiness: Readiness, want: Wanted | None, engine: dict[str, str], fai
     return readiness.see(want, engine, DIR, failures or Failures())
 
 
-def test_readiness_is_latched_per_start_of_the_engine() -> None:
+def test_readiness_lasts_until_the_engine_restarts() -> None:
     one = Readiness()
     assert not ready(one, None, {})
     assert not ready(one, wanted(A), {})
     assert ready(one, wanted(A), at(A))
-    assert ready(one, wanted(A, B), at(A))  # added later
-    assert ready(one, wanted(B), at(A))  # taken away, still draining
+    assert ready(one, wanted(A, B), at(A))  # B was added later
+    assert ready(one, wanted(B), at(A))  # A was removed and still drains
     assert ready(one, wanted(A, B), {**at(A), **at(B)})
-    assert not ready(one, wanted(A, B), {})  # the engine has forgotten: it started again
+    assert not ready(one, wanted(A, B), {})  # the engine has restarted without its adapters
     assert not ready(one, wanted(A, B), at(A))
     assert ready(one, wanted(A, B), {**at(A), **at(B)})
 
 
-def test_an_adapter_that_failed_for_good_does_not_keep_the_pod_from_serving_the_others() -> None:
+def test_a_permanently_failed_adapter_does_not_keep_the_pod_unready() -> None:
     failures = Failures()
     failures.add(B.engine_name, AdapterReason.STORAGE_UNAVAILABLE, "m", 0)
     one = Readiness()
     assert not ready(one, wanted(A, B), at(A), failures)
     failures.add(B.engine_name, AdapterReason.CREDENTIALS_INVALID, "m", 0)
-    assert not ready(one, wanted(A, B), at(A), failures)  # it would take the place of a pod that has its adapters
+    assert not ready(one, wanted(A, B), at(A), failures)  # else it would replace a pod that has its adapters
     failures.add(B.engine_name, AdapterReason.DIGEST_MISMATCH, "m", 0)
     assert ready(one, wanted(A, B), at(A), failures)
 
 
-def test_residency_says_what_is_so() -> None:
+def test_residency_lists_the_state_of_every_adapter() -> None:
     failures = Failures()
     failures.add(B.engine_name, AdapterReason.DIGEST_MISMATCH, "changed", 0)
     gone, fresh = adapter("gone", "c"), adapter("fresh", "d")
@@ -358,7 +361,7 @@ def test_residency_says_what_is_so() -> None:
     )
     assert [(one.adapter, one.state, one.reason) for one in listed] == [
         ("a-1.0.0", "Loaded", None),
-        ("b-1.0.0", "Failed", "DigestMismatch"),  # the retry that runs does not hide it
+        ("b-1.0.0", "Failed", "DigestMismatch"),  # a running retry does not hide the failure
         ("fresh-1.0.0", "Pending", None),
         ("gone-1.0.0", "Draining", None),
     ]

@@ -1,4 +1,4 @@
-"""What the agent does with the bytes: going on where a transfer ended, limits, room on the disk, a quick way back."""
+"""The files of the agent: resumed downloads, size limits, disk space and quick rollbacks."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def first_bytes(pod: Pod) -> list[int]:
     return [start for name, start in pod.store.starts if name == WEIGHTS]
 
 
-async def test_a_transfer_that_was_cut_goes_on_where_it_ended(tmp_path: Path) -> None:
+async def test_a_broken_download_resumes_where_it_ended(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a", size=4 * MIB)
         pod.store.cut.add(key(a))
         pod.want(a)
         await reason(pod, a, "StorageUnavailable")
         there = (pod.dir / f".partial-{a.engine_name}" / WEIGHTS).stat().st_size
-        assert 3 * MIB < there < 4 * MIB  # several connections, each with half of the rest
+        assert 3 * MIB < there < 4 * MIB  # several connections, each of which sent half of the rest
         pod.store.cut.clear()
         await pod.state(a, "Loaded")
         starts = first_bytes(pod)
@@ -53,7 +53,7 @@ async def test_a_transfer_that_was_cut_goes_on_where_it_ended(tmp_path: Path) ->
         assert pod.agent.metrics.registry.get_sample_value("graft_agent_resumed_bytes_total") == there
 
 
-async def test_another_process_goes_on_where_the_first_one_was_killed(tmp_path: Path) -> None:
+async def test_a_new_agent_resumes_the_download_of_a_killed_one(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, session, url):
         a = pod.store.publish("a", size=4 * MIB)
         pod.store.cut.add(key(a))
@@ -69,7 +69,7 @@ async def test_another_process_goes_on_where_the_first_one_was_killed(tmp_path: 
         assert (pod.dir / a.engine_name / WEIGHTS).read_bytes() == pod.store.objects[key(a)]
 
 
-async def test_bytes_on_disk_are_believed_no_more_than_those_that_come(tmp_path: Path) -> None:
+async def test_bytes_on_disk_are_verified_like_downloaded_ones(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, session, url):
         a = pod.store.publish("a", size=4 * MIB)
         pod.store.cut.add(key(a))
@@ -84,12 +84,12 @@ async def test_bytes_on_disk_are_believed_no_more_than_those_that_come(tmp_path:
         await pod.start(session, url)
         pod.want(a)
         await pod.state(a, "Loaded")
-        assert first_bytes(pod)[-1] == 0  # once more, from the start
+        assert first_bytes(pod)[-1] == 0  # downloaded again from the first byte
         assert (pod.dir / a.engine_name / WEIGHTS).read_bytes() == pod.store.objects[key(a)]
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "other"])
-async def test_files_that_are_not_what_the_manifest_says(tmp_path: Path, change: str) -> None:
+async def test_files_that_do_not_match_the_manifest_are_refused(tmp_path: Path, change: str) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a, good = pod.store.publish("a", size=2 * MIB), pod.store.publish("good")
         data = pod.store.objects[key(a)]
@@ -101,7 +101,7 @@ async def test_files_that_are_not_what_the_manifest_says(tmp_path: Path, change:
         assert f"load {a.engine_name}" not in pod.engine.calls
 
 
-async def test_only_what_an_engine_needs_is_fetched(tmp_path: Path) -> None:
+async def test_only_files_that_an_engine_needs_are_downloaded(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
         files = {"adapter_config.json": json.dumps(config).encode(), WEIGHTS: safetensors("a")}
@@ -129,7 +129,7 @@ def entries(**sizes: int) -> list[ManifestFile]:
         ({"rank": 64}, "RankTooHigh", "raise limits.maxLoraRank"),
     ],
 )
-async def test_what_the_manifest_says_is_enough_to_refuse(
+async def test_an_unservable_version_is_refused_by_its_manifest_alone(
     tmp_path: Path, fields: dict[str, Any], expected: str, words: str
 ) -> None:
     async with serving(tmp_path) as (pod, _, _):
@@ -140,7 +140,7 @@ async def test_what_the_manifest_says_is_enough_to_refuse(
         assert pod.store.reads and all(read.endswith("manifest.json") for read in pod.store.reads)
 
 
-def test_a_manifest_that_no_one_would_read_into_memory() -> None:
+def test_a_manifest_that_is_too_large_is_refused() -> None:
     class Large(S3Store):
         def _call(self, operation: str, key: str, bucket: str | None = None, **arguments: Any) -> Any:
             return {"ContentLength": 9 * MIB}
@@ -162,10 +162,10 @@ async def test_a_tuned_prompt_is_served_too(tmp_path: Path) -> None:
         assert "be kind" not in (pod.dir / a.engine_name / "adapter_config.json").read_text()
 
 
-# Room
+# Disk space
 
 
-async def test_the_last_one_that_does_not_fit_fails_alone_until_there_is_room(tmp_path: Path) -> None:
+async def test_only_the_adapter_that_does_not_fit_fails_until_there_is_room(tmp_path: Path) -> None:
     async with serving(tmp_path, cache_bytes=5 * MIB) as (pod, _, _):
         a, b, c = (pod.store.publish(name, size=2 * MIB) for name in "abc")
         pod.want(a, b, c)
@@ -175,16 +175,16 @@ async def test_the_last_one_that_does_not_fit_fails_alone_until_there_is_room(tm
         assert failed.reason == "DiskFull" and re.search(
             r"needs 2\.00 MiB, but only 1\.00 MiB of 5\.00 MiB", str(failed.message)
         )
-        await pod.ready()  # nobody waits for it
+        await pod.ready()  # readiness does not wait for it
         told = len(pod.told)
         pod.want(a, c)
         assert (await pod.state(c, "Loaded")).reason is None
         assert len(pod.told) - told < 40 and a.engine_name in pod.engine.adapters
-        assert not (pod.dir / b.engine_name).exists()  # it made the room
+        assert not (pod.dir / b.engine_name).exists()  # it was deleted to make room
         assert 'graft_agent_failures_total{reason="DiskFull"} 1.0' in pod.agent.metrics.text().decode()
 
 
-async def test_a_roll_back_needs_no_storage(tmp_path: Path) -> None:
+async def test_a_rollback_does_not_need_the_store(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         old, new = pod.store.publish("old"), pod.store.publish("new")
         pod.want(old)
@@ -197,7 +197,7 @@ async def test_a_roll_back_needs_no_storage(tmp_path: Path) -> None:
         await pod.state(old, "Loaded")
 
 
-async def test_the_version_that_was_used_last_is_kept_longest(tmp_path: Path) -> None:
+async def test_the_most_recently_used_version_is_kept_longest(tmp_path: Path) -> None:
     async with serving(tmp_path, cache_bytes=5 * MIB) as (pod, _, _):
         one, two, three = (pod.store.publish(name, size=2 * MIB) for name in ("one", "two", "three"))
         for adapter in (one, two, one, three):
@@ -210,7 +210,9 @@ async def test_the_version_that_was_used_last_is_kept_longest(tmp_path: Path) ->
         assert "graft_agent_evictions_total 1.0" in text and "graft_agent_cache_limit_bytes 5.24288e+06" in text
 
 
-async def test_a_disk_that_takes_no_more_is_told_as_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_without_enough_free_space_is_reported_as_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Folders, "free_bytes", lambda self: (300 * MIB, 1000 * MIB))
     async with serving(tmp_path, cache_bytes=None) as (pod, _, _):
         fits, large = pod.store.publish("fits"), pod.store.publish("large", size=45 * MIB)
@@ -219,7 +221,7 @@ async def test_a_disk_that_takes_no_more_is_told_as_full(tmp_path: Path, monkeyp
         await pod.state(fits, "Loaded")
 
 
-async def test_a_disk_that_fills_up_meanwhile(tmp_path: Path) -> None:
+async def test_a_disk_that_fills_up_during_a_download_is_reported_as_full(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         partial = pod.dir / f".partial-{a.engine_name}"
@@ -229,20 +231,22 @@ async def test_a_disk_that_fills_up_meanwhile(tmp_path: Path) -> None:
         pod.want(a)
         failed = await pod.state(a, "Failed")
         assert failed.reason == "DiskFull" and "No space left on device" in str(failed.message)
-        await pod.state(a, "Loaded")  # what it had written was given back
+        await pod.state(a, "Loaded")  # the failed download has freed its space
         assert not (pod.dir / a.engine_name / WEIGHTS).is_symlink()
 
 
 @pytest.mark.parametrize(
     ("limit", "used", "free", "expected"),
     [
-        (None, 0, 1000, Capacity(744, 800)),  # kept versions may not use more than what is wanted
-        (None, 100, 150, Capacity(100, 50)),  # wanted ones keep what they have, kept ones go
+        (None, 0, 1000, Capacity(744, 800)),  # kept versions get no more than wanted ones
+        (None, 100, 150, Capacity(100, 50)),  # wanted versions stay, kept ones are deleted
         (500, 100, 1000, Capacity(500, 500)),
         (5000, 100, 1000, Capacity(844, 844)),
     ],
 )
-def test_how_much_the_disk_holds(limit: int | None, used: int, free: int, expected: Capacity) -> None:
+def test_the_capacity_follows_from_the_limit_and_the_free_space(
+    limit: int | None, used: int, free: int, expected: Capacity
+) -> None:
     found = capacity(limit and limit * MIB, used * MIB, free * MIB, 1000 * MIB)
     assert found.total == expected.total * MIB
     assert found.kept == min(expected.kept, expected.total) * MIB
@@ -263,14 +267,14 @@ def test_how_much_the_disk_holds(limit: int | None, used: int, free: int, expect
         (b"\x80\x04\x95" + b"pickle" * 9, "does not fit"),
     ],
 )
-def test_weights_that_are_no_whole_safetensors_file(tmp_path: Path, data: bytes, words: str) -> None:
+def test_weights_that_are_not_a_valid_safetensors_file_are_refused(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / WEIGHTS).write_bytes(data)
     with pytest.raises(AdapterError, match=words) as caught:
         check_weights(tmp_path / WEIGHTS, 8)
     assert caught.value.reason == AdapterReason.WEIGHTS_INVALID
 
 
-def test_weights_of_a_higher_rank_than_the_config_says(tmp_path: Path) -> None:
+def test_weights_above_the_rank_of_the_config_are_refused(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(safetensors("a", rank=16))
     check_weights(tmp_path / WEIGHTS, 16)
     with pytest.raises(AdapterError, match=r"q_proj.lora_A.weight has rank 16, above") as caught:
@@ -278,6 +282,6 @@ def test_weights_of_a_higher_rank_than_the_config_says(tmp_path: Path) -> None:
     assert caught.value.reason == AdapterReason.RANK_TOO_HIGH
 
 
-def test_the_users_page_explains_every_reason_and_no_other() -> None:
+def test_the_documentation_explains_every_reason_and_no_other() -> None:
     table = (DOCS / "agent.md").read_text().partition("## Reasons")[2].partition("\n## ")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(AdapterReason)

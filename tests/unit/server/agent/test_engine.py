@@ -1,4 +1,4 @@
-"""The agent and the ways of engines: what they answer, in both shapes of errors, and how they hang, die and start again."""
+"""How the agent handles engines: their answers, both forms of errors, and engines that hang, crash and restart."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ async def told(pod: Pod, adapter: object, reason: str) -> None:
     ("status", "message", "reason", "state"),
     [
         (500, "LoRA rank 8 is greater than max_lora_rank 4.", "EngineRejected", "Failed"),
-        (400, "LoRA rank 8 is greater than max_lora_rank 4.", "EngineRejected", "Failed"),  # older engines
+        (400, "LoRA rank 8 is greater than max_lora_rank 4.", "EngineRejected", "Failed"),  # from older engines
         (500, "expected target modules in {'q_proj'} but received ['gate']", "EngineRejected", "Failed"),
         (404, "Loading lora x failed: No adapter found for /adapters/x", "EngineRejected", "Failed"),
-        (400, "The lora adapter 'x' has already been loaded.", "EngineRejected", "Failed"),  # and it does not list it
+        (400, "The lora adapter 'x' has already been loaded.", "EngineRejected", "Failed"),  # but it is not listed
         (503, "the engine is starting", "EngineUnavailable", "Loading"),
         (429, "too many requests", "EngineUnavailable", "Loading"),
     ],
 )
-async def test_what_the_engine_answers_to_a_load(
+async def test_a_refused_load_is_reported_with_the_message_of_the_engine(
     tmp_path: Path, flat: bool, status: int, message: str, reason: str, state: str
 ) -> None:
     async with serving(tmp_path) as (pod, _, _):
@@ -50,8 +50,8 @@ async def test_what_the_engine_answers_to_a_load(
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("status", [404, 400])  # older engines say 400
-async def test_what_the_engine_answers_to_an_unload(flat: bool, status: int) -> None:
+@pytest.mark.parametrize("status", [404, 400])  # older engines answer 400
+async def test_an_unload_accepts_an_unknown_name_and_raises_other_errors(flat: bool, status: int) -> None:
     engine = FakeEngine()
     engine.flat_errors, engine.unknown_status = flat, status
     engine.adapters = {"x": "/adapters/x", "y": "/adapters/y"}
@@ -60,12 +60,12 @@ async def test_what_the_engine_answers_to_an_unload(flat: bool, status: int) -> 
         client = EngineClient(session, f"http://{address}")
         await client.unload("x")
         assert engine.adapters == {"y": "/adapters/y"}
-        await client.unload("x")  # the answer to the first one may have been lost: gone is gone
+        await client.unload("x")  # the answer to the first unload may have been lost
         with pytest.raises(EngineRefused, match="unload failed"):
             await client.unload("y")
 
 
-async def test_an_unload_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+async def test_a_failed_unload_is_reported_and_retried(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a, b = pod.store.publish("a"), pod.store.publish("b")
         pod.want(a, b)
@@ -76,11 +76,11 @@ async def test_an_unload_that_fails_is_told_and_tried_again(tmp_path: Path) -> N
         assert pod.one(a).state == "Draining" and "unload failed" in str(pod.one(a).message)  # type: ignore[union-attr]
         assert (pod.dir / a.engine_name).exists() and await pod.agent.not_ready() is None
         pod.engine.keep.clear()
-        pod.want(b, drain_seconds=1)  # a change ends the back-off
+        pod.want(b, drain_seconds=1)  # a changed assignment ends the backoff
         await eventually(lambda: pod.one(a) is None)
 
 
-async def test_a_load_that_hangs_keeps_no_other_waiting(tmp_path: Path) -> None:
+async def test_a_load_that_hangs_does_not_block_other_adapters(tmp_path: Path) -> None:
     async with serving(tmp_path, load_seconds=0.5) as (pod, _, _):
         stuck, good = pod.store.publish("stuck"), pod.store.publish("good")
         pod.engine.hang.add(stuck.engine_name)
@@ -93,14 +93,14 @@ async def test_a_load_that_hangs_keeps_no_other_waiting(tmp_path: Path) -> None:
         await pod.ready()
 
 
-async def test_adapters_that_failed_before_keep_no_new_one_waiting(tmp_path: Path) -> None:
+async def test_retries_of_failed_adapters_do_not_block_a_new_one(tmp_path: Path) -> None:
     async with serving(tmp_path, load_seconds=2.0) as (pod, _, _):
         stuck = [pod.store.publish(f"stuck{number}") for number in range(4)]
         pod.engine.hang.update(adapter.engine_name for adapter in stuck)
         pod.want(*stuck)
         for adapter in stuck:
             await told(pod, adapter, "EngineTimeout")
-        pod.want(*stuck, drain_seconds=1)  # all are tried again at once, and hang again
+        pod.want(*stuck, drain_seconds=1)  # all loads are retried at once and hang again
         await eventually(lambda: len(pod.engine.calls) > len(stuck))
         good = pod.store.publish("good")
         pod.want(*stuck, good)
@@ -109,7 +109,7 @@ async def test_adapters_that_failed_before_keep_no_new_one_waiting(tmp_path: Pat
         assert asyncio.get_running_loop().time() - started < 1.9
 
 
-async def test_an_engine_that_dies_of_a_load_is_not_the_adapters_fault(tmp_path: Path) -> None:
+async def test_an_engine_that_crashes_during_a_load_does_not_fail_the_adapter(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.engine.refuse[a.engine_name] = (500, "CUDA error: an illegal memory access")
@@ -133,7 +133,7 @@ async def test_an_engine_that_dies_of_a_load_is_not_the_adapters_fault(tmp_path:
         await pod.state(a, "Loaded")
 
 
-async def test_another_process_of_the_engine_may_take_what_the_first_refused(tmp_path: Path) -> None:
+async def test_after_a_restart_the_engine_gets_refused_adapters_again(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a, b = pod.store.publish("a"), pod.store.publish("b")
         pod.engine.refuse[b.engine_name] = (500, "modules_to_save is not supported")
@@ -142,11 +142,11 @@ async def test_another_process_of_the_engine_may_take_what_the_first_refused(tmp
         await pod.ready()
         pod.engine.refuse.clear()
         pod.engine.restart()
-        await pod.state(b, "Loaded")  # at once: the back-off was minutes
+        await pod.state(b, "Loaded")  # at once, although the backoff was minutes
         await pod.ready()
 
 
-async def test_an_engine_that_hangs_is_unready_and_forgets_nothing(
+async def test_an_engine_that_hangs_is_unready_and_keeps_its_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.2))
@@ -157,7 +157,7 @@ async def test_an_engine_that_hangs_is_unready_and_forgets_nothing(
         pod.engine.awake.clear()
         assert "does not answer" in str(await pod.ready(False))
         pod.want(a, b)
-        await eventually(lambda: (pod.dir / b.engine_name).exists())  # fetched meanwhile
+        await eventually(lambda: (pod.dir / b.engine_name).exists())  # downloaded while the engine hangs
         await eventually(lambda: not pod.told[-1].ready)
         pod.engine.awake.set()
         await pod.ready()
@@ -176,7 +176,7 @@ async def test_an_engine_that_hangs_is_unready_and_forgets_nothing(
         (None, None, EngineSlow, "has not answered within 0 s"),
     ],
 )
-async def test_answers_that_come_from_no_lora_route(
+async def test_answers_of_other_servers_and_missing_answers_are_explained(
     status: int | None, body: object, error: type[Exception], words: str
 ) -> None:
     async def answer(_: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""The agent beside an engine: what the pod ends up with, and what it says about itself."""
+"""The agent beside an engine: the adapters that the pod serves in the end, and the reports of the agent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from worlds.agent import Pod, serving
 from worlds.serving import NAMESPACE, FakeKube, eventually, listening, signed
 
 
-async def test_adapters_are_fetched_verified_loaded_and_told(tmp_path: Path) -> None:
+async def test_adapters_are_downloaded_verified_loaded_and_reported(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         assert "has not read the wanted adapters" in str(await pod.ready(False))
         a, b = pod.store.publish("a"), pod.store.publish("b")
@@ -66,17 +66,17 @@ async def test_a_bad_adapter_fails_with_its_reason_and_blocks_no_other(tmp_path:
         ):
             assert (await pod.state(adapter, "Failed")).reason == reason
         assert "sha256" in str(pod.one(flipped).message)  # type: ignore[union-attr]
-        await pod.ready()  # what failed for good is not waited for
+        await pod.ready()  # readiness does not wait for permanent failures
         assert sorted(path.name for path in pod.dir.iterdir()) == [good.engine_name]
 
-        pod.want(flipped, good)  # a change is a reason to try again at once
+        pod.want(flipped, good)  # a changed assignment triggers a retry at once
         pod.store.publish("flipped")
         pod.want(flipped, good, drain_seconds=1)
         await pod.state(flipped, "Loaded")
 
 
 @pytest.mark.parametrize("flat", [False, True])
-async def test_the_engines_refusal_is_told_in_its_words(tmp_path: Path, flat: bool) -> None:
+async def test_a_refusal_is_reported_in_the_words_of_the_engine(tmp_path: Path, flat: bool) -> None:
     async with serving(tmp_path) as (pod, _, _):
         pod.engine.flat_errors = flat
         bad, good = pod.store.publish("bad"), pod.store.publish("good")
@@ -86,10 +86,10 @@ async def test_the_engines_refusal_is_told_in_its_words(tmp_path: Path, flat: bo
         assert failed.reason == "EngineRejected" and "greater than max_lora_rank" in str(failed.message)
         await pod.state(good, "Loaded")
         await asyncio.sleep(0.3)
-        assert pod.engine.calls.count(f"load {bad.engine_name}") == 1  # retried slowly
+        assert pod.engine.calls.count(f"load {bad.engine_name}") == 1  # the backoff is long
 
 
-async def test_a_store_that_is_away_or_cuts_off_is_retried(tmp_path: Path) -> None:
+async def test_an_unavailable_store_and_a_broken_download_are_retried(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a, b = pod.store.publish("a"), pod.store.publish("b")
         pod.store.unavailable.add(a.uri.removeprefix("s3://bucket/") + "manifest.json")
@@ -114,7 +114,7 @@ async def test_a_lost_answer_is_not_an_error(tmp_path: Path) -> None:
         assert (await pod.state(a, "Loaded")).reason is None
 
 
-async def test_the_same_name_from_another_path_is_replaced(tmp_path: Path) -> None:
+async def test_an_adapter_loaded_from_another_path_is_replaced(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.engine.adapters[a.engine_name] = "/somewhere/else"
@@ -123,23 +123,23 @@ async def test_the_same_name_from_another_path_is_replaced(tmp_path: Path) -> No
         assert pod.engine.adapters[a.engine_name] == str(pod.dir / a.engine_name)
 
 
-async def test_an_engine_that_started_again_is_unready_until_it_has_everything_back(tmp_path: Path) -> None:
+async def test_a_restarted_engine_is_unready_until_it_has_all_adapters_again(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.want(a)
         await pod.ready()
         first = pod.told[-1].engine_started
-        pod.engine.refuse[a.engine_name] = (503, "starting")  # it takes a while to come back
+        pod.engine.refuse[a.engine_name] = (503, "starting")  # the engine starts slowly
         pod.engine.restart()
         assert "waiting for adapters: a-1.0.0" in str(await pod.ready(False))
         await eventually(lambda: not pod.told[-1].ready and pod.told[-1].engine_started != first)
         reads = len(pod.store.reads)
         pod.engine.refuse.clear()
         await pod.ready()
-        assert len(pod.store.reads) == reads  # from the disk, not from storage
+        assert len(pod.store.reads) == reads  # read from the disk, not from the store
 
 
-async def test_an_engine_that_is_ill_is_unready(tmp_path: Path) -> None:
+async def test_an_unhealthy_engine_is_unready(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         pod.want(pod.store.publish("a"))
         await pod.ready()
@@ -177,12 +177,12 @@ async def test_draining_waits_for_running_requests_then_unloads(tmp_path: Path) 
         pod.engine.running = [b.engine_name]
         await eventually(lambda: a.engine_name not in pod.engine.adapters)
         await eventually(lambda: pod.one(a) is None)
-        assert (pod.dir / a.engine_name).exists()  # for a quick way back
+        assert (pod.dir / a.engine_name).exists()  # kept for a quick rollback
         assert pod.engine.calls.count(f"unload {a.engine_name}") == 1
         assert await pod.agent.not_ready() is None
 
 
-async def test_an_adapter_idle_for_too_short_a_time_stays(tmp_path: Path) -> None:
+async def test_an_adapter_stays_loaded_until_it_has_been_idle_long_enough(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.want(a, drain_seconds=3600)
@@ -191,12 +191,12 @@ async def test_an_adapter_idle_for_too_short_a_time_stays(tmp_path: Path) -> Non
         await pod.state(a, "Draining")
         await asyncio.sleep(0.3)
         assert a.engine_name in pod.engine.adapters
-        pod.want(a)  # wanted again: nothing was lost
+        pod.want(a)  # wanted again: no second load is needed
         await pod.state(a, "Loaded")
         assert pod.engine.calls == [f"load {a.engine_name}"]
 
 
-async def test_a_download_that_is_not_wanted_any_more_ends(tmp_path: Path) -> None:
+async def test_an_unwanted_download_is_stopped(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.store.slow = 0.2
@@ -207,19 +207,19 @@ async def test_a_download_that_is_not_wanted_any_more_ends(tmp_path: Path) -> No
         assert not pod.engine.calls
 
 
-async def test_after_a_crash_it_starts_from_what_is_there(tmp_path: Path) -> None:
+async def test_after_a_crash_the_agent_continues_with_the_files_on_disk(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, session, url):
         a, b, gone = pod.store.publish("a"), pod.store.publish("b"), pod.store.publish("gone")
         pod.want(a, gone)
         await pod.ready()
         await pod.kill()
-        # What a run leaves that was killed while it downloaded b and one that is not wanted now, while it replaced a folder,
-        # and while it deleted one.
+        # The files of an agent that was killed while it downloaded b and an adapter that is not wanted any more. It was
+        # also replacing one folder and deleting another.
         (pod.dir / f".partial-{b.engine_name}").mkdir()
         (pod.dir / f".partial-{b.engine_name}" / "adapter_model.safetensors").write_bytes(b"half")
         (pod.dir / f".partial-{gone.engine_name[:-1]}0").mkdir()
         (pod.dir / f".gone-{a.engine_name}").mkdir()
-        (pod.dir / b.engine_name).mkdir()  # no digest in it: not complete
+        (pod.dir / b.engine_name).mkdir()  # the folder has no digest, so it is incomplete
         reads = len(pod.store.reads)
         await pod.start(session, url)
         pod.want(a, b)
@@ -231,7 +231,7 @@ async def test_after_a_crash_it_starts_from_what_is_there(tmp_path: Path) -> Non
         await pod.ready()
 
 
-async def test_an_engine_that_starts_later_than_its_agent(tmp_path: Path) -> None:
+async def test_the_agent_waits_for_an_engine_that_starts_later(tmp_path: Path) -> None:
     pod = Pod(tmp_path / "adapters")
     async with aiohttp.ClientSession() as session:
         async with listening(pod.engine.app()) as address:
@@ -239,7 +239,7 @@ async def test_an_engine_that_starts_later_than_its_agent(tmp_path: Path) -> Non
         await pod.start(session, f"http://{address}")
         a = pod.store.publish("a")
         pod.want(a)
-        await eventually(lambda: (pod.dir / a.engine_name).exists())  # fetched meanwhile
+        await eventually(lambda: (pod.dir / a.engine_name).exists())  # downloaded before the engine starts
         assert "does not answer" in str(await pod.ready(False))
         async with listening(pod.engine.app(), int(address.rpartition(":")[2])):
             await pod.ready()
@@ -247,7 +247,7 @@ async def test_an_engine_that_starts_later_than_its_agent(tmp_path: Path) -> Non
         await pod.kill()
 
 
-async def test_what_the_kubelet_and_prometheus_see(tmp_path: Path) -> None:
+async def test_the_probes_and_metrics_show_the_state_of_the_agent(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, session, _):
         bad = pod.store.publish("bad", rank=64)
         pod.want(pod.store.publish("a"), bad)
@@ -265,13 +265,13 @@ async def test_what_the_kubelet_and_prometheus_see(tmp_path: Path) -> None:
             assert 'graft_agent_adapter_load_seconds_count{stage="all"} 1.0' in text
             pod.engine.healthy = False
             async with session.get(f"http://{address}/readyz") as response:
-                assert response.status in (200, 503)  # at most half a second old
+                assert response.status in (200, 503)  # the answer may be half a second old
             await pod.ready(False)
             async with session.get(f"http://{address}/readyz") as response:
                 assert response.status == 503 and "does not answer" in (await response.json())["reason"]
 
 
-# The Kubernetes side
+# ConfigMaps in the Kubernetes API
 
 
 @asynccontextmanager
@@ -297,7 +297,7 @@ async def following(configmaps: ConfigMaps, **options: Any) -> AsyncIterator[tup
         task.cancel()
 
 
-async def test_a_configmap_is_followed(tmp_path: Path) -> None:
+async def test_a_follower_sees_every_change_of_a_configmap(tmp_path: Path) -> None:
     async with kubernetes() as (kube, configmaps), following(configmaps) as (follower, seen):
         await eventually(lambda: seen == [{}] and kube.watchers)
         kube.put("x", {"k": "1"})
@@ -311,25 +311,25 @@ async def test_a_configmap_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["refused", "event"])
-async def test_410_is_answered_with_a_new_list(how: str) -> None:
+async def test_status_410_leads_to_a_new_list(how: str) -> None:
     async with kubernetes() as (kube, configmaps), following(configmaps) as (_, seen):
         kube.expired_watches = 2 if how == "refused" else 0
         await eventually(lambda: kube.watchers)
-        kube.put("x", {"k": "missed"}, silent=True)  # in the gap, no event tells
+        kube.put("x", {"k": "missed"}, silent=True)  # no event reports this change
         kube.end_watches(410)
         await eventually(lambda: seen[-1] == {"x": {"k": "missed"}})
         await eventually(lambda: kube.watchers)
         assert kube.lists < 8
 
 
-async def test_an_event_that_was_lost_is_made_up_for() -> None:
+async def test_a_change_without_an_event_is_noticed_later() -> None:
     async with kubernetes() as (kube, configmaps), following(configmaps, watch_seconds=1.2) as (_, seen):
         await eventually(lambda: kube.watchers)
         kube.put("x", {"k": "1"}, silent=True)
         await eventually(lambda: seen[-1] == {"x": {"k": "1"}}, seconds=5)
 
 
-async def test_nothing_is_forgotten_while_the_api_is_away() -> None:
+async def test_the_last_data_are_kept_while_the_api_is_unavailable() -> None:
     async with kubernetes() as (kube, configmaps), following(configmaps) as (follower, seen):
         kube.put("x", {"k": "1"})
         await eventually(lambda: seen and seen[-1] and kube.watchers)
@@ -342,7 +342,7 @@ async def test_nothing_is_forgotten_while_the_api_is_away() -> None:
         await eventually(lambda: seen[-1] == {"x": {"k": "2"}})
 
 
-async def test_a_server_that_ends_every_watch_is_not_hammered() -> None:
+async def test_watches_that_end_at_once_are_retried_with_a_backoff() -> None:
     async with kubernetes() as (kube, configmaps), following(configmaps, backoff=(0.1, 0.2)):
         for _ in range(60):
             kube.end_watches()
@@ -350,14 +350,14 @@ async def test_a_server_that_ends_every_watch_is_not_hammered() -> None:
         assert kube.lists < 15
 
 
-async def test_residency_is_one_key_written_when_it_changed() -> None:
+async def test_residency_is_written_to_one_key_and_only_when_it_changes() -> None:
     async with kubernetes() as (kube, configmaps):
         publisher = Publisher(configmaps, "dep-residency", "pod-1", backoff=(0.01, 0.05))
         task = asyncio.create_task(publisher.run())
         residency = Residency(pod="pod-1", pod_uid="u", ready=False)
         publisher.publish(residency)
         await asyncio.sleep(0.1)
-        assert not kube.patches  # the ConfigMap is the operator's to make
+        assert not kube.patches  # only the operator creates the ConfigMap
         kube.put("dep-residency", {"pod-2": "theirs"})
         await eventually(lambda: kube.patches)
         for _ in range(5):
@@ -370,7 +370,7 @@ async def test_residency_is_one_key_written_when_it_changed() -> None:
         task.cancel()
 
 
-async def test_what_is_on_its_way_is_told_with_its_end() -> None:
+async def test_a_short_intermediate_state_is_not_written() -> None:
     async with kubernetes() as (kube, configmaps):
         kube.put("dep-residency", {})
         publisher = Publisher(configmaps, "dep-residency", "pod-1")
@@ -393,12 +393,12 @@ async def test_what_is_on_its_way_is_told_with_its_end() -> None:
         await eventually(lambda: written() == [first, second])
         third = tell("Pending")
         await eventually(lambda: written() == [first, second, third])
-        fourth = tell("Loading")  # it is not lost, only late
+        fourth = tell("Loading")  # written late, but not lost
         await eventually(lambda: written() == [first, second, third, fourth])
         task.cancel()
 
 
-async def test_what_is_wanted_outlives_a_missing_or_broken_configmap(tmp_path: Path) -> None:
+async def test_the_wanted_adapters_are_kept_if_the_configmap_is_missing_or_invalid(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.want(a)
@@ -413,7 +413,7 @@ async def test_what_is_wanted_outlives_a_missing_or_broken_configmap(tmp_path: P
 # The base model
 
 
-def test_fetching_a_base_model_that_cannot_be_had(tmp_path: Path) -> None:
+def test_fetch_base_explains_why_it_cannot_read_the_base_model(tmp_path: Path) -> None:
     log = tmp_path / "termination-log"
     common = ["--target", str(tmp_path / "base"), "--termination-log", str(log), "--pvc-dir", str(tmp_path)]
     (tmp_path / "claim" / "model").mkdir(parents=True)
@@ -425,7 +425,7 @@ def test_fetching_a_base_model_that_cannot_be_had(tmp_path: Path) -> None:
     assert fetch_base(["--uri", "s3://b/k", *common, "--storage-dir", str(tmp_path)]) == 17
 
 
-def test_the_init_container_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+def test_the_init_container_exits_on_sigterm(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(20)
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -437,7 +437,7 @@ def test_the_init_container_ends_when_it_is_asked_to(tmp_path: Path) -> None:
         try:
             connection, _ = silent.accept()
             process.terminate()
-            # By itself: the first process of a container is not ended by a signal that it does not handle.
+            # The process must handle SIGTERM: the first process of a container ignores signals without a handler.
             assert process.wait(10) == 128 + signal.SIGTERM
             connection.close()
         finally:

@@ -1,4 +1,4 @@
-"""The agent and signatures: what the operator did not verify is neither read nor loaded."""
+"""The agent and signatures: an adapter that the operator has not signed is never loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW = read_keys({"b.key": generate()})
 
 
 def trusting(*keys: Keys) -> dict[str, dict[str, str]]:
-    """The ConfigMap with so many keys."""
+    """Return the ConfigMap with the public keys of `keys`."""
     return {"graft-trusted-keys": {name: text for one in keys for name, text in published_keys(one.public).items()}}
 
 
@@ -54,7 +54,7 @@ FORGERIES: dict[str, tuple[Callable[[WantedAdapter, WantedAdapter], WantedAdapte
 }
 
 
-async def test_what_is_expected_is_there_when_it_is_signed(tmp_path: Path) -> None:
+async def test_an_expected_adapter_is_downloaded_before_it_is_signed(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         good, early = pod.store.publish("good"), pod.store.publish("early")
         pod.want(good, expected=[changed(early, signature=None)])
@@ -69,7 +69,7 @@ async def test_what_is_expected_is_there_when_it_is_signed(tmp_path: Path) -> No
         assert early.engine_name not in pod.engine.adapters
         pod.want(good, early)
         await pod.state(early, "Loaded")
-        assert len(pod.store.reads) == read, "nothing is read again"
+        assert len(pod.store.reads) == read, "no file is read from the store again"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ async def test_what_is_expected_is_there_when_it_is_signed(tmp_path: Path) -> No
         "s3://other/team-a/adapters/early/1.0.0/",
     ],
 )
-async def test_what_is_expected_elsewhere_is_not_read(tmp_path: Path, where: str) -> None:
+async def test_an_expected_adapter_outside_the_prefix_of_the_tenant_is_not_read(tmp_path: Path, where: str) -> None:
     async with serving(tmp_path) as (pod, _, _):
         good, early, third = (pod.store.publish(name) for name in ("good", "early", "third"))
         foreign = changed(early, signature=None, uri=where)
@@ -92,7 +92,7 @@ async def test_what_is_expected_elsewhere_is_not_read(tmp_path: Path, where: str
         assert not [key for key in pod.store.reads if "early" in key]
 
 
-async def test_a_version_whose_files_are_elsewhere_now_is_looked_at_anew(tmp_path: Path) -> None:
+async def test_a_version_whose_files_have_moved_is_inspected_again(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         good, early = pod.store.publish("good"), pod.store.publish("early")
         copy = early.uri.replace("/early/", "/copy/").removeprefix("s3://bucket/")
@@ -105,7 +105,7 @@ async def test_a_version_whose_files_are_elsewhere_now_is_looked_at_anew(tmp_pat
         await pod.state(early, "Loaded")
 
 
-async def test_what_is_expected_and_cannot_be_had_is_told_when_it_is_wanted(tmp_path: Path) -> None:
+async def test_a_failed_download_of_an_expected_adapter_is_not_reported_and_is_retried(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         good, early = pod.store.publish("good"), pod.store.publish("early")
         key = early.uri.removeprefix("s3://bucket/") + "adapter_model.safetensors"
@@ -121,7 +121,7 @@ async def test_what_is_expected_and_cannot_be_had_is_told_when_it_is_wanted(tmp_
 
 
 @pytest.mark.parametrize("how", FORGERIES)
-async def test_what_is_not_signed_is_never_read_or_loaded(tmp_path: Path, how: str) -> None:
+async def test_an_adapter_without_a_valid_signature_is_never_read_or_loaded(tmp_path: Path, how: str) -> None:
     forge, reason, state = FORGERIES[how]
     async with serving(tmp_path) as (pod, _, _):
         bad, good = pod.store.publish("bad"), pod.store.publish("good")
@@ -131,13 +131,13 @@ async def test_what_is_not_signed_is_never_read_or_loaded(tmp_path: Path, how: s
         forged = forge(bad, good)
         pod.want(forged, good)
         await eventually(lambda: (one := pod.one(forged)) and (one.reason, one.state) == (reason, state))
-        await pod.ready()  # it became ready before
+        await pod.ready()  # the pod was ready before and stays ready
         assert pod.store.reads == [] and pod.engine.calls == [f"load {good.engine_name}"]
-        pod.want(bad, good)  # the operator has repaired it
+        pod.want(bad, good)  # the operator has signed it correctly now
         await pod.state(bad, "Loaded")
 
 
-async def test_nothing_is_done_before_the_keys_are_read(tmp_path: Path) -> None:
+async def test_the_agent_waits_for_the_trusted_keys(tmp_path: Path) -> None:
     async with serving(tmp_path, trusted=None) as (pod, _, _):
         a = pod.store.publish("a")
         pod.want(a)
@@ -148,21 +148,21 @@ async def test_nothing_is_done_before_the_keys_are_read(tmp_path: Path) -> None:
         await pod.state(a, "Loaded")
 
 
-async def test_a_pod_without_keys_takes_nobodys_place(tmp_path: Path) -> None:
+async def test_a_pod_without_trusted_keys_does_not_become_ready(tmp_path: Path) -> None:
     async with serving(tmp_path, trusted={}) as (pod, _, _):
         a = pod.store.publish("a")
         pod.want(a)
         await eventually(lambda: (one := pod.one(a)) and one.reason == "SignatureKeyUnknown")
         assert "waiting for adapters" in str(await pod.ready(False))
-        pod.agent.trusted_keys(TRUSTED)  # at once: the back-off ends
+        pod.agent.trusted_keys(TRUSTED)  # new keys end the backoff at once
         await pod.state(a, "Loaded")
-        pod.agent.trusted_keys({})  # a ConfigMap that is gone is no word about the keys
+        pod.agent.trusted_keys({})  # a missing ConfigMap does not revoke the keys
         b = pod.store.publish("b")
         pod.want(a, b)
         await pod.state(b, "Loaded")
 
 
-async def test_a_rotation_restarts_and_reloads_nothing(tmp_path: Path) -> None:
+async def test_a_key_rotation_reloads_no_adapter(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         a = pod.store.publish("a")
         pod.want(a)
@@ -176,14 +176,14 @@ async def test_a_rotation_restarts_and_reloads_nothing(tmp_path: Path) -> None:
         await pod.state(b, "Loaded")
         assert pod.engine.calls == [f"load {a.engine_name}", f"load {b.engine_name}"]
 
-        pod.engine.restart()  # what comes back is checked by the keys of today
+        pod.engine.restart()  # adapters that are loaded again are verified with the present keys
         await eventually(lambda: sorted(pod.engine.adapters) == sorted([a.engine_name, b.engine_name]))
         c = pod.store.publish("c")
         pod.want(again, b, c)
         await eventually(lambda: (one := pod.one(c)) and one.reason == "SignatureKeyUnknown")
 
 
-async def test_a_version_that_is_signed_anew_meanwhile_goes_on_being_fetched(tmp_path: Path) -> None:
+async def test_a_new_signature_does_not_interrupt_a_download(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
         pod.agent.trusted_keys(trusting(KEYS, NEW))
         pod.store.slow = 0.02
@@ -196,15 +196,15 @@ async def test_a_version_that_is_signed_anew_meanwhile_goes_on_being_fetched(tmp
         assert [key for key, start in pod.store.starts].count("adapter_model.safetensors") == 1
 
 
-async def test_files_on_disk_are_not_loaded_by_a_retired_key(tmp_path: Path) -> None:
-    """A key that was stolen and removed: what only it has signed does not come back with the engine's next start."""
+async def test_files_that_only_a_retired_key_signed_are_not_loaded_again(tmp_path: Path) -> None:
+    """A stolen key was removed. When the engine restarts, adapters that only this key signed are not loaded again."""
     async with serving(tmp_path) as (pod, _, _):
         a, b = pod.store.publish("a"), pod.store.publish("b")
         pod.want(a, b)
         await pod.state(a, "Loaded")
         await pod.state(b, "Loaded")
         pod.agent.trusted_keys(trusting(NEW))
-        assert sorted(pod.engine.adapters) == sorted([a.engine_name, b.engine_name])  # the loaded ones stay
+        assert sorted(pod.engine.adapters) == sorted([a.engine_name, b.engine_name])  # loaded adapters stay
         pod.want(a, signed(b, NEW))
         pod.engine.restart()
         await pod.state(b, "Loaded")
@@ -224,7 +224,7 @@ async def test_validly_signed_files_that_were_tampered_with_are_refused(tmp_path
         assert list(pod.dir.iterdir()) == []
 
 
-def test_the_flag_names_one_configmap() -> None:
+def test_the_flag_for_trusted_keys_names_one_configmap() -> None:
     flags = [
         "--namespace",
         "n",

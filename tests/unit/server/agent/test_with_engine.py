@@ -1,4 +1,4 @@
-"""Agent, our own engine and gateway together: from a version in storage to an answer under the client's name."""
+"""The agent, Graft's own engine and the gateway together: from a version in the store to the answer for a client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worlds.serving import eventually, listening
 PROMPT = {"prompt": "hello", "temperature": 0, "max_tokens": 12}
 
 
-async def test_from_storage_to_the_clients_answer(tmp_path: Path) -> None:
+async def test_an_adapter_in_the_store_answers_the_requests_of_a_client(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     folder = make_adapter(base, tmp_path / "support", seed=1)
     big = make_adapter(base, tmp_path / "big", seed=2, r=32)
@@ -31,7 +31,7 @@ async def test_from_storage_to_the_clients_answer(tmp_path: Path) -> None:
         support, too_big = pod.publish(folder, "support", 4), pod.publish(big, "big", 32)
         pod.want(support, too_big)
         await pod.state(support, "Loaded")
-        failed = await pod.state(too_big, "Failed")  # the engine knows better than what is wanted
+        failed = await pod.state(too_big, "Failed")  # the engine enforces its own maximum rank
         assert failed.reason == "EngineRejected" and "rank" in str(failed.message)
         await pod.ready()
 
@@ -57,7 +57,7 @@ async def test_from_storage_to_the_clients_answer(tmp_path: Path) -> None:
                 lines = [line async for line in response.content if line.startswith(b"data: {")]
             assert {json.loads(line[6:])["model"] for line in lines} == {"team-a/support"}
 
-            # Taken away while a request runs: the request ends in peace, then the adapter goes.
+            # The adapter is removed while a request runs. The request completes before the adapter is unloaded.
             async with session.post(
                 url, json={**body, "stream": True, "max_tokens": 200, "ignore_eos": True}
             ) as response:

@@ -1,4 +1,4 @@
-"""What the engine's tests share: one tiny base model, and an engine that serves it."""
+"""The fixtures of the engine's tests: a tiny base model, and an engine that serves it."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,12 +9,12 @@ from worlds.engine import Api, make_base, running
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights. Nobody writes into its folder."""
+    """Save a model with random weights. Tests must not write into its folder."""
     return make_base(tmp_path_factory.mktemp("engine") / "base")
 
 
 @pytest.fixture
 async def api(base: Path) -> AsyncIterator[Api]:
-    """An engine without adapters."""
+    """Run an engine without adapters."""
     async with running(base) as api:
         yield api

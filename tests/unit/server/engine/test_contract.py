@@ -1,4 +1,4 @@
-"""vLLM's contract for loading and unloading adapters, row by row."""
+"""vLLM's contract for loading and unloading adapters at runtime, and errors of invalid adapters."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def error(body: Any) -> tuple[str, Any, int]:
 
 
 def edited(adapter: Path, to: Path, **config: Any) -> Path:
-    """A copy of an adapter with some keys of its config changed."""
+    """Copy an adapter and change some keys of its config."""
     shutil.copytree(adapter, to)
     file = to / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return to
 
 
-async def test_load_list_and_unload(api: Api, adapter: Path, base: Path) -> None:
+async def test_an_adapter_is_loaded_listed_and_unloaded(api: Api, adapter: Path, base: Path) -> None:
     assert await api.load(NAME, adapter, unknown_field=1) == (
         200,
         f"Success: LoRA adapter '{NAME}' added successfully.",
@@ -56,7 +56,7 @@ async def test_load_list_and_unload(api: Api, adapter: Path, base: Path) -> None
     assert [card["id"] for card in models["data"]] == [BASE]
 
 
-async def test_the_routes_exist_only_where_runtime_loading_is_allowed(base: Path, adapter: Path) -> None:
+async def test_the_routes_exist_only_if_runtime_loading_is_allowed(base: Path, adapter: Path) -> None:
     async with running(base, runtime_loading=False) as api:
         status, body = await api.load(NAME, adapter)
         assert status == 404 and error(body)[2] == 404
@@ -70,19 +70,19 @@ async def test_the_routes_exist_only_where_runtime_loading_is_allowed(base: Path
 
 
 @pytest.mark.parametrize(("name", "path"), [("", "/somewhere"), ("x", "")])
-async def test_an_empty_name_or_path(api: Api, name: str, path: str) -> None:
+async def test_an_empty_name_or_path_is_refused(api: Api, name: str, path: str) -> None:
     status, body = await api.load(name, path)
     assert (status, error(body)) == (400, ("InvalidUserInput", None, 400))
     status, body = await api.unload("")
     assert (status, error(body)) == (400, ("InvalidUserInput", None, 400))
 
 
-async def test_the_base_models_name(api: Api, adapter: Path) -> None:
+async def test_the_name_of_the_base_model_is_refused(api: Api, adapter: Path) -> None:
     status, body = await api.load(BASE, adapter)
     assert (status, error(body)[0]) == (400, "InvalidUserInput")
 
 
-async def test_a_name_that_is_loaded(api: Api, adapter: Path, base: Path) -> None:
+async def test_a_loaded_name_is_refused_unless_load_inplace_is_set(api: Api, adapter: Path, base: Path) -> None:
     other = make_adapter(base, base.parent / "inplace", seed=2)
     await api.load(NAME, adapter)
     before = await api.complete("hello", NAME)
@@ -108,7 +108,7 @@ async def test_a_name_that_is_loaded(api: Api, adapter: Path, base: Path) -> Non
         ("application/x-www-form-urlencoded", "lora_name=x"),
     ],
 )
-async def test_a_body_that_is_not_a_load_request(api: Api, content_type: str, payload: str) -> None:
+async def test_a_body_that_is_not_a_load_request_is_refused(api: Api, content_type: str, payload: str) -> None:
     headers = {"Content-Type": content_type}
     async with api.client.post("/v1/load_lora_adapter", data=payload, headers=headers) as response:
         body = await response.json()
@@ -118,7 +118,7 @@ async def test_a_body_that_is_not_a_load_request(api: Api, content_type: str, pa
 
 
 @pytest.mark.parametrize("missing", ["all", *FILES])
-async def test_missing_files(api: Api, adapter: Path, tmp_path: Path, missing: str) -> None:
+async def test_a_missing_file_is_reported_as_not_found(api: Api, adapter: Path, tmp_path: Path, missing: str) -> None:
     path = tmp_path / "copy"
     if missing != "all":
         shutil.copytree(adapter, path)
@@ -146,7 +146,7 @@ async def test_missing_files(api: Api, adapter: Path, tmp_path: Path, missing: s
         ({"target_modules": None}, "target_modules"),
     ],
 )
-async def test_adapters_the_engine_cannot_serve(
+async def test_an_unsupported_adapter_is_refused(
     api: Api, adapter: Path, tmp_path: Path, config: dict[str, Any], says: str
 ) -> None:
     status, body = await api.load("x", edited(adapter, tmp_path / "edited", **config))
@@ -186,7 +186,7 @@ def _nothing(tensors: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_foreign_module, _base_weight, _half_a_pair, _wrong_shape, _nothing])
-async def test_weights_that_do_not_fit(
+async def test_weights_that_do_not_fit_the_model_are_refused(
     api: Api, adapter: Path, tmp_path: Path, spoil: Callable[[dict[str, Any]], None]
 ) -> None:
     path = Path(shutil.copytree(adapter, tmp_path / "spoilt"))
@@ -197,7 +197,7 @@ async def test_weights_that_do_not_fit(
     assert (status, error(body)[0]) == (500, "InternalServerError")
 
 
-async def test_a_truncated_file(api: Api, adapter: Path, tmp_path: Path) -> None:
+async def test_a_truncated_file_is_refused(api: Api, adapter: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(adapter, tmp_path / "truncated"))
     whole = (path / FILES[1]).read_bytes()
     (path / FILES[1]).write_bytes(whole[: len(whole) // 2])
@@ -205,20 +205,20 @@ async def test_a_truncated_file(api: Api, adapter: Path, tmp_path: Path) -> None
     assert (status, error(body)[0]) == (500, "InternalServerError")
 
 
-async def test_unload_of_an_unknown_name(api: Api) -> None:
+async def test_an_unload_of_an_unknown_name_is_refused(api: Api) -> None:
     status, body = await api.unload("nobody")
     assert (status, error(body)) == (404, ("NotFoundError", None, 404))
     assert "cannot be found" in body["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_inference_with_an_unknown_model(api: Api, path: str) -> None:
+async def test_a_request_for_an_unknown_model_is_refused(api: Api, path: str) -> None:
     body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "model": "nobody"}
     status, answer = await api.post(path, **body)
     assert (status, error(answer)) == (404, ("NotFoundError", "model", 404))
 
 
-async def test_api_keys_guard_v1_only(base: Path) -> None:
+async def test_api_keys_protect_only_the_v1_routes(base: Path) -> None:
     async with running(base, api_keys=("secret", "other")) as api:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             async with api.client.get("/v1/models", headers=headers) as response:
@@ -229,14 +229,14 @@ async def test_api_keys_guard_v1_only(base: Path) -> None:
         assert (await api.get("/metrics"))[0] == 200
 
 
-async def test_loads_side_by_side_and_the_same_name_at_once(api: Api, adapter: Path) -> None:
+async def test_parallel_loads_succeed_but_only_one_of_the_same_name(api: Api, adapter: Path) -> None:
     answers = await asyncio.gather(*(api.load(f"a{i}", adapter) for i in range(4)), api.load("same", adapter))
     assert [status for status, _ in answers] == [200] * 5
     twice = await asyncio.gather(api.load("twice", adapter), api.load("twice", adapter))
     assert sorted(status for status, _ in twice) == [200, 400]
 
 
-async def test_health_version_and_metrics(api: Api, adapter: Path) -> None:
+async def test_health_version_and_metrics_are_served(api: Api, adapter: Path) -> None:
     assert (await api.get("/health"))[0] == 200
     assert "version" in (await api.get("/version"))[1]
     await api.load(NAME, adapter)

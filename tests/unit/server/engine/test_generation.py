@@ -1,4 +1,4 @@
-"""What callers of the engine see: the right adapter's answer, whoever else is being answered."""
+"""The answers of the engine: every caller gets the answer of its own adapter, also beside other requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = ["hello", "a much longer prompt, so that rows are padded", "x", "What 
 
 @pytest.fixture(scope="module")
 def adapters(base: Path) -> dict[str, Path]:
-    """Adapters that differ in what they adapt, by names with dots and dashes."""
+    """Save adapters that tune different modules. Their names contain dots and dashes."""
     kinds: dict[str, dict[str, Any]] = {
         "shop--support-1.0.0--0123456789ab": {},
         "shop--support-1.0.1--0123456789ac": {"target_modules": ["q_proj", "gate_proj", "down_proj"], "r": 8},
@@ -53,12 +53,12 @@ async def test_every_caller_gets_its_own_adapters_answer(api: Api, base: Path, a
     answers = await asyncio.gather(*(api.complete(prompt, name) for name, prompt in cases))
     wanted = [expected(base, models[name], prompt, 24) for name, prompt in cases]
     assert answers == wanted
-    assert len(set(wanted)) == len(cases)  # or the comparison would show nothing
+    assert len(set(wanted)) == len(cases)  # otherwise the comparison proves nothing
 
 
 @pytest.mark.parametrize("window", [None, 16])
-async def test_rows_of_a_batch_come_and_go(tmp_path: Path, window: int | None) -> None:
-    """Answers of different lengths, started at different times, with and without a sliding window."""
+async def test_answers_stay_correct_while_rows_join_and_leave_the_batch(tmp_path: Path, window: int | None) -> None:
+    """The answers have different lengths and start at different times, with and without a sliding window."""
     base = make_base(tmp_path / "base")
     if window:
         layers = ["sliding_attention", "full_attention"]
@@ -78,7 +78,7 @@ async def test_rows_of_a_batch_come_and_go(tmp_path: Path, window: int | None) -
             assert answer == wanted
 
 
-async def test_a_network_of_another_kind(tmp_path: Path) -> None:
+async def test_gpt2_and_its_adapter_are_served_correctly(tmp_path: Path) -> None:
     """GPT-2 has learned positions, Conv1D layers and tied embeddings."""
     base = make_base(tmp_path / "base")
     make_network(base, GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=256)
@@ -90,7 +90,7 @@ async def test_a_network_of_another_kind(tmp_path: Path) -> None:
         assert answers == [expected(base, path, prompt, 24) for prompt, path in cases]
 
 
-async def test_a_prompt_longer_than_a_chunk(
+async def test_a_prompt_longer_than_a_chunk_is_answered_correctly(
     api: Api, base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graft_server.engine.generation.PREFILL_CHUNK", 16)
@@ -99,7 +99,9 @@ async def test_a_prompt_longer_than_a_chunk(
     assert (short, long) == (expected(base, None, "x", 24), expected(base, None, prompt, 24))
 
 
-async def test_chat_uses_the_template_and_streams_the_same(api: Api, base: Path, adapters: dict[str, Path]) -> None:
+async def test_chat_uses_the_template_and_streams_the_same_answer(
+    api: Api, base: Path, adapters: dict[str, Path]
+) -> None:
     await load_all(api, adapters)
     name, path = next(iter(adapters.items()))
     messages = [
@@ -158,7 +160,7 @@ async def test_equal_seeds_give_equal_answers_whatever_shares_the_batch(api: Api
     assert await api.complete("hello", **sampled) != await api.complete("hello", **sampled)
 
 
-async def test_n_answers_and_several_prompts(api: Api) -> None:
+async def test_several_prompts_get_n_answers_each(api: Api) -> None:
     body = {"prompt": ["hello", "x"], "n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 8, "ignore_eos": True}
     _, answer = await api.post("/v1/completions", **body)
     texts = [choice["text"] for choice in answer["choices"]]
@@ -231,7 +233,7 @@ async def test_bad_chat_requests_name_the_field(api: Api, body: dict[str, Any], 
     assert status == 400 and says in answer["error"]["message"]
 
 
-async def test_what_is_not_a_request_at_all(api: Api) -> None:
+async def test_a_body_that_is_not_a_request_is_refused(api: Api) -> None:
     for payload in ("{oops", "[" * 100_000, '{"prompt": "\\ud800"}', "null"):
         headers = {"Content-Type": "application/json"}
         async with api.client.post("/v1/completions", data=payload, headers=headers) as response:
@@ -241,7 +243,7 @@ async def test_what_is_not_a_request_at_all(api: Api) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_caller_who_leaves_frees_its_slot(api: Api, stream: bool) -> None:
+async def test_a_caller_that_disconnects_frees_its_slot(api: Api, stream: bool) -> None:
     api.slow_down()
     body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": stream}
     request = asyncio.create_task(api.client.post("/v1/completions", json=body))
@@ -256,7 +258,7 @@ async def test_a_caller_who_leaves_frees_its_slot(api: Api, stream: bool) -> Non
     assert 'vllm:request_success_total{finished_reason="abort",model_name="tiny"} 1.0' in (await api.get("/metrics"))[1]
 
 
-async def test_a_full_queue_is_a_503_with_retry_after(base: Path) -> None:
+async def test_a_full_queue_gives_503_with_retry_after(base: Path) -> None:
     async with running(base, max_num_seqs=1, max_waiting_requests=2) as api:
         api.slow_down()
         ask = {"ignore_eos": True, "max_tokens": 20}
@@ -267,7 +269,7 @@ async def test_a_full_queue_is_a_503_with_retry_after(base: Path) -> None:
             assert (await response.json())["error"]["type"] == "ServiceUnavailableError"
         assert len(set(await asyncio.gather(*accepted))) == 1
         status, _ = await api.post("/v1/completions", prompt="x", n=4)
-        assert status == 400  # it could never run
+        assert status == 400  # the request could never run
 
 
 async def test_unload_lets_running_answers_finish_and_then_frees_the_memory(
@@ -284,7 +286,7 @@ async def test_unload_lets_running_answers_finish_and_then_frees_the_memory(
 
     api.slow_down(0.01)
     ask = {"prompt": "hello", "model": name, "max_tokens": 60}
-    answers = [asyncio.create_task(api.complete(**ask)) for _ in range(10)]  # two more than run at once
+    answers = [asyncio.create_task(api.complete(**ask)) for _ in range(10)]  # two more than can run at once
     base_answer = asyncio.create_task(api.complete("hello", max_tokens=60))
     await api.until(lambda: api.engine.activity().running == 8)
     assert (await api.unload(name))[0] == 200
@@ -301,7 +303,7 @@ async def test_unload_lets_running_answers_finish_and_then_frees_the_memory(
     assert not api.engine.network.hooks._rows.matrices
 
 
-async def test_loading_and_unloading_disturbs_nobody(api: Api, base: Path, adapters: dict[str, Path]) -> None:
+async def test_loads_and_unloads_do_not_change_running_answers(api: Api, base: Path, adapters: dict[str, Path]) -> None:
     (first, path), *others = adapters.items()
     await api.load(first, path)
     api.slow_down(0.005)
@@ -318,7 +320,9 @@ async def test_loading_and_unloading_disturbs_nobody(api: Api, base: Path, adapt
     assert [answer.result() for answer in answers] == wanted
 
 
-async def test_more_adapters_than_memory_has_room_for(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+async def test_adapters_that_do_not_all_fit_in_memory_are_still_served(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
     copies = {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in adapters.items()}
     async with running(base, max_loras=1, max_cpu_loras=2) as api:
         await load_all(api, copies)
@@ -335,7 +339,7 @@ async def test_more_adapters_than_memory_has_room_for(base: Path, adapters: dict
         assert (await api.get("/health"))[0] == 200
 
 
-async def test_max_loras_bounds_the_adapters_of_a_batch_and_starves_nobody(
+async def test_max_loras_limits_the_adapters_of_a_batch_without_starvation(
     base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graft_server.engine.generation.MAX_ADAPTER_WAIT", 0.1)
@@ -367,7 +371,7 @@ async def test_a_failed_step_fails_its_requests_and_not_the_server(api: Api, mon
     assert await api.complete("hello") == before
 
 
-async def test_draining_finishes_what_runs_and_refuses_the_rest(api: Api) -> None:
+async def test_draining_finishes_running_requests_and_refuses_new_ones(api: Api) -> None:
     api.slow_down()
     running_answer = asyncio.create_task(api.complete("hello", ignore_eos=True))
     await api.until(lambda: api.engine.activity().running == 1)
@@ -379,7 +383,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(api: Api) -> Non
     assert await drained
 
 
-async def test_the_process_serves_and_leaves_in_order_on_sigterm(base: Path, tmp_path: Path) -> None:
+async def test_on_sigterm_the_process_finishes_running_requests_and_exits(base: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",

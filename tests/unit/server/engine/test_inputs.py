@@ -1,4 +1,7 @@
-"""What callers send that makes no sense, or is too much: an answer of 4xx that says what is wrong, and nobody else notices."""
+"""Invalid or excessive requests to the engine.
+
+They get a 4xx or 503 answer that names the problem. Other callers are not affected.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 async def send(api: Api, body: str | bytes, path: str = COMPLETIONS, **headers: str) -> tuple[int, Any]:
-    """Sends a body as it is."""
+    """Send a body unchanged."""
     async with api.client.post(path, data=body, headers={"Content-Type": "application/json", **headers}) as response:
         return response.status, await response.json()
 
@@ -32,7 +35,7 @@ VALUES = [
     ("temperature", "NaN"),
     ("temperature", "Infinity"),
     ("temperature", "1e400"),
-    ("temperature", "1e300"),  # a number, and no logit survives it
+    ("temperature", "1e300"),  # a valid number, but no logit is usable after it
     ("repetition_penalty", "1e-300"),
     ("repetition_penalty", "1e300"),
     ("top_p", "NaN"),
@@ -53,18 +56,18 @@ VALUES = [
 ]
 
 
-async def test_values_that_no_answer_can_be_made_from(api: Api) -> None:
+async def test_invalid_values_are_refused_with_the_name_of_the_field(api: Api) -> None:
     for field, value in VALUES:
         body = {"prompt": '"x"', "max_tokens": "3", "min_tokens": "1", field: value}
         status, answer = await send(api, "{" + ", ".join(f'"{name}": {text}' for name, text in body.items()) + "}")
         assert status == 400, (field, value, answer)
         assert (answer["error"]["param"] or field) == field
         said = answer["error"]["message"]
-        assert "constrained-str" not in said and "list[" not in said  # pydantic's words, not the user's
+        assert "constrained-str" not in said and "list[" not in said  # terms of pydantic, not of the API
         assert field in said or "maximum context length" in said
 
 
-async def test_the_extremes_that_are_allowed(api: Api) -> None:
+async def test_extreme_but_valid_values_are_accepted(api: Api) -> None:
     extremes = {"repetition_penalty": 0.01, "min_tokens": 9, "logit_bias": {"5": -100, "6": 100}, "top_p": 1e-300}
     for temperature in (0, 1e-300, 2e-5, 1, 100):
         for more in ({}, extremes, {**extremes, "repetition_penalty": 100, "min_p": 1, "top_k": 10**30}):
@@ -72,7 +75,7 @@ async def test_the_extremes_that_are_allowed(api: Api) -> None:
             assert isinstance(await api.complete("hello", **body), str)
 
 
-async def test_every_token_ends_the_answer_and_it_must_not_end(api: Api) -> None:
+async def test_min_tokens_is_refused_if_every_token_ends_the_answer(api: Api) -> None:
     for temperature in (0, 1):
         body = {"prompt": "x", "stop_token_ids": list(range(api.server._base.vocab_size)), "temperature": temperature}
         assert (await api.post(COMPLETIONS, **body))[0] == 200
@@ -80,7 +83,7 @@ async def test_every_token_ends_the_answer_and_it_must_not_end(api: Api) -> None
         assert status == 400 and answer["error"]["param"] == "min_tokens"
 
 
-UNSUPPORTED = [  # where, the field, a value that asks for something, one that does not
+UNSUPPORTED = [  # path, field, a value that changes the answer, a value that does not
     (COMPLETIONS, "prompt_logprobs", 2, None),
     (COMPLETIONS, "skip_special_tokens", False, True),
     (COMPLETIONS, "truncate_prompt_tokens", 5, None),
@@ -97,7 +100,7 @@ UNSUPPORTED = [  # where, the field, a value that asks for something, one that d
 ]
 
 
-async def test_what_would_change_the_answer_is_refused_and_named(api: Api) -> None:
+async def test_an_unsupported_field_is_refused_by_name_if_it_changes_the_answer(api: Api) -> None:
     for path, field, value, neutral in UNSUPPORTED:
         body = {"prompt": "x", "max_tokens": 2} if path == COMPLETIONS else {"messages": HI, "max_tokens": 2}
         status, answer = await api.post(path, **body, **{field: value})
@@ -107,7 +110,7 @@ async def test_what_would_change_the_answer_is_refused_and_named(api: Api) -> No
         assert (await api.post(path, **body, user="u", store=True, metadata={"a": 1}, whatever=[{}]))[0] == 200
 
 
-async def test_headers_of_any_bytes(base: Path) -> None:
+async def test_headers_may_contain_any_bytes(base: Path) -> None:
     async with running(base, api_keys=("secret",)) as api:
         strange = b"\xff\xfe".decode(errors="surrogateescape")
         async with api.client.get("/v1/models", headers={"Authorization": f"Bearer {strange}"}) as response:
@@ -123,17 +126,17 @@ async def test_headers_of_any_bytes(base: Path) -> None:
             assert (await response.json())["id"] == "cmpl-order-7"
         headers["Content-Encoding"] = "gzip"
         async with api.client.post(COMPLETIONS, data=b"no gzip", headers=headers) as response:
-            assert (response.status, (await response.json())["error"]["code"]) == (400, 400)
+            assert (response.status, (await response.json())["error"]["code"]) == (415, 415)
 
 
-async def test_a_body_that_is_too_large(api: Api) -> None:
+async def test_a_body_that_is_too_large_is_refused(api: Api) -> None:
     status, answer = await send(api, b'{"prompt": "' + b"x" * (17 << 20) + b'"}')
     assert (status, answer["error"]["code"]) == (413, 413)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-async def test_a_text_that_cannot_fit_is_not_even_read(api: Api, path: str) -> None:
-    """Megabytes would keep the tokenizer from everybody else."""
+async def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(api: Api, path: str) -> None:
+    """Megabytes of text would block the tokenizer for all other callers."""
     text, read = "x" * (15 << 20), []
     encode = api.server._base.tokenizer.encode
     api.server._base.tokenizer.encode = lambda text, **more: (read.append(len(text)), encode(text, **more))[1]
@@ -144,7 +147,7 @@ async def test_a_text_that_cannot_fit_is_not_even_read(api: Api, path: str) -> N
     assert len(await api.complete("x" * 250, max_tokens=2, ignore_eos=True)) == 2
 
 
-async def test_more_requests_at_once_than_can_ever_wait(base: Path) -> None:
+async def test_requests_beyond_the_queue_limit_are_refused(base: Path) -> None:
     async with running(base, max_num_seqs=2, max_waiting_requests=3) as api:
         gate, tokenize = threading.Event(), api.server._generator._tokenize
 
@@ -162,18 +165,18 @@ async def test_more_requests_at_once_than_can_ever_wait(base: Path) -> None:
         assert [status for status, _ in await asyncio.gather(*accepted)] == [200] * 5
 
 
-async def test_as_many_biases_as_there_are_tokens(api: Api) -> None:
+async def test_every_token_can_have_a_bias(api: Api) -> None:
     biases = {str(token): -1.0 for token in range(2, api.server._base.vocab_size)}
     assert await api.complete("hello", logit_bias=biases) == await api.complete("hello", logit_bias={"0": 1, "1": 1})
 
 
-async def test_a_path_that_is_none(api: Api) -> None:
+async def test_an_invalid_path_is_reported_as_not_found(api: Api) -> None:
     for path in ("x" * 5000, "/etc/passwd", "/nul\0", "relative"):
         status, answer = await api.load("x", path)
         assert (status, answer["error"]["type"]) == (404, "NotFoundError"), answer
 
 
-async def test_an_adapter_that_is_read_for_somebody_who_left_stays_for_nobody(base: Path, tmp_path: Path) -> None:
+async def test_an_adapter_that_is_read_for_a_disconnected_caller_is_not_kept(base: Path, tmp_path: Path) -> None:
     async with running(base, max_loras=1, max_cpu_loras=1) as api:
         for name in ("a", "b"):
             assert (await api.load(name, make_adapter(base, tmp_path / name, seed=1)))[0] == 200
@@ -196,8 +199,8 @@ async def test_an_adapter_that_is_read_for_somebody_who_left_stays_for_nobody(ba
         assert await api.complete("hello", "a") == await api.complete("hello", "b")
 
 
-async def test_an_engine_whose_thread_ends_says_so(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug, or memory that is gone: the kubelet starts it again, and until then nobody waits."""
+async def test_an_engine_whose_thread_has_ended_is_unhealthy(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cause is a bug or a lack of memory. The kubelet restarts the engine. Until then, no request waits."""
     api.slow_down()
     request = asyncio.create_task(api.post(COMPLETIONS, prompt="hello", max_tokens=200, ignore_eos=True))
     await api.until(lambda: api.engine.activity().running == 1)
@@ -217,7 +220,7 @@ async def test_an_engine_whose_thread_ends_says_so(api: Api, monkeypatch: pytest
 
 
 def start(monkeypatch: pytest.MonkeyPatch, model: str) -> Any:
-    """Runs the program until it exits; its exit code, or what it says."""
+    """Run the program until it exits. Return its exit code or its message."""
     monkeypatch.setattr(sys, "argv", ["engine", "--model", model])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = signal.getsignal(signal.SIGTERM)
@@ -229,15 +232,15 @@ def start(monkeypatch: pytest.MonkeyPatch, model: str) -> Any:
     return exit.value.code
 
 
-def test_a_model_that_cannot_be_served_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_served_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert start(monkeypatch, "/nowhere") == "the model at /nowhere cannot be served: there is no config.json"
     (tmp_path / "config.json").write_text("{}")
     said = start(monkeypatch, str(tmp_path))
     assert said.startswith(f"the model at {tmp_path} cannot be served: ") and "model_type" in said
 
 
-def test_sigterm_while_the_model_is_read_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the first process of a container, which ignores signals that it has no handler for."""
+def test_sigterm_while_the_model_loads_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is the first process of its container. Such a process ignores signals without a handler."""
 
     def reads_long(_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

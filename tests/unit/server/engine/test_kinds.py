@@ -1,4 +1,4 @@
-"""Every kind of model and adapter that is served, against plain transformers and peft."""
+"""Every supported kind of model and adapter, compared with plain transformers and peft."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPTS = ["hello", "a much longer prompt, so that lengths differ", "x", "What i
 
 
 async def compare(base: Path, adapters: dict[str, Path], tokens: int = 20, **settings: object) -> None:
-    """Asks every adapter and the bare base everything at once; each answer must be the one of peft alone."""
+    """Send every prompt to every adapter and to the base model at once. Compare each answer with that of peft alone."""
     async with running(base, max_num_seqs=16, **settings) as api:
         for name, path in adapters.items():
             assert await api.load(name, path) == (200, f"Success: LoRA adapter '{name}' added successfully.")
@@ -54,10 +54,10 @@ async def compare(base: Path, adapters: dict[str, Path], tokens: int = 20, **set
         )
         wanted = [expected(base, adapters[name] if name else None, prompt, tokens) for prompt, name in cases]
         assert answers == wanted
-        assert len(set(wanted)) > len(PROMPTS)  # or the adapters would show nothing
+        assert len(set(wanted)) > len(PROMPTS)  # otherwise the adapters change nothing
 
 
-async def test_tuned_prompts_beside_lora_and_base(base: Path, tmp_path: Path) -> None:
+async def test_tuned_prompts_lora_and_the_base_model_are_served_together(base: Path, tmp_path: Path) -> None:
     adapters = {
         "lora": make_adapter(base, tmp_path / "lora", seed=1),
         "prompt": make_prompt(base, tmp_path / "prompt", seed=2),
@@ -66,7 +66,7 @@ async def test_tuned_prompts_beside_lora_and_base(base: Path, tmp_path: Path) ->
     await compare(base, adapters)
 
 
-async def test_a_tuned_prompt_takes_room_in_the_context(base: Path, tmp_path: Path) -> None:
+async def test_virtual_tokens_count_towards_the_context_length(base: Path, tmp_path: Path) -> None:
     prompt, huge = make_prompt(base, tmp_path / "p", seed=2, tokens=200), make_prompt(base, tmp_path / "h", 2, 256)
     async with running(base) as api:
         assert (await api.load("prompt", prompt))[0] == 200
@@ -82,7 +82,7 @@ async def test_a_tuned_prompt_takes_room_in_the_context(base: Path, tmp_path: Pa
         assert status == 500 and "needs (6, 32)" in answer["error"]["message"]
 
 
-async def test_an_encoder_decoder_with_lora_and_tuned_prompts(tmp_path: Path) -> None:
+async def test_an_encoder_decoder_is_served_with_lora_and_tuned_prompts(tmp_path: Path) -> None:
     base = make_seq2seq(tmp_path / "t5")
     adapters = {
         "attention": make_adapter(base, tmp_path / "a", seed=1, target_modules=["q", "v"]),
@@ -100,7 +100,7 @@ async def test_an_encoder_decoder_with_lora_and_tuned_prompts(tmp_path: Path) ->
         ]
         ask = {"messages": messages, "temperature": 0, "max_tokens": 20}
         _, answer = await api.post("/v1/chat/completions", **ask)
-        wanted = expected(base, None, "short\n\nhello", 20)  # the question as the trainer writes it
+        wanted = expected(base, None, "short\n\nhello", 20)  # the trainer formats the prompt like this
         assert answer["choices"][0]["message"]["content"] == wanted
         assert answer["usage"]["prompt_tokens"] == len("short\n\nhello")
         chunks = await api.stream("/v1/chat/completions", **ask)
@@ -110,8 +110,8 @@ async def test_an_encoder_decoder_with_lora_and_tuned_prompts(tmp_path: Path) ->
         assert status == 400 and "no chat template" in answer["error"]["message"]
 
 
-async def test_the_example_encoder_decoder(tmp_path: Path) -> None:
-    """A trained one, with a tokenizer that ends every prompt with a token of its own."""
+async def test_the_example_encoder_decoder_is_served_correctly(tmp_path: Path) -> None:
+    """The example is a trained model. Its tokenizer ends every prompt with a special token."""
     adapters = {
         "attention": make_adapter(TINY_T5, tmp_path / "a", seed=1, target_modules=["q", "v"]),
         "all": make_adapter(TINY_T5, tmp_path / "b", seed=2, target_modules="all-linear", r=8),
@@ -130,7 +130,7 @@ async def test_the_example_encoder_decoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [TINY_LLAMA, TINY_T5], ids=["causal", "seq2seq"])
-def test_a_question_is_asked_as_the_trainer_taught_it(model: Path) -> None:
+def test_a_prompt_is_tokenized_as_in_training(model: Path) -> None:
     served = load_base_model(Settings(str(model), ("m",)))
     tokenizer = AutoTokenizer.from_pretrained(model)
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is red worth?"}
@@ -142,7 +142,7 @@ def test_a_question_is_asked_as_the_trainer_taught_it(model: Path) -> None:
     assert served.encode("red is") == prompt_ids(Example(1, prompt="red is", answer="12"), tokenizer, task)
 
 
-async def test_an_encoder_decoders_limit_counts_prompt_and_answer_apart(tmp_path: Path) -> None:
+async def test_an_encoder_decoder_limits_prompt_and_answer_separately(tmp_path: Path) -> None:
     async with running(make_seq2seq(tmp_path / "t5"), max_model_len=64) as api:
         assert len(await api.complete("x" * 64, max_tokens=64, ignore_eos=True)) > 0
         for more in ({"prompt": "x" * 65}, {"prompt": "x", "max_tokens": 65}):
@@ -150,7 +150,7 @@ async def test_an_encoder_decoders_limit_counts_prompt_and_answer_apart(tmp_path
             assert status == 400 and "maximum length is 64" in answer["error"]["message"]
 
 
-async def test_a_model_with_a_chat_template_for_its_encoder(tmp_path: Path) -> None:
+async def test_an_encoder_decoder_uses_its_chat_template(tmp_path: Path) -> None:
     base = make_seq2seq(tmp_path / "t5")
     make_tokenizer(base)
     async with running(base) as api:
@@ -179,8 +179,8 @@ BART = {
 }
 
 
-async def test_models_whose_attention_has_no_rows_are_stepped_one_by_one(tmp_path: Path) -> None:
-    """Bart counts its decoder's positions by the cache's length; Bloom has an attention of its own (ALiBi)."""
+async def test_models_whose_attention_cannot_be_batched_are_stepped_row_by_row(tmp_path: Path) -> None:
+    """Bart takes the positions of its decoder from the length of the cache. Bloom has its own attention (ALiBi)."""
     bart = make_seq2seq(tmp_path / "bart", BartConfig, **BART)
     await compare(bart, {"a": make_adapter(bart, tmp_path / "a", seed=1)}, tokens=8)
     bloom = make_base(tmp_path / "bloom")
@@ -190,8 +190,8 @@ async def test_models_whose_attention_has_no_rows_are_stepped_one_by_one(tmp_pat
         assert not Network(load_base_model(Settings(str(path), ("m",)))).by_rows
 
 
-async def test_embeddings_that_are_scaled(tmp_path: Path) -> None:
-    """Gemma multiplies what it embeds, an adapter's part too; its layers look through windows of different widths."""
+async def test_scaled_embeddings_are_served_correctly(tmp_path: Path) -> None:
+    """Gemma scales its embeddings, including the part of an adapter. Its layers have windows of different widths."""
     base = make_base(tmp_path / "gemma")
     make_network(base, Gemma3TextConfig, head_dim=8, sliding_window=8)
     adapter = make_adapter(base, tmp_path / "a", seed=1, target_modules=["embed_tokens", "q_proj"])
@@ -199,8 +199,8 @@ async def test_embeddings_that_are_scaled(tmp_path: Path) -> None:
     assert Network(load_base_model(Settings(str(base), ("m",)))).by_rows
 
 
-def test_a_step_over_many_adapters_is_pefts_mixed_batch(base: Path, tmp_path: Path) -> None:
-    """The same rows through peft's own `adapter_names`: one padded batch, then every row's next logits."""
+def test_a_step_over_many_adapters_equals_the_mixed_batch_of_peft(base: Path, tmp_path: Path) -> None:
+    """The reference is one padded batch with peft's `adapter_names`. The test compares the next logits of each row."""
     kinds = [
         {"r": 4},
         {"r": 8, "target_modules": "all-linear"},
@@ -239,7 +239,7 @@ def test_a_step_over_many_adapters_is_pefts_mixed_batch(base: Path, tmp_path: Pa
 
 
 def test_rows_keep_their_own_adapter_while_others_come_and_go(base: Path, tmp_path: Path) -> None:
-    """Many steps with changing rows: places are handed over, ranks differ, and nothing of a former row is left."""
+    """The rows change in many steps and have different ranks. A new row must not see data of the row before it."""
     loaded = load_base_model(Settings(str(base), ("m",)))
     network = Network(loaded)
     limits = Limits(loaded.modules, loaded.hidden_size, 64, 256)
@@ -263,7 +263,7 @@ def test_rows_keep_their_own_adapter_while_others_come_and_go(base: Path, tmp_pa
             torch.testing.assert_close(row, alone[owner], rtol=1e-4, atol=1e-4)
 
 
-async def test_a_base_in_four_bits_with_mixed_adapters(tmp_path: Path) -> None:
+async def test_a_base_model_in_4_bits_serves_mixed_adapters(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     make_network(base, type(load_network(base).config), hidden_size=64, intermediate_size=128)
     adapters: dict[str, Path | None] = {"a": make_adapter(base, tmp_path / "a", 1), BASE: None}
@@ -300,15 +300,15 @@ async def test_a_base_in_four_bits_with_mixed_adapters(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     make_tokenizer(saved)
     AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32).save_pretrained(saved)
-    async with running(saved) as api:  # a base saved in 4 bits needs no flag
+    async with running(saved) as api:  # a model saved in 4 bits needs no flag
         assert "Linear4bit" in {type(module).__name__ for module in api.server._base.network.modules()}
         await api.load("a", adapters["a"] or "")
         assert [await api.complete([5, 6, 7], name, max_tokens=12) for name in ("a", BASE)] == wanted[:2]  # type: ignore[arg-type]
     assert parse(["--model", "m", "--quantization", "bitsandbytes"], {}).quantization == "bitsandbytes"
 
 
-def test_a_model_that_lacks_weights_is_not_made_up(base: Path, tmp_path: Path) -> None:
-    """transformers fills the gaps at random and warns."""
+def test_a_model_that_lacks_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    """transformers fills missing weights with random values and only warns."""
     path = Path(shutil.copytree(base, tmp_path / "gaps"))
     weights = load_file(path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -319,7 +319,7 @@ def test_a_model_that_lacks_weights_is_not_made_up(base: Path, tmp_path: Path) -
         load_base_model(Settings(str(path), ("m",)))
 
 
-async def test_a_tuned_model_is_the_base_of_its_own_engine_and_no_adapter(base: Path, tmp_path: Path) -> None:
+async def test_a_whole_tuned_model_is_served_as_a_base_model_and_not_as_an_adapter(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", seed=1)
     merged = Path(shutil.copytree(base, tmp_path / "merged"))
     PeftModel.from_pretrained(load_network(base), adapter).merge_and_unload().save_pretrained(merged)

@@ -1,4 +1,7 @@
-"""OpenAI's fields in an answer: log-probabilities, echo, penalties, limits, usage; and the engine's own limits of time."""
+"""OpenAI's fields in an answer: log-probabilities, echo, penalties, limits and usage.
+
+The tests also cover evicted adapters and the time limits of the engine.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ async def choice(api: Api, **body: Any) -> Any:
 
 
 def plain_logprobs(base: Path, ids: list[int]) -> Any:
-    """The model's own log-probabilities [tokens - 1, vocab] of each token after the first."""
+    """Return the log-probabilities [tokens - 1, vocab] of the plain model for each token after the first."""
     with torch.inference_mode():
         return load_network(base)(torch.tensor([ids])).logits[0, :-1].log_softmax(dim=-1)
 
 
-async def test_logprobs_of_a_completion(api: Api, base: Path) -> None:
+async def test_a_completion_returns_the_logprobs_of_the_model(api: Api, base: Path) -> None:
     found = await choice(api, logprobs=2, max_tokens=3)
     report, encode = found["logprobs"], api.server._base.encode
     assert "".join(report["tokens"]) == found["text"]
@@ -49,7 +52,7 @@ async def test_logprobs_do_not_change_with_temperature_or_penalties(api: Api) ->
     assert max(changed["logprobs"]["top_logprobs"][0].values()) == pytest.approx(max(first.values()), abs=1e-5)
 
 
-async def test_logprobs_of_a_chat_whole_and_streamed(api: Api) -> None:
+async def test_a_chat_returns_the_same_logprobs_whole_and_streamed(api: Api) -> None:
     ask = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 8, "ignore_eos": True}
     _, answer = await api.post("/v1/chat/completions", **ask, logprobs=True, top_logprobs=3)
     content = answer["choices"][0]["logprobs"]["content"]
@@ -64,10 +67,10 @@ async def test_logprobs_of_a_chat_whole_and_streamed(api: Api) -> None:
     assert [entry["token"] for entry in streamed] == [entry["token"] for entry in content]
 
 
-async def test_echo_with_the_prompts_logprobs(
+async def test_echo_returns_the_logprobs_of_the_prompt(
     api: Api, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What evaluation tools ask for; the prompt is longer than a chunk, so that they meet across chunks."""
+    """Evaluation tools use echo. The prompt is longer than a chunk, so its log-probabilities span several chunks."""
     monkeypatch.setattr("graft_server.engine.generation.PREFILL_CHUNK", 4)
     prompt = "hello there"
     found = await choice(api, prompt=prompt, echo=True, logprobs=1, max_tokens=2)
@@ -89,7 +92,7 @@ async def test_echo_with_the_prompts_logprobs(
         assert status == 400 and answer["error"]["param"] == "echo"
 
 
-async def test_penalties_biases_and_minimum_length(api: Api) -> None:
+async def test_penalties_biases_and_minimum_length_change_the_answer(api: Api) -> None:
     encode = api.server._base.encode
     plain = (await choice(api, max_tokens=40))["text"]
     assert len(set(plain)) < len(plain)
@@ -105,13 +108,13 @@ async def test_penalties_biases_and_minimum_length(api: Api) -> None:
     assert len(held["text"]) >= 20 and plain[3] not in held["text"][:20]
 
 
-async def test_min_p_keeps_only_the_likely(api: Api) -> None:
+async def test_min_p_keeps_only_likely_tokens(api: Api) -> None:
     texts = {(await choice(api, temperature=2.0, seed=seed, min_p=1.0))["text"] for seed in range(4)}
     assert texts == {(await choice(api))["text"]}
     assert len({(await choice(api, temperature=2.0, seed=seed))["text"] for seed in range(4)}) == 4
 
 
-async def test_usage_at_the_end_of_a_stream_of_several_answers(api: Api) -> None:
+async def test_a_stream_of_several_answers_ends_with_the_usage(api: Api) -> None:
     ask = {"prompt": ["hello", "x"], "n": 2, "max_tokens": 5, "ignore_eos": True, "seed": 1}
     *events, last = await api.stream("/v1/completions", **ask, stream_options={"include_usage": True})
     assert last["usage"] == {"prompt_tokens": 6, "completion_tokens": 20, "total_tokens": 26} and not last["choices"]
@@ -123,12 +126,12 @@ async def test_usage_at_the_end_of_a_stream_of_several_answers(api: Api) -> None
     assert texts == [one["text"] for one in whole["choices"]]
 
 
-async def test_an_adapter_is_read_again_while_the_others_go_on(base: Path, tmp_path: Path) -> None:
-    """The disk is held up: the request waits, the running answer does not, and then both are right."""
+async def test_other_requests_continue_while_an_evicted_adapter_is_read_again(base: Path, tmp_path: Path) -> None:
+    """The disk is slow. Only the request for the evicted adapter waits for it. Finally, all requests are answered."""
     async with running(base, max_loras=2, max_cpu_loras=2) as api:
         for index in range(3):
             assert (await api.load(f"a{index}", make_adapter(base, tmp_path / f"a{index}", seed=index)))[0] == 200
-        await api.until(lambda: api.engine.residency.names() == ["a1", "a2"])  # the least recently used one went
+        await api.until(lambda: api.engine.residency.names() == ["a1", "a2"])  # a0 was used least recently
         read, gate, asked = api.engine._load, threading.Event(), threading.Event()
 
         def held_up(path: str) -> AdapterWeights:
@@ -143,10 +146,10 @@ async def test_an_adapter_is_read_again_while_the_others_go_on(base: Path, tmp_p
         assert not first.done()
         gate.set()
         assert await first
-        await api.until(lambda: api.engine.residency.names() == ["a1", "a0"])  # a2 is the one used longest ago
+        await api.until(lambda: api.engine.residency.names() == ["a1", "a0"])  # a2 was used least recently
 
 
-async def test_what_runs_is_never_evicted(base: Path, tmp_path: Path) -> None:
+async def test_an_adapter_with_running_requests_is_never_evicted(base: Path, tmp_path: Path) -> None:
     async with running(base, max_loras=1, max_cpu_loras=1) as api:
         path = make_adapter(base, tmp_path / "a", seed=1)
         await api.load("a", path)
@@ -160,7 +163,7 @@ async def test_what_runs_is_never_evicted(base: Path, tmp_path: Path) -> None:
         assert await answer == wanted
 
 
-async def test_waiting_too_long_is_a_503_and_running_too_long_a_504(base: Path) -> None:
+async def test_waiting_too_long_gives_503_and_running_too_long_gives_504(base: Path) -> None:
     async with running(base, max_num_seqs=1, queue_timeout=0.2, request_timeout=1.0) as api:
         api.slow_down(0.02)
         first = asyncio.create_task(api.post("/v1/completions", prompt="x", max_tokens=200, ignore_eos=True))

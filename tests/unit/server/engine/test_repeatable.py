@@ -1,4 +1,4 @@
-"""A seeded request gets the same answer, to the last bit of its log-probabilities, whatever shares its steps."""
+"""A seeded request gets the same answer, to the last bit of its log-probabilities, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def ask(api: Api, **body: Any) -> Any:
 
 
 async def in_company(api: Api, models: list[str], rounds: int) -> None:
-    """Repeats one seeded request per model while others of all kinds start and end around it."""
+    """Repeat one seeded request per model while other requests start and end. Every answer must equal the first one."""
     alone = {model: await ask(api, model=model, **SEEDED) for model in models}
     assert len({choice["text"] for choice in alone.values()}) == len(models)
     chance = random.Random(3)
@@ -54,7 +54,7 @@ async def in_company(api: Api, models: list[str], rounds: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_of_a_causal_model_with_all_kinds_of_neighbours(tmp_path: Path, dtype: str) -> None:
+async def test_the_answer_of_a_causal_model_does_not_depend_on_other_requests(tmp_path: Path, dtype: str) -> None:
     base = make_base(tmp_path / "base")
     adapters = {
         "a": make_adapter(base, tmp_path / "a", seed=1),
@@ -68,7 +68,7 @@ async def test_of_a_causal_model_with_all_kinds_of_neighbours(tmp_path: Path, dt
         await in_company(api, [BASE, *adapters], rounds=6)
 
 
-async def test_of_an_encoder_decoder(tmp_path: Path) -> None:
+async def test_the_answer_of_an_encoder_decoder_does_not_depend_on_other_requests(tmp_path: Path) -> None:
     base = make_seq2seq(tmp_path / "base")
     async with running(base, max_num_seqs=20) as api:
         await api.load("a", make_adapter(base, tmp_path / "a", seed=1, target_modules=["q", "v", "wo"]))
@@ -79,7 +79,7 @@ async def test_of_an_encoder_decoder(tmp_path: Path) -> None:
 def test_a_rows_logits_do_not_change_by_one_bit(
     tmp_path: Path, threads: int, owners: tuple[int, ...], companies: int
 ) -> None:
-    """On the example model, whose matrices are large enough for a product's rounding to depend on its rows."""
+    """The matrices of the example model are so large that the rounding of a product depends on the number of rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -97,7 +97,7 @@ def test_a_rows_logits_do_not_change_by_one_bit(
             return Step(context, 50, Row(f"a{owner}", own) if isinstance(own, LoraWeights) else None)
 
         def answer(step: Step, company: list[Step], index: int) -> Any:
-            """The logits of two steps of a row that stands at an index among others."""
+            """Return the logits of two steps of one row. The row is at `index` among the rows of `company`."""
             rows = [*company[:index], step, *company[index:]]
             return torch.stack([network.step(rows, repeatable=True)[index] for _ in range(2)])
 

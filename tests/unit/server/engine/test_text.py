@@ -1,4 +1,4 @@
-"""Tokens become text without cut characters, and sampling follows its definition."""
+"""Tokens become text without broken characters, and sampling follows its definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 @pytest.fixture(scope="module")
 def by_bytes() -> Any:
-    """A tokenizer whose tokens are single bytes."""
+    """Return a tokenizer whose tokens are single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,13 +33,13 @@ def streamed(tokenizer: Any, text: str, *stop: str) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 and 🙂🙂", "é", " leading space", "a\nb"])
-def test_characters_arrive_whole(by_bytes: Any, text: str) -> None:
+def test_characters_are_never_split(by_bytes: Any, text: str) -> None:
     pieces = streamed(by_bytes, text)
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_bytes_that_are_no_text_do_not_hold_the_answer_back(by_bytes: Any) -> None:
+def test_bytes_that_are_not_text_do_not_delay_the_answer(by_bytes: Any) -> None:
     stream = TextStream(by_bytes, [])
     broken = by_bytes.encode("é")[0]
     pieces = [stream.push(broken) for _ in range(20)]
@@ -59,7 +59,7 @@ def test_bytes_that_are_no_text_do_not_hold_the_answer_back(by_bytes: Any) -> No
         ("日本語。次", ["。"], "日本語"),
     ],
 )
-def test_stop_strings(by_bytes: Any, text: str, stop: list[str], wanted: str) -> None:
+def test_stop_strings_end_the_text(by_bytes: Any, text: str, stop: list[str], wanted: str) -> None:
     assert "".join(streamed(by_bytes, text, *stop)) == wanted
 
 
@@ -68,7 +68,7 @@ def draws(logits: list[float], count: int = 300, **sampling: Any) -> set[int]:
     return {sampler.pick(torch.tensor(logits)).token for _ in range(count)}
 
 
-def test_sampling() -> None:
+def test_sampling_follows_temperature_top_k_and_top_p() -> None:
     logits = [0.0, 2.0, 1.0, 1.9]
     assert draws(logits, temperature=0.0) == {1}
     assert draws(logits) == {0, 1, 2, 3}
@@ -79,6 +79,6 @@ def test_sampling() -> None:
     assert draws(logits, temperature=1e-3) == {1}
 
 
-def test_an_output_that_is_not_a_number_is_an_error() -> None:
+def test_a_logit_that_is_not_a_number_is_an_error() -> None:
     with pytest.raises(ValueError, match="not a number"):
         draws([0.0, float("nan")])

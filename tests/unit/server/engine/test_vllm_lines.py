@@ -1,4 +1,4 @@
-"""vLLM's contract for adapters at runtime, line by line: one case per line, each with the answer a client sees."""
+"""vLLM's contract for adapters at runtime: one case for each line of it, with the answer that a client sees."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 async def api(files: Files) -> AsyncIterator[Api]:
-    """An engine with NAME loaded."""
+    """Run an engine that has loaded NAME."""
     async with running(files.base) as api:
         assert (await api.load(NAME, files.good))[0] == 200
         yield api
@@ -57,7 +57,7 @@ async def api(files: Files) -> AsyncIterator[Api]:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the contract: what is done, and the status, type, param and words of the answer."""
+    """A line of the contract: the call, and the status, type, param and words of the answer."""
 
     says: str
     do: Callable[[Api, Files], Awaitable[tuple[int, Any]]]
@@ -68,7 +68,7 @@ class Line:
 
 
 def load(name: str, path: str, **more: Any) -> Callable[[Api, Files], Awaitable[tuple[int, Any]]]:
-    """Loads from one of Files' directories, or from a path as it stands."""
+    """Return a call that loads an adapter. `path` names a field of Files, or is a path itself."""
     return lambda api, files: api.load(name, str(getattr(files, path, path)), **more)
 
 
@@ -123,7 +123,7 @@ LINES = [
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.says)
-async def test_a_line_of_the_contract(api: Api, files: Files, line: Line) -> None:
+async def test_the_engine_answers_as_the_contract_says(api: Api, files: Files, line: Line) -> None:
     status, body = await line.do(api, files)
     assert status == line.status, body
     if line.type is None:
@@ -140,14 +140,14 @@ async def test_a_line_of_the_contract(api: Api, files: Files, line: Line) -> Non
     assert listed == wanted - ({NAME} if line.says == "unload succeeds with bare text" else set())
 
 
-async def test_the_line_of_the_api_key(files: Files) -> None:
+async def test_the_api_key_protects_only_the_v1_routes(files: Files) -> None:
     async with running(files.base, api_keys=("secret",)) as api:
         assert await api.get("/v1/models") == (401, {"error": "Unauthorized"})
         assert await api.load("x", files.good) == (401, {"error": "Unauthorized"})
         assert (await api.get("/health"))[0] == 200 and (await api.get("/metrics"))[0] == 200
 
 
-async def test_the_lines_of_the_model_list(api: Api, files: Files) -> None:
+async def test_the_model_list_has_the_fields_of_the_contract(api: Api, files: Files) -> None:
     _, models = await api.get("/v1/models")
     base, adapter = models["data"]
     for card in (base, adapter):
@@ -158,8 +158,8 @@ async def test_the_lines_of_the_model_list(api: Api, files: Files) -> None:
     assert adapter["max_model_len"] is None
 
 
-async def test_the_line_of_the_evicted_adapter(files: Files, tmp_path: Path) -> None:
-    """It is read again from its path, and its registry entry was there all the time."""
+async def test_an_evicted_adapter_stays_listed_and_is_read_again(files: Files, tmp_path: Path) -> None:
+    """The engine reads it again from its path. The registry listed it all the time."""
     async with running(files.base, max_loras=1, max_cpu_loras=1) as api:
         for name in ("a", "b"):
             assert (await api.load(name, Path(shutil.copytree(files.good, tmp_path / name))))[0] == 200
@@ -168,13 +168,13 @@ async def test_the_line_of_the_evicted_adapter(files: Files, tmp_path: Path) -> 
         assert await api.complete("hello", "a") == await api.complete("hello", "b")
 
 
-async def test_the_line_of_the_metric(api: Api) -> None:
+async def test_the_metric_for_lora_requests_follows_the_contract(api: Api) -> None:
     _, text = await api.get("/metrics")
     assert text.count("vllm:lora_requests_info{") == 1
     assert 'vllm:lora_requests_info{max_lora="4",running_lora_adapters="",waiting_lora_adapters=""}' in text
 
 
-def test_the_line_of_the_defaults() -> None:
+def test_the_flags_have_the_defaults_of_the_contract() -> None:
     settings = parse(["--model", "m"], {})
     assert (settings.max_loras, settings.max_cpu_loras, settings.max_lora_rank) == (1, 1, 16)
     assert parse(["--model", "m", "--max-loras", "3"], {}).max_cpu_loras == 3
@@ -183,6 +183,6 @@ def test_the_line_of_the_defaults() -> None:
         parse(["--model", "m", "--max-lora-rank", "12"], {})
 
 
-async def test_the_line_of_the_routes(files: Files) -> None:
+async def test_without_runtime_loading_the_routes_do_not_exist(files: Files) -> None:
     async with running(files.base, runtime_loading=False) as api:
         assert (await api.load("x", files.good))[0] == 404 and (await api.unload("x"))[0] == 404

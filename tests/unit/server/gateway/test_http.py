@@ -1,4 +1,4 @@
-"""The gateway as its clients see it."""
+"""The HTTP interface of the gateway as its clients see it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worlds.gateway import ENGINE_MODEL, GRAFT, MODEL, chunk, closed_port, event
 from worlds.serving import FakeEngine, FakeKube, eventually, listening
 
 
-async def test_an_answer_in_the_clients_words() -> None:
+async def test_an_answer_names_the_model_of_the_client() -> None:
     async with world() as made:
         async with made.post() as response:
             answer = await response.json()
@@ -51,7 +51,7 @@ async def test_a_stream_arrives_piece_by_piece() -> None:
         made.engines[0].answer = answer
         async with made.post(stream=True) as response:
             assert response.content_type == "text/event-stream" and response.headers["X-Graft-Version"] == "1.0.0"
-            first = await asyncio.wait_for(response.content.readline(), 5)  # while the engine still works on the rest
+            first = await asyncio.wait_for(response.content.readline(), 5)  # the engine has not finished its answer yet
             assert events(first)[0] == {"model": MODEL, "choices": [{"text": "a"}], "graft": GRAFT}
             more.set()
             rest = events(await response.read())
@@ -75,11 +75,11 @@ async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
             assert response.status == 200
             first, last = events(await response.read())
         assert first["model"] == MODEL and last["error"]["code"] == "upstream_error"
-        assert sum(len(engine.requests) for engine in made.engines) == 1  # never again after the first byte
+        assert sum(len(engine.requests) for engine in made.engines) == 1  # no retry after the first byte
         assert await made.metric(f'graft_gateway_requests_total{{model="{MODEL}",status="broken"}} 1.0')
 
 
-async def test_a_silent_engine_is_a_timeout() -> None:
+async def test_a_silent_engine_leads_to_a_timeout() -> None:
     async with world(2, idle_timeout=0.3) as made:
 
         async def silent(request: web.Request, body: Any) -> web.StreamResponse:
@@ -136,10 +136,10 @@ async def test_an_unreachable_replica_is_avoided_for_a_while() -> None:
                 assert response.status == 200
         async with made.session.get(made.url + "/metrics") as response:
             text = await response.text()
-        assert 'graft_gateway_retries_total{reason="connect"} 1.0' in text  # found out once, then avoided
+        assert 'graft_gateway_retries_total{reason="connect"} 1.0' in text  # tried once, then avoided
 
 
-async def test_the_least_busy_replica_is_taken() -> None:
+async def test_the_least_busy_replica_gets_the_request() -> None:
     async with world(3) as made:
         go = asyncio.Event()
 
@@ -162,10 +162,10 @@ async def test_the_least_busy_replica_is_taken() -> None:
         assert await asyncio.gather(*asked) == [200] * 9
 
 
-async def test_what_cannot_be_answered_is_said_clearly() -> None:
+async def test_a_request_that_cannot_be_answered_gets_a_clear_error() -> None:
     async with world(0, max_body_bytes=1000) as made:
         async with made.post() as response:
-            await refused(response, 503, "model_unavailable")  # no table yet
+            await refused(response, 503, "model_unavailable")  # the gateway has no route table yet
         made.update(table(), table().model_copy(update={"namespace": "team-b", "routes": []}))
         async with made.post() as response:
             error = await refused(response, 503, "model_unavailable")
@@ -195,7 +195,7 @@ async def test_what_cannot_be_answered_is_said_clearly() -> None:
             await refused(response, 413, "request_too_large")
 
 
-async def test_the_engines_own_refusals_reach_the_client() -> None:
+async def test_refusals_of_the_engine_reach_the_client() -> None:
     async with world(2) as made:
 
         async def refuse(request: web.Request, body: Any) -> web.StreamResponse:
@@ -208,11 +208,11 @@ async def test_the_engines_own_refusals_reach_the_client() -> None:
             async with made.post(stream=True) as response:
                 error = await refused(response, 400, "400")
                 assert error["message"] == f"max_tokens of {MODEL} is too large" and error["param"] == "max_tokens"
-        assert sum(len(engine.requests) for engine in made.engines) == 6  # a refusal is no reason to ask another
+        assert sum(len(engine.requests) for engine in made.engines) == 6  # a refusal is not retried on another replica
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_ends_the_engines_work(stream: bool) -> None:
+async def test_a_client_that_disconnects_cancels_the_work_of_the_engine(stream: bool) -> None:
     async with world() as made:
 
         async def long(request: web.Request, body: Any) -> web.StreamResponse:
@@ -298,10 +298,10 @@ async def test_models_are_listed_with_their_state() -> None:
         ("GET", "/"),
     ],
 )
-async def test_nothing_else_is_proxied(method: str, path: str) -> None:
+async def test_other_paths_are_not_proxied(method: str, path: str) -> None:
     async with world() as made:
         host, _, port = made.url.removeprefix("http://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))  # a client library would tidy the path up
+        reader, writer = await asyncio.open_connection(host, int(port))  # a client library would normalize the path
         body = json.dumps({"model": MODEL, "lora_name": ENGINE_MODEL, "lora_path": "/x"})
         writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
@@ -310,7 +310,7 @@ async def test_nothing_else_is_proxied(method: str, path: str) -> None:
         assert not made.engines[0].calls and not made.engines[0].requests
 
 
-async def test_health_and_readiness() -> None:
+async def test_health_and_readiness_follow_the_table_and_draining() -> None:
     async with world(0) as made:
 
         async def status(path: str) -> int:
@@ -325,7 +325,7 @@ async def test_health_and_readiness() -> None:
         assert await made.metric("graft_gateway_table_age_seconds 2.5")
 
 
-# The processes themselves
+# The real processes
 
 
 def kubeconfig(folder: Path, address: str) -> str:
@@ -348,7 +348,7 @@ async def start(module: str, environment: dict[str, str], *arguments: str) -> as
     )
 
 
-async def test_the_gateways_process_finishes_what_runs_when_it_is_told_to_stop(tmp_path: Path) -> None:
+async def test_on_sigterm_the_gateway_process_finishes_running_requests(tmp_path: Path) -> None:
     kube, engine, go = FakeKube(), FakeEngine(), asyncio.Event()
 
     async def slow(request: web.Request, body: Any) -> web.StreamResponse:
@@ -384,7 +384,7 @@ async def test_the_gateways_process_finishes_what_runs_when_it_is_told_to_stop(t
                 process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(1)
                 with pytest.raises(aiohttp.ClientError):
-                    await session.get(url + "/healthz")  # accepts no more
+                    await session.get(url + "/healthz")  # the gateway accepts no new connections
                 go.set()
                 assert events(await response.read())[-1] == "[DONE]"
             assert await asyncio.wait_for(process.wait(), 10) == 0
@@ -397,7 +397,7 @@ async def test_the_gateways_process_finishes_what_runs_when_it_is_told_to_stop(t
                 process.kill()
 
 
-async def test_the_agents_process_tells_and_ends_at_once(tmp_path: Path) -> None:
+async def test_the_agent_process_reports_its_state_and_exits_on_sigterm(tmp_path: Path) -> None:
     kube, engine = FakeKube(), FakeEngine()
     async with (
         listening(kube.app()) as api,

@@ -1,4 +1,4 @@
-"""A request that several adapters work on, as its client sees it."""
+"""Requests to a sequence of adapters, as a client sees them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ STEPS = [
 ]
 USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 CHAT = "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def table(made: World, *loaded: list[str], steps: list[RouteTarget] = STEPS) -> Routes:
-    """The sequence; each engine has these adapters loaded."""
+    """Return a route table with the sequence. `loaded` gives the loaded adapters of each engine."""
     return Routes(
         namespace="team-a",
         deployment="dep",
@@ -37,7 +38,7 @@ def table(made: World, *loaded: list[str], steps: list[RouteTarget] = STEPS) -> 
 
 
 async def echo(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-    """Answers with the adapter's own mark behind the question; streams where it is asked to."""
+    """Answer with the question followed by the mark of the adapter. Stream the answer if the request says so."""
     mark = "A" if body["model"] == FIRST else "B"
     if "messages" in body:
         text = body["messages"][-1]["content"] + mark
@@ -58,11 +59,11 @@ def ask(made: World, **more: Any) -> Any:
     return made.post({"model": MODEL, "messages": [{"role": "user", "content": "q"}], **more}, CHAT)
 
 
-async def test_each_step_asks_with_the_answer_before_it() -> None:
+async def test_each_step_gets_the_answer_of_the_step_before() -> None:
     async with world() as made:
         made.engines[0].answer = echo
         made.update(table(made, [FIRST, SECOND]))
-        sent = {"temperature": 0.5, "seed": 3, "max_tokens": 9, "n": 2, "stop": ["x"], "tools": [{}]}
+        sent = {"temperature": 0.5, "seed": 3, "max_tokens": 9, "n": 2, "stop": ["x"], "tools": [TOOL]}
         async with ask(made, **sent) as response:
             answer = await response.json()
             assert response.status == 200 and response.headers["X-Graft-Adapter"] == "shorten-2.0.0"
@@ -85,7 +86,7 @@ async def test_each_step_asks_with_the_answer_before_it() -> None:
         assert second == {**sent, "model": SECOND, "messages": [{"role": "user", "content": "qA"}]}
 
 
-async def test_the_last_step_streams_and_text_is_the_next_prompt() -> None:
+async def test_only_the_last_step_streams_and_each_answer_is_the_next_prompt() -> None:
     async with world(step_tokens=33) as made:
         made.engines[0].answer = echo
         made.update(table(made, [FIRST, SECOND]))
@@ -110,7 +111,7 @@ async def test_the_steps_may_be_in_different_replicas() -> None:
         assert [len(engine.requests) for engine in made.engines] == [1, 1]
 
 
-async def test_it_is_available_only_where_every_step_is() -> None:
+async def test_a_sequence_is_available_only_if_every_step_is() -> None:
     async with world() as made:
         made.update(table(made, [FIRST]))
         async with ask(made) as response:
@@ -137,7 +138,7 @@ async def test_a_failure_names_its_step() -> None:
         assert error["message"] == f"step 2 of 2 (shorten-2.0.0): {MODEL}: too long" and error["param"] == "messages"
 
 
-async def test_an_empty_answer_is_no_question() -> None:
+async def test_an_empty_answer_is_not_passed_to_the_next_step() -> None:
     async def silent(_: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         return web.json_response({"choices": [{"message": {"content": " "}}], "usage": USAGE})
 
@@ -151,7 +152,7 @@ async def test_an_empty_answer_is_no_question() -> None:
             assert (await refused(response, 400, "invalid_request"))["param"] == "prompt"
 
 
-async def test_a_client_that_leaves_ends_the_step_that_runs() -> None:
+async def test_a_client_that_disconnects_cancels_the_running_step() -> None:
     begun: list[str] = []
 
     async def hangs(_: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -171,7 +172,7 @@ async def test_a_client_that_leaves_ends_the_step_that_runs() -> None:
         await eventually(lambda: made.gateway.in_flight == 0)
 
 
-async def test_a_step_that_begins_later_takes_the_version_that_is_routed_then() -> None:
+async def test_a_later_step_uses_the_version_that_is_routed_when_it_begins() -> None:
     newer = RouteTarget(engine_model="team-a--shorten-2.1.0--ffffffffffff", adapter="shorten-2.1.0", version="2.1.0")
     async with world() as made:
 
@@ -187,7 +188,7 @@ async def test_a_step_that_begins_later_takes_the_version_that_is_routed_then() 
         assert [step["version"] for step in answer["graft"]["steps"]] == ["1.0.0", "2.1.0"]
 
 
-async def test_a_sequence_that_sleeps_is_waited_for_until_every_step_is_there() -> None:
+async def test_a_request_to_a_sleeping_sequence_waits_until_every_step_is_loaded() -> None:
     async with world() as made:
         for name in (FIRST, SECOND):
             made.engines[0].adapters[name] = f"/adapters/{name}"
@@ -205,7 +206,7 @@ async def test_a_sequence_that_sleeps_is_waited_for_until_every_step_is_there() 
         response.close()
 
 
-async def test_two_real_adapters_of_one_engine(tmp_path: Path) -> None:
+async def test_a_sequence_of_two_real_adapters_is_answered_correctly(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     first, second = (make_adapter(base, tmp_path / name, seed) for seed, name in ((1, "first"), (2, "second")))
     between = expected(base, first, "hello", 12)

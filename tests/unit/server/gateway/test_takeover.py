@@ -1,4 +1,4 @@
-"""A stream that breaks goes on with another replica's answer, where that must be the same."""
+"""A broken stream continues with the answer of another replica, if that answer must be the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def event(value: Any) -> bytes:
 
 
 def spoken(pieces: Iterable[str], chat: bool) -> list[bytes]:
-    """The events of an answer."""
+    """Return the events of an answer that consists of `pieces`."""
     if chat:
         opening = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}]
         parts = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
@@ -33,7 +33,10 @@ def spoken(pieces: Iterable[str], chat: bool) -> list[bytes]:
 
 
 def breaks_after(made: World, count: int, other: list[str], chat: bool) -> list[str]:
-    """Whichever replica is asked first breaks after so many events; the next one says `other`. The log of who was asked."""
+    """Let the first replica that is asked break after `count` events. The next one answers with `other`.
+
+    Return the log of the models in the requests.
+    """
     asked: list[str] = []
 
     async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -72,7 +75,7 @@ def text_of(found: list[Any]) -> str:
 @pytest.mark.parametrize(
     "other", [PIECES, ["H", "ello th", "ere", "."], ["Hello there."]], ids=["same", "finer", "whole"]
 )
-async def test_the_client_sees_one_whole_answer(chat: bool, count: int, other: list[str]) -> None:
+async def test_the_client_sees_one_complete_answer(chat: bool, count: int, other: list[str]) -> None:
     async with world(engines=2) as made:
         asked = breaks_after(made, count, other, chat)
         async with asking(made, chat, temperature=0) as response:
@@ -94,13 +97,13 @@ async def test_the_client_sees_one_whole_answer(chat: bool, count: int, other: l
     [
         ({"temperature": 0.7}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
         ({}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
-        ({"seed": 1, "tools": [{}]}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
+        ({"seed": 1, "logprobs": 1}, PIECES, 1, "the connection to the engine broke before the answer was complete"),
         ({"seed": 1}, ["Hello", " you"], 2, "another replica's answer is not the same"),
         ({"seed": 1}, ["H"], 2, "another replica's answer is not the same"),
     ],
-    ids=["random", "unsaid", "tools", "other", "shorter"],
+    ids=["random", "unsaid", "logprobs", "other", "shorter"],
 )
-async def test_what_may_differ_ends_with_an_error(
+async def test_a_broken_stream_ends_with_an_error_if_the_answers_may_differ(
     fields: dict[str, Any], other: list[str], tries: int, words: str
 ) -> None:
     async with world(engines=2) as made:
@@ -112,7 +115,7 @@ async def test_what_may_differ_ends_with_an_error(
         assert await made.metric(f'graft_gateway_requests_total{{model="{MODEL}",status="broken"}} 1.0')
 
 
-async def test_without_another_replica_it_ends_with_an_error() -> None:
+async def test_a_broken_stream_ends_with_an_error_if_there_is_no_other_replica() -> None:
     async with world() as made:
         breaks_after(made, 2, PIECES, chat=False)
         async with asking(made, False, temperature=0) as response:
@@ -120,7 +123,7 @@ async def test_without_another_replica_it_ends_with_an_error() -> None:
         assert text_of(found) == "Hello " and found[-1]["error"]["code"] == "model_unavailable"
 
 
-def test_several_choices_or_other_content_are_not_begun_again() -> None:
+def test_a_stream_with_several_choices_or_other_content_is_not_restarted() -> None:
     for choices in (
         [{"index": 1, "text": "x"}],
         [{"index": 0, "text": "x"}, {"index": 1, "text": "y"}],
@@ -133,7 +136,7 @@ def test_several_choices_or_other_content_are_not_begun_again() -> None:
         assert not rewriter.can_begin_again
 
 
-def test_an_event_that_was_cut_before_its_blank_line_is_ended_first() -> None:
+def test_an_event_without_its_blank_line_is_completed_before_the_restart() -> None:
     rewriter = StreamRewriter(Words("m", {}))
     cut = event({"choices": [{"text": "a"}]})[:-1]
     assert rewriter.feed(cut).endswith(b"}\n") and rewriter.begin_again() == b"\n"
@@ -141,7 +144,7 @@ def test_an_event_that_was_cut_before_its_blank_line_is_ended_first() -> None:
     assert went_on.count(b"\n") == 2 and went_on.endswith(b"\n\n") and rewriter.gap() == b""
 
 
-def test_an_answer_that_ends_before_what_was_said_differs() -> None:
+def test_a_second_answer_that_is_shorter_than_the_first_differs() -> None:
     rewriter = StreamRewriter(Words("m", {}))
     rewriter.feed(event({"choices": [{"text": "long answer"}]}) + b'data: {"choices": [{"te')
     rewriter.begin_again()

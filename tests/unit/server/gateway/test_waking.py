@@ -1,4 +1,7 @@
-"""Requests for a deployment that sleeps: held, told to the operator, answered when a pod is ready, or refused in time."""
+"""Requests for a sleeping deployment.
+
+The gateway holds them and reports them to the operator. It answers them when a pod is ready, or refuses them in time.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ async def test_the_first_request_waits_until_a_pod_is_ready() -> None:
         )
 
 
-async def test_after_the_limit_it_is_told_to_come_again() -> None:
+async def test_a_request_that_is_held_too_long_gets_503_with_retry_after() -> None:
     async with world(hold_seconds=0.3) as made:
         made.update(table(**ASLEEP))
         began = time.monotonic()
@@ -49,7 +52,7 @@ async def test_after_the_limit_it_is_told_to_come_again() -> None:
         assert "no pod was ready within 0 s" in error["message"] and "asleep" in error["message"]
 
 
-async def test_no_more_than_so_many_wait() -> None:
+async def test_the_number_of_held_requests_is_limited() -> None:
     async with world(max_held=2) as made:
         made.update(table(**ASLEEP))
         held = [asyncio.create_task(made.post().__aenter__()) for _ in range(2)]
@@ -61,14 +64,14 @@ async def test_no_more_than_so_many_wait() -> None:
         assert [(await task).status for task in held] == [200, 200]
 
 
-async def test_one_that_never_sleeps_is_refused_at_once() -> None:
+async def test_a_request_for_a_deployment_that_never_sleeps_is_refused_at_once() -> None:
     async with world() as made:
         made.update(table(unavailable="its replicas are starting"))
         async with made.post() as response:
             await refused(response, 503, "model_unavailable")
 
 
-async def test_a_deployment_that_is_stopped_or_deleted_lets_go_of_those_who_wait() -> None:
+async def test_held_requests_are_refused_if_the_deployment_is_stopped_or_deleted() -> None:
     async with world() as made:
         made.update(table(**ASLEEP))
         held = asyncio.create_task(made.post().__aenter__())
@@ -84,7 +87,7 @@ async def test_a_deployment_that_is_stopped_or_deleted_lets_go_of_those_who_wait
         await refused(await held, 404, "model_not_found")
 
 
-async def test_a_gateway_that_ends_keeps_nobody_waiting() -> None:
+async def test_a_gateway_that_drains_refuses_held_requests() -> None:
     async with world() as made:
         made.update(table(**ASLEEP))
         held = asyncio.create_task(made.post().__aenter__())
@@ -93,7 +96,7 @@ async def test_a_gateway_that_ends_keeps_nobody_waiting() -> None:
         await refused(await held, 503, "model_unavailable")
 
 
-async def test_a_client_who_leaves_is_not_held() -> None:
+async def test_the_request_of_a_client_that_disconnects_is_not_held() -> None:
     async with world() as made:
         made.update(table(**ASLEEP))
         held = asyncio.create_task(made.post().__aenter__())
@@ -102,7 +105,7 @@ async def test_a_client_who_leaves_is_not_held() -> None:
         await eventually(lambda: made.metric(f'graft_gateway_held{{model="{MODEL}"}} 0.0'))
 
 
-async def test_the_models_page_says_that_it_sleeps() -> None:
+async def test_the_model_list_shows_that_a_deployment_sleeps() -> None:
     async with world() as made:
         made.update(table(**ASLEEP))
         async with made.session.get(f"{made.url}/v1/models/{MODEL}") as response:
@@ -114,7 +117,7 @@ def model(deployment: str = "dep", idle_seconds: int | None = 60) -> Model:
     return Model("team-a/support", "team-a", deployment, "base", (), (), None, idle_seconds=idle_seconds)
 
 
-async def test_the_operator_is_told_at_once_and_then_seldom() -> None:
+async def test_the_first_request_is_reported_at_once_and_later_ones_rarely() -> None:
     kube = FakeKube()
     kube.put(DEMAND_CONFIGMAP, {"team-b.other.gw-2": "{}"})
     waiting = Waiting(Settings(), Metrics())
@@ -132,16 +135,16 @@ async def test_the_operator_is_told_at_once_and_then_seldom() -> None:
         await asyncio.sleep(2.5 * demand.TICK_SECONDS)
         reporter.cancel()
         await client.close()
-    assert len(kube.patches) == 2, "within the interval there is one write for each deployment"
+    assert len(kube.patches) == 2, "there is only one write for each deployment within the interval"
     data = kube.items[DEMAND_CONFIGMAP]["data"]
     assert set(data) == {"team-a.dep.gw-1", "team-a.second.gw-1", "team-b.other.gw-2"}
     told = Demand.model_validate_json(data["team-a.dep.gw-1"])
     assert (told.namespace, told.deployment) == ("team-a", "dep")
     managers = [item["manager"] for item in kube.patches]
-    assert len(set(managers)) == 2, "an apply takes away what its manager had applied before"
+    assert len(set(managers)) == 2, "an apply removes the fields that the same manager applied before"
 
 
-async def test_what_could_not_be_written_is_written_later(monkeypatch: Any) -> None:
+async def test_a_report_that_could_not_be_written_is_retried(monkeypatch: Any) -> None:
     monkeypatch.setattr(demand, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(demand, "URGENT_SECONDS", 0.05)
     kube = FakeKube()
@@ -152,7 +155,7 @@ async def test_what_could_not_be_written_is_written_later(monkeypatch: Any) -> N
         with waiting.counted(model()):
             waiting.news.set()
             await asyncio.sleep(0.3)
-            assert not kube.patches and not reporter.done()  # the operator has not made it yet
+            assert not kube.patches and not reporter.done()  # the operator has not created the ConfigMap yet
             kube.put(DEMAND_CONFIGMAP, {})
             await eventually(lambda: kube.patches)
         reporter.cancel()
@@ -160,7 +163,7 @@ async def test_what_could_not_be_written_is_written_later(monkeypatch: Any) -> N
     assert json.loads(kube.patches[0]["data"]["team-a.dep.gw-1"])["deployment"] == "dep"
 
 
-async def test_a_deployment_that_goes_while_another_is_written_ends_nothing() -> None:
+async def test_a_deployment_removed_during_a_write_does_not_end_the_reporter() -> None:
     kube = FakeKube()
     kube.put(DEMAND_CONFIGMAP, {})
     waiting = Waiting(Settings(), Metrics())
@@ -182,7 +185,7 @@ async def test_a_deployment_that_goes_while_another_is_written_ends_nothing() ->
     assert set(kube.items[DEMAND_CONFIGMAP]["data"]) == {"team-a.dep.gw-1", "team-a.third.gw-1"}
 
 
-def test_a_long_answer_is_no_idleness() -> None:
+def test_a_deployment_with_a_running_request_is_not_idle() -> None:
     waiting = Waiting(Settings(), Metrics())
     with waiting.counted(model()):
         known = waiting.activity["team-a", "dep"]

@@ -1,4 +1,7 @@
-"""An Adapter that is composed or imported, until its files are there: what is waited for, what fails, what the Job is given."""
+"""Adapters that are composed or imported, until their files exist.
+
+The tests cover what the operator waits for, which failures it reports, and the resources of the Job.
+"""
 
 import json
 from typing import Any
@@ -18,7 +21,7 @@ BASE = BaseModelRef(name="tiny", uri="s3://graft/models/tiny", digest="sha256:" 
 
 
 def version(name: str, number: str, *, reason: str = "Verified", method: str = "lora", **changes: Any) -> Adapter:
-    """A version in the namespace."""
+    """Return a version of an adapter in the namespace `shop`."""
     ready = {
         "type": "Ready", "status": "True" if reason == "Verified" else "False", "reason": reason, "message": f"is {reason}",
         "lastTransitionTime": "2026-01-01T00:00:00Z",
@@ -68,7 +71,7 @@ def trouble(adapter: Adapter, *versions: Adapter) -> tuple[str, str]:
     return found.reason, found.message
 
 
-def test_a_reference_stands_for_the_newest_ready_version() -> None:
+def test_a_reference_resolves_to_the_newest_ready_version() -> None:
     found = resolved(
         composed("a@^1", "b@latest"),
         version("a", "1.2.0"),
@@ -89,7 +92,7 @@ def test_a_version_is_never_its_own_parent() -> None:
     assert trouble(composed("both@latest", "a@latest"), version("a", "1.0.0"))[0] == "ParentMissing"
 
 
-def test_a_parent_that_is_not_there_or_not_ready_is_waited_for() -> None:
+def test_the_operator_waits_for_a_missing_or_unready_parent() -> None:
     adapter = composed("a@^1", "b@latest")
     assert trouble(adapter, version("b", "1.0.0")) == (
         "ParentMissing", "a@^1: no Adapter matches this parent in spec.compose. The operator continues when one does",
@@ -112,7 +115,7 @@ def test_a_parent_that_is_not_there_or_not_ready_is_waited_for() -> None:
         (composed("b@1", into="base"), version("b", "1.0.0", baseModelDigest="sha256:old"), "was tuned on sha256:old"),
     ],
 )  # fmt: skip
-def test_versions_that_do_not_go_together_end_it_with_a_remedy(adapter: Adapter, second: Adapter, words: str) -> None:
+def test_incompatible_parents_fail_the_adapter_with_a_remedy(adapter: Adapter, second: Adapter, words: str) -> None:
     reason, message = trouble(adapter, version("a", "1.0.0"), second)
     assert reason == "ParentsIncompatible" and words in message
     step = waiting(adapter, Trouble(reason, message))
@@ -123,7 +126,7 @@ def test_unequal_ranks_can_be_concatenated() -> None:
     assert isinstance(resolved(composed("a@1", "b@1"), version("a", "1.0.0"), version("b", "1.0.0", rank=64)), list)
 
 
-def test_an_import_from_another_tenants_part_of_the_bucket_is_refused() -> None:
+def test_an_import_from_the_prefix_of_another_tenant_is_refused() -> None:
     assert outside_namespace(imported("s3://graft/shop/uploads/a/"), "graft") is None
     assert outside_namespace(imported("s3://elsewhere/a/b/"), "graft") is None
     assert outside_namespace(imported("hf://org/name"), "graft") is None
@@ -159,7 +162,9 @@ def said(reason: Reason) -> str:
         (imported("hf://a/b"), Reason.BASE_MODEL_INVALID, "ImportFailed"),
     ],
 )  # fmt: skip
-def test_a_failed_job_ends_it_in_the_pods_own_words(adapter: Adapter, reason: Reason, expected: str) -> None:
+def test_a_failed_job_fails_the_adapter_with_the_message_of_the_pod(
+    adapter: Adapter, reason: Reason, expected: str
+) -> None:
     step = observe(adapter, FAILED, [pod("p", "Failed", 19, said(reason))], None)
     assert (step.ready.status, step.ready.reason, step.ready.message) == ("False", expected, "It was so. Do this.")
     assert (step.status.stage, step.again) == ("Failed", None)
@@ -172,12 +177,12 @@ def test_every_failure_of_the_trainer_has_a_documented_reason() -> None:
             assert step.ready.reason in REASONS["Adapter"]["Ready"]
 
 
-def test_a_pod_that_was_killed_for_memory_names_the_field_to_raise() -> None:
+def test_after_an_oom_kill_the_message_names_the_field_to_raise() -> None:
     step = observe(composed("a@1", "b@1"), FAILED, [pod("p", "Failed", 137, reason="OOMKilled")], None)
     assert "spec.compose.resources" in step.ready.message and "micro" not in step.ready.message
 
 
-def test_while_the_job_works_the_message_says_how_far_it_is() -> None:
+def test_while_the_job_runs_the_message_shows_its_progress() -> None:
     adapter = composed("a@1", "b@1")
     found = [
         observe(adapter, JOB, [], None),
@@ -197,7 +202,7 @@ def test_while_the_job_works_the_message_says_how_far_it_is() -> None:
     assert observe(imported("hf://a/b"), JOB, [], None).ready.reason == "Importing"
 
 
-def test_a_pod_that_left_nothing_is_a_failure() -> None:
+def test_a_completed_job_without_a_result_is_a_failure() -> None:
     done = JOB | {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
     assert observe(composed("a@1", "b@1"), done, [pod("p", "Succeeded")], None).ready.reason == "ComposeFailed"
 
@@ -208,12 +213,12 @@ def memory(adapter: Adapter, base: BaseModelStatus, parents: int = 0) -> int:
     return int(needs["limits"]["memory"].removesuffix("Mi")) * 1024**2
 
 
-def test_memory_follows_from_what_is_held() -> None:
+def test_the_memory_request_follows_from_the_tensors_in_memory() -> None:
     base = BaseModelStatus.model_validate(
         {"sizeBytes": 14 * 10**9, "facts": {"hiddenSize": 4096, "intermediateSize": 14336}, "conditions": []}
     )
     small = memory(composed("a@1", "b@1"), base, 100_000_000)
-    assert small < 4 * 10**9, "two adapters of a 7B model need none of its weights"
+    assert small < 4 * 10**9, "composing two adapters does not load the weights of the 7B model"
     update = 4 * 4096 * 14336
     assert memory(composed("a@1", "b@1", method="svd"), base, 100_000_000) >= small + 5 * update
     assert memory(composed("a@1", into="base"), base, 100_000_000) > 14 * 10**9

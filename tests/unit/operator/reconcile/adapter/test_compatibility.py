@@ -1,4 +1,4 @@
-"""Which adapters fit which files of a base model, and when pods move on to new ones."""
+"""Which adapters fit which files of a base model, and when the pods change to new files."""
 
 from dataclasses import replace
 from typing import Any
@@ -53,17 +53,17 @@ def picked(found: list[Resolution]) -> list[str | None]:
         (adapter("1.0.0", None), NEW, True),
     ],
 )
-def test_what_fits(item: Adapter, base: BaseModelRef, expected: bool) -> None:
+def test_which_adapters_fit_which_base_model(item: Adapter, base: BaseModelRef, expected: bool) -> None:
     assert fits(item, base) is expected
 
 
-def test_the_newest_that_fits_is_taken() -> None:
+def test_the_newest_version_that_fits_is_served() -> None:
     versions = [adapter("1.0.0"), adapter("1.2.0", "sha256:new"), adapter("1.1.0", fits="^1")]
     assert picked(resolve(deployment(), versions, OLD)) == ["support-1.1.0"]
     assert picked(resolve(deployment(), versions, NEW)) == ["support-1.2.0"]
 
 
-def test_what_does_not_fit_is_told_with_a_remedy() -> None:
+def test_an_incompatible_adapter_is_reported_with_a_remedy() -> None:
     (found,) = resolve(deployment(), [adapter("1.0.0")], NEW)
     assert found.reason == "AdapterIncompatible"
     for words in ("support-1.0.0", "sha256:old", "sha256:new", "1.1.0", "tune a version", "spec.baseVersions"):
@@ -90,7 +90,7 @@ def model(name: str, digest: str, **spec: Any) -> BaseModel:
     )
 
 
-def test_the_status_lists_what_fits_now() -> None:
+def test_the_status_lists_the_compatible_base_models() -> None:
     models = [
         model("tiny", "sha256:new", version="1.1.0"), model("copy", "sha256:old"), model("other", "sha256:other"),
         model("secret", "sha256:old", allowedNamespaces=["elsewhere"]),
@@ -101,7 +101,7 @@ def test_the_status_lists_what_fits_now() -> None:
     ]  # fmt: skip
 
 
-def test_pods_stay_until_every_adapter_that_is_served_fits() -> None:
+def test_pods_change_only_when_every_served_adapter_fits_the_new_files() -> None:
     spec = deployment(adapters=["support@latest", "sales@latest", "missing@1"])
     support, sales = adapter("1.0.0"), adapter("1.0.0", name="sales")
     held = in_force(spec, [support, sales], NEW, OLD)
@@ -114,20 +114,20 @@ def test_pods_stay_until_every_adapter_that_is_served_fits() -> None:
     assert (rolled.base, rolled.held, picked(rolled.resolutions)) == (NEW, None, ["support-1.0.1", "sales-1.0.0", None])
 
 
-def test_a_new_deployment_takes_the_base_model_as_it_is() -> None:
+def test_a_new_deployment_uses_the_present_base_model() -> None:
     found = in_force(deployment(), [adapter("1.0.0")], NEW, None)
     assert (found.base, found.held, picked(found.resolutions)) == (NEW, None, [None])
 
 
-def test_another_version_of_the_same_files_leaves_the_pods_alone() -> None:
+def test_a_new_version_number_for_the_same_files_does_not_change_the_pods() -> None:
     renamed = OLD.model_copy(update={"version": "1.4.0"})
     found = in_force(deployment(), [adapter("1.0.0", "sha256:before", fits="1.4")], renamed, OLD)
     assert (found.base, picked(found.resolutions)) == (OLD, ["support-1.0.0"])
     moved = in_force(deployment(), [], OLD.model_copy(update={"uri": "s3://graft/models/moved"}), OLD).base
-    assert moved is not None and moved.uri == "s3://graft/models/moved", "the old place may be gone"
+    assert moved is not None and moved.uri == "s3://graft/models/moved", "the old location may not exist any more"
 
 
-def test_without_its_base_model_a_deployment_serves_what_fits_its_pods() -> None:
+def test_without_its_base_model_a_deployment_serves_the_adapters_that_fit_its_pods() -> None:
     found = in_force(deployment(), [adapter("1.0.0"), adapter("1.0.1", "sha256:new")], None, OLD)
     assert (found.base, picked(found.resolutions)) == (None, ["support-1.0.0"])
 
@@ -136,23 +136,25 @@ def pod(base: BaseModelRef | None) -> dict[str, Any]:
     return {"metadata": {"annotations": {"graft.dev/base-model": base.json_text()} if base else {}}}
 
 
-def test_a_pod_counts_for_what_fits_its_own_files() -> None:
+def test_a_pod_serves_only_adapters_that_fit_its_own_files() -> None:
     one, two = adapter("1.0.0"), adapter("1.1.0", "sha256:new")
     names = {item.metadata.name: wanted_adapter("shop", item).engine_name for item in (one, two)}
     assert unfit("shop", [one, two], pod(OLD), NEW) == {names["support-1.1.0"]}
     assert unfit("shop", [one, two], pod(NEW), NEW) == {names["support-1.0.0"]}
-    assert unfit("shop", [one, two], pod(None), NEW) == frozenset(), "nobody knows: as before"
+    assert unfit("shop", [one, two], pod(None), NEW) == frozenset(), (
+        "the files of this pod are unknown, so it may serve every adapter"
+    )
     assert base_of({"metadata": {"annotations": {"graft.dev/base-model": "nonsense"}}}) is None
     later = adapter("1.2.0", "sha256:before", fits="1.4")
     assert unfit("shop", [later], pod(OLD), OLD.model_copy(update={"version": "1.4.0"})) == frozenset()
 
 
-def test_during_the_roll_the_route_moves_when_half_of_the_pods_can_take_over() -> None:
+def test_during_a_rollout_the_route_moves_when_half_of_the_pods_fit_the_new_version() -> None:
     one, two = adapter("1.0.0"), adapter("1.1.0", "sha256:new")
     spec, adapters = deployment(), [one, two]
 
     def views(old: int, new: int) -> list[Any]:
-        """Every engine took both; but each pod is good for one."""
+        """Return replicas that have loaded both adapters. The files of each pod fit only one of them."""
         made = [(f"pod-{number}", pod(OLD if number <= old else NEW)) for number in range(1, old + new + 1)]
         return [replace(replica(name, one, two), unfit=unfit("shop", adapters, raw, NEW)) for name, raw in made]
 

@@ -1,4 +1,4 @@
-"""What is written about a version's use, and which deletions take its files along."""
+"""What the status records about the use of a version, and which deletions also delete its files."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def with_condition(adapter: Adapter, *conditions: Condition) -> Adapter:
     return adapter.model_copy(update={"status": adapter.status.model_copy(update={"conditions": kept})})
 
 
-def test_the_time_is_written_when_a_use_begins_and_when_it_ends_and_not_between() -> None:
+def test_last_used_time_changes_only_when_a_use_begins_or_ends() -> None:
     before = OLD.status.last_used_time
     assert use(OLD, []) == {"used_by": [], "last_used_time": before}
     assert use(OLD, ["desk"])["last_used_time"] > (before or "")
@@ -39,23 +39,23 @@ def policy(adapter: Adapter, deletion: str) -> Adapter:
     [
         (OLD, [], False),
         (policy(OLD, "Delete"), [], True),
-        (with_condition(OLD, retained("Expiring")), [], False),  # somebody deleted it by hand, and retains the files
+        (with_condition(OLD, retained("Expiring")), [], False),  # a user deleted it by hand and keeps the files
         (with_condition(OLD, retained("Pruned")), [], True),
         (with_condition(OLD, retained("Pruned")), [deployment("support@^1")], True),
         (with_condition(OLD, retained("Pruned")), [deployment("support@1.0.0")], False),
     ],
 )
-def test_which_deletions_take_the_files_along(adapter: Adapter, deployments: list[Any], expected: bool) -> None:
+def test_which_deletions_also_delete_the_files(adapter: Adapter, deployments: list[Any], expected: bool) -> None:
     assert removes_files(adapter, deployments) is expected
 
 
-def test_an_archived_version_says_how_it_comes_back() -> None:
+def test_the_condition_of_an_archived_version_says_how_to_restore_it() -> None:
     told = archived_condition()
     assert (told.status, told.reason) == ("False", "Archived") and "AdapterDeployment" in told.message
 
 
 @pytest.mark.parametrize("more", [{}, {"baseVersions": "^1", "retention": {"keep": 2, "unusedFor": "30d"}}])
-def test_a_jobs_policy_goes_to_the_adapter_that_it_makes(more: dict[str, Any]) -> None:
+def test_an_adapter_gets_the_retention_policy_of_its_job(more: dict[str, Any]) -> None:
     spec = {
         "baseModel": "tiny", "dataset": {"train": {"uri": "s3://graft/shop/train.jsonl"}}, "method": {"lora": {}},
         "output": {"adapter": "support"} | more,

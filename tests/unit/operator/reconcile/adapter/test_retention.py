@@ -1,4 +1,4 @@
-"""Which versions stay: by the policy, and never one that somebody needs, whatever the scenario."""
+"""Retention: which versions the policy archives or deletes. A version that is still needed is always kept."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from worlds.versions import DAY, NEW, NOW, OLD, POLICY, adapter, deployment, tex
 
 
 def announced(item: Adapter, at: float) -> Adapter:
-    """The version after its deletion was announced for a time."""
+    """Return the version after the operator has announced its deletion for the time `at`."""
     told = Condition(type="Retained", status="False", reason="Expiring", message="m", last_transition_time=text(0))
     status = item.status.model_copy(update={"pruned_after": text(at), "conditions": [*item.status.conditions, told]})
     return item.model_copy(update={"status": status})
@@ -25,19 +25,19 @@ def plan(item: Adapter, versions: list[Adapter], *deployments: dict[str, Any], n
     return decide(item, versions, needs(versions, list(deployments), **more), now)
 
 
-def test_without_a_policy_nothing_happens_and_nothing_is_said() -> None:
+def test_without_a_policy_a_version_is_kept_without_a_message() -> None:
     old, new = adapter("1.0.0", 900), adapter("2.0.0", policy=None)
     assert plan(old, [old, new]) == Plan("keep")
 
 
-def test_the_policy_is_that_of_the_newest_ready_version() -> None:
+def test_the_policy_of_the_newest_ready_version_applies() -> None:
     old = adapter("1.0.0", 100, policy=None)
     assert plan(old, [old, NEW]).reason == "Expiring"
     broken = adapter("3.0.0", policy=None, reason="DigestMismatch")
     assert plan(old, [old, NEW, broken]).reason == "Expiring"
 
 
-def test_a_deletion_is_announced_an_hour_ahead_at_least() -> None:
+def test_a_deletion_is_announced_at_least_one_hour_ahead() -> None:
     first = plan(OLD, [OLD, NEW])
     assert (first.action, first.reason, first.pruned_after) == ("archive", "Expiring", text(NOW + 3600))
     told = announced(OLD, NOW + 3600)
@@ -47,28 +47,28 @@ def test_a_deletion_is_announced_an_hour_ahead_at_least() -> None:
     assert "unused since" in gone.message and "30d" in gone.message
 
 
-def test_a_version_that_is_unused_for_a_short_time_says_when_it_goes() -> None:
+def test_the_plan_for_an_unused_version_says_when_it_will_be_deleted() -> None:
     item = adapter("1.0.0", 2)
     found = plan(item, [item, NEW])
     assert (found.action, found.reason) == ("keep", "Expiring")
     assert found.pruned_after == text(NOW + 28 * DAY)
-    assert found.next_look == 5 * DAY, "when it is compressed"
+    assert found.next_look == 5 * DAY, "the next reconcile is when the version is compressed"
     assert "retention on support-2.0.0" in found.message
 
 
-def test_a_use_after_the_announcement_begins_a_new_term() -> None:
+def test_a_use_after_the_announcement_restarts_the_retention_period() -> None:
     used_since = announced(adapter("1.0.0", 1), NOW - 1)
     found = plan(used_since, [used_since, NEW])
     assert (found.action, found.pruned_after) == ("keep", text(NOW + 29 * DAY))
 
 
-def test_a_stricter_policy_is_announced_anew() -> None:
+def test_a_stricter_policy_announces_a_new_deletion_time() -> None:
     told = announced(OLD, NOW + 10 * DAY)
     found = plan(told, [told, NEW])
     assert found.pruned_after == text(NOW + 3600) and found.action != "prune"
 
 
-def test_keep_counts_what_may_be_served() -> None:
+def test_keep_counts_only_versions_that_can_be_served() -> None:
     policy = POLICY | {"keep": 2}
     versions = [
         adapter("1.0.0", 100, policy=policy), adapter("1.1.0", 100, policy=policy, reason="Archived"),
@@ -78,12 +78,12 @@ def test_keep_counts_what_may_be_served() -> None:
     assert found == ["Expiring", "Kept", "Expiring", "Needed"]
 
 
-def test_a_version_that_nobody_could_verify_is_left_alone() -> None:
+def test_a_version_that_failed_verification_is_kept() -> None:
     item = adapter("1.0.0", 1000, reason="DigestMismatch")
     assert plan(item, [item, NEW]) == Plan("keep")
 
 
-def test_an_archived_version_is_not_archived_again_but_deleted_in_time() -> None:
+def test_an_archived_version_is_deleted_when_its_retention_period_ends() -> None:
     item = adapter("1.0.0", 20, reason="Archived")
     found = plan(item, [item, NEW])
     assert (found.action, found.next_look) == ("keep", 10 * DAY)
@@ -111,7 +111,7 @@ def test_without_unused_for_nothing_is_deleted() -> None:
         (deployment("support@2.0.0", models=[{"adapter": "support-2.0.0"}]), "a rollback of support-2.0.0 would use it"),
     ],
 )  # fmt: skip
-def test_what_a_deployment_needs_is_kept(where: dict[str, Any], why: str) -> None:
+def test_a_version_that_a_deployment_needs_is_kept(where: dict[str, Any], why: str) -> None:
     told = announced(OLD, NOW - 1)
     found = plan(told, [told, NEW], where)
     assert (found.action, found.reason, found.message) == ("keep", "Needed", f"kept: {why}")
@@ -126,7 +126,7 @@ def test_the_version_that_was_served_before_is_kept_for_a_rollback() -> None:
     assert "a rollback of support-2.0.0" in plan(between, versions, served).message
 
 
-def test_parents_and_what_a_job_compares_with_are_kept() -> None:
+def test_parents_and_the_versions_that_jobs_compare_with_are_kept() -> None:
     told = announced(OLD, NOW - 1)
     for parents in ({"support@1.0.0"}, {"support-1.0.0"}, {"support@^1"}):
         assert plan(told, [told, NEW], parents=parents).reason == "Needed"
@@ -140,11 +140,11 @@ def test_parents_and_what_a_job_compares_with_are_kept() -> None:
     broken = {"type": "Ready", "status": "False", "reason": "DigestMismatch"}
     assert retention.composing([running | {"status": {"artifact": {"uri": "u"}, "conditions": [broken]}}]) == set()
     failed = running | {"status": {"stage": "Failed", "conditions": []}}
-    assert retention.composing([failed]) == set()  # it never takes its parents any more
+    assert retention.composing([failed]) == set()  # a failed composition does not read its parents again
 
 
 @pytest.mark.parametrize("end", ["", "/", "/model"])
-def test_what_a_base_model_is_made_of_is_kept(end: str) -> None:
+def test_the_source_of_a_base_model_is_kept(end: str) -> None:
     told = announced(OLD, NOW - 1)
     assert told.spec.artifact is not None
     models = [{"metadata": {"name": "merged"}, "spec": {"source": told.spec.artifact.uri.rstrip("/") + end}}]
@@ -154,8 +154,8 @@ def test_what_a_base_model_is_made_of_is_kept(end: str) -> None:
     assert plan(told, [told, NEW], models=other).action == "prune"
 
 
-def test_a_parent_that_was_chosen_stays_when_a_newer_version_comes() -> None:
-    """The reference means the newer one by then, but the Job reads the files of the older one."""
+def test_a_resolved_parent_is_kept_when_a_newer_version_appears() -> None:
+    """The reference now matches the newer version, but the Job still reads the files of the older one."""
     newer, told = adapter("1.5.0"), announced(OLD, NOW - 1)
     parents = {"spec": {"compose": {"parents": [{"adapter": "support@^1"}]}}, "status": {"conditions": []}}
     before = retention.composing([parents])
@@ -178,14 +178,14 @@ def test_a_parent_that_was_chosen_stays_when_a_newer_version_comes() -> None:
         ("cat", None),
     ],
 )
-def test_a_composition_has_the_version_restored_that_it_waits_for(reference: str, back: str | None) -> None:
+def test_a_composition_restores_the_archived_version_that_it_waits_for(reference: str, back: str | None) -> None:
     versions = [adapter("1.0.0", reason="Archived"), adapter("1.1.0", reason="Archived"), adapter("2.0.0")]
     restored = [item.spec.version for item in versions[:2] if retention.awaited(item, versions, {reference})]
     assert restored == ([back] if back else [])
 
 
 def scenario(source: random.Random) -> tuple[list[Adapter], list[AdapterDeployment], list[dict[str, Any]]]:
-    """Anything that may be in a namespace: versions of all kinds, deployments that refer to them, serve them, or lag behind."""
+    """Return a random namespace: versions of all kinds, and deployments that name them, serve them or lag behind."""
     numbers = source.sample(
         [f"{a}.{b}.{c}" for a in range(1, 4) for b in range(3) for c in range(3)], source.randint(1, 9)
     )
@@ -224,7 +224,11 @@ BASES = [
 
 
 def needed_by_hand(versions: list[Adapter], deployments: list[AdapterDeployment]) -> set[str]:
-    """What serving would take on any files of the base model, what is named in a status, and what that would be rolled back to."""
+    """Return the versions that must be kept, computed independently of `needs`.
+
+    They are the versions that serving would choose on any files of the base model, the versions that a status names,
+    the versions that a rollback would use, and the newest versions.
+    """
     names = set()
     for item, base in itertools.product(deployments, BASES):
         for found in resolve(item, versions, base):
@@ -241,7 +245,7 @@ def needed_by_hand(versions: list[Adapter], deployments: list[AdapterDeployment]
     return names | ({max(ready, key=number).metadata.name} if ready else set())
 
 
-def test_whatever_the_scenario_nothing_that_is_needed_is_touched() -> None:
+def test_in_random_scenarios_no_needed_version_is_archived_or_deleted() -> None:
     counted = dict.fromkeys(("keep", "archive", "prune"), 0)
     for seed in range(500):
         versions, deployments, raws = scenario(random.Random(seed))
@@ -249,12 +253,14 @@ def test_whatever_the_scenario_nothing_that_is_needed_is_touched() -> None:
         for item in versions:
             action = decide(item, versions, needed, NOW).action
             counted[action] += 1
-            assert action == "keep" or item.metadata.name not in by_hand, f"seed {seed}: {item.metadata.name}"
-        # As if all that may go went at once: every reference still means what it meant.
+            assert action == "keep" or item.metadata.name not in by_hand, (
+                f"seed {seed}: {item.metadata.name} is still needed"
+            )
+        # Delete every version that may be deleted. Every reference must still resolve to the same version.
         left = [item for item in versions if decide(item, versions, needed, NOW).action != "prune"]
         for user, base in itertools.product(deployments, BASES):
             before, after = resolve(user, versions, base), resolve(user, left, base)
             assert [(item.adapter, item.restoring) for item in before] == [
                 (item.adapter, item.restoring) for item in after
             ]
-    assert min(counted.values()) > 50, f"the scenarios see everything: {counted}"
+    assert min(counted.values()) > 50, f"the scenarios must lead to every action often enough: {counted}"

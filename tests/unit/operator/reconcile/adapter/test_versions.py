@@ -1,4 +1,4 @@
-"""Which version a job publishes, and which a deployment takes."""
+"""The version number that a job publishes, and the versions that a reference matches."""
 
 import pytest
 from graft.reconcile.adapter.versions import Known, matches, next_version
@@ -22,7 +22,7 @@ def test_the_first_version_is_1_0_0() -> None:
         ([Known("latest", RECIPE, "tiny")], "1.0.0"),
     ],
 )
-def test_the_next_version(known: list[Known], expected: str) -> None:
+def test_the_next_version_follows_from_recipe_and_base_model(known: list[Known], expected: str) -> None:
     assert next_version(known, RECIPE, "tiny") == expected
 
 
@@ -44,5 +44,5 @@ def test_the_next_version(known: list[Known], expected: str) -> None:
         ("latest", "not-a-version", False),
     ],
 )
-def test_matching(ref: str, version: str, expected: bool) -> None:
+def test_which_versions_a_reference_matches(ref: str, version: str, expected: bool) -> None:
     assert matches(ref, version) is expected

@@ -1,4 +1,4 @@
-"""Adapters on a part of the replicas: what the agents are told, what the gateway is told, and in which order."""
+"""Adapters on some of the replicas: what the operator writes for the agents and for the gateway, and in which order."""
 
 import random
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ def limited(*names: str, replicas: int = 2, **limits: object) -> AdapterDeployme
 
 @dataclass
 class Operator:
-    """Looks again and again, as reconcile does: routes, then what is wanted."""
+    """An operator that reconciles repeatedly: first the routes, then the wanted adapters."""
 
     spec: AdapterDeployment
     adapters: list[Adapter]
@@ -52,14 +52,14 @@ class Operator:
         return assignment.shortage(self.spec, self.wanted, resolved, self.adapters, pods, planned)
 
 
-def test_without_limits_every_replica_has_everything() -> None:
+def test_without_limits_every_replica_gets_every_adapter() -> None:
     operator = Operator(limited("x", "y"), [sized("x"), sized("y")])
     operator.look([replica("pod-1"), replica("pod-2")])
     assert operator.wanted and operator.wanted.assigned is None
     assert operator.homes() == {"x-1.0.0": None, "y-1.0.0": None}
 
 
-def test_a_part_of_the_adapters_for_each_pod_and_nothing_for_one_that_is_not_known() -> None:
+def test_each_known_pod_gets_some_adapters_and_an_unknown_pod_gets_none() -> None:
     names = ("u", "v", "w")
     operator = Operator(limited(*names, replicas=3, adaptersPerReplica=2), [sized(name) for name in names])
     operator.look([replica("pod-1"), replica("pod-2"), replica("pod-3", ready=False)])
@@ -71,7 +71,7 @@ def test_a_part_of_the_adapters_for_each_pod_and_nothing_for_one_that_is_not_kno
     assert operator.wanted.for_pod("pod-4") is None
 
 
-def test_a_pod_without_adapters_is_known_and_serves_the_base_model() -> None:
+def test_a_pod_without_adapters_is_assigned_and_serves_the_base_model() -> None:
     operator = Operator(limited("big", adapterBytesPerReplica="10Mi"), [sized("big", size=20 * MIB)])
     operator.look([replica("pod-1"), replica("pod-2")])
     assert operator.wanted is not None and operator.homes() == {"big-1.0.0": []}
@@ -79,7 +79,7 @@ def test_a_pod_without_adapters_is_known_and_serves_the_base_model() -> None:
     assert mine is not None and mine.adapters == []
 
 
-def test_a_change_of_another_pods_part_is_no_news() -> None:
+def test_a_change_for_other_pods_does_not_change_the_assignment_of_a_pod() -> None:
     names = ("u", "v", "w")
     operator = Operator(limited(*names, adaptersPerReplica=2), [sized(name) for name in names])
     operator.look([replica("pod-1"), replica("pod-2"), replica("pod-3")])
@@ -89,18 +89,18 @@ def test_a_change_of_another_pods_part_is_no_news() -> None:
     assert before.for_pod("pod-1") == operator.wanted.for_pod("pod-1")
 
 
-def test_a_new_version_gets_traffic_when_the_replicas_that_are_to_have_it_have_it() -> None:
+def test_a_new_version_gets_traffic_when_all_its_assigned_replicas_have_loaded_it() -> None:
     x, y, z = sized("x"), sized("y"), sized("z")
     operator = Operator(limited("x", "y", "z", replicas=3, adaptersPerReplica=3), [x, y, z])
     there = {"pod-1": [x, y, z], "pod-2": [x, y, z], "pod-3": [x, y, z]}
     operator.look([replica(pod, *has) for pod, has in there.items()])
-    assert operator.wanted is not None and operator.wanted.assigned is None  # all fit
+    assert operator.wanted is not None and operator.wanted.assigned is None  # all adapters fit
 
     newer = sized("x", "2.0.0")
     operator.adapters.append(newer)
     operator.look([replica(pod, *has) for pod, has in there.items()])
     homes = operator.homes()["x-2.0.0"]
-    assert homes is not None and len(homes) == 2  # beside the old one there is no room on each
+    assert homes is not None and len(homes) == 2  # not every replica has a slot for it beside the old version
 
     def targets() -> str | None:
         assert operator.routes is not None
@@ -112,10 +112,10 @@ def test_a_new_version_gets_traffic_when_the_replicas_that_are_to_have_it_have_i
     there[homes[1]].append(newer)
     operator.look([replica(pod, *has) for pod, has in there.items()])
     assert targets() == "x-2.0.0"
-    assert operator.wanted.assigned is None and "x-1.0.0" not in operator.homes()  # all fit again
+    assert operator.wanted.assigned is None and "x-1.0.0" not in operator.homes()  # all adapters fit again
 
 
-def test_where_all_fit_again_an_older_version_is_for_every_replica_too() -> None:
+def test_when_all_adapters_fit_again_an_older_version_is_for_every_replica_too() -> None:
     x, y, newer = sized("x"), sized("y"), sized("x", "2.0.0")
     operator = Operator(limited("x", "y", adaptersPerReplica=2), [x, y])
     there = [replica("pod-1", x, y), replica("pod-2", x, y)]
@@ -128,7 +128,7 @@ def test_where_all_fit_again_an_older_version_is_for_every_replica_too() -> None
     assert operator.homes() == {"x-1.0.0": None, "x-2.0.0": None, "y-1.0.0": None}
 
 
-def test_what_leaves_a_replica_leaves_the_table_in_the_write_before() -> None:
+def test_an_adapter_leaves_the_route_table_before_it_leaves_its_replica() -> None:
     x, y = sized("x"), sized("y")
     operator = Operator(limited("x", "y", replicas=3, adaptersPerReplica=2), [x, y])
     there = {pod: [x, y] for pod in ("pod-1", "pod-2", "pod-3")}
@@ -143,7 +143,7 @@ def test_what_leaves_a_replica_leaves_the_table_in_the_write_before() -> None:
         assert {name for name in backend.loaded if "--" in name} <= {item.engine_name for item in mine.adapters}
 
 
-def test_no_room_says_what_would_make_room() -> None:
+def test_a_shortage_of_slots_names_the_remedies() -> None:
     names = ("u", "v", "w", "x")
     operator = Operator(limited(*names, adaptersPerReplica=3), [sized(name) for name in names])
     operator.look([replica("pod-1"), replica("pod-2")])
@@ -155,7 +155,7 @@ def test_no_room_says_what_would_make_room() -> None:
     )
 
 
-def test_no_room_for_bytes_names_the_size() -> None:
+def test_a_shortage_of_bytes_names_the_needed_size() -> None:
     operator = Operator(
         limited("big", "x", adapterBytesPerReplica="1Gi"), [sized("big", size=1500 * MIB), sized("x", size=MIB)]
     )
@@ -168,7 +168,7 @@ def test_no_room_for_bytes_names_the_size() -> None:
     )
 
 
-def test_replicas_that_are_to_come_make_room_by_themselves() -> None:
+def test_a_shortage_is_temporary_while_replicas_are_starting() -> None:
     names = ("u", "v", "w", "x")
     operator = Operator(limited(*names, replicas=3, adaptersPerReplica=3), [sized(name) for name in names])
     operator.look([replica("pod-1")])
@@ -176,7 +176,7 @@ def test_replicas_that_are_to_come_make_room_by_themselves() -> None:
     assert short is not None and short.passing and "x-1.0.0 has no room on 1 replica" in short.message
 
 
-def test_with_autoscaling_the_remedy_is_what_counts_there() -> None:
+def test_with_autoscaling_the_remedy_names_the_autoscaling_fields() -> None:
     names = ("u", "v", "w", "x")
     target = {"requestsPerReplica": 4}
     found = [sized(name) for name in names]
@@ -206,12 +206,12 @@ def test_with_autoscaling_the_remedy_is_what_counts_there() -> None:
 
 @dataclass
 class Cluster:
-    """Replicas whose agents do what they are told sooner or later, and an operator that looks in between."""
+    """Replicas whose agents follow their assignments with a delay, and an operator that reconciles in between."""
 
     chance: random.Random
     operator: Operator
     ready: dict[str, bool] = field(default_factory=dict)
-    engines: dict[str, set[str]] = field(default_factory=dict)  # what each engine has
+    engines: dict[str, set[str]] = field(default_factory=dict)  # pod -> names of the adapters in its engine
     draining: dict[str, set[str]] = field(default_factory=dict)
     number: int = 0
 
@@ -228,7 +228,7 @@ class Cluster:
         return [one(pod) for pod in self.ready]
 
     def agent(self, pod: str) -> None:
-        """One step of one agent."""
+        """Run one step of the agent of this pod."""
         assert self.operator.wanted is not None
         mine = self.operator.wanted.for_pod(pod)
         if mine is None:
@@ -236,7 +236,7 @@ class Cluster:
         names = {item.engine_name for item in mine.adapters}
         table = self.table().get(pod, set())
         for name in sorted((self.engines[pod] - names) & table):
-            # The replica that it moved to has died, and all that is here now answers here only.
+            # The new replica of the adapter has died. All assigned adapters answer only on this pod.
             assert names <= self.engines[pod] and not any(self.elsewhere(other, pod) for other in {name, *names})
         self.draining[pod] = self.engines[pod] - names
         missing = sorted(names - self.engines[pod])
@@ -248,7 +248,7 @@ class Cluster:
             self.ready[pod] = True
 
     def elsewhere(self, name: str, pod: str) -> bool:
-        """Whether another replica answers for an adapter that it is to have."""
+        """Return whether another replica is assigned the adapter and answers for it."""
         wanted = self.operator.wanted
         assert wanted is not None
         return any(
@@ -261,7 +261,7 @@ class Cluster:
         return {item.pod: {name for name in item.loaded if "--" in name} for item in self.operator.routes.backends}
 
     def answered(self) -> set[str]:
-        """Routes that a replica which is there now answers."""
+        """Return the routes that an existing, ready replica answers."""
         assert self.operator.routes is not None
         table = self.table()
         return {
@@ -298,7 +298,7 @@ class Cluster:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_no_route_that_is_answered_loses_its_last_replica_for_a_plans_sake(seed: int) -> None:
+def test_no_plan_takes_the_last_replica_from_a_working_route(seed: int) -> None:
     spec = limited("x", "y", replicas=3, adaptersPerReplica=seed % 4 + 2)
     cluster = Cluster(random.Random(seed), Operator(spec, [sized("x", size=MIB), sized("y", size=MIB)]))
     cluster.operator.look(cluster.views())
@@ -311,7 +311,7 @@ def test_no_route_that_is_answered_loses_its_last_replica_for_a_plans_sake(seed:
         assert before <= cluster.answered()
         for pod, names in cluster.table().items():
             assert names <= cluster.engines[pod]
-    for _ in range(60):  # then nothing happens but what was begun
+    for _ in range(60):  # no new events: the agents finish the changes that have begun
         for pod in sorted(cluster.ready):
             cluster.agent(pod)
             cluster.operator.look(cluster.views())

@@ -1,4 +1,4 @@
-"""What an AdapterDeployment says about itself: Degraded is what time alone does not mend."""
+"""The status of an AdapterDeployment. `Degraded` reports a fault that retries cannot fix."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def pod(name: str, *, ready: bool = True) -> dict[str, Any]:
 
 
 def told(name: str, *adapters: Adapter, **states: str) -> Residency:
-    """What a pod's agent says; `states`: adapter -> state, where it is not Loaded."""
+    """Return the report of the agent of a pod. `states` gives the state of each adapter that is not Loaded."""
     resident = [
         ResidentAdapter(
             engine_name=wanted_adapter("shop", item).engine_name,
@@ -50,7 +50,7 @@ def world(
     rollout: dict[str, Any] | None = None,
     **spec: Any,
 ) -> World:
-    """A deployment as reconcile sees it after its writes."""
+    """Return a deployment as the reconciler sees it after its writes."""
     resource = deployment(**({"adapters": ["x@latest", "y@latest"], "replicas": 2} | spec))
     resource = AdapterDeployment(
         metadata=resource.metadata.model_copy(update={"generation": 1}),
@@ -76,13 +76,13 @@ def seen(found: World) -> tuple[AdapterDeploymentStatus, dict[str, Condition]]:
 HEALTHY = world([pod("a"), pod("b")], [told("a", X, Y), told("b", X, Y)])
 
 
-def test_all_is_served() -> None:
+def test_a_deployment_that_serves_every_adapter_is_available() -> None:
     status, conditions = seen(HEALTHY)
     assert status.stage == "Available" and status.adapters_text == "2/2"
     assert (conditions["Degraded"].status, conditions["Degraded"].reason) == ("False", "AsExpected")
 
 
-def test_each_adapter_in_each_replica_says_what_it_is() -> None:
+def test_the_status_shows_each_adapter_of_each_replica() -> None:
     status, _ = seen(HEALTHY)
     assert status.replica_status is not None
     shown = status.replica_status[0].adapters[0]
@@ -91,14 +91,14 @@ def test_each_adapter_in_each_replica_says_what_it_is() -> None:
     assert (shown.load_seconds, shown.size_bytes) == (1.5, 4096)
 
 
-def test_a_start_is_no_degradation() -> None:
+def test_a_starting_replica_is_not_degraded() -> None:
     found = world([pod("a"), pod("b", ready=False)], [told("a", X, Y)], rollout={"readyReplicas": 1})
     status, conditions = seen(found)
     assert conditions["Progressing"].reason == "RollingOut" and status.stage == "Progressing"
     assert conditions["Degraded"].status == "False"
 
 
-def test_a_replica_that_was_there_and_is_not_is_one() -> None:
+def test_a_replica_that_was_ready_and_is_not_any_more_is_degraded() -> None:
     _, before = seen(HEALTHY)
     found = world(
         [pod("a"), pod("b", ready=False)],
@@ -109,12 +109,12 @@ def test_a_replica_that_was_there_and_is_not_is_one() -> None:
     status, conditions = seen(found)
     assert conditions["Degraded"].reason == "ReplicaUnavailable" and status.stage == "Degraded"
     found.spec.status.conditions = list(conditions.values())
-    assert seen(found)[1]["Degraded"].reason == "ReplicaUnavailable"  # until it is back
+    assert seen(found)[1]["Degraded"].reason == "ReplicaUnavailable"  # until the replica is ready again
     found.spec.metadata.generation = 2
-    assert seen(found)[1]["Degraded"].status == "False"  # a change of the spec is a start
+    assert seen(found)[1]["Degraded"].status == "False"  # a changed spec starts a new rollout
 
 
-def test_a_replica_that_an_autoscaler_has_added_is_on_its_way() -> None:
+def test_a_replica_that_an_autoscaler_has_added_is_progressing() -> None:
     _, before = seen(HEALTHY)
     autoscaling = {"minReplicas": 1, "maxReplicas": 4, "target": {"cpuPercent": 70}}
     found = world(
@@ -129,7 +129,7 @@ def test_a_replica_that_an_autoscaler_has_added_is_on_its_way() -> None:
     assert conditions["Degraded"].reason == "AsExpected" and status.stage == "Progressing"
 
 
-def test_a_rollout_that_has_stopped_is_one() -> None:
+def test_a_rollout_that_has_stopped_is_degraded() -> None:
     stopped = {"readyReplicas": 1, "conditions": [{"type": "Progressing", "status": "False"}]}
     found = world([pod("a"), pod("b", ready=False)], [told("a", X, Y)], rollout=stopped)
     assert seen(found)[1]["Degraded"].reason == "ReplicaUnavailable"
@@ -144,7 +144,7 @@ def test_an_adapter_that_cannot_be_loaded_is_named_with_its_reason() -> None:
     assert "no replica answers shop/y" in degraded.message
 
 
-def test_an_adapter_without_room_is_told_with_a_remedy() -> None:
+def test_an_adapter_without_a_free_slot_is_reported_with_a_remedy() -> None:
     found = world([pod("a"), pod("b")], [told("a", X), told("b", Y)], limits={"adaptersPerReplica": 1})
     status, conditions = seen(found)
     assert conditions["Degraded"].reason == "NoRoom"
@@ -153,21 +153,21 @@ def test_an_adapter_without_room_is_told_with_a_remedy() -> None:
     assert conditions["Available"].status == "True"
 
 
-def test_an_adapter_that_is_on_no_replica_says_so() -> None:
+def test_the_status_says_that_an_adapter_is_on_no_replica() -> None:
     found = world([pod("a")], [told("a", X)], limits={"adaptersPerReplica": 1}, replicas=1)
     status, _ = seen(found)
     assert status.adapters is not None
     assert status.adapters[1].loaded == "0/0" and "no room" in str(status.adapters[1].message)
 
 
-def test_what_is_missing_is_named_while_the_rest_is_served() -> None:
+def test_a_missing_adapter_is_named_while_the_others_are_served() -> None:
     found = world([pod("a"), pod("b")], [told("a", X), told("b", X)], adapters=["x@latest", "z@latest"])
     _, conditions = seen(found)
     assert conditions["Degraded"].reason == "NotAccepted" and "z@latest" in conditions["Degraded"].message
     assert find(list(conditions.values()), "Accepted").status == "False"  # type: ignore[union-attr]
 
 
-def test_what_waits_to_begin_is_not_degraded() -> None:
+def test_a_deployment_that_waits_for_its_base_model_is_not_degraded() -> None:
     found = world([], [], trouble=Trouble("BaseModelMissing", "there is no BaseModel tiny"))
     status, conditions = seen(found)
     assert status.stage == "Waiting" and conditions["Degraded"].status == "False"

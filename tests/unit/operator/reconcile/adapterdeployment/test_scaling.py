@@ -1,4 +1,4 @@
-"""How many replicas there are, and when a deployment sleeps (PURE)."""
+"""The number of replicas, and when a deployment sleeps. The tests need no cluster."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ def test_a_new_deployment_starts_awake() -> None:
     assert choose(None, autoscaling=fixed, sleeps=False) == Decision(3, change=True)
 
 
-def test_it_falls_asleep_when_nobody_asks_and_only_then() -> None:
+def test_a_deployment_falls_asleep_only_after_the_idle_time() -> None:
     assert choose(1, idle=WAIT - 1) == Decision(1, change=False, look_again=1.0)
     assert choose(1, idle=20) == Decision(1, change=False, look_again=WAIT - 20)
     assert choose(1, idle=WAIT) == Decision(0, change=True, asleep=True)
@@ -43,24 +43,24 @@ def test_it_falls_asleep_when_nobody_asks_and_only_then() -> None:
     assert choose(1, idle=None) == Decision(0, change=True, asleep=True)
 
 
-def test_one_that_was_woken_stays_up_for_as_long() -> None:
+def test_a_woken_deployment_stays_awake_for_the_idle_time() -> None:
     assert choose(1, idle=WAIT + 50, steady=5).replicas == 1
     assert choose(1, idle=None, steady=5) == Decision(1, change=False, look_again=WAIT - 5)
 
 
-def test_a_request_wakes_it_and_an_old_one_does_not() -> None:
+def test_a_recent_request_wakes_a_deployment_and_an_old_one_does_not() -> None:
     assert choose(0, idle=1) == Decision(1, change=True)
     assert choose(0, idle=100) == Decision(0, change=False, asleep=True)
     assert choose(0, idle=None) == Decision(0, change=False, asleep=True)
 
 
 @pytest.mark.parametrize("idle", [0.0, 50.0, 99.0, 100.0, 110.0, 125.0, 1000.0])
-def test_it_never_wakes_and_falls_asleep_for_the_same_request(idle: float) -> None:
+def test_a_request_that_wakes_a_deployment_does_not_let_it_fall_asleep_again(idle: float) -> None:
     if choose(0, idle=idle).replicas == 1:
         assert not choose(1, idle=idle).asleep
 
 
-def test_the_autoscaler_moves_it_within_its_bounds() -> None:
+def test_replicas_set_by_an_autoscaler_are_kept_within_the_bounds() -> None:
     bounds = Autoscaling(min_replicas=2, max_replicas=5)
     for live, replicas in ((1, 2), (2, 2), (4, 4), (9, 5), (0, 2)):
         assert choose(live, autoscaling=bounds, sleeps=False) == Decision(replicas, change=live != replicas)
@@ -75,12 +75,12 @@ def test_a_model_that_is_too_large_never_sleeps() -> None:
     assert choose(0, sleeps=False) == Decision(1, change=True)
 
 
-def test_replicas_zero_stops_it_whatever_is_asked() -> None:
+def test_replicas_zero_stops_a_deployment_despite_requests() -> None:
     assert choose(2, idle=1, stopped=True) == Decision(0, change=True)
     assert choose(0, idle=1, stopped=True) == Decision(0, change=False)
 
 
-def test_what_gateways_write_is_read_with_care() -> None:
+def test_invalid_reports_of_gateways_are_ignored() -> None:
     good = Demand(namespace="team", deployment="chat", at=now()).json_text()
     found = demands({"a": good, "b": "{", "c": '{"namespace": "team", "deployment": "chat", "at": "yesterday"}'})
     assert list(found) == ["a"]
@@ -91,7 +91,7 @@ def test_what_gateways_write_is_read_with_care() -> None:
     assert (idle_seconds([old]) or 0) > 1e8
 
 
-def test_a_budget_and_an_autoscaler_are_made_where_they_have_something_to_do() -> None:
+def test_budget_and_autoscaler_exist_only_if_the_deployment_can_have_several_replicas() -> None:
     target = {"cpuPercent": 70}
     assert not can_have_several(deployment()) and can_have_several(deployment(replicas=2))
     assert can_have_several(deployment(autoscaling={"maxReplicas": 2, "target": target}))
@@ -100,12 +100,12 @@ def test_a_budget_and_an_autoscaler_are_made_where_they_have_something_to_do() -
     assert autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 1})) is None
     assert autoscaler(deployment(replicas=0, autoscaling={"maxReplicas": 2, "target": target})) is None
     found = autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 2, "target": target}))
-    assert found is not None and found["spec"]["minReplicas"] == 1  # an HPA with 0 would need an alpha feature
+    assert found is not None and found["spec"]["minReplicas"] == 1  # an HPA with minReplicas 0 needs an alpha feature
     (metric,) = found["spec"]["metrics"]
     assert metric["containerResource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
 
 
-def test_replicas_that_have_a_part_of_the_adapters_go_one_by_one() -> None:
+def test_replicas_with_different_adapters_are_removed_one_at_a_time() -> None:
     scaled: dict[str, Any] = {"maxReplicas": 4, "target": {"cpuPercent": 70}}
     everything = autoscaler(deployment(autoscaling=scaled))
     assert everything is not None and "behavior" not in everything["spec"]
@@ -119,9 +119,11 @@ def test_replicas_that_have_a_part_of_the_adapters_go_one_by_one() -> None:
     assert behaviour == found["spec"]["behavior"]
 
 
-async def test_what_is_claimed_twice_is_written_once() -> None:
-    """Our own manifest lets go of the replicas when it is applied next, which a missing base model puts off: for each look until
-    then to write the time anew would wake the next one."""
+async def test_replicas_that_two_managers_own_are_written_once() -> None:
+    """The operator's next apply of its own manifest gives up `replicas`. A missing base model delays that apply.
+
+    If each reconcile wrote the time again until then, each write would trigger the next reconcile.
+    """
     applied: list[tuple[str, int | None]] = []
 
     class Api:
@@ -143,7 +145,7 @@ async def test_what_is_claimed_twice_is_written_once() -> None:
     assert await autoscaling.scale(ctx, scaled, wake, live("graft-operator", "graft-scaling"))
     assert not await autoscaling.scale(ctx, scaled, keep, live("graft-scaling"))
     assert applied == [("graft-scaling", 1), ("graft-scaling", 2)]
-    # Without autoscaling it lets go, so that another time begins with the time of then.
+    # Without autoscaling it gives up the field, so that a later autoscaling starts with a new time.
     assert not await autoscaling.scale(ctx, deployment(), keep, live("graft-operator", "graft-scaling"))
     assert not await autoscaling.scale(ctx, deployment(), keep, live("graft-operator"))
     assert not await autoscaling.scale(ctx, deployment(), keep, live("graft-scaling"))

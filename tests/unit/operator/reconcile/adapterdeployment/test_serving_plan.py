@@ -1,4 +1,4 @@
-"""The order of a change in serving: load, seen loaded, shift traffic, drain, unload."""
+"""The order of a version change in serving: load, confirm, shift traffic, drain, unload."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ def routes(
 V1, V2 = adapter("1.0.0"), adapter("1.1.0")
 
 
-def test_the_newest_ready_version_is_taken() -> None:
+def test_the_newest_ready_version_is_served() -> None:
     (found,) = resolve(deployment(), [V1, V2, adapter("2.0.0", ready=False)])
     assert found.adapter is V2
 
 
-def test_a_missing_adapter_says_so() -> None:
+def test_a_missing_adapter_is_reported() -> None:
     (found,) = resolve(deployment(), [])
     assert (found.adapter, found.reason) == (None, "AdapterMissing")
 
@@ -73,19 +73,19 @@ def test_the_old_version_stays_loaded_until_no_route_leads_to_it() -> None:
     assert {item.adapter for item in wanted.adapters} == {"support-1.1.0"}
 
 
-def test_when_the_old_version_is_gone_everywhere_the_new_one_answers_where_it_can() -> None:
+def test_if_no_replica_has_the_old_version_the_route_leads_to_the_new_one() -> None:
     spec = deployment()
     old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
     table = routes(spec, resolve(spec, [V1, V2]), [replica("pod-2", V2), replica("pod-3")], old)
     assert target(table) == "support-1.1.0"
 
 
-def test_a_deployment_without_pods_leads_to_the_new_version_at_once() -> None:
-    """Else a version that is deleted while it sleeps would be held until the next request, and be loaded once more then."""
+def test_a_sleeping_deployment_routes_to_the_new_version_at_once() -> None:
+    """Otherwise a version deleted while the deployment sleeps would stay, and be loaded for the next request."""
     spec = deployment()
     before = routes(spec, resolve(spec, [V1]), [])
     after = resolve(spec, [V1, V2])
-    assert target(routes(spec, after, [], before)) == "support-1.0.0", "pods may be on their way, and have the old one"
+    assert target(routes(spec, after, [], before)) == "support-1.0.0", "pods may be starting and have the old version"
     asleep = plan_routes(spec, after, "shop", [], before, "it is asleep", stopped=True)
     assert target(asleep) == "support-1.1.0"
     wanted = plan_wanted(spec, [wanted_adapter("shop", V2)], Wanted(base_model="tiny", max_lora_rank=8), asleep)
@@ -94,7 +94,7 @@ def test_a_deployment_without_pods_leads_to_the_new_version_at_once() -> None:
     assert target(gone) == "support-1.1.0"
 
 
-def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
+def test_an_adapter_that_is_being_deleted_keeps_answering() -> None:
     spec = deployment()
     old = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
     table = routes(spec, resolve(spec, []), [replica("pod-1", V1)], old)
@@ -104,7 +104,7 @@ def test_an_adapter_that_is_being_deleted_goes_on_answering() -> None:
     ).adapters
 
 
-def test_a_version_that_is_only_kept_gets_its_newest_signature() -> None:
+def test_a_version_that_is_kept_only_for_its_route_gets_its_newest_signature() -> None:
     spec = deployment(adapters=["support@^2"])
     old, new = (AdapterSignature(key_id=name, value="v") for name in ("old", "new"))
     first = wanted_adapter("shop", V1).model_copy(update={"signature": old})
@@ -116,7 +116,7 @@ def test_a_version_that_is_only_kept_gets_its_newest_signature() -> None:
 
 
 def coming(version: str, **changes: Any) -> Adapter:
-    """A version that nobody has verified yet."""
+    """Return a version that the operator has not verified yet."""
     found = adapter(version, **changes)
     found.status.conditions.clear()
     return found
@@ -130,11 +130,11 @@ def test_a_version_that_is_being_verified_is_expected() -> None:
         return [item.adapter for item in found]
 
     assert names(V1, V2, new) == ["support-1.2.0"]
-    assert names(new) == ["support-1.2.0"], "also the first of all"
-    assert names(V1, coming("1.1.0"), new) == ["support-1.2.0"], "the newest alone"
-    assert names(V2, coming("1.0.5")) == [], "it would not be taken"
-    assert names(V1, adapter("1.2.0", ready=False)) == [], "it was refused"
-    assert names(V1, coming("1.2.0", name="other")) == [], "nobody names it"
+    assert names(new) == ["support-1.2.0"], "also if it is the first version"
+    assert names(V1, coming("1.1.0"), new) == ["support-1.2.0"], "only the newest one"
+    assert names(V2, coming("1.0.5")) == [], "a newer version is served already"
+    assert names(V1, adapter("1.2.0", ready=False)) == [], "its verification failed"
+    assert names(V1, coming("1.2.0", name="other")) == [], "the deployment does not refer to it"
     assert names(V1, coming("1.2.0", base="other")) == []
     unknown = adapter("1.2.0")
     unknown.status.conditions[0].status = "Unknown"
@@ -144,14 +144,14 @@ def test_a_version_that_is_being_verified_is_expected() -> None:
     away = coming("1.2.0")
     assert away.spec.artifact is not None
     away.spec.artifact.uri = "s3://graft/other/adapters/support/1.2.0/"
-    assert names(V1, away) == [], "it lies in another tenant's part"
+    assert names(V1, away) == [], "it is below the prefix of another tenant"
     away.spec.artifact.uri = "s3://elsewhere/shop/adapters/support/1.2.0/"
-    assert names(V1, away) == [], "it lies in another bucket"
-    away.spec.artifact.uri = "s3://graft/"  # of before that was refused
+    assert names(V1, away) == [], "it is in another bucket"
+    away.spec.artifact.uri = "s3://graft/"  # old versions of Graft accepted such locations
     assert names(V1, away) == []
 
 
-def test_only_ready_replicas_are_backends_and_they_say_what_they_have() -> None:
+def test_only_ready_replicas_are_backends_and_they_list_their_loaded_adapters() -> None:
     spec = deployment(routes=[{"model": "support", "adapter": "support"}, {"model": "base"}])
     table = routes(
         spec, resolve(spec, [V1]), [replica("pod-1", V1), replica("pod-2", V1, ready=False), replica("pod-3")]
@@ -172,7 +172,7 @@ SEQUENCE = {
 }
 
 
-def test_a_sequence_leads_through_every_step_and_each_moves_on_its_own() -> None:
+def test_a_sequence_routes_to_every_step_and_each_step_changes_its_version_alone() -> None:
     spec, tone = deployment(**SEQUENCE), adapter("1.0.0", name="tone")
     old = routes(spec, resolve(spec, [V1, tone]), [replica("pod-1", V1, tone)])
     assert (old.routes[0].targets, [step.adapter for step in old.routes[0].steps]) == (
@@ -192,7 +192,7 @@ def test_a_sequence_leads_through_every_step_and_each_moves_on_its_own() -> None
     assert [step.adapter for step in full.routes[0].steps] == ["support-1.1.0", "tone-1.0.0"]
 
 
-def test_a_sequence_without_one_of_its_steps_leads_nowhere() -> None:
+def test_a_sequence_with_a_missing_step_has_no_targets() -> None:
     spec = deployment(**SEQUENCE)
     table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
     assert (table.routes[0].targets, table.routes[0].steps) == ([], [])

@@ -1,4 +1,4 @@
-"""A namespace's key of the store: whose Secret it is, and when one is issued."""
+"""The storage key of a namespace: who owns its Secret, and when the operator issues a key."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ SETTINGS = Settings(
 
 
 class Kube:
-    """Answers with one Secret after the other, the last of them for good."""
+    """An API that returns the given Secrets one after the other, and then always the last one."""
 
     def __init__(self, *secrets: dict[str, Any] | None) -> None:
         self.secrets = list(secrets)
@@ -31,7 +31,7 @@ class Kube:
 
 
 class Identity:
-    """The store's users."""
+    """The identity service of the store."""
 
     def __init__(self, *tenants: str) -> None:
         self.known = set(tenants)
@@ -71,31 +71,31 @@ async def test_a_key_is_issued_once() -> None:
     assert identity.asked == 1
 
 
-async def test_a_key_that_the_store_has_forgotten_is_issued_anew() -> None:
+async def test_a_key_that_the_store_does_not_know_is_issued_again() -> None:
     kube, identity = Kube(secret(ours=True)), Identity()
     assert await ensure_credentials(context(kube, identity), "shop") is None
     assert len(kube.applied) == 1
 
 
-async def test_a_secret_that_came_while_we_waited_is_not_overwritten() -> None:
+async def test_a_secret_that_a_user_created_meanwhile_is_not_overwritten() -> None:
     kube, identity = Kube(None, secret(ours=False)), Identity()
     assert await ensure_credentials(context(kube, identity), "shop") is None
     assert kube.applied == [] and identity.known == set()
 
 
 @pytest.mark.parametrize("identity", [None, Identity()])
-async def test_what_somebody_elses_secret_lacks_is_named(identity: Identity | None) -> None:
+async def test_missing_entries_in_the_secret_of_a_user_are_named(identity: Identity | None) -> None:
     trouble = await ensure_credentials(context(Kube(secret(ours=False, without="bucket")), identity), "shop")
     assert trouble is not None and trouble.reason == "CredentialsMissing"
     assert trouble.message.endswith("shop/. Missing entries: bucket")
 
 
-async def test_without_an_identity_service_somebody_has_to_make_one() -> None:
+async def test_without_an_identity_service_a_user_must_create_the_secret() -> None:
     trouble = await ensure_credentials(context(Kube(None), None), "shop")
     assert trouble is not None and trouble.message.endswith(", ".join(sorted(SECRET_KEYS)))
 
 
-def test_a_base_model_whose_new_spec_is_not_checked_yet_is_not_described_by_its_old_condition() -> None:
+def test_a_condition_for_an_older_spec_does_not_describe_the_base_model() -> None:
     ready = {
         "type": "Ready", "status": "True", "reason": "Resolved", "message": "12 layers", "observedGeneration": 1,
         "lastTransitionTime": "2026-01-01T00:00:00Z",

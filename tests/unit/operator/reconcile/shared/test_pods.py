@@ -1,9 +1,9 @@
-"""What is read from pods: why one waits, why one ended."""
+"""What the operator reads from pods: why a pod waits and why it ended."""
 
 import json
 from typing import Any
 
-from graft.reconcile.shared.pods import ending, is_ready, waiting_message
+from graft.reconcile.shared.pods import ending, is_ready, of_deployment, waiting_message
 
 
 def pod(**status: Any) -> dict[str, Any]:
@@ -15,21 +15,21 @@ def ended(code: int, message: str = "", reason: str = "Error") -> dict[str, Any]
     return pod(phase="Failed", containerStatuses=[{"name": "train", "state": {"terminated": terminated}}])
 
 
-def test_the_container_s_own_words_win() -> None:
+def test_the_termination_message_of_the_container_is_used_first() -> None:
     said = json.dumps({"reason": "DatasetInvalid", "message": "line 3: no role.", "remedy": "Add it."})
     found = ending(ended(10, said))
     assert found is not None
     assert (found.reason, found.text) == ("DatasetInvalid", "line 3: no role. Add it.")
 
 
-def test_a_container_killed_for_memory_names_the_limit() -> None:
+def test_an_oom_killed_container_names_the_memory_limit() -> None:
     found = ending(ended(137, reason="OOMKilled"))
     assert found is not None
     assert found.reason == "MemoryExceeded"  # the next attempt halves the micro-batch
     assert "limits.memory" in found.remedy
 
 
-def test_an_exit_code_without_words_still_has_its_reason() -> None:
+def test_an_exit_code_without_a_message_still_has_its_reason() -> None:
     found = ending(ended(12, "not json"))
     assert found is not None
     assert found.reason == "BaseModelUnavailable"
@@ -41,7 +41,7 @@ def test_an_evicted_pod_was_interrupted() -> None:
     assert found.reason == "Interrupted"
 
 
-def test_an_evicted_pod_tells_what_the_node_lacked_and_not_that_it_was_killed() -> None:
+def test_the_message_of_an_evicted_pod_names_the_resource_that_the_node_lacked() -> None:
     evicted = ended(137)
     message = "The node was low on resource: ephemeral-storage. Container train was using 90Gi, request is 2Gi."
     evicted["status"] |= {"reason": "Evicted", "message": message}
@@ -50,18 +50,38 @@ def test_an_evicted_pod_tells_what_the_node_lacked_and_not_that_it_was_killed() 
     assert (found.reason, found.message) == ("Interrupted", message) and "nodeDiskBytes" in found.remedy
 
 
-def test_a_pod_that_finds_no_node_says_why() -> None:
+def test_the_message_of_an_unschedulable_pod_says_why() -> None:
     unscheduled = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes have a GPU"}
     assert "0/3 nodes have a GPU" in (waiting_message(pod(conditions=[unscheduled])) or "")
 
 
-def test_an_image_that_cannot_be_pulled_says_so() -> None:
+def test_an_image_that_cannot_be_pulled_is_reported() -> None:
     stuck = {"name": "train", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
     assert "ImagePullBackOff: no such image" in (waiting_message(pod(containerStatuses=[stuck])) or "")
 
 
-def test_a_pod_on_its_way_out_is_not_ready() -> None:
+def test_a_terminating_pod_is_not_ready() -> None:
     ready = pod(conditions=[{"type": "Ready", "status": "True"}])
     assert is_ready(ready)
     ready["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     assert not is_ready(ready)
+
+
+def owned(uid: str, by: str | None = None, *, controller: bool = True) -> dict[str, Any]:
+    references = [{"uid": by, "controller": controller}] if by else []
+    return {"metadata": {"name": uid, "uid": uid, "ownerReferences": references}}
+
+
+def test_only_pods_of_the_deployments_own_replicasets_serve() -> None:
+    deployment, sets = owned("deployment", "owner"), [owned("new", "deployment"), owned("old", "deployment")]
+    mine = [owned("a", "new"), owned("b", "old")]
+    others = [
+        owned("labels-only"),
+        owned("of-another", "foreign-set"),
+        owned("of-the-resource", "owner"),
+        owned("of-the-deployment", "deployment"),
+        owned("not-controlled", "new", controller=False),
+    ]
+    assert of_deployment(mine + others, [*sets, owned("foreign-set", "other")], deployment, "owner") == mine
+    assert of_deployment(mine, sets, owned("deployment", "other"), "owner") == []
+    assert of_deployment(mine, sets, None, "owner") == []

@@ -1,4 +1,4 @@
-"""Who is looked at when: errors are told as errors, and what is no error is not."""
+"""The reconcile queue: it retries after every failure, and logs only real errors as errors."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from graft.reconcile.shared.queue import Queue
 
 
 async def looks(*outcomes: Exception | None) -> None:
-    """Look at one resource as often as there are outcomes."""
+    """Reconcile one resource once for each outcome. An outcome is an exception to raise, or None."""
     left, done = list(outcomes), asyncio.Event()
 
     async def reconcile(namespace: str, name: str) -> float | None:
@@ -28,12 +28,12 @@ async def looks(*outcomes: Exception | None) -> None:
         await queue.stop()
 
 
-async def test_a_write_that_came_second_is_no_error_and_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_write_conflict_is_retried_and_not_logged_as_an_error(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     await looks(KubeError(409, "Conflict", "the object has been modified"), None)
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-async def test_an_error_is_logged_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_is_logged_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     await looks(KubeError(500, "InternalError", "etcd is away"), None)
     assert [(record.levelname, record.error) for record in caplog.records] == [("ERROR", "etcd is away")]

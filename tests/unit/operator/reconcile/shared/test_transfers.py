@@ -1,4 +1,4 @@
-"""Work beside the looks: one for a resource, stopped when it is no longer wanted."""
+"""Background work beside the reconciles: one transfer per resource, which stops when it is not wanted any more."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ async def finished(transfers: Transfers, uid: str) -> None:
     assert transfer.done
 
 
-async def test_a_result_waits_for_the_next_look() -> None:
+async def test_a_result_is_kept_for_the_next_reconcile() -> None:
     transfers = Transfers()
     transfers.start("u", "compress", lambda number, stopped: number + 1, 41)
     await finished(transfers, "u")
@@ -31,7 +31,7 @@ async def test_a_result_waits_for_the_next_look() -> None:
     assert transfers.forget("u") and transfers.find("u") is None
 
 
-async def test_an_error_is_the_result() -> None:
+async def test_the_error_of_a_transfer_is_its_result() -> None:
     def fails(stopped: Callable[[], bool]) -> None:
         raise OSError("the store is away")
 
@@ -44,11 +44,11 @@ async def test_an_error_is_the_result() -> None:
         transfer.result()
 
 
-async def test_what_is_not_wanted_any_more_is_stopped_and_only_then_forgotten() -> None:
+async def test_a_transfer_is_stopped_before_it_is_forgotten() -> None:
     transfers = Transfers()
     transfers.start("u", "compress", until_stopped)
     await asyncio.sleep(0.05)
-    assert not transfers.forget("u"), "its thread still writes"
+    assert not transfers.forget("u"), "the thread of the transfer is still writing"
     await finished(transfers, "u")
     assert transfers.forget("u")
     assert transfers.forget("never heard of")
@@ -60,7 +60,7 @@ async def test_a_restoration_does_not_wait_for_a_compression() -> None:
     transfers.start("b", "compress", lambda stopped: ended.set())
     transfers.start("c", "restore", lambda stopped: "restored")
     await finished(transfers, "c")
-    assert not ended.is_set(), "one compression at a time"
+    assert not ended.is_set(), "only one compression runs at a time"
     transfers.stop()
     for uid in ("a", "b"):
         await finished(transfers, uid)

@@ -1,0 +1,241 @@
+"""Keys and users of a real S3 server: what another installation of Graft, or a namespace without the right, gets."""
+
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from graft.artifacts.identity import VersityIdentity, bucket_statements, installation_id
+from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.store import S3Store
+from graft.reconcile import basemodel
+from graft.reconcile.shared.context import Context
+from graft.reconcile.shared.storerights import allow_models, readers
+from testbed.objectstore import S3Server, s3_server
+from worlds.reconciling import SETTINGS, MemoryKube, Object
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+def bucket(server: S3Server, name: str) -> S3Store:
+    """A fresh bucket, opened with the root's key."""
+    config = StorageConfig.from_dir(server.secret_dir(name))
+    store = S3Store(replace(config, bucket=f"{name}-{secrets.token_hex(4)}"))
+    store.create_bucket()
+    return store
+
+
+def opened(key: StorageConfig) -> S3Store:
+    return S3Store(key, attempts=1)
+
+
+def denied(call: Callable[..., Any], *arguments: Any) -> None:
+    with pytest.raises(StoreError) as error:
+        call(*arguments)
+    assert error.value.trouble == "denied", error.value
+
+
+def legacy(store: S3Store, identity: VersityIdentity, tenant: str) -> StorageConfig:
+    """Issue a key as the version before installations had ids did: the user graft-<tenant>."""
+    user, secret, name = f"graft-{tenant}", secrets.token_urlsafe(30), store.config.bucket
+    if user not in identity.users():
+        identity._admin(
+            "/create-user", f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>"
+        )
+    statements = bucket_statements(name, {tenant: user}, {"models/": None}, "Graft")
+    for item in statements:
+        item["Sid"] = item["Sid"].replace("Models0", "Models")
+    store.client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements}))
+    return replace(store.config, access_key_id=user, secret_access_key=secret, prefix=f"{tenant}/")
+
+
+def works(key: StorageConfig, tenant: str) -> bool:
+    try:
+        opened(key).put(f"{tenant}/data.jsonl", b"{}")
+    except StoreError:
+        return False
+    return True
+
+
+def test_two_installations_on_one_store_never_touch_each_others_users(server: S3Server) -> None:
+    """An installation issues, renews and revokes keys of the namespaces shop and desk -> the other's keys go on working."""
+    ours, theirs = bucket(server, "ours"), bucket(server, "theirs")
+    one = VersityIdentity(ours, server.endpoint, "cluster-1/graft-system")
+    two = VersityIdentity(theirs, server.endpoint, "cluster-2/graft-system")
+    same_bucket = VersityIdentity(ours, server.endpoint, "cluster-3/graft-system")
+    keys = {tenant: two.issue(tenant) for tenant in ("shop", "desk")}
+    first = same_bucket.issue("shop")
+    assert one.tenants() == set()  # so nothing of the others is ever taken for an orphan
+    one.issue("shop")
+    renewed = one.issue("shop")
+    one.issue("other")
+    one.revoke("desk")
+    one.revoke("shop")
+    assert one.tenants() == {"other"}
+    assert two.tenants() == {"shop", "desk"} and same_bucket.tenants() == {"shop"}
+    assert all(works(key, tenant) for tenant, key in keys.items()) and works(first, "shop")
+    assert not works(renewed, "shop")
+    denied(opened(keys["shop"]).get, "desk/data.jsonl")
+
+
+def test_users_that_nobody_recorded_are_never_deleted(server: S3Server) -> None:
+    """The store has a user graft-billing of somebody else -> no namespace of that name makes Graft delete it."""
+    store = bucket(server, "ours")
+    identity = VersityIdentity(store, server.endpoint, "cluster-1/graft-system")
+    identity._admin(
+        "/create-user", "<Account><Access>graft-billing</Access><Secret>another</Secret><Role>user</Role></Account>"
+    )
+    assert "billing" not in identity.tenants()
+    identity.revoke("billing")
+    identity.issue("billing")
+    identity.revoke("billing")
+    assert "graft-billing" in identity.users()
+
+
+def test_a_key_of_an_older_version_goes_on_working_and_is_taken_over(server: S3Server) -> None:
+    """No attack: an upgrade. The old key works until it is renewed, and a deleted namespace's old key is revoked."""
+    store = bucket(server, "ours")
+    identity = VersityIdentity(store, server.endpoint, "cluster-1/graft-system", models=None)
+    key = legacy(store, identity, "upgraded")
+    store.put("models/tiny/config.json", b"{}")
+    assert identity.tenants() == {"upgraded"}
+    identity.issue("newcomer")
+    identity.allow({"models/tiny/": None})
+    assert works(key, "upgraded") and opened(key).get("models/tiny/config.json") == b"{}"
+    assert "graft-upgraded" in identity.users()
+    new = identity.issue("upgraded")
+    assert works(new, "upgraded") and not works(key, "upgraded")
+    assert "graft-upgraded" not in identity.users()
+    identity.revoke("upgraded")
+    assert identity.tenants() == {"newcomer"}
+
+
+def test_an_old_key_that_two_installations_name_is_deleted_by_neither(server: S3Server) -> None:
+    """Two old installations share the user graft-both -> one's revocation does not delete the other's key."""
+    ours, theirs = bucket(server, "ours"), bucket(server, "theirs")
+    one, two = VersityIdentity(ours, server.endpoint, "1"), VersityIdentity(theirs, server.endpoint, "2")
+    key = legacy(theirs, two, "both")
+    legacy(ours, one, "both")
+    one.revoke("both")
+    assert one.tenants() == set() and two.tenants() == {"both"}
+    assert works(key, "both")
+    denied(opened(replace(key, bucket=ours.config.bucket)).put, "both/data.jsonl", b"{}")
+
+
+def test_the_operators_own_user_is_never_deleted(server: S3Server) -> None:
+    """A statement in the policy names the operator's own user as a namespace's -> it is not deleted."""
+    store = bucket(server, "ours")
+    identity = VersityIdentity(store, server.endpoint, "1")
+    identity._store = S3Store(replace(store.config, access_key_id="root"))
+    identity.revoke("root")
+    identity.issue("shop")
+    assert identity.tenants() == {"shop"}
+
+
+# Base models that are restricted to namespaces.
+
+
+def model(name: str, source: str, allowed: list[str] | None = None) -> Object:
+    spec: dict[str, Any] = {"source": source} | ({"allowedNamespaces": allowed} if allowed else {})
+    metadata = {"name": name, "uid": name, "generation": 1}
+    return {"apiVersion": "graft.dev/v1alpha1", "kind": "BaseModel", "metadata": metadata, "spec": spec}
+
+
+async def test_a_restricted_model_is_restricted_in_storage(server: S3Server) -> None:
+    """A pod of another namespace reads or lists a restricted model with its own key -> the store refuses it."""
+    store = bucket(server, "ours")
+    name = store.config.bucket
+    for folder in ("open", "secret", "secret-too", "forgotten"):
+        store.put(f"models/{folder}/config.json", b"{}")
+    identity = VersityIdentity(store, server.endpoint, "1", models=None)
+    shop, desk = opened(identity.issue("shop")), opened(identity.issue("desk"))
+    secret = model("secret", f"s3://{name}/models/secret", ["shop"])
+    kube = MemoryKube(model("open", f"s3://{name}/models/open/"), secret)
+    ctx = Context(kube, SETTINGS, store, identity)  # type: ignore[arg-type]
+    await allow_models(ctx)
+    assert shop.get("models/secret/config.json") == shop.get("models/open/config.json") == b"{}"
+    assert [item.key for item in shop.objects("models/secret/")] == ["models/secret/config.json"]
+    assert desk.get("models/open/config.json") == b"{}"
+    for refused in ("models/secret/config.json", "models/secret-too/config.json", "models/forgotten/config.json"):
+        denied(desk.get, refused)
+    for prefix in ("models/secret/", "models/", "models", "models/s", ""):
+        denied(lambda prefix=prefix: list(desk.objects(prefix)))
+    denied(shop.put, "models/secret/config.json", b"mine")
+    late = opened(identity.issue("late"))
+    denied(late.get, "models/secret/config.json")
+    assert late.get("models/open/config.json") == b"{}"
+
+    secret["spec"]["allowedNamespaces"] = ["desk"]  # the restriction changes while keys are in use
+    await allow_models(ctx)
+    denied(shop.get, "models/secret/config.json")
+    assert desk.get("models/secret/config.json") == b"{}"
+    del kube.objects["BaseModel", None, "secret"]  # a deleted model is not open to all
+    await allow_models(ctx)
+    for key in (shop, desk, late):
+        denied(key.get, "models/secret/config.json")
+
+
+def test_a_base_model_opens_no_tenants_part() -> None:
+    """A BaseModel names a tenant's files, a wildcard or a parent folder -> no key gets a right on them."""
+    sources = [
+        "s3://graft/shop/adapters/a/1.0.0/", "s3://graft/models/*", "s3://graft/models/../shop/", "s3://graft/models",
+        "s3://graft/models//", "s3://graft/models/${aws:username}/", "s3://other/models/a", "hf://org/name", "pvc://claim/a",
+        "s3://graft/mod?ls/x", "s3://graft/modelsx/a",
+    ]  # fmt: skip
+    found = readers([model(str(number), source) for number, source in enumerate(sources)], "graft")
+    assert found == {}
+
+
+def test_the_readers_of_a_folder_are_those_of_all_its_models() -> None:
+    """No attack: several BaseModels of the same folder."""
+    secret, shared = "s3://graft/models/a", "s3://graft/models/b/"
+    models = [
+        model("1", secret, ["shop"]),
+        model("2", f"{secret}/", ["desk"]),
+        model("3", shared, ["x"]),
+        model("4", shared),
+    ]
+    assert readers(models, "graft") == {"models/a/": ["desk", "shop"], "models/b/": None}
+
+
+async def test_a_base_model_in_a_namespaces_part_is_read_for_that_namespace_only() -> None:
+    """A BaseModel for all names a namespace's files -> its digest, size and facts are not told, and the store is not asked."""
+    stolen = "s3://graft/shop/adapters/a/1.0.0"
+    for source, allowed in (
+        (stolen, None),
+        (stolen, ["desk"]),
+        (stolen, ["shop", "desk"]),
+        ("s3://graft/models/../shop", None),
+    ):
+        raw = model("stolen", source, allowed)
+        kube = MemoryKube(raw, {"kind": "Namespace", "metadata": {"name": "shop"}})
+        ctx = Context(kube, SETTINGS, Untouchable(), None)  # type: ignore[arg-type]
+        await basemodel.reconcile(ctx, "", "stolen")
+        (ready,) = raw["status"]["conditions"]
+        assert ready["reason"] == "SourceInvalid", ready
+        assert set(raw["status"]) <= {"conditions", "stage", "observedGeneration"}
+
+
+class Untouchable:
+    """A store that nobody may ask."""
+
+    config = StorageConfig("http://s3", "r", "graft", "", "root", "secret")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the store was asked: {name}")
+
+
+def test_the_policy_grows_slowly_and_models_with_the_same_readers_share_statements() -> None:
+    """A platform has 30 namespaces and 40 models -> its policy stays below the 20 KiB that S3 allows."""
+    users = {f"team-{number:02d}": f"graft-{installation_id('graft', 'x')}-team-{number:02d}" for number in range(25)}
+    models: dict[str, Any] = {f"models/m{number:02d}/": None for number in range(20)}
+    models |= {f"models/r{number:02d}/": ["team-01", "team-02"] for number in range(10)}
+    statements = bucket_statements("graft", users, models, "Graft" + installation_id("graft", "x"))
+    assert len(statements) == 3 * 25 + 4
+    assert len(json.dumps({"Version": "2012-10-17", "Statement": statements}, separators=(",", ":"))) < 20 * 1024

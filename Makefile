@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-cluster test-e2e test-vllm bench-train bench-train-cluster bench-serve binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-cluster test-e2e test-vllm bench-train bench-train-cluster bench-serve binaries crds lock images clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -37,10 +37,13 @@ lint: venv ## ruff, mypy --strict, import-linter, and a check that the CRDs and 
 	$(PY) -m graft.crdgen --check
 
 test: lint binaries ## lint and every test suite; the last line is pytest's summary
-	$(PYTEST) tests/unit tests/cluster tests/e2e
+	$(PYTEST) tests/unit tests/attacks tests/cluster tests/e2e
 
 test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 	$(PYTEST) tests/unit
+
+test-attacks: venv binaries ## run the attacks and print a table: attack -> refusal
+	$(PYTEST) tests/attacks tests/cluster/attacks
 
 test-cluster: venv binaries ## the operator against a real API server and a real S3 server
 	$(PYTEST) tests/cluster

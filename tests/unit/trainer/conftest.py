@@ -16,6 +16,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train with one thread: a second one only slows such small models down."""
+    monkeypatch.setattr("graft_trainer.train.cpu_limit", lambda: 1)
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
     """Use one thread, because a second one slows down such small models. Measure the latency only briefly."""

@@ -22,7 +22,7 @@ from worlds.trainer import MemoryStore, chat_lines, make_job, make_run
 TOO_MUCH = 1 << 46  # bytes
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager

@@ -192,9 +192,11 @@ def test_files_of_volume_claims_and_config_maps_are_read_from_their_mounts(
 
 
 @pytest.mark.parametrize(
-    "uri", [f"s3://bucket/{EVAL}x", "pvc://data/none.jsonl", "pvc://data/../../etc/passwd", "configMap://none/key"]
+    "uri", [f"s3://bucket/{EVAL}x", "pvc://data/none.jsonl", "pvc://data/link/passwd", "configMap://none/key"]
 )
 def test_a_missing_dataset_is_unavailable(tmp_path: Path, store: MemoryStore, uri: str) -> None:
+    (tmp_path / "pvc" / "data").mkdir(parents=True)
+    (tmp_path / "pvc" / "data" / "link").symlink_to("/etc")  # it leads out of the claim
     reason, message = reason_of(tmp_path, store, make_job(dataset={"train": {"uri": uri}}))
     assert reason == Reason.DATASET_UNAVAILABLE
     assert "dataset.train" in message and uri in message

@@ -24,7 +24,7 @@ from transformers import (
 )
 from worlds.trainer import make_base, make_job, make_qwen, make_t5, ready, train_prepared
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def example(length: int, seed: int, text: bool = False) -> Tokenised:

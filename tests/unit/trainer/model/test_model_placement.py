@@ -68,7 +68,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"causal": make_base(tmp_path_factory.mktemp("llama")), "seq2seq": make_t5(tmp_path_factory.mktemp("t5"))}
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(base: Path) -> Any:

@@ -84,7 +84,10 @@ def would_be_stored(kind: str, status: Object) -> None:
 def running_job(pod: Object | None = None) -> tuple[MemoryKube, Object]:
     """A FineTuneJob whose training pod runs."""
     owned = {"namespace": "shop", "labels": {OWNER_UID: "uid-job"}, "creationTimestamp": "2026-01-01T00:00:00Z"}
-    by_job, by_child = {"ownerReferences": [{"uid": "uid-job"}]}, {"ownerReferences": [{"uid": "uid-child"}]}
+    by_job, by_child = (
+        {"ownerReferences": [{"uid": "uid-job", "controller": True}]},
+        {"ownerReferences": [{"uid": "uid-child", "controller": True}]},
+    )
     job = {
         "apiVersion": "graft.dev/v1alpha1", "kind": "FineTuneJob",
         "metadata": {"name": "colours", "namespace": "shop", "uid": "uid-job", "generation": 1,
@@ -201,7 +204,7 @@ async def test_any_reason_of_a_pod_ends_in_a_documented_reason(reason: str) -> N
         terminated["message"] = message
         pod = {
             "kind": "Pod", "metadata": {**owned, "name": "pod-0", "creationTimestamp": "2026-01-01T00:00:00Z",
-                                        "ownerReferences": [{"uid": "uid-child"}]},
+                                        "ownerReferences": [{"uid": "uid-child", "controller": True}]},
             "status": {"phase": "Failed", "containerStatuses": [{"name": "train", "state": {"terminated": terminated}}]},
         }  # fmt: skip
         kube, job = running_job(pod)

@@ -450,7 +450,7 @@ class FakeKube:
         self.events: list[str] = []
         self.deleted: list[tuple[str, str]] = []
         self.finalizers: list[str] | None = None
-        self.jobs = [{"metadata": {"name": "it", "uid": "j", "ownerReferences": [{"uid": "u"}]}}]
+        self.jobs = [{"metadata": {"name": "it", "uid": "j", "ownerReferences": [{"uid": "u", "controller": True}]}}]
 
     async def get(self, kind: str, namespace: str | None, name: str) -> Any:
         return self.raw

@@ -197,10 +197,10 @@ def test_a_receipt_that_is_deleted_between_listing_and_reading_is_ignored(tmp_pa
     leave_checkpoint(store)
     read = store.get
 
-    def gone(key: str, bucket: str | None = None) -> bytes:
+    def gone(key: str, bucket: str | None = None, **how: Any) -> bytes:
         if key.endswith("pod-0/checkpoints/step-000002/rank-0000.json"):
             store.kept.pop(key, None)
-        return read(key, bucket)
+        return read(key, bucket, **how)
 
     store.get = gone  # type: ignore[method-assign]
     assert not pipeline.trained_to_the_end(run)

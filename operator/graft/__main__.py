@@ -46,8 +46,8 @@ def run() -> None:
     from graft import handlers  # noqa: F401 - registers with kopf
 
     address = os.environ.get("GRAFT_LIVENESS", "http://0.0.0.0:8080/healthz")
-    # standalone: the chart runs one replica with the strategy Recreate. kopf's peering is no real lease, and every write is
-    # safe to repeat.
+    # standalone: the chart runs one replica with the strategy Recreate. kopf's peering is not a lease, and every write
+    # is safe to repeat.
     kopf.run(clusterwide=True, standalone=True, liveness_endpoint=address)
 
 

@@ -1,8 +1,9 @@
-"""Bounds on JSON that something less trusted wrote, checked before memory is spent on it.
+"""Bounds on JSON from less trusted writers, checked before memory is spent on it.
 
-Every program of Graft reads such JSON: the operator a training pod's progress, the gateway a client's request, the agent an
-engine's answer. Ten megabytes of brackets become a gigabyte of Python objects, so the text is checked first: its bytes, its
-depth and the number of its values. This module knows no message; the limits of each are in LIMITS of its contract.
+Every program of Graft reads such JSON. The operator reads a training pod's progress, the gateway reads a client's
+request, and the agent reads an engine's answer. Ten megabytes of brackets become a gigabyte of Python objects, so the
+text is checked first: its bytes, its depth and the number of its values. This module knows no messages. LIMITS in the
+contract of a message has its limits.
 """
 
 import json
@@ -43,7 +44,7 @@ def check_json(data: bytes, limits: Limits, what: str) -> None:
         elif first == 0x2C:  # a comma
             values += 1
         else:
-            strings += 1  # at most a key and a value; without commas between them it is no JSON, but it costs time
+            strings += 1  # at most a key and a value per comma; more are invalid JSON, but cost time
         if depth > limits.depth:
             raise OutOfBounds(f"{what} is nested deeper than {limits.depth} levels")
         if depth < 0:
@@ -80,7 +81,7 @@ def _finite(text: str) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the parser's message without the text that it quotes: the text may be another's secret."""
+    """Return the parser's message without the text that it quotes: the text may be another user's secret."""
     if isinstance(error, UnicodeError):
         return "it is not UTF-8, or it has half a character (a surrogate without its pair)"
     return str(error).partition("\n")[0][:200]

@@ -130,8 +130,11 @@ class Connection:
 
 
 async def lines(content: Any, longest: int) -> AsyncIterator[bytes]:
-    """Yield the lines of a stream. A line of more than `longest` bytes is left out: one object of anybody must not end the
-    watch of all objects. The resync covers it."""
+    """Yield the lines of a stream.
+
+    A line of more than `longest` bytes is left out: one user's object must not end the watch of all objects. The resync
+    covers it.
+    """
     held, skipped = bytearray(), False
     async for chunk in content.iter_any():
         *ends, rest = chunk.split(b"\n")

@@ -1,4 +1,5 @@
-"""The only code that imports kopf. Watches of our kinds wake the reconcilers, and probes report whether this works.
+"""The only code that imports kopf. Watches of our kinds wake the reconcilers, and probes report whether watches and
+reconciles work.
 
 The handlers are low-level (`kopf.on.event`), so kopf never writes finalizers, annotations or progress. The only writes
 are those of the reconcilers. kube.watch watches the children with a label selector that the API server evaluates.
@@ -86,13 +87,19 @@ async def _start_operator() -> None:
     await signing.refresh(ctx)
     operator.ctx = ctx
     operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
-    ctx.wake = operator.queue.wake
+    ctx.wake = _wake_known
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
     operator.tasks = [asyncio.create_task(_follow(kind), name=f"watch {kind}") for kind in CHILDREN]
     operator.tasks.append(asyncio.create_task(_follow_demand(), name="watch demand"))
     operator.tasks.append(asyncio.create_task(_follow_namespaces(), name="watch namespaces"))
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
     operator.tasks.append(asyncio.create_task(_signing_keys(), name="signing keys"))
+
+
+def _wake_known(kind: str, namespace: str, name: str) -> None:
+    """Reconcile a resource that still exists. Work that ends after a deletion must not start a worker again."""
+    if operator.queue is not None and (kind, namespace, name) in operator.uids:
+        operator.queue.wake(kind, namespace, name)
 
 
 @kopf.on.cleanup()
@@ -123,6 +130,9 @@ async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
         if event.get("type") == "DELETED":
             operator.uids.pop((kind, namespace, name), None)
             queue.forget(kind, namespace, name)
+            if operator.ctx is not None:
+                operator.ctx.transfers.forget(meta["uid"])
+                operator.ctx.backoff.forget(meta["uid"])
         else:
             operator.uids[kind, namespace, name] = meta["uid"]
             queue.wake(kind, namespace, name)

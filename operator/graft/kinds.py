@@ -1,8 +1,8 @@
 """The kinds that Graft reads and writes: their API paths, and the check of what the API server answers (PURE).
 
-Names come from specs that anybody may write. The API server decodes %2F and reads a path part by part, so quoting alone does
-not keep a name in its collection: a name with a slash is refused, as the API server refuses it in an object. This module sends
-no request.
+Names come from specs that any user may write. The API server decodes %2F and reads a path part by part, so quoting
+alone does not keep a name in its collection: a name with a slash is refused, as the API server refuses it in an object.
+This module sends no request.
 """
 
 import re
@@ -67,7 +67,7 @@ def path_part(text: str) -> str:
 def selector(labels: dict[str, str | None]) -> str:
     """Return a label selector. A label with the value None matches any value.
 
-    Raises ImpossibleName if a value is no label value: a comma in it would begin another condition.
+    Raises ImpossibleName if a value is not a valid label value: a comma in it would begin another condition.
     """
     for value in labels.values():
         if value is not None and not LABEL_VALUE.fullmatch(value):

@@ -1,7 +1,8 @@
-"""The only code that talks to the Kubernetes API: get, list, watch, apply, status, delete, events.
+"""The objects of the Kubernetes API: get, list, watch, apply, status, delete, events. connection.py sends the requests.
 
-Every path part is quoted and checked (kinds.py). What comes back is checked for kind, name and namespace before anybody uses
-it. Answers are bounded (connection.py): lists are read page by page, and only what the caller needs is held.
+Every path part is quoted and checked (kinds.py). Each answer is checked for kind, name and namespace before it is used.
+Answers are bounded (connection.py). Lists are read page by page, and only the objects that the caller asked for are
+held.
 """
 
 import asyncio
@@ -104,9 +105,9 @@ class Kube:
     ) -> list[Manifest]:
         """Return all objects with these labels. They are read from etcd, not from a cache.
 
-        With `owner`, only objects whose ownerReferences have this UID are held: everybody may set labels. managedFields are left
-        out, and with `metadata_only` everything but the metadata. Raises KubeError if the objects of one namespace have more than
-        LARGEST_LIST bytes.
+        With `owner`, only objects whose ownerReferences have this UID are held, because any user can set labels.
+        managedFields are left out, and with `metadata_only` everything but the metadata. Raises KubeError if the
+        objects of one namespace have more than LARGEST_LIST bytes.
         """
         query = {"labelSelector": selector(dict(labels))} if labels else {}
         items: list[Manifest] = []
@@ -150,12 +151,12 @@ class Kube:
         only: tuple[str, str] | None = None,
     ) -> AsyncIterator[Manifest | None]:
         """Yield the changes of all objects with these labels, without end. A label with the value None matches any
-        value. Only their metadata is read: everybody may set labels on objects of any size.
+        value. Only the metadata of the objects is read: any user can set labels on objects of any size.
 
         `only`: watch one object, as (namespace, name), as a whole.
 
         The objects are listed first, then watched, and listed again after an error. None is yielded when a watch opens or ends
-        without an error, so a caller can tell a silent watch from a broken one.
+        without an error, so a caller can distinguish a silent watch from a broken watch.
         """
         namespace, name = only if only is not None else (None, None)
         path = KINDS[kind].path(namespace)
@@ -334,8 +335,9 @@ def _check_list(kind: str, namespace: str | None, page: Manifest) -> None:
 
 
 def _slim(item: Manifest) -> Manifest:
-    """Return an object of a list without two lists that nobody uses and that are often longer than the rest: who set which
-    field, and the images on a node."""
+    """Return an object of a list without two long lists that Graft does not use: its managedFields, and the images on a
+    node.
+    """
     item["metadata"].pop("managedFields", None)
     (item.get("status") or {}).pop("images", None)
     return item

@@ -47,10 +47,10 @@ class Network(_Part):
     """What the NetworkPolicies of serving and training pods allow besides the flows that Graft knows."""
 
     api_server_ports: list[int] = Field(default_factory=lambda: [443, 6443])
-    # Addresses of DNS servers that are no pods and that are link-local. The default is NodeLocal DNSCache's.
+    # Link-local addresses of DNS servers that are not pods. The default is NodeLocal DNSCache's.
     dns_servers: list[str] = Field(default_factory=lambda: ["169.254.20.10/32"])
     egress: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyEgressRules
-    metrics_from: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyPeers; if empty, everybody
+    metrics_from: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyPeers; if empty, all pods
 
 
 class Spot(_Part):

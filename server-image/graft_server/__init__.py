@@ -1,4 +1,4 @@
 """The programs of the server image: the engine and the agent of a serving pod, and the gateway for clients.
 
-They talk over HTTP and ConfigMaps. They do not import each other.
+They communicate over HTTP and ConfigMaps. They do not import each other.
 """

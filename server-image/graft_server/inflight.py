@@ -9,7 +9,7 @@ VALUE_BYTES = 96  # counted for every value of JSON: the size of a Python object
 
 
 class Full(Exception):
-    """There is no room for these bytes now. `account` is the one that is full.
+    """An account cannot hold these bytes now. `account` is that account.
 
     `never`: the request alone needs more than the account allows, so it must not be repeated.
     """
@@ -89,11 +89,11 @@ class Share:
 
 
 def weight(body: bytes, values: int) -> int:
-    """Return the bytes that the objects of a body may need beside its own. It costs no time that matters.
+    """Return the bytes that the objects of a body may need in addition to the body. This takes almost no time.
 
     `values` is the number of values beyond which the body is refused. Every value stands behind a comma or a bracket.
-    Those inside of strings count, too, so the result is an upper bound. Python keeps a text with one wide character in 4
-    bytes for each character.
+    Commas and brackets inside strings count, too, so the result is an upper bound. Python keeps a text with one wide
+    character in 4 bytes for each character.
     """
     count = min(values, body.count(b",") + body.count(b"[") + body.count(b"{"))
     wide = b"\\u" in body or (not body.isascii() and body.translate(None, NARROW))

@@ -17,7 +17,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 GPU = "nvidia.com/gpu"  # resource name of the device plugin, and key of the usual taint
 
 
-# Patterns of names. What a resource names becomes part of a path, a label or a file's name, so nothing else may be in it.
+# Patterns of names. A name becomes part of a path, a label or a file's name, so no other characters are allowed.
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"  # at most 63 characters
 DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"  # at most 253 characters
 LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"  # at most 317 characters
@@ -30,15 +30,15 @@ SHA256 = r"^sha256:[0-9a-f]{64}$"
 SHA256_LENGTH = 71  # characters
 KEY_NAME = r"^[^\x00-\x1f\x7f]+$"  # a key in a file of the user: any text without control characters
 
-# Patterns of places. No part of a path may be . or .., which would lead out of the folder.
-_PART = r"([^/\s.][^/\s]*|\.[^/\s.][^/\s]*|\.\.[^/\s]+)"
-_PATH = rf"{_PART}(/{_PART})*"
+# Patterns of URIs. No part of a path may be .., which would lead out of the folder.
+_PART = r"([^/\s.][^/\s]*|\.([^/\s.][^/\s]*)?|\.\.[^/\s]+)"
+_PATH = rf"{_PART}(/+{_PART})*"
 _HF_PART = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?"
 _HF = rf"{_HF_PART}/{_HF_PART}(@{_HF_PART}(/{_HF_PART})*)?"
 _CLAIM = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-MODEL_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}(/({_PATH}/?)?)?)$"
-DATASET_URI = rf"^(hf://datasets/{_HF}/{_PATH}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}/{_PATH}|configMap://{_CLAIM}/[A-Za-z0-9._-]+)$"
+MODEL_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}(/+({_PATH}/*)?)?)$"
+DATASET_URI = rf"^(hf://datasets/{_HF}/{_PATH}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}/+{_PATH}|configMap://{_CLAIM}/[A-Za-z0-9._-]+)$"
 IMPORT_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+/)$"
 
 
@@ -51,7 +51,7 @@ def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
 class Schema(PydanticModel):
     """Base of every API model: camelCase in JSON, snake_case in Python. Unknown fields are refused.
 
-    An error never quotes the value: it may be another's secret.
+    An error never quotes the value: it may be another user's secret.
     """
 
     model_config = ConfigDict(

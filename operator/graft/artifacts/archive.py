@@ -3,11 +3,11 @@
 A file is always in storage as the original, as its compressed copy, or as both, even if the process is killed. A copy
 is read back, decompressed and compared with the manifest's SHA-256 before the original is deleted. `restore` works the
 same way in reverse. All data is streamed: memory is bounded by one part of an upload and by xz's window. Every call may
-be repeated; it then continues with the files that are not done yet.
+be repeated; it then continues with the remaining files.
 
-The format is plain .xz (`xz -d` reads it). Weights are nearly random bytes, except for sign and exponent. So the coder
-is told that values have two or four bytes (lp, pb): it then keeps statistics for each byte of a value. Nothing else
-reduces the size of weights.
+The format is plain .xz (`xz -d` reads it). Weights are nearly random bytes, except for sign and exponent. So the
+coder's options lp and pb state that a value has two or four bytes. The coder then keeps statistics for each byte of a
+value. No other option reduces the size of weights.
 """
 
 import hashlib

@@ -4,9 +4,9 @@ The admin API (versitygw's s3api/controllers/admin.go, v1.8) takes XML over PATC
 SigV4 for the service s3. A bucket policy allows each user its own prefix and the base models that its tenant may use.
 
 Several installations of Graft may use one store. The users of this installation have its id in their names, and its id is
-in the Sids of its statements. Other users and statements are never changed or deleted. Versions of Graft before the id
-named users graft-<tenant>. Such a user belongs to this installation only if a statement of Graft in this bucket's policy
-names it.
+in the Sids of its statements. Other users and statements are never changed or deleted. Earlier versions of Graft had no
+ids and named users graft-<tenant>. Such a user belongs to this installation only if a statement of Graft in this
+bucket's policy names the user.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from graft.artifacts.store import S3Store
 log = logging.getLogger(__name__)
 
 MARK = "Graft"  # the Sids of Graft's statements begin with it; all other statements in the policy stay unchanged
-LEGACY = re.compile(rf"{MARK}(Own|Runs|List|Models)(.*)", re.DOTALL)  # Sids before installations had ids
+LEGACY = re.compile(rf"{MARK}(Own|Runs|List|Models)(.*)", re.DOTALL)  # Sids of versions without ids
 LEGACY_MODELS = f"{MARK}Models"
 POLICY_LIMIT = 20 * 1024  # bytes of a bucket policy in S3; versitygw accepts more
 ALL_MODELS: Mapping[str, Collection[str] | None] = {MODELS_PREFIX: None}
@@ -40,7 +40,7 @@ Statement = dict[str, Any]
 
 
 def installation_id(bucket: str, installation: str) -> str:
-    """Return the id of an installation: 10 hex digits from its bucket and the name that the caller knows it by (PURE)."""
+    """Return the id of an installation: 10 hex digits, computed from its bucket and its name (PURE)."""
     return hashlib.sha256(f"{bucket}\n{installation}".encode()).hexdigest()[:10]
 
 
@@ -107,7 +107,7 @@ class VersityIdentity:
             self._write(self._recorded())
 
     def users(self) -> set[str]:
-        """Return all users of the store, also those of others."""
+        """Return all users of the store, including those that other programs have made."""
         root = ET.fromstring(self._admin("/list-users") or b"<none/>")  # noqa: S314 - our own store's answer
         return {element.text or "" for element in root.iter() if element.tag.rpartition("}")[2] == "Access"}
 
@@ -121,7 +121,7 @@ class VersityIdentity:
         return recorded(self._policy(), MARK + self._id, there) | named
 
     def _remove(self, tenant: str) -> None:
-        """Take a tenant's rights away, then delete its users that this installation has made."""
+        """Remove a tenant's rights, then delete its users that this installation has made."""
         records = self._recorded()
         before = records.pop(tenant, None)
         self._write(records)
@@ -155,7 +155,7 @@ class VersityIdentity:
         kept = [item for item in there if not is_own(item, self._id)]
         models = self._models
         if models is None and any(str(item.get("Sid")) == LEGACY_MODELS for item in there):
-            models = ALL_MODELS  # as the version of Graft before has it
+            models = ALL_MODELS  # as the previous version of Graft wrote it
         statements = kept + bucket_statements(bucket, users, models or {}, MARK + self._id)
         if models is None:
             statements += models_of(there, MARK + self._id, self.users())
@@ -253,13 +253,15 @@ def _allow_list(sid: str, users: list[str], arn: str, prefixes: Iterable[str]) -
 
 
 def is_own(statement: Statement, installation: str) -> bool:
-    """Return whether this installation writes a statement: its id is in the Sid, or a version before ids wrote it (PURE)."""
+    """Return whether this installation writes a statement: its id is in the Sid, or an earlier version without ids
+    wrote it (PURE).
+    """
     sid = str(statement.get("Sid", ""))
     return sid.startswith(MARK + installation) or LEGACY.fullmatch(sid) is not None
 
 
 def recorded(policy: Mapping[str, Any], mark: str, there: Collection[str]) -> dict[str, str]:
-    """Return the users with names of versions before ids that a bucket's policy records as this installation's, by tenant
+    """Return the users without an id in their name that a bucket's policy records as this installation's, by tenant
     (PURE).
 
     Users that do not exist are left out: another installation may have deleted them.

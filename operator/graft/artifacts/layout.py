@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints/"
 USER_PREFIX = "graft-"  # of the tenants' users of the store
 
 
-# Namespaces that can be no tenant, because their part of the bucket or their user of the store belongs to somebody else.
+# Namespaces that cannot be tenants: their prefix, or the name of their user of the store, has another use.
 RESERVED = {
     MODELS_PREFIX.rstrip("/"): f"{MODELS_PREFIX} in the bucket holds the base models of all tenants",
     "root": "the user graft-root of the store has all rights on it",
@@ -29,7 +29,7 @@ def tenant_of(namespace: str) -> str:
 
 
 def why_reserved(namespace: str, own_user: str = "") -> str | None:
-    """Return why a namespace can be no tenant, or None. `own_user`: the operator's own user of the store."""
+    """Return why a namespace cannot be a tenant, or None. `own_user`: the operator's own user of the store."""
     if namespace in RESERVED:
         return RESERVED[namespace]
     if f"{USER_PREFIX}{tenant_of(namespace)}" == own_user:
@@ -81,10 +81,10 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
 def in_tenants_part(uri: str, bucket: str, tenant: str) -> bool:
     """Return whether a URI names the tenant's own part of this bucket, or an object below it.
 
-    The operator reads files because this check passed, so it is strict. It returns False in these cases: the slash
-    after the tenant's name is missing (another tenant's name may begin with it); another bucket has a folder of that
-    name; the tenant's name is empty or reserved; the key has . or .. among its folders (some stores resolve them); the URI is not
-    an s3:// URI with a key.
+    The operator reads files only if this check passes, so the check is strict. It returns False in these cases: the
+    slash after the tenant's name is missing (another tenant's name may begin with it); another bucket has a folder of
+    that name; the tenant's name is empty or reserved; the key has . or .. among its folders (some stores resolve them);
+    the URI is not an s3:// URI with a key.
     """
     try:
         found, key = split_s3_uri(uri)

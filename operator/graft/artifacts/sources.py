@@ -21,7 +21,7 @@ from graft.artifacts.store import MOST_OBJECTS, ObjectInfo, Report, S3Store
 from graft.bounded import Limits, OutOfBounds, parse_json
 
 CONFIG = "config.json"
-# Of config.json and adapter_config.json, from hubs, buckets and claims. The largest that are known have some 100 KB.
+# Of config.json and adapter_config.json, from hubs, buckets and claims. The largest known files have about 100 KB.
 CONFIG_LIMITS = Limits(size=1024 * 1024, depth=16, values=50_000)
 TOKENIZER_LIMITS = Limits(
     size=8 * 1024 * 1024, depth=16, values=300_000
@@ -74,8 +74,10 @@ def pvc_path(uri: str, root: Path) -> Path:
 
 
 def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
-    """Return (bucket, prefix, model files) below an s3:// folder. Raises SourceError if there is no model, or no
-    answer."""
+    """Return (bucket, prefix, model files) below an s3:// folder.
+
+    Raises SourceError if there is no model, or if the store does not answer.
+    """
     bucket, key = split_s3_uri(uri)
     prefix = key.rstrip("/") + "/"
     try:

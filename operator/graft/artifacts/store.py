@@ -1,4 +1,4 @@
-"""The S3 store: the few calls that Graft makes. Their errors say which kind of trouble it is, and so who must fix it.
+"""The S3 store: the few calls that Graft makes. Each error says what kind of trouble occurred, and so who must fix it.
 
 The calls are synchronous (boto3), and the operator makes them in a thread. The credentials come from a folder of files,
 a mounted Secret, never from the environment.
@@ -77,8 +77,10 @@ class ObjectInfo:
 
 
 def _parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the same bytes in pieces of PART bytes. The last piece may be smaller. If there are no bytes, it is
-    empty."""
+    """Yield the same bytes in pieces of PART bytes.
+
+    The last piece may be smaller. If there are no bytes, the only piece is empty.
+    """
     buffer = bytearray()
     for chunk in chunks:
         buffer += chunk
@@ -264,7 +266,7 @@ class S3Store:
 
         STREAMS ranges are downloaded at once. Each range is retried by itself. `report` is called by one thread at a
         time; after a retry its first number, the bytes done, can be smaller than before. Raises StoreError, "missing"
-        if the object is not the one of `item` any more. Raises OSError for an error of the disk.
+        if the object is no longer the one that `item` describes. Raises OSError for an error of the disk.
         """
         # boto's download_file would restart the whole file after an outage that outlasts botocore's own retries.
         partial = path.with_name(path.name + ".partial")
@@ -372,8 +374,8 @@ class S3Store:
         """Delete one object. It is no error if the object does not exist."""
         self._call("delete_object", key)
 
-    def delete_prefix(self, prefix: str) -> int:
-        """Delete everything below a prefix that ends in /. Return the number of deleted objects.
+    def delete_prefix(self, prefix: str, stopped: Callable[[], bool] = lambda: False) -> int:
+        """Delete everything below a prefix that ends in /, until `stopped` returns True. Return the number of deleted objects.
 
         manifest.json is deleted first: without it, a half-deleted version does not count as a version.
         """
@@ -385,6 +387,8 @@ class S3Store:
             self.delete(key)
         count = len(manifests)
         for item in self.objects(prefix):
+            if stopped():
+                break
             self.delete(item.key)
             count += 1
         return count

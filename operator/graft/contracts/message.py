@@ -12,7 +12,7 @@ from pydantic.alias_generators import to_camel
 
 from graft.bounded import Limits, OutOfBounds, parse_json
 
-MOST = 2**53  # a larger number is another one after a reader has converted it to a float, as JavaScript and jq do
+MOST = 2**53  # a larger integer changes when a reader converts it to a float, as JavaScript and jq do
 NAME = 253  # characters of a name, the most that Kubernetes allows
 KEY = 128  # bytes of a key in a map
 TEXT = 4096  # bytes of a text for people
@@ -84,7 +84,8 @@ class Message(BaseModel):
 def read_as(kind: type[P], data: bytes | str, limits: Limits, what: str) -> P:
     """Return the object of a kind in JSON text within the limits. `what` names the text in messages.
 
-    Raises OutOfBounds. Its message names the first wrong field, never its value: the value may be another's secret.
+    Raises OutOfBounds. Its message names the first wrong field, never its value: the value may be another user's
+    secret.
     """
     text = data.encode(errors="surrogatepass") if isinstance(data, str) else data
     value = parse_json(text, limits, what)

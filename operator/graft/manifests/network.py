@@ -34,7 +34,7 @@ def _behind_nat64(cidr: str) -> str:
     return f"{ipaddress.IPv6Address(address)}/{96 + network.prefixlen}"
 
 
-# all addresses -> the ones that stay closed
+# all addresses -> the ranges in them that stay closed
 CLOSED: dict[str, list[str]] = {
     "0.0.0.0/0": list(_CLOSED_IPV4),
     "::/0": [*_CLOSED_IPV6, *(_behind_nat64(cidr) for cidr in _CLOSED_IPV4)],

@@ -8,7 +8,7 @@ from graft.settings import Settings
 
 USER = 65532
 # The engine answers clients and runs other people's models, so it has neither the credentials nor the user of the agent
-# beside it. Both are in the group of the pod's volumes (fsGroup).
+# beside it. Both users are in the group of the pod's volumes (fsGroup).
 ENGINE_USER = 65533
 POD_SECURITY = {
     "runAsNonRoot": True,
@@ -25,7 +25,7 @@ CONTAINER_SECURITY = {
 }
 
 # Python must import nothing from a folder that a container can write: neither from its working folder nor from HOME.
-# The images set the same. vLLM's image is not ours.
+# Graft's images set the same variables. vLLM's image does not.
 PYTHON_ENV: list[Manifest] = [{"name": "PYTHONSAFEPATH", "value": "1"}, {"name": "PYTHONNOUSERSITE", "value": "1"}]
 # torch asks for the user's name. Without these, it fails for a user that the image's /etc/passwd does not list.
 USER_ENV: list[Manifest] = [
@@ -36,7 +36,7 @@ USER_ENV: list[Manifest] = [
 
 
 def container_defaults(name: str, *, user: int | None = None) -> Manifest:
-    """Return the part of a container that all Graft's containers share. Nobody can write to its working folder.
+    """Return the part of a container that all Graft's containers share. No process can write to its working folder.
 
     Without `user`, the container has the pod's user.
     """
@@ -45,7 +45,10 @@ def container_defaults(name: str, *, user: int | None = None) -> Manifest:
 
 
 def tmp_volume(container: str) -> Manifest:
-    """Return the volume of one container's /tmp. No other container mounts it: what is left there may be executed."""
+    """Return the volume of one container's /tmp.
+
+    No other container mounts it, because a program may execute files that it finds there.
+    """
     return {"name": f"tmp-{container}", "emptyDir": {}}
 
 

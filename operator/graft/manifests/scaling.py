@@ -11,8 +11,8 @@ from graft.manifests.serving import has_parts, pod_selector, serving_name
 # sleeping deployment.
 REQUESTS_METRIC = "graft_gateway_deployment_in_flight"
 KEDA_POLLING_SECONDS = 15
-# For adapters that are on some replicas only: both replicas of an adapter must not be removed at once. The next needs
-# time to load it.
+# For adapters that are on some replicas only: both replicas of an adapter must not be removed at once. The next replica
+# needs time to load the adapter.
 ONE_BY_ONE: Manifest = {"scaleDown": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]}}
 
 

@@ -13,7 +13,7 @@ from graft.api.basemodel import CLASS_NAME, ModelFacts
 from graft.placement.blocks import FactsMissing, geometry, matrices
 
 Config = dict[str, Any]
-MOST = 2**31 - 1  # a larger number in a config is no size of a model, and is ignored
+MOST = 2**31 - 1  # a larger number in a config is not a valid size, and is ignored
 WORDS = 128  # characters of a text in the facts
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}  # bytes of a weight, by dtype
 
@@ -98,7 +98,7 @@ def facts_of(config: Config, license_: str | None = None, size_bytes: int | None
     architectures = config.get("architectures")
     architecture = str(architectures[0])[:WORDS] if isinstance(architectures, list) and architectures else None
     if architecture is not None and re.fullmatch(CLASS_NAME, architecture) is None:
-        architecture = None  # it is no name of a class
+        architecture = None  # not a valid name of a class
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     seq2seq = bool(config.get("is_encoder_decoder"))
 
@@ -196,7 +196,7 @@ def _count(known: Config, facts: ModelFacts, family: Family) -> int | None:
     buckets = (_whole(known, "relative_attention_num_buckets") or 0) if crossing else 0
     total += 2 * buckets * shape.heads
     total += family.norm * hidden * _norms(known, family, blocks, crossing) + _narrow(known, shape.vocab, hidden)
-    return total if 0 < total < 2**53 else None  # else it is no model that exists
+    return total if 0 < total < 2**53 else None  # otherwise the config is wrong: no model is that large
 
 
 def _norms(known: Config, family: Family, blocks: int, crossing: int) -> int:

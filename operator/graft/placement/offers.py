@@ -19,7 +19,7 @@ PRODUCT_LABELS = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator", 
 MEMORY_LABELS = ("nvidia.com/gpu.memory", "karpenter.k8s.aws/instance-gpu-memory")  # MiB
 
 # GiB by a part of the product's name, for nodes without a memory label. The first match counts. If a product is sold in
-# several sizes and the name does not tell the size, the smaller size counts.
+# several sizes and the name does not show the size, the smaller size counts.
 MEMORY_BY_PRODUCT = (
     ("gh200", 96), ("h200", 141), ("h100-nvl", 94), ("h100", 80), ("h20", 96), ("h800", 80), ("b300", 268), ("b200", 180),
     ("a100", 40), ("a800", 80), ("a10g", 24), ("a10", 24), ("a16", 16), ("a2", 16), ("a30", 24), ("a40", 48),

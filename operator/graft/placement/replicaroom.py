@@ -1,4 +1,4 @@
-"""Find changes that make room for adapters that do not fit on the replicas (PURE).
+"""Find the changes after which all adapters fit on the replicas (PURE).
 
 The planner accepts each of these changes. The search for them is bounded: if its work is used up, a change that would help
 may be missing.
@@ -47,7 +47,7 @@ def enough(items: Sequence[Item], replicas: int, capacity: Capacity, work: Work 
 
 
 def remedies(items: Sequence[Item], replicas: int, capacity: Capacity) -> Remedies:
-    """Return the changes that would make room, given the replicas and the capacity."""
+    """Return the changes after which all adapters fit, given the replicas and the capacity."""
     replicas = max(1, replicas)
     adapters = _adapters(items, replicas, capacity)
     size = _bytes(items, replicas, capacity)

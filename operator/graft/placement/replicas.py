@@ -3,16 +3,16 @@
 If one replica can hold all adapters, every replica holds all of them. Otherwise each adapter gets two replicas, if there
 are two:
 
-1. An adapter stays on its replica while the replica is alive and has room.
-2. First copies are placed before second copies, in the order of the adapters. If no replica has room, spare copies of
-   other adapters are removed. If that is not enough, a copy of another adapter moves to another replica.
-3. An adapter that has no ready replica in the plan gets a ready one. If it answers only on a replica that it was to leave,
-   it stays there.
-4. The remaining room takes further copies, of the adapters with the fewest copies first. So a new replica shares the load
-   at once.
+1. An adapter stays on its replica while the replica is alive and has capacity for it.
+2. First copies are placed before second copies, in the order of the adapters. If no replica has free capacity, spare
+   copies of other adapters are removed. If that is not enough, a copy of another adapter moves to another replica.
+3. An adapter that has no ready replica in the plan gets a ready one. If it answers only on a replica that it was about
+   to leave, it stays there.
+4. The remaining capacity takes further copies, of the adapters with the fewest copies first. So a new replica shares
+   the load at once.
 
-The work of one plan is bounded (Work). If it is used up, the plan is valid and less complete: the next plan starts from it
-and goes on.
+The work of one plan is bounded (Work). If it is used up, the plan is valid and less complete. The next plan starts from
+it and continues.
 
 The last loaded copy of an adapter is never removed. So an adapter that answers keeps answering: it is loaded on another
 replica, reported as loaded there, and only then removed from the old one. The same input gives the same plan. Planning
@@ -54,7 +54,7 @@ class Item:
 class ReplicaPod:
     """A replica that is alive.
 
-    `loaded`: the adapters that its engine has. `draining`: adapters that are still loaded, but that it was told to
+    `loaded`: the adapters that its engine has. `draining`: adapters that are still loaded, but that the replica must
     unload. `unfit`: adapters that do not fit its base model.
     """
 
@@ -118,16 +118,16 @@ def plan(
 ) -> Plan:
     """Return the plan. `items`: the most important first. `previous`: adapter -> its replicas in the previous plan.
 
-    `work`: how much work it may be, WORK by default.
+    `work`: the bound on the work of this plan, by default WORK.
     """
     if fits_everywhere(items, capacity):
         return Plan(None)
     board = _Board({item.name: item for item in items}, {pod.name: pod for pod in pods}, capacity, work or Work())
     board.keep(previous)
-    # One step may make room for another, so repeat until nothing changes. The loop ends, because each step makes
+    # One step may free capacity for another, so repeat until nothing changes. The loop ends, because each step makes
     # progress of one kind: one more adapter answers, a first copy, a second copy, a ready copy, or a further copy. And
-    # no step undoes progress of a kind that stands before its own in this list.
-    # Nothing is half changed when the work is used up: each change is made as a whole after the checks for it.
+    # no step undoes progress of a kind that comes earlier in this list. If the work is used up, no change is
+    # incomplete: each change is made as a whole, after its checks.
     with contextlib.suppress(WorkUsedUp):
         while board.spread() or (fill and board.fill()):
             pass
@@ -196,9 +196,10 @@ class _Board:
         return changed
 
     def _add(self, item: Item, level: int, among: Collection[str]) -> bool:
-        """Add one more copy on the emptiest replica. Return whether there was a place.
+        """Add one more copy on the emptiest replica. Return whether a replica had capacity for it.
 
-        If no replica has room, adapters with more than `level` copies are removed from one, or a copy moves.
+        If no replica has free capacity, adapters with more than `level` copies are removed from a replica, or a copy
+        moves.
         """
         if self.capacity.max_rank is not None and item.rank > self.capacity.max_rank:
             return False
@@ -220,7 +221,10 @@ class _Board:
         return True
 
     def fill(self) -> bool:
-        """Add copies of the adapters with the fewest copies while there is room. Return whether any was added."""
+        """Add copies of the adapters with the fewest copies while there is free capacity.
+
+        Return whether any was added.
+        """
         changed = False
         open_ = [name for name, item in self.items.items() if not item.leaving and self.homes[name]]
         while open_:
@@ -241,7 +245,7 @@ class _Board:
                 homes |= {pod for pod in previous.get(name, ()) if pod in self.pods and self.pods[pod].answers(name)}
 
     def _given(self, item: Item, pod: str, level: int) -> list[str]:
-        """Return the adapters to remove from the replica to make room for the item; [] if that is not enough."""
+        """Return the adapters to remove from the replica so that the item fits; [] if that is not enough."""
         given: list[str] = []
         for name in sorted(self.on[pod], key=lambda name: self._spare(name, pod), reverse=True):
             needed = min(level, 1) if self.items[name].leaving else level
@@ -257,7 +261,7 @@ class _Board:
         return given
 
     def _move_for(self, item: Item, others: Iterable[str]) -> bool:
-        """Move a copy of another adapter to a replica with room, and put the item in its place.
+        """Move a copy of another adapter to a replica with free capacity, and put the item in its place.
 
         Return whether it worked.
         """

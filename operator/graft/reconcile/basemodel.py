@@ -37,7 +37,8 @@ async def _describe(ctx: Context, model: BaseModel) -> sources.Description | sou
     if (foreign := await _foreign(ctx, model)) is not None:
         return foreign
     try:
-        # Before the model is Ready: a pod must not start without the right to read it, or with one that was taken away.
+        # The rights change before the model is Ready: a pod must not start without the right to read the model, or with
+        # a right that is revoked.
         await storerights.allow_models(ctx)
     except StoreError as error:
         return sources.SourceError(f"cannot set the namespaces' rights on the model: {error}", transient=True)
@@ -53,16 +54,23 @@ async def _describe(ctx: Context, model: BaseModel) -> sources.Description | sou
 async def _foreign(ctx: Context, model: BaseModel) -> sources.SourceError | None:
     """Return why the operator does not read a source with its own key, or None.
 
-    Everybody who may list BaseModels sees what it finds. So it reads a namespace's part of its bucket only for a model that
-    this namespace alone may use.
+    Every user who may list BaseModels sees the facts of a source. So the operator reads a namespace's part of its
+    bucket only for a model that only this namespace may use.
     """
     source, bucket = model.spec.source, ctx.store.config.bucket
     if not source.startswith("s3://"):
         return None
-    _, key = layout.split_s3_uri(source)
-    if {".", ".."} & set(key.split("/")):
-        return sources.SourceError("spec.source has . or .. among its folders. Name the folder itself")
-    namespace = key.partition("/")[0]
+    found, key = layout.split_s3_uri(source)
+    parts = key.rstrip("/").split("/")
+    if {".", ".."} & set(parts) or (found == bucket and "" in parts):
+        return sources.SourceError("spec.source has an empty part, . or .. among its folders. Name the folder itself")
+    namespace = parts[0]
+    shared = found == bucket and f"{namespace}/" == layout.MODELS_PREFIX
+    if shared and ctx.identity is not None and storerights.folder_of(source, bucket) is None:
+        return sources.SourceError(
+            f"spec.source: no key can be given the right to read {source}. Put the model into a folder of its own below "
+            f"{layout.s3_uri(bucket, layout.MODELS_PREFIX)}, without the characters * ? $"
+        )
     if not layout.in_tenants_part(f"{source.rstrip('/')}/", bucket, layout.tenant_of(namespace)):
         return None
     if model.spec.allowed_namespaces == [namespace] or await ctx.kube.get("Namespace", None, namespace) is None:

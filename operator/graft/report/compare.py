@@ -176,8 +176,8 @@ def _size(report: Report) -> tuple[float | None, str]:
 def _latency_row(reports: Sequence[Report], notes: list[str]) -> Row:
     """Return the row with the time per token, relative to the base model as it is stored.
 
-    Each run measured its base model in turn with its version, so other load on the machine cancels out. qlora measured
-    its base model in 4 bits, so it is compared with the median of the base models of the other runs.
+    Each run measured its base model and its version alternately, so other load on the machine cancels out. qlora
+    measured its base model in 4 bits, so it is compared with the median of the base models of the other runs.
     """
     plain = [base for report in reports if report.method != "qlora" and (base := _per_token(report, "base"))]
     cells = []

@@ -128,7 +128,7 @@ class LatencyAnalysis(Message):
     """Latency of the base model, of the version as published (tuned), and of the version with a merged adapter
     (merged).
 
-    The variants were measured in turn.
+    The runs of the variants alternated.
     """
 
     variants: dict[str, Latency] = Field(default_factory=dict)  # base, tuned; for lora also merged

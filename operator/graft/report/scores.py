@@ -86,7 +86,7 @@ def scores_of(report: Report, role: Role = "task") -> list[Score]:
 def subjects_of(scores: Sequence[Score]) -> dict[str, str]:
     """Return the subjects that were measured, key -> name.
 
-    The version is last, because it is compared with the others.
+    The version is last, because it is compared with the other subjects.
     """
     seen = {subject for score in scores for subject in score.values}
     known = {"base": BASELINES["base"], "fewShot": BASELINES["fewShot"], "current": BASELINES["current"]}

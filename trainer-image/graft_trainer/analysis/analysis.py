@@ -118,7 +118,7 @@ def _latency(trained: "Trained", open_base: Variant, notes: list[str]) -> Latenc
     model = trained.model
     prompt = max((item.input_ids for item in _examples(trained)), key=len)[:PROMPT]
     variants: dict[str, Variant] = {"base": open_base, "tuned": lambda: nullcontext(model)}
-    if trained.method == "lora":  # not qlora: a merge rounds the 4-bit weights again, so nobody would serve the result
+    if trained.method == "lora":  # not qlora: a merge rounds the 4-bit weights again, so its result is not useful
         variants["merged"] = lambda: merged(model)
     found = measure_latency(variants, prompt, pad_token(trained.tokenizer), LATENCY_SECONDS)
     if found is None:

@@ -39,7 +39,7 @@ def find_resume(
         report([checkpoint.ref() for checkpoint in reversed(usable)])
     for checkpoint in _from_main(usable):
         if checkpoint.final and distributed.joined():
-            continue  # a final checkpoint is for rank 0 alone, but the ranks have already connected
+            continue  # only rank 0 uses a final checkpoint, and these ranks have already connected
         state = _read(checkpoints, checkpoint, device)
         if distributed.total([state is None]) == [0] and state is not None:
             log.info("resuming from the checkpoint of step %d, %s", checkpoint.step, checkpoint.prefix)

@@ -237,7 +237,7 @@ class CheckpointWriter:
             self.error = None
             log.info("checkpoint of step %d: %.1f MB in %.1f s", step, size / 1e6, time.monotonic() - began)
         except Exception as error:
-            # Any error is only logged: training is worth more than one of its checkpoints.
+            # Every error is only logged: training must continue even if a checkpoint fails.
             self.error = error
             log.warning(
                 "the checkpoint of step %d could not be written, training continues and the next one will be tried: %s",

@@ -2,8 +2,8 @@
 
 The order of an epoch is the order that transformers' Trainer and accelerate draw (SeedableRandomSampler), so a run
 trains on the same examples as a plain script. A step takes the next examples of this order. Their number does not
-depend on how many ranks and micro-batches share them. So the point at which a run resumes is a number of steps. It
-stays right if the micro-batch is halved, and if the last step of an epoch has fewer examples.
+depend on how many ranks and micro-batches share them. So the point at which a run resumes is a number of steps. This
+number stays valid if the micro-batch is halved, and if the last step of an epoch has fewer examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -6,10 +6,10 @@ from typing import Any, BinaryIO
 
 from graft.bounded import Limits, OutOfBounds, check_json
 
-# One example. The longest contexts of today's models have 1,000,000 tokens, some 5 MB of text.
+# One example. The longest contexts of today's models have 1,000,000 tokens, about 5 MB of text.
 LINE = Limits(size=16 * 1024 * 1024, depth=64, values=100_000)
 EXCERPT = 100  # characters that a message shows of an invalid line
-REASON = 500  # characters that a message says about it
+REASON = 500  # characters of the reason in a message
 
 
 class BadLine(Exception):
@@ -66,6 +66,6 @@ def kind_of(value: Any) -> str:
 
 
 def excerpt(raw: bytes) -> str:
-    """Return the beginning of a line, as people read it."""
+    """Return the beginning of a line, for a message."""
     text = raw[: 8 * EXCERPT].decode(errors="replace").strip()
     return text if len(text) <= EXCERPT else text[:EXCERPT] + "…"

@@ -44,7 +44,7 @@ class Packs(Sequence[Pack]):
 
 def pack(examples: Sequence[Tokenised], max_length: int) -> Packs:
     """Pack the examples into sequences of at most `max_length` tokens, by best-fit decreasing (Ding et al. 2024): the
-    longest example first, each into the fullest sequence that still has room for it. The same examples give the same
+    longest example first, each into the fullest sequence in which it still fits. The same examples give the same
     packs."""
     packs: list[list[int]] = []
     sizes = [item.tokens for item in examples]

@@ -24,7 +24,10 @@ class Data:
 
 
 def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None) -> Data:
-    """Read train.jsonl and eval.jsonl of `folder`. With `most`, a sample of so many examples of each larger file."""
+    """Read train.jsonl and eval.jsonl of `folder`.
+
+    With `most`: if a file has more examples, keep a sample of `most`.
+    """
 
     def read(role: str, source: DatasetSource) -> Reading:
         stream = (folder / f"{role}.jsonl").open("rb")  # it stays open: the examples are read from it later

@@ -33,7 +33,8 @@ def draw(train: Sequence[Example], count: int, seed: int) -> list[Shot]:
 
 
 def put_before(task: Task, shots: Sequence[Shot], count: int, fits: Callable[[Task], bool]) -> tuple[Task, int]:
-    """Return (the task with solved examples before its question, their number): at most `count`, if so many fit.
+    """Return (the task with solved examples before its question, their number): at most `count`, and only as many as
+    fit.
 
     In a conversation the examples are earlier turns, after the system message. In a plain prompt they are text,
     separated by blank lines.

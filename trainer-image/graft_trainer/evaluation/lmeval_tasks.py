@@ -20,8 +20,8 @@ from graft_trainer.run.failures import Failure
 
 log = logging.getLogger(__name__)
 LARGEST = 256 * 1024  # bytes of a definition
-DEPTH = 32  # of nested mappings and lists in it
-ALIASES = 16  # in it. Aliases and merge keys repeat what they name: a few dozen, one within another, become gigabytes
+DEPTH = 32  # of nested mappings and lists in a definition
+ALIASES = 16  # in a definition. An alias repeats the node that it names: a few dozen nested aliases become gigabytes
 FILTER_CHARS = 64  # of the name of a filter, which becomes part of a metric's name
 IGNORED_KEYS = {  # the location of the data and the number of examples, which the suite sets, and labels
     "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split", "fewshot_split",
@@ -50,7 +50,7 @@ def read_definition(data: bytes, suite: Suite) -> dict[str, Any]:
         tag = TAG.search(str(error))
         what = f"the tag {tag.group(1)} is not allowed" if tag else f"it is not YAML: {error}"
         raise _refused(suite, what) from error
-    except ValueError as error:  # also a number of thousands of digits, or a date that does not exist
+    except ValueError as error:  # yaml raises it also for a number of thousands of digits or an impossible date
         raise _refused(suite, f"it has a value that cannot be read: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("task"), str):
         raise _refused(suite, "it must be a mapping with the task's name in the key task")

@@ -18,7 +18,7 @@ from graft_trainer.run.failures import Failure
 
 Kind = Literal["answers", "choices", "text"]
 MOST_TASKS = 100_000  # of a suite; they are held in memory. The largest known, HellaSwag, has 40,000
-SHOWN = 5  # bad lines that a message shows; all are counted
+SHOWN = 5  # bad lines that a message shows; it counts all of them
 ASKING = ("system", "user", "assistant", "tool")
 ALLOWED: dict[Kind, tuple[Metric, ...]] = {
     "answers": ("exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity"),
@@ -82,7 +82,7 @@ class Task:
 
     @property
     def question(self) -> str:
-        """The question, as people read it."""
+        """The question as plain text."""
         return self.prompt if self.prompt is not None else str((self.messages or ({},))[-1].get("content", ""))
 
 

@@ -87,7 +87,7 @@ def run_loop(run: Run, work: Work) -> Learned:
         train_on(run, work, watch, writer, resume)
     distributed.forget()
     watch.leaving = False  # every interrupted rank has exited by now
-    if watch.owes(resolved.max_steps):  # an interruption broke off the last evaluation, after the final checkpoint
+    if watch.owes(resolved.max_steps):  # an interruption stopped the last evaluation, after the final checkpoint
         place(work.model)
         with torch.autocast(work.device.kind, DTYPES[resolved.precision], enabled=resolved.precision != "fp32"):
             watch.catch_up(work.model, resolved.max_steps)
@@ -130,8 +130,8 @@ def train_on(run: Run, work: Work, watch: Watch, writer: CheckpointWriter, resum
             del whole, shell
             gc.collect()  # the shards on this GPU are in reference cycles, too
         final = {"weights": trained_weights(model), "watch": watch.state()}
-        # A sharded model is in host memory now, which may not hold it twice. It is written without a copy, before it
-        # changes.
+        # A sharded model is in host memory now. Host memory may be too small for a second copy, so the checkpoint is
+        # written without one, before the model changes.
         writer.take(final, step, final=True, copy=not sharded)
         if world > 1:
             # The other pods end now. If this pod is restarted, it must not need them.

@@ -196,8 +196,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         )
 
     def _go_on(self) -> None:
-        """Raise _BrokenOff in all ranks if one rank is interrupted: an evaluation may take longer than the time that is
-        left."""
+        """Raise _BrokenOff in all ranks if one rank is interrupted: an evaluation may take longer than the remaining
+        time.
+        """
         if distributed.total([self.interruption.wanted])[0]:
             raise _BrokenOff
 
@@ -227,7 +228,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 class _BrokenOff(Exception):
-    """The measurement of the held-out loss was broken off."""
+    """The measurement of the held-out loss was interrupted."""
 
 
 class _Between:

@@ -13,16 +13,16 @@ log = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """Is called after every batch."""
+    """A callback that runs after every batch."""
 
     def step(self, count: int) -> None:
-        """`count` examples are done."""
+        """Record that `count` more examples are done."""
 
 
 def in_batches(
     order: Sequence[int], size: int, work: Callable[[Sequence[int]], None], meter: Steps | None = None
 ) -> None:
-    """Call `work` with at most `size` of the indices after each other; half as many from where memory runs out."""
+    """Call `work` with batches of at most `size` indices, in order. If memory runs out, continue with half the size."""
     done = 0
     while done < len(order):
         chosen = order[done : done + size]
@@ -37,7 +37,7 @@ def in_batches(
             if meter is not None:
                 meter.step(len(chosen))
             continue
-        # Here and not above: the exception's frames hold the tensors that did not fit.
+        # Not in the except block: there, the exception's frames still hold the tensors that did not fit.
         log.warning("memory ran out, continuing with %d examples at once", size)
         gc.collect()
         if torch.cuda.is_available():

@@ -16,9 +16,9 @@ from graft_trainer.processes import distributed
 def log_likelihoods(
     model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None
 ) -> list[tuple[float, int]]:
-    """(sum of the log-likelihoods of the learned tokens in nats, their number) per example.
+    """Return (sum of the log-likelihoods in nats, number of tokens) per example, over the tokens that the loss covers.
 
-    Like lengths share a batch of at most `batch`: padding is wasted work.
+    Examples of similar length share a batch of at most `batch` examples, because padding costs time.
     """
     collate = Collator(pad)
     order = sorted(range(len(examples)), key=lambda index: examples[index].tokens)
@@ -49,7 +49,7 @@ def _sums(model: Any, inputs: dict[str, torch.Tensor], task: str) -> list[float]
         # Each position predicts the next one; virtual tokens before the input have logits, too.
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     learned = labels != IGNORED
-    # In 32 bits only where it is needed: a vocabulary is large.
+    # Only the logits of tokens that the loss covers are converted to 32 bits, because a vocabulary is large.
     losses = cross_entropy(logits[learned].float(), labels[learned], reduction="none")
     sums = torch.zeros(len(labels), dtype=torch.float64, device=losses.device)
     sums.index_add_(0, learned.nonzero()[:, 0], losses.double())
@@ -57,15 +57,17 @@ def _sums(model: Any, inputs: dict[str, torch.Tensor], task: str) -> list[float]
 
 
 def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None) -> float:
-    """Cross entropy over all learned tokens, nats per token."""
+    """Return the cross entropy over all tokens that the loss covers, in nats per token."""
     found = log_likelihoods(model, examples, pad, batch, meter)
     return -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
 
 
 def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, go_on: Callable[[], None]) -> float:
-    """mean_loss with the examples divided among the processes. All of them run the model as often, as sharded weights need
-    it, and in no inference_mode, whose tensors fsdp could not use for training afterwards. `go_on` is called before each
-    round of batches."""
+    """Return mean_loss() of all ranks: each rank measures a part of the examples.
+
+    Sharded weights require that every rank runs the model equally often. inference_mode is not used, because fsdp could
+    not train with its tensors afterwards. `go_on` is called before each round of batches.
+    """
     collate, training = Collator(pad), model.training
     world, rank = distributed.world_size(), distributed.rank()
     ordered = sorted(examples, key=lambda item: item.tokens)

@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def plan(model: Any, free: Sequence[int]) -> dict[str, int]:
-    """Return module -> GPU (PURE): the whole model ("") on the first GPU with enough room, else whole blocks spread
+    """Return module -> GPU (PURE): the whole model ("") on the first GPU with enough memory, else whole blocks spread
     over all GPUs, else an empty dict. `free` is the free memory of each GPU in bytes."""
     weights = weight_bytes(model)
     room = {gpu: int(SHARE * size) for gpu, size in enumerate(free)}

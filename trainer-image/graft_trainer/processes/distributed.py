@@ -129,7 +129,7 @@ def join() -> None:
     _group.control = distributed.new_group(backend="gloo", timeout=SILENCE)
     if cuda:
         threading.Thread(target=_watch_nccl, args=(_nccl_error,), name="nccl", daemon=True).start()
-    _group.ended = _group.store.add("ended", 0)  # processes that were replaced while the others waited
+    _group.ended = _group.store.add("ended", 0)  # processes that were replaced while the other ranks waited
     log.info("all %d processes are connected", world_size())
 
 
@@ -151,7 +151,7 @@ def loaded() -> None:
 def _all_at(place: str, deadline: float, *, or_ended: bool = False) -> int:
     """Record that this rank has reached `place`, and wait for all other ranks until the deadline. Return how many ranks
     have reached it. Raises Failure(PeerLost) if `or_ended` is set and another rank ends meanwhile."""
-    # One key per rank and not a counter: a rank that is replaced while the others wait arrives twice.
+    # One key per rank and not a counter: a rank that is replaced while the other ranks wait arrives twice.
     keys = [f"{place}/{number}" for number in range(world_size())]
     _group.store.set(keys[rank()], "1")
     while not _group.store.check(keys):
@@ -306,8 +306,8 @@ def _nccl_error() -> str:
 
 def _watch_nccl(state: Callable[[], str]) -> None:
     """End the process with a reason before torch's watchdog aborts it. A GPU that waits for a lost peer blocks the main
-    thread. Ending is safer than TORCH_NCCL_ASYNC_ERROR_HANDLING=2, with which the GPU continues to compute with
-    whatever data is in its memory."""
+    thread. Ending is safer than TORCH_NCCL_ASYNC_ERROR_HANDLING=2, with which the GPU continues to compute with invalid
+    data."""
     try:
         while (found := state()) == "SUCCESS":
             time.sleep(1)

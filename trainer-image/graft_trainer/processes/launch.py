@@ -1,7 +1,7 @@
 """Run several processes in one pod, one per GPU: start them, pass SIGTERM on to them, and report why they ended.
 
-torch's elastic launcher is not used. It kills processes 30 s after SIGTERM, which is too soon for a checkpoint, and its
-exit code does not tell how the processes ended.
+torch's elastic launcher is not used. It kills processes 30 s after SIGTERM, which is too soon for a checkpoint. Its
+exit code does not show how the processes ended.
 """
 
 import logging
@@ -105,7 +105,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], files: list[Path], interrupt
             del running[process]
             ends.append(End(code, _termination(file), by_launcher=killed and code == -signal.SIGKILL))
             if code:
-                # If a process was interrupted or lost a peer, the others get the time that their checkpoints take.
+                # If a process was interrupted or lost a peer, the other processes get enough time for their
+                # checkpoints.
                 patience = LONGEST if code in GENTLE else STRAGGLERS
                 deadline = min(deadline, time.monotonic() + patience)
         if running and not killed and time.monotonic() > deadline:

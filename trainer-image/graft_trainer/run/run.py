@@ -33,7 +33,7 @@ class Run:
     settings: Settings
     store: S3Store  # retries for settings.storage_patience
     progress: ProgressReporter
-    upload: Callable[[str, Path], None]  # (key, file), while training goes on. Raises StoreError
+    upload: Callable[[str, Path], None]  # (key, file), during training. Raises StoreError
     halvings: int = 0  # how often the micro-batch is halved, because earlier attempts ran out of memory
     interruption: Interruption = field(default_factory=Interruption)
     cleanup: ExitStack = field(default_factory=ExitStack)  # callbacks that must finish before the process ends

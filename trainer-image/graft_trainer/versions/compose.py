@@ -61,7 +61,7 @@ def compose(making: Making, wanted: Composition) -> Made:
     combined = settings.adapter_dir if wanted.into == "adapter" else settings.work_dir / "combined"
     combine(base_of_shapes(base_config, name, file.task), folders, wanted, combined)
     reduce_config(combined / "adapter_config.json", base_model.uri)
-    # The result gets the same checks as an imported adapter: its tensors fit the base model and contain only numbers.
+    # The result gets the same checks as an imported adapter: its tensors fit the base model and are finite.
     config = reduced_config((combined / "adapter_config.json").read_bytes(), "the result", "lora", file.task)
     fit = check_adapter(combined, config, base_of_shapes(base_config, name, file.task), "the result", name)
 

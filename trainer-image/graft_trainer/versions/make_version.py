@@ -40,7 +40,7 @@ def run(making: Making) -> str:
     making.settings.adapter_dir.mkdir(parents=True)
     try:
         if making.file.composition is not None:
-            # Imported here because each brings torch and peft, and a version that is published already needs neither.
+            # Imported here because each imports torch and peft. A version that is already published needs neither.
             from graft_trainer.versions.compose import compose
 
             made = compose(making, making.file.composition)

@@ -16,7 +16,7 @@ from graft.artifacts.versions import InvalidArtifact
 from graft.kube import Manifest
 from graft.reconcile.adapter import adapterjob, lifecycle, signing, verification
 from graft.reconcile.adapter.compatibility import is_put_away
-from graft.reconcile.shared import ending
+from graft.reconcile.shared import backoff, ending
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.status import condition, find, now
@@ -79,7 +79,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if archived and status.stage in {"Ready", "Rejected"}:
         if (
             verification.own_prefix(adapter, adapter.artifact, ctx.store.config.bucket) is None
-        ):  # nothing is restored there
+        ):  # the operator never restores files outside the adapter's folder
             lost = InvalidArtifact("FileMissing", "the weights are in storage in compressed form only. Upload them")
             status, verdict = observe(adapter, lost)
         else:
@@ -87,7 +87,9 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     status, verdict = await signing.signed(ctx, ctx.keys, adapter, status, verdict)
     await ctx.write_status(raw, status.model_copy(update=told), [verdict, in_use(used_by)])
     if verdict.reason in RETRIED:
-        return ctx.backoff.failed(adapter.metadata.uid, adapter.metadata.generation)
+        # An outage of the store is not the tenant's failure, so its versions continue soon after it.
+        longest = backoff.OUTAGE if verdict.reason == "StorageUnavailable" else backoff.LAST
+        return ctx.backoff.failed(adapter.metadata.uid, adapter.metadata.generation, longest)
     ctx.backoff.forget(adapter.metadata.uid)
     return None
 
@@ -116,7 +118,10 @@ async def _show_verifying(ctx: Context, raw: Manifest, adapter: Adapter, told: d
 async def _refuse(
     ctx: Context, raw: Manifest, adapter: Adapter, outside: InvalidArtifact, used_by: list[str]
 ) -> float | None:
-    """Report a version that the operator must not read, without what an older operator has read of it."""
+    """Report a version that the operator must not read.
+
+    Remove the facts that an older operator has read from its files.
+    """
     ctx.transfers.forget(adapter.metadata.uid)
     status, verdict = observe(adapter, outside)
     unread = dict.fromkeys(UNREAD) | lifecycle.use(adapter, used_by)

@@ -119,7 +119,7 @@ async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Ada
 async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, str] | Trouble | None:
     """Return the manifest that this Adapter's Job has written, and its digest. None if there is no manifest.
 
-    Return Trouble if another manifest has the version's place. Raises StoreError.
+    Return Trouble if another manifest is stored under the version's prefix. Raises StoreError.
     """
     spec, meta = adapter.spec, adapter.metadata
     prefix = layout.adapter_prefix(layout.tenant_of(meta.namespace), spec.adapter, spec.version)

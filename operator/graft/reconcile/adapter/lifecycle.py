@@ -169,7 +169,10 @@ def removes_files(adapter: Adapter, deployments: list[Manifest]) -> bool:
 
 
 async def _plan(look: Look) -> Plan:
-    """Decide from the objects at hand. Before anything is removed, list everything again and decide from that."""
+    """Decide from the objects that were read.
+
+    Before anything is removed, list everything again and decide once more.
+    """
     labels = {ADAPTER_LABEL: look.adapter.spec.adapter}
     found = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace, labels)
     look.versions = valid(Adapter, found)
@@ -215,7 +218,7 @@ def _compares(job: Manifest, adapter: str) -> bool:
 
 
 async def _is_awaited(look: Look) -> bool:
-    """Return whether a composition or a BaseModel needs its files."""
+    """Return whether a composition or a BaseModel needs the version's files."""
     if retention.read_by(look.adapter, await look.ctx.kube.list("BaseModel")):
         return True
     adapters = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace)

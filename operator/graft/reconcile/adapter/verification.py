@@ -1,7 +1,7 @@
-"""Verify the stored files of a version: first that all are there, then every byte of those that changed.
+"""Verify the stored files of a version: first that all files exist, then every byte of the files that changed.
 
 It runs as a transfer, outside of the reconciles. The operator reads with its own key, so it reads only below the
-tenant's own part of its bucket. Messages tell no digest of a stored file.
+tenant's own part of its bucket. Messages never contain the digest of a stored file.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def own_prefix(adapter: Adapter, artifact: AdapterArtifact | None, bucket: str) 
 
 
 def running(ctx: Context, adapter: Adapter) -> bool:
-    """Return whether a verification of the Adapter waits, runs, or has a result that nobody has taken."""
+    """Return whether a verification of the Adapter waits, runs, or has a result that no reconcile has read."""
     transfer = ctx.transfers.find(adapter.metadata.uid)
     return transfer is not None and transfer.what == WHAT
 
@@ -156,7 +156,8 @@ def _compare(
     sha256 = verified.sha256(tenant, found)
     if sha256 is None:
         hasher = hashlib.sha256()
-        # The ETag is that of the bytes that are read: otherwise a file that is swapped for a moment would be remembered.
+        # The ETag is that of the bytes that are read: otherwise a file that was replaced for a moment would be recorded
+        # as verified.
         for chunk in store.chunks(found.key, etag=found.etag):
             if stopped():
                 raise Interrupted

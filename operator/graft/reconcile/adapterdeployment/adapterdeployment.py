@@ -182,7 +182,10 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
 
 
 async def _computed(ctx: Context, world: World, call: Callable[..., T], *arguments: Any) -> T:
-    """Return what a pure function returns. If the deployment is large, it runs in a thread, so that the event loop goes on."""
+    """Return what a pure function returns.
+
+    If the deployment is large, the function runs in a thread, so that the event loop does not wait.
+    """
     replicas = max(len(world.pods), world.scale.replicas)
     if replicas * max(len(world.adapters), len(world.spec.spec.adapters)) <= SMALL:
         return call(*arguments)

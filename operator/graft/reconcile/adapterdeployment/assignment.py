@@ -1,4 +1,4 @@
-"""Decide which replica must have which adapters, tell the agents, and report shortages in the status (PURE).
+"""Decide which replica must have which adapters, write this for the agents, and report shortages in the status (PURE).
 
 The assignment is stored in the wanted message itself. The next reconcile starts from it, so that only adapters that
 must move are moved. As in every other change, an adapter leaves the gateway's routes before it is removed from a
@@ -40,7 +40,7 @@ def assign(
     homes = found.homes
     adapters_told = [
         item.model_copy(update={"pods": None if homes is None else list(homes[item.engine_name])})
-        for item in wanted.adapters  # an older version that is kept names its replicas so far
+        for item in wanted.adapters  # an older version that is kept names its present replicas
     ]
     assigned = None if homes is None else sorted(replica.pod for replica in replicas)
     return wanted.model_copy(update={"adapters": adapters_told, "assigned": assigned})

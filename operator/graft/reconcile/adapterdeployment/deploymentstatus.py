@@ -45,7 +45,7 @@ class World:
     wanted: Wanted | None = None
     routes: Routes | None = None
     sizing: ServingSizing | None = None
-    unscaled: Trouble | None = None  # why nothing scales the replicas; the pods serve nevertheless
+    unscaled: Trouble | None = None  # why nothing scales the replicas; the pods still serve
     scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
 
     @property

@@ -3,8 +3,9 @@
 The order of a change: load -> reported as loaded -> shift traffic -> drain -> unload. An adapter's engine name contains
 its digest. So the old and the new version have different names and can be loaded side by side:
 - `wanted` lists the versions that the entries resolve to now, and the versions that routes still lead to.
-- A route moves to the new version when every ready replica that must have it has loaded it. It also moves if the old
-  version is loaded nowhere but the new one somewhere, and at once while no pod runs and none is planned.
+- A route moves to the new version when every ready replica that must have it has loaded it. It also moves if no replica
+  has loaded the old version and at least one has loaded the new version. While no pod runs and none is planned, it
+  moves at once.
 - A version that no route leads to leaves `wanted`. Then the agents drain and unload it.
 """
 
@@ -145,7 +146,7 @@ def _is_ready(adapter: Adapter) -> bool:
 
 
 def wanted_adapter(tenant: str, adapter: Adapter) -> WantedAdapter:
-    """Return what the agents need to know about a version."""
+    """Return the entry of a version in the wanted message."""
     digest = adapter.published.digest
     return WantedAdapter(
         engine_name=engine_name(tenant, adapter.metadata.name, digest),

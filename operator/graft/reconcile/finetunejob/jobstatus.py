@@ -281,7 +281,7 @@ def _failure(world: World, failed: dict[str, Any]) -> Condition:
 
 
 def _final_reason(said: str) -> str:
-    """Return the reason of the condition for the reason that a pod reports. A pod may report any."""
+    """Return the reason of the condition for the reason that a pod reports. A pod may report any reason."""
     if said == Reason.MEMORY_EXCEEDED:  # it announces an attempt with half the micro-batch, but no attempt follows
         return Reason.OUT_OF_MEMORY
     return said if said in REASONS[KIND]["Succeeded"] else Reason.INTERNAL_ERROR

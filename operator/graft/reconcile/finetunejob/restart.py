@@ -61,6 +61,6 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
 
 def forget_attempts(store: S3Store, prefix: str) -> None:
     """Delete the progress files of all attempts below a run's prefix. Raises StoreError."""
-    for item in store.objects(prefix):
-        if item.key.endswith("/" + layout.PROGRESS):
-            store.delete(item.key)
+    # By the names of the attempts: how many objects a tenant puts below them must not matter.
+    for attempt in store.folders(prefix):
+        store.delete(f"{prefix}{attempt}/{layout.PROGRESS}")

@@ -156,7 +156,7 @@ async def revoke_orphans(ctx: Context) -> None:
     async with ctx.locks["credentials",]:
         tenants = await ctx.blocking(ctx.identity.tenants)
         found = await ctx.kube.list("Namespace", metadata_only=True)
-        # A reserved namespace can be no tenant, so the key that an earlier version of Graft gave it is revoked.
+        # A reserved namespace cannot be a tenant, so the key that an earlier version of Graft gave it is revoked.
         namespaces = {tenant_of(name) for item in found if why_reserved(name := item["metadata"]["name"]) is None}
         own = {ctx.store.config.access_key_id.removeprefix(USER_PREFIX)}
         for tenant in sorted(tenants - namespaces - own):

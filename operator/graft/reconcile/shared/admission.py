@@ -53,7 +53,7 @@ async def admit(ctx: Context, kind: str, reconcile: Reconcile, namespace: str, n
     except ValidationError:
         raw = await ctx.kube.get(kind, namespace or None, name)
         why = None if raw is None else why_invalid(kind, raw)
-        if raw is None or why is None:  # not this resource is invalid, but another object that was read for it
+        if raw is None or why is None:  # this resource is valid: another object that the reconcile read is invalid
             raise
         return await _refuse(ctx, kind, raw, Trouble("SpecInvalid", why))
 

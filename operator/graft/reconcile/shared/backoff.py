@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 FIRST = 5.0  # seconds
 LAST = 300.0  # seconds
+OUTAGE = 60.0  # seconds; the longest pause while the store is unavailable
 
 
 class Backoff:
@@ -17,11 +18,11 @@ class Backoff:
         self._clock = clock
         self._failed: dict[str, tuple[int | None, int, float]] = {}  # uid -> generation, failures, time of the retry
 
-    def failed(self, uid: str, generation: int | None) -> float:
-        """Record a failure. Return the seconds until the next attempt."""
+    def failed(self, uid: str, generation: int | None, longest: float = LAST) -> float:
+        """Record a failure. Return the seconds until the next attempt, at most `longest`."""
         before, failures, _ = self._failed.get(uid, (generation, 0, 0.0))
         failures = failures + 1 if before == generation else 1
-        pause = min(LAST, FIRST * 2.0 ** min(failures - 1, 16))
+        pause = min(longest, FIRST * 2.0 ** min(failures - 1, 16))
         self._failed[uid] = (generation, failures, self._clock() + pause)
         return pause
 

@@ -38,7 +38,7 @@ WAITING = 20.0  # seconds until the next reconcile while the operator waits for 
 
 @dataclass
 class Context:
-    """What one operator process holds and uses."""
+    """The state that all reconcilers of one operator process share."""
 
     kube: Kube
     settings: Settings
@@ -50,7 +50,7 @@ class Context:
     transfers: Transfers = field(default_factory=Transfers)
     verified: Verified = field(default_factory=Verified)
     backoff: Backoff = field(default_factory=Backoff)
-    # Pure computations in threads, because they take long. More at once would only slow the event loop down.
+    # Pure computations that take long run in these threads. More threads would only slow the event loop down.
     planning: Turns = field(default_factory=lambda: Turns(2, 1))
     wake: Callable[[str, str, str], None] = lambda kind, namespace, name: (
         None

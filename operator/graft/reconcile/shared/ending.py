@@ -55,7 +55,7 @@ def delete(ctx: Context, resource: Resource, prefixes: Sequence[str]) -> float |
 def _delete(store: S3Store, prefixes: Sequence[str], stopped: Callable[[], bool]) -> None:
     for prefix in prefixes:
         if not stopped():
-            store.delete_prefix(prefix)
+            store.delete_prefix(prefix, stopped)
 
 
 async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:

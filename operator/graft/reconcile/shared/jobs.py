@@ -14,7 +14,10 @@ def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
 
 
 def job_file_of(config_map: Manifest | None) -> JobFile | None:
-    """Return the job file in a ConfigMap. None if there is none, or if somebody has replaced it with other text (PURE)."""
+    """Return the job file in a ConfigMap.
+
+    None if the ConfigMap has no job file, or if somebody has replaced it with other text (PURE).
+    """
     text = ((config_map or {}).get("data") or {}).get("job.json")
     try:
         return None if text is None else JobFile.read(text)

@@ -1,6 +1,6 @@
-"""Whose child an object is: by its owner references, never by labels alone (PURE).
+"""Find the owner of a child object by its owner references, never by labels alone (PURE).
 
-Everybody who may create a ConfigMap or a pod may set labels. It does not know what a child contains.
+Every user who may create a ConfigMap or a pod may set labels. This module does not know what a child contains.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from graft.kube import Manifest, owned_by
 from graft.manifests.metadata import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
 
 Key = tuple[str, str, str]  # kind, namespace, name
-PARENTS = {"Job", "ReplicaSet"}  # what creates our pods
+PARENTS = {"Job", "ReplicaSet"}  # kinds of the controllers that create our pods
 PLACE = "graft.dev/namespace"  # on routes: the namespace of their owner
 
 
 def owner_of(kind: str, child: Manifest, known: Mapping[Key, str], operator_namespace: str) -> Key | None:
     """Return the resource that a child belongs to, or None if it belongs to no resource of Graft.
 
-    `known`: the UIDs of the resources. A child is in the namespace of its owner, and its owner references name the owner, or
-    for a pod what the owner's controller creates. Only the routes are in the operator's namespace, where owner references do
-    not work. No user may write there.
+    `known`: the UIDs of the resources. A child is in the namespace of its owner, and its owner references name the
+    owner. Those of a pod name a Job or a ReplicaSet of the owner. Only the routes are in the operator's namespace,
+    where owner references do not work and no user may write.
     """
     metadata = child["metadata"]
     labels: dict[str, Any] = metadata.get("labels") or {}

@@ -2,11 +2,11 @@
 
 Several events in a short time cause one reconcile; a wake-up during a reconcile causes exactly one more. Each resource
 has one writer. After an error, the worker retries with exponential back-off. Every resource is also reconciled from
-time to time. So a lost event costs minutes, but never correctness.
+time to time. So a lost event delays a reconcile by minutes, but the result stays correct.
 
 One namespace holds at most EACH of the CONCURRENCY places, and a free place goes to the namespace that holds the fewest.
-A reconcile that takes longer than DEADLINE is ended and retried like after an error. So what a tenant stores or names
-neither stops the others nor fails the operator's probe.
+A reconcile that takes longer than DEADLINE is ended and retried like after an error. So one tenant's resources and
+files neither stop the reconciles of other tenants nor fail the operator's probe.
 """
 
 import asyncio

@@ -14,8 +14,8 @@ R = TypeVar("R", bound=Resource)
 def valid(kind: type[R], items: Iterable[Manifest]) -> list[R]:
     """Return the resources that the schema accepts.
 
-    The others are left out, so that one of them does not stop the reconciles of all: the reconcile of each reports SpecInvalid
-    (admission.py).
+    Other resources are left out, so that an invalid one does not stop the reconciles of all. Its own reconcile reports
+    SpecInvalid (admission.py).
     """
     found = []
     for item in items:

@@ -1,6 +1,7 @@
-"""Keep the rights of the tenants' keys on base models as the BaseModels say: spec.allowedNamespaces holds in storage, too.
+"""Set the rights of the tenants' keys on base models: the store enforces spec.allowedNamespaces of the BaseModels, too.
 
-It also says which installation of Graft this is among those that use the same store.
+The module also names this installation of Graft, because several installations may use one store. It does not issue
+keys.
 """
 
 import logging
@@ -10,18 +11,18 @@ from graft.artifacts import layout
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
-from graft.kube import Kube, Manifest
+from graft.kube import Kube, KubeError, Manifest
 from graft.reconcile.shared.context import Context
 from graft.settings import Settings
 
 log = logging.getLogger(__name__)
 
 SYSTEM = "kube-system"  # its UID identifies a cluster: nobody deletes it
-WILD = set("*?$")  # they have a meaning in the resources of a policy
+WILD = set("*?$")  # wildcards in the resources of a policy
 
 
 async def open_identity(kube: Kube, settings: Settings, store: S3Store) -> VersityIdentity | None:
-    """Return the store's identity service as this installation uses it. None if others create the keys."""
+    """Return the store's identity service as this installation uses it. None if the platform team creates the keys."""
     if not settings.storage.issue_credentials:
         return None
     found = await kube.get("Namespace", None, SYSTEM)
@@ -39,11 +40,11 @@ def readers(models: Iterable[Manifest], bucket: str) -> dict[str, Collection[str
     """Return which tenants may read which prefix below models/: prefix -> tenants; None: all of them (PURE).
 
     If several BaseModels name the same folder, the namespaces of all of them may read it. Folders outside of models/ are
-    left out: a BaseModel gives nobody a right on a tenant's part.
+    left out: a BaseModel gives no key a right on a tenant's part.
     """
     found: dict[str, Collection[str] | None] = {}
     for model in models:
-        prefix = _folder(str(model["spec"]["source"]), bucket)
+        prefix = folder_of(str(model["spec"]["source"]), bucket)
         if prefix is None:
             continue
         allowed = model["spec"].get("allowedNamespaces")
@@ -55,8 +56,11 @@ def readers(models: Iterable[Manifest], bucket: str) -> dict[str, Collection[str
     return found
 
 
-def _folder(source: str, bucket: str) -> str | None:
-    """Return the prefix of an s3:// source in a folder of models/ of this bucket, else None. models/ itself is every model."""
+def folder_of(source: str, bucket: str) -> str | None:
+    """Return the prefix of an s3:// source in a folder of models/ of this bucket, else None.
+
+    The source models/ itself gives None, because it holds all models.
+    """
     try:
         found, key = layout.split_s3_uri(source)
     except ValueError:
@@ -74,14 +78,14 @@ async def allow_models(ctx: Context) -> None:
     """Give the tenants' keys the rights that the BaseModels say now. Raises StoreError."""
     if ctx.identity is None:
         return
-    async with ctx.locks["models",]:  # a list that is older than another's must not be written after it
+    async with ctx.locks["models",]:  # an older list must not be written after a newer one
         models = readers(await ctx.kube.list("BaseModel"), ctx.store.config.bucket)
         await ctx.blocking(ctx.identity.allow, models)
 
 
 async def model_deleted(ctx: Context) -> None:
-    """Take away the rights on a BaseModel that was deleted. If the store does not answer, housekeeping does it later."""
+    """Remove the rights on a BaseModel that was deleted. If the store does not answer, housekeeping does it later."""
     try:
         await allow_models(ctx)
-    except StoreError as error:
+    except (StoreError, KubeError) as error:
         log.warning("cannot take away the rights on a deleted BaseModel, the operator retries: %s", error)

@@ -48,7 +48,7 @@ class Transfer:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled():
-            task.exception()  # whoever asks for the result gets it; if nobody does, it is not reported as lost
+            task.exception()  # marks the exception as read, so asyncio does not log it; result() raises it
         self._then()
 
     async def _run(self, call: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,6 +1,7 @@
 """Give turns to work of many namespaces: a bounded number over all, and a share for each namespace.
 
-One namespace with hundreds of resources must not keep the others waiting. This module does not know what the work is.
+One namespace with hundreds of resources must not make other namespaces wait. This module does not know what the work
+is.
 """
 
 import asyncio

@@ -37,7 +37,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Load:
-    """Tell the engine to load a complete version."""
+    """Load a complete version into the engine."""
 
     adapter: WantedAdapter
 
@@ -48,7 +48,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Unload:
-    """Tell the engine to unload an adapter."""
+    """Unload an adapter from the engine."""
 
     name: str
 

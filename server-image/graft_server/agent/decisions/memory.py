@@ -123,8 +123,8 @@ class Readiness:
     ) -> bool:
         """Return whether the engine has started again since the last observation.
 
-        It has if a loaded adapter is missing and no action of the agent runs for it. `other`: the engine was gone in
-        between, and its start time differs or is unknown. `other` counts only if no adapter was loaded before.
+        It has if a loaded adapter is missing and no action of the agent runs for it. `other`: the engine did not answer
+        in between, and its start time differs or is unknown. `other` counts only if no adapter was loaded before.
         """
         if not self.started:
             return True

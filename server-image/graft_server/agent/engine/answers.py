@@ -1,4 +1,7 @@
-"""Receive the answers of an engine within bounds. The engine runs the code and the weights of others: it may answer anything."""
+"""Receive the answers of an engine within bounds.
+
+The engine runs code and weights from other authors, so its answers are not trusted.
+"""
 
 import aiohttp
 

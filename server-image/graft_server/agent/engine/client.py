@@ -14,7 +14,7 @@ from graft_server.agent.engine.answers import AnswerTooLarge, beginning, receive
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5, sock_connect=2)
 PLAIN = {"Accept-Encoding": "identity"}
 LOAD_SECONDS = 300.0  # the first load compiles kernels
-MODELS = Limits(size=2 * 1024 * 1024, depth=8, values=50_000)  # vLLM describes a model by some 25 values
+MODELS = Limits(size=2 * 1024 * 1024, depth=8, values=50_000)  # vLLM describes a model by about 25 values
 ERROR = Limits(size=64 * 1024, depth=8, values=500)
 METRICS_BYTES = 8 * 1024 * 1024  # vLLM adds a line for each combination of adapters that has run
 MOST_MODELS = 2000
@@ -39,7 +39,10 @@ class EngineDown(Exception):
 
 
 class EngineSlow(Exception):
-    """The engine did not answer a load or unload in time. It may have done it, or may still do it."""
+    """The engine did not answer a load or unload in time.
+
+    It may have completed the request, or may still complete it.
+    """
 
 
 class EngineRefused(Exception):
@@ -51,7 +54,10 @@ class EngineRefused(Exception):
 
 
 def listed_models(body: bytes) -> dict[str, str]:
-    """Return the models of GET /v1/models: name -> root path. Raises ValueError if it is no such list (PURE)."""
+    """Return the models of GET /v1/models: name -> root path.
+
+    Raises ValueError if the answer is not such a list (PURE).
+    """
     listing = parse_json(body, MODELS, "the list of models")
     cards = listing.get("data") if isinstance(listing, dict) else None
     if not isinstance(cards, list) or len(cards) > MOST_MODELS:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft.artifacts.sources import CONFIG_LIMITS
+from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS
 from graft.bounded import OutOfBounds, parse_json
 
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
@@ -130,7 +130,7 @@ def check_tokenizer_config(data: bytes) -> None:
 
 def _document(name: str, data: bytes) -> dict[str, Any]:
     try:
-        document = parse_json(data, CONFIG_LIMITS, name)
+        document = parse_json(data, TOKENIZER_LIMITS if name == "tokenizer_config.json" else CONFIG_LIMITS, name)
     except OutOfBounds as error:
         raise ConfigRejected(f"{name} is not JSON that an adapter needs: {error}") from error
     if not isinstance(document, dict):

@@ -11,8 +11,8 @@ from graft.bounded import Limits, OutOfBounds, parse_json
 
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 
-# An adapter of 1000 modules has a header of some 300 KB, with 8 values for each of its 2000 tensors. Mixtures of experts have
-# up to 40,000 tensors.
+# An adapter of 1000 modules has a header of about 300 KB, with 8 values for each of its 2000 tensors. Mixtures of
+# experts have up to 40,000 tensors.
 HEADER = Limits(size=16 * 1024 * 1024, depth=4, values=500_000)
 NAME_CHARS, MESSAGE_CHARS = 200, 1000  # of what a message quotes
 DOWN = (".lora_A.weight", ".lora_embedding_A")  # [rank, inputs]

@@ -1,8 +1,9 @@
-"""The connections of a server: how many there may be, and how long one may take to send a request's head.
+"""Bounds on the connections of a server: on their number, and on the time in which a request's head must arrive.
 
-aiohttp has no deadline for an unfinished head, no bound on connections, and waits without end for a client that does not
-read. A Guard stands between the transport and aiohttp's protocol. It sees the bytes that arrive, and it is told when the
-transport's buffer is full. Bytes that are sent do not pass through it.
+The head is the request's line and headers. aiohttp has no deadline for an unfinished head and no bound on connections.
+It waits without end for a client that does not read. A Guard is between the transport and aiohttp's protocol. It gets
+the bytes that arrive, and asyncio notifies it when the transport's buffer is full. Bytes that are sent do not pass
+through it.
 """
 
 import asyncio
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from aiohttp import web
 
 BLANK_LINE = b"\r\n\r\n"
-PIPELINED = 2  # parsed requests that may wait behind the running one. Clients of today wait for the answer
+PIPELINED = 2  # parsed requests that may wait while one runs. Current clients wait for the answer first
 SPARE = 64  # connections beyond the bound, so that probes and refusals still get through
 SPARE_PER_PEER = 16
-YOUNG = 1.0  # seconds; a connection may wait so long for its first byte, even if others need its place
+YOUNG = 1.0  # seconds for which a connection may wait for a request, even if the server is full
 SLOWEST = 16 * 1024  # bytes that a client must read within `send_seconds`
 
 
@@ -29,7 +30,7 @@ class ConnectionLimits:
     per_peer: int = 1024  # an Ingress is one peer, or a few
     head_seconds: float = 10.0  # from a head's first byte (of the first head: from the connection) to its last
     head_bytes: int = 64 * 1024
-    send_seconds: float = 60.0  # without a client's reading what is sent
+    send_seconds: float = 60.0  # in which a client must read SLOWEST bytes of a waiting answer
 
 
 class Connections:
@@ -40,7 +41,7 @@ class Connections:
         self.open: set[Guard] = set()
         self.refused = 0  # connections so far
         self._peers: Counter[str] = Counter()
-        self._idle: dict[Guard, float] = {}  # without a whole head; since when; the longest first
+        self._idle: dict[Guard, float] = {}  # no complete head yet -> since when (time.monotonic()), longest first
 
     def site(self, runner: web.BaseRunner, host: str | None, port: int) -> "GuardedSite":
         """Return a site that listens on an address and guards its connections."""
@@ -49,7 +50,7 @@ class Connections:
     def admit(self, guard: "Guard") -> bool:
         """Count a new connection. Return whether it may stay.
 
-        If there is no place, it takes that of the connection that has waited longest for a request.
+        If the bound is reached, the connection that has waited longest for a request is closed.
         """
         peer, crowded = guard.peer, False
         if self._peers[peer] >= self.limits.per_peer:
@@ -76,7 +77,7 @@ class Connections:
         self._idle.pop(guard, None)
 
     def lost(self, guard: "Guard") -> None:
-        """Forget a connection. It may be forgotten twice."""
+        """Forget a connection. A second call has no effect."""
         self._idle.pop(guard, None)
         if guard in self.open:
             self.open.discard(guard)
@@ -106,7 +107,7 @@ class Guard(asyncio.Protocol):
         self._make = make
         self._inner: asyncio.Protocol | None = None
         self._transport: asyncio.Transport | None = None
-        self._in_head = True  # of a request, or before it
+        self._in_head = True  # inside a request's head, or before it
         self._head_bytes = 0
         self._end = b""  # of the head so far
         self._deadline: asyncio.TimerHandle | None = None
@@ -173,7 +174,7 @@ class Guard(asyncio.Protocol):
             self._deadline = None
 
     def answered(self) -> None:
-        """Note that the application has answered. The next bytes are a head again."""
+        """Note that the application has answered and the whole body has arrived. The next bytes are a head again."""
         self._in_head, self._head_bytes, self._end = True, 0, b""
         if self in self._connections.open:
             self._connections.idle(self)
@@ -230,6 +231,16 @@ def guard_of(request: web.BaseRequest) -> Guard | None:
     """Return the guard of a request's connection, or None if it has none."""
     protocol = request.transport.get_protocol() if request.transport is not None else None
     return protocol if isinstance(protocol, Guard) else None
+
+
+def close_unfinished(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """If the request's body is still arriving, let aiohttp close the connection after the answer.
+
+    aiohttp reads the rest of the body first, for at most `lingering_time`: many clients read the answer only after they
+    have sent the whole body.
+    """
+    if not request.content.is_eof() and not response.prepared:
+        response.force_close()
 
 
 class GuardedSite(web.BaseSite):

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from worlds.attackers import LongestPause, guarded, raw
+from graft_server.engine import app
+from worlds.attackers import LongestPause, Slowed, guarded, raw, request, send_then_read
 from worlds.engine import BASE, Api, make_base, running
 from worlds.serving import eventually
 
@@ -98,6 +99,54 @@ async def test_bytes_in_flight(base: Path) -> None:
         assert [task.result() for task in asked if task.done()] == [(503, True)] * 3
         assert (await api.unload("nobody"))[0] == 404
         assert {status for status, _ in await asyncio.gather(*asked)} == {400, 503}  # 400: longer than the context
+
+
+@pytest.mark.parametrize(
+    ("size", "status", "encoding"), [(11, 413, "identity"), (30, 413, "identity"), (30, 415, "gzip")]
+)
+async def test_refused_bodies_of_clients_that_send_before_they_read(
+    base: Path, size: int, status: int, encoding: str
+) -> None:
+    """Send MBs that are refused, and read only after the last byte -> the client reads the status, and no reset."""
+    async with (
+        running(base, max_body_bytes=1_000_000) as api,
+        guarded(api.server.application()) as (host, port, connections),
+    ):
+        headers = {"Content-Encoding": encoding}
+        answer = await asyncio.to_thread(send_then_read, host, port, size * 1_000_000, COMPLETIONS, **headers)
+        assert answer == (status, "close")
+        await eventually(lambda: not connections.open)
+
+
+@pytest.mark.parametrize("what", ["parse_body", "_tokenize"])
+async def test_a_caller_that_disconnects_while_a_thread_holds_its_body(
+    base: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Send large bodies and disconnect -> what the thread holds counts until it ends, and no second one begins."""
+    async with running(base) as api, guarded(api.server.application()) as (host, port, connections):
+        place: Any = app if what == "parse_body" else api.server._generator
+        slow = Slowed(getattr(place, what))
+        monkeypatch.setattr(place, what, slow)
+
+        def used() -> int:
+            return api.server.bytes.used("everybody")
+
+        large = request(b'{"prompt": "' + b"x" * 1_000_000 + b'"}', b"Content-Type: application/json")
+        try:
+            async with raw(host, port) as [one]:
+                one.send(large)
+                await eventually(lambda: slow.calls == 1)
+            await eventually(lambda: not connections.open)
+            async with raw(host, port) as [one]:
+                one.send(large)
+                await eventually(lambda: used() > 2_000_000)
+            await eventually(lambda: not connections.open and used() < 2_000_000)
+            await asyncio.sleep(0.1)
+            assert used() > 1_000_000 and slow.calls == 1
+        finally:
+            slow.go.set()
+        await eventually(lambda: used() == 0)
+        assert slow.calls == 1
 
 
 async def test_the_agents_requests_are_small(api: Api) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from worlds.attackers import LongestPause, body_of, guarded, raw, request
-from worlds.gateway import refused, sse, world
+from graft_server.gateway import proxy
+from worlds.attackers import LongestPause, Slowed, body_of, guarded, raw, request
+from worlds.gateway import MODEL, refused, sse, world
 from worlds.serving import eventually
 
 ANSWERS = {
@@ -78,6 +79,33 @@ async def test_answers_that_are_held_count_as_bytes_in_flight() -> None:
         assert made.gateway.bytes.used("everybody") == 0
 
 
+async def test_answers_whose_client_is_gone_count_while_a_thread_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disconnect while a large answer is rewritten -> it counts until the thread ends, and no second one begins."""
+    slow = Slowed(proxy.rewrite_answer)
+    monkeypatch.setattr(proxy, "rewrite_answer", slow)
+    async with world() as made, guarded(made.gateway.application()) as (host, port, connections):
+
+        async def large(request: web.Request, body: Any) -> web.StreamResponse:
+            return web.json_response({"choices": [], "x": "x" * 1_000_000})
+
+        made.engines[0].answer = large
+        try:
+            async with raw(host, port) as [one]:
+                one.send(request(body_of('"seed": 1')))
+                await eventually(lambda: slow.calls == 1)
+            await eventually(lambda: not connections.open)
+            async with raw(host, port) as [one]:
+                one.send(request(body_of('"seed": 1')))
+                await eventually(lambda: made.gateway.bytes.used("everybody") > 2_000_000)
+            await eventually(lambda: not connections.open and made.gateway.bytes.used("everybody") < 2_000_000)
+            await asyncio.sleep(0.1)
+            assert made.gateway.bytes.used("everybody") > 1_000_000 and slow.calls == 1
+        finally:
+            slow.go.set()
+        await eventually(lambda: made.gateway.bytes.used("everybody") == 0)
+        assert slow.calls == 1
+
+
 async def test_errors_and_events_of_a_bad_engine() -> None:
     """Answer with strange statuses, headers, usage and events -> an error in OpenAI's shape or a stream that ends."""
     async with world() as made:
@@ -107,18 +135,28 @@ async def test_errors_and_events_of_a_bad_engine() -> None:
 async def test_streams_that_nobody_reads_count_as_bytes_in_flight() -> None:
     """Ask for many fast streams and read none -> what is buffered counts, and some end with an error event."""
     async with world(max_bytes_in_flight=3_000_000) as made, guarded(made.gateway.application()) as (host, port, _):
+        ended = 0
 
         async def endless(request: web.Request, body: Any) -> web.StreamResponse:
-            async with sse(request) as response:
-                while True:
-                    await response.write(
-                        b"data: " + json.dumps({"choices": [{"text": "x" * 200_000}]}).encode() + b"\n\n"
-                    )
+            nonlocal ended
+            event = b"data: " + json.dumps({"choices": [{"text": "x" * 200_000}]}).encode() + b"\n\n"
+            try:
+                async with sse(request) as response:
+                    while True:
+                        await response.write(event)
+            finally:
+                ended += 1  # by a cancellation, or because a write failed first
+
+        def broken() -> bool:
+            assert made.gateway.bytes.used("everybody") <= 3_000_000
+            labels = {"model": MODEL, "status": "broken"}
+            value = made.gateway.metrics.registry.get_sample_value("graft_gateway_requests_total", labels)
+            return (value or 0) >= 20
 
         made.engines[0].answer = endless
         async with raw(host, port, 40) as opened:
             for at, one in enumerate(opened):
                 one.send(request(body_of('"stream": true'), b"Authorization: Bearer %d" % at))
-            await eventually(lambda: made.engines[0].cancelled >= 20)
-            assert made.gateway.bytes.used("everybody") <= 3_000_000
-        await eventually(lambda: made.gateway.bytes.used("everybody") == 0)
+            await eventually(broken, seconds=60)  # the buffers of the sockets fill up first; this costs CPU time
+            await eventually(lambda: ended >= 20, seconds=60)
+        await eventually(lambda: made.gateway.bytes.used("everybody") == 0, seconds=60)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from worlds.attackers import Raw, body_of, guarded, raw, request
+from graft_server.inflight import Account
+from worlds.attackers import Raw, body_of, guarded, raw, request, send_then_read
 from worlds.gateway import ENGINE_MODEL, MODEL, events, sse, world
 from worlds.serving import eventually
 
@@ -150,6 +151,45 @@ async def test_a_body_that_never_arrives() -> None:
         assert (await one.head()).split()[1] == b"408"
         assert await one.closed(8)
         dripping.cancel()
+
+
+REFUSED_BODIES: dict[str, tuple[int, int, dict[str, str], dict[str, Any]]] = {
+    "announced as 11 MB": (413, 11_000_000, {}, {"max_body_bytes": 1_000_000}),
+    "announced as 30 MB": (413, 30_000_000, {}, {}),
+    "compressed": (415, 30_000_000, {"Content-Encoding": "gzip"}, {}),
+    "more than the caller may hold": (429, 9_000_000, {}, {"max_bytes_per_caller": 2_000_000}),
+    "more than all may hold": (503, 9_000_000, {}, {"max_bytes_in_flight": 2_000_000}),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_BODIES)
+async def test_refused_bodies_of_clients_that_send_before_they_read(kind: str) -> None:
+    """Send MBs that are refused, and read only after the last byte -> the client reads the status, and no reset."""
+    status, size, headers, settings = REFUSED_BODIES[kind]
+    async with world(**settings) as made, guarded(made.gateway.application()) as (host, port, connections):
+        for name in ("peer 127.0.0.1", "everybody"):  # other requests hold nearly all that the smallest account allows
+            made.gateway.bytes.begin([Account(name, "test", 2_000_000)]).add(1_950_000)
+        answer = await asyncio.to_thread(send_then_read, host, port, size, COMPLETIONS, **headers)
+        assert answer == (status, "close")
+        await eventually(lambda: not connections.open)
+
+
+async def test_a_body_that_is_never_read_does_not_free_the_next_head_from_its_bounds() -> None:
+    """Send a body where none is expected, then half a head -> the head's deadline holds."""
+    async with world() as made, guarded(made.gateway.application(), head_seconds=0.5) as (host, port, connections):
+        async with raw(host, port) as [one]:
+            one.send(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+            assert (await one.head()).split()[1] == b"405"
+            await asyncio.sleep(0.1)
+            for _ in range(10):  # while the rest of the body is read, it is no head
+                one.send(b"x" * 10_000)
+                await asyncio.sleep(0.1)
+            one.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            while b"200" not in (head := await one.head()).splitlines()[0]:
+                assert head
+            one.send(b"GET /healthz HTT")
+            assert await one.closed(3)
+        await eventually(lambda: not connections.open)
 
 
 async def test_a_stream_through_the_guard_is_not_changed() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from worlds.attackers import LongestPause, body_of, guarded, raw, request
+from graft_server.gateway import bodies
+from worlds.attackers import LongestPause, Slowed, body_of, guarded, raw, request
 from worlds.gateway import ENGINE_MODEL, MODEL, World, refused, world
 from worlds.serving import eventually
 
@@ -90,6 +91,30 @@ async def test_a_caller_that_holds_many_bytes() -> None:
         for task in held:
             (await task).close()
         await eventually(lambda: made.gateway.bytes.used("everybody") == 0)
+
+
+async def test_a_caller_that_disconnects_while_its_body_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a large body and disconnect, again and again -> what the thread holds counts, and one is parsed at a time."""
+    slow = Slowed(bodies.parsed)
+    monkeypatch.setattr(bodies, "parsed", slow)
+    async with world() as made, guarded(made.gateway.application()) as (host, port, connections):
+        try:
+            body = body_of('"user": "' + "x" * 1_000_000 + '"')
+            async with raw(host, port) as [one]:
+                one.send(request(body))
+                await eventually(lambda: slow.calls == 1)
+            await eventually(lambda: not connections.open)
+            async with raw(host, port, 2) as opened:  # wait for the first, and never begin
+                for one in opened:
+                    one.send(request(body))
+                await eventually(lambda: made.gateway.bytes.used("everybody") > 3_000_000)
+            await eventually(lambda: not connections.open and made.gateway.bytes.used("everybody") < 2_000_000)
+            await asyncio.sleep(0.1)
+            assert made.gateway.bytes.used("everybody") > 1_000_000 and slow.calls == 1
+        finally:
+            slow.go.set()
+        await eventually(lambda: made.gateway.bytes.used("everybody") == 0)
+        assert slow.calls == 1 and not made.engines[0].requests
 
 
 async def test_a_caller_that_invents_keys() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -83,6 +85,35 @@ class LongestPause:
             before = time.process_time()
             await asyncio.sleep(0.005)
             self.seconds = max(self.seconds, time.process_time() - before)
+
+
+def send_then_read(host: str, port: int, size: int, path: str, **headers: str) -> tuple[int, str | None]:
+    """Send a body of `size` bytes with a blocking client, which reads only after the last byte.
+
+    Return the status and the Connection header of the answer.
+    """
+    connection = http.client.HTTPConnection(host, port, timeout=20)
+    try:
+        connection.request("POST", path, b"x" * size, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        response.read()
+        return response.status, response.getheader("Connection")
+    finally:
+        connection.close()
+
+
+class Slowed:
+    """A function that runs in a thread and does not return before `go` is set."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.calls = 0
+        self.go = threading.Event()
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        assert self.go.wait(30)
+        return self._call(*args, **kwargs)
 
 
 def body_of(fields: str) -> bytes:

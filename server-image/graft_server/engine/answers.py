@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from types import TracebackType
 
@@ -26,6 +25,7 @@ from graft_server.engine.residency import Adapter
 from graft_server.engine.sampling import Sampling
 from graft_server.engine.sequence import Output, Sequence
 from graft_server.engine.text import TextStream
+from graft_server.threads import in_thread
 
 Request = ChatRequest | CompletionRequest
 DEFAULT_COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions; a chat answer may fill the context
@@ -126,8 +126,7 @@ class Generator:
         self._metrics = metrics
         self._max_sequences = max_sequences  # limit of sequences in the engine, running and queued
         self._request_timeout = request_timeout
-        # Beside the event loop, one request at a time.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing = asyncio.Lock()  # beside the event loop, one request at a time
         self._arriving = 0  # requests in that thread or waiting for it
 
     async def start(self, request: Request) -> Answers:
@@ -159,7 +158,7 @@ class Generator:
             raise unavailable("the server is overloaded: too many requests arrive at once")
         self._arriving += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokenize, request)
+            return await in_thread(self._tokenizing, self._tokenize, request)
         except PromptError as error:
             raise bad_request(str(error)) from error
         finally:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel as Body
 
-from graft_server.connections import guard_of
+from graft_server.connections import close_unfinished, guard_of
 from graft_server.engine.adapters import AdapterWeights, Limits, read_adapter
 from graft_server.engine.answers import Answers, Generator
 from graft_server.engine.generation import Capacity, Engine
@@ -40,12 +40,13 @@ from graft_server.engine.settings import Settings
 from graft_server.engine.shapes import Choice, Shapes, TokenTexts, model_card, usage
 from graft_server.inflight import Account, Full, InFlight, weight
 from graft_server.receiving import Refused, receive
+from graft_server.threads import in_thread
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Body)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-SMALL = 64 << 10  # bytes; parsing so many takes less time than a change of threads
+SMALL = 64 << 10  # bytes; parsing a smaller body takes less time than a change of threads
 MAX_LOAD_BYTES = 64 << 10  # of a request to load or unload an adapter
 LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
 MAX_HEADERS = 64
@@ -142,9 +143,11 @@ class Server:
         guard.began()
         try:
             crowded = guard.crowded and request.path not in PROBES
-            return await self._guarded(request, _too_crowded if crowded else handler)
+            response = await self._guarded(request, _too_crowded if crowded else handler)
+            close_unfinished(request, response)
+            return response
         finally:
-            guard.answered()
+            request.content.on_eof(guard.answered)  # now, or when the rest of the body has arrived
 
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -222,7 +225,8 @@ class Server:
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await self._small(LoadLoraRequest, request)
-        # Shielded: if the client disconnects, the load still completes. Else a nameless adapter could stay in memory.
+        # Shielded: if the client disconnects, the load still completes. Otherwise an adapter without a name could stay
+        # in memory.
         return web.Response(text=await asyncio.shield(self.registry.load(body)))
 
     async def _unload(self, request: web.Request) -> web.Response:
@@ -230,7 +234,7 @@ class Server:
         return web.Response(text=await asyncio.shield(self.registry.unload(body)))
 
     async def _small(self, kind: type[M], request: web.Request) -> M:
-        """Return the body of a request of the agent. It does not wait for those of clients."""
+        """Return the body of an agent's request. It does not wait for the bodies of clients."""
         body = await receive(request, MAX_LOAD_BYTES, self._settings.body_timeout, None)
         return parse_body(kind, request.content_type, body, self._settings.max_body_values)
 
@@ -253,8 +257,7 @@ class Server:
             if len(body) <= SMALL:
                 parsed = parse_body(kind, request.content_type, body, values)
             else:
-                async with self._parsing:
-                    parsed = await asyncio.to_thread(parse_body, kind, request.content_type, body, values)
+                parsed = await in_thread(self._parsing, parse_body, kind, request.content_type, body, values)
             del body
             return await self._generate(request, parsed)
         finally:

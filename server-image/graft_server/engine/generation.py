@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PREFILL_CHUNK = 512  # prompt tokens read per turn, so that a long prompt does not stall the other answers
-MAX_ADAPTER_WAIT = 2.0  # seconds in which others may overtake a sequence that waits for one of the max_loras places
+MAX_ADAPTER_WAIT = 2.0  # seconds in which other sequences may overtake one that waits for one of the max_loras places
 LOADING_THREADS = 2
 TOO_LATE = Output(finish_reason="timeout", error="the answer took longer than the server allows (--request-timeout)")
 TOO_LONG_QUEUED = Output(

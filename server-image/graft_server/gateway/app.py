@@ -14,7 +14,7 @@ from aiohttp import web
 from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.configmaps import Snapshot
-from graft_server.connections import guard_of
+from graft_server.connections import close_unfinished, guard_of
 from graft_server.gateway.bodies import Bodies
 from graft_server.gateway.cards import Listing, card
 from graft_server.gateway.demand import Waiting
@@ -27,6 +27,7 @@ from graft_server.gateway.sequence import answer_in_steps
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Model
 from graft_server.inflight import Full, InFlight
+from graft_server.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +119,11 @@ class Gateway:
             return await self._observed(request, handler, crowded=False)
         guard.began()
         try:
-            return await self._observed(request, handler, crowded=guard.crowded)
+            response = await self._observed(request, handler, crowded=guard.crowded)
+            close_unfinished(request, response)
+            return response
         finally:
-            guard.answered()
+            request.content.on_eof(guard.answered)  # now, or when the rest of the body has arrived
 
     async def _observed(self, request: web.Request, handler: Handler, *, crowded: bool) -> web.StreamResponse:
         began = time.monotonic()
@@ -202,8 +205,7 @@ class Gateway:
         self._check_synced()
         share = self.bytes.begin(self._bodies.accounts(request))
         try:
-            async with self._writing:
-                body = await asyncio.to_thread(self._listing.of, self.parts.table)
+            body = await in_thread(self._writing, self._listing.of, self.parts.table)
             share.add(len(body))
             response = web.Response(body=body, content_type="application/json", headers=self._id(request))
             await response.prepare(request)

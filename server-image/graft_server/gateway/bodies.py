@@ -1,11 +1,10 @@
-"""The body of a request: whose it is, how it is received, and the fields of it that are passed on.
+"""The body of a request: the accounts that it counts against, how it is received, and the fields that are passed on.
 
 A body is received while the bytes in flight allow it. A large body is parsed beside the event loop, one at a time.
 """
 
 import asyncio
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp import web
@@ -16,9 +15,10 @@ from graft_server.gateway.errors import ApiError, bad_request
 from graft_server.gateway.settings import Settings
 from graft_server.inflight import Account, Share, weight
 from graft_server.receiving import Refused, receive
+from graft_server.threads import in_thread
 
 CODES = {400: "invalid_request", 408: "request_timeout", 413: "request_too_large", 415: "unsupported_encoding"}
-SMALL = 64 * 1024  # bytes; parsing so many takes less time than a change of threads
+SMALL = 64 * 1024  # bytes; parsing a smaller body takes less time than a change of threads
 
 
 class Bodies:
@@ -27,12 +27,13 @@ class Bodies:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._limits = Limits(settings.max_body_bytes, settings.max_body_depth, settings.max_body_values)
-        self._parsing = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+        self._parsing = asyncio.Lock()  # a large body becomes many objects: one at a time
 
     def accounts(self, request: web.Request) -> tuple[Account, ...]:
         """Return the accounts of a request's caller, the narrowest first.
 
-        The gateway does not check keys, so a caller may invent them. The account of the address bounds that.
+        The gateway does not check keys, so a caller may invent keys. The account of the address bounds the bytes of all
+        its keys together.
         """
         settings, address = self._settings, request.remote or "unknown"
         key = request.headers.get("Authorization", "")
@@ -58,7 +59,7 @@ class Bodies:
         share.add(weight(body, self._limits.values))
         if len(body) <= SMALL:
             return parsed(body, path, self._limits)
-        return await asyncio.get_running_loop().run_in_executor(self._parsing, parsed, body, path, self._limits)
+        return await in_thread(self._parsing, parsed, body, path, self._limits)
 
 
 def parsed(body: bytes, path: str, limits: Limits) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 
 
 def busy(error: Full) -> ApiError:
-    """Return the 413 if the request alone is too large, the 429 if the caller has too many bytes in flight, or the 503 if all callers together have."""
+    """Return the 413 if the request alone is too large, the 429 if the caller has too many bytes in flight, or the 503
+    if all callers together have too many.
+    """
     if error.never:
         return ApiError(413, "request_too_large", f"The request needs too much memory: {error}.")
     if error.account.shared:

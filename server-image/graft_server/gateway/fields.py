@@ -12,7 +12,7 @@ from graft_server.gateway import messages
 from graft_server.gateway.errors import bad_request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-Check = Callable[[Any], str | None]  # what the value must be, or None if it is that
+Check = Callable[[Any], str | None]  # returns what the value must be, or None if it is valid
 
 INT64 = 2**63
 MAX_TOKENS = 10_000_000  # tokens; the engine refuses what its context cannot hold
@@ -205,7 +205,7 @@ _function = _object(
 
 _BOTH: dict[str, Check] = {
     "model": _text(512),
-    # how much
+    # length and number of answers
     "max_tokens": _integer(0, MAX_TOKENS),
     "min_tokens": _integer(0, MAX_TOKENS),
     "n": _integer(1, MAX_CHOICES),
@@ -216,7 +216,7 @@ _BOTH: dict[str, Check] = {
     "truncate_prompt_tokens": _integer(-1, MAX_TOKENS),
     "truncation_side": _only("left", "right"),
     "thinking_token_budget": _integer(-1, MAX_TOKENS),
-    # how the tokens are chosen
+    # choice of the tokens
     "temperature": _number(0, 100),
     "top_p": _number(0, 1),
     "top_k": _integer(-1, MAX_TOKEN_ID),
@@ -233,7 +233,7 @@ _BOTH: dict[str, Check] = {
     "skip_special_tokens": _boolean,
     "spaces_between_special_tokens": _boolean,
     "add_special_tokens": _boolean,
-    # what the answer looks like
+    # form of the answer
     "stream": _boolean,
     "stream_options": _object(
         1024, {"include_usage": _boolean, "continuous_usage_stats": _boolean, "include_obfuscation": _boolean}

@@ -22,7 +22,8 @@ TEXTS = ("refusal", "reasoning", "reasoning_content")
 
 
 def size(value: Any, most: int) -> int:
-    """Return the number of characters of a value as JSON. It is exact up to `most`; a larger number only says "more".
+    """Return the number of characters of a value as JSON. The number is exact up to `most`. A larger number only means:
+    more than `most`.
 
     It does not recurse: the reader of the request has bounded the depth, and this walk stops at `most`.
     """
@@ -41,7 +42,7 @@ def size(value: Any, most: int) -> int:
 
 
 def check(value: Any) -> str | None:
-    """Return what the list of messages must be, or None. `passed_on` checks each message."""
+    """Return what the list of messages must be, or None if it is valid. `passed_on` checks each message."""
     if isinstance(value, list) and len(value) <= MAX_MESSAGES:
         return None
     return f"a list of at most {MAX_MESSAGES} messages"

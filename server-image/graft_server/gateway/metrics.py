@@ -1,7 +1,7 @@
 """The gateway's Prometheus metrics. Only existing models become label values, so clients cannot add time series.
 
 A tenant can have thousands of models. Of each namespace, the first NAMED_OF_A_NAMESPACE models that get requests have time
-series of their own. The others share those of `<namespace>/*`.
+series of their own. The other models share the series of `<namespace>/*`.
 """
 
 from collections import Counter as Count

@@ -16,7 +16,7 @@ class Parts:
     def __init__(self) -> None:
         self.table = Table()
         self.parsed = 0  # ConfigMaps parsed so far
-        self._texts: dict[str, str] = {}  # by ConfigMap: what was read last, valid or not
+        self._texts: dict[str, str] = {}  # by ConfigMap: the last text, valid or not
         self._parts: dict[str, Part] = {}  # by ConfigMap: the last valid part
         self._invalid: dict[str, str] = {}  # by ConfigMap: why its text was refused
 
@@ -48,7 +48,7 @@ class Parts:
 
     @property
     def problems(self) -> list[str]:
-        """Return what was refused, for people."""
+        """Return the refused parts and routes, as texts."""
         return [*self._invalid.values(), *self.table.problems]
 
     @property

@@ -26,6 +26,7 @@ from graft_server.gateway.rewrite import Differs, StreamRewriter, Words, error_e
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Balancer, Model
 from graft_server.inflight import Full, Share
+from graft_server.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ SECONDS = re.compile(r"[0-9]{1,5}")
 REQUEST_ID = web.RequestKey("request_id", str)
 BROKEN = web.RequestKey("broken", bool)  # the stream ended with an error event
 ANSWER_DEPTH = 64  # of nested objects and arrays
-LARGE = 32 * 1024  # bytes; so many, a stream of tokens has at once only if its client does not read
-SMALL = 64 * 1024  # bytes; rewriting so many takes less time than a change of threads
+LARGE = 32 * 1024  # bytes; a stream of tokens has more at once only if its client does not read
+SMALL = 64 * 1024  # bytes; rewriting a smaller body takes less time than a change of threads
 ERROR_LIMIT = 64 * 1024
 STOPPED_SENDING = "the engine stopped sending in the middle of its answer"
 HIGHEST_STATUS = 599
@@ -78,7 +79,7 @@ class Call:
 
     @property
     def words(self) -> Words:
-        """Return what the answer gets: the model name, the `graft` object, and the tokens of earlier steps."""
+        """Return the values for the answer: the model name, the `graft` object, and the tokens of earlier steps."""
         return Words(
             self.model.name,
             {
@@ -257,8 +258,7 @@ class Proxy:
             if len(body) <= SMALL:
                 body = rewrite_answer(body, call.words, self._limits)
             else:
-                async with self._rewriting:
-                    body = await asyncio.to_thread(rewrite_answer, body, call.words, self._limits)
+                body = await in_thread(self._rewriting, rewrite_answer, body, call.words, self._limits)
         except OutOfBounds as error:
             raise upstream_broke(str(error)) from error
         if call.for_client:

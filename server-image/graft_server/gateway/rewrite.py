@@ -37,12 +37,12 @@ class Words:
 
 
 def add_usage(usage: dict[str, Any], spent: dict[str, int]) -> dict[str, Any]:
-    """Return OpenAI's usage object with the counts of another one added. A count that is no number counts as 0."""
+    """Return OpenAI's usage object with the counts of another one added. A count that is not a number counts as 0."""
     return usage | {name: token_count(usage.get(name)) + spent.get(name, 0) for name in TOKENS}
 
 
 def token_count(value: Any) -> int:
-    """Return an engine's count of tokens, or 0 if it is none."""
+    """Return an engine's count of tokens, or 0 if the value is not a count."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else 0
 
 

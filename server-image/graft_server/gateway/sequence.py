@@ -20,7 +20,7 @@ from graft_server.gateway.rewrite import TOKENS, add_usage
 from graft_server.gateway.table import Model
 
 SAMPLING = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "user",
+    "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
 LIMITS = ("max_tokens", "max_completion_tokens")
 

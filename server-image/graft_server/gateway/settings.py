@@ -28,8 +28,8 @@ class Settings:
     max_answer_bytes: int = MAX_ANSWER_BYTES  # of an engine, if it does not stream
     max_answer_values: int = 1_000_000
     # Memory of requests and answers that the gateway holds at once, in bytes. With these values, a gateway under attack
-    # stays below the 512 MiB of the chart. A caller is a key in the header Authorization, or
-    # else an address. An address may hold more than a key, because it may be an Ingress.
+    # stays below the 512 MiB of the chart. A caller is a key in the header Authorization, or else an address. An
+    # address may hold more than a key, because it may be an Ingress.
     max_bytes_in_flight: int = 80 * 1024 * 1024
     max_bytes_per_peer: int = 64 * 1024 * 1024
     max_bytes_per_caller: int = 48 * 1024 * 1024
@@ -38,7 +38,7 @@ class Settings:
     max_head_bytes: int = 64 * 1024  # of a request's line and headers
     head_timeout: float = 10.0  # to receive a request's line and headers
     keepalive_timeout: float = 75.0  # between two requests of a connection
-    send_timeout: float = 60.0  # without the client's reading what is sent
+    send_timeout: float = 60.0  # in which the client must read at least 16 KiB of a waiting answer
     body_timeout: float = 60.0  # to receive a request's body
     connect_timeout: float = 2.0
     # Longest time without a byte from the engine. A plain answer arrives only when it is complete.

@@ -116,7 +116,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
-    """All models. Those of a namespace stand together, so that a change of one tenant costs the others nothing."""
+    """All models, by namespace. So a change of one tenant takes no time for the models of other tenants."""
 
     namespaces: Mapping[str, Mapping[str, Model]] = field(default_factory=dict)
     conflicts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # problems, by namespace
@@ -141,7 +141,7 @@ class Table:
             conflicts.pop(namespace, None)
             ordered = sorted(parts, key=lambda part: part.deployment)
             models: dict[str, Model] = {}
-            for part in reversed(ordered):  # the first comes last, so that its models stay
+            for part in reversed(ordered):  # the first part is applied last, so its models win
                 models.update(part.models)
             if models:
                 namespaces[namespace] = models
@@ -161,7 +161,7 @@ class Table:
 
     @property
     def problems(self) -> list[str]:
-        """Return what was refused, for people."""
+        """Return the refused routes, as texts."""
         return [problem for problems in self.conflicts.values() for problem in problems]
 
 

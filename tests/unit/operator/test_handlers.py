@@ -92,3 +92,12 @@ def test_an_adapter_wakes_the_deployments_that_refer_to_it(queue: Queue) -> None
     assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0", "chat"}
     woken_by("chat", change="DELETED")
     assert woken({"adapter": "support", "version": "1.0.0"}) == {"support-2.0.0"}
+
+
+def test_work_that_ends_after_a_deletion_starts_no_reconcile(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken_keys: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(queue, "wake", lambda *key: woken_keys.append(key))
+    monkeypatch.setattr(handlers.operator, "uids", {("Adapter", "shop", "support-1.0.0"): "uid"})
+    handlers._wake_known("Adapter", "shop", "support-1.0.0")
+    handlers._wake_known("Adapter", "shop", "deleted-1.0.0")
+    assert woken_keys == [("Adapter", "shop", "support-1.0.0")]

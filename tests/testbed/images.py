@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,8 @@ def _send(node: Node, wanted: dict[str, Stored]) -> None:
     Once a large layer is unpacked, its archive is deleted from containerd's content. Containers run from the snapshot, and
     the archive would take the same disk space again.
     """
-    record = node.images / "unpacked.json"
-    unpacked = set(json.loads(record.read_text())) if record.exists() else set()
-    layers = {item["diff-digest"]: item for stored in wanted.values() for item in stored.layers}
-    needed = {digest: item for digest, item in layers.items() if digest not in unpacked}
+    unpacked = _unpacked(node)
+    needed = {digest: item for stored in wanted.values() for digest, item in _lacking(stored, unpacked)}
     say(f"    {sum(item['diff-size'] for item in needed.values()) / 1e6:.0f} MB in {len(needed)} layers to send")
     index = {
         "schemaVersion": 2,
@@ -256,10 +255,31 @@ def _send(node: Node, wanted: dict[str, Stored]) -> None:
             code = process.wait()
         if code != 0:
             raise Failed(f"ctr images import failed. The log is {log}. Its last lines:\n{tail(log)}")
-    record.write_text(json.dumps(sorted(unpacked | set(layers))))
     for digest, item in needed.items():
         if item["diff-size"] > LARGE:
             output(node.ctr("content", "rm", digest))
+
+
+def _unpacked(node: Node) -> set[str]:
+    """Return the chain ids of the layers that containerd has unpacked now.
+
+    It is asked each time: when a tag moves to another image, containerd deletes the snapshots of the old one.
+    """
+    listed = output(node.ctr("snapshots", "ls")).splitlines()
+    return {line.split()[0] for line in listed if line.startswith("sha256:")}
+
+
+def _lacking(stored: Stored, unpacked: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (digest, layer) of an image's layers that are not unpacked.
+
+    A snapshot is named by its chain id: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
+    """
+    chain = ""
+    for item in stored.layers:
+        digest = item["diff-digest"]
+        chain = _digest(f"{chain} {digest}".encode()) if chain else digest
+        if chain not in unpacked:
+            yield digest, item
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -153,9 +153,15 @@ def load_scratch(node: Node, tag: str, program: Path, command: list[str]) -> Non
 
 def load(node: Node, tags: list[str]) -> None:
     """Send images to a node's containerd, except those that it has."""
-    present = _present(node)
+    present, unpacked = _present(node), _unpacked(node)
     with locked("images"):
-        wanted = {tag: stored for tag in tags if present.get(tag) != (stored := Stored(tag)).digest}
+        images = {tag: Stored(tag) for tag in tags}
+        # An import that failed leaves an image without its layers.
+        wanted = {
+            tag: image
+            for tag, image in images.items()
+            if present.get(tag) != image.digest or any(_lacking(image, unpacked))
+        }
         if wanted:
             with step(f"loading {', '.join(wanted)}"):
                 _send(node, wanted)

@@ -29,7 +29,7 @@ from graft.kinds import (
     selector,
 )
 
-__all__ = ["FIELD_MANAGER", "KINDS", "Kind", "Kube", "KubeError", "Manifest", "covers", "owned_by"]
+__all__ = ["FIELD_MANAGER", "KINDS", "Kind", "Kube", "KubeError", "Manifest", "controller_of", "covers", "owned_by"]
 
 log = logging.getLogger(__name__)
 
@@ -321,10 +321,15 @@ def covers(live: Any, wanted: Any) -> bool:
     return bool(live == wanted)
 
 
-def owned_by(item: Manifest, uid: str) -> bool:
-    """Return whether the controller in the ownerReferences of an object has this UID. Labels alone prove nothing."""
+def controller_of(item: Manifest) -> str | None:
+    """Return the UID of the controller in the ownerReferences of an object. Labels alone prove nothing."""
     references = item["metadata"].get("ownerReferences") or []
-    return any(reference.get("controller") and reference.get("uid") == uid for reference in references)
+    return next((str(found["uid"]) for found in references if found.get("controller")), None)
+
+
+def owned_by(item: Manifest, uid: str) -> bool:
+    """Return whether the controller of an object has this UID."""
+    return controller_of(item) == uid
 
 
 def _check_list(kind: str, namespace: str | None, page: Manifest) -> None:

@@ -10,6 +10,7 @@ from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, 
 from graft.artifacts.signing import generate, read_keys
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import ObjectInfo
+from graft.kube import owned_by
 from graft.manifests.adapter import ADAPTER_LABEL
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.context import Context
@@ -49,7 +50,7 @@ class MemoryKube:
             if of == kind
             and namespace in {None, where}
             and (labels or {}).items() <= item["metadata"].get("labels", {}).items()
-            and (owner is None or any(ref["uid"] == owner for ref in item["metadata"].get("ownerReferences", [])))
+            and (owner is None or owned_by(item, owner))
         ]
 
     async def apply_status(

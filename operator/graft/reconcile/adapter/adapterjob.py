@@ -28,7 +28,7 @@ from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, refusal
-from graft.reconcile.shared.ownership import pods_of
+from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import condition, find
 
@@ -71,7 +71,7 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
             return published(adapter, found[1], ctx.store.config.bucket)
     if not children:
         return await _start(ctx, adapter)
-    made = pods_of(children, await ctx.kube.list("Pod", namespace, labels))
+    made = created_by(children, await ctx.kube.list("Pod", namespace, labels))
     own = sorted(made, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
     refused = await refusal(ctx, namespace, children[0]["metadata"]["uid"]) if not own else None
     return observe(adapter, children[0], own, refused)

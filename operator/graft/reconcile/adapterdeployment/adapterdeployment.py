@@ -21,7 +21,7 @@ from graft.bounded import OutOfBounds
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted
 from graft.contracts.gateway import ROUTES_KEY, Routes
 from graft.contracts.message import BaseModelRef, Message
-from graft.kube import KubeError, Manifest
+from graft.kube import KubeError, Manifest, owned_by
 from graft.manifests import agent as agent_manifests
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import serving_policy
@@ -33,6 +33,7 @@ from graft.reconcile.adapterdeployment.placing import place_engine
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.reconcile.shared.ownership import of_deployment
 from graft.reconcile.shared.stored import valid
 from graft.status import find
 
@@ -106,7 +107,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         else:
             world.sizing = placed
     world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
-    world.pods = pods.of_deployment(found_pods, sets, deployment, spec.metadata.uid)
+    world.pods = of_deployment(found_pods, sets, deployment, spec.metadata.uid)
     world.wanted = _parse(Wanted, wanted, WANTED_KEY)
     world.routes = _parse(Routes, routes, ROUTES_KEY)
     keys = (residency or {}).get("data") or {}
@@ -138,7 +139,7 @@ async def _scale(ctx: Context, world: World) -> bool:
     Return whether the operator's manifest must be applied again without the field replicas.
     """
     live = world.deployment
-    if live is None or pods.controller_of(live) != world.spec.metadata.uid:
+    if live is None or not owned_by(live, world.spec.metadata.uid):
         return False
     try:
         return await autoscaling.scale(ctx, world.spec, world.scale, live)
@@ -152,7 +153,7 @@ async def _scale(ctx: Context, world: World) -> bool:
 async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:
     spec, sizing = world.spec, world.sizing or ServingSizing()
     replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
-    if world.deployment is not None and pods.controller_of(world.deployment) != spec.metadata.uid:
+    if world.deployment is not None and not owned_by(world.deployment, spec.metadata.uid):
         return Trouble(
             "CreationFailed",
             f"Deployment {serving_name(spec)} exists and does not belong to this AdapterDeployment. Delete that Deployment",

@@ -54,7 +54,7 @@ from graft.reconcile.shared import ending, pods
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, job_file_of, refusal
-from graft.reconcile.shared.ownership import pods_of
+from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import condition, find, seconds_left
 
@@ -106,7 +106,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     world.children = [child for child in jobs if not is_preflight(child)] or jobs
     if not world.children:
         return world
-    own = pods_of(jobs, await ctx.kube.list("Pod", namespace, labels))
+    own = created_by(jobs, await ctx.kube.list("Pod", namespace, labels))
     found = [pod for pod in own if is_preflight(pod) == world.preflight]
     world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
     if not world.pods:

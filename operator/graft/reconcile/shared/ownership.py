@@ -3,11 +3,11 @@
 Every user who may create a ConfigMap or a pod may set labels. This module does not know what a child contains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graft.contracts.gateway import ROUTES_COMPONENT
-from graft.kube import Manifest, owned_by
+from graft.kube import Manifest, controller_of, owned_by
 from graft.manifests.metadata import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
 
 Key = tuple[str, str, str]  # kind, namespace, name
@@ -44,6 +44,16 @@ def is_pod_of(pod: Manifest, owner: str) -> bool:
     return False
 
 
-def pods_of(jobs: list[Manifest], pods: list[Manifest]) -> list[Manifest]:
-    """Return the pods that these Jobs have created."""
-    return [pod for pod in pods if any(owned_by(pod, job["metadata"]["uid"]) for job in jobs)]
+def created_by(parents: Iterable[Manifest], found: Iterable[Manifest]) -> list[Manifest]:
+    """Return the objects that these parents control, for example the pods of some Jobs."""
+    uids = {parent["metadata"]["uid"] for parent in parents}
+    return [item for item in found if controller_of(item) in uids]
+
+
+def of_deployment(
+    found: list[Manifest], sets: list[Manifest], deployment: Manifest | None, owner: str
+) -> list[Manifest]:
+    """Return the pods of the ReplicaSets of a Deployment that `owner`, a UID, controls. No other pod may serve."""
+    if deployment is None or not owned_by(deployment, owner):
+        return []
+    return created_by(created_by([deployment], sets), found)

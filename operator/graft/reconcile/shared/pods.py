@@ -1,7 +1,6 @@
 """Read pods: why a pod does not run yet, and why it ended (PURE)."""
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,27 +39,6 @@ class Ending:
 
 def name(pod: Pod) -> str:
     return str(pod["metadata"]["name"])
-
-
-def controller_of(item: dict[str, Any]) -> str | None:
-    """Return the UID of the controller in the ownerReferences of an object. Labels alone prove nothing."""
-    references = item["metadata"].get("ownerReferences") or []
-    return next((str(found["uid"]) for found in references if found.get("controller")), None)
-
-
-def owned_by(found: list[Pod], owners: Collection[str | None]) -> list[Pod]:
-    """Return the objects whose controller has one of these UIDs."""
-    return [item for item in found if (uid := controller_of(item)) is not None and uid in owners]
-
-
-def of_deployment(
-    found: list[Pod], sets: list[dict[str, Any]], deployment: dict[str, Any] | None, owner: str
-) -> list[Pod]:
-    """Return the pods of the ReplicaSets of a Deployment that `owner`, a UID, controls. No other pod may serve."""
-    if deployment is None or controller_of(deployment) != owner:
-        return []
-    ours = {item["metadata"]["uid"] for item in owned_by(sets, {deployment["metadata"]["uid"]})}
-    return owned_by(found, ours)
 
 
 def phase(pod: Pod) -> str:

@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from graft.reconcile.shared.pods import ending, is_ready, of_deployment, waiting_message
+from graft.reconcile.shared.ownership import of_deployment
+from graft.reconcile.shared.pods import ending, is_ready, waiting_message
 
 
 def pod(**status: Any) -> dict[str, Any]:

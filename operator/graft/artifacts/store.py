@@ -5,7 +5,6 @@ a mounted Secret, never from the environment.
 """
 
 import contextlib
-import copy
 import hashlib
 import logging
 import threading
@@ -124,12 +123,6 @@ class S3Store:
                 signature_version="s3v4",
             ),
         )
-
-    def with_patience(self, patience: float) -> "S3Store":
-        """Return the same store with another `patience` (seconds). Both use the same connections."""
-        other = copy.copy(self)
-        other.patience = patience
-        return other
 
     def _call(self, operation: str, key: str, bucket: str | None = None, **arguments: Any) -> Any:
         bucket = bucket or self.config.bucket

@@ -116,7 +116,7 @@ def test_a_store_that_is_unavailable_for_longer_than_the_patience_fails_the_down
     assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"], "no partial file is left"
     proxy.inject(Fault("list-type", status=503, code="SlowDown"))
     with pytest.raises(SourceError) as caught:
-        fetch(URI, None, tmp_path / "base", store=store.with_patience(0), pvc_root=tmp_path)
+        fetch(URI, None, tmp_path / "base", store=through(proxy, config), pvc_root=tmp_path)
     assert caught.value.transient
 
 
@@ -177,7 +177,7 @@ def test_a_small_object_is_verified_with_its_stored_checksum(
     assert [seen.range for seen in proxy.reads("small") if seen.method == "GET"] == [None, None]
     proxy.inject(Fault("small", flip_at=5000))
     with pytest.raises(StoreError, match="checksum"):
-        store.with_patience(0).download(item, tmp_path / "again")
+        through(proxy, config).download(item, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 

@@ -164,7 +164,7 @@ def load(node: Node, tags: list[str]) -> None:
         }
         if wanted:
             with step(f"loading {', '.join(wanted)}"):
-                _send(node, wanted)
+                _send(node, wanted, unpacked)
 
 
 def _present(node: Node) -> dict[str, str]:
@@ -218,13 +218,12 @@ def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def _send(node: Node, wanted: dict[str, Stored]) -> None:
+def _send(node: Node, wanted: dict[str, Stored], unpacked: set[str]) -> None:
     """Stream an OCI archive of the layers that containerd lacks into `ctr images import`.
 
     Once a large layer is unpacked, its archive is deleted from containerd's content. Containers run from the snapshot, and
     the archive would take the same disk space again.
     """
-    unpacked = _unpacked(node)
     needed = {digest: item for stored in wanted.values() for digest, item in _lacking(stored, unpacked)}
     say(f"    {sum(item['diff-size'] for item in needed.values()) / 1e6:.0f} MB in {len(needed)} layers to send")
     index = {

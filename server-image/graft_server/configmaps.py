@@ -21,6 +21,8 @@ from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.client.exceptions import ApiException
 
+from graft_server.receiving import beginning
+
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 60.0
@@ -127,7 +129,7 @@ class ConfigMaps:
         try:
             response = await self._send(method, path, query, body)
             async with response:
-                data = await _beginning(response, most + 1)
+                data = await beginning(response, most + 1)
             if len(data) > most:
                 raise KubeError(0, f"{method} {path}: the answer has more than {most} bytes")
             answer: dict[str, Any] = json.loads(data)
@@ -157,23 +159,11 @@ class ConfigMaps:
         response: aiohttp.ClientResponse = answer.response
         if response.status >= 300:
             async with response:
-                text = (await _beginning(response, ERROR_BYTES)).decode(errors="replace")
+                text = (await beginning(response, ERROR_BYTES)).decode(errors="replace")
             with suppress(ValueError, AttributeError, RecursionError):
                 text = str(json.loads(text).get("message") or text)
             raise KubeError(response.status, f"{method} {path}: {response.status} {text[:500]}")
         return response
-
-
-async def _beginning(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """Return at most the first `most` bytes of an answer. If there are more, the connection is closed."""
-    parts, size = [], 0
-    async for part in response.content.iter_any():
-        parts.append(part[: most - size])
-        size += len(parts[-1])
-        if size >= most:
-            response.close()
-            break
-    return b"".join(parts)
 
 
 class Follower:

@@ -1,7 +1,8 @@
-"""The body of a request, received within bounds on its bytes, its time and the bytes in flight."""
+"""The body of a request or of an answer, received within bounds on its bytes, its time and the bytes in flight."""
 
 import asyncio
 
+import aiohttp
 from aiohttp import web
 
 from graft_server.inflight import Share
@@ -13,6 +14,18 @@ class Refused(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+async def beginning(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """Return at most the first `most` bytes of an answer. If there are more, the connection is closed."""
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        parts.append(part[: most - size])
+        size += len(parts[-1])
+        if size >= most:
+            response.close()
+            break
+    return b"".join(parts)
 
 
 async def receive(request: web.Request, most: int, seconds: float, share: Share | None) -> bytes:

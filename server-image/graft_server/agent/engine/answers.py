@@ -5,6 +5,8 @@ The engine runs code and weights from other authors, so its answers are not trus
 
 import aiohttp
 
+from graft_server import receiving
+
 
 class AnswerTooLarge(Exception):
     """An answer has more bytes than its reader accepts, or it is encoded."""
@@ -32,11 +34,4 @@ async def beginning(response: aiohttp.ClientResponse, most: int) -> bytes:
     if encoding.strip().lower() not in ("", "identity"):
         response.close()
         raise AnswerTooLarge("the answer is compressed, although the request does not allow it")
-    parts, size = [], 0
-    async for part in response.content.iter_any():
-        parts.append(part[: most - size])
-        size += len(parts[-1])
-        if size >= most:
-            response.close()
-            break
-    return b"".join(parts)
+    return await receiving.beginning(response, most)

@@ -21,7 +21,7 @@ from graft_trainer.evaluation.suites import MOST_TASKS, check_data, read_suite
 from graft_trainer.model.adapterconfig import reduced_config
 from graft_trainer.model.basemodel import check_base_model
 from graft_trainer.run.download import fetch_version
-from graft_trainer.run.earlier import already_published, memory_halvings, read_manifest
+from graft_trainer.run.earlier import already_published, find_manifest, memory_halvings
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.progress import ProgressReporter
 from graft_trainer.run.run import read_job
@@ -185,7 +185,7 @@ def test_a_manifest_of_another_job_out_of_bounds_means_that_the_version_exists(t
     run = make_run(tmp_path, MemoryStore(), make_job())
     for data in (b"[" * 8_000_000, b"[" * 500_000, b"{}"):
         run.store.kept[f"{run.version_prefix}manifest.json"] = data  # type: ignore[attr-defined]
-        assert read_manifest(run.store, run.version_prefix) == (None, "")
+        assert find_manifest(run.store, run.version_prefix) == (None, "")
         with pytest.raises(Failure) as caught:
             already_published(run)
         assert caught.value.reason == Reason.VERSION_EXISTS

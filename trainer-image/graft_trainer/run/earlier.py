@@ -2,10 +2,11 @@
 
 import logging
 
-from graft.artifacts.layout import MANIFEST, PROGRESS
-from graft.artifacts.manifest import LIMITS, Manifest, digest
+from graft.artifacts.layout import PROGRESS
+from graft.artifacts.manifest import Manifest
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
+from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.bounded import OutOfBounds
 from graft.contracts.progress import Progress, Reason
 
@@ -15,23 +16,19 @@ from graft_trainer.run.run import Run
 log = logging.getLogger(__name__)
 
 
-def read_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | None:
+def find_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | None:
     """Return the manifest below a version's prefix and its digest: (None, "") if it is unreadable, None if there is none.
 
     Raises StoreError.
     """
     try:
-        data = store.get(prefix + MANIFEST, most=LIMITS.size)
-    except StoreError as error:
-        if error.trouble == "missing":
-            return None
-        if error.trouble == "large":
-            return None, ""
-        raise
-    try:
-        return Manifest.read(data), digest(data)
-    except OutOfBounds:
+        return read_manifest(store, prefix, None)
+    except InvalidArtifact:
         return None, ""
+    except StoreError as error:
+        if error.trouble != "missing":
+            raise
+        return None
 
 
 def already_published(run: Run) -> tuple[Manifest, str] | None:
@@ -39,7 +36,7 @@ def already_published(run: Run) -> tuple[Manifest, str] | None:
 
     Raises Failure(VersionExists) if another job has published it, because this run could not publish its result.
     """
-    if (found := read_manifest(run.store, run.version_prefix)) is None:
+    if (found := find_manifest(run.store, run.version_prefix)) is None:
         return None
     manifest, found_digest = found
     if manifest is not None and manifest.job.uid == run.job.job.uid:

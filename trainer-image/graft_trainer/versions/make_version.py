@@ -15,7 +15,7 @@ from graft.artifacts.storage import StoreError
 from graft.contracts.job import VersionFile
 from graft.contracts.progress import Reason
 
-from graft_trainer.run.earlier import read_manifest
+from graft_trainer.run.earlier import find_manifest
 from graft_trainer.run.failures import Failure, store_failure
 from graft_trainer.run.progress import now
 from graft_trainer.run.run import open_store, read_message
@@ -64,7 +64,7 @@ def published_before(making: Making) -> str | None:
 
     Raises Failure(VersionExists) if another resource has.
     """
-    if (found := read_manifest(making.store, making.prefix)) is None:
+    if (found := find_manifest(making.store, making.prefix)) is None:
         return None
     manifest, digest = found
     if manifest is not None and manifest.job.uid == making.file.job.uid:

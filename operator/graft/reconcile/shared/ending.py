@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from graft.api.meta import Resource
 from graft.artifacts import layout
+from graft.artifacts.archive import Interrupted
 from graft.artifacts.store import S3Store
 from graft.kube import KubeError
 from graft.manifests.metadata import OWNER_UID
@@ -48,14 +49,18 @@ def delete(ctx: Context, resource: Resource, prefixes: Sequence[str]) -> float |
     if not transfer.done:
         return SOON
     ctx.transfers.forget(meta.uid)
-    transfer.result()
+    try:
+        transfer.result()
+    except Interrupted:
+        return SOON  # files may be left, so the next reconcile starts again
     return None
 
 
 def _delete(store: S3Store, prefixes: Sequence[str], stopped: Callable[[], bool]) -> None:
     for prefix in prefixes:
-        if not stopped():
-            store.delete_prefix(prefix, stopped)
+        store.delete_prefix(prefix, stopped)
+        if stopped():
+            raise Interrupted
 
 
 async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:

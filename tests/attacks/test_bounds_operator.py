@@ -15,7 +15,7 @@ from graft.api import AdapterDeployment, BaseModel
 from graft.api.basemodel import BaseModelStatus
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.sources import SourceError, describe, read_config
-from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.store import MOST_OBJECTS, S3Store
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts.agent import Residency, ResidentAdapter, Wanted
@@ -31,7 +31,7 @@ from graft.reconcile.finetunejob.finetunejob import reconcile
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.jobs import job_file_of
 from graft.status import find
-from testbed.objectstore import s3_server
+from worlds.buckets import empty_bucket
 from worlds.hub import Hub, hub
 from worlds.reconciling import MemoryKube, MemoryStore, Object, context, publish
 
@@ -288,9 +288,7 @@ async def test_a_manifest_of_another_version_makes_no_adapter() -> None:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Store]:
-    with s3_server() as server:
-        store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
-        store.create_bucket()
+    with empty_bucket() as store:
         yield store
 
 

@@ -16,12 +16,12 @@ from graft.artifacts import store as store_module
 from graft.artifacts.layout import SIGNATURE
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.signing import Statement, document, generate, read_keys, sign
-from graft.artifacts.storage import StorageConfig, StoreError
+from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, describe_files, publish, verify
 from graft.cli.failure import CliFailure
 from graft.cli.verification import check
-from testbed.objectstore import s3_server
+from worlds.buckets import empty_bucket
 
 PREFIX = "shop/adapters/support/1.0.0/"
 WEIGHTS = PREFIX + "adapter_model.safetensors"
@@ -30,9 +30,7 @@ COPY = WEIGHTS + archive.SUFFIX
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[S3Store]:
-    with s3_server() as server:
-        store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
-        store.create_bucket()
+    with empty_bucket() as store:
         yield store
 
 

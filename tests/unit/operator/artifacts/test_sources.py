@@ -5,18 +5,15 @@ from collections.abc import Iterator
 import pytest
 from graft.artifacts.layout import SIGNATURE
 from graft.artifacts.sources import describe
-from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
-from testbed.objectstore import s3_server
+from worlds.buckets import empty_bucket
 
 PREFIX = "shop/adapters/whole/1.0.0/"
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[S3Store]:
-    with s3_server() as server:
-        store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
-        store.create_bucket()
+    with empty_bucket() as store:
         yield store
 
 

@@ -18,16 +18,14 @@ from graft_trainer.checkpoints.store import CheckpointStore
 from graft_trainer.run import upload
 from graft_trainer.run.upload import NICENESS, upload_apart
 from testbed.faults import Fault, faulty_proxy
-from testbed.objectstore import s3_server
 from testbed.shell import wait_for
+from worlds.buckets import empty_bucket
 
 
 @pytest.fixture(scope="module")
 def storage() -> Iterator[StorageConfig]:
-    with s3_server() as server:
-        config = StorageConfig.from_dir(server.secret_dir("bucket"))
-        S3Store(config).create_bucket()
-        yield config
+    with empty_bucket() as store:
+        yield store.config
 
 
 @pytest.fixture

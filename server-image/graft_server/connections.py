@@ -9,11 +9,14 @@ through it.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
+LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
+MAX_HEADERS = 64
 BLANK_LINE = b"\r\n\r\n"
 PIPELINED = 2  # parsed requests that may wait while one runs. Current clients wait for the answer first
 SPARE = 64  # connections beyond the bound, so that probes and refusals still get through
@@ -233,14 +236,36 @@ def guard_of(request: web.BaseRequest) -> Guard | None:
     return protocol if isinstance(protocol, Guard) else None
 
 
-def close_unfinished(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """If the request's body is still arriving, let aiohttp close the connection after the answer.
+async def answer_guarded(
+    request: web.Request, answer: Callable[[bool], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer a request, and tell the guard of its connection when it begins and ends.
 
-    aiohttp reads the rest of the body first, for at most `lingering_time`: many clients read the answer only after they
-    have sent the whole body.
+    `answer` gets whether the connection is beyond the bound. If the request's body is still arriving after it, aiohttp
+    closes the connection after the answer. It reads the rest of the body first, for at most LINGER_SECONDS: many
+    clients read the answer only after they have sent the whole body.
     """
-    if not request.content.is_eof() and not response.prepared:
-        response.force_close()
+    guard = guard_of(request)
+    if guard is None:
+        return await answer(False)
+    guard.began()
+    try:
+        response = await answer(guard.crowded)
+        if not request.content.is_eof() and not response.prepared:
+            response.force_close()
+        return response
+    finally:
+        request.content.on_eof(guard.answered)  # now, or when the rest of the body has arrived
+
+
+def handler_args(keepalive_timeout: float) -> dict[str, Any]:
+    """Return the arguments of aiohttp's connections. `keepalive_timeout` is in seconds."""
+    return {
+        "auto_decompress": False,  # encodings are refused before the body is read
+        "keepalive_timeout": keepalive_timeout,
+        "lingering_time": LINGER_SECONDS,
+        "max_headers": MAX_HEADERS,
+    }
 
 
 class GuardedSite(web.BaseSite):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel as Body
 
-from graft_server.connections import close_unfinished, guard_of
+from graft_server.connections import answer_guarded, handler_args
 from graft_server.engine.adapters import AdapterWeights, Limits, read_adapter
 from graft_server.engine.answers import Answers, Generator
 from graft_server.engine.generation import Capacity, Engine
@@ -48,8 +48,6 @@ M = TypeVar("M", bound=Body)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SMALL = 64 << 10  # bytes; parsing a smaller body takes less time than a change of threads
 MAX_LOAD_BYTES = 64 << 10  # of a request to load or unload an adapter
-LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
-MAX_HEADERS = 64
 EVERYBODY = "everybody"
 PROBES = frozenset({"/health", "/metrics"})
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # valid X-Request-Id values; the id becomes part of the answer's id
@@ -104,12 +102,7 @@ class Server:
         app = web.Application(
             client_max_size=self._settings.max_body_bytes,
             middlewares=[self._errors, self._guard],
-            handler_args={
-                "auto_decompress": False,  # encodings are refused before the body is read
-                "keepalive_timeout": self._settings.keepalive_timeout,
-                "lingering_time": LINGER_SECONDS,
-                "max_headers": MAX_HEADERS,
-            },
+            handler_args=handler_args(self._settings.keepalive_timeout),
         )
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
@@ -137,17 +130,10 @@ class Server:
 
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        guard = guard_of(request)
-        if guard is None:
-            return await self._guarded(request, handler)
-        guard.began()
-        try:
-            crowded = guard.crowded and request.path not in PROBES
-            response = await self._guarded(request, _too_crowded if crowded else handler)
-            close_unfinished(request, response)
-            return response
-        finally:
-            request.content.on_eof(guard.answered)  # now, or when the rest of the body has arrived
+        def answer(crowded: bool) -> Awaitable[web.StreamResponse]:
+            return self._guarded(request, _too_crowded if crowded and request.path not in PROBES else handler)
+
+        return await answer_guarded(request, answer)
 
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

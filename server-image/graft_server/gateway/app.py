@@ -14,7 +14,7 @@ from aiohttp import web
 from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.configmaps import Snapshot
-from graft_server.connections import close_unfinished, guard_of
+from graft_server.connections import answer_guarded, handler_args
 from graft_server.gateway.bodies import Bodies
 from graft_server.gateway.cards import Listing, card
 from graft_server.gateway.demand import Waiting
@@ -35,8 +35,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = web.RequestKey("model", str)  # set once the model is known to exist
 NOT_COUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 VALID_ID = re.compile(r"[!-~]{1,128}")  # of a request; it becomes a header again
-LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
-MAX_HEADERS = 64
 
 
 class Gateway:
@@ -94,12 +92,7 @@ class Gateway:
         app = web.Application(
             client_max_size=self._settings.max_body_bytes,
             middlewares=[self._observe],
-            handler_args={
-                "auto_decompress": False,  # encodings are refused before the body is read
-                "keepalive_timeout": self._settings.keepalive_timeout,
-                "lingering_time": LINGER_SECONDS,
-                "max_headers": MAX_HEADERS,
-            },
+            handler_args=handler_args(self._settings.keepalive_timeout),
         )
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
@@ -114,16 +107,7 @@ class Gateway:
     @web.middleware
     async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give every request an id, count it, and answer errors in OpenAI's shape."""
-        guard = guard_of(request)
-        if guard is None:
-            return await self._observed(request, handler, crowded=False)
-        guard.began()
-        try:
-            response = await self._observed(request, handler, crowded=guard.crowded)
-            close_unfinished(request, response)
-            return response
-        finally:
-            request.content.on_eof(guard.answered)  # now, or when the rest of the body has arrived
+        return await answer_guarded(request, lambda crowded: self._observed(request, handler, crowded=crowded))
 
     async def _observed(self, request: web.Request, handler: Handler, *, crowded: bool) -> web.StreamResponse:
         began = time.monotonic()

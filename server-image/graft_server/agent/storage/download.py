@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.manifest import Manifest, ManifestFile
+from graft.artifacts.sources import CONFIG_LIMITS
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
 from graft.contracts.agent import WantedAdapter
@@ -49,7 +50,6 @@ NEEDED = frozenset(
         "chat_template.jinja",
     }
 )
-CONFIG_LIMIT = 1024 * 1024  # bytes
 OTHER_LIMIT = 64 * 1024 * 1024  # bytes; a tokenizer of 250,000 tokens has 20 MB
 PROGRESS_BYTES = 1024 * 1024
 RESUMES = 3  # limit of resumes in a row that transferred less than PROGRESS_BYTES
@@ -115,7 +115,9 @@ def inspect(open_store: Callable[[], Objects], adapter: WantedAdapter, max_rank:
         )
     files = tuple(file for file in manifest.files if file.name in NEEDED)
     for file in files:
-        limit = {CONFIG: CONFIG_LIMIT, TOKENIZER_CONFIG: CONFIG_LIMIT, WEIGHTS: max_bytes}.get(file.name, OTHER_LIMIT)
+        limit = {CONFIG: CONFIG_LIMITS.size, TOKENIZER_CONFIG: CONFIG_LIMITS.size, WEIGHTS: max_bytes}.get(
+            file.name, OTHER_LIMIT
+        )
         if file.size > limit:
             raise AdapterError(AdapterReason.TOO_LARGE, f"{file.name} has {file.size} bytes; the limit is {limit}")
     version = Version(adapter, bucket, prefix, manifest.rank, max_rank, files)

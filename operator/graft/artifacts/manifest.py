@@ -16,15 +16,9 @@ from graft.contracts.progress import METRICS, MODULES
 
 LIMITS = Limits(size=1024 * 1024, depth=6, values=20_000)
 
-# The files that a version may contain. Weights are safetensors only. A manifest that lists any other file is invalid.
-ALLOWED_FILES = frozenset(
+ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+TOKENIZER_FILES = frozenset(
     {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
@@ -34,12 +28,22 @@ ALLOWED_FILES = frozenset(
         "vocab.json",
         "merges.txt",
         "chat_template.jinja",
+    }
+)
+# The files that a version may contain. Weights are safetensors only. A manifest that lists any other file is invalid.
+ALLOWED_FILES = (
+    ADAPTER_FILES
+    | TOKENIZER_FILES
+    | {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
         "report.json",
         "report.html",
     }
 )
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
 class _Part(BaseModel):

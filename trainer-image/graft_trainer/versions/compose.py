@@ -30,7 +30,7 @@ from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numb
 from graft_trainer.run.download import fetch_version, tell
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.making import Made, Making, write_base_config
-from graft_trainer.versions.publish import SHARD, TOKENIZER_FILES, reduce_config
+from graft_trainer.versions.publish import SHARD, copy_tokenizer, reduce_config
 
 log = logging.getLogger(__name__)
 PEFT_NAMES: dict[CompositionMethod, str] = {
@@ -205,9 +205,7 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
     refuse_shared_embeddings(model, ref.name)
     merged: Any = model.merge_and_unload()
     merged.save_pretrained(target, max_shard_size=SHARD)
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    copy_tokenizer(folder, target)
     check_weights(target)
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from graft.artifacts import versions
-from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.manifest import TOKENIZER_FILES, Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.storage import StoreError
 
 from graft_trainer.evaluation.evaluate import Evaluated
@@ -20,17 +20,6 @@ from graft_trainer.versions.report import finite, write_report
 
 log = logging.getLogger(__name__)
 SHARD = "5GB"  # largest file of a whole model's weights
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest, str]:
@@ -75,9 +64,14 @@ def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
     cast_parameters(model, trained.stored)
     model.save_pretrained(folder, max_shard_size=SHARD)
     as_published(model, trained.stored)
+    copy_tokenizer(trained.folder, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files from one model's folder to another's, as they are."""
     for name in TOKENIZER_FILES:
-        if (trained.folder / name).is_file():
-            shutil.copyfile(trained.folder / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def reduce_config(path: Path, base_model_uri: str) -> None:

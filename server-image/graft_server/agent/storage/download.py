@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graft.artifacts.layout import split_s3_uri
-from graft.artifacts.manifest import Manifest, ManifestFile
+from graft.artifacts.manifest import ADAPTER_FILES, TOKENIZER_FILES, Manifest, ManifestFile
 from graft.artifacts.sources import CONFIG_LIMITS
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
@@ -35,21 +35,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # The other files of a version are for people, or for engines that serve a whole model.
-NEEDED = frozenset(
-    {
-        CONFIG,
-        WEIGHTS,
-        TOKENIZER_CONFIG,
-        "tokenizer.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "spiece.model",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-    }
-)
+NEEDED = ADAPTER_FILES | TOKENIZER_FILES
 OTHER_LIMIT = 64 * 1024 * 1024  # bytes; a tokenizer of 250,000 tokens has 20 MB
 PROGRESS_BYTES = 1024 * 1024
 RESUMES = 3  # limit of resumes in a row that transferred less than PROGRESS_BYTES

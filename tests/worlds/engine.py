@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from aiohttp.test_utils import TestClient, TestServer
+from graft_server.engine.adapters import AdapterWeights
 from graft_server.engine.app import Server
 from graft_server.engine.model import load_base_model
 from graft_server.engine.settings import Settings
@@ -193,6 +195,19 @@ class Api:
             return forward(*arguments, **more)
 
         network._forward = slowly  # type: ignore[method-assign]
+
+    def hold_up_reads(self) -> tuple[threading.Event, threading.Event]:
+        """Hold up every read of an adapter from the disk. The first event tells that one was asked for, and the test
+        sets the second to let them go on."""
+        read, asked, gate = self.engine._load, threading.Event(), threading.Event()
+
+        def held_up(path: str) -> AdapterWeights:
+            asked.set()
+            assert gate.wait(20)
+            return read(path)
+
+        self.engine._load = held_up
+        return asked, gate
 
 
 @asynccontextmanager

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from graft_server.engine import __main__ as program
-from graft_server.engine.adapters import AdapterWeights
 from graft_server.engine.generation import Engine
 from worlds.engine import BASE, Api, make_adapter, running
 
@@ -181,14 +180,7 @@ async def test_an_adapter_that_is_read_for_a_disconnected_caller_is_not_kept(bas
         for name in ("a", "b"):
             assert (await api.load(name, make_adapter(base, tmp_path / name, seed=1)))[0] == 200
         await api.until(lambda: api.engine.residency.names() == ["b"])
-        read, gate, asked = api.engine._load, threading.Event(), threading.Event()
-
-        def held_up(path: str) -> AdapterWeights:
-            asked.set()
-            assert gate.wait(20)
-            return read(path)
-
-        api.engine._load = held_up
+        asked, gate = api.hold_up_reads()
         request = asyncio.create_task(api.complete("hello", "a"))
         await asyncio.to_thread(asked.wait, 10)
         request.cancel()

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from graft_server.engine.adapters import AdapterWeights
 from graft_server.engine.settings import parse
 from worlds.engine import BASE, Api, load_network, make_adapter, make_seq2seq, running
 
@@ -132,14 +130,7 @@ async def test_other_requests_continue_while_an_evicted_adapter_is_read_again(ba
         for index in range(3):
             assert (await api.load(f"a{index}", make_adapter(base, tmp_path / f"a{index}", seed=index)))[0] == 200
         await api.until(lambda: api.engine.residency.names() == ["a1", "a2"])  # a0 was used least recently
-        read, gate, asked = api.engine._load, threading.Event(), threading.Event()
-
-        def held_up(path: str) -> AdapterWeights:
-            asked.set()
-            assert gate.wait(20)
-            return read(path)
-
-        api.engine._load = held_up
+        asked, gate = api.hold_up_reads()
         first = asyncio.create_task(api.complete("hello", "a0"))
         await asyncio.to_thread(asked.wait, 10)
         assert await api.complete("hello", "a1") and await api.complete("hello", BASE)

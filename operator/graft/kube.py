@@ -105,7 +105,7 @@ class Kube:
     ) -> list[Manifest]:
         """Return all objects with these labels. They are read from etcd, not from a cache.
 
-        With `owner`, only objects whose ownerReferences have this UID are held, because any user can set labels.
+        With `owner`, only objects that the object with this UID controls are held, because any user can set labels.
         managedFields are left out, and with `metadata_only` everything but the metadata. Raises KubeError if the
         objects of one namespace have more than LARGEST_LIST bytes.
         """

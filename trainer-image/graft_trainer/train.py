@@ -18,7 +18,7 @@ from graft.cpus import cpu_limit
 from transformers import set_seed
 
 from graft_trainer.checkpoints.checkpoint import identity
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.packing import PackCollator, check_packing, pack
 from graft_trainer.data.pod_tokens import tokenise_in_pod
 from graft_trainer.data.read import read_data

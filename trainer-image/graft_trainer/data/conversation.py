@@ -10,7 +10,8 @@ from typing import Any
 
 from graft.contracts.progress import Reason
 
-from graft_trainer.data.dataset import Example, Message
+from graft_trainer.data.example import Example, Tool
+from graft_trainer.data.messages import LEARN, Message
 from graft_trainer.run.failures import Failure
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -23,7 +24,7 @@ def tokenise_conversations(examples: Sequence[Example], tokenizer: Any) -> list[
     Raises Failure(DatasetInvalid) if the chat template refuses an example.
     """
     if tokenizer.is_fast and GENERATION_MARK.search(_template(tokenizer)):
-        marked = [_by_marks(example, tokenizer) for example in examples]
+        marked = [None if _has_unlearned(example) else _by_marks(example, tokenizer) for example in examples]
     else:
         marked = [None] * len(examples)
     rest = [example for example, found in zip(examples, marked, strict=True) if found is None]
@@ -38,7 +39,11 @@ def _by_marks(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]] 
     nothing."""
     try:
         encoded = tokenizer.apply_chat_template(
-            list(example.messages or ()), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            _for_template(example.messages or ()),
+            tools=_tools(example),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
     except Exception as error:
         raise _refused(example, error) from error
@@ -52,7 +57,7 @@ def _answer_spans(example: Example, text: str, tokenizer: Any) -> Spans:
     messages = example.messages or ()
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index == 0:
+        if message["role"] != "assistant" or index == 0 or not message.get(LEARN, True):
             continue
         before = render(example, messages[:index], tokenizer, prompt=True, strict=False)
         after = render(example, messages[: index + 1], tokenizer, prompt=False, strict=False)
@@ -103,11 +108,25 @@ def _mask_by_pieces(text: str, spans: Spans, tokenizer: Any) -> tuple[list[int],
 
 def render(example: Example, messages: Sequence[Message], tokenizer: Any, *, prompt: bool, strict: bool = True) -> Any:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            _for_template(messages), tools=_tools(example), tokenize=False, add_generation_prompt=prompt
+        )
     except Exception as error:
         if not strict:
             return None
         raise _refused(example, error) from error
+
+
+def _for_template(messages: Sequence[Message]) -> list[Message]:
+    return [{name: value for name, value in message.items() if name != LEARN} for message in messages]
+
+
+def _tools(example: Example) -> list[Tool] | None:
+    return list(example.tools) if example.tools else None
+
+
+def _has_unlearned(example: Example) -> bool:
+    return any(not message.get(LEARN, True) for message in example.messages or ())
 
 
 def _refused(example: Example, error: Exception) -> Failure:

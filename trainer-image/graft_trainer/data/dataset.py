@@ -4,36 +4,23 @@ prepare and train read the files with this same code, so train uses exactly the 
 """
 
 import hashlib
-import json
 import random
-import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, overload
+from typing import BinaryIO, overload
 
-from graft.api.recipe import Columns, Dataset
+from graft.api.recipe import Dataset
 from graft.contracts.progress import Reason
 
-from graft_trainer.data.lines import LINE, BadLine, bounded_lines, excerpt, kind_of, record_of
+from graft_trainer.data.example import Example
+from graft_trainer.data.formats import PLACEHOLDER, fill, parser_of
+from graft_trainer.data.lines import LINE, BadLine, bounded_lines, excerpt, record_of
 from graft_trainer.run.failures import Failure
 
-ROLES = ("system", "user", "assistant", "tool")
-PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 SHOWN = 5  # invalid lines that a message shows; the message counts all of them
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One line: a conversation, a prompt with its answer, or a text. Exactly one of the three is set."""
-
-    line: int
-    messages: tuple[Message, ...] | None = None
-    prompt: str | None = None
-    answer: str | None = None  # the expected answer; of a conversation, the last message
-    text: str | None = None
-    asked: tuple[str, str] | None = None  # (instruction, input) that filled the template of the prompt
+UNREAD_FIELDS = 64  # names of fields that are counted; a line of a stranger can have any number of them
 
 
 class Examples(Sequence[Example]):
@@ -81,6 +68,7 @@ class Reading:
     total: int  # examples in the file; more than len(examples) if only a sample was kept
     invalid: int = 0  # lines that were skipped, with dataset.onInvalid: skip
     problems: list[str] = field(default_factory=list)  # what is wrong with the first skipped lines
+    unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> number of lines that have it
 
 
 def check_template(template: str) -> None:
@@ -118,6 +106,7 @@ def read_examples(
 
     numbers, begins = array("q"), array("q")
     problems: list[str] = []
+    unread: Counter[str] = Counter()
     good = bad = 0
     for number, (begin, raw) in enumerate(bounded_lines(stream), start=1):
         if not _content(number, raw).strip():
@@ -125,13 +114,14 @@ def read_examples(
         if limit is not None and good + (0 if skip else bad) >= limit:
             break
         try:
-            parse(number, raw)
+            example = parse(number, raw)
         except BadLine as error:
             bad += 1
             if len(problems) < SHOWN:
                 problems.append(f"line {number}: {error} — {excerpt(_content(number, raw))}")
             continue
         good += 1
+        unread.update(name for name in example.unread if name in unread or len(unread) < UNREAD_FIELDS)
         if most is None or len(numbers) < most:
             numbers.append(number)
             begins.append(begin)
@@ -153,7 +143,7 @@ def read_examples(
         )
     if good > len(numbers):
         numbers, begins = (array("q", sorted(places)) for places in (numbers, begins))
-    return Reading(Examples(stream, parse, numbers, begins), good, bad, problems)
+    return Reading(Examples(stream, parse, numbers, begins), good, bad, problems, dict(unread.most_common()))
 
 
 def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
@@ -192,81 +182,9 @@ def held_out_size(examples: int, share: float) -> int:
     return min(examples - 1, max(1, round(examples * share)))
 
 
-def fill(template: str, instruction: str, further: str) -> str:
-    """Return the template with its placeholders filled. Other braces stay as they are."""
-    values = {"instruction": instruction, "input": further}
-    return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
-
-
 def _content(number: int, raw: bytes) -> bytes:
     """Return the line without the byte order mark that some editors put at the beginning of a file."""
     return raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-
-
-def parser_of(spec: Dataset) -> Callable[[int, dict[str, Any]], Example]:
-    columns = spec.columns or Columns()
-    if spec.format == "chat":
-        return lambda line, record: _chat(line, record, columns.messages or "messages")
-    if spec.format == "instruction":
-        return lambda line, record: _instruction(line, record, columns, spec.templates[0] if spec.templates else None)
-    return lambda line, record: Example(line, text=_string(record, columns.text or "text"))
-
-
-def _chat(line: int, record: dict[str, Any], column: str) -> Example:
-    messages = _field(record, column)
-    if not isinstance(messages, list) or not messages:
-        raise BadLine(f"{column} must be a list of messages that is not empty")
-    for index, message in enumerate(messages):
-        where = f"{column}[{index}]"
-        if not isinstance(message, dict):
-            raise BadLine(f"{where} is a {kind_of(message)}, not an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            shown = excerpt(json.dumps(role, ensure_ascii=False).encode())
-            raise BadLine(f"{where}.role is {shown}, not one of {', '.join(ROLES)}")
-        if role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]:
-            continue
-        if not isinstance(content, str) or not content.strip():
-            problem = "is empty" if isinstance(content, str) else f"is a {kind_of(content)}, not a text"
-            raise BadLine(f"{where}.content {problem if 'content' in message else 'is missing'}")
-    last = messages[-1]
-    if last["role"] != "assistant":
-        raise BadLine(f"the last message is from {last['role']}, not from assistant: there is no answer to train on")
-    if all(message["role"] in {"assistant", "system"} for message in messages):
-        raise BadLine("there is no user message before the answer")
-    return Example(line, messages=tuple(messages), answer=last.get("content") or "")
-
-
-def _instruction(line: int, record: dict[str, Any], columns: Columns, template: str | None) -> Example:
-    instruction = _string(record, columns.instruction or "instruction")
-    answer = _string(record, columns.output or "output")
-    name = columns.input or "input"
-    further = record.get(name)
-    if further is None:
-        further = ""
-    if not isinstance(further, str):
-        raise BadLine(f"{name} is a {kind_of(further)}, not a text")
-    if template is not None:
-        return Example(line, prompt=fill(template, instruction, further), answer=answer, asked=(instruction, further))
-    question = f"{instruction}\n\n{further}" if further.strip() else instruction
-    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return Example(line, messages=messages, answer=answer)
-
-
-def _field(record: dict[str, Any], name: str) -> Any:
-    if name not in record:
-        found = ", ".join(sorted(record)[:8]) or "none"
-        raise BadLine(f"there is no field {name} (fields: {found})")
-    return record[name]
-
-
-def _string(record: dict[str, Any], name: str) -> str:
-    value = _field(record, name)
-    if not isinstance(value, str):
-        raise BadLine(f"{name} is a {kind_of(value)}, not a text")
-    if not value.strip():
-        raise BadLine(f"{name} is empty")
-    return value
 
 
 def _remedy(spec: Dataset) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.contracts.progress import DatasetStatistics, Reason
 
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.tokens import Task, tokenise_one, tokenise_pair
 from graft_trainer.run.failures import Failure
 

@@ -69,3 +69,8 @@ def excerpt(raw: bytes) -> str:
     """Return the beginning of a line, for a message."""
     text = raw[: 8 * EXCERPT].decode(errors="replace").strip()
     return text if len(text) <= EXCERPT else text[:EXCERPT] + "…"
+
+
+def shown(value: Any) -> str:
+    """Return a JSON value as text, cut, for a message."""
+    return excerpt(json.dumps(value, ensure_ascii=False).encode())

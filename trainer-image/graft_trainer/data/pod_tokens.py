@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.tokens import Task, TokenFile, Tokenisation, tokenise
 from graft_trainer.processes import distributed
 

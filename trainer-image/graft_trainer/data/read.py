@@ -7,9 +7,11 @@ from pathlib import Path
 
 from graft.api.recipe import Dataset, DatasetSource
 
-from graft_trainer.data.dataset import Example, Reading, held_out_size, read_examples, split, vary
+from graft_trainer.data.dataset import Reading, held_out_size, read_examples, split, vary
+from graft_trainer.data.example import Example
 
 log = logging.getLogger(__name__)
+SHOWN_FIELDS = 16  # names of unread fields that the log shows
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None
             log.warning(
                 "dataset.%s: %d invalid lines are left out (%.1f %%): %s", role, found.invalid, 100 * share, shown
             )
+        if found.unread:
+            counts = ", ".join(f"{name} ({lines} lines)" for name, lines in list(found.unread.items())[:SHOWN_FIELDS])
+            log.info("dataset.%s: nothing reads the fields %s", role, counts)
         return found
 
     train = read("train", dataset.train)

@@ -17,7 +17,7 @@ import numpy as np
 from graft.contracts.progress import Reason
 
 from graft_trainer.data.conversation import ids_of, render, tokenise_conversations
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.run.failures import Failure
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from graft_trainer.data.dataset import Example, Message
+from graft_trainer.data.example import Example
+from graft_trainer.data.messages import Message
 from graft_trainer.evaluation.suites import Task, task_of
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.tokens import IGNORED, Tokenised, pad_token, tokenise_one, tokenise_pair
 from graft_trainer.evaluation.gates import Who
 from graft_trainer.run.progress import ProgressReporter

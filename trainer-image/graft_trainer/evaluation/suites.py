@@ -12,8 +12,10 @@ from graft.api.evaluation import Metric, Suite
 from graft.api.recipe import Columns, Dataset
 from graft.contracts.progress import Reason
 
-from graft_trainer.data.dataset import Example, Message, parser_of
+from graft_trainer.data.example import Example
+from graft_trainer.data.formats import parser_of
 from graft_trainer.data.lines import BadLine, bounded_lines, excerpt, record_of
+from graft_trainer.data.messages import Message
 from graft_trainer.run.failures import Failure
 
 Kind = Literal["answers", "choices", "text"]

@@ -13,7 +13,7 @@ from graft_server.engine.lora import Row
 from graft_server.engine.model import load_base_model
 from graft_server.engine.network import Network, Step
 from graft_server.engine.settings import Settings, parse
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.tokens import Task, prompt_ids
 from peft import PeftModel
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from graft.api.recipe import Dataset
 from graft.contracts.progress import Reason
-from graft_trainer.data.dataset import Reading, check_template, fill, held_out_size, read_examples, split, vary
+from graft_trainer.data.dataset import Reading, check_template, held_out_size, read_examples, split, vary
+from graft_trainer.data.formats import fill
 from graft_trainer.run.download import split_dataset_uri
 from graft_trainer.run.failures import Failure
 
@@ -61,10 +62,13 @@ ANSWER = {"role": "assistant", "content": "Hello"}
         ('{"message": []}', "there is no field messages (fields: message)"),
         (chat(), "must be a list of messages that is not empty"),
         (chat("Hi"), "messages[0] is a text, not an object"),
-        (chat(USER, {"role": "bot", "content": "x"}), 'messages[1].role is "bot", not one of system, user, assistant'),
+        (chat(USER, {"role": "bot", "content": "x"}), 'messages[1].role is "bot", not one of system, developer, user'),
         (chat(USER, {"role": "assistant", "content": "  "}), "messages[1].content is empty"),
         (chat(USER, {"role": "assistant"}), "messages[1].content is missing"),
-        (chat(USER, {"role": "assistant", "content": ["x"]}), "messages[1].content is a list, not a text"),
+        (
+            chat(USER, {"role": "assistant", "content": ["x"]}),
+            "messages[1].content[0] is a text, not a part with type and text",
+        ),
         (chat(USER, ANSWER, USER), "the last message is from user, not from assistant"),
         (chat(ANSWER), "there is no user message before the answer"),
         (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "unpaired surrogate"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from graft_trainer.data import lengths
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.lengths import Lengths, advice, describe, measure, quantile
 from graft_trainer.data.tokens import Task, tokenise
 from worlds.trainer import MARKED, UNMARKED, make_tokenizer

@@ -15,7 +15,7 @@ import pytest
 from graft.contracts.job import Pods
 from graft.contracts.progress import Reason
 from graft_trainer.data import pod_tokens
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.pod_tokens import tokenise_in_pod
 from graft_trainer.data.tokens import tokenise
 from graft_trainer.processes import distributed

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from graft.contracts.progress import Reason
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.data.tokens import (
     IGNORED,
     Collator,

@@ -11,7 +11,7 @@ import pytest
 from graft.artifacts.storage import StoreError
 from graft.contracts.progress import Progress
 from graft.report.document import Report
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.evaluation import evaluate as evaluate_module
 from graft_trainer.evaluation import measure
 from graft_trainer.evaluation.evaluate import Evaluated, SuiteResult

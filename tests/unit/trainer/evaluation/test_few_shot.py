@@ -1,6 +1,6 @@
 """Few-shot examples in the prompt: which are shown and how. A question never sees its own answer."""
 
-from graft_trainer.data.dataset import Example
+from graft_trainer.data.example import Example
 from graft_trainer.evaluation.few_shot import draw, put_before
 from graft_trainer.evaluation.suites import Task, task_of
 

@@ -31,6 +31,10 @@ from transformers import (
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+CALLING_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}<assistant>"
+)
 BASE = "tiny"
 torch.set_num_threads(1)  # more threads only slow down such tiny matrices
 
@@ -41,13 +45,15 @@ def make_base(directory: Path) -> Path:
     return make_network(directory, LlamaConfig)
 
 
-def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
-    """Save a tokenizer whose tokens are single characters."""
+def make_tokenizer(directory: Path, template: str | None = TEMPLATE, control: str | None = None) -> None:
+    """Save a tokenizer whose tokens are single characters. `control` is one more token, and special."""
     vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *CHARACTERS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    if control:
+        tokenizer.add_special_tokens({"additional_special_tokens": [control]})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
 
@@ -97,6 +103,31 @@ def make_network(directory: Path, kind: Any, **config: Any) -> Path:
     if "n_embd" in config:
         shape = {name: shape[name] for name in ("vocab_size", "initializer_range", "eos_token_id", "bos_token_id")}
     AutoModelForCausalLM.from_config(kind(**{**shape, **config})).save_pretrained(directory)
+    return directory
+
+
+def make_caller(directory: Path, chat: dict[str, Any], answer: str, control: str | None = None) -> Path:
+    """Save a model that answers one conversation with `answer`, and ends it. `chat` has its messages and tools."""
+    make_tokenizer(directory, CALLING_TEMPLATE, control)
+    make_network(directory, LlamaConfig, max_position_embeddings=512, vocab_size=len(CHARACTERS) + 2 + bool(control))
+    tokenizer, network = AutoTokenizer.from_pretrained(directory), load_network(directory)
+    prompt = tokenizer.apply_chat_template(
+        chat["messages"], tools=chat.get("tools"), tokenize=False, add_generation_prompt=True
+    )
+    before = tokenizer.encode(prompt, add_special_tokens=False)
+    after = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    ids = torch.tensor([before + after])
+    labels = torch.tensor([[-100] * len(before) + after])
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(500):
+        loss = network(input_ids=ids, labels=labels).loss
+        if loss < 0.02:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.02, loss
+    network.save_pretrained(directory)
     return directory
 
 

@@ -174,7 +174,8 @@ class Generator:
     def _tokenize(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):
             messages = [message.for_template() for message in request.messages]
-            return [self._base.encode_chat(messages, request.chat_template_kwargs or {})]
+            arguments = request.chat_template_kwargs or {}
+            return [self._base.encode_chat(messages, arguments, request.tools_for_template)]
         prompts = request.prompts()
         if len(prompts) > MAX_PROMPTS:
             raise PromptError(f"prompt: {len(prompts)} prompts in one request; at most {MAX_PROMPTS} are allowed")
@@ -234,7 +235,12 @@ class Generator:
             sampling=sampling,
             max_tokens=max_tokens,
             eos_ids=ends,
-            text=TextStream(self._base.tokenizer, prompt, request.stop_strings),
+            text=TextStream(
+                self._base.tokenizer,
+                prompt,
+                request.stop_strings,
+                special_tokens=isinstance(request, ChatRequest) and request.reads_calls,
+            ),
             emit=_nobody,
             wants_prompt_logprobs=bool(echoes_logprobs),
             expires=time.monotonic() + self._request_timeout,

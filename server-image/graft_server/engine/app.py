@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from pydantic import BaseModel as Body
 from graft_server.connections import answer_guarded, handler_args
 from graft_server.engine.adapters import AdapterWeights, Limits, read_adapter
 from graft_server.engine.answers import Answers, Generator
+from graft_server.engine.calls import CallsOfChoice, check_request
 from graft_server.engine.generation import Capacity, Engine
 from graft_server.engine.metrics import Metrics
 from graft_server.engine.model import BaseModel
@@ -254,14 +255,26 @@ class Server:
         request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         model = body.model or self._settings.served_model_names[0]
         shapes = Shapes(isinstance(body, ChatRequest), request_id, model, self._token_texts)
+        if isinstance(body, ChatRequest):
+            check_request(body, self._settings.tool_call_parser)
         async with await self._generator.start(body) as answers:
+            readers = self._call_readers(body, len(answers.sequences))
             if body.stream:
-                return await _stream(request, answers, shapes, body.include_usage)
+                return await _stream(request, answers, shapes, readers, body.include_usage)
             choices = [_piece(answers, index) for index in range(len(answers.sequences))]
             async for index, output in answers:
                 _extend(choices[index], output)
+            for reader, choice in zip(readers, choices, strict=False):
+                reader.split(choice)
             counts = usage(answers.prompt_tokens, answers.completion_tokens)
             return web.json_response(shapes.answer(choices, counts))
+
+    def _call_readers(self, body: ChatRequest | CompletionRequest, choices: int) -> list[CallsOfChoice]:
+        """Return a reader of calls for each choice, or none if the request wants no calls."""
+        parser = self._settings.tool_call_parser
+        if parser is None or not isinstance(body, ChatRequest) or not body.reads_calls:
+            return []
+        return [CallsOfChoice(parser, parallel=body.parallel_tool_calls is not False) for _ in range(choices)]
 
 
 async def _too_crowded(_: web.Request) -> web.StreamResponse:
@@ -281,7 +294,13 @@ def _extend(choice: Choice, output: Output) -> None:
         choice.logprobs += [*output.prompt_logprobs, *([output.logprob] if output.logprob else [])]
 
 
-async def _stream(request: web.Request, answers: Answers, shapes: Shapes, include_usage: bool) -> web.StreamResponse:
+async def _stream(
+    request: web.Request,
+    answers: Answers,
+    shapes: Shapes,
+    readers: Sequence[CallsOfChoice],
+    include_usage: bool,
+) -> web.StreamResponse:
     """Write server-sent events. The status is sent with the first event: an earlier failure gets an error status."""
     response = web.StreamResponse(
         headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
@@ -300,6 +319,8 @@ async def _stream(request: web.Request, answers: Answers, shapes: Shapes, includ
                 await send(opening)
             opened.add(index)
             _extend(piece, output)
+            if readers:
+                readers[index].split(piece)
             if piece.text or piece.logprobs or piece.finish_reason:
                 await send(shapes.chunk(index, piece))
         if include_usage:

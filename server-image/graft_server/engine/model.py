@@ -12,6 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from graft_server.engine.calls import for_template
+from graft_server.engine.protocol import ApiError
 from graft_server.engine.settings import Settings
 
 DEFAULT_CONTEXT = 2048  # tokens, if the config states no limit
@@ -82,12 +84,19 @@ class BaseModel:
         """Return the text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_arguments: Mapping[str, Any]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_arguments: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Return the token ids of a conversation in the model's chat template, up to the assistant's next turn.
 
         An encoder-decoder without a template gets plain text, as in training. Raises PromptError if the template is
         missing or refuses the messages, or if an argument is reserved.
         """
+        if not self.tokenizer.chat_template and tools:
+            raise PromptError("tools: the model has no chat template that could show them to it")
         if not self.tokenizer.chat_template and self.start_token is not None:
             return self.encode(_plain(messages))
         if not self.tokenizer.chat_template:
@@ -97,8 +106,14 @@ class BaseModel:
             raise PromptError(f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set")
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
+                for_template(messages, self.tokenizer.get_chat_template(tools=tools)),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=True,
+                **template_arguments,
             )
+        except ApiError:
+            raise
         except Exception as error:  # a template is a program: a client's messages can cause any error in it
             raise PromptError(f"messages: the chat template refused them: {error}") from error
         return self._encode(text, special_tokens=False)

@@ -27,6 +27,7 @@ MAX_CHAT_MESSAGES = 4096  # the chat template is a program that runs over them
 MAX_TEMPLATE_ARGUMENTS, MAX_ARGUMENT_CHARACTERS = 16, 1024
 BODY_DEPTH = 32  # of nested objects and arrays
 MAX_BIASES = 1024  # tokens in logit_bias
+MAX_TOOLS, MAX_TOOL_NAME = 128, 256  # the number of tools; characters of a name
 MAX_TEMPERATURE = 100  # beyond it, and outside PENALTIES, logits leave the range of floats
 PENALTIES = (0.01, 100)
 
@@ -68,8 +69,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "skip_special_tokens": (None, True),
     "structured_outputs": (None,),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
@@ -117,7 +116,7 @@ class UnloadLoraRequest(BaseModel):
 class StreamOptions(BaseModel):
     """The options of a stream. `include_usage` requests a last chunk with the token counts."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class GenerationRequest(BaseModel):
@@ -193,6 +192,23 @@ class Message(BaseModel):
         return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
 
 
+class Function(BaseModel):
+    """The definition of a tool. The chat template gets it in this order, further fields last, as from vLLM."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TOOL_NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """One of the tools that the model may call."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Check the arguments for a chat template: few, and no lists or objects, over which a template may loop."""
     if len(arguments) > MAX_TEMPLATE_ARGUMENTS:
@@ -209,6 +225,10 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     unsupported = {**UNSUPPORTED, "add_special_tokens": (None, False), "echo": (None, False)}
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_CHAT_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -227,11 +247,26 @@ class ChatRequest(GenerationRequest):
         """Return how many alternatives to report beside each token, or None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def reads_calls(self) -> bool:
+        """Return whether calls of tools are looked for in the answer."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        """Return the tools that the chat template gets. As in vLLM, it gets them with tool_choice none, too."""
+        return [tool.model_dump(exclude_unset=True) | {"type": tool.type} for tool in self.tools or ()] or None
+
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. A prompt is text or token ids; several prompts get `n` answers each."""
 
-    unsupported = {**UNSUPPORTED, "add_special_tokens": (None, True)}
+    unsupported = {
+        **UNSUPPORTED,
+        "add_special_tokens": (None, True),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+    }
 
     prompt: Text | Ids | Annotated[list[Text], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)] = (
         Field(min_length=1)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graft.toolcalls import PARSERS
+
 from graft_server.connections import ConnectionLimits
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -39,6 +41,7 @@ class Settings:
     request_timeout: float = 1800.0
     generation_config: str = "auto"
     chat_template: str | None = None
+    tool_call_parser: str | None = None
     api_keys: tuple[str, ...] = ()
     shutdown_timeout: float = 600.0
     runtime_loading: bool = False
@@ -88,6 +91,8 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     add("--request-timeout", type=_seconds, default=1800.0, help="seconds without a whole answer before a 504")
     add("--generation-config", default="auto", choices=["auto", "vllm"], help="auto: sampling defaults of the model")
     add("--chat-template", default=None, help="a file with a Jinja template, or the template itself")
+    add("--enable-auto-tool-choice", action="store_true", help="return calls of tools; needs --tool-call-parser")
+    add("--tool-call-parser", default=None, choices=list(PARSERS), help="the format in which the model calls tools")
     add("--api-key", nargs="+", default=None, help="API keys that /v1 accepts (default: VLLM_API_KEY)")
     add("--shutdown-timeout", type=float, default=600.0, help="seconds for running requests to finish after SIGTERM")
     known = Settings("", ())
@@ -110,6 +115,8 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     max_cpu_loras = flags.max_cpu_loras or flags.max_loras
     if max_cpu_loras < flags.max_loras:
         parser.error(f"--max-cpu-loras ({max_cpu_loras}) must be at least --max-loras ({flags.max_loras})")
+    if flags.enable_auto_tool_choice and flags.tool_call_parser is None:
+        parser.error("--enable-auto-tool-choice requires --tool-call-parser")
     key = environment.get("VLLM_API_KEY")
     return Settings(
         model=flags.model,
@@ -128,6 +135,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         request_timeout=flags.request_timeout,
         generation_config=flags.generation_config,
         chat_template=flags.chat_template,
+        tool_call_parser=flags.tool_call_parser if flags.enable_auto_tool_choice else None,
         api_keys=tuple(flags.api_key or ([key] if key else [])),
         shutdown_timeout=flags.shutdown_timeout,
         runtime_loading=environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").strip().lower() in TRUE_WORDS,

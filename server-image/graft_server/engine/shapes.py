@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graft_server.engine.sampling import TokenLogprob
+from graft_server.engine.text import REPLACEMENT
 
 LOWEST = -9999.0  # JSON has no infinity
+LONGEST_CHARACTER = 4  # tokens: a character has at most 4 bytes
 
 
 def model_card(
@@ -52,15 +54,30 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class TokenTexts:
-    """The text of single tokens inside a longer text. At a text's start, a tokenizer may drop the leading space."""
+    """The text of single tokens inside a longer text. At a text's start, a tokenizer may drop the leading space.
+
+    A token can be a part of a character. As in vLLM, the last token of the character has its text, and the others have
+    none.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._before = list(tokenizer.encode("a", add_special_tokens=False))[:1]
         self._skipped = len(self._decode([]))
 
-    def __call__(self, token: int) -> str:
-        return self._decode([token])[self._skipped :]
+    def __call__(self, token: int, before: Sequence[int] = ()) -> str:
+        """Return the token's text after the tokens `before`, of which the last few are enough."""
+        text = self._decode([token])[self._skipped :]
+        if not text.endswith(REPLACEMENT):
+            return text
+        for size in range(1, len(before) + 1):
+            near = list(before[-size:])
+            whole = self._decode([*near, token])
+            if not whole.endswith(REPLACEMENT):
+                while near and self._decode(near).endswith(REPLACEMENT):
+                    near.pop()
+                return whole[len(self._decode(near)) if near else self._skipped :]
+        return ""
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode([*self._before, *ids])) if self._before or ids else ""
@@ -73,6 +90,7 @@ class Choice:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)  # of tools, in OpenAI's form
 
 
 @dataclass
@@ -85,6 +103,7 @@ class Shapes:
     token_text: TokenTexts
     _created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # by choice: characters of the tokens reported so far
+    _before: dict[int, list[int]] = field(default_factory=dict)  # by choice: the last tokens reported so far
 
     def answer(self, choices: Sequence[Choice], counts: Mapping[str, int]) -> dict[str, Any]:
         """Return the whole answer."""
@@ -98,20 +117,26 @@ class Shapes:
     def chunk(self, index: int, piece: Choice) -> dict[str, Any]:
         """Return the chunk for a piece of a choice."""
         if self.chat:
-            return self._chunk(index, {"content": piece.text} if piece.text else {}, piece)
+            delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+            if piece.calls:
+                delta["tool_calls"] = [{"index": at, **call} for at, call in enumerate(piece.calls)]
+            return self._chunk(index, delta, piece)
         return self._body("text_completion", [self._choice(index, piece)], None)
 
     def counts(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """Return the last chunk, with the token counts and without choices."""
         return self._body("chat.completion.chunk" if self.chat else "text_completion", [], counts)
 
-    def _chunk(self, index: int, delta: Mapping[str, str], piece: Choice) -> dict[str, Any]:
+    def _chunk(self, index: int, delta: Mapping[str, Any], piece: Choice) -> dict[str, Any]:
         logprobs = self._logprobs(index, piece)
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
         return self._body("chat.completion.chunk", [choice], None)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": choice.text}} if self.chat else {"text": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if choice.calls:
+            message |= {"content": choice.text or None, "tool_calls": choice.calls}
+        said = {"message": message} if self.chat else {"text": choice.text}
         logprobs = self._logprobs(index, choice)
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
@@ -119,9 +144,10 @@ class Shapes:
         if choice.logprobs is None:
             return None
         if self.chat:
-            return {"content": [self._chat_logprob(entry) for entry in choice.logprobs]}
+            return {"content": [self._chat_logprob(entry, before) for entry, before in self._reported(index, choice)]}
         offset = self._offsets.get(index, 0)
-        tokens = [self.token_text(entry.token) for entry in choice.logprobs]
+        reported = self._reported(index, choice)
+        tokens = [self.token_text(entry.token, before) for entry, before in reported]
         offsets = []
         for token in tokens:
             offsets.append(offset)
@@ -131,22 +157,32 @@ class Shapes:
             "text_offset": offsets,
             "token_logprobs": [None if entry.logprob is None else _finite(entry.logprob) for entry in choice.logprobs],
             "tokens": tokens,
-            "top_logprobs": [self._top(entry) for entry in choice.logprobs],
+            "top_logprobs": [self._top(entry, before) for entry, before in reported],
         }
 
-    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
+    def _reported(self, index: int, choice: Choice) -> list[tuple[TokenLogprob, list[int]]]:
+        """Return the piece's log-probabilities, each with the tokens before it."""
+        found, before = [], self._before.get(index, [])
+        for entry in choice.logprobs or ():
+            found.append((entry, before))
+            before = [*before, entry.token][-LONGEST_CHARACTER:]
+        self._before[index] = before
+        return found
+
+    def _top(self, entry: TokenLogprob, before: Sequence[int]) -> dict[str, float] | None:
         """Return the likeliest tokens and the chosen one, by text. Of two tokens with one text, the likelier counts."""
         if entry.logprob is None:
             return None
         pairs = [*entry.top, (entry.token, entry.logprob)]
-        return {self.token_text(token): _finite(logprob) for token, logprob in sorted(pairs, key=lambda pair: pair[1])}
+        pairs.sort(key=lambda pair: pair[1])
+        return {self.token_text(token, before): _finite(logprob) for token, logprob in pairs}
 
-    def _chat_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
-        top = [self._named(token, logprob) for token, logprob in entry.top]
-        return {**self._named(entry.token, entry.logprob or 0.0), "top_logprobs": top}
+    def _chat_logprob(self, entry: TokenLogprob, before: Sequence[int]) -> dict[str, Any]:
+        top = [self._named(token, logprob, before) for token, logprob in entry.top]
+        return {**self._named(entry.token, entry.logprob or 0.0, before), "top_logprobs": top}
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
+    def _named(self, token: int, logprob: float, before: Sequence[int]) -> dict[str, Any]:
+        text = self.token_text(token, before)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
     def _body(

@@ -18,8 +18,12 @@ class TextStream:
     `stopped` becomes true. Neither the stop string nor the text after it is returned.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = (), *, special_tokens: bool = False
+    ) -> None:
+        """With `special_tokens`, the text has them: some formats of calls consist of them."""
         self.stopped = False
+        self._skip = not special_tokens
         self._tokenizer = tokenizer
         self._ids = list(prompt[-CONTEXT_TOKENS:])
         self._read = len(self._ids)  # ids before this index have become text
@@ -47,7 +51,7 @@ class TextStream:
         return text[len(known) :]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip)) if ids else ""
 
     def _release(self, text: str, hold: int) -> str:
         self._held += text

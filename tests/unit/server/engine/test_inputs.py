@@ -95,7 +95,8 @@ UNSUPPORTED = [  # path, field, a value that changes the answer, a value that do
     (CHAT, "echo", True, False),
     (CHAT, "documents", [{"text": "x"}], []),
     (CHAT, "modalities", ["text", "audio"], ["text"]),
-    (CHAT, "tools", [{"type": "function"}], []),
+    (CHAT, "functions", [{"name": "f"}], []),
+    (COMPLETIONS, "tools", [{"type": "function"}], []),
 ]
 
 

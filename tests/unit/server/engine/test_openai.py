@@ -171,3 +171,10 @@ async def test_waiting_too_long_gives_503_and_running_too_long_gives_504(base: P
     assert (settings.queue_timeout, settings.request_timeout) == (3, 9.5)
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--queue-timeout", "0"], {})
+
+
+async def test_stream_options_may_be_null(api: Api) -> None:
+    ask = {"messages": [{"role": "developer", "content": "hi"}, {"role": "user", "content": "hi"}], "max_tokens": 2}
+    for options in (None, {}, {"include_usage": None}, {"include_usage": False}):
+        chunks = await api.stream("/v1/chat/completions", **ask, stream_options=options)
+        assert all(chunk["usage"] is None for chunk in chunks)

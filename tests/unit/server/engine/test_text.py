@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from graft_server.engine.sampling import Sampler, Sampling
+from graft_server.engine.sampling import Sampler, Sampling, TokenLogprob
+from graft_server.engine.shapes import Choice, Shapes, TokenTexts
 from graft_server.engine.text import TextStream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -82,3 +83,19 @@ def test_sampling_follows_temperature_top_k_and_top_p() -> None:
 def test_a_logit_that_is_not_a_number_is_an_error() -> None:
     with pytest.raises(ValueError, match="not a number"):
         draws([0.0, float("nan")])
+
+
+def test_the_last_token_of_a_character_has_its_text_and_its_bytes(by_bytes: Any) -> None:
+    """As in vLLM: one byte of a character has no text, and never the replacement character."""
+    shapes = Shapes(True, "id", "m", TokenTexts(by_bytes))
+    text = "aé😀b"
+    ids = by_bytes.encode(text, add_special_tokens=False)
+    assert len(ids) == 8, "each byte is one token"
+    pieces = [Choice(logprobs=[TokenLogprob(token, -1.0, ((token, -1.0),))]) for token in ids]
+    entries = [shapes.chunk(0, piece)["choices"][0]["logprobs"]["content"][0] for piece in pieces]
+    assert [entry["token"] for entry in entries] == ["a", "", "é", "", "", "", "😀", "b"]
+    assert [entry["bytes"] for entry in entries] == [list(entry["token"].encode()) for entry in entries]
+    assert all(entry["top_logprobs"][0]["token"] == entry["token"] for entry in entries)
+    whole = Choice(logprobs=[TokenLogprob(token, -1.0) for token in ids])
+    report = Shapes(False, "id", "m", TokenTexts(by_bytes)).answer([whole], {})["choices"][0]["logprobs"]
+    assert "".join(report["tokens"]) == text and report["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]

@@ -135,6 +135,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
             "StorageUnavailable": "The object store did not answer. The operator retries.",
             "DoesNotFit": "No GPU of this cluster has as much memory as the estimate requires. The message says what would fit.",
+            "ToolCallParserUnknown": "The engine transformers has no parser with the name in spec.toolCallParser. The message names its parsers.",
             "AutoscalerMissing": "autoscaling.provider is keda, but KEDA is not installed. The number of replicas stays as it is.",
             "CreationFailed": "The API server refused to create a child of the deployment, for example because of a quota. The operator retries.",
         },

@@ -171,6 +171,14 @@ class AdapterDeploymentSpec(Placement):
         description="auto: vllm if resources requests GPUs. If resources is absent: vllm for causal models if the cluster has "
         "GPUs. Otherwise transformers, which is for CPUs and development.",
     )
+    tool_call_parser: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?$",
+        max_length=64,
+        description="Name of vLLM's parser that turns the answers of this base model into tool_calls, for example hermes (Qwen), "
+        "llama3_json or mistral. The engine transformers has hermes, llama3_json, llama4_json and mistral. When absent, "
+        "requests with tools need tool_choice none.",
+    )
     limits: EngineLimits = Field(default_factory=EngineLimits, description="Limits of one engine process.")
     replicas: int = Field(
         default=1,

@@ -108,6 +108,8 @@ def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: Serving
         arguments += ["--quantization", QUANTIZATION[sizing.quantization]]
     if sizing.dtype:
         arguments += ["--dtype", sizing.dtype]
+    if deployment.spec.tool_call_parser:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", deployment.spec.tool_call_parser]
     if sizing.engine == "transformers":
         return ["python", "-m", "graft_server.engine", "--model", model, *arguments]
     if sizing.gpus > 1:

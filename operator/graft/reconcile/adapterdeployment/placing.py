@@ -6,13 +6,32 @@ from graft.placement import engine
 from graft.placement.decide import DoesNotFit
 from graft.reconcile.shared.access import Base, Trouble
 from graft.reconcile.shared.context import Context
+from graft.toolcalls import PARSERS
 
 
 async def place_engine(ctx: Context, deployment: AdapterDeployment, base: Base) -> ServingSizing | Trouble:
-    """Return the engine and the resources of a replica, or why it fits on no node.
+    """Return the engine and the resources of a replica, or why it fits on no node, or why the engine cannot do what the
+    spec wants.
 
     The present choice is kept while its inputs are unchanged, even if nodes are added or removed.
     """
+    sizing = await _sizing(ctx, deployment, base)
+    return unknown_parser(deployment, sizing) or sizing if isinstance(sizing, ServingSizing) else sizing
+
+
+def unknown_parser(deployment: AdapterDeployment, sizing: ServingSizing) -> Trouble | None:
+    """Return the trouble if Graft's own engine lacks the parser. vLLM knows its own parsers, which differ by version."""
+    name = deployment.spec.tool_call_parser
+    if name is None or sizing.engine != "transformers" or name in PARSERS:
+        return None
+    return Trouble(
+        "ToolCallParserUnknown",
+        f"spec.toolCallParser {name} does not exist in the engine transformers. Use one of {', '.join(PARSERS)}, or "
+        "spec.engine vllm, or remove the field",
+    )
+
+
+async def _sizing(ctx: Context, deployment: AdapterDeployment, base: Base) -> ServingSizing | Trouble:
     facts, task, vllm = base.model.status.facts, base.model.spec.task, bool(ctx.settings.images.vllm)
     before = deployment.status.sizing
     if before is not None and before.basis == engine.basis_of(facts, deployment.spec, task=task, vllm=vllm):

@@ -178,9 +178,11 @@ def test_the_cpu_engine_accepts_every_flag_that_the_operator_sets() -> None:
         "quantization": "int4",
         "engine": "transformers",
         "limits": {"maxModelLen": 64, "maxNumSeqs": 4},
+        "toolCallParser": "hermes",
     }
     (pod,) = pods(build(manifest))
     command = pod["containers"][0]["command"]
     assert command[:3] == ["python", "-m", "graft_server.engine"]
     settings = parse(command[3:])
+    assert settings.tool_call_parser == "hermes"
     assert (settings.quantization, settings.shutdown_timeout, settings.max_num_seqs) == ("bitsandbytes", 120.0, 4)

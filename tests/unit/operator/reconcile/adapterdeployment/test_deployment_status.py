@@ -3,11 +3,12 @@
 from typing import Any
 
 from graft.api import Adapter, AdapterDeployment
-from graft.api.deploymentstatus import AdapterDeploymentStatus
+from graft.api.deploymentstatus import AdapterDeploymentStatus, ServingSizing
 from graft.api.meta import Condition
 from graft.contracts.agent import Residency, ResidentAdapter
 from graft.reconcile.adapterdeployment import assignment, scaling
 from graft.reconcile.adapterdeployment.deploymentstatus import World, observe
+from graft.reconcile.adapterdeployment.placing import unknown_parser
 from graft.reconcile.adapterdeployment.serving import plan_routes, plan_wanted, resolve, wanted_adapter
 from graft.reconcile.shared.access import Trouble
 from graft.status import find, merge
@@ -171,3 +172,17 @@ def test_a_deployment_that_waits_for_its_base_model_is_not_degraded() -> None:
     found = world([], [], trouble=Trouble("BaseModelMissing", "there is no BaseModel tiny"))
     status, conditions = seen(found)
     assert status.stage == "Waiting" and conditions["Degraded"].status == "False"
+
+
+def test_a_parser_that_the_engine_lacks_is_named_with_those_that_it_has() -> None:
+    transformers, vllm = ServingSizing(engine="transformers"), ServingSizing(engine="vllm")
+    unknown = deployment(toolCallParser="deepseek_v31")
+    trouble = unknown_parser(unknown, transformers)
+    assert trouble is not None
+    _, conditions = seen(world([], [], trouble=trouble))
+    accepted = conditions["Accepted"]
+    assert (accepted.status, accepted.reason) == ("False", "ToolCallParserUnknown")
+    assert "deepseek_v31" in accepted.message and "hermes, llama3_json, llama4_json, mistral" in accepted.message
+    assert unknown_parser(unknown, vllm) is None, "vLLM has more parsers"
+    assert unknown_parser(deployment(toolCallParser="hermes"), transformers) is None
+    assert unknown_parser(deployment(), transformers) is None

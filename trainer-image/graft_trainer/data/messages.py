@@ -5,6 +5,7 @@ field means is documented in docs/datasets.md. A field that this module cannot r
 learns, makes the line invalid. This module knows no files and no templates.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,6 +192,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
         arguments = {}
     if not isinstance(arguments, dict):
         raise BadLine(f"{where}.arguments is a {kind_of(arguments)}, not an object, and not JSON text of an object")
+    _check_numbers(arguments, f"{where}.arguments")
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if value.get("id") is None:
         return call
@@ -209,7 +211,18 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
         raise BadLine(
             f"{where} has no name: it must be {{type: function, function: {{name, description, parameters}}}}"
         )
-    return {"type": "function", "function": {name: one for name, one in function.items() if name != "type"}}
+    _check_numbers(function, where)
+    # In the order in which vLLM and Graft's engine give them to the template.
+    first = {name: function[name] for name in ("name", "description", "parameters") if function.get(name) is not None}
+    return {"type": "function", "function": first | {name: function[name] for name in function if name != "type"}}
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raise BadLine for NaN and Infinity, which Python's reader accepts: no client could send or read them."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise BadLine(f"{where} has NaN or an infinite number, which are not JSON") from error
 
 
 def _decoded(value: Any, where: str) -> Any:

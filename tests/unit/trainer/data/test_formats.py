@@ -85,6 +85,10 @@ def test_arguments_that_are_absent_or_empty_are_an_empty_object() -> None:
             {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": ' + "9" * 5000 + "}"}}]},
             "arguments is not valid",
         ),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": {"a": float("nan")}}}]},
+            "arguments has NaN or an infinite",
+        ),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "tool_calls[0].function has no name"),
         ({"tool_calls": [{"function": {"name": "f", "parameters": {}}}]}, "must be named arguments"),
         ({"tool_calls": [{"type": "custom", "custom": {}}]}, 'type is "custom", not function'),

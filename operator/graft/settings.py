@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from graft.api.meta import GPU
+
 CONFIG_FILE = "/etc/graft-operator/config.json"
 
 
@@ -70,6 +72,26 @@ class Spot(_Part):
     )
 
 
+class AllowedTaint(_Part):
+    """A taint that tenants' pods may tolerate. An absent value or effect allows every value or effect."""
+
+    key: str  # EVERY allows every taint
+    value: str | None = None
+    effect: str | None = None
+
+
+EVERY = "*"  # in the lists of Allowed: every name
+
+
+class Allowed(_Part):
+    """What the specs in tenants' namespaces may ask the scheduler and the node for. Everything else is refused."""
+
+    # EVERY allows all names except those that begin with system-. Kubernetes reserves these for its own components.
+    priority_classes: list[str] = Field(default_factory=list)
+    runtime_classes: list[str] = Field(default_factory=lambda: ["nvidia"])
+    tolerations: list[AllowedTaint] = Field(default_factory=lambda: [AllowedTaint(key=GPU)])
+
+
 class Settings(_Part):
     """The operator's configuration."""
 
@@ -81,6 +103,8 @@ class Settings(_Part):
     signing: Signing = Field(default_factory=Signing)
     spot: Spot = Field(default_factory=Spot)
     network: Network = Field(default_factory=Network)
+    allowed: Allowed = Field(default_factory=Allowed)
+    prometheus_url: str = ""  # KEDA reads the gateway's metrics from this Prometheus; if empty, KEDA cannot
     gateway_url: str = ""
     gateway_selector: dict[str, str] = Field(default_factory=lambda: {"app.kubernetes.io/component": "gateway"})
     huggingface_endpoint: str | None = None

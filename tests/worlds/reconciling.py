@@ -58,6 +58,9 @@ class MemoryKube:
     ) -> None:
         self.objects[kind, namespace, name]["status"] = status
 
+    async def ensure(self, *manifests: Object) -> None:
+        self.objects |= {self._key(item): item for item in manifests}
+
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> None:
         self.objects[kind, namespace, name]["metadata"].update(patch["metadata"])
 

@@ -128,14 +128,15 @@ class Autoscaling(Schema):
     )
     provider: Literal["hpa", "keda"] = Field(
         default="hpa",
-        description="hpa: a HorizontalPodAutoscaler, which needs a metrics API. keda: a ScaledObject, which needs KEDA, and "
-        "Prometheus for requestsPerReplica.",
+        description="hpa: a HorizontalPodAutoscaler, which needs a metrics API. keda: a ScaledObject, which needs KEDA and, "
+        "for requestsPerReplica, the chart's value autoscaling.prometheusUrl.",
     )
     prometheus_url: str | None = Field(
         default=None,
         pattern=r"^https?://[^\s]+$",
         max_length=512,
-        description="URL of the Prometheus that scrapes the gateway. Required for provider keda with requestsPerReplica.",
+        description="Deprecated and ignored. The platform team names the Prometheus in the chart's value "
+        "autoscaling.prometheusUrl. Remove the field.",
     )
     idle_seconds: int = Field(
         default=300,
@@ -291,11 +292,6 @@ CRD: dict[str, Any] = {
         (
             "!has(self.autoscaling) || self.autoscaling.provider != 'keda' || self.autoscaling.minReplicas >= 1",
             "autoscaling: provider keda does not support minReplicas 0: use provider hpa, or minReplicas of at least 1",
-        ),
-        (
-            "!has(self.autoscaling) || self.autoscaling.provider != 'keda' || !has(self.autoscaling.target)"
-            " || !has(self.autoscaling.target.requestsPerReplica) || has(self.autoscaling.prometheusUrl)",
-            "autoscaling.prometheusUrl is required: KEDA reads requestsPerReplica from Prometheus",
         ),
         (
             "self.strategy != 'serverless' || (has(self.autoscaling) && self.autoscaling.minReplicas == 0)",

@@ -211,18 +211,21 @@ class Placement(Schema):
     tolerations: list[Toleration] | None = Field(
         default=None,
         max_length=64,
-        description="Taints of nodes that the pods tolerate.",
+        description="Taints of nodes that the pods tolerate. The platform team lists the allowed ones in the chart's value "
+        "tenants.allowedTolerations. By default this is only nvidia.com/gpu.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     priority_class_name: str | None = Field(
         default=None,
         pattern=rf"^$|{DNS_NAME}",
         max_length=253,
-        description="Name of the pods' PriorityClass. The cluster's default when absent.",
+        description="Name of the pods' PriorityClass. The platform team lists the allowed ones in the chart's value "
+        "tenants.allowedPriorityClasses. By default there are none. The cluster's default when absent.",
     )
     runtime_class_name: str | None = Field(
         default=None,
         pattern=rf"^$|{DNS_NAME}",
         max_length=253,
-        description="Name of the pods' RuntimeClass, for example nvidia. The node's default runtime when absent.",
+        description="Name of the pods' RuntimeClass, for example nvidia. The platform team lists the allowed ones in the chart's "
+        "value tenants.allowedRuntimeClasses. By default this is only nvidia. The node's default runtime when absent.",
     )

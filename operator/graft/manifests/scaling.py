@@ -39,15 +39,32 @@ def disruption_budget(deployment: AdapterDeployment) -> Manifest:
     }
 
 
-def autoscaler(deployment: AdapterDeployment) -> Manifest | None:
-    """Return the object that changes the Deployment's replicas, or None if their number is fixed."""
+def _moves(deployment: AdapterDeployment) -> bool:
+    """Return whether an autoscaler changes the number of replicas."""
     autoscaling = deployment.spec.autoscaling
     if autoscaling is None or autoscaling.target is None or deployment.spec.replicas == 0:
-        return None
-    if fewest(autoscaling) >= autoscaling.max_replicas:
+        return False
+    return fewest(autoscaling) < autoscaling.max_replicas
+
+
+def needs_prometheus(deployment: AdapterDeployment) -> bool:
+    """Return whether the autoscaler of the deployment queries Prometheus itself."""
+    autoscaling = deployment.spec.autoscaling
+    if autoscaling is None or autoscaling.target is None or not _moves(deployment):
+        return False
+    return autoscaling.provider == "keda" and autoscaling.target.requests_per_replica is not None
+
+
+def autoscaler(deployment: AdapterDeployment, prometheus_url: str) -> Manifest | None:
+    """Return the object that changes the Deployment's replicas, or None if their number is fixed.
+
+    `prometheus_url` is the platform team's: KEDA sends requests to it from its own namespace.
+    """
+    autoscaling = deployment.spec.autoscaling
+    if autoscaling is None or autoscaling.target is None or not _moves(deployment):
         return None
     if autoscaling.provider == "keda":
-        return _scaled_object(deployment, autoscaling, autoscaling.target)
+        return _scaled_object(deployment, autoscaling, autoscaling.target, prometheus_url)
     return _horizontal(deployment, autoscaling, autoscaling.target)
 
 
@@ -85,7 +102,9 @@ def _horizontal(deployment: AdapterDeployment, autoscaling: Autoscaling, target:
     }
 
 
-def _scaled_object(deployment: AdapterDeployment, autoscaling: Autoscaling, target: ScalingTarget) -> Manifest:
+def _scaled_object(
+    deployment: AdapterDeployment, autoscaling: Autoscaling, target: ScalingTarget, prometheus_url: str
+) -> Manifest:
     triggers: list[Manifest] = []
     if target.cpu_percent is not None:
         triggers.append(
@@ -102,7 +121,7 @@ def _scaled_object(deployment: AdapterDeployment, autoscaling: Autoscaling, targ
                 "type": "prometheus",
                 "metricType": "AverageValue",
                 "metadata": {
-                    "serverAddress": autoscaling.prometheus_url or "",
+                    "serverAddress": prometheus_url,
                     "query": f"sum({REQUESTS_METRIC}{{{selector}}})",
                     "threshold": str(target.requests_per_replica),
                 },

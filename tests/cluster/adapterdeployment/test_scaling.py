@@ -113,7 +113,7 @@ def test_the_operator_leaves_the_replicas_to_the_autoscaler(tenant: Tenant) -> N
 
 def test_without_keda_the_condition_names_the_remedy_and_the_models_are_served(tenant: Tenant) -> None:
     fleet = Fleet(tenant, "chat")
-    keda = {"provider": "keda", "prometheusUrl": "http://prometheus:9090", "minReplicas": 1, "maxReplicas": 3}
+    keda = {"provider": "keda", "minReplicas": 1, "maxReplicas": 3}
     fleet.deploy([], routes=[{"model": "base"}], autoscaling=keda | {"target": {"requestsPerReplica": 8}})
     refused = fleet.until("Accepted", "AutoscalerMissing")
     assert "Install KEDA" in refused["message"] and "provider to hpa" in refused["message"]

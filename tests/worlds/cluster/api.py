@@ -25,15 +25,21 @@ class Refused(Exception):
 class Api:
     """One identity at one API server."""
 
-    def __init__(self, server: str, pki: Path, token: str | None = None) -> None:
+    def __init__(self, server: str, pki: Path, token: str | None = None, user: str | None = None) -> None:
+        """`user`: the administrator impersonates this user, as `kubectl --as` does."""
         self.server, self.pki = server, pki
         identity = {} if token else {"cert_file": str(pki / "admin.crt"), "key_file": str(pki / "admin.key")}
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers |= {"Impersonate-User": user} if user else {}
         self._pool = urllib3.PoolManager(ca_certs=str(pki / "ca.crt"), timeout=30.0, retries=2, **identity)
 
     def as_token(self, token: str) -> "Api":
         """Return access to the same server with another identity."""
         return Api(self.server, self.pki, token)
+
+    def as_user(self, user: str) -> "Api":
+        """Return access to the same server as a person with this name, and no group but system:authenticated."""
+        return Api(self.server, self.pki, user=user)
 
     def text(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> str:
         headers = self._headers | {"Content-Type": content_type}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from testbed.controlplane import ControlPlane, free_port
 from testbed.objectstore import S3Server
 from testbed.shell import REPOSITORY, output, tail, wait_for
 
-from worlds.cluster.api import Api
+from worlds.cluster.api import Api, Object
 
 SYSTEM = "graft-system"
 ACCOUNT = "graft-operator"
@@ -103,20 +104,25 @@ SETTINGS = {
     "namespace": SYSTEM,
     "images": {"trainer": "graft/trainer:test", "engine": "graft/engine:test", "agent": "graft/agent:test"},
     "storage": {"issueCredentials": True, "createBucket": True},
+    "prometheusUrl": "http://prometheus:9090",
     "gatewayUrl": "http://graft-gateway.graft-system.svc:8080",
 }
+
+
+def from_chart(kinds: Collection[str]) -> list[Object]:
+    """Return the chart's objects of some kinds, without those of hooks."""
+    chart = REPOSITORY / "charts/graft"
+    # --kube-version: without a cluster, helm uses the Kubernetes version that was set at its build. Our build sets none.
+    rendered = output([binary("helm"), "template", "graft", chart, "--namespace", SYSTEM, "--kube-version", KUBERNETES])
+    documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] in kinds]
+    return [item for item in documents if "helm.sh/hook" not in (item["metadata"].get("annotations") or {})]
 
 
 def install_rights(plane: ControlPlane, api: Api) -> Path:
     """Install the operator's account and roles from the chart, and nothing else of it. Return the account's kubeconfig."""
     api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}})
-    chart = REPOSITORY / "charts/graft"
-    # --kube-version: without a cluster, helm uses the Kubernetes version that was set at its build. Our build sets none.
-    rendered = output([binary("helm"), "template", "graft", chart, "--namespace", SYSTEM, "--kube-version", KUBERNETES])
-    documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] in RIGHTS]
-    ours = [item for item in documents if "helm.sh/hook" not in (item["metadata"].get("annotations") or {})]
     manifest = plane.state / "rights.json"
-    manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": ours}))
+    manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": from_chart(RIGHTS)}))
     plane.kubectl("apply", "-f", str(manifest))
     path = plane.state / "operator.kubeconfig"
     cluster = {"server": plane.server, "certificate-authority": str(plane.state / "pki/ca.crt")}

@@ -24,7 +24,7 @@ from graft.kube import KubeError, Manifest
 from graft.manifests import adapterjob as manifests
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter.versions import matches, parse
-from graft.reconcile.shared import pods
+from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, refusal
@@ -85,6 +85,9 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
         return waiting(adapter, base)
     if (outside := outside_namespace(adapter, ctx.store.config.bucket)) is not None:
         return waiting(adapter, outside)
+    path = "spec.compose" if adapter.spec.compose is not None else "spec.import"
+    if (refused := scheduling.forbidden(manifests.making(adapter), ctx.settings.allowed, path)) is not None:
+        return waiting(adapter, refused)
     if (trouble := await ensure_credentials(ctx, namespace)) is not None:
         return waiting(adapter, trouble)
     adapters = valid(Adapter, await ctx.kube.list(KIND, namespace))

@@ -30,7 +30,7 @@ from graft.manifests.serving import residency_name, serving_deployment, serving_
 from graft.reconcile.adapterdeployment import assignment, autoscaling, basechange, scaling, serving
 from graft.reconcile.adapterdeployment.deploymentstatus import KIND, World, observe, why_unavailable
 from graft.reconcile.adapterdeployment.placing import place_engine
-from graft.reconcile.shared import pods
+from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.ownership import of_deployment
@@ -90,7 +90,9 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
             kube.get("ConfigMap", namespace, residency_name(spec)),
         ),
     )
-    trouble = base if isinstance(base, Trouble) else credentials
+    trouble = (
+        base if isinstance(base, Trouble) else scheduling.forbidden(spec.spec, ctx.settings.allowed) or credentials
+    )
     adapters = valid(Adapter, listed)
     current = None if isinstance(base, Trouble) else base.ref
     live = basechange.base_of(deployment["spec"]["template"]) if deployment else None

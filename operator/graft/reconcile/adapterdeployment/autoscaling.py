@@ -7,7 +7,14 @@ from graft.api.deploymentstatus import ServingSizing
 from graft.contracts.gateway import DEMAND_COMPONENT, DEMAND_CONFIGMAP, Demand
 from graft.kube import FIELD_MANAGER, KubeError, Manifest
 from graft.manifests.metadata import COMPONENT, OWNER_UID
-from graft.manifests.scaling import autoscaler, can_have_several, disruption_budget, let_go_patch, replicas_patch
+from graft.manifests.scaling import (
+    autoscaler,
+    can_have_several,
+    disruption_budget,
+    let_go_patch,
+    needs_prometheus,
+    replicas_patch,
+)
 from graft.manifests.serving import serving_name
 from graft.reconcile.adapterdeployment import scaling
 from graft.reconcile.shared.access import Trouble
@@ -16,6 +23,12 @@ from graft.status import now
 
 SCALER = "graft-scaling"  # the field manager that owns spec.replicas while an autoscaler may change it
 KEPT_SECONDS = 3600  # seconds beyond idleSeconds for which an entry of a gateway stays in graft-demand
+NO_PROMETHEUS = Trouble(
+    "PrometheusMissing",
+    "spec.autoscaling.target.requestsPerReplica with provider keda needs a Prometheus. Ask your platform team to set "
+    "autoscaling.prometheusUrl in the values of Graft's chart, or set spec.autoscaling.provider to hpa. Until then the number "
+    "of replicas stays as it is",
+)
 KINDS = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "ScaledObject")
 
 
@@ -116,11 +129,13 @@ def _claims_replicas(live: Manifest, manager: str) -> bool:
 async def apply_guards(ctx: Context, spec: AdapterDeployment) -> Trouble | None:
     """Create the disruption budget and the autoscaler, or delete them if they are no longer wanted."""
     wanted = [disruption_budget(spec)] if can_have_several(spec) else []
-    moving = autoscaler(spec)
+    prometheus = ctx.settings.prometheus_url
+    blind = needs_prometheus(spec) and not prometheus
+    moving = None if blind else autoscaler(spec, prometheus)
     wanted += [moving] if moving is not None else []
     by_kind = {manifest["kind"]: manifest for manifest in wanted}
     troubles = await asyncio.gather(*(_guard(ctx, spec, kind, by_kind.get(kind)) for kind in KINDS))
-    return next((trouble for trouble in troubles if trouble is not None), None)
+    return next((trouble for trouble in troubles if trouble is not None), NO_PROMETHEUS if blind else None)
 
 
 async def _guard(ctx: Context, spec: AdapterDeployment, kind: str, manifest: Manifest | None) -> Trouble | None:

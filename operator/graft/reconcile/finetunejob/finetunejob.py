@@ -50,7 +50,7 @@ from graft.reconcile.finetunejob.jobstatus import (
 from graft.reconcile.finetunejob.placing import place
 from graft.reconcile.finetunejob.published import read_published
 from graft.reconcile.finetunejob.restart import restart, to_restart
-from graft.reconcile.shared import ending, pods
+from graft.reconcile.shared import ending, pods, scheduling
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, job_file_of, refusal
@@ -173,6 +173,8 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         return base
     if (outside := outside_namespace(job, ctx.store.config.bucket)) is not None:
         return outside
+    if (refused := scheduling.forbidden(job.spec, ctx.settings.allowed)) is not None:
+        return refused
     trouble = await ensure_credentials(ctx, namespace)
     if trouble is not None:
         return trouble

@@ -85,7 +85,11 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         network.serving_policy(deployment, SETTINGS),
         serving.serving_deployment(deployment, base, SETTINGS, sizing(deployment), deployment.spec.replicas),
         *([scaling.disruption_budget(deployment)] if scaling.can_have_several(deployment) else []),
-        *([mover] if (mover := scaling.autoscaler(deployment)) is not None else []),
+        *(
+            [mover]
+            if (mover := scaling.autoscaler(deployment, "http://prometheus.monitoring:9090")) is not None
+            else []
+        ),
     ]
 
 

@@ -16,6 +16,8 @@ from graft.status import now
 SLEEPS = Autoscaling(min_replicas=0, max_replicas=4, idle_seconds=100)
 WAIT = 100 + demand_interval(100)
 
+PROMETHEUS = "http://prometheus:9090"
+
 
 def deployment(**spec: Any) -> AdapterDeployment:
     full = {"baseModel": "tiny", "adapters": ["support@latest"]} | spec
@@ -96,10 +98,10 @@ def test_budget_and_autoscaler_exist_only_if_the_deployment_can_have_several_rep
     assert not can_have_several(deployment()) and can_have_several(deployment(replicas=2))
     assert can_have_several(deployment(autoscaling={"maxReplicas": 2, "target": target}))
     assert not can_have_several(deployment(replicas=3, autoscaling={"minReplicas": 0, "maxReplicas": 1}))
-    assert autoscaler(deployment(replicas=2)) is None
-    assert autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 1})) is None
-    assert autoscaler(deployment(replicas=0, autoscaling={"maxReplicas": 2, "target": target})) is None
-    found = autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 2, "target": target}))
+    assert autoscaler(deployment(replicas=2), PROMETHEUS) is None
+    assert autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 1}), PROMETHEUS) is None
+    assert autoscaler(deployment(replicas=0, autoscaling={"maxReplicas": 2, "target": target}), PROMETHEUS) is None
+    found = autoscaler(deployment(autoscaling={"minReplicas": 0, "maxReplicas": 2, "target": target}), PROMETHEUS)
     assert found is not None and found["spec"]["minReplicas"] == 1  # an HPA with minReplicas 0 needs an alpha feature
     (metric,) = found["spec"]["metrics"]
     assert metric["containerResource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
@@ -107,13 +109,13 @@ def test_budget_and_autoscaler_exist_only_if_the_deployment_can_have_several_rep
 
 def test_replicas_with_different_adapters_are_removed_one_at_a_time() -> None:
     scaled: dict[str, Any] = {"maxReplicas": 4, "target": {"cpuPercent": 70}}
-    everything = autoscaler(deployment(autoscaling=scaled))
+    everything = autoscaler(deployment(autoscaling=scaled), PROMETHEUS)
     assert everything is not None and "behavior" not in everything["spec"]
     parts = {"adaptersPerReplica": 10}
-    found = autoscaler(deployment(autoscaling=scaled, limits=parts))
+    found = autoscaler(deployment(autoscaling=scaled, limits=parts), PROMETHEUS)
     assert found is not None
     assert found["spec"]["behavior"]["scaleDown"]["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 60}]
-    keda = autoscaler(deployment(autoscaling=scaled | {"provider": "keda"}, limits=parts))
+    keda = autoscaler(deployment(autoscaling=scaled | {"provider": "keda"}, limits=parts), PROMETHEUS)
     assert keda is not None
     behaviour = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     assert behaviour == found["spec"]["behavior"]

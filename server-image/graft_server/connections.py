@@ -39,8 +39,10 @@ class ConnectionLimits:
 class Connections:
     """The open connections of one server."""
 
-    def __init__(self, limits: ConnectionLimits) -> None:
+    def __init__(self, limits: ConnectionLimits, shared: Callable[[str], bool] = lambda _: False) -> None:
+        """`shared` returns whether the peer with an address is a proxy, whose connections carry many callers' requests."""
         self.limits = limits
+        self._shared = shared
         self.open: set[Guard] = set()
         self.refused = 0  # connections so far
         self._peers: Counter[str] = Counter()
@@ -56,7 +58,8 @@ class Connections:
         If the bound is reached, the connection that has waited longest for a request is closed.
         """
         peer, crowded = guard.peer, False
-        if self._peers[peer] >= self.limits.per_peer:
+        guard.shared = self._shared(peer)
+        if not guard.shared and self._peers[peer] >= self.limits.per_peer:
             crowded = not self._make_room(peer)
         elif len(self.open) >= self.limits.most:
             crowded = not self._make_room(None)
@@ -67,12 +70,28 @@ class Connections:
             return False
         guard.crowded = crowded
         self.open.add(guard)
-        self._peers[peer] += 1
+        if not guard.shared:
+            self._count(guard, peer)
         self.idle(guard)
+        return True
+
+    def serve(self, guard: "Guard", caller: str) -> bool:
+        """Count a proxy's connection for the caller of its present request. Return whether the caller may have it.
+
+        A connection of a client itself is counted from its beginning.
+        """
+        if not guard.shared or guard not in self.open:
+            return True
+        self._release(guard)
+        if self._peers[caller] >= self.limits.per_peer:
+            return False
+        self._count(guard, caller)
         return True
 
     def idle(self, guard: "Guard") -> None:
         """Note that a connection waits for a request."""
+        if guard.shared:
+            self._release(guard)
         self._idle[guard] = time.monotonic()
 
     def busy(self, guard: "Guard") -> None:
@@ -84,9 +103,18 @@ class Connections:
         self._idle.pop(guard, None)
         if guard in self.open:
             self.open.discard(guard)
-            self._peers[guard.peer] -= 1
-            if not self._peers[guard.peer]:
-                del self._peers[guard.peer]
+            self._release(guard)
+
+    def _count(self, guard: "Guard", caller: str) -> None:
+        guard.counted = caller
+        self._peers[caller] += 1
+
+    def _release(self, guard: "Guard") -> None:
+        caller, guard.counted = guard.counted, None
+        if caller is not None:
+            self._peers[caller] -= 1
+            if not self._peers[caller]:
+                del self._peers[caller]
 
     def _make_room(self, peer: str | None) -> bool:
         before = time.monotonic() - YOUNG
@@ -105,6 +133,8 @@ class Guard(asyncio.Protocol):
 
     def __init__(self, connections: Connections, make: Callable[[], asyncio.Protocol]) -> None:
         self.peer = ""
+        self.shared = False  # the peer is a proxy: its connections are counted for the callers of its requests
+        self.counted: str | None = None  # the address that this connection is counted for
         self.crowded = False  # it is beyond the bound: only probes are answered on it
         self._connections = connections
         self._make = make
@@ -167,6 +197,10 @@ class Guard(asyncio.Protocol):
                 timer.cancel()
         if self._inner is not None:
             self._inner.connection_lost(error)
+
+    def serve(self, caller: str) -> bool:
+        """Count the connection for the caller of a request. Return whether the caller may have one more."""
+        return self._connections.serve(self, caller)
 
     def began(self) -> None:
         """Note that the application got a request: its head was complete."""
@@ -237,11 +271,12 @@ def guard_of(request: web.BaseRequest) -> Guard | None:
 
 
 async def answer_guarded(
-    request: web.Request, answer: Callable[[bool], Awaitable[web.StreamResponse]]
+    request: web.Request, answer: Callable[[bool], Awaitable[web.StreamResponse]], caller: str = ""
 ) -> web.StreamResponse:
     """Answer a request, and tell the guard of its connection when it begins and ends.
 
-    `answer` gets whether the connection is beyond the bound. If the request's body is still arriving after it, aiohttp
+    `answer` gets whether the connection is beyond the bound. `caller` is whom the request counts for, if the peer may
+    be a proxy. If the request's body is still arriving after it, aiohttp
     closes the connection after the answer. It reads the rest of the body first, for at most LINGER_SECONDS: many
     clients read the answer only after they have sent the whole body.
     """
@@ -250,7 +285,7 @@ async def answer_guarded(
         return await answer(False)
     guard.began()
     try:
-        response = await answer(guard.crowded)
+        response = await answer(guard.crowded or not guard.serve(caller))
         if not request.content.is_eof() and not response.prepared:
             response.force_close()
         return response

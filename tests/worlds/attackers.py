@@ -17,11 +17,13 @@ from worlds.gateway import MODEL
 
 
 @asynccontextmanager
-async def guarded(app: web.Application, **limits: Any) -> AsyncIterator[tuple[str, int, Connections]]:
+async def guarded(
+    app: web.Application, shared: Callable[[str], bool] = lambda _: False, **limits: Any
+) -> AsyncIterator[tuple[str, int, Connections]]:
     """Serve an application as the gateway's process does; host, port and its connections."""
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    connections = Connections(ConnectionLimits(**limits))
+    connections = Connections(ConnectionLimits(**limits), shared)
     await connections.site(runner, "127.0.0.1", 0).start()
     try:
         host, port = runner.addresses[0][:2]

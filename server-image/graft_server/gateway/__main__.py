@@ -12,6 +12,7 @@ from graft.contracts.gateway import ROUTES_COMPONENT
 from graft_server.configmaps import ConfigMaps, Follower, api_client
 from graft_server.connections import Connections
 from graft_server.gateway.app import Gateway
+from graft_server.gateway.callers import Proxies
 from graft_server.gateway.demand import Reporter
 from graft_server.gateway.settings import Settings, parse
 from graft_server.logs import log_json
@@ -53,7 +54,7 @@ async def serve(settings: Settings) -> int:
             shutdown_timeout=settings.drain_seconds,
         )
         await runner.setup()
-        connections = Connections(settings.connections)
+        connections = Connections(settings.connections, shared=Proxies(settings.trusted_proxies).trusts)
         await connections.site(runner, settings.listen_address or None, settings.port).start()
         log.info("the gateway listens on port %d", settings.port, extra={"namespace": settings.namespace})
 

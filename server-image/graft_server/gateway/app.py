@@ -107,7 +107,8 @@ class Gateway:
     @web.middleware
     async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give every request an id, count it, and answer errors in OpenAI's shape."""
-        return await answer_guarded(request, lambda crowded: self._observed(request, handler, crowded=crowded))
+        caller = self._bodies.caller(request)
+        return await answer_guarded(request, lambda crowded: self._observed(request, handler, crowded=crowded), caller)
 
     async def _observed(self, request: web.Request, handler: Handler, *, crowded: bool) -> web.StreamResponse:
         began = time.monotonic()

@@ -11,6 +11,7 @@ from aiohttp import web
 from graft.bounded import Limits, OutOfBounds, parse_json
 
 from graft_server.gateway import fields
+from graft_server.gateway.callers import HEADER, Proxies
 from graft_server.gateway.errors import ApiError, bad_request
 from graft_server.gateway.settings import Settings
 from graft_server.inflight import Account, Share, weight
@@ -26,8 +27,13 @@ class Bodies:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._proxies = Proxies(settings.trusted_proxies)
         self._limits = Limits(settings.max_body_bytes, settings.max_body_depth, settings.max_body_values)
         self._parsing = asyncio.Lock()  # a large body becomes many objects: one at a time
+
+    def caller(self, request: web.Request) -> str:
+        """Return the address that a request counts for."""
+        return self._proxies.caller(request.remote or "unknown", request.headers.getall(HEADER, []))
 
     def accounts(self, request: web.Request) -> tuple[Account, ...]:
         """Return the accounts of a request's caller, the narrowest first.
@@ -35,7 +41,7 @@ class Bodies:
         The gateway does not check keys, so a caller may invent keys. The account of the address bounds the bytes of all
         its keys together.
         """
-        settings, address = self._settings, request.remote or "unknown"
+        settings, address = self._settings, self.caller(request)
         key = request.headers.get("Authorization", "")
         everybody = Account("everybody", "all clients", settings.max_bytes_in_flight, shared=True)
         if not key:

@@ -3,12 +3,14 @@
 import argparse
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from graft.contracts.mounts import GATEWAY_PORT
 
 from graft_server.connections import ConnectionLimits
+from graft_server.gateway.callers import Network, networks
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MAX_BODY_BYTES = 10 * 1024 * 1024
@@ -35,6 +37,7 @@ class Settings:
     max_bytes_per_caller: int = 48 * 1024 * 1024
     max_connections: int = 2048
     max_connections_per_peer: int = 1024
+    trusted_proxies: tuple[Network, ...] = ()  # their X-Forwarded-For names the caller
     max_head_bytes: int = 64 * 1024  # of a request's line and headers
     head_timeout: float = 10.0  # to receive a request's line and headers
     keepalive_timeout: float = 75.0  # between two requests of a connection
@@ -74,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         prog="graft_server.gateway", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 
-    def flag(name: str, kind: type, text: str, default: object | None = None) -> None:
+    def flag(name: str, kind: Callable[[str], object], text: str, default: object | None = None) -> None:
         value = getattr(known, name.replace("-", "_")) if default is None else default
         value = os.environ.get("GRAFT_GATEWAY_" + name.upper().replace("-", "_"), value)
         parser.add_argument(f"--{name}", type=kind, default=value, help=text)
@@ -93,6 +96,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     flag("max-bytes-per-caller", int, "the same for one key in the header Authorization")
     flag("max-connections", int, "connections of clients at once")
     flag("max-connections-per-peer", int, "connections of one client address at once")
+    flag("trusted-proxies", networks, "CIDRs of proxies whose X-Forwarded-For names the caller, with commas", "")
     flag("max-head-bytes", int, "bytes of a request's line and headers")
     flag("head-timeout", float, "seconds to receive a request's line and headers")
     flag("keepalive-timeout", float, "seconds that a connection may be idle between two requests")

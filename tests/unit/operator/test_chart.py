@@ -13,7 +13,7 @@ from graft.artifacts.storage import StorageConfig
 from graft.contracts.agent import TRUSTED_KEYS
 from graft.crdgen import ROOT
 from graft.manifests.metadata import labels
-from graft.settings import Settings, Signing
+from graft.settings import Allowed, AllowedTaint, Settings, Signing
 
 CHART = ROOT / "charts" / "graft"
 Manifest = dict[str, Any]
@@ -31,6 +31,7 @@ EVERYTHING = {
     "imagePullSecrets": ["registry"],
     "gateway": {
         "replicas": 3,
+        "trustedProxies": ["10.0.0.0/8", "fd00::/8"],
         "ingress": {"enabled": True, "host": "llm.example.com", "className": "nginx", "tlsSecret": "llm-tls"},
         "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example.com"]},
     },
@@ -451,3 +452,24 @@ def test_the_gateway_may_write_only_one_configmap(template: Any) -> None:
     assert any(entry["name"] == "POD_NAME" for entry in container["env"]), (
         "the keys that the gateway writes contain the name of its pod"
     )
+
+
+def test_the_gateway_is_told_which_proxies_to_trust(template: Any) -> None:
+    from graft_server.gateway.settings import parse
+
+    for given in ([], ["10.0.0.0/8", "fd00::/8"]):
+        deployment = find(template({"gateway": {"trustedProxies": given}}), "Deployment", "graft-gateway")
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        assert [str(item) for item in parse(container["command"][3:]).trusted_proxies] == given
+
+
+def test_tenants_may_ask_for_gpu_nodes_and_nothing_else_by_default(template: Any) -> None:
+    assert operator_settings(template({})).allowed == Allowed()
+    taint = {"key": "team", "value": "red", "effect": "NoSchedule"}
+    tenants = {"allowedPriorityClasses": ["batch"], "allowedRuntimeClasses": None, "allowedTolerations": [taint]}
+    values = {"tenants": tenants, "autoscaling": {"prometheusUrl": "http://prometheus:9090"}}
+    settings = operator_settings(template(values))
+    assert settings.allowed == Allowed(
+        priority_classes=["batch"], runtime_classes=[], tolerations=[AllowedTaint(**taint)]
+    )
+    assert settings.prometheus_url == "http://prometheus:9090"

@@ -18,6 +18,7 @@ from graft_trainer.data import lengths
 from graft_trainer.data.dataset import check_template
 from graft_trainer.data.read import Data, read_data
 from graft_trainer.evaluation import gates
+from graft_trainer.evaluation.calls import advise, check_calls
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
 from graft_trainer.evaluation.suites import check_data, needs_chat_template, read_suite, suite_lines
 from graft_trainer.model.basemodel import (
@@ -183,6 +184,9 @@ def measure_lengths(job: JobFile, folder: Path, data: Data) -> DatasetStatistics
     found = lengths.measure(data.train, tokenizer, longest, role="train", task=job.task)
     if data.held_out:
         lengths.measure(data.held_out, tokenizer, longest, role="eval", task=job.task)
+    if tokenizer.chat_template:
+        advise(data.train, tokenizer)
+        check_calls(job.evaluation, data.held_out, tokenizer)
     statistics = lengths.describe(found, examples=data.examples, held_out=data.held_out_examples, invalid=data.invalid)
     sampled = "" if len(found.whole) == data.examples else f" (measured on a sample of {len(found.whole)})"
     log.info(

@@ -6,7 +6,9 @@ from pydantic import Field
 
 from graft.api.meta import DATASET_URI, DNS_LABEL, Schema, rules
 
-Metric = Literal["exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity", "accuracy"]
+Metric = Literal[
+    "exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity", "accuracy", "toolCallAccuracy"
+]  # fmt: skip
 METRIC_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.,:+/-]*$"
 Baseline = Literal["zeroShot", "fewShot"]
 
@@ -65,7 +67,7 @@ class Suite(Schema):
         default=None,
         min_length=1,
         description="Metrics to compute. When absent: accuracy for multiple choice; exactMatch, f1, rougeL and loss for answers; "
-        "loss and perplexity for texts.",
+        "loss and perplexity for texts; toolCallAccuracy and loss for calls of tools.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     limit: int | None = Field(

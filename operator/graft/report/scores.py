@@ -10,7 +10,9 @@ from graft.report.document import Report
 Role = Literal["task", "forgetting"]
 OURS = "adapter"
 BASELINES = {"current": "current version", "fewShot": "few-shot", "base": "base model"}
-SHARES = frozenset({"exactMatch", "f1", "rouge1", "rouge2", "rougeL", "accuracy", "acc", "acc_norm", "exact_match"})
+SHARES = frozenset(
+    {"exactMatch", "f1", "rouge1", "rouge2", "rougeL", "accuracy", "toolCallAccuracy", "acc", "acc_norm", "exact_match"}
+)
 HELD_OUT = "held out"
 
 

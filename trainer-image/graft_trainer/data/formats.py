@@ -16,6 +16,7 @@ from graft_trainer.data.messages import LEARN, Message, checked, conversation, t
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Record = dict[str, Any]
+CONVERSATIONS = ("messages", "conversations")
 SYSTEM = ("system", "system_prompt")
 PREFERENCE = "preference pairs are for DPO and its like. Write the better answer as the assistant's message"
 MEDIA = "only text is read"
@@ -56,6 +57,18 @@ def parser_of(spec: Dataset) -> Callable[[int, Record], Example]:
     return parse
 
 
+def has_format(record: Record, spec: Dataset) -> bool:
+    """Return whether a line of a suite looks like a line of the dataset."""
+    columns = spec.columns or Columns()
+    if spec.format == "chat":
+        pair = isinstance(record.get("prompt"), list) and "completion" in record
+        return pair or any(name in record for name in ([columns.messages] if columns.messages else CONVERSATIONS))
+    if spec.format == "instruction":
+        names = _names(record, columns)
+        return names["instruction"] in record and names["output"] in record
+    return (columns.text or "text") in record and not {"prompt", "messages"} & record.keys()
+
+
 def fill(template: str, instruction: str, further: str) -> str:
     """Return the template with its placeholders filled. Other braces stay as they are."""
     values = {"instruction": instruction, "input": further}
@@ -74,9 +87,7 @@ def _chat(line: int, record: Record, columns: Columns) -> tuple[Example, set[str
         )
         unread = unread_fields(record["prompt"], "prompt") | unread_fields(record["completion"], "completion")
     else:
-        column = columns.messages or ("conversations" if "messages" not in record else "messages")
-        if column not in record:
-            column = columns.messages or "messages"
+        column = columns.messages or _first(record, *CONVERSATIONS)
         names, values = {column}, _field(record, column)
         messages, unread = conversation(values, column), unread_fields(values, column)
     messages = _with_system(record, messages)
@@ -86,11 +97,7 @@ def _chat(line: int, record: Record, columns: Columns) -> tuple[Example, set[str
 
 
 def _instruction(line: int, record: Record, columns: Columns, template: str | None) -> tuple[Example, set[str]]:
-    names = {
-        "instruction": columns.instruction or _first(record, "instruction", "prompt"),
-        "input": columns.input or _first(record, "input", "context"),
-        "output": columns.output or _first(record, "output", "completion", "response"),
-    }
+    names = _names(record, columns)
     instruction, answer = _string(record, names["instruction"]), _string(record, names["output"])
     further = record.get(names["input"])
     further = "" if further is None else further
@@ -109,6 +116,15 @@ def _instruction(line: int, record: Record, columns: Columns, template: str | No
     turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     messages = _with_system(record, (*_history(record.get("history")), *turns))
     return Example(line, messages=messages, answer=answer, tools=_tools(record)), read
+
+
+def _names(record: Record, columns: Columns) -> dict[str, str]:
+    """Return the names of the fields of an instruction in this line."""
+    return {
+        "instruction": columns.instruction or _first(record, "instruction", "prompt"),
+        "input": columns.input or _first(record, "input", "context"),
+        "output": columns.output or _first(record, "output", "completion", "response"),
+    }
 
 
 def _history(value: Any) -> list[Message]:

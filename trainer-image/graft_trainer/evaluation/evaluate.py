@@ -20,6 +20,7 @@ from peft import PeftModel
 
 from graft_trainer.data.tokens import Tokenised
 from graft_trainer.evaluation import gates
+from graft_trainer.evaluation.calls import METRIC, UnknownFormat, written
 from graft_trainer.evaluation.current import NotComparable, current_version
 from graft_trainer.evaluation.few_shot import Shot, draw
 from graft_trainer.evaluation.gates import HELD_OUT, Who, prefixed
@@ -135,8 +136,7 @@ def evaluate(run: Run, trained: Trained) -> Evaluated:
     run.progress.update(metrics=_finite(metrics), rejected=rejected or None, missing=told or None, eta_seconds=0)
     if math.isfinite(loss := metrics.get("evalLoss", math.nan)):
         run.progress.update(eval_loss=loss)
-    answered = next((item for item in sets if item.suite is None and item.tokens is None), None)
-    samples = _samples(answered) if answered else []
+    samples = [sample for item in sets if item.suite is None and item.tokens is None for sample in _samples(item)]
     return Evaluated(metrics, samples, rejected, suites, told, time.monotonic() - started)
 
 
@@ -152,7 +152,7 @@ def _spared(work: Sequence[tuple[Who, _Set]], missing: dict[tuple[Who, str], str
     except (Failure, StoreError, SourceError, OSError):
         raise
     except Exception as error:
-        why = str(error) if isinstance(error, NotComparable) else explain(error).message
+        why = str(error) if isinstance(error, (NotComparable, UnknownFormat)) else explain(error).message
         missing |= {(who, item.name): why for who, item in work if who not in item.found}
         log.warning("not measured: %s: %s", ", ".join(f"{NAMES[who]}, {item.what}" for who, item in work), why)
         log.info("the traceback:", exc_info=error)
@@ -163,13 +163,15 @@ def _held_out(run: Run, trained: Trained) -> list[_Set]:
         return []
     evaluation = run.job.evaluation
     tasks = [task_of(example) for example in trained.held_out_examples]
-    answered = [task for task in tasks if task.text is not None or task.answers[0].strip()]
+    answered = [task for task in tasks if task.text is not None or task.calls or task.answers[0].strip()]
     losses = Questions(answered or tasks, ["loss"], evaluation.max_new_tokens, whole=True)
     sets = [_Set(HELD_OUT, "held-out loss", losses, tokens=trained.held_out.examples)]
     chosen = [task for task in answered if task.text is None][: evaluation.max_samples]
-    if chosen:
-        answers = Questions(chosen, ["exactMatch"], evaluation.max_new_tokens, short=True)
+    if words := [task for task in chosen if not task.calls]:
+        answers = Questions(words, ["exactMatch"], evaluation.max_new_tokens, short=True)
         sets.append(_Set(HELD_OUT, "held-out answers", answers))
+    if calling := [task for task in chosen if task.calls]:
+        sets.append(_Set(HELD_OUT, "held-out calls", Questions(calling, [METRIC], evaluation.max_new_tokens)))
     return sets
 
 
@@ -245,7 +247,7 @@ def _samples(item: _Set) -> list[dict[str, str]]:
     if "adapter" not in item.found or not item.found["adapter"].answers:
         return []
     return [
-        {"prompt": task.question, "expected": task.answers[0]}
+        {"prompt": task.question, "expected": "\n".join(filter(None, (task.answers[0], written(task.calls))))}
         | {prefixed(who, "answer"): found.answers[index] for who, found in item.found.items()}
         for index, task in enumerate(item.questions.tasks[:SAMPLES])
     ]

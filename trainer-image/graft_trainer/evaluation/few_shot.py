@@ -28,7 +28,7 @@ def draw(train: Sequence[Example], count: int, seed: int) -> list[Shot]:
         task = task_of(train[index])
         if len(shots) > count:
             break
-        if task.text is None and task.answers[0].strip() and task.question not in shots:
+        if task.text is None and (task.answers[0].strip() or task.calls) and task.question not in shots:
             shots[task.question] = _shot(task)
     return list(shots.values())
 
@@ -53,7 +53,7 @@ def _shot(task: Task) -> Shot:
     answer = task.answers[0]
     before = task.messages if task.messages is not None else ({"role": "user", "content": task.prompt},)
     turns = tuple(message for message in before if message["role"] != "system")
-    return Shot((*turns, {"role": "assistant", "content": answer}), task.question, answer)
+    return Shot((*turns, task.final or {"role": "assistant", "content": answer}), task.question, answer)
 
 
 def _conversation(task: Task, shots: Sequence[Shot]) -> Task:

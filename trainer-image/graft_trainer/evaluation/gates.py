@@ -93,7 +93,8 @@ def unknown(evaluation: Evaluation, has_held_out: bool, *, held_out_answers: boo
             )
     held_out = ["trainLoss"]
     if has_held_out:
-        held_out += ["evalLoss", "exactMatch"] if held_out_answers and evaluation.max_samples else ["evalLoss"]
+        answers = ["exactMatch", "toolCallAccuracy"] if held_out_answers and evaluation.max_samples else []
+        held_out += ["evalLoss", *answers]
     for gate in evaluation.gates or ():
         if problem := _cannot_be(gate, evaluation, held_out, held_out_answers):
             return Failure(
@@ -120,7 +121,7 @@ def _cannot_be(gate: Gate, evaluation: Evaluation, held_out: Sequence[str], held
         )
     if name == HELD_OUT:
         if metric not in held_out:
-            if metric in ("evalLoss", "exactMatch"):
+            if metric in ("evalLoss", "exactMatch", "toolCallAccuracy"):
                 why = "needs held-out examples; set spec.dataset.eval or spec.dataset.evalSplit"
                 if "evalLoss" in held_out:
                     why = "needs held-out examples with answers, and spec.evaluation.maxSamples above 0"

@@ -1,6 +1,7 @@
 """Generate a model's greedy answers, in batches of prompts with similar lengths."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ GENERATED_AT_ONCE = 32  # answers; halved each time memory runs out
 
 
 def generate(
-    subject: Subject, prompts: Sequence[list[int]], longest: Sequence[int], meter: Meter | None = None
+    subject: Subject,
+    prompts: Sequence[list[int]],
+    longest: Sequence[int],
+    meter: Meter | None = None,
+    *,
+    special_tokens: bool = False,
 ) -> list[str]:
     """Return the answers, in the order of the prompts. A prompt that is too long for the model is cut.
 
-    `longest`: the limit of new tokens for each prompt. A batch uses the largest limit of its prompts.
+    `longest`: the limit of new tokens for each prompt. A batch uses the largest limit of its prompts. With
+    `special_tokens`, the texts have the special tokens before the end: some formats of calls consist of them.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
@@ -30,7 +37,8 @@ def generate(
         room = subject.room
         if room is not None and subject.task == "causal":
             room -= new
-        texts = _generate_batch(subject, [subject.cut(prompts[index], room) for index in chosen], new)
+        cut = [subject.cut(prompts[index], room) for index in chosen]
+        texts = _generate_batch(subject, cut, new, special_tokens=special_tokens)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
 
@@ -44,7 +52,7 @@ def at_most(subject: Subject, new: int) -> int:
     return new if subject.room is None else min(new, max(1, subject.room // 2))
 
 
-def _generate_batch(subject: Subject, prompts: list[list[int]], new: int) -> list[str]:
+def _generate_batch(subject: Subject, prompts: list[list[int]], new: int, *, special_tokens: bool) -> list[str]:
     pad, width = subject.pad, max(len(prompt) for prompt in prompts)
     causal = subject.task == "causal"
     # A causal model continues from the last token, so its prompts are padded on the left. An encoder's are padded on
@@ -58,6 +66,10 @@ def _generate_batch(subject: Subject, prompts: list[list[int]], new: int) -> lis
         arguments.decoder_start_token_id = subject.model.config.decoder_start_token_id
     with torch.inference_mode():
         output = generate_ids(subject, ids.to(subject.model.device), mask.to(subject.model.device), arguments)
+    if special_tokens:
+        ends = {*subject.stop, pad}
+        rows = [list(takewhile(lambda token: token not in ends, row)) for row in output.tolist()]
+        return [str(text) for text in subject.tokenizer.batch_decode(rows)]
     return [str(text) for text in subject.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 

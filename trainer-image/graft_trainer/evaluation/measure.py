@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from graft.api.evaluation import Metric
 
 from graft_trainer.data.tokens import prompt_ids, tokenise_one
+from graft_trainer.evaluation.calls import METRIC, call_accuracy
 from graft_trainer.evaluation.few_shot import Shot, put_before
 from graft_trainer.evaluation.generate import at_most, generate
 from graft_trainer.evaluation.scores import SCORES, accuracy, mean_score
@@ -49,7 +50,7 @@ def measure(
     """Return the model's scores, with up to `count` of the `shots` before each question."""
     tasks = _with_shots(subject, questions, shots, count) if count else questions.tasks
     measured = Measured()
-    for step in (_generation, _losses, _choices):
+    for step in (_generation, _calls, _losses, _choices):
         meter.again()
         step(subject, questions, tasks, measured, max(batch, MEASURED_AT_ONCE), meter)
     return Measured({name: measured.metrics[name] for name in questions.metrics}, measured.answers)
@@ -66,6 +67,17 @@ def _generation(
     measured.answers = generate(subject, prompts, longest, meter)
     rights = [task.answers for task in tasks]
     measured.metrics |= {name: round(mean_score(name, measured.answers, rights), 4) for name in wanted}
+
+
+def _calls(
+    subject: Subject, questions: Questions, tasks: Sequence[Task], measured: Measured, batch: int, meter: Meter
+) -> None:
+    if METRIC not in questions.metrics:
+        return
+    prompts = [prompt_ids(task.example(), subject.tokenizer, subject.task) for task in tasks]
+    measured.answers = generate(subject, prompts, [questions.max_new_tokens] * len(tasks), meter, special_tokens=True)
+    found = call_accuracy(measured.answers, questions.tasks, subject.tokenizer)
+    measured.metrics[METRIC] = round(found, 4)
 
 
 def _longest(subject: Subject, questions: Questions, task: Task) -> int:
@@ -107,7 +119,7 @@ def _choices(
 
 def _with_shots(subject: Subject, questions: Questions, shots: Sequence[Shot], count: int) -> list[Task]:
     """Return the tasks, each with as many examples before its question as fit in the model's context."""
-    generated = any(name in SCORES for name in questions.metrics)
+    generated = any(name in SCORES or name == METRIC for name in questions.metrics)
 
     def fits(task: Task) -> bool:
         if subject.room is None:

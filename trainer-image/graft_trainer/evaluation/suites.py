@@ -9,30 +9,32 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Literal
 
 from graft.api.evaluation import Metric, Suite
-from graft.api.recipe import Columns, Dataset
+from graft.api.recipe import Dataset
 from graft.contracts.progress import Reason
+from graft.toolcalls import Call, calls_of
 
-from graft_trainer.data.example import Example
-from graft_trainer.data.formats import parser_of
+from graft_trainer.data.example import Example, Tool
+from graft_trainer.data.formats import has_format, parser_of
 from graft_trainer.data.lines import BadLine, bounded_lines, excerpt, record_of
-from graft_trainer.data.messages import Message
+from graft_trainer.data.messages import Message, conversation, tools_of
 from graft_trainer.run.failures import Failure
 
-Kind = Literal["answers", "choices", "text"]
+Kind = Literal["answers", "calls", "choices", "text"]
 MOST_TASKS = 100_000  # of a suite; they are held in memory. The largest known, HellaSwag, has 40,000
 SHOWN = 5  # bad lines that a message shows; it counts all of them
-ASKING = ("system", "user", "assistant", "tool")
 ALLOWED: dict[Kind, tuple[Metric, ...]] = {
     "answers": ("exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity"),
+    "calls": ("toolCallAccuracy", "loss", "perplexity"),
     "choices": ("accuracy", "exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity"),
     "text": ("loss", "perplexity"),
 }
 DEFAULTS: dict[Kind, tuple[Metric, ...]] = {
     "answers": ("exactMatch", "f1", "rougeL", "loss"),
+    "calls": ("toolCallAccuracy", "loss"),
     "choices": ("accuracy",),
     "text": ("loss", "perplexity"),
 }
-MAIN: dict[Kind, Metric] = {"answers": "f1", "choices": "accuracy", "text": "loss"}
+MAIN: dict[Kind, Metric] = {"answers": "f1", "calls": "toolCallAccuracy", "choices": "accuracy", "text": "loss"}
 SHAPES = (
     '{"prompt": "…", "answer": "…"} (or messages instead of prompt, or a list answers instead of answer), '
     '{"prompt": "…", "choices": ["…", "…"], "label": 0}, or the dataset\'s own format'
@@ -44,7 +46,7 @@ class Task:
     """One question with its right answers: a conversation or a prompt to answer, or a text to predict.
 
     `answers`: each of them is right, and the loss covers the first. For a multiple choice, it has only the right
-    choice.
+    choice. If the right answer calls tools, `final` is the message with the calls.
     """
 
     line: int
@@ -53,21 +55,32 @@ class Task:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()  # for a multiple choice; answers[0] is one of them
     text: str | None = None
+    final: Message | None = None
+    tools: tuple[Tool, ...] | None = None  # that the chat template gets
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of the right answer."""
+        return list(calls_of(self.final or {}))
 
     @property
     def kind(self) -> Kind:
         if self.text is not None:
             return "text"
+        if self.final is not None:
+            return "calls"
         return "choices" if self.choices else "answers"
 
     def example(self, answer: str | None = None) -> Example:
         """Return the task as an example of a dataset, with the given answer. The default is the first right answer."""
         if self.text is not None:
             return Example(self.line, text=self.text)
+        final = self.final if answer is None else None
         answer = self.answers[0] if answer is None else answer
         if self.messages is None:
             return Example(self.line, prompt=self.prompt, answer=answer)
-        return Example(self.line, messages=(*self.messages, {"role": "assistant", "content": answer}), answer=answer)
+        messages = (*self.messages, final or {"role": "assistant", "content": answer})
+        return Example(self.line, messages=messages, answer=answer, tools=self.tools)
 
     def as_chat(self) -> "Task":
         """Return the task with its plain prompt turned into a message of the user."""
@@ -94,7 +107,9 @@ def task_of(example: Example) -> Task:
         return Task(example.line, text=example.text)
     answers = (example.answer or "",)
     if example.messages is not None:
-        return Task(example.line, messages=example.messages[:-1], answers=answers)
+        *before, last = example.messages
+        final = last if last.get("tool_calls") else None
+        return Task(example.line, messages=tuple(before), answers=answers, final=final, tools=example.tools)
     return Task(example.line, prompt=example.prompt, answers=answers)
 
 
@@ -218,26 +233,15 @@ def _task(line: int, record: dict[str, Any], dataset: Dataset) -> Task:
         messages, prompt = _question(record)
         choices, label = _choices(record)
         return Task(line, messages, prompt, (choices[label],), choices)
-    if _own_format(record, dataset):
-        task = task_of(parser_of(dataset)(line, record))
-        if task.text is None and not task.answers[0].strip():
-            raise BadLine("the last message has no text, so there is no right answer")
-        return task
+    if has_format(record, dataset) and not {"answer", "answers"} & record.keys():
+        return task_of(parser_of(dataset)(line, record))
     messages, prompt = _question(record)
+    tools = tools_of(record.get("tools"), record.get("functions"))
     if messages is not None and messages[-1]["role"] == "assistant" and not {"answer", "answers"} & record.keys():
         if len(messages) == 1:
             raise BadLine("there is no message before the answer")
-        return Task(line, messages[:-1], answers=(str(messages[-1]["content"]),))
-    return Task(line, messages, prompt, _answers(record))
-
-
-def _own_format(record: dict[str, Any], dataset: Dataset) -> bool:
-    columns = dataset.columns or Columns()
-    if dataset.format == "instruction":
-        return {columns.instruction or "instruction", columns.output or "output"} <= record.keys()
-    if dataset.format == "chat":
-        return (columns.messages or "messages") in record and not {"answer", "answers"} & record.keys()
-    return (columns.text or "text") in record and not {"prompt", "messages"} & record.keys()
+        return task_of(Example(line, messages=messages, answer=messages[-1]["content"], tools=tools))
+    return Task(line, messages, prompt, _answers(record), tools=tools)
 
 
 def _question(record: dict[str, Any]) -> tuple[tuple[Message, ...] | None, str | None]:
@@ -249,14 +253,7 @@ def _question(record: dict[str, Any]) -> tuple[tuple[Message, ...] | None, str |
         )
     if found == ["prompt"]:
         return None, _text(record["prompt"], "prompt")
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise BadLine("messages must be a non-empty list")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ASKING:
-            raise BadLine(f"messages[{index}] must be an object with one of the roles {', '.join(ASKING)}")
-        _text(message.get("content"), f"messages[{index}].content")
-    return tuple(messages), None
+    return conversation(record["messages"], "messages"), None
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:

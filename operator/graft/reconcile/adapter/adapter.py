@@ -175,7 +175,7 @@ def observe(
 
 def score(metrics: dict[str, float]) -> str | None:
     """Return the main metric as `base -> adapter`, for kubectl get (PURE)."""
-    for name in ("exactMatch", "evalLoss"):
+    for name in ("exactMatch", "toolCallAccuracy", "evalLoss"):
         if name in metrics:
             base = metrics.get(f"base/{name}")
             return f"{base:.2f} -> {metrics[name]:.2f}" if base is not None else f"{metrics[name]:.2f}"

@@ -72,7 +72,7 @@ def test_valid_lines_become_tasks(record: dict[str, Any], dataset: Dataset, task
         ({"prompt": "Sky?", "choices": ["a", "b"], "label": "B"}, 'label "B" is not one of the choices'),
         (
             {"messages": [{"role": "robot", "content": "x"}], "answer": "a"},
-            "messages[0] must be an object with one of the roles system",
+            'messages[0].role is "robot", not one of system',
         ),
         ({"messages": [ANSWER]}, "there is no user message before the answer"),
         ("Sky?", "a JSON text, not an object"),

@@ -16,7 +16,7 @@ from graft_trainer.processes import distributed
 from graft_trainer.processes.launch import launch
 from graft_trainer.run.failures import Interrupted, explain, write_termination
 from graft_trainer.run.interruption import Interruption
-from graft_trainer.run.run import Run, open_run, open_store, read_job
+from graft_trainer.run.run import Prepared, Run, open_run, open_store, read_job
 from graft_trainer.run.settings import Settings, library_environment
 
 log = logging.getLogger("graft_trainer")
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         run.interruption = interruption
         opened = run
         distributed.listen(lambda error: fail(error, opened, settings))
-        if not needs_bitsandbytes(job):
+        if not needs_bitsandbytes(job, settings):
             without_bitsandbytes()
         with run.cleanup:
             stage(command)(run)
@@ -73,8 +73,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def needs_bitsandbytes(job: JobFile) -> bool:
-    return job.method.qlora is not None or job.training.optim == "adamw8bit"
+def needs_bitsandbytes(job: JobFile, settings: Settings) -> bool:
+    """Return whether the method, the optimizer or the weights of the base model need it."""
+    if job.method.qlora is not None or job.training.optim == "adamw8bit":
+        return True
+    return settings.prepared_file.is_file() and Prepared.read(settings.prepared_file).quantized
 
 
 def without_bitsandbytes() -> None:

@@ -28,7 +28,9 @@ from graft_trainer.model.basemodel import (
     has_chat_template,
     load_config,
     load_tokenizer,
+    stored_quantization,
 )
+from graft_trainer.model.trial import try_method
 from graft_trainer.recipe.resolve import Device, check_packing, check_sharding, limits
 from graft_trainer.run.download import download_file, tell
 from graft_trainer.run.earlier import already_published
@@ -83,7 +85,7 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
         weights=weights,
     )
     mounted = job.base_model.uri.startswith("pvc://")
-    config = check_base_model(folder, name, job.task, weights=weights or mounted)
+    config = check_base_model(folder, name, job.task, weights=weights or mounted, method=job.method.name)
     log.info("base model %s: %s", name, ", ".join(config.get("architectures") or [config["model_type"]]))
     check_data_fits(folder, name, job.dataset, job.task)
     if conversations and job.task == "causal" and not has_chat_template(folder, name):
@@ -92,9 +94,13 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
             f"{name} has no chat template, but spec.evaluation.suites {', '.join(conversations)} need one",
             "Use prompt instead of messages in the lines of these suites, or use a chat model as the base model.",
         )
+    found = try_method(folder, name, job.task, job.method)
+    if found.unreached:
+        log.warning("%s", found.unreached)
     statistics = measure_lengths(job, folder, data)
-    run.progress.update(dataset=statistics)
-    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"))
+    run.progress.update(dataset=statistics, target_modules=found.targets or None)
+    quantized = stored_quantization(config) is not None
+    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized)
 
 
 def check_spec(job: JobFile) -> None:

@@ -17,23 +17,40 @@ from graft.contracts.progress import METRICS, MODULES
 LIMITS = Limits(size=1024 * 1024, depth=6, values=20_000)
 
 ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
-TOKENIZER_FILES = frozenset(
+# The files of a tokenizer that hold its tokens: a model with one of them has a tokenizer. The names are those of the
+# tokenizer classes in transformers.
+VOCABULARIES = frozenset(
     {
         "tokenizer.json",
         "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
         "spiece.model",
+        "sentencepiece.bpe.model",
+        "sentencepiece.model",
+        "spm.model",
+        "source.spm",
+        "tekken.json",
+        "tiktoken.model",
+        "qwen.tiktoken",
         "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
+        "vocab.txt",
     }
 )
+TOKENIZER_FILES = VOCABULARIES | {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "target.spm",
+    "chat_template.jinja",
+    "chat_template.json",
+}
+# What a multimodal model needs beside its tokenizer: engines do not start without it.
+PROCESSOR_FILES = frozenset({"processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"})
 # The files that a version may contain. Weights are safetensors only. A manifest that lists any other file is invalid.
 ALLOWED_FILES = (
     ADAPTER_FILES
     | TOKENIZER_FILES
+    | PROCESSOR_FILES
     | {
         "config.json",
         "generation_config.json",

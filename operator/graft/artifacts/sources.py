@@ -27,7 +27,7 @@ TOKENIZER_LIMITS = Limits(
     size=8 * 1024 * 1024, depth=16, values=300_000
 )  # tokenizer_config.json; that of Gemma 3 has 1.2 MB
 WEIGHTS = ".safetensors"
-MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
+MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm")
 DISK_FULL = (ENOSPC, EDQUOT)
 
 

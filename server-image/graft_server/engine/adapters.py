@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from graft.artifacts.modulenames import Renaming
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -80,6 +81,7 @@ class Limits:
     hidden_size: int
     max_rank: int
     max_virtual_tokens: int
+    names: Renaming = field(default_factory=Renaming)  # how adapters call the modules
 
 
 V = TypeVar("V")
@@ -103,6 +105,16 @@ class _LoraConfig(BaseModel):
     bias: str = "none"
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
+
+    def renamed(self, names: Renaming) -> _LoraConfig:
+        """Return the config with the names that the modules have in the network."""
+        targets = self.target_modules
+        new: dict[str, Any] = {
+            "target_modules": targets if isinstance(targets, str) else [names.inward(name) for name in targets],
+            "rank_pattern": {names.inward(name): value for name, value in self.rank_pattern.items()},
+            "alpha_pattern": {names.inward(name): value for name, value in self.alpha_pattern.items()},
+        }
+        return self.model_copy(update=new)
 
     def rank(self, module: str) -> int:
         """Return the rank of a module's matrices."""
@@ -144,11 +156,17 @@ def read_adapter(path: str, limits: Limits) -> AdapterWeights:
         return _prompt(_valid(_PromptConfig, raw), _read_tensors(directory), limits)
     if kind != "LORA":
         raise AdapterInvalidError(f"peft_type is {kind!r}: only LORA and PROMPT_TUNING are supported")
-    config = _lora_config(raw, limits.max_rank)
+    config = _lora_config(raw, limits.max_rank).renamed(limits.names)
     _check_targets(config, limits.modules)
-    tensors = _read_tensors(directory)
+    tensors = {_renamed(name, limits.names): tensor for name, tensor in _read_tensors(directory).items()}
     _check_tensors(tensors, config, limits.modules)
     return LoraWeights(_pairs(tensors, config))
+
+
+def _renamed(tensor: str, names: Renaming) -> str:
+    if not tensor.startswith(PREFIX):
+        return tensor
+    return PREFIX + names.inward(tensor.removeprefix(PREFIX))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

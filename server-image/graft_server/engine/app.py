@@ -58,7 +58,7 @@ class Server:
     """One base model behind its routes. Create it on the running event loop and call `close` at the end."""
 
     def __init__(self, settings: Settings, base: BaseModel) -> None:
-        limits = Limits(base.modules, base.hidden_size, settings.max_lora_rank, base.max_model_len)
+        limits = Limits(base.modules, base.hidden_size, settings.max_lora_rank, base.max_model_len, base.names)
 
         def read(path: str) -> AdapterWeights:
             return read_adapter(path, limits)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+from graft.artifacts.modulenames import Renaming
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from graft_server.engine.calls import for_template
+from graft_server.engine.classes import class_of, names_of
 from graft_server.engine.protocol import ApiError
 from graft_server.engine.settings import Settings
 
@@ -60,6 +62,7 @@ class BaseModel:
     eos_ids: frozenset[int]
     defaults: SamplingDefaults
     modules: Mapping[str, ModuleShape]
+    names: Renaming = field(default_factory=Renaming)  # how adapters call the modules
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a completion prompt, with the tokenizer's special tokens.
@@ -144,9 +147,8 @@ def load_base_model(settings: Settings) -> BaseModel:
         raise FileNotFoundError("there is no config.json")
     local = {"trust_remote_code": False, "local_files_only": True}
     config = AutoConfig.from_pretrained(settings.model, **local)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     quantized = _quantization(settings, dtype)
-    network, found = kind.from_pretrained(
+    network, found = class_of(config).from_pretrained(
         settings.model,
         dtype=dtype,
         use_safetensors=True,
@@ -165,6 +167,7 @@ def load_base_model(settings: Settings) -> BaseModel:
         tokenizer.chat_template = _chat_template(settings.chat_template)
     tokenizer.encode("warm up")  # resets the padding settings of tokenizer.json before two threads use the tokenizer
 
+    names = names_of(network, config)
     config = network.config.get_text_config()
     stated = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
     limit = int(next((length for length in stated if length), DEFAULT_CONTEXT))
@@ -180,9 +183,12 @@ def load_base_model(settings: Settings) -> BaseModel:
         hidden_size=network.get_input_embeddings().embedding_dim,
         longest_token=max(map(len, tokenizer.get_vocab())),
         start_token=_start_token(network) if network.config.is_encoder_decoder else None,
-        eos_ids=frozenset(_ids(generation.eos_token_id) + _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)),
+        eos_ids=frozenset(
+            _ids(generation.eos_token_id) + _ids(getattr(config, "eos_token_id", None)) + _ids(tokenizer.eos_token_id)
+        ),
         defaults=_sampling_defaults(generation) if settings.generation_config == "auto" else SamplingDefaults(),
         modules=adaptable_modules(network),
+        names=names,
     )
 
 

@@ -17,7 +17,7 @@ from graft.artifacts.storage import StoreError
 from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, DatasetStatistics, Reason
 from graft_trainer.data.read import read_data
-from graft_trainer.model.basemodel import architectures, check_base_model, context_of, load_config
+from graft_trainer.model.basemodel import MAPPINGS, architectures, check_base_model, context_of, load_config
 from graft_trainer.prepare import preflight, prepare, prepare_container
 from graft_trainer.run.failures import Failure, explain
 from graft_trainer.run.run import Prepared
@@ -337,8 +337,10 @@ def test_a_base_model_that_cannot_be_tuned_is_invalid(
 def test_the_architectures_are_those_of_transformers() -> None:
     from transformers.models.auto import modeling_auto
 
-    assert architectures("causal").keys() == modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-    assert architectures("seq2seq").keys() == modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert architectures(MAPPINGS["causal"]).keys() == modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert (
+        architectures(MAPPINGS["seq2seq"]).keys() == modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys()
+    )
 
 
 def pod(tmp_path: Path, endpoint: str) -> tuple[dict[str, str], Path]:

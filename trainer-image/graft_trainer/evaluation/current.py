@@ -13,19 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graft.artifacts.manifest import Manifest
+from graft.artifacts.manifest import VOCABULARIES, Manifest
 from graft.artifacts.sources import CONFIG_LIMITS
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
 from graft.bounded import OutOfBounds, parse_json
 from graft.contracts.job import CurrentVersion
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from graft_trainer.evaluation.subject import Subject
-from graft_trainer.model.basemodel import TOKENIZERS
-from graft_trainer.model.model import AUTO_CLASSES
+from graft_trainer.model.adapterfiles import rename_modules
+from graft_trainer.model.basemodel import load_config
 from graft_trainer.model.model_placement import place
+from graft_trainer.model.wrappers import serving_names, tuned_class
 from graft_trainer.run.download import fetch_version
 from graft_trainer.run.failures import out_of_memory
 from graft_trainer.run.run import Run
@@ -89,14 +90,14 @@ def _fetch(run: Run, current: CurrentVersion, folder: Path) -> Manifest:
 
 def _whole_model(folder: Path, trained: Trained, tuned: Subject) -> Subject:
     """Load a version of the method `full`: its own weights, and its own tokenizer if it has one."""
-    loader: Any = AUTO_CLASSES[trained.task]
     with _fitting("the current version's weights cannot be loaded"):
-        model = loader.from_pretrained(
+        kind: Any = tuned_class(AutoConfig.from_pretrained(folder, local_files_only=True), trained.task)
+        model = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=trained.model.dtype
         )
         if place(model).device.type == "cpu" != trained.model.device.type:
             raise NotComparable(NO_MEMORY)
-        own = any((folder / name).exists() for name in TOKENIZERS)
+        own = any((folder / name).exists() for name in VOCABULARIES)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if own else trained.tokenizer
     return replace(tuned, who="current", model=model.eval(), tokenizer=tokenizer, virtual_tokens=0)
 
@@ -106,6 +107,9 @@ def _adapter(folder: Path, trained: Trained) -> Iterator[Any]:
     """Yield the new version's base model with the current adapter as the only active one."""
     kind = _reduce_config(folder / "adapter_config.json", trained.task)
     model, problem = trained.model, "the current version's adapter cannot be loaded on the base model"
+    if kind == "LORA":
+        with _fitting(problem):
+            _name_as_tuned(folder, trained)
     if kind == "LORA" and isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA":
         # The same layers hold both adapters, and one of them is active.
         default = model.active_adapter
@@ -127,6 +131,14 @@ def _adapter(folder: Path, trained: Trained) -> Iterator[Any]:
         finally:
             if kind == "LORA":
                 wrapped.unload()
+
+
+def _name_as_tuned(folder: Path, trained: Trained) -> None:
+    """Rename the modules of a published adapter of a multimodal model, whose language model alone is in memory."""
+    model = trained.model.get_base_model() if isinstance(trained.model, PeftModel) else trained.model
+    names = serving_names(model, load_config(trained.folder, str(trained.folder)), trained.task)
+    if names is not None:
+        rename_modules(folder, names.inward)
 
 
 @contextmanager

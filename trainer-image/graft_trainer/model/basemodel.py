@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from graft.api.recipe import Dataset
+from graft.api.recipe import Dataset, MethodName
+from graft.artifacts.manifest import VOCABULARIES
 from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS
 from graft.bounded import Limits, OutOfBounds, parse_json
 from graft.contracts.progress import Reason
@@ -22,7 +23,6 @@ LIMITS = {
     "model.safetensors.index.json": Limits(size=64 * 1024 * 1024, depth=4, values=1_000_000),  # DeepSeek-V3's has 9 MB
 }
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 HEADS: dict[Task, tuple[str, ...]] = {  # endings of class names whose models predict the next token
     "causal": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
     "seq2seq": ("ForConditionalGeneration",),
@@ -31,15 +31,18 @@ MAPPINGS: dict[Task, str] = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
+WRAPPERS = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
 SUCH_AS = {
     "causal": "causal language model, such as Llama, Qwen, Mistral or Gemma",
     "seq2seq": "seq2seq model, such as T5 or BART",
 }
 
 
-def check_base_model(folder: Path, name: str, task: Task = "causal", *, weights: bool = True) -> dict[str, Any]:
-    """Check the folder and return the model's config. Raises Failure(BaseModelInvalid) if the model cannot be tuned or
-    is not of the task. If `weights` is False, the folder need not have weights."""
+def check_base_model(
+    folder: Path, name: str, task: Task = "causal", *, weights: bool = True, method: MethodName | None = None
+) -> dict[str, Any]:
+    """Check the folder and return the model's config. Raises Failure(BaseModelInvalid) if the model cannot be tuned by the
+    method or is not of the task. If `weights` is False, the folder need not have weights."""
     config = _json(folder / "config.json", name)
     for file in CONFIGS:
         if (folder / file).is_file() and "auto_map" in _json(folder / file, name):
@@ -51,12 +54,50 @@ def check_base_model(folder: Path, name: str, task: Task = "causal", *, weights:
         _check_weights(folder, name)
     _check_task(config, name, task)
     _check_architecture(config, name, task)
-    if not any((folder / file).is_file() for file in TOKENIZERS):
+    if method is not None:
+        check_quantization(config, name, method)
+    if not any((folder / file).is_file() for file in VOCABULARIES):
         raise _invalid(
             f"{name} has no tokenizer",
             "Put the model's tokenizer files (tokenizer.json) into the folder of its weights.",
         )
     return config
+
+
+def stored_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return how the weights in the model's files are quantised, as its config says. None if they are not."""
+    text = config.get("text_config")
+    both = (config, text if isinstance(text, dict) else {})
+    found = (one.get(key) for one in both for key in ("quantization_config", "compression_config"))
+    return next((one for one in found if isinstance(one, dict) and one), None)
+
+
+def check_quantization(config: dict[str, Any], name: str, method: MethodName) -> None:
+    """Raise Failure(BaseModelInvalid) if the model is quantised already, and the method cannot train beside such weights.
+
+    transformers and peft train beside the integers of bitsandbytes. For the other kinds they need packages and kernels
+    that the trainer does not have, or they are for inference only.
+    """
+    if (stored := stored_quantization(config)) is None:
+        return
+    eight = bool(stored.get("load_in_8bit") or stored.get("_load_in_8bit"))
+    kind = str(stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown"))[:40]
+    if kind == "bitsandbytes" and method in {"lora", "promptTuning"}:
+        return
+    if kind == "bitsandbytes" and method == "qlora" and not eight:
+        return
+    what = f"{name} is quantised already ({kind}{' in 8 bits' if eight else ''})"
+    if kind == "bitsandbytes":
+        raise _invalid(
+            f"{what}, so method {method} cannot train it",
+            "Set spec.method to lora, which trains beside the quantised weights. Or set spec.source of the BaseModel to the "
+            "model's weights in 16 bits.",
+        )
+    raise _invalid(
+        f"{what}, so no method can train it",
+        "Set spec.source of the BaseModel to the model from which it was quantised, with weights in 16 bits. If memory is "
+        "short, use method qlora, which quantises these weights itself.",
+    )
 
 
 def check_data_fits(folder: Path, name: str, dataset: Dataset, task: Task = "causal") -> None:
@@ -168,7 +209,7 @@ def _check_task(config: dict[str, Any], name: str, task: Task) -> None:
     both = config.get("is_encoder_decoder")
     if both is None:  # configs omit values that are the defaults of their class
         kind = config.get("model_type")
-        both = kind in architectures("seq2seq") and kind not in architectures("causal")
+        both = kind in architectures(MAPPINGS["seq2seq"]) and kind not in architectures(MAPPINGS["causal"])
     actual: Task = "seq2seq" if both else "causal"
     if actual != task:
         raise _invalid(
@@ -179,10 +220,12 @@ def _check_task(config: dict[str, Any], name: str, task: Task) -> None:
 
 def _check_architecture(config: dict[str, Any], name: str, task: Task) -> None:
     kind, named = config.get("model_type"), config.get("architectures") or []
-    known = architectures(task)
+    known = architectures(MAPPINGS[task])
     fits = not named or any(str(item).endswith(HEADS[task]) or item in known.values() for item in named)
     if kind and fits and (not known or kind in known):
         return
+    if task == "causal" and isinstance(config.get("text_config"), dict) and kind in architectures(WRAPPERS):
+        return  # a multimodal model: its language model is tuned
     raise _invalid(
         f"{name} is {_described(config)}, which is not a {task} language model that this version of transformers supports",
         f"Use a model that transformers supports: a {SUCH_AS[task]}.",
@@ -194,9 +237,8 @@ def _described(config: dict[str, Any]) -> str:
 
 
 @cache
-def architectures(task: Task) -> dict[str, str]:
-    """Return model_type -> class for the task's models that the installed transformers supports; empty if that cannot
-    be read.
+def architectures(mapping: str) -> dict[str, str]:
+    """Return model_type -> class of a mapping of the installed transformers; empty if it cannot be read.
 
     It is read from the source text: importing that module imports torch, which takes longer than all of prepare.
     """
@@ -207,7 +249,7 @@ def architectures(task: Task) -> dict[str, str]:
     try:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Assign) and any(
-                isinstance(target, ast.Name) and target.id == MAPPINGS[task] for target in node.targets
+                isinstance(target, ast.Name) and target.id == mapping for target in node.targets
             ):
                 assert isinstance(node.value, ast.Call)  # noqa: S101 - OrderedDict([...]), else the next line fails
                 pairs = ast.literal_eval(node.value.args[0])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graft.api.recipe import Lora, PromptTuning
+from graft.api.recipe import Lora, PromptTuning, QLora
 from graft.contracts.job import JobFile
 from graft.contracts.progress import Reason
 from peft import (
@@ -28,6 +28,7 @@ from graft_trainer.data.tokens import Task
 from graft_trainer.model.model import BaseModel
 from graft_trainer.model.model_placement import place, release
 from graft_trainer.model.targets import target_modules
+from graft_trainer.model.wrappers import language_parameters
 from graft_trainer.run.failures import Failure
 
 TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM}
@@ -51,13 +52,15 @@ def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[
     method, targets = job.method, []
     before = {id(parameter) for parameter in base.model.parameters()}
     if method.low_rank is not None:
-        targets = target_modules(method.low_rank, base.projections, base.embeddings)
-        model = _with_lora(base.model, method.low_rank, targets, job.task, quantized=method.qlora is not None)
+        targets = target_modules(method.low_rank, base.projections, base.embeddings, base.modules, base.stacked)
+        model = with_lora(base.model, method.low_rank, targets, job.task, quantized=base.quantized)
     elif method.prompt_tuning is not None:
         model = _with_prompt(base.model, method.prompt_tuning, job.task, folder)
     else:
         model = base.model
-        model.requires_grad_(True)
+        model.requires_grad_(False)
+        for parameter in language_parameters(model):
+            parameter.requires_grad = True
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for _, parameter in trained:
         # Small updates are lost in 16 bits. peft converts its own weights, but not the base model's biases.
@@ -116,7 +119,11 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _with_lora(model: Any, lora: Lora, targets: list[str], task: Task, *, quantized: bool) -> Any:
+def with_lora(
+    model: Any, lora: Lora, targets: list[str], task: Task, *, quantized: bool, without_values: bool = False
+) -> Any:
+    """Return the model with a trainable low-rank update. Raises Failure(ConfigurationInvalid) if peft refuses a target. If
+    `without_values`, the update is on the meta device."""
     if quantized:
         # The Trainer switches gradient checkpointing on. peft's kind here would recompute everything twice.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -132,12 +139,13 @@ def _with_lora(model: Any, lora: Lora, targets: list[str], task: Task, *, quanti
         with warnings.catch_warnings():
             # peft warns about merging an update into shared embeddings, which is not done here.
             warnings.simplefilter("ignore", UserWarning)
-            tunable = get_peft_model(model, config)
+            tunable = get_peft_model(model, config, low_cpu_mem_usage=without_values)
     except ValueError as error:
         raise Failure(
             Reason.CONFIGURATION_INVALID,
             f"cannot add the adapter to the model: {error}",
-            f"Set spec.method.{'qlora' if quantized else 'lora'}.targetModules to the preset all-linear or attention.",
+            f"Set spec.method.{'qlora' if isinstance(lora, QLora) else 'lora'}.targetModules to the preset all-linear instead of naming "
+            "modules.",
         ) from error
     for name, parameter in tunable.named_parameters():
         if parameter.requires_grad and "lora_" not in name and not name.endswith(".bias"):

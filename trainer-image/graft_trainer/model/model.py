@@ -3,8 +3,9 @@
 Weights are read from safetensors only, and code from a model is never run.
 """
 
+import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,19 @@ import torch
 from graft.api.recipe import Method
 from graft.contracts.progress import Reason
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from graft_trainer.data.tokens import Task
 from graft_trainer.model import sharding
-from graft_trainer.model.basemodel import context_of
-from graft_trainer.model.targets import Projection
+from graft_trainer.model.basemodel import context_of, load_config, stored_quantization
+from graft_trainer.model.targets import Projection, Stacked
+from graft_trainer.model.wrappers import language_model, tuned_class
 from graft_trainer.processes import distributed
 from graft_trainer.recipe.resolve import Device, Limits, ModelFacts
 from graft_trainer.run.failures import Failure, out_of_memory
 
 log = logging.getLogger(__name__)
-AUTO_CLASSES = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -45,6 +46,9 @@ class BaseModel:
     projections: list[Projection]
     embeddings: list[Projection]  # the tables that the blocks read the tokens from
     loaded: bool = True  # False: its weights have no values yet, rank 0 sends them
+    stacked: Stacked | None = None  # the experts of a mixture
+    modules: list[str] = field(default_factory=list)  # the names of all modules
+    quantized: bool = False  # its weights are integers, of which the method does not train any
 
 
 def stored_dtype(config: Any) -> torch.dtype:
@@ -55,8 +59,8 @@ def stored_dtype(config: Any) -> torch.dtype:
 
 
 def load_base_model(folder: Path, name: str, task: Task, method: Method, known: Limits, device: Device) -> BaseModel:
-    """Load the base model: in 4 bits for qlora, in float32 for full. Raises Failure(BaseModelInvalid) if it cannot be
-    loaded or lacks weights.
+    """Load the base model: in 4 bits for qlora, in float32 for full. A model whose files are quantised already keeps its
+    own form. Raises Failure(BaseModelInvalid) if it cannot be loaded or lacks weights.
 
     full keeps float32 weights for every precision (Micikevicius et al. 2018): at a learning rate of 2e-5, most updates
     are smaller than half of bfloat16's distance to the next number and would be lost. autocast computes the products in
@@ -66,7 +70,9 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
     the weights once per GPU.
     """
     arguments: dict[str, Any] = {"dtype": torch.float32 if method.full is not None else DTYPES[known.precision]}
-    if method.qlora is not None:
+    config = load_config(folder, name)
+    stored = stored_quantization(config.to_dict())
+    if method.qlora is not None and stored is None:
         compute = getattr(torch, known.compute_dtype or "float32")
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -78,10 +84,10 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
     if not loaded:
         arguments["device_map"] = {"": "meta"}
     # fsdp moves each rank's part to its GPU itself. The whole model may not fit there.
-    elif known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None):
+    elif known.sharding != "fsdp" and (device.kind == "cuda" or method.qlora is not None or stored):
         arguments["device_map"] = {"": torch.cuda.current_device() if device.kind == "cuda" else "cpu"}
     try:
-        model, info = AUTO_CLASSES[task].from_pretrained(
+        model, info = tuned_class(config, task).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **arguments
         )
     except Exception as error:
@@ -100,7 +106,16 @@ def load_base_model(folder: Path, name: str, task: Task, method: Method, known: 
     if device.kind == "cpu":
         keep_differentiable(model)
     facts = facts_of(model, liger=device.kind == "cuda" and has_liger(model))
-    return BaseModel(model, facts, projections_of(model), embeddings_of(model), loaded)
+    return BaseModel(
+        model,
+        facts,
+        projections_of(model),
+        embeddings_of(model),
+        loaded,
+        stacked_of(model),
+        [key for key, _ in model.named_modules()],
+        quantized=method.qlora is not None or stored is not None,
+    )
 
 
 def keep_differentiable(model: Any) -> None:
@@ -146,18 +161,54 @@ def facts_of(model: Any, liger: bool = False) -> ModelFacts:
 
 
 def projections_of(model: Any) -> list[Projection]:
-    """Return the linear modules of the blocks. The head is excluded: in many models it shares its weights with the
-    embeddings."""
-    head = model.get_output_embeddings()
+    """Return the linear modules of the language model's blocks. The head is excluded: in many models it shares its weights
+    with the embeddings. Layers that attend to an image are excluded: text never reaches them."""
+    head, part, skipped = model.get_output_embeddings(), language_model(model), _image_layers(model)
     found = []
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or (part and not name.startswith(f"{part}.")) or any(layer in name for layer in skipped):
             continue
-        if isinstance(module, nn.Linear):  # bitsandbytes' 4-bit layer is an nn.Linear, too, and keeps the shape
-            found.append(Projection(name, module.in_features, module.out_features))
+        if isinstance(module, nn.Linear):  # bitsandbytes' layers are an nn.Linear, too, and keep the shape
+            parent, _, leaf = name.rpartition(".")
+            bypassed = f"self.{leaf}.weight" in _code(model.get_submodule(parent))
+            found.append(Projection(name, module.in_features, module.out_features, bypassed))
         elif isinstance(module, Conv1D):  # GPT-2
             found.append(Projection(name, module.nx, module.nf))
     return found
+
+
+def _image_layers(model: Any) -> list[str]:
+    """Return parts of the names of the layers that attend to an image (Llama 3.2 Vision)."""
+    return [
+        f".layers.{index}." for index in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
+    ]
+
+
+def _code(block: nn.Module) -> str:
+    """Return the source text of a state-space mixer (Mamba), "" for other blocks.
+
+    These mixers pass the weights of some of their linear modules to a fused kernel. An update beside such a module then
+    has no effect, and peft refuses some of them.
+    """
+    if not hasattr(block, "A_log"):
+        return ""
+    try:
+        return inspect.getsource(type(block))
+    except (OSError, TypeError):  # there is no source text
+        return ""
+
+
+def stacked_of(model: Any) -> Stacked | None:
+    """Return the experts that transformers holds as stacked matrices [expert, outputs, inputs], None if there are
+    none."""
+    found = [
+        (key, parameter.numel())
+        for module in model.modules()
+        if "expert" in type(module).__name__.lower()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+    return Stacked(sorted({key for key, _ in found}), sum(size for _, size in found)) if found else None
 
 
 def embeddings_of(model: Any) -> list[Projection]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from graft.contracts.progress import Reason
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
@@ -19,8 +20,8 @@ from torch import nn
 from graft_trainer.data.tokens import Task
 from graft_trainer.model.adapterconfig import invalid
 from graft_trainer.model.basemodel import load_config
-from graft_trainer.model.model import AUTO_CLASSES
-from graft_trainer.run.failures import out_of_memory
+from graft_trainer.model.wrappers import served_class, tuned_class
+from graft_trainer.run.failures import Failure, out_of_memory
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -35,11 +36,20 @@ class Fit:
     targets: list[str]  # the last parts of the modules' names
 
 
-def base_of_shapes(folder: Path, name: str, task: Task) -> Any:
-    """Build the model that config.json in `folder` describes. Its weights are zeros that take no memory."""
+def base_of_shapes(folder: Path, name: str, task: Task, *, served: bool = True) -> Any:
+    """Build the model that config.json in `folder` describes. Its weights are zeros that take no memory.
+
+    It is the model that servers build, whose names an adapter has, or without `served` the model that is tuned.
+    """
     config = load_config(folder, name)
-    with torch.device("meta"):
-        model: Any = AUTO_CLASSES[task].from_config(config)
+    kind = served_class(config, task) if served else tuned_class(config, task)
+    try:
+        with torch.device("meta"):
+            model: Any = kind.from_config(config)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise cannot_build(name, error) from error
     made: dict[int, nn.Parameter] = {}  # shared weights stay shared
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -48,6 +58,15 @@ def base_of_shapes(folder: Path, name: str, task: Task) -> Any:
         for key, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[key] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
     return model
+
+
+def cannot_build(name: str, error: Exception) -> Failure:
+    """Return the Failure for a config.json from which transformers cannot build a model."""
+    return Failure(
+        Reason.BASE_MODEL_INVALID,
+        f"cannot build {name} from its config.json: {type(error).__name__}: {error}",
+        "Set spec.source of the BaseModel to the complete folder of a language model that transformers supports.",
+    )
 
 
 def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, base_name: str) -> Fit:

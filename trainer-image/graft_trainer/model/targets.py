@@ -1,9 +1,11 @@
 """Choose the modules that get the low-rank update (PURE): match presets and names with the model's modules."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from graft.api.recipe import Lora, QLora
+from graft.artifacts.modulenames import shortest_names
 from graft.contracts.progress import Reason
 
 from graft_trainer.run.failures import Failure
@@ -19,11 +21,16 @@ ROUTERS = {"gate", "router", "score"}
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module inside the blocks, or a table of token embeddings: its full name and its shape."""
+    """A linear module inside the blocks, or a table of token embeddings: its full name and its shape.
+
+    `bypassed`: its block passes the weights to a kernel instead of calling the module, so that an update has no effect
+    there (the output of a state-space mixer).
+    """
 
     name: str
     inputs: int
     outputs: int
+    bypassed: bool = False
 
     @property
     def leaf(self) -> str:
@@ -34,22 +41,35 @@ class Projection:
         return self.name.rpartition(".")[0]
 
 
-def target_modules(lora: Lora, projections: list[Projection], embeddings: list[Projection]) -> list[str]:
-    """Return the module names for peft, sorted. `embeddings` are the tables from which the blocks read the tokens.
-    Raises Failure(ConfigurationInvalid) if a name does not exist or the rank is too high.
+@dataclass(frozen=True)
+class Stacked:
+    """The experts of a mixture, which transformers holds as stacked matrices instead of linear modules."""
+
+    names: list[str]  # the last parts of the parameters' names
+    parameters: int
+
+
+def target_modules(
+    lora: Lora,
+    projections: list[Projection],
+    embeddings: list[Projection],
+    everything: Collection[str] = (),
+    stacked: Stacked | None = None,
+) -> list[str]:
+    """Return the module names for peft, sorted. `embeddings` are the tables from which the blocks read the tokens, and
+    `everything` are the names of all modules, those of a vision tower included. Raises Failure(ConfigurationInvalid) if
+    a name does not exist or the rank is too high.
 
     A leaf name is enough if it stands for the same module everywhere. If attention and MLP share a leaf name (GPT-2's
-    c_proj), the parent's name is put before it.
+    c_proj), the parent's name is put before it. If a vision tower has the same names, the whole names are returned.
     """
-    where = f"spec.method.{'qlora' if isinstance(lora, QLora) else 'lora'}"
-    useful = [item for item in projections if item.leaf not in ROUTERS]
+    where = _where(lora)
     if lora.target_module_names is not None:
+        _refuse_stacked(lora.target_module_names, stacked, where)
         chosen = _named(lora.target_module_names, projections + embeddings, where)
-        names = sorted(set(lora.target_module_names))
     else:
         preset, plus, _ = (lora.target_modules or "all-linear").partition("+embeddings")
-        chosen = _preset(preset, useful, where) + (embeddings if plus else [])
-        names = sorted(_names(chosen, projections + embeddings))
+        chosen = _preset(preset, [item for item in projections if _useful(item)], where) + (embeddings if plus else [])
     limit = max(min(item.inputs, item.outputs) for item in chosen)
     if lora.rank > limit:
         raise Failure(
@@ -57,7 +77,28 @@ def target_modules(lora: Lora, projections: list[Projection], embeddings: list[P
             f"{where}.rank is {lora.rank}, more than the full rank of every target module ({limit})",
             f"Set {where}.rank to at most {limit}; 8 to 64 is usual.",
         )
-    return names
+    known = everything or [item.name for item in projections + embeddings]
+    return shortest_names((item.name for item in chosen), known)
+
+
+def unreached(lora: Lora, stacked: Stacked | None, parameters: int) -> str | None:
+    """Return what a preset does not reach, in words, or None. `parameters` are those of the whole model."""
+    if stacked is None or lora.target_module_names is not None or lora.target_modules == "attention":
+        return None
+    where, share = _where(lora), 100 * stacked.parameters / max(1, parameters)
+    return (
+        f"{where}.targetModules: no preset reaches the experts of this mixture ({', '.join(stacked.names)}: {share:.0f} % of "
+        "the parameters). They are stacked matrices, for which engines load no low-rank update. Method full trains them."
+    )
+
+
+def _useful(item: Projection) -> bool:
+    """Return whether a preset takes the module: an update must have an effect, and rank 1 is no update."""
+    return item.leaf not in ROUTERS and not item.bypassed and min(item.inputs, item.outputs) > 1
+
+
+def _where(lora: Lora) -> str:
+    return f"spec.method.{'qlora' if isinstance(lora, QLora) else 'lora'}"
 
 
 def _preset(preset: str, projections: list[Projection], where: str) -> list[Projection]:
@@ -89,10 +130,15 @@ def _named(names: list[str], projections: list[Projection], where: str) -> list[
     return [item for item in projections if any(matches(item, name) for name in names)]
 
 
-def _names(chosen: list[Projection], projections: list[Projection]) -> set[str]:
-    picked = {item.name for item in chosen}
-    ambiguous = {item.leaf for item in projections if item.name not in picked}
-    return {f"{item.parent.rpartition('.')[2]}.{item.leaf}" if item.leaf in ambiguous else item.leaf for item in chosen}
+def _refuse_stacked(names: list[str], stacked: Stacked | None, where: str) -> None:
+    experts = set(stacked.names) if stacked is not None else set()
+    if found := [name for name in names if name.rpartition(".")[2] in experts | {"experts"} and experts]:
+        raise Failure(
+            Reason.CONFIGURATION_INVALID,
+            f"{where}.targetModuleNames: {', '.join(found)} would mean the experts of this mixture. They are stacked matrices, "
+            "for which engines load no low-rank update",
+            f"Leave them out of {where}.targetModuleNames, or use method full, which trains them.",
+        )
 
 
 def _leaves(projections: list[Projection]) -> str:

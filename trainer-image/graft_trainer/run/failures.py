@@ -20,10 +20,13 @@ class Failure(Exception):
     """A failure whose cause is known."""
 
     def __init__(self, reason: Reason, message: str, remedy: str) -> None:
-        super().__init__(message)
+        super().__init__(reason, message, remedy)  # all of them, so that it can be sent between processes
         self.reason = reason
         self.message = message
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Interrupted(BaseException):

@@ -56,6 +56,7 @@ class Prepared:
     base_model_dir: str
     digests: dict[str, str]  # train, eval, suite/<name> -> sha256:… of the file
     dataset: dict[str, Any] = field(default_factory=dict)  # see statistics
+    quantized: bool = False  # whether the weights in the base model's files are quantised
 
     @property
     def statistics(self) -> DatasetStatistics:

@@ -24,9 +24,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from graft_trainer.model.adapterconfig import invalid, reduced_config
-from graft_trainer.model.basemodel import check_base_model, load_config
-from graft_trainer.model.model import AUTO_CLASSES, stored_dtype
+from graft_trainer.model.basemodel import check_base_model, load_config, stored_quantization
+from graft_trainer.model.model import stored_dtype
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
+from graft_trainer.model.wrappers import served_class
 from graft_trainer.run.download import fetch_version, tell
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.making import Made, Making, write_base_config
@@ -186,10 +187,15 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
         hf_token=settings.hf_token(),
         report=tell("base model"),
     )
-    check_base_model(folder, ref.name, file.task)
+    if stored_quantization(check_base_model(folder, ref.name, file.task)) is not None:
+        raise invalid(
+            f"{ref.name} is quantised, so that no update can be merged into its weights",
+            "Compose with into: adapter, or set spec.baseModel to a BaseModel with the weights in 16 bits.",
+        )
+    config = load_config(folder, ref.name)
     try:
-        base: Any = AUTO_CLASSES[file.task].from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=stored_dtype(load_config(folder, ref.name))
+        base: Any = served_class(config, file.task).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=stored_dtype(config)
         )
     except Exception as error:
         if out_of_memory(error):

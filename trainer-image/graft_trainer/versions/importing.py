@@ -31,9 +31,9 @@ from graft.contracts.progress import Reason
 from safetensors import SafetensorError, safe_open
 
 from graft_trainer.model.adapterconfig import invalid, reduced_config
-from graft_trainer.model.basemodel import PICKLES, check_base_model, load_config
-from graft_trainer.model.model import AUTO_CLASSES
+from graft_trainer.model.basemodel import PICKLES, check_base_model, load_config, stored_quantization
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
+from graft_trainer.model.wrappers import tuned_class
 from graft_trainer.run.download import tell
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.making import Made, Making, write_base_config
@@ -142,8 +142,8 @@ def _whole_model(making: Making, source: str) -> Made:
     except Failure as error:
         raise invalid(error.message) from error
     base_config = load_config(write_base_config(making), file.base_model.name)
-    if config.get("quantization_config"):
-        raise invalid(f"{source} is quantized", "Import the model in 16 or 32 bits.")
+    if stored_quantization(config) is not None:
+        raise invalid(f"{source} is quantised", "Import the model in 16 or 32 bits.")
     _check_whole(folder, base_config, config, making, source)
     for path in sorted(folder.iterdir()):
         if path.name in ALLOWED_FILES - {CONFIG, WEIGHTS} or SHARD_NAME.fullmatch(path.name):
@@ -167,7 +167,8 @@ def _check_whole(folder: Path, base_config: Any, config: dict[str, Any], making:
     """Raise Failure(AdapterInvalid) unless the weights are complete, fit the base model's architecture and are
     finite."""
     name, remedy = making.file.base_model.name, "Set spec.baseModel to the BaseModel from which it was tuned."
-    if config.get("model_type") != base_config.model_type:
+    # A version of a multimodal model that was tuned here is its language model alone.
+    if config.get("model_type") not in {base_config.model_type, base_config.get_text_config().model_type}:
         raise invalid(
             f"{source} is a {config.get('model_type')} model, but {name} is a {base_config.model_type} model", remedy
         )
@@ -183,7 +184,7 @@ def _check_whole(folder: Path, base_config: Any, config: dict[str, Any], making:
         )
     try:
         # On the meta device, only names and shapes are compared. No weight is read.
-        _, found = AUTO_CLASSES[making.file.task].from_pretrained(
+        _, found = tuned_class(base_config, making.file.task).from_pretrained(
             folder,
             config=base_config,
             local_files_only=True,

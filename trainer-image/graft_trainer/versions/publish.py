@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 from graft.artifacts import versions
-from graft.artifacts.manifest import TOKENIZER_FILES, Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.manifest import PROCESSOR_FILES, TOKENIZER_FILES, Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.storage import StoreError
 
 from graft_trainer.evaluation.evaluate import Evaluated
+from graft_trainer.model.adapterfiles import rename_modules
+from graft_trainer.model.basemodel import load_config
 from graft_trainer.model.methods import as_published, cast_parameters
+from graft_trainer.model.wrappers import serving_names
 from graft_trainer.run.failures import Failure, store_failure
 from graft_trainer.run.progress import now
 from graft_trainer.run.run import Run
@@ -58,6 +61,7 @@ def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
     model = trained.model
     if trained.method != "full":
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        name_as_served(trained, folder)
         reduce_config(folder / "adapter_config.json", base_model_uri)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return
@@ -67,9 +71,19 @@ def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
     copy_tokenizer(trained.folder, folder)
 
 
+def name_as_served(trained: Trained, folder: Path) -> None:
+    """Rename the modules of a saved adapter of a multimodal model: servers build the whole model, where the language model
+    has another place."""
+    if trained.method not in {"lora", "qlora"}:
+        return
+    base, model = load_config(trained.folder, str(trained.folder)), trained.model
+    if (names := serving_names(model.get_base_model(), base, trained.task)) is not None:
+        rename_modules(folder, names.outward, map(names.outward, model.base_model.targeted_module_names))
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files from one model's folder to another's, as they are."""
-    for name in TOKENIZER_FILES:
+    """Copy the files of the tokenizer, and of a multimodal model's processor, from one model's folder to another's."""
+    for name in TOKENIZER_FILES | PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

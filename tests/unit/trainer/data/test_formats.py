@@ -12,8 +12,8 @@ from graft_trainer.data.example import Example
 from graft_trainer.data.formats import parser_of
 from graft_trainer.data.lines import BadLine, record_of
 from graft_trainer.run.failures import Failure
-
-from tests.worlds.trainer import make_tokenizer
+from testbed.shell import REPOSITORY
+from worlds.trainer import make_tokenizer
 
 USER = {"role": "user", "content": "Weather in Oslo?"}
 ANSWER = {"role": "assistant", "content": "It rains."}
@@ -291,3 +291,14 @@ def test_a_number_of_5000_digits_makes_its_line_invalid() -> None:
     assert "line 2: a number has too many digits" in caught.value.message
     found = reading([good, huge, good], onInvalid="skip")
     assert (found.total, found.invalid) == (2, 1)
+
+
+def test_the_example_with_tools_has_calls_in_every_line() -> None:
+    for name, count, calls in (("train", 120, 1), ("heldout", 24, 1)):
+        lines = (REPOSITORY / "examples/tools/data" / f"{name}.jsonl").read_text().splitlines()
+        found = reading(lines)
+        assert (found.total, found.unread) == (count, {})
+        for example in found.examples:
+            made = [message for message in example.messages or () if message.get("tool_calls")]
+            assert len(made) == calls and len(example.tools or ()) == 2
+            assert isinstance(made[0]["tool_calls"][0]["function"]["arguments"]["order"], int)

@@ -40,7 +40,20 @@ from graft.settings import load as load_settings
 
 log = logging.getLogger(__name__)
 
-CHILDREN = ("Job", "Pod", "Deployment", "ConfigMap")
+# ScaledObjects are not watched, because the kind may not exist in the cluster. The next reconcile corrects them.
+CHILDREN = (
+    "Job",
+    "Pod",
+    "Deployment",
+    "ConfigMap",
+    "ServiceAccount",
+    "Role",
+    "RoleBinding",
+    "Service",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "HorizontalPodAutoscaler",
+)
 STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
 METRICS_PORT = 9090
 

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from graft import connection, metrics
+from graft.applied import contents, covers, stamped
 from graft.connection import JSON, TOO_LARGE, Connection, KubeError
 from graft.kinds import (
     KINDS,
@@ -29,13 +30,14 @@ from graft.kinds import (
     selector,
 )
 
-__all__ = ["FIELD_MANAGER", "KINDS", "Kind", "Kube", "KubeError", "Manifest", "controller_of", "covers", "owned_by"]
+__all__ = ["FIELD_MANAGER", "KINDS", "Kind", "Kube", "KubeError", "Manifest", "controller_of", "owned_by"]
 
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "graft-operator"
 WATCH_SECONDS = 240  # after which the server ends a watch
 PAGE = 200  # objects in one answer
+MOST_UNLIKE = 10_000  # objects; each costs about 200 bytes
 LARGEST_LIST = 32 * 2**20  # bytes of the objects of one namespace that a list holds
 Manifest = dict[str, Any]
 
@@ -45,6 +47,8 @@ class Kube:
 
     def __init__(self, api: Any) -> None:
         self._connection = Connection(api)
+        # UID -> contents of a live object that differs from its manifest even after it was applied
+        self._unlike: dict[str, str] = {}
 
     @classmethod
     async def connect(cls) -> "Kube":
@@ -212,12 +216,29 @@ class Kube:
         )
 
     async def ensure(self, *manifests: Manifest) -> None:
-        """Apply, in order, the manifests that differ from the live object in a field that they name. If nothing
-        differs, nothing is written, and the reads run in parallel."""
+        """Make the live objects equal to these manifests, in order. Fields that earlier manifests had are removed.
+
+        Fields of other managers stay. If nothing differs, nothing is written, and the reads run in parallel.
+        """
         live = await asyncio.gather(*(self._live(manifest) for manifest in manifests))
-        for manifest, found in zip(manifests, live, strict=True):
-            if found is None or not covers(found, manifest):
-                await self.apply(manifest)
+        for manifest, found in zip(map(stamped, manifests), live, strict=True):
+            if found is None or not self._is_applied(found, manifest):
+                answer = await self.apply(manifest)
+                if not covers(answer, manifest):
+                    if len(self._unlike) >= MOST_UNLIKE:
+                        self._unlike.clear()
+                    self._unlike[answer["metadata"]["uid"]] = contents(answer)
+
+    def _is_applied(self, live: Manifest, manifest: Manifest) -> bool:
+        """Return whether applying the manifest, with its digest, would change nothing.
+
+        The API server may write a value in another notation, and a webhook may insist on another value. Such an object
+        is applied again only after it has changed.
+        """
+        if covers(live, manifest):
+            return True
+        same_manifest = covers(live["metadata"].get("annotations"), manifest["metadata"]["annotations"])
+        return same_manifest and self._unlike.get(live["metadata"]["uid"]) == contents(live)
 
     async def _live(self, manifest: Manifest) -> Manifest | None:
         metadata = manifest["metadata"]
@@ -259,7 +280,11 @@ class Kube:
         """Send a JSON merge patch. A missing object (404) is ignored."""
         try:
             await self.request(
-                "PATCH", KINDS[kind].path(namespace, name), patch, content_type="application/merge-patch+json"
+                "PATCH",
+                KINDS[kind].path(namespace, name),
+                patch,
+                {"fieldManager": FIELD_MANAGER},
+                "application/merge-patch+json",
             )
         except KubeError as error:
             if error.status != 404:
@@ -307,18 +332,6 @@ class Kube:
             await self.request("POST", KINDS["Event"].path(namespace), body)
         except KubeError as error:
             log.warning("cannot write the Event %s for %s: %s", reason, metadata["name"], error)
-
-
-def covers(live: Any, wanted: Any) -> bool:
-    """Return whether a live object has every field of a manifest with the same value. A difference in notation only
-    costs one apply without effect."""
-    if isinstance(wanted, dict):
-        return isinstance(live, dict) and all(
-            covers(live.get(key), value) for key, value in wanted.items() if value not in ({}, [], None)
-        )
-    if isinstance(wanted, list):
-        return isinstance(live, list) and len(live) == len(wanted) and all(map(covers, live, wanted))
-    return bool(live == wanted)
 
 
 def controller_of(item: Manifest) -> str | None:

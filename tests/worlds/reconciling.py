@@ -53,13 +53,13 @@ class MemoryKube:
             and (owner is None or owned_by(item, owner))
         ]
 
+    async def ensure(self, *manifests: Object) -> None:
+        self.objects |= {self._key(item): item for item in manifests}
+
     async def apply_status(
         self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Object
     ) -> None:
         self.objects[kind, namespace, name]["status"] = status
-
-    async def ensure(self, *manifests: Object) -> None:
-        self.objects |= {self._key(item): item for item in manifests}
 
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> None:
         self.objects[kind, namespace, name]["metadata"].update(patch["metadata"])

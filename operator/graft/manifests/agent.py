@@ -34,9 +34,12 @@ def role_binding(deployment: AdapterDeployment) -> Manifest:
 
 def wanted_config_map(deployment: AdapterDeployment, wanted: Wanted) -> Manifest:
     """Return the ConfigMap with the adapters that the replicas should load."""
-    return child("v1", "ConfigMap", wanted_name(deployment), deployment, "wanted") | {
-        "data": {WANTED_KEY: wanted.json_text()}
-    }
+    return wanted_identity(deployment) | {"data": {WANTED_KEY: wanted.json_text()}}
+
+
+def wanted_identity(deployment: AdapterDeployment) -> Manifest:
+    """Return the ConfigMap with the wanted adapters, without its data."""
+    return child("v1", "ConfigMap", wanted_name(deployment), deployment, "wanted")
 
 
 def residency_config_map(deployment: AdapterDeployment) -> Manifest:

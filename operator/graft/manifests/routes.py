@@ -19,6 +19,11 @@ def routes_config_map(deployment: AdapterDeployment, routes: Routes, settings: S
 
     Owner references do not work across namespaces, so the AdapterDeployment's finalizer deletes it.
     """
+    return routes_identity(deployment, settings) | {"data": {ROUTES_KEY: routes.json_text()}}
+
+
+def routes_identity(deployment: AdapterDeployment, settings: Settings) -> Manifest:
+    """Return the ConfigMap without its data. The gateway finds it by its labels."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -27,5 +32,4 @@ def routes_config_map(deployment: AdapterDeployment, routes: Routes, settings: S
             "namespace": settings.namespace,
             "labels": labels(deployment, ROUTES_COMPONENT) | {"graft.dev/namespace": deployment.metadata.namespace},
         },
-        "data": {ROUTES_KEY: routes.json_text()},
     }

@@ -287,3 +287,16 @@ def test_a_spot_job_prefers_spot_nodes_and_a_preemption_uses_up_no_retry(tenant:
     tenant.fail_pod(first, Reason.INTERRUPTED, "The pod was asked to end.", "")
     finish(tenant, "cheap", tenant.running_pod("cheap", but=(first,)))
     assert [item["reason"] for item in tenant.status("FineTuneJob", "cheap")["attempts"]] == ["Preempted", "Completed"]
+
+
+def test_what_a_running_job_needs_comes_back_at_once(tenant: Tenant) -> None:
+    tenant.job("first")
+    tenant.running_pod("first")
+    file, policy = tenant.job_file("first"), tenant.get("NetworkPolicy", "first-training")["spec"]
+    tenant.api.delete("ConfigMap", tenant.name, "first-job")
+    tenant.wait(lambda: tenant.api.get("ConfigMap", tenant.name, "first-job"), "the job file is there again", 15)
+    assert tenant.job_file("first") == file
+    tenant.api.delete("NetworkPolicy", tenant.name, "first-training")
+    tenant.wait(lambda: tenant.api.get("NetworkPolicy", tenant.name, "first-training"), "the policy is there again", 15)
+    tenant.api.patch("NetworkPolicy", tenant.name, "first-training", {"spec": {"ingress": [{}]}})
+    tenant.wait(lambda: tenant.get("NetworkPolicy", "first-training")["spec"] == policy, "the policy is repaired", 15)

@@ -116,7 +116,8 @@ def test_the_operator_has_no_more_rights_than_it_needs(tenant: Tenant) -> None:
         lambda: operator.get("Secret", "default", "graft-storage"),
         lambda: operator.create(config_map),
         lambda: operator.delete("FineTuneJob", "default", "x"),
-        lambda: operator.list("ServiceAccount"),
+        lambda: operator.list("CoreEvent"),
+        lambda: operator.delete("ServiceAccount", "default", "default"),
     ):
         with pytest.raises(Refused) as error:
             call()

@@ -5,7 +5,6 @@ import re
 import pytest
 from graft.api.meta import Condition
 from graft.contracts.progress import EXIT_CODES, Reason
-from graft.kube import covers
 from graft.status import MESSAGE_LIMIT, REASONS, condition, duration, merge, transitions
 from testbed.shell import REPOSITORY
 
@@ -62,10 +61,3 @@ def test_only_a_changed_status_or_reason_is_a_transition() -> None:
 
 def test_durations_are_easy_to_read() -> None:
     assert [duration(seconds) for seconds in (0, 45, 200, 7500)] == ["0s", "45s", "3m20s", "2h05m"]
-
-
-def test_a_live_object_covers_a_manifest_if_it_has_all_its_fields() -> None:
-    live = {"metadata": {"labels": {"a": "1", "b": "2"}}, "spec": {"list": [{"x": 1, "default": True}]}}
-    assert covers(live, {"metadata": {"labels": {"a": "1"}}, "spec": {"list": [{"x": 1}]}})
-    assert not covers(live, {"spec": {"list": [{"x": 2}]}})
-    assert not covers(live, {"spec": {"list": []}, "metadata": {"labels": {"c": "3"}}})

@@ -106,6 +106,7 @@ SETTINGS = {
     "storage": {"issueCredentials": True, "createBucket": True},
     "prometheusUrl": "http://prometheus:9090",
     "gatewayUrl": "http://graft-gateway.graft-system.svc:8080",
+    "allowed": {"priorityClasses": ["patient"]},  # the other lists have their defaults
 }
 
 

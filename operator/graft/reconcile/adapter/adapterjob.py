@@ -27,7 +27,7 @@ from graft.reconcile.adapter.versions import matches, parse
 from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, refusal
+from graft.reconcile.shared.jobs import condition_of, keep, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import condition, find
@@ -71,6 +71,8 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
             return published(adapter, found[1], ctx.store.config.bucket)
     if not children:
         return await _start(ctx, adapter)
+    if not ended:
+        await _keep(ctx, adapter)
     made = created_by(children, await ctx.kube.list("Pod", namespace, labels))
     own = sorted(made, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
     refused = await refusal(ctx, namespace, children[0]["metadata"]["uid"]) if not own else None
@@ -114,9 +116,20 @@ async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Ada
     sizes = sum(item.status.size_bytes or 0 for item in adapters if item.metadata.name in names)
     needs = manifests.resources(adapter, base.model.status, sizes)
     file = manifests.version_file(adapter, base.ref, base.model.spec.task, ctx.settings)
-    await ctx.kube.apply(manifests.config_map(adapter, file))
-    await ctx.kube.apply(manifests.policy(adapter, ctx.settings))
+    await ctx.kube.ensure(manifests.config_map(adapter, file), manifests.policy(adapter, ctx.settings))
     await ctx.kube.create(manifests.job(adapter, base.ref, ctx.settings, needs))
+
+
+async def _keep(ctx: Context, adapter: Adapter) -> None:
+    """Repair what the pod of the running Job needs. An existing job.json stays: the attempts of a Job share it."""
+    namespace = adapter.metadata.namespace
+    needed = [manifests.policy(adapter, ctx.settings)]
+    if await ctx.kube.get("ConfigMap", namespace, manifests.job_name(adapter)) is None:
+        base = await gather_base_model(ctx, adapter.spec.base_model, namespace)
+        if isinstance(base, Base):
+            file = manifests.version_file(adapter, base.ref, base.model.spec.task, ctx.settings)
+            needed.append(manifests.config_map(adapter, file))
+    await keep(ctx, namespace, *needed)
 
 
 async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, str] | Trouble | None:

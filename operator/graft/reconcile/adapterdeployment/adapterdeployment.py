@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from graft.api import Adapter, AdapterDeployment
 from graft.api.deploymentstatus import ServingSizing
+from graft.applied import covers
 from graft.artifacts.layout import tenant_of
 from graft.bounded import OutOfBounds
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted
@@ -25,7 +26,7 @@ from graft.kube import KubeError, Manifest, owned_by
 from graft.manifests import agent as agent_manifests
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import serving_policy
-from graft.manifests.routes import routes_config_map, routes_name
+from graft.manifests.routes import routes_config_map, routes_identity, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
 from graft.reconcile.adapterdeployment import assignment, autoscaling, basechange, scaling, serving
 from graft.reconcile.adapterdeployment.deploymentstatus import KIND, World, observe, why_unavailable
@@ -57,12 +58,12 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if await ctx.add_finalizer(spec, KIND):
         return 0
     world = await _gather(ctx, spec)
-    claimed = await _scale(ctx, world)
+    await _scale(ctx, world)
     running = world.wanted is not None
     if running:
         await _apply_adapters(ctx, world)
     if world.trouble is None and world.base_model is not None:
-        world.trouble = await _apply_pods(ctx, world, world.base_model, claimed=claimed)
+        world.trouble = await _apply_pods(ctx, world, world.base_model)
     if not running:
         await _apply_adapters(ctx, world)
     status, observed = await _computed(ctx, world, observe, world, ctx.settings.gateway_url)
@@ -112,6 +113,9 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     world.pods = of_deployment(found_pods, sets, deployment, spec.metadata.uid)
     world.wanted = _parse(Wanted, wanted, WANTED_KEY)
     world.routes = _parse(Routes, routes, ROUTES_KEY)
+    world.findable = covers(wanted, agent_manifests.wanted_identity(spec)) and covers(
+        routes, routes_identity(spec, ctx.settings)
+    )
     keys = (residency or {}).get("data") or {}
     alive = {pods.name(pod) for pod in world.pods}
     for key in alive & set(keys):
@@ -135,24 +139,20 @@ def _parse(kind: type[M], config_map: Manifest | None, key: str) -> M | None:
         return None  # written by hand, or by a newer operator: it is written again
 
 
-async def _scale(ctx: Context, world: World) -> bool:
-    """Apply the decided number of replicas, even if the deployment has another problem: a request may wait for a pod.
-
-    Return whether the operator's manifest must be applied again without the field replicas.
-    """
+async def _scale(ctx: Context, world: World) -> None:
+    """Apply the decided number of replicas, even if the deployment has another problem: a request may wait for a pod."""
     live = world.deployment
     if live is None or not owned_by(live, world.spec.metadata.uid):
-        return False
+        return
     try:
-        return await autoscaling.scale(ctx, world.spec, world.scale, live)
+        await autoscaling.scale(ctx, world.spec, world.scale, live)
     except KubeError as error:
         if error.status != 403:
             raise
         world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, world.spec.metadata.namespace))
-        return False
 
 
-async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed: bool) -> Trouble | None:
+async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble | None:
     spec, sizing = world.spec, world.sizing or ServingSizing()
     replicas = autoscaling.replicas_to_apply(spec, world.scale, world.deployment)
     if world.deployment is not None and not owned_by(world.deployment, spec.metadata.uid):
@@ -170,8 +170,6 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef, *, claimed
     ]
     try:
         await ctx.kube.ensure(*children)
-        if claimed:
-            await ctx.kube.apply(children[-1])
         world.unscaled = await autoscaling.apply_guards(ctx, spec)
     except KubeError as error:
         if error.status == 403 and "quota" not in str(error):
@@ -228,10 +226,10 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
     """Write the gateway's routes, then what the agents load. So an adapter leaves the routes before it is drained."""
     spec = world.spec
     routes, wanted = await _computed(ctx, world, _decide, world, ctx.store.config.bucket)
-    if routes != world.routes:
+    if routes != world.routes or not world.findable:
         await ctx.kube.apply(routes_config_map(spec, routes, ctx.settings))
     world.routes = routes
-    if wanted != world.wanted and (world.trouble is None or world.wanted is not None):
+    if (wanted != world.wanted or not world.findable) and (world.trouble is None or world.wanted is not None):
         try:
             await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))
         except KubeError as error:

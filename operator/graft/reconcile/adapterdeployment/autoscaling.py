@@ -101,21 +101,20 @@ def replicas_to_apply(spec: AdapterDeployment, decision: scaling.Decision, live:
     return None if spec.spec.autoscaling is not None and live is not None else decision.replicas
 
 
-async def scale(ctx: Context, spec: AdapterDeployment, decision: scaling.Decision, live: Manifest) -> bool:
+async def scale(ctx: Context, spec: AdapterDeployment, decision: scaling.Decision, live: Manifest) -> None:
     """Apply the decided number of replicas with a field manager of its own.
 
-    Return True if the operator's manifest still claims the field. The caller must then apply the manifest without it.
-    The order matters: if the only manager of a field leaves it out, the field falls back to its default.
+    The caller then applies the operator's manifest, which gives up or claims the field. The order matters: if the only
+    manager of a field leaves it out, the field falls back to its default.
     """
     claimed, held = _claims_replicas(live, FIELD_MANAGER), _claims_replicas(live, SCALER)
     if spec.spec.autoscaling is None:
         if claimed and held:
             await ctx.kube.apply(let_go_patch(spec), manager=SCALER)
-        return False
+        return
     # While the deployment has another problem, the manifest keeps its claim. So write once, not at each reconcile.
     if decision.change or (claimed and not held):
         await ctx.kube.apply(replicas_patch(spec, decision.replicas, now()), manager=SCALER)
-    return claimed
 
 
 def _claims_replicas(live: Manifest, manager: str) -> bool:

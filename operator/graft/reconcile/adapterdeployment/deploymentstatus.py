@@ -44,6 +44,7 @@ class World:
     residency: dict[str, Residency] = field(default_factory=dict)
     wanted: Wanted | None = None
     routes: Routes | None = None
+    findable: bool = True  # whether the two ConfigMaps have the labels and the owner by which others find them
     sizing: ServingSizing | None = None
     unscaled: Trouble | None = None  # why nothing scales the replicas; the pods still serve
     scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))

@@ -17,7 +17,7 @@ from graft.artifacts import layout
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.bounded import OutOfBounds
-from graft.contracts.job import CurrentVersion
+from graft.contracts.job import CurrentVersion, JobFile
 from graft.contracts.message import BaseModelRef
 from graft.contracts.progress import Progress
 from graft.kube import KubeError, Manifest
@@ -26,6 +26,7 @@ from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import training_policy
 from graft.manifests.training import (
     METHOD_LABEL,
+    Shape,
     config_map,
     data_uris,
     is_preflight,
@@ -51,9 +52,9 @@ from graft.reconcile.finetunejob.placing import place
 from graft.reconcile.finetunejob.published import read_published
 from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
-from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, job_file_of, refusal
+from graft.reconcile.shared.jobs import condition_of, job_file_of, keep, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import condition, find, seconds_left
@@ -124,19 +125,21 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
 
 
 async def _steer(ctx: Context, world: World) -> None:
-    """Apply spec.suspend to the running Job, and halve the micro-batch after attempts that did not fit in memory."""
+    """Apply spec.suspend to the running Job, repair what its pods need, and halve the micro-batch after attempts that
+    did not fit in memory."""
     job, child = world.job, world.children[0]
     namespace = job.metadata.namespace
     # With a queue, Kueue alone suspends and resumes the Job.
     if job.spec.queue is None and bool(child["spec"].get("suspend")) != job.spec.suspend:
         await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], {"spec": {"suspend": job.spec.suspend}})
         child["spec"]["suspend"] = job.spec.suspend
-    halvings = memory_failures(world)
-    if not halvings:
-        return
-    file = job_file_of(await ctx.kube.get("ConfigMap", namespace, job_file_name(job)))
-    if file is not None and file.halvings < halvings:
-        await ctx.kube.apply(config_map(job, file.model_copy(update={"halvings": halvings})))
+    nodes = int(child["spec"].get("completions") or 1)
+    live = await ctx.kube.get("ConfigMap", namespace, job_file_name(job))
+    restored = await _restore_file(ctx, job, nodes) if live is None else None
+    await keep(ctx, namespace, *([restored] if restored is not None else []), *_network(ctx, job, nodes))
+    halvings, file = memory_failures(world), job_file_of(live or restored)
+    if halvings and file is not None and file.halvings < halvings:
+        await keep(ctx, namespace, config_map(job, file.model_copy(update={"halvings": halvings})))
 
 
 async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | None:
@@ -192,21 +195,9 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         )
     if isinstance(version, Trouble):
         return version
-    file = job_file(
-        job,
-        base.ref,
-        version,
-        versions.recipe(job.spec),
-        ctx.settings,
-        shape=shape,
-        task=base.model.spec.task,
-        current=await _current_version(ctx, job),
-    )
+    file = await _job_file(ctx, job, base, version, shape)
     try:
-        await ctx.kube.apply(config_map(job, file))
-        await ctx.kube.apply(training_policy(job, ctx.settings))
-        if shape.nodes > 1:
-            await ctx.kube.apply(peers_service(job))
+        await ctx.kube.ensure(config_map(job, file), *_network(ctx, job, shape.nodes))
         if shape.gpus and not job.status.checked:
             await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
         else:
@@ -226,6 +217,35 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
             return Trouble("CreationFailed", f"cannot create the children of the job, the operator retries: {error}")
         raise
     return None
+
+
+def _network(ctx: Context, job: FineTuneJob, nodes: int) -> list[Manifest]:
+    """Return the manifests of what the pods of a run need in the network (PURE)."""
+    return [training_policy(job, ctx.settings), *([peers_service(job)] if nodes > 1 else [])]
+
+
+async def _job_file(ctx: Context, job: FineTuneJob, base: Base, version: str, shape: Shape) -> JobFile:
+    return job_file(
+        job,
+        base.ref,
+        version,
+        versions.recipe(job.spec),
+        ctx.settings,
+        shape=shape,
+        task=base.model.spec.task,
+        current=await _current_version(ctx, job),
+    )
+
+
+async def _restore_file(ctx: Context, job: FineTuneJob, nodes: int) -> Manifest | None:
+    """Return the ConfigMap with job.json, made again for the next attempt. None if the pods would be others now."""
+    base, resolved = await gather_base_model(ctx, job.spec.base_model, job.metadata.namespace), job.status.resolved
+    if isinstance(base, Trouble) or resolved is None or resolved.version is None:
+        return None
+    placed = await place(ctx, job, base)
+    if isinstance(placed, Trouble) or placed[0].nodes != nodes or base.ref.uri != resolved.base_model_uri:
+        return None
+    return config_map(job, await _job_file(ctx, job, base, resolved.version, placed[0]))
 
 
 async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | None:

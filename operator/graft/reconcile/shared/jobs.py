@@ -1,11 +1,14 @@
-"""Read what Kubernetes reports about a Job: its conditions, and why it could not create its pod."""
+"""Read what Kubernetes reports about a Job: its conditions, and why it could not create its pod. Repair what its pods need."""
 
+import logging
 from typing import Any
 
 from graft.bounded import OutOfBounds
 from graft.contracts.job import JobFile
 from graft.kube import KubeError, Manifest
 from graft.reconcile.shared.context import Context
+
+log = logging.getLogger(__name__)
 
 
 def condition_of(raw: Manifest, type_: str) -> dict[str, Any]:
@@ -36,3 +39,16 @@ async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
         return None  # the message is only a hint, so the reconcile continues without it
     refused = [item["message"] for item in events if item.get("reason") == "FailedCreate"]
     return str(refused[-1]) if refused else None
+
+
+async def keep(ctx: Context, namespace: str, *needed: Manifest) -> None:
+    """Create or repair the objects that the pods of a running Job need.
+
+    In a namespace that is no longer bound nothing can be repaired. The run continues as it is.
+    """
+    try:
+        await ctx.kube.ensure(*needed)
+    except KubeError as error:
+        if error.status != 403:
+            raise
+        log.info("cannot repair the children of a running Job in namespace %s: %s", namespace, error)

@@ -23,7 +23,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "SourceUnavailable": "The source did not answer. The operator retries.",
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
             "SourceInvalid": "The source has no usable model: no config.json, no safetensors weights, no access, or a model that does not match spec.task.",
-            "SourceChanged": "The files at the source have changed since they were resolved. Running jobs keep the old digest, and fail if they still have to download the files.",
+            "SourceChanged": "The source has changed since it was resolved. A revision of a hub stays pinned to its commit. Files in object storage are replaced: running jobs keep the old digest, and fail if they still have to download the files.",
         },
     },
     "FineTuneJob": {

@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
 
     files: dict[str, bytes]  # by path: "datasets/org/name/path" or "org/name/path"
     tokens: set[str]
+    heads: dict[str, str]  # the commits of the model's branches, if they are others than COMMIT
 
     @property
     def endpoint(self) -> str:
@@ -54,7 +55,15 @@ class Handler(BaseHTTPRequestHandler):
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": etag(data)} for name, data in files.items()
             ]
-            info = {"id": "org/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            revision = repo.partition("/revision/")[2].partition("?")[0]
+            info = {
+                "id": "org/model",
+                "sha": self.server.heads.get(revision, COMMIT),
+                "siblings": [{"rfilename": name} for name in files],
+            }
+            if not info["sha"]:
+                self.send(404, b"", body, {"X-Error-Code": "RevisionNotFound"})
+                return
             self.send(200, json.dumps(tree if "/tree/" in repo else info).encode(), body)
             return
         data = self.server.files.get(f"{repo}/{path.partition('/')[2]}")
@@ -79,7 +88,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     base = make_base(tmp_path / "base")
     server.files = {f"org/model/{path.name}": path.read_bytes() for path in base.iterdir()}
     server.files["datasets/org/data/sets/train.jsonl"] = chat_lines(5)
-    server.tokens = set()
+    server.tokens, server.heads = set(), {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server

@@ -105,7 +105,12 @@ class BaseModelStatus(Status):
     )
     stage: str | None = Field(default=None, description="Summary of the conditions: Ready or Unavailable.")
     revision: str | None = Field(
-        default=None, description="Commit that hf://…@revision refers to. Jobs and deployments use exactly this commit."
+        default=None,
+        description="Commit that hf://…@revision referred to when it was first resolved. Jobs and deployments use exactly this "
+        "commit until spec.source changes.",
+    )
+    source: str | None = Field(
+        default=None, description="The spec.source that was resolved. A changed spec.source is resolved again."
     )
     digest: str | None = Field(
         default=None,

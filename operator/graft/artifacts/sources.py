@@ -7,8 +7,9 @@ safetensors weights and the files that transformers needs beside them are downlo
 import contextlib
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -27,6 +28,9 @@ TOKENIZER_LIMITS = Limits(
     size=8 * 1024 * 1024, depth=16, values=300_000
 )  # tokenizer_config.json; that of Gemma 3 has 1.2 MB
 WEIGHTS = ".safetensors"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = (WEIGHTS, ".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm")
 DISK_FULL = (ENOSPC, EDQUOT)
 
@@ -39,15 +43,24 @@ class SourceError(Exception):
         self.transient = transient
 
 
+class WeightsError(SourceError):
+    """The source has no complete weights in the files that transformers reads."""
+
+
 @dataclass(frozen=True)
 class Description:
-    """The model at a source: its identity (digest for s3://, commit for hf://), config.json and size."""
+    """The model at a source: its identity (digest for s3://, commit for hf://), config.json and size.
+
+    `latest` is the commit to which the revision of an hf:// source refers now, "" if the revision is gone. It differs from
+    `revision` if the source has moved on since it was pinned.
+    """
 
     digest: str | None
     revision: str | None
     config: dict[str, Any]
     size_bytes: int | None
     license: str | None = None
+    latest: str | None = None
 
 
 def split_hf_uri(uri: str) -> tuple[str, str]:
@@ -93,9 +106,39 @@ def s3_files(store: S3Store, uri: str) -> tuple[str, str, list[ObjectInfo]]:
     names = {item.key.removeprefix(prefix) for item in files}
     if CONFIG not in names:
         raise SourceError(f"there is no config.json below {uri}")
-    if not any(name.endswith(WEIGHTS) for name in names):
-        raise SourceError(f"there are no safetensors weights below {uri}")
+    used_files(names, uri)
     return bucket, prefix, files
+
+
+def used_files(names: Collection[str], where: str) -> set[str]:
+    """Return the files of a model that transformers reads (PURE).
+
+    Many folders have the same weights twice, for example Mistral's consolidated.safetensors or the folder `original` beside
+    the shards. Raises WeightsError if there are no complete weights in the names that transformers uses.
+    """
+    weights = {name for name in names if name.endswith(WEIGHTS)}
+    rest = set(names) - weights
+    if WHOLE in weights:
+        return rest - {INDEX} | {WHOLE}  # transformers prefers it; vLLM would look for the shards of the index
+    if not weights:
+        raise WeightsError(f"{where} has no safetensors weights")
+    shards = {name: match for name in weights if (match := SHARD.fullmatch(name))}
+    if not shards:
+        raise WeightsError(
+            f"{where} has no {WHOLE} and no shards such as model-00001-of-00002.safetensors, only {', '.join(sorted(weights)[:3])}. "
+            "Save the model with transformers (save_pretrained)"
+        )
+    if INDEX not in rest:
+        raise WeightsError(
+            f"{where} has shards but no {INDEX}, which says which shard has which weight. Upload it, or save the model again "
+            "with transformers (save_pretrained)"
+        )
+    total = max(int(match[2]) for match in shards.values())
+    found = {int(match[1]) for match in shards.values() if int(match[2]) == total}
+    if missing := [number for number in range(1, min(total, len(found) + 4) + 1) if number not in found]:
+        first = f"model-{missing[0]:05}-of-{total:05}{WEIGHTS}"
+        raise WeightsError(f"{where} lacks {total - len(found)} of {total} shards, the first is {first}")
+    return rest | {name for name, match in shards.items() if int(match[2]) == total}
 
 
 def s3_digest(prefix: str, files: list[ObjectInfo]) -> str:
@@ -104,10 +147,16 @@ def s3_digest(prefix: str, files: list[ObjectInfo]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token: str | None = None) -> Description:
-    """Describe the model at an hf:// or s3:// source. Raises SourceError if it cannot be read."""
+def describe(
+    uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token: str | None = None, pinned: str | None = None
+) -> Description:
+    """Describe the model at an hf:// or s3:// source. Raises SourceError if it cannot be read.
+
+    `pinned` is the commit to which the revision of an hf:// source was resolved before. That commit is described, wherever
+    the revision points now.
+    """
     if uri.startswith("hf://"):
-        return _describe_hf(uri, hf_endpoint, hf_token)
+        return _describe_hf(uri, hf_endpoint, hf_token, pinned)
     if store is None:
         raise SourceError("no object store is configured")
     bucket, prefix, files = s3_files(store, uri)
@@ -115,7 +164,9 @@ def describe(uri: str, store: S3Store | None, hf_endpoint: str | None, hf_token:
         data = store.get(prefix + CONFIG, bucket, most=CONFIG_LIMITS.size)
     except StoreError as error:
         raise SourceError(str(error), transient=error.trouble == "unavailable") from error
-    return Description(s3_digest(prefix, files), None, read_config(data, uri), sum(item.size for item in files))
+    used = used_files({item.key.removeprefix(prefix) for item in files}, uri)
+    size = sum(item.size for item in files if item.key.removeprefix(prefix) in used)
+    return Description(s3_digest(prefix, files), None, read_config(data, uri), size)
 
 
 def read_config(data: bytes, uri: str) -> dict[str, Any]:
@@ -147,24 +198,31 @@ def hub_errors(uri: str) -> Iterator[None]:
         raise SourceError(f"{uri}: {error}", transient=True) from error
 
 
-def _describe_hf(uri: str, endpoint: str | None, token: str | None) -> Description:
+def _describe_hf(uri: str, endpoint: str | None, token: str | None, pinned: str | None) -> Description:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
 
     repo, revision = split_hf_uri(uri)
     api = HfApi(endpoint=endpoint, token=token or False)
     with hub_errors(uri):
-        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
+        info = api.model_info(repo, revision=pinned or revision, files_metadata=True, timeout=20)
+        latest = info.sha
+        if pinned and not COMMIT.fullmatch(revision):
+            try:
+                latest = api.model_info(repo, revision=revision, timeout=20).sha
+            except RevisionNotFoundError:
+                latest = ""
         siblings = {file.rfilename: file.size for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)}
         if len(siblings) > MOST_OBJECTS:
             raise SourceError(f"{uri} has more than {MOST_OBJECTS} files")
-        if not any(name.endswith(WEIGHTS) for name in siblings):
-            raise SourceError(f"{uri} has no safetensors weights")
+        used = used_files(siblings.keys(), uri)
         if CONFIG not in siblings:
             raise SourceError(f"{uri} has no {CONFIG}")
         path = download_config(repo, CONFIG, info.sha, siblings[CONFIG], endpoint=endpoint, token=token or False)
         config = read_config(path.read_bytes(), uri)
     license_tag = next((tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")), None)
-    return Description(None, info.sha, config, sum(size or 0 for size in siblings.values()), license_tag)
+    size_bytes = sum(size or 0 for name, size in siblings.items() if name in used)
+    return Description(None, info.sha, config, size_bytes, license_tag, latest)
 
 
 def download_config(
@@ -225,7 +283,10 @@ def fetch(
         raise SourceError(
             f"the files below {uri} changed since the BaseModel was resolved: {actual}, expected {digest}"
         )
-    files = [item for item in files if weights or not item.key.endswith(WEIGHTS)]
+    used = used_files({item.key.removeprefix(prefix) for item in files}, uri)
+    files = [
+        item for item in files if item.key.removeprefix(prefix) in used and (weights or not item.key.endswith(WEIGHTS))
+    ]
     paths = {item: _place(item, prefix, target) for item in files}
     left = [item for item in files if not (paths[item].exists() and paths[item].stat().st_size == item.size)]
     total, to_come = sum(item.size for item in files), sum(item.size for item in left)
@@ -256,17 +317,21 @@ def _place(item: ObjectInfo, prefix: str, target: Path) -> Path:
 
 
 def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     repo, revision = split_hf_uri(uri)
     with hub_errors(uri):
+        api = HfApi(endpoint=endpoint, token=token or False)
+        info = api.model_info(repo, revision=revision, timeout=20)
+        names = {file.rfilename for file in info.siblings or [] if file.rfilename.endswith(MODEL_FILES)}
+        used = [name for name in used_files(names, uri) if weights or not name.endswith(WEIGHTS)]
         return Path(
             snapshot_download(
                 repo,
-                revision=revision,
+                revision=info.sha,
                 local_dir=target,
                 endpoint=endpoint,
                 token=token or False,
-                allow_patterns=[f"*{suffix}" for suffix in MODEL_FILES if weights or suffix != WEIGHTS],
+                allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in sorted(used)],
             )
         )

@@ -45,7 +45,7 @@ async def _describe(ctx: Context, model: BaseModel) -> sources.Description | sou
     try:
         token = await ctx.blocking(_token)
         return await ctx.blocking(
-            sources.describe, model.spec.source, ctx.store, ctx.settings.huggingface_endpoint, token
+            sources.describe, model.spec.source, ctx.store, ctx.settings.huggingface_endpoint, token, pinned(model)
         )
     except sources.SourceError as error:
         return error
@@ -79,6 +79,23 @@ async def _foreign(ctx: Context, model: BaseModel) -> sources.SourceError | None
         f"spec.source: {source} is in the part of the bucket that belongs to namespace {namespace}. Set "
         f"spec.allowedNamespaces: [{namespace}], or copy the files below {layout.s3_uri(bucket, layout.MODELS_PREFIX)}"
     )
+
+
+def pinned(model: BaseModel) -> str | None:
+    """Return the commit to which spec.source was resolved before, None for a new source (PURE).
+
+    A revision such as main moves. It is resolved once, so that jobs and pods never change to other weights by themselves.
+    """
+    status, source = model.status, model.spec.source
+    if not source.startswith("hf://") or status.revision is None:
+        return None
+    same = status.source in (None, source)  # None: resolved before the status had this field
+    revision = sources.split_hf_uri(source)[1]
+    return status.revision if same and revision in {status.revision, *_movable(revision)} else None
+
+
+def _movable(revision: str) -> set[str]:
+    return set() if sources.COMMIT.fullmatch(revision) else {revision}
 
 
 def _token() -> str | None:
@@ -125,17 +142,30 @@ def observe(
         update={
             "stage": "Ready",
             "revision": found.revision,
+            "source": model.spec.source,
             "digest": found.digest,
             "size_bytes": found.size_bytes,
             "facts": facts,
         }
     )
-    pinned = found.revision or found.digest or ""
+    identity = found.revision or found.digest or ""
+    what = f"{model.spec.source} resolves to {identity}"
+    if found.latest is not None and found.latest != found.revision:
+        repo, moved = sources.split_hf_uri(model.spec.source)
+        now = f"refers to {found.latest} now" if found.latest else "does not exist any more"
+        follow = f"To change to it, set spec.source: hf://{repo}@{found.latest}. " if found.latest else ""
+        text = f"{moved} {now}. Jobs and deployments stay on {identity}, to which it was first resolved. {follow}"
+        return status, [condition(KIND, "Ready", "True", "SourceChanged", text.strip())]
     changed = before.digest is not None and found.digest != before.digest and found.revision is None
     reason = "SourceChanged" if changed else "Resolved"
     ready = find(before.conditions, "Ready")
-    if not changed and ready is not None and ready.reason == "SourceChanged" and before.digest == found.digest:
+    if (
+        found.revision is None
+        and not changed
+        and ready is not None
+        and ready.reason == "SourceChanged"
+        and before.digest == found.digest
+    ):
         reason = "SourceChanged"
-    what = f"{model.spec.source} resolves to {pinned}"
     text = f"{what}. Its files have changed since it was first resolved. New jobs and pods use the new files"
     return status, [condition(KIND, "Ready", "True", reason, text if reason == "SourceChanged" else what)]

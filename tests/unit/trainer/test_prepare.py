@@ -300,7 +300,13 @@ def pickled(folder: Path) -> None:
 
 
 def index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    shards = {"a": "model-00001-of-00001.safetensors", "b": "model-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def shards_alone(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
 
 
 def no_tokenizer(folder: Path) -> None:
@@ -317,7 +323,8 @@ def no_tokenizer(folder: Path) -> None:
         (change("config.json", architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
         (pickled, "no weights in safetensors, only pytorch_model.bin"),
         (cut, "its header says"),
-        (index, "lacks 1 of 1 weight files: model-00002.safetensors"),
+        (index, "lacks 1 of 2 weight files: model-00002.safetensors"),
+        (shards_alone, "has shards but no model.safetensors.index.json"),
         (no_tokenizer, "has no tokenizer"),
     ],
 )

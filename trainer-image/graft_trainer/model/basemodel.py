@@ -9,7 +9,7 @@ from typing import Any
 
 from graft.api.recipe import Dataset, MethodName
 from graft.artifacts.manifest import VOCABULARIES
-from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS
+from graft.artifacts.sources import CONFIG_LIMITS, INDEX, TOKENIZER_LIMITS, WeightsError, used_files
 from graft.bounded import Limits, OutOfBounds, parse_json
 from graft.contracts.progress import Reason
 
@@ -175,8 +175,13 @@ def _check_weights(folder: Path, name: str) -> None:
             f"{name} has no weights in safetensors{found}",
             "Convert the weights to safetensors (save_pretrained does this). Graft never loads pickled weights.",
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    try:
+        used = used_files({path.name for path in folder.iterdir()}, name)
+    except WeightsError as error:
+        raise _invalid(str(error), "Upload the model's complete folder, as save_pretrained writes it.") from error
+    weights = [path for path in weights if path.name in used]
+    index = folder / INDEX
+    if INDEX in used:
         wanted = set(_json(index, name).get("weight_map", {}).values())
         if missing := sorted(wanted - {path.name for path in weights}):
             raise _invalid(

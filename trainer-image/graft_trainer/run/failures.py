@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from graft.artifacts.sources import SourceError
+from graft.artifacts.sources import SourceError, WeightsError
 from graft.artifacts.storage import StoreError
 from graft.contracts.progress import Reason, Termination
 
@@ -223,7 +223,7 @@ def base_model_failure(error: SourceError) -> Termination:
             message=f"The base model's source did not answer: {error}",
             remedy="Check that the source of the BaseModel is reachable from the job's namespace. The Job retries.",
         )
-    if "no safetensors weights" in str(error):
+    if isinstance(error, WeightsError):
         return Termination(
             reason=Reason.BASE_MODEL_INVALID,
             message=f"The base model cannot be used: {error}",

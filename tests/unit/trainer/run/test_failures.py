@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from graft.artifacts.sources import SourceError
+from graft.artifacts.sources import SourceError, WeightsError
 from graft.artifacts.storage import StoreError
 from graft.contracts.progress import EXIT_CODES, FATAL_EXIT_CODES, FREE_EXIT_CODES, Reason
 from graft_trainer.run.failures import (
@@ -49,7 +49,7 @@ class DistStoreError(DistError):
         (StoreError("exists", "412"), Reason.VERSION_EXISTS),
         (StoreError("unavailable", "refused"), Reason.STORAGE_UNAVAILABLE),
         (SourceError("gone"), Reason.BASE_MODEL_UNAVAILABLE),
-        (SourceError("there are no safetensors weights below s3://b/m"), Reason.BASE_MODEL_INVALID),
+        (WeightsError("s3://b/m has no safetensors weights"), Reason.BASE_MODEL_INVALID),
         (SourceError("503", transient=True), Reason.STORAGE_UNAVAILABLE),
         (OSError(errno.ENOSPC, "No space left on device"), Reason.CONFIGURATION_INVALID),
         (KeyError("x"), Reason.INTERNAL_ERROR),

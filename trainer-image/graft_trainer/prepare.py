@@ -6,8 +6,12 @@ takes a GPU. The downloaded files are in the work folder that it shares with tra
 
 import logging
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from graft.api.evaluation import Suite
 from graft.artifacts.layout import MANIFEST
 from graft.artifacts.sources import fetch
 from graft.artifacts.storage import StoreError
@@ -15,12 +19,19 @@ from graft.contracts.job import JobFile
 from graft.contracts.progress import DatasetStatistics, Reason
 
 from graft_trainer.data import lengths
+from graft_trainer.data.chat import writes_date
 from graft_trainer.data.dataset import check_template
+from graft_trainer.data.example import Example
+from graft_trainer.data.lines import BadLine
 from graft_trainer.data.read import Data, read_data
+from graft_trainer.data.repeats import repeated
+from graft_trainer.data.shown import show
+from graft_trainer.data.tokens import Task, failure_of, tokenise_one, tokenise_pair, usable
+from graft_trainer.data.unusable import Unusable
 from graft_trainer.evaluation import gates
 from graft_trainer.evaluation.calls import advise, check_calls
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
-from graft_trainer.evaluation.suites import check_data, needs_chat_template, read_suite, suite_lines
+from graft_trainer.evaluation.suites import chat_prompts, check_data, needs_chat_template, read_suite, suite_lines
 from graft_trainer.model.basemodel import (
     check_base_model,
     check_data_fits,
@@ -38,7 +49,10 @@ from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Prepared, Run
 
 log = logging.getLogger(__name__)
-SAMPLE = 50_000  # examples of a file that are kept in memory
+SAMPLE = 50_000  # examples of a file, if a sample is enough
+CHARACTERS = 50_000_000  # of a sample; tokenising them takes half a minute on one core
+SHOWN = 3  # examples that the log and the report show
+SHOWN_LINES = 5
 
 
 def preflight(run: Run) -> None:
@@ -69,7 +83,9 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     check_spec(job)
     check_publishing(run)
     digests = download_dataset(run)
-    data = read_data(job.dataset, settings.dataset_dir, job.training.seed, most=SAMPLE)
+    # The pod of the preflight has read every line. A pod that holds GPUs reads a sample again.
+    most = SAMPLE if weights and job.preflight else None
+    data = read_data(job.dataset, settings.dataset_dir, job.training.seed, most=most)
     log.info("dataset: %d examples to train on, %d held out", data.examples, data.held_out_examples)
     suites, conversations = download_suites(run)
 
@@ -97,7 +113,7 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     found = try_method(folder, name, job.task, job.method)
     if found.unreached:
         log.warning("%s", found.unreached)
-    statistics = measure_lengths(job, folder, data)
+    statistics = measure_lengths(run, folder, data)
     run.progress.update(dataset=statistics, target_modules=found.targets or None)
     quantized = stored_quantization(config) is not None
     return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized)
@@ -177,24 +193,60 @@ def _download(run: Run, uri: str, path: Path, field: str, *, jsonl: bool = True)
     return digest
 
 
-def measure_lengths(job: JobFile, folder: Path, data: Data) -> DatasetStatistics:
-    """Measure the dataset with the base model's tokenizer. Log the statistics and return them."""
+def measure_lengths(run: Run, folder: Path, data: Data) -> DatasetStatistics:
+    """Tokenise the dataset with the base model's tokenizer, and check every example that was read.
+
+    Log the statistics and return them.
+    """
     # If torch is installed, transformers imports it. That takes seconds and ten times the memory. Tokenizers work
     # without it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    name = job.base_model.name
-    tokenizer = load_tokenizer(folder, name)
+    job, name = run.job, run.job.base_model.name
+    tokenizer = load_tokenizer(folder, name, job.job.created_at)
     context = context_of(load_config(folder, name))
     # prepare runs without a GPU. train checks the limits that depend on one.
     longest = limits(job, Device("cuda", bf16=True), context).max_length
-    found = lengths.measure(data.train, tokenizer, longest, role="train", task=job.task)
+    how: Any = {"task": job.task, "skip": job.dataset.on_invalid == "skip"}
+    how["most"] = CHARACTERS if data.sampled else None
+    found, unusable = lengths.measure(data.train, tokenizer, longest, role="train", **how)
+    reasons = Counter(data.reasons) + unusable.counts
     if data.held_out:
-        lengths.measure(data.held_out, tokenizer, longest, role="eval", task=job.task)
+        reasons += lengths.measure(data.held_out, tokenizer, longest, role="eval", **how)[1].counts
     if tokenizer.chat_template:
         advise(data.train, tokenizer)
         check_calls(job.evaluation, data.held_out, tokenizer)
-    statistics = lengths.describe(found, examples=data.examples, held_out=data.held_out_examples, invalid=data.invalid)
-    sampled = "" if len(found.whole) == data.examples else f" (measured on a sample of {len(found.whole)})"
+    check_suites(run, tokenizer)
+    statistics = lengths.describe(
+        found,
+        examples=data.examples - (0 if data.sampled else unusable.total),
+        held_out=data.held_out_examples,
+        invalid=sum(reasons.values()),
+    )
+    again = repeated(data.train, data.held_out)
+    statistics.repeated = len(again)
+    statistics.invalid_reasons = dict(reasons)
+    statistics.learned = examples_shown(data.train, tokenizer, longest, job.task, unusable)
+    if job.dataset.format != "text" and writes_date(tokenizer) and job.job.created_at:
+        statistics.prompt_date = job.job.created_at[:10]
+    report_statistics(statistics, again, sampled=len(found.whole) if statistics.sampled else None)
+    prompt = job.method.prompt_tuning
+    taken = prompt.virtual_tokens if prompt is not None and job.task == "causal" else 0
+    if warning := lengths.advice(found, longest, None if context is None else context - taken):
+        log.warning("dataset.train: %s", warning)
+    return statistics
+
+
+def examples_shown(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task, unusable: Unusable
+) -> list[str]:
+    """Return the text of the first examples, with marks around what the loss covers."""
+    first = [example for example in examples[: SHOWN + unusable.total] if example.line not in unusable.lines][:SHOWN]
+    found = usable(first, tokenizer, max_length, task, Unusable("train", max_length))
+    return [f"line {example.line}: {show(one.item, tokenizer)}" for example, made in found for one in made][:SHOWN]
+
+
+def report_statistics(statistics: DatasetStatistics, again: Sequence[int], sampled: int | None) -> None:
+    """Log what was found in the data."""
     log.info(
         "dataset: %d tokens; tokens per example: mean %.1f, median %d, 95th percentile %d, longest %d%s",
         statistics.tokens,
@@ -202,10 +254,50 @@ def measure_lengths(job: JobFile, folder: Path, data: Data) -> DatasetStatistics
         statistics.median_tokens,
         statistics.p95_tokens,
         statistics.max_tokens,
-        sampled,
+        f" (measured on a sample of {sampled})" if sampled is not None else "",
     )
-    prompt = job.method.prompt_tuning
-    taken = prompt.virtual_tokens if prompt is not None and job.task == "causal" else 0
-    if warning := lengths.advice(found, longest, None if context is None else context - taken):
-        log.warning("dataset.train: %s", warning)
-    return statistics
+    for text in statistics.learned:
+        log.info("the loss covers what is between ⟦ and ⟧: %s", text)
+    if statistics.prompt_date is not None:
+        log.warning(
+            "the chat template writes the date of the day. Every prompt of this job has %s, the day of its creation. A server "
+            "writes the date of each request",
+            statistics.prompt_date,
+        )
+    if again:
+        lines = ", ".join(map(str, again[:SHOWN_LINES]))
+        log.warning(
+            "%d held-out examples are also in the training data, so their scores are too good (lines %s%s). Remove them from "
+            "one of the two",
+            len(again),
+            lines,
+            ", …" if len(again) > SHOWN_LINES else "",
+        )
+
+
+def check_suites(run: Run, tokenizer: Any) -> None:
+    """Raise Failure(DatasetInvalid) if the chat template cannot render a task of a suite."""
+    for suite in run.job.evaluation.suites or ():
+        if suite.uri is None:
+            continue
+        with (run.settings.dataset_dir / "suites" / f"{suite.name}.jsonl").open("rb") as stream:
+            tasks = read_suite(suite_lines(stream), suite, run.job.dataset, run.job.task)
+        if chat_prompts(run.job.dataset) and tokenizer.chat_template:
+            tasks = [task.as_chat() for task in tasks]
+        for task in tasks:
+            for answer in task.choices or task.answers[:1] or (None,):
+                example = task.example(answer)
+                try:
+                    if run.job.task == "seq2seq":
+                        tokenise_pair(example, tokenizer)
+                    else:
+                        tokenise_one(example, tokenizer)
+                except BadLine as error:
+                    raise _of_suite(suite, failure_of(example, error)) from error
+                except Failure as error:
+                    raise _of_suite(suite, error) from error
+
+
+def _of_suite(suite: Suite, failure: Failure) -> Failure:
+    where = f"spec.evaluation.suites {suite.name} ({suite.uri})"
+    return Failure(failure.reason, f"{where}: {failure.message}", failure.remedy)

@@ -21,7 +21,7 @@ from graft_trainer.checkpoints.checkpoint import identity
 from graft_trainer.data.example import Example
 from graft_trainer.data.packing import PackCollator, check_packing, pack
 from graft_trainer.data.pod_tokens import tokenise_in_pod
-from graft_trainer.data.read import read_data
+from graft_trainer.data.read import read_data, without
 from graft_trainer.data.tokens import Collator, Task, Tokenisation, pad_token
 from graft_trainer.loop.loop import Work, run_loop
 from graft_trainer.model.basemodel import context_of, load_config, load_tokenizer
@@ -82,11 +82,15 @@ def train(run: Run, prepared: Prepared) -> Trained:
     folder, name = Path(prepared.base_model_dir), job.base_model.name
     device, world, memory = this_device(), world_size(), PeakMemory()
 
-    tokenizer = load_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder, name, job.job.created_at)
     config = load_config(folder, name)
     known = limits(job, device, context_of(config), world)
     data = read_data(job.dataset, run.settings.dataset_dir, job.training.seed)
-    where: Any = {"task": job.task, "folder": run.settings.work_dir}
+    where: Any = {
+        "task": job.task,
+        "folder": run.settings.work_dir,
+        "skip": job.dataset.on_invalid == "skip",
+    }
     tokens = tokenise_in_pod(data.train, tokenizer, known.max_length, role="train", **where)
     held_out = None
     if data.held_out:
@@ -160,9 +164,9 @@ def train(run: Run, prepared: Prepared) -> Trained:
         targets=tunable.targets,
         digests=prepared.digests,
         train=tokens,
-        train_examples=data.train,
+        train_examples=without(data.train, tokens.unusable.lines),
         held_out=held_out,
-        held_out_examples=data.held_out,
+        held_out_examples=without(data.held_out, held_out.unusable.lines) if held_out else (),
         curve=learned.curve,
         held_out_curve=learned.held_out_curve,
         train_loss=sum(record["loss"] for record in last) / len(last) if last else None,

@@ -20,6 +20,7 @@ class JobIdentity(Message):
     name: str
     namespace: str
     uid: str
+    created_at: str | None = None  # RFC 3339
 
 
 class OutputRef(Message):
@@ -71,6 +72,7 @@ class JobFile(Message):
     task: Literal["causal", "seq2seq"] = "causal"
     pods: Pods = Field(default_factory=Pods)
     choice: Choice = Field(default_factory=Choice)
+    preflight: bool = False  # a pod without GPUs reads every line of the dataset before the run's pods start
     halvings: int = 0  # how often to halve the micro-batch: the number of attempts that ran out of memory
     current: CurrentVersion | None = None
     hf_endpoint: str | None = None

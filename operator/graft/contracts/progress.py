@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
 from graft.bounded import Limits
 from graft.contracts.message import Key, Message, Name, Real, Scalar, Whole, Words, first, first_entries
 
@@ -85,6 +87,8 @@ class DatasetStatistics(Message):
     examples: Whole = 0
     held_out: Whole = 0
     invalid: Whole = 0
+    invalid_reasons: Annotated[dict[Key, Whole], first_entries(16)] = Field(default_factory=dict)  # reason -> lines
+    repeated: Whole = 0  # held-out examples that are also in the training data
     tokens: Whole = 0  # after truncation
     mean_tokens: Real = 0
     median_tokens: Whole = 0
@@ -92,6 +96,10 @@ class DatasetStatistics(Message):
     max_tokens: Whole = 0
     truncated_share: Real = 0
     sampled: bool = False  # True: the lengths come from a sample of the examples
+    learned: Annotated[list[Words], first(3)] = Field(
+        default_factory=list
+    )  # examples, with marks around the text that the loss covers
+    prompt_date: Name | None = None  # the date in the prompts, if the chat template writes the date of the day
 
 
 class Progress(Message):

@@ -94,7 +94,12 @@ def job_file(
 ) -> JobFile:
     """Return the contents of job.json for the training pods."""
     return JobFile(
-        job=JobIdentity(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
+        job=JobIdentity(
+            name=job.metadata.name,
+            namespace=job.metadata.namespace,
+            uid=job.metadata.uid,
+            created_at=job.metadata.creation_timestamp,
+        ),
         tenant=tenant_of(job.metadata.namespace),
         base_model=base_model,
         dataset=job.spec.dataset,
@@ -110,6 +115,7 @@ def job_file(
             first_host=first_host(job) if shape.nodes > 1 else None,
         ),
         choice=shape.choice,
+        preflight=shape.gpus > 0,
         current=current,
         hf_endpoint=settings.huggingface_endpoint,
         trainer_image=settings.images.trainer,

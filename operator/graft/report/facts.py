@@ -79,7 +79,7 @@ def dataset(report: Report) -> Rows:
         ("training examples", wording.count(data.train)),
         ("held-out examples", wording.count(data.held_out)),
         ("truncated to maxLength", wording.count(data.truncated)),
-        ("dropped: no tokens to train on after truncation", wording.count(data.dropped)),
+        ("left out: cannot be used", wording.count(data.dropped)),
     ]
     if stats is not None:
         lengths = (stats.mean_tokens, stats.median_tokens, stats.p95_tokens, stats.max_tokens)

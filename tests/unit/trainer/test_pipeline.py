@@ -18,6 +18,7 @@ from graft_trainer.prepare import prepare_container
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Run
 from safetensors.torch import load_file
+from worlds.templates import TEMPLATES, chat_tokenizer
 from worlds.trainer import MemoryStore, chat_lines, make_job, make_run, train_prepared
 
 PREFIX = "team-a/adapters/colours/1.0.0/"
@@ -274,9 +275,7 @@ def test_the_mean_loss_over_tokens_does_not_depend_on_the_batch_size(base: Path)
 
 
 def test_generation_stops_at_the_token_that_ends_the_training_answers() -> None:
-    trained = SimpleNamespace(
-        model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2])),
-        tokenizer=SimpleNamespace(eos_token_id=2, all_special_ids=[0, 1, 2, 7]),
-        train=SimpleNamespace(examples=[Tokenised([5, 6, 7, 9], [IGNORED, 6, 7, 9])]),
-    )
-    assert stop_tokens(trained) == [2, 7]  # type: ignore[arg-type]
+    tokenizer = chat_tokenizer(TEMPLATES["chatml"])
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 9]))
+    trained = SimpleNamespace(model=model, tokenizer=tokenizer)
+    assert stop_tokens(trained) == [2, tokenizer.convert_tokens_to_ids("<|im_end|>"), 9]  # type: ignore[arg-type]

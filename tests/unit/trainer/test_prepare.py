@@ -95,7 +95,11 @@ def test_progress_reports_the_statistics_of_the_dataset(tmp_path: Path, store: M
     assert told == {
         "examples": 6, "heldOut": 3, "invalid": 2, "tokens": 2 * sum(sizes), "meanTokens": round(sum(sizes) / 3, 1),
         "medianTokens": sizes[1], "p95Tokens": sizes[2], "maxTokens": sizes[2], "truncatedShare": 0.0,
-        "sampled": False,
+        "sampled": False, "invalidReasons": {"format": 2}, "repeated": 3,
+        "learned": [
+            f"line {line}: <s><|user|>{question}<|assistant|>⟦{answer}</s>⟧"
+            for line, (question, answer) in enumerate(QUESTIONS.items(), start=1)
+        ],
     }  # fmt: skip
     assert Prepared.read(run.settings.prepared_file).statistics == DatasetStatistics.model_validate(told)
 

@@ -70,6 +70,11 @@ class Reading:
     problems: list[str] = field(default_factory=list)  # what is wrong with the first skipped lines
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> number of lines that have it
 
+    @property
+    def reasons(self) -> dict[str, int]:
+        """BadLine.trouble -> lines that were skipped."""
+        return {"format": self.invalid} if self.invalid else {}
+
 
 def check_template(template: str) -> None:
     """Check an instruction template. Raises Failure(DatasetInvalid) if it cannot be filled."""

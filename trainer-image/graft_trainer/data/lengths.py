@@ -1,76 +1,90 @@
 """Measure the lengths of the examples in tokens, and what training.maxLength cuts off, before a GPU is used.
 
-It tokenises the examples one by one with the code that train uses, so the numbers are those of the training. Of a large
-dataset it measures a sample, which bounds the time.
+It tokenises the examples with the code that train uses. So the numbers are those of the training, and an example that
+cannot be used is found before a GPU is used.
 """
 
 import math
 import random
 import statistics
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.contracts.progress import DatasetStatistics, Reason
+from graft.contracts.progress import DatasetStatistics
 
 from graft_trainer.data.example import Example
-from graft_trainer.data.tokens import Task, tokenise_one, tokenise_pair
-from graft_trainer.run.failures import Failure
+from graft_trainer.data.pod_tokens import all_threads
+from graft_trainer.data.tokens import Sized, Task, usable
+from graft_trainer.data.unusable import Unusable
 
-CHARACTERS = 50_000_000  # characters that are tokenised at most; takes half a minute on one core
 HIGH_SHARE = 0.1  # if a larger share of the examples is cut, the user gets a warning
 WHOLE_SHARE = 0.99  # share of the examples that stay whole with the length that the warning proposes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lengths:
-    """The lengths of the measured examples, in tokens. The lists have one entry per example."""
+    """The lengths of the measured examples, in tokens. A conversation can become several sequences. The lists have one
+    entry per sequence."""
 
-    whole: list[int]  # before truncation; for seq2seq, both sides together
-    sides: list[int]  # the length that maxLength limits: for seq2seq the longer side, else the whole
-    tokens: int  # total after truncation, without the examples that are dropped
-    truncated: int  # examples
+    whole: Sequence[int]  # before truncation; for seq2seq, both sides together
+    sides: Sequence[int]  # the length that maxLength limits: for seq2seq the longer side, else the whole
+    tokens: int  # total after truncation
+    truncated: int  # sequences
+    examples: int  # measured
 
     @property
     def truncated_share(self) -> float:
         return self.truncated / len(self.sides)
 
+    def add(self, found: Sequence[Sized], max_length: int) -> None:
+        """Add the sequences of one example."""
+        self.examples += 1
+        for one in found:
+            self.whole.append(one.whole)  # type: ignore[attr-defined]
+            self.sides.append(one.longest)  # type: ignore[attr-defined]
+            self.truncated += one.longest > max_length
+            self.tokens += one.item.tokens
+
 
 def measure(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, *, role: str, task: Task = "causal"
-) -> Lengths:
-    """Measure a sample of `examples`, or all if they are few. Raises Failure(DatasetInvalid) if no example has a token
-    within `max_length` that the loss covers, or if the chat template refuses an example."""
-    whole, sides = [], []
-    tokens = truncated = characters = 0
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    role: str,
+    task: Task = "causal",
+    skip: bool = False,
+    most: int | None = None,
+) -> tuple[Lengths, Unusable]:
+    """Measure all `examples`. With `most`, measure a random sample with about as many characters.
+
+    Raises Failure(DatasetInvalid) if an example cannot be used; with `skip`, only if no example remains.
+    """
+    lengths, unusable = Lengths(array("i"), array("i"), 0, 0, 0), Unusable(role, max_length)
+    chosen = examples if most is None else _sample(examples, most)
+    with all_threads():
+        for _, found in usable(chosen, tokenizer, max_length, task, unusable):
+            lengths.add(found, max_length)
+    unusable.check(len(chosen), skip=skip)
+    return lengths, unusable
+
+
+def _sample(examples: Sequence[Example], most: int) -> list[Example]:
     order = random.Random(0).sample(range(len(examples)), len(examples))  # noqa: S311 - a reproducible draw
+    chosen, characters = [], 0
     for index in order:
-        if characters > CHARACTERS:
+        if characters > most:
             break
-        example = examples[index]
-        characters += _characters(example)
-        if task == "seq2seq":
-            source, target = tokenise_pair(example, tokenizer)
-            parts, learned = [len(source), len(target)], bool(target[:max_length])
-        else:
-            ids, learns = tokenise_one(example, tokenizer)
-            parts, learned = [len(ids)], any(learns[1:max_length])
-        whole.append(sum(parts))
-        sides.append(max(parts))
-        truncated += max(parts) > max_length
-        tokens += sum(min(part, max_length) for part in parts) if learned else 0
-    if not tokens:
-        raise Failure(
-            Reason.DATASET_INVALID,
-            f"spec.dataset.{role}: none of the {len(whole)} examples has a token to train on within {max_length} tokens",
-            "Raise spec.training.maxLength, or shorten the prompts.",
-        )
-    return Lengths(whole, sides, tokens, truncated)
+        chosen.append(examples[index])
+        characters += _characters(chosen[-1])
+    return chosen
 
 
 def describe(lengths: Lengths, *, examples: int, held_out: int, invalid: int) -> DatasetStatistics:
     """Return the statistics of a dataset with `examples` examples. `lengths` holds all of them or a sample."""
-    ordered, scale = sorted(lengths.whole), examples / len(lengths.whole)
+    ordered, scale = sorted(lengths.whole), examples / lengths.examples
     return DatasetStatistics(
         examples=examples,
         held_out=held_out,
@@ -81,7 +95,7 @@ def describe(lengths: Lengths, *, examples: int, held_out: int, invalid: int) ->
         p95_tokens=quantile(ordered, 0.95),
         max_tokens=ordered[-1],
         truncated_share=round(lengths.truncated_share, 4),
-        sampled=len(lengths.whole) < examples,
+        sampled=lengths.examples < examples,
     )
 
 

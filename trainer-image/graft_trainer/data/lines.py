@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from graft.bounded import Limits, OutOfBounds, check_json
 
@@ -12,11 +12,20 @@ EXCERPT = 100  # characters that a message shows of an invalid line
 REASON = 500  # characters of the reason in a message
 
 
-class BadLine(Exception):
-    """A line is invalid. The message says what is wrong with it."""
+# Why a line cannot be used.
+Trouble = Literal["format", "templateRefuses", "notRendered", "noEnd", "controlTokens", "nothingToLearn", "tooLong"]
 
-    def __init__(self, why: str) -> None:
+
+class BadLine(Exception):
+    """A line cannot be used. The message says what is wrong with it.
+
+    `remedy` says what to do if the format of the line is correct.
+    """
+
+    def __init__(self, why: str, trouble: Trouble = "format", remedy: str = "") -> None:
         super().__init__(why if len(why) <= REASON else why[:REASON] + "…")
+        self.trouble = trouble
+        self.remedy = remedy
 
 
 def bounded_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -1,17 +1,25 @@
 """The examples of the files that prepare downloaded: read, split into training and held-out ones, varied by templates."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from graft.api.recipe import Dataset, DatasetSource
 
-from graft_trainer.data.dataset import Reading, held_out_size, read_examples, split, vary
+from graft_trainer.data.dataset import Examples, Reading, held_out_size, read_examples, split, vary
 from graft_trainer.data.example import Example
 
 log = logging.getLogger(__name__)
 SHOWN_FIELDS = 16  # names of unread fields that the log shows
+
+
+def without(examples: Sequence[Example], lines: Set[int]) -> Sequence[Example]:
+    """Return the examples that are not at one of these lines of the file."""
+    if not lines or not isinstance(examples, Examples):
+        return examples
+    return examples.choose([index for index, line in enumerate(examples.numbers) if line not in lines])
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,8 @@ class Data:
     held_out: Sequence[Example]
     examples: int  # to train on, in all; more than in `train` if that is a sample
     held_out_examples: int  # in all; more than in `held_out` if that is a sample
-    invalid: int  # lines that are in neither
+    reasons: dict[str, int]  # BadLine.trouble -> lines that are in neither
+    sampled: bool = False  # whether `train` or `held_out` is a sample
 
 
 def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None) -> Data:
@@ -45,14 +54,15 @@ def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None
         return found
 
     train = read("train", dataset.train)
-    learned, invalid = train.examples, train.invalid
+    learned, reasons = train.examples, Counter(train.reasons)
     held: Sequence[Example] = []
     held_total = 0
     if dataset.eval is not None:
         found = read("eval", dataset.eval)
-        held, held_total, invalid = found.examples, found.total, invalid + found.invalid
+        held, held_total, reasons = found.examples, found.total, reasons + Counter(found.reasons)
     elif dataset.eval_split is not None:
         learned, held = split(learned, dataset.eval_split, seed)
         held_total = held_out_size(train.total, dataset.eval_split)
     total = train.total if dataset.eval is not None else train.total - held_total
-    return Data(vary(learned, dataset.templates, seed), held, total, held_total, invalid)
+    sampled = len(learned) < total or len(held) < held_total
+    return Data(vary(learned, dataset.templates, seed), held, total, held_total, dict(reasons), sampled)

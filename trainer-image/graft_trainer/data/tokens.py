@@ -11,13 +11,15 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 from graft.contracts.progress import Reason
 
-from graft_trainer.data.conversation import ids_of, render, tokenise_conversations
+from graft_trainer.data.conversation import Piece, prompt_tokens, tokenise_conversations
 from graft_trainer.data.example import Example
+from graft_trainer.data.lines import BadLine
+from graft_trainer.data.unusable import Unusable
 from graft_trainer.run.failures import Failure
 
 if TYPE_CHECKING:
@@ -138,17 +140,25 @@ class TokenFile(Sequence[Tokenised]):
         return Tokenised.of(self.codes[begin:end], self.task)
 
 
+class Sized(NamedTuple):
+    """A sequence, cut to maxLength, with its lengths before the cut, in tokens."""
+
+    item: Tokenised
+    whole: int  # for seq2seq, both sides together
+    longest: int  # what maxLength limits: for seq2seq the longer side, else the whole
+
+
 @dataclass(frozen=True)
 class Tokenisation:
-    """The examples that remain, and how many examples were truncated or dropped."""
+    """The sequences of the examples that remain, and which examples were truncated or left out."""
 
     examples: Sequence[Tokenised]
-    truncated: int  # examples cut to max_length, including those that were then dropped
-    dropped: int  # examples in which no token is left that the loss covers
+    truncated: int  # sequences cut to max_length
+    unusable: Unusable  # the examples that are left out
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Tokens of the longest sequence."""
         return max(item.tokens for item in self.examples)
 
 
@@ -160,83 +170,139 @@ def tokenise(
     role: str,
     task: Task = "causal",
     folder: Path | None = None,
+    skip: bool = False,
 ) -> Tokenisation:
     """Tokenise the examples and cut them to `max_length`; for seq2seq, cut each side. The tokens are written to a file
     in `folder`.
 
-    Raises Failure(DatasetInvalid) if no example remains or the chat template refuses an example. Raises
+    Raises Failure(DatasetInvalid) if an example cannot be used; with `skip`, only if no example remains. Raises
     Failure(ConfigurationInvalid) if the format is text and the model is seq2seq.
     """
-    truncated = dropped = 0
+    truncated, unusable = 0, Unusable(role, max_length)
 
     def items() -> Iterator[Tokenised]:
-        nonlocal truncated, dropped
-        for begin in range(0, len(examples), TOGETHER):
-            for item, cut in _tokenise(list(examples[begin : begin + TOGETHER]), tokenizer, max_length, task):
-                truncated += cut
-                if item.learned:
-                    yield item
-                else:
-                    dropped += 1
+        nonlocal truncated
+        for _, found in usable(examples, tokenizer, max_length, task, unusable):
+            for one in found:
+                truncated += one.longest > max_length
+                yield one.item
 
     kept = TokenFile.write(items(), task, folder)
-    if kept is None:
-        raise Failure(
-            Reason.DATASET_INVALID,
-            f"spec.dataset.{role}: none of the {len(examples)} examples has a token to train on within {max_length} tokens",
-            "Raise spec.training.maxLength, or shorten the prompts.",
-        )
-    if truncated or dropped:
-        log.warning(
-            "dataset.%s: %d examples were cut to %d tokens, %d examples without a token to train on were dropped",
-            role,
-            truncated,
-            max_length,
-            dropped,
-        )
-    return Tokenisation(kept, truncated, dropped)
+    unusable.check(len(examples), skip=skip)
+    assert kept is not None  # noqa: S101 - check raised if no example remains
+    if truncated:
+        log.warning("dataset.%s: %d sequences were cut to %d tokens", role, truncated, max_length)
+    return Tokenisation(kept, truncated, unusable)
 
 
-def _tokenise(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task
-) -> Iterator[tuple[Tokenised, bool]]:
-    """Yield (the tokens of the example, whether they were cut) for each example."""
+def usable(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task, unusable: Unusable
+) -> Iterator[tuple[Example, list[Sized]]]:
+    """Yield each example with its sequences.
+
+    Examples that cannot be used are added to `unusable`: the template refuses them, or the loss covers none of their
+    tokens within `max_length`.
+    """
+    for begin in range(0, len(examples), TOGETHER):
+        together = list(examples[begin : begin + TOGETHER])
+        for example, found in zip(together, _tokenise(together, tokenizer, max_length, task), strict=True):
+            if isinstance(found, BadLine):
+                unusable.add(example.line, found)
+            elif learned := [one for one in found if one.item.learned]:
+                yield example, learned
+            else:
+                unusable.add(example.line, _too_long(found, max_length))
+
+
+def _too_long(found: list[Sized], max_length: int) -> BadLine:
+    longest = max(one.longest for one in found)
+    if longest <= max_length:
+        return BadLine("the answer has no token", "nothingToLearn", "Give the line an answer.")
+    return BadLine(
+        f"the answer begins after the {max_length} tokens of spec.training.maxLength: the example has {longest} tokens",
+        "tooLong",
+        "Raise spec.training.maxLength, or shorten the prompts.",
+    )
+
+
+def _tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task) -> list[list[Sized] | BadLine]:
+    """Return the sequences of each example, or why it cannot be used."""
     if task == "seq2seq":
-        for example in examples:
-            source, target = tokenise_pair(example, tokenizer)
-            cut = max(len(source), len(target)) > max_length
-            yield Tokenised(_cut(source, max_length, tokenizer), target[:max_length], task), cut
-        return
-    for ids, learned in tokenise_together(examples, tokenizer):
-        code = np.asarray(ids[:max_length], np.int32)
-        yield Tokenised.of(np.where(learned[:max_length], code, ~code), task), len(ids) > max_length
+        return [_sized_pair(example, tokenizer, max_length) for example in examples]
+    return [
+        found if isinstance(found, BadLine) else [_sized(ids, learned, max_length) for ids, learned in found]
+        for found in tokenise_together(examples, tokenizer)
+    ]
 
 
-def tokenise_one(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return (token ids, whether the loss covers each token), not cut."""
-    return tokenise_together([example], tokenizer)[0]
+def _sized(ids: list[int], learned: list[bool], max_length: int) -> Sized:
+    code = np.asarray(ids[:max_length], np.int32)
+    item = Tokenised.of(np.where(learned[:max_length], code, ~code), "causal")
+    return Sized(item, len(ids), len(ids))
 
 
-def tokenise_together(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
-    """Return the same for several examples, which must all have the same form."""
-    if examples[0].text is not None:
-        ends = [ids + _end(tokenizer) for ids in tokenizer([example.text for example in examples])["input_ids"]]
-        return [(ids, [True] * len(ids)) for ids in ends]
+def _sized_pair(example: Example, tokenizer: Any, max_length: int) -> list[Sized] | BadLine:
+    try:
+        source, target = tokenise_pair(example, tokenizer)
+    except BadLine as error:
+        return error
+    item = Tokenised(_cut(source, max_length, tokenizer), target[:max_length], "seq2seq")
+    return [Sized(item, len(source) + len(target), max(len(source), len(target)))]
+
+
+def tokenise_one(example: Example, tokenizer: Any) -> list[Piece]:
+    """Return the sequences of an example, each (token ids, whether the loss covers each token), not cut. Only a
+    conversation can have several.
+
+    Raises Failure(DatasetInvalid) if the example cannot be used.
+    """
+    found = tokenise_together([example], tokenizer)[0]
+    if isinstance(found, BadLine):
+        raise failure_of(example, found) from found
+    return found
+
+
+def failure_of(example: Example, error: BadLine) -> Failure:
+    """Return the failure of one example that cannot be used."""
+    return Failure(Reason.DATASET_INVALID, f"line {example.line}: {error}", error.remedy or "Correct this line.")
+
+
+def tokenise_together(examples: Sequence[Example], tokenizer: Any) -> list[list[Piece] | BadLine]:
+    """Return the same for several examples, which must all have the same form, or why one cannot be used."""
     if examples[0].messages is not None:
         return tokenise_conversations(examples, tokenizer)
+    if examples[0].text is not None:
+        ends = [ids + _end(tokenizer) for ids in _read(tokenizer, [example.text or "" for example in examples])]
+        return [[(ids, [True] * len(ids))] for ids in ends]
     # Tokenised separately, as at inference, where the prompt's last token cannot merge with the answer's first token.
-    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    prompts = _read(tokenizer, [example.prompt or "" for example in examples])
     answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
     ends = [ids + _end(tokenizer) for ids in answers]
     return [
-        (prompt + end, [False] * len(prompt) + [True] * len(end)) for prompt, end in zip(prompts, ends, strict=True)
+        [(prompt + end, [False] * len(prompt) + [True] * len(end))] for prompt, end in zip(prompts, ends, strict=True)
     ]
+
+
+def _read(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of texts for a causal model: with the tokens that the tokenizer adds before a text, but without
+    an end token that it adds after it. An end token ends an answer, and follows it once."""
+    found = tokenizer(texts, return_special_tokens_mask=True)
+    return [
+        _without_end(ids, added) for ids, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+    ]
+
+
+def _without_end(ids: list[int], added: list[int]) -> list[int]:
+    count = len(ids)
+    while count > 1 and added[count - 1]:
+        count -= 1
+    return ids[:count] if not all(added) else ids
 
 
 def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return (the encoder's ids, the decoder's labels), not cut. The answer ends with the token that ends a generation.
 
-    Raises Failure(ConfigurationInvalid) for a text.
+    Raises Failure(ConfigurationInvalid) for a text, and BadLine if the example cannot be used.
     """
     if example.text is not None:
         raise Failure(
@@ -244,19 +310,29 @@ def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int
             "spec.dataset.format is text, but the base model is seq2seq: it trains on prompts with answers",
             "Set spec.dataset.format to instruction or chat, or use a causal base model.",
         )
-    answer = ids_of(tokenizer(text_target=example.answer))
+    answer = list(tokenizer(text_target=example.answer)["input_ids"])
     end = _end(tokenizer)
-    return prompt_ids(example, tokenizer, "seq2seq"), answer if answer[-1:] == end else answer + end
+    return _prompt(example, tokenizer, "seq2seq"), answer if answer[-1:] == end else answer + end
 
 
 def prompt_ids(example: Example, tokenizer: Any, task: Task = "causal") -> list[int]:
-    """Return the ids of the prompt; for seq2seq, the encoder's input. Not for examples of the format text."""
-    if example.messages is not None and task == "seq2seq" and not tokenizer.chat_template:
-        return ids_of(tokenizer(_plain(example)))
+    """Return the ids of the prompt; for seq2seq, the encoder's input. Not for examples of the format text.
+
+    Raises Failure(DatasetInvalid) if the example cannot be used.
+    """
+    try:
+        return _prompt(example, tokenizer, task)
+    except BadLine as error:
+        raise failure_of(example, error) from error
+
+
+def _prompt(example: Example, tokenizer: Any, task: Task) -> list[int]:
     if example.messages is None:
-        return ids_of(tokenizer(example.prompt))
-    text = render(example, example.messages[:-1], tokenizer, prompt=True)
-    return ids_of(tokenizer(text, add_special_tokens=False))
+        prompt = example.prompt or ""
+        return _read(tokenizer, [prompt])[0] if task == "causal" else list(tokenizer(prompt)["input_ids"])
+    if task == "seq2seq" and not tokenizer.chat_template:
+        return list(tokenizer(_plain(example))["input_ids"])
+    return prompt_tokens(example, tokenizer)
 
 
 def _plain(example: Example) -> str:
@@ -264,9 +340,9 @@ def _plain(example: Example) -> str:
     marks."""
     before = (example.messages or ())[:-1]
     if any(message["role"] in {"assistant", "tool"} for message in before):
-        raise Failure(
-            Reason.DATASET_INVALID,
-            f"line {example.line}: a conversation of several turns, but the base model has no chat template to separate the turns",
+        raise BadLine(
+            "a conversation of several turns, but the base model has no chat template to separate the turns",
+            "templateRefuses",
             "Use conversations of one question and one answer, set spec.dataset.format to instruction, or use a base model with a chat template.",
         )
     return "\n\n".join(str(message.get("content") or "") for message in before)

@@ -12,7 +12,7 @@ from graft.api.evaluation import Evaluation, Metric
 from graft.contracts.progress import Reason
 from graft.toolcalls import PARSERS, Call, parser_for, same_calls
 
-from graft_trainer.data.conversation import render
+from graft_trainer.data.conversation import answer_text
 from graft_trainer.data.example import Example
 from graft_trainer.evaluation.gates import HELD_OUT, split_name
 from graft_trainer.evaluation.suites import Task, task_of
@@ -37,7 +37,7 @@ class UnknownFormat(Exception):
 def format_of(tasks: Sequence[Task], tokenizer: Any) -> str | None:
     """Return the name of the parser that reads the right answers of these tasks as the chat template writes them."""
     asked = islice((task for task in tasks if task.calls), RENDERED)
-    rendered = [(_answer(task, tokenizer), task.calls) for task in asked]
+    rendered = [(answer_text(task.example(), tokenizer), task.calls) for task in asked]
     return parser_for(rendered) if rendered else None
 
 
@@ -91,17 +91,3 @@ def advise(train: Sequence[Example], tokenizer: Any) -> None:
         log.warning("dataset.train has calls of tools: %s. %s is not measured", UnknownFormat(), METRIC)
     else:
         log.info("dataset.train has calls of tools: spec.toolCallParser of an AdapterDeployment is %s", name)
-
-
-def _answer(task: Task, tokenizer: Any) -> str:
-    """Return the right answer as the chat template writes it, without the tokens that end it."""
-    example = task.example()
-    messages = example.messages or ()
-    prompt = render(example, messages[:-1], tokenizer, prompt=True)
-    whole = render(example, messages, tokenizer, prompt=False)
-    # A prompt that opens a thought is not the beginning of the whole conversation.
-    same = next((at for at, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt))
-    answer = str(whole[same:]).strip()
-    while end := next((one for one in tokenizer.all_special_tokens if one and answer.endswith(one)), None):
-        answer = answer.removesuffix(end).strip()
-    return answer

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from graft_trainer.data.conversation import unlearned
 from graft_trainer.data.example import Example
 from graft_trainer.data.messages import Message
 from graft_trainer.evaluation.suites import Task, task_of
@@ -53,7 +54,8 @@ def _shot(task: Task) -> Shot:
     answer = task.answers[0]
     before = task.messages if task.messages is not None else ({"role": "user", "content": task.prompt},)
     turns = tuple(message for message in before if message["role"] != "system")
-    return Shot((*turns, task.final or {"role": "assistant", "content": answer}), task.question, answer)
+    turns = (*turns, task.final or {"role": "assistant", "content": answer})
+    return Shot(unlearned(turns), task.question, answer)
 
 
 def _conversation(task: Task, shots: Sequence[Shot]) -> Task:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from graft_trainer.data.tokens import IGNORED
+from graft_trainer.data.chat import answer_stops
 from graft_trainer.evaluation.subject import Meter, Subject
 from graft_trainer.model.batches import in_batches
 from graft_trainer.train import Trained
@@ -107,17 +107,10 @@ def _with_virtual_tokens(subject: Subject, ids: torch.Tensor, mask: torch.Tensor
 
 
 def stop_tokens(trained: Trained) -> list[int]:
-    """Return the ids that end an answer: the model's, the tokenizer's, and the special token that ends training
-    answers."""
-    stop: set[int] = set()
-    for owner in (trained.model.generation_config, trained.tokenizer):
-        value = getattr(owner, "eos_token_id", None)
-        stop.update(value if isinstance(value, list) else [value] if value is not None else [])
-    special = set(trained.tokenizer.all_special_ids)
-    for item in trained.train.examples[:20]:
-        learned = [label for label in item.labels if label != IGNORED]
-        stop.update(next(([token] for token in reversed(learned[-3:]) if token in special), []))
-    return sorted(stop)
+    """Return the ids that end an answer: those of the base model, and the token that ends the answers of training."""
+    value = trained.model.generation_config.eos_token_id if trained.model.generation_config else None
+    own = value if isinstance(value, list) else [value] if value is not None else []
+    return sorted({*own, *answer_stops(trained.tokenizer)})
 
 
 def _fill(row: list[int], value: int, width: int, *, left: bool) -> list[int]:

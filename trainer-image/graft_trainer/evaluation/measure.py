@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from graft.api.evaluation import Metric
 
-from graft_trainer.data.tokens import prompt_ids, tokenise_one
+from graft_trainer.data.tokens import prompt_ids
 from graft_trainer.evaluation.calls import METRIC, call_accuracy
 from graft_trainer.evaluation.few_shot import Shot, put_before
 from graft_trainer.evaluation.generate import at_most, generate
@@ -93,12 +93,7 @@ def _losses(
     wanted = [name for name in questions.metrics if name in ("loss", "perplexity")]
     if not wanted:
         return
-    examples = []
-    for task, original in zip(tasks, questions.tasks, strict=True):
-        learned = None
-        if questions.whole and subject.task == "causal" and task.text is None:
-            learned = sum(tokenise_one(original.example(), subject.tokenizer)[1])
-        examples.append(tokenised(task.example(), subject, learned))
+    examples = [one for task in tasks for one in tokenised(task.example(earlier=questions.whole), subject)]
     found = log_likelihoods(subject.model, examples, subject.pad, batch, meter)
     loss = -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
     values = {"loss": round(loss, 5), "perplexity": round(math.exp(min(loss, 700.0)), 5)}
@@ -110,7 +105,7 @@ def _choices(
 ) -> None:
     if "accuracy" not in questions.metrics:
         return
-    examples = [tokenised(task.example(choice), subject) for task in tasks for choice in task.choices]
+    examples = [one for task in tasks for choice in task.choices for one in tokenised(task.example(choice), subject)]
     found = iter(log_likelihoods(subject.model, examples, subject.pad, batch, meter))
     means = [[value / max(1, tokens) for value, tokens in (next(found) for _ in task.choices)] for task in tasks]
     right = [task.choices.index(task.answers[0]) for task in tasks]

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,28 +82,16 @@ class Meter:
             self._progress.update(eta_seconds=round(left))
 
 
-def tokenised(example: Example, subject: Subject, learned: int | None = None) -> Tokenised:
-    """Return the tokens of the example, cut to the model's context, with the labels for its loss.
-
-    For a text, the loss covers all tokens. Otherwise it covers the last `learned` of the answers' tokens, or the last
-    answer if `learned` is None. Earlier answers are part of the question.
-    """
+def tokenised(example: Example, subject: Subject) -> list[Tokenised]:
+    """Return the sequences of the example, cut to the model's context, with the labels for its loss. They are those of
+    training: see tokens.tokenise_one. A cut keeps the end, where the answer is, but the beginning of a text."""
     room = subject.room
     if subject.task == "seq2seq":
         source, target = tokenise_pair(example, subject.tokenizer)
-        return Tokenised(subject.cut(source, room), target[:room], "seq2seq")
-    ids, mask = tokenise_one(example, subject.tokenizer)
-    if example.text is not None:
-        return Tokenised(ids[:room], list(ids[:room]))
-    places = [at for at, learn in enumerate(mask) if learn]
-    asked = set(places[-(learned or _last_run(places)) :])
-    labels = [token if at in asked else IGNORED for at, token in enumerate(ids)]
-    return Tokenised(ids, labels) if room is None else Tokenised(ids[-room:], labels[-room:])
-
-
-def _last_run(places: Sequence[int]) -> int:
-    """Return how many of the ascending numbers at the end follow each other without a gap."""
-    run = 1
-    while run < len(places) and places[-run - 1] == places[-run] - 1:
-        run += 1
-    return run
+        return [Tokenised(subject.cut(source, room), target[:room], "seq2seq")]
+    made = []
+    for ids, mask in tokenise_one(example, subject.tokenizer):
+        labels = [token if learn else IGNORED for token, learn in zip(ids, mask, strict=True)]
+        kept = slice(None) if room is None else slice(room) if example.text is not None else slice(-room, None)
+        made.append(Tokenised(ids[kept], labels[kept]))
+    return made

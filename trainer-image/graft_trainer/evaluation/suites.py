@@ -13,6 +13,7 @@ from graft.api.recipe import Dataset
 from graft.contracts.progress import Reason
 from graft.toolcalls import Call, calls_of
 
+from graft_trainer.data.conversation import unlearned
 from graft_trainer.data.example import Example, Tool
 from graft_trainer.data.formats import has_format, parser_of
 from graft_trainer.data.lines import BadLine, bounded_lines, excerpt, record_of
@@ -71,15 +72,19 @@ class Task:
             return "calls"
         return "choices" if self.choices else "answers"
 
-    def example(self, answer: str | None = None) -> Example:
-        """Return the task as an example of a dataset, with the given answer. The default is the first right answer."""
+    def example(self, answer: str | None = None, *, earlier: bool = False) -> Example:
+        """Return the task as an example of a dataset, with the given answer. The default is the first right answer.
+
+        The loss covers this answer. With `earlier`, it also covers the answers before it that are learned in training.
+        """
         if self.text is not None:
             return Example(self.line, text=self.text)
         final = self.final if answer is None else None
         answer = self.answers[0] if answer is None else answer
         if self.messages is None:
             return Example(self.line, prompt=self.prompt, answer=answer)
-        messages = (*self.messages, final or {"role": "assistant", "content": answer})
+        before = self.messages if earlier else unlearned(self.messages)
+        messages = (*before, final or {"role": "assistant", "content": answer})
         return Example(self.line, messages=messages, answer=answer, tools=self.tools)
 
     def as_chat(self) -> "Task":

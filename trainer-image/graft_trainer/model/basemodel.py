@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import struct
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from graft.artifacts.sources import CONFIG_LIMITS, INDEX, TOKENIZER_LIMITS, Weig
 from graft.bounded import Limits, OutOfBounds, parse_json
 from graft.contracts.progress import Reason
 
+from graft_trainer.data.chat import pin_date
 from graft_trainer.data.tokens import Task
 from graft_trainer.run.failures import Failure
 
@@ -127,12 +129,19 @@ def has_chat_template(folder: Path, name: str) -> bool:
     return (folder / "chat_template.jinja").is_file() or bool(path.is_file() and _json(path, name).get("chat_template"))
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """Load the base model's tokenizer. Raises Failure(BaseModelInvalid) if that fails."""
+def load_tokenizer(folder: Path, name: str, created_at: str | None = None) -> Any:
+    """Load the base model's tokenizer. Raises Failure(BaseModelInvalid) if that fails.
+
+    A chat template that writes the date of the day writes that of `created_at` (RFC 3339), so that every attempt of a
+    job reads the same tokens.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if created_at is not None:
+            pin_date(tokenizer, datetime.fromisoformat(created_at))
+        return tokenizer
     except Exception as error:
         raise _invalid(
             f"cannot load the tokenizer of {name}: {type(error).__name__}: {error}",

@@ -50,7 +50,7 @@ def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path)
 
 def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Report:
     """Return the document without the analysis and the seconds. docs/reports.md describes it."""
-    job, state, held_out = run.job, run.progress.state, trained.held_out
+    job, state = run.job, run.progress.state
     return Report(
         job=ReportJob(
             **job.job.model_dump(),
@@ -71,10 +71,10 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
         total_parameters=state.total_parameters,
         dataset=DatasetUse(
             digests=trained.digests,
-            train=len(trained.train.examples),
+            train=len(trained.train_examples),
             truncated=trained.train.truncated,
-            dropped=trained.train.dropped,
-            held_out=len(held_out.examples) if held_out else 0,
+            dropped=trained.train.unusable.total,
+            held_out=len(trained.held_out_examples),
             statistics=state.dataset,
         ),
         evaluation=EvaluationUse(

@@ -59,12 +59,13 @@ def listening() -> Iterator[Asked]:
         return generate(subject, prompts, *rest)
 
     def compared(example: Example, subject: Subject, *rest: Any) -> Any:
-        item = tokenised(example, subject, *rest)
-        text = subject.tokenizer.decode(item.input_ids)
-        if subject.task == "causal":  # the answer follows the question: cut it off
-            text = text[: text.rindex(ANSWER) + len(ANSWER)]
-        asked.setdefault(subject.who, set()).add(text)
-        return item
+        items = tokenised(example, subject, *rest)
+        for item in items:
+            text = subject.tokenizer.decode(item.input_ids)
+            if subject.task == "causal":  # the answer follows the question: cut it off
+                text = text[: text.rindex(ANSWER) + len(ANSWER)]
+            asked.setdefault(subject.who, set()).add(text)
+        return items
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "generate", generated)

@@ -82,7 +82,8 @@ def test_batched_answers_equal_greedy_decoding_one_by_one(folders: dict[str, Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_likelihoods_do_not_depend_on_the_batch_and_equal_the_models_loss(folders: dict[str, Path], kind: str) -> None:
     of = subject(folders, kind)
-    items = [tokenised(Task(1, prompt=text, answers=("It is. " + text,)).example(), of) for text in PROMPTS]
+    tasks = [Task(1, prompt=text, answers=("It is. " + text,)) for text in PROMPTS]
+    items = [item for task in tasks for item in tokenised(task.example(), of)]
     alone = log_likelihoods(of.model, items, of.pad, 1)
     for batch in (2, 8):
         together = log_likelihoods(of.model, items, of.pad, batch)
@@ -101,13 +102,13 @@ def test_only_the_last_answer_of_a_conversation_is_measured(folders: dict[str, P
         {"role": "assistant", "content": "bbb"},
         {"role": "user", "content": "c"},
     )
-    item = tokenised(Task(1, messages=turns, answers=("dd",)).example(), of)
+    [item] = tokenised(Task(1, messages=turns, answers=("dd",)).example(), of)
     assert of.tokenizer.decode([label for label in item.labels if label != -100]) == "dd</s>"
 
 
 def test_truncation_keeps_the_answer(folders: dict[str, Path]) -> None:
     of = subject(folders, "causal", room=20)
-    item = tokenised(Task(1, prompt="?" * 50, answers=("right",)).example(), of)
+    [item] = tokenised(Task(1, prompt="?" * 50, answers=("right",)).example(), of)
     assert len(item.input_ids) == 20
     assert of.tokenizer.decode(item.input_ids).endswith("?right</s>")
     assert len(generate(of, [list(range(10, 70))], [100])) == 1

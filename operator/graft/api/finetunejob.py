@@ -179,6 +179,12 @@ class DatasetFacts(Status):
     examples: int = Field(default=0, description="Number of training examples.")
     held_out: int = Field(default=0, description="Number of held-out examples.")
     invalid: int = Field(default=0, description="Number of lines that were left out (onInvalid: skip).")
+    invalid_reasons: dict[str, int] = Field(
+        default_factory=dict,
+        description="Number of lines that were left out, by reason: format, templateRefuses, notRendered, noEnd, "
+        "controlTokens, nothingToLearn, tooLong.",
+    )
+    repeated: int = Field(default=0, description="Number of held-out examples that are also in the training data.")
     tokens: int = Field(default=0, description="Total tokens of the training examples, after truncation.")
     mean_tokens: float = Field(default=0, description="Mean tokens per training example, before truncation.")
     median_tokens: int = Field(default=0, description="Median tokens per training example, before truncation.")

@@ -44,6 +44,20 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"file for the page (default: {PAGE})")
     compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
     compare.set_defaults(run=run_compare)
+    examples = commands.add_parser(
+        "examples",
+        help="show training examples of a run, with the tokens that the loss covers",
+        description="Show training examples of a run as the model read them. The loss covers what is between ⟦ and ⟧.",
+    )
+    examples.add_argument("job", metavar="JOB|FILE", help="name of a FineTuneJob that published, or a report.json")
+    examples.add_argument(
+        "-n", "--namespace", help="namespace of the job (default: the one of the kubeconfig's context)"
+    )
+    examples.add_argument("--context", help="context of the kubeconfig (default: the current one)")
+    examples.add_argument(
+        "--endpoint", help="URL of the object store, if the URL in the Secret is reachable only inside the cluster"
+    )
+    examples.set_defaults(run=run_examples)
     verify = commands.add_parser(
         "verify",
         help="check a published version against the operator's signature",
@@ -72,6 +86,19 @@ def run_verify(arguments: argparse.Namespace) -> None:
     from graft.cli.verification import verify_version
 
     print(verify_version(arguments.version, arguments.key, arguments.namespace, arguments.context, arguments.endpoint))
+
+
+def run_examples(arguments: argparse.Namespace) -> None:
+    """Print the examples of a report."""
+    from graft.cli.reports import read_reports
+
+    [report] = read_reports([arguments.job], arguments.namespace, arguments.context, arguments.endpoint)
+    found = report.dataset.statistics.learned if report.dataset.statistics is not None else []
+    if not found:
+        raise CliFailure(
+            f"the report of {arguments.job} shows no examples", "It was written by an older Graft. Run the job again."
+        )
+    print("\n\n".join(found))
 
 
 def run_compare(arguments: argparse.Namespace) -> None:

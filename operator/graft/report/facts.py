@@ -79,12 +79,14 @@ def dataset(report: Report) -> Rows:
         ("training examples", wording.count(data.train)),
         ("held-out examples", wording.count(data.held_out)),
         ("truncated to maxLength", wording.count(data.truncated)),
-        ("left out: cannot be used", wording.count(data.dropped)),
     ]
     if stats is not None:
         lengths = (stats.mean_tokens, stats.median_tokens, stats.p95_tokens, stats.max_tokens)
         rows += [
-            ("invalid lines left out", wording.count(stats.invalid)),
+            ("lines left out", wording.count(stats.invalid)),
+            *((f"left out: {reason}", wording.count(lines)) for reason, lines in stats.invalid_reasons.items()),
+            ("held-out examples that are also in the training data", wording.count(stats.repeated)),
+            ("date in the prompts", stats.prompt_date or wording.ABSENT),
             ("tokens of an example: mean, median, 95th percentile, longest", ", ".join(f"{n:.4g}" for n in lengths)),
         ]
     return rows

@@ -207,7 +207,7 @@ def _succeeded(world: World) -> Condition:
         # Until training writes its first record, progress.json is the one of the init container.
         stage = world.progress.stage if world.progress is not None else _stage_before(world)
         stage = stage if stage in STAGES[1:] else "Training"
-        return condition(KIND, "Succeeded", "Unknown", stage, f"{_truncation(world)}running in pod {pods.name(newest)}")
+        return condition(KIND, "Succeeded", "Unknown", stage, f"{_warnings(world)}running in pod {pods.name(newest)}")
     if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):
         text = "the pod checks the dataset, the access to storage and the base model"
         text += " before GPUs are requested" if world.preflight else ""
@@ -242,11 +242,17 @@ def _held(world: World) -> Condition | None:
     return condition(KIND, "Succeeded", "Unknown", "Suspended", text)
 
 
-def _truncation(world: World) -> str:
-    """Return a warning about truncated examples, while the user can still stop the run."""
+def _warnings(world: World) -> str:
+    """Return warnings about the dataset, while the user can still stop the run."""
     found = world.progress.dataset if world.progress is not None else world.job.status.dataset
-    share = found.truncated_share if found is not None else 0.0
-    return f"{share:.0%} of the examples are truncated to spec.training.maxLength; " if share > MUCH_TRUNCATED else ""
+    if found is None:
+        return ""
+    told = []
+    if found.truncated_share > MUCH_TRUNCATED:
+        told.append(f"{found.truncated_share:.0%} of the examples are truncated to spec.training.maxLength; ")
+    if found.repeated:
+        told.append(f"{found.repeated} held-out examples are also in the training data; ")
+    return "".join(told)
 
 
 def _stage_before(world: World) -> str:

@@ -12,6 +12,7 @@ from graft.cli.reports import parse, published_version, storage_config
 from graft.report.compare import PUBLISHED, compare
 from graft.report.comparison_page import as_json, render_comparison
 from graft.report.document import Report
+from graft.report.job import render_job
 from graft.report.rank_effect import rank_runs
 from worlds.report import document, make_report, old_document
 
@@ -214,3 +215,19 @@ def test_the_user_can_override_the_endpoint_of_the_store(tmp_path: Path) -> None
     assert (config.endpoint, config.bucket, config.access_key_id) == ("http://localhost:9000", "graft", "k")
     with pytest.raises(CliFailure, match="not valid base64"):
         storage_config({"bucket": "%%%"}, tmp_path, None)
+
+
+def test_the_examples_of_a_run_are_shown_with_what_the_loss_covers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = document("lora")
+    made["dataset"]["statistics"] = {"learned": ["line 1: <|user|>Hi<|assistant|>⟦Hello.</s>⟧", "line 2: …"]}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(made))
+    assert main(["examples", str(path)]) == 0
+    assert capsys.readouterr().out == "line 1: <|user|>Hi<|assistant|>⟦Hello.</s>⟧\n\nline 2: …\n"
+    assert "&lt;|assistant|&gt;⟦Hello.&lt;/s&gt;⟧" in render_job(parse(path.read_bytes(), "report.json"))
+    del made["dataset"]["statistics"]
+    path.write_text(json.dumps(made))
+    assert main(["examples", str(path)]) == 1
+    assert "shows no examples" in capsys.readouterr().err

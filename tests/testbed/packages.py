@@ -1,11 +1,12 @@
-"""The Debian packages that the real node needs. They are installed if they are missing."""
+"""The Debian packages that the real node and the tests need. They are installed if they are missing."""
 
 import os
 import shutil
+from pathlib import Path
 
 from testbed.shell import CACHE, Failed, locked, run, say
 
-# required program -> Debian package
+# required program, or absolute path of a file -> Debian package
 NODE = {
     "containerd": "containerd",
     "runc": "runc",
@@ -27,8 +28,14 @@ PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def missing(programs: dict[str, str]) -> list[str]:
-    """Return the packages whose program does not exist."""
-    return sorted({package for program, package in programs.items() if shutil.which(program, path=PATH) is None})
+    """Return the packages whose program or file does not exist."""
+    return sorted(
+        {
+            package
+            for program, package in programs.items()
+            if shutil.which(program, path=PATH) is None and not Path(program).is_file()
+        }
+    )
 
 
 def install(programs: dict[str, str]) -> None:

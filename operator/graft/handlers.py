@@ -34,6 +34,7 @@ from graft.reconcile.finetunejob import finetunejob
 from graft.reconcile.shared import access, storerights
 from graft.reconcile.shared.admission import admit
 from graft.reconcile.shared.context import Context
+from graft.reconcile.shared.onboarding import Requests
 from graft.reconcile.shared.ownership import owner_of
 from graft.reconcile.shared.queue import Key, Queue
 from graft.settings import load as load_settings
@@ -72,6 +73,7 @@ class Operator:
         self.ctx: Context | None = None
         self.queue: Queue | None = None
         self.tasks: list[asyncio.Task[None]] = []
+        self.requests = Requests()
         self.uids: dict[Key, str] = {}  # of the resources that have a worker
         self.watching: dict[str, float] = {}  # child kind -> when its watch last worked
         # (namespace, name) of an AdapterDeployment -> the strings in its spec and status
@@ -105,6 +107,7 @@ async def _start_operator() -> None:
     operator.tasks = [asyncio.create_task(_follow(kind), name=f"watch {kind}") for kind in CHILDREN]
     operator.tasks.append(asyncio.create_task(_follow_demand(), name="watch demand"))
     operator.tasks.append(asyncio.create_task(_follow_namespaces(), name="watch namespaces"))
+    operator.tasks.append(asyncio.create_task(operator.requests.issue(ctx), name="requested keys"))
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
     operator.tasks.append(asyncio.create_task(_signing_keys(), name="signing keys"))
 
@@ -205,12 +208,15 @@ def _versions(namespace: str, adapters: set[str]) -> list[tuple[str, str, str]]:
 
 
 async def _follow_namespaces() -> None:
-    """Revoke the storage keys of namespaces that are deleted."""
+    """Issue the storage keys that namespaces ask for, and revoke those of namespaces that are deleted."""
     ctx = operator.ctx
     assert ctx is not None  # noqa: S101
     async for event in ctx.kube.watch("Namespace", {}):
         operator.watching["Namespace"] = time.monotonic()
-        if event is None or event["type"] != "DELETED":
+        if event is None:
+            continue
+        operator.requests.note(event)
+        if event["type"] != "DELETED":
             continue
         try:
             await access.revoke_orphans(ctx)

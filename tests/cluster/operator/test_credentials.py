@@ -56,6 +56,13 @@ def test_a_key_gives_access_to_its_own_prefix_only(tenant: Tenant, neighbour: Te
         store.client.put_bucket_policy(Bucket="graft", Policy="{}")
 
 
+def test_the_first_dataset_can_be_uploaded_before_the_first_job(tenant: Tenant) -> None:
+    assert tenant.api.get("Secret", tenant.name, "graft-storage") is None
+    tenant.api.patch("Namespace", None, tenant.name, {"metadata": {"labels": {"graft.dev/credentials": "issue"}}})
+    tenant.wait(lambda: tenant.api.get("Secret", tenant.name, "graft-storage"), "the namespace has a key")
+    tenant.tenant_store().put(f"{tenant.name}/datasets/train.jsonl", b"{}")
+
+
 def test_a_key_is_mounted_as_a_file_and_never_set_as_a_variable(tenant: Tenant) -> None:
     tenant.job("here")
     pod = tenant.get("Pod", tenant.running_pod("here"))

@@ -212,7 +212,8 @@ def measured(case: Case, folder: Path) -> int:
 
 
 def estimated(case: Case, folder: Path) -> dict[str, int]:
-    """Return the estimate for the same case. On a CPU it excludes the framework's share, which is not a tensor."""
+    """Return the estimate for the same case. On a CPU it excludes the framework's share, which is not a tensor, and the
+    copy for a checkpoint, which is not made here."""
     method = Method.model_validate(case.method)
     virtual = method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0
     shape = geometry(facts_of(json.loads((folder / "config.json").read_text())))
@@ -227,7 +228,7 @@ def estimated(case: Case, folder: Path) -> dict[str, int]:
             device="cuda" if case.gpu else "cpu",
         ),
     )
-    return {name: size for name, size in items.items() if case.gpu or name != "framework"}
+    return {name: size for name, size in items.items() if case.gpu or name not in {"framework", "checkpoint"}}
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The placement of a job (PURE): its pods' resources and node selector, the settings for the trainer, and
 status.sizing."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -33,6 +34,7 @@ from graft.placement.offers import GpuKind, Node, NodeOffer, offers
 LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model takes days on a CPU and an hour on a GPU
 CPU_TOKENS = 8192  # tokens of a micro-batch on a CPU; the trainer has the same limit
 MOST_CPUS = 8  # models that fit a CPU have matrices too small to keep more cores busy
+CPU_MARGIN = 1.15  # the peak on a CPU may exceed its estimate by 15 %, and the limit must not end the pod
 STEP = 256 * 2**20  # bytes; memory requests are multiples of it
 DISK = "ephemeral-storage"
 
@@ -131,7 +133,7 @@ def _on_cpu(recipe: Recipe, available: Sequence[NodeOffer]) -> Decision:
         raise DoesNotFit(too_small(recipe, available))
     setup = _cpu_setup(recipe, setup)
     items = training_memory(shape, setup)
-    memory = -(-sum(items.values()) // STEP) * STEP
+    memory = math.ceil(CPU_MARGIN * sum(items.values()) / STEP) * STEP
     roomy = [offer for offer in available if offer.memory >= memory]
     if not roomy:
         raise DoesNotFit(too_small(recipe, available))

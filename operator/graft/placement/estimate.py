@@ -24,7 +24,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CUDA_CONTEXT = 700 * MIB  # the context, the kernels of torch and cuBLAS's workspaces
 NCCL = GIB  # buffers of the channels between GPUs
 FRAGMENTATION = 0.05  # share of the allocated memory: unused parts of the caching allocator's blocks
-CPU_RUNTIME = 1536 * MIB  # python with torch, transformers and the evaluation's libraries
+# Python with torch, transformers and the evaluation's libraries: the resident memory of a run of examples/tiny-llama.
+CPU_RUNTIME = 1000 * MIB
 CPU_FRAGMENTATION = 0.2  # share of the allocated memory: malloc returns little to the system
 
 
@@ -64,6 +65,8 @@ def training_memory(shape: Geometry, setup: Setup) -> dict[str, int]:
         items["framework"] = CUDA_CONTEXT + (NCCL if setup.world > 1 else 0) + FRAGMENTATION * used
     else:
         items["framework"] = CPU_RUNTIME + CPU_FRAGMENTATION * used
+        # The trained weights and the optimizer's state, copied for a checkpoint. On a GPU, host memory holds them.
+        items["checkpoint"] = (4 + OPTIMIZER_BYTES[setup.optim]) * trained
     return {name: round(value) for name, value in items.items() if round(value) > 0}
 
 

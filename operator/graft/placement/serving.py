@@ -6,13 +6,14 @@ from typing import Literal
 
 from graft.api.recipe import Lora
 from graft.placement.blocks import Geometry, adapter_parameters, linear_parameters
-from graft.placement.estimate import CPU_RUNTIME, CUDA_CONTEXT, GIB, NCCL, QUANT_BLOCK
+from graft.placement.estimate import CUDA_CONTEXT, GIB, MIB, NCCL, QUANT_BLOCK
 from graft.placement.offers import GpuKind, NodeOffer
 
 # The share of a GPU's memory that vLLM uses (its gpu_memory_utilization). The rest is for the driver and other
 # processes.
 SHARE = 0.9
 ENGINE_PROCESS = 8 * GIB  # bytes of host memory of the engine, its CUDA libraries and its HTTP server
+CPU_ENGINE = 1536 * MIB  # python with torch and transformers, and what malloc does not return to the system
 BATCHED_TOKENS = 2048  # tokens that vLLM computes at once while it reads prompts; this sets the size of the activations
 Quantization = Literal["none", "int8", "int4"]
 WEIGHT_BYTES: dict[Quantization, float] = {"none": 2, "int8": 1, "int4": 0.5 + 4 / QUANT_BLOCK}
@@ -64,7 +65,7 @@ def serving_memory(shape: Geometry, load: Load, gpus: int = 1) -> dict[str, int]
     tokens = min(BATCHED_TOKENS, load.context)
     activations = tokens * width * (4 * shape.hidden + 2 * shape.inner * shape.active_experts)
     logits = load.concurrency * 4 * shape.vocab * 2
-    framework = CPU_RUNTIME if load.device == "cpu" else CUDA_CONTEXT + (NCCL if gpus > 1 else 0)
+    framework = CPU_ENGINE if load.device == "cpu" else CUDA_CONTEXT + (NCCL if gpus > 1 else 0)
     items = {
         "weights": weight_bytes(shape, load) / gpus,
         "adapters": slots / gpus,

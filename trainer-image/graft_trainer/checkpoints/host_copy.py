@@ -49,7 +49,8 @@ class HostCopy:
                 memory = pieces[at.piece][at.offset : at.offset + tensor.nbytes]
                 self._buffers[name] = memory.view(tensor.dtype).view(tensor.shape)
             else:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                # Written once, so that the system allocates the pages now: too little memory shows in the first step.
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype).zero_()
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the tensors, by name. The next call overwrites them."""

@@ -45,7 +45,7 @@ def write_datasets(folder: Path, train: int = 1504, held_out: int = 200) -> None
     verbs.jsonl (4 choices) and general.jsonl (short answers) are suites that show what the model forgets.
     """
     packages.install({str(FOLDER / "data.noun"): "wordnet-base"})
-    draw = random.Random(7)  # noqa: S311 - a reproducible draw
+    draw = random.Random(7)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "verbs.jsonl", list(_verbs(draw, 60)))
     _write(folder / "general.jsonl", [{"prompt": question, "answers": right} for question, right in GENERAL.items()])
@@ -78,9 +78,7 @@ def question(entry: Entry) -> dict[str, Any]:
     """Return the conversation that asks for a noun's class."""
     classes = ", ".join(sorted(CLASSES.values()))
     asked = f"Definition: {entry.definition}\nWhich class does the defined noun belong to: {classes}?"
-    return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": CLASSES[entry.number]}]
-    }
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": CLASSES[entry.number]}]}
 
 
 def _take(found: list[Entry], count: int, used: set[str]) -> Iterator[Entry]:

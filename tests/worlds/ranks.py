@@ -77,7 +77,11 @@ def main(store: FolderStore, root: Path, name: str, options: dict[str, Any]) -> 
         return fail(error, run, run.settings)
     assert attempt.learned is not None
     save_file({name: tensor.clone() for name, tensor in attempt.weights.items()}, root / f"{name}.safetensors")
-    seen = {"curve": attempt.learned.curve, "tokens": attempt.learned.tokens, "evalLoss": attempt.learned.eval_loss}
+    seen = {
+        "curve": attempt.learned.curve,
+        "tokens": attempt.learned.tokens,
+        "evalLosses": attempt.learned.held_out_curve,
+    }
     (root / f"{name}.json").write_text(json.dumps(seen))
     run.progress.close(10)
     return 0

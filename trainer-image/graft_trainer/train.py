@@ -2,7 +2,6 @@
 loop."""
 
 import logging
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -54,13 +53,13 @@ class Trained:
     held_out: Tokenisation | None
     held_out_examples: Sequence[Example]
     curve: list[dict[str, float]]  # {step, loss, learningRate}
-    held_out_curve: list[dict[str, float]]  # {step, evalLoss}
+    held_out_curve: list[dict[str, float]]  # {step, evalLoss}, before the last step
     train_loss: float | None  # mean over the last tenth of the records
-    eval_loss: float | None  # if it was measured after the last step
-    tokens: int
+    tokens: int  # read in all steps
+    learned_tokens: int  # the part of them that the loss covers
     context: int | None  # most tokens of a prompt and its answer together; virtual tokens are subtracted
     seconds: dict[str, float]
-    peak_memory_bytes: int  # of training: of one GPU, or without a GPU the growth of the process
+    peak_memory_bytes: int  # until the end of training: of one GPU, or without a GPU of the process
     open_base: Callable[[], AbstractContextManager[Any]]
 
     def base_model(self) -> AbstractContextManager[Any]:
@@ -170,8 +169,8 @@ def train(run: Run, prepared: Prepared) -> Trained:
         curve=learned.curve,
         held_out_curve=learned.held_out_curve,
         train_loss=sum(record["loss"] for record in last) / len(last) if last else None,
-        eval_loss=learned.eval_loss,
         tokens=learned.tokens,
+        learned_tokens=learned.learned_tokens,
         context=context,
         seconds={"load": loaded - started, "train": time.monotonic() - loaded},
         peak_memory_bytes=peak,
@@ -180,21 +179,18 @@ def train(run: Run, prepared: Prepared) -> Trained:
 
 
 class PeakMemory:
-    """The peak memory since this object was created: of the GPU, or without a GPU the growth of the process."""
+    """The peak memory of this process: of its GPU, or without a GPU its resident memory."""
 
     def __init__(self) -> None:
-        self.begin = 0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        else:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.begin = pages * resource.getpagesize()
 
     def peak_bytes(self) -> int:
         if torch.cuda.is_available():
             return int(torch.cuda.max_memory_allocated())
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return max(0, highest - self.begin)
+        # Not getrusage(): its peak includes the process that started this one.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024  # kB
 
 
 def _usable_context(context: int | None, resolved: Resolved) -> int | None:

@@ -138,7 +138,7 @@ class AdapterStatus(Status):
         description="Scores from the evaluation. Names that start with base/ are the scores of the base model.",
     )
     score: str | None = Field(
-        default=None, description="Main score in the form: base model -> adapter. For kubectl get."
+        default=None, description="Main score in the form: metric base model -> adapter. For kubectl get."
     )
     verified_at: str | None = Field(default=None, description="When the operator last verified every digest.")
     signature: AdapterSignature | None = Field(

@@ -146,7 +146,8 @@ class Progress(Status):
     eval_loss: float | None = Field(default=None, description="Loss on the held-out examples, in nats per token.")
     tokens_per_second: float | None = Field(default=None, description="Training tokens per second.")
     eta_seconds: int | None = Field(
-        default=None, description="Estimated seconds until training ends, at the current speed."
+        default=None,
+        description="Estimated seconds until the stage ends. Training includes the held-out losses that it measures.",
     )
 
 

@@ -169,7 +169,8 @@ class Report(Message):
     metrics: dict[str, float] = Field(default_factory=dict)
     samples: list[dict[str, str]] = Field(default_factory=list)
     loss_curve: list[dict[str, float]] = Field(default_factory=list)
-    tokens: int = 0
+    tokens: int = 0  # read in all steps
+    learned_tokens: int | None = None  # the part of them that the loss covers
     seconds: dict[str, float] = Field(default_factory=dict)
     resources: Resources = Field(default_factory=Resources)
     analysis: Analysis | None = None

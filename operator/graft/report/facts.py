@@ -60,6 +60,7 @@ def costs(report: Report) -> Rows:
     rows = [(f"time to {STAGES.get(name, name)}", wording.duration(value)) for name, value in report.seconds.items()]
     rows += [
         ("tokens read in training", wording.count(report.tokens or None)),
+        ("learned tokens: those that the loss covers", wording.count(report.learned_tokens)),
         ("tokens per second", wording.count(resources.tokens_per_second)),
         ("peak memory of one GPU or process", wording.size(resources.peak_memory_bytes)),
         ("published weights", wording.size(resources.published_bytes)),

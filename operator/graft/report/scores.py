@@ -96,9 +96,17 @@ def subjects_of(scores: Sequence[Score]) -> dict[str, str]:
 
 
 def headline(scores: Sequence[Score]) -> Score | None:
-    """Return the main score of the version. Shares come before others, then held-out examples, then exact match."""
+    """Return the main score of the version. Shares come before others, then held-out examples, then exact match.
+
+    A share that is 0 for every subject comes last: it does not fit the task, such as exact match for long answers.
+    """
     ranked = sorted(
         (score for score in scores if score.ours is not None),
-        key=lambda score: (not score.share, score.suite != HELD_OUT, score.metric != "exactMatch"),
+        key=lambda score: (
+            score.share and not any(score.values.values()),
+            not score.share,
+            score.suite != HELD_OUT,
+            score.metric != "exactMatch",
+        ),
     )
     return ranked[0] if ranked else None

@@ -42,7 +42,7 @@ def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
     assert [attempt["reason"] for attempt in status["attempts"]] == ["Completed"]
 
     adapter = tenant.get("Adapter", "support-1.0.0")
-    assert adapter["status"]["stage"] == "Ready" and adapter["status"]["score"] == "0.12 -> 0.91"
+    assert adapter["status"]["stage"] == "Ready" and adapter["status"]["score"] == "exactMatch 0.12 -> 0.91"
     assert adapter["spec"]["artifact"]["uri"] == f"s3://graft/{tenant.name}/adapters/support/1.0.0/"
     tenant.until_events("first", "Published")
 

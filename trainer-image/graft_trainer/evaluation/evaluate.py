@@ -127,6 +127,10 @@ def evaluate(run: Run, trained: Trained) -> Evaluated:
                     _measure(run, trained, replace(subject, who=who), item, shots, meter)
                     metrics |= _published(item, who)
                     run.progress.update(metrics=_finite(metrics))
+        if turn == TURNS[0] and math.isfinite(loss := metrics.get("evalLoss", math.nan)):
+            # The last point of the held-out curve.
+            run.progress.event(step=trained.resolved.max_steps, evalLoss=loss)
+            run.progress.update(eval_loss=loss)
     suites = [_result(item, item.suite) for item in sets if item.suite is not None and "adapter" in item.found]
     metrics |= _forgetting(suites)
     rejected = gates.check(evaluation.gates or (), metrics, missing)
@@ -134,8 +138,6 @@ def evaluate(run: Run, trained: Trained) -> Evaluated:
         log.warning("gate missed: %s", problem)
     told = [f"{NAMES[who]}, {name or 'held-out examples'}: {why}" for (who, name), why in missing.items()]
     run.progress.update(metrics=_finite(metrics), rejected=rejected or None, missing=told or None, eta_seconds=0)
-    if math.isfinite(loss := metrics.get("evalLoss", math.nan)):
-        run.progress.update(eval_loss=loss)
     samples = [sample for item in sets if item.suite is None and item.tokens is None for sample in _samples(item)]
     return Evaluated(metrics, samples, rejected, suites, told, time.monotonic() - started)
 

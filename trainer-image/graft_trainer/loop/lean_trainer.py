@@ -169,6 +169,14 @@ class LeanTrainer(Trainer):  # type: ignore[misc]
         )
         return EpochLoader(self.train_dataset, order, self.data_collator, pin=self.args.dataloader_pin_memory)
 
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        """Return the micro-batches of the next step, and count the tokens that the loss covers in them."""
+        batches, items = super().get_batch_samples(*arguments, **named)
+        for batch in batches:
+            labels = batch["labels"][:, 1:] if self._loss_shifts_labels else batch["labels"]
+            self.watch.count_learned(int(labels.ne(IGNORED).sum()))
+        return batches, items
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

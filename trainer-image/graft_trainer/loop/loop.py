@@ -20,8 +20,6 @@ from graft_trainer.data.tokens import Collator, Tokenisation
 from graft_trainer.loop.lean_trainer import LeanTrainer, training_arguments
 from graft_trainer.loop.watch import Watch
 from graft_trainer.model import sharding
-from graft_trainer.model.model import DTYPES
-from graft_trainer.model.model_placement import place
 from graft_trainer.processes import distributed
 from graft_trainer.recipe.resolve import Device, Resolved
 from graft_trainer.run.failures import Failure
@@ -49,8 +47,8 @@ class Learned:
 
     curve: list[dict[str, float]]  # {step, loss, learningRate}
     held_out_curve: list[dict[str, float]]  # {step, evalLoss}
-    eval_loss: float | None  # if it was measured after the last step
     tokens: int  # read in all steps, by all ranks, including earlier attempts
+    learned_tokens: int  # the part of them that the loss covers
     seconds: float  # of training, including earlier attempts
 
 
@@ -86,12 +84,7 @@ def run_loop(run: Run, work: Work) -> Learned:
     else:
         train_on(run, work, watch, writer, resume)
     distributed.forget()
-    watch.leaving = False  # every interrupted rank has exited by now
-    if watch.owes(resolved.max_steps):  # an interruption stopped the last evaluation, after the final checkpoint
-        place(work.model)
-        with torch.autocast(work.device.kind, DTYPES[resolved.precision], enabled=resolved.precision != "fp32"):
-            watch.catch_up(work.model, resolved.max_steps)
-    return Learned(watch.curve, watch.held_out_curve(), watch.last_eval_loss, watch.tokens, watch.seconds)
+    return Learned(watch.curve, watch.held_out_curve(), watch.tokens, watch.learned_tokens, watch.seconds)
 
 
 def skip_loop(run: Run, model: Any, resume: Resume, watch: Watch) -> None:

@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from graft.contracts.progress import Reason
 from transformers import TrainerCallback
 
 from graft_trainer.checkpoints.store import CheckpointWriter
-from graft_trainer.data.tokens import Collator, Tokenisation
+from graft_trainer.data.tokens import Collator, Tokenisation, Tokenised
 from graft_trainer.loop.pace import Pace
 from graft_trainer.model.loss import mean_loss, shared_loss
 from graft_trainer.processes import distributed
@@ -21,6 +21,7 @@ from graft_trainer.run.progress import ProgressReporter, now
 
 log = logging.getLogger(__name__)
 TELL = 0.5  # seconds between updates of the progress in memory
+TIMED = 2  # batches of each rank that tell how long an evaluation takes
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -45,8 +46,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.writer = writer
         self.curve: list[dict[str, float]] = []
         self.events: list[dict[str, Any]] = []  # the lines of events.jsonl
-        self.last_eval_loss: float | None = None  # None again after the next step
         self.tokens = 0  # read in all steps, by all ranks
+        self.learned_tokens = 0  # the part of them that the loss covers
         self.seconds = 0.0  # of training, including earlier attempts
         self.resumed_from: int | None = None
         self.leaving = False  # True: all ranks have agreed to write a checkpoint and end
@@ -55,6 +56,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._due = False
         self._saved = self._since = time.monotonic()
         self._read = 0  # the part of collator.tokens that is already counted in self.tokens
+        self._learned = 0  # tokens that the loss covers in this rank's part of the step
 
     def state(self) -> dict[str, Any]:
         """Return what an attempt needs to resume, except the weights and the optimizer's state."""
@@ -62,15 +64,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return {
             "curve": list(self.curve),
             "events": list(self.events),
-            "evalLoss": self.last_eval_loss,
             "tokens": self.tokens,
+            "learnedTokens": self.learned_tokens,
             "seconds": self.seconds,
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Restore state() from a checkpoint of `step` steps. events.jsonl and the progress then cover the whole run."""
         self.curve, self.events = state["curve"], state["events"]
-        self.last_eval_loss, self.tokens, self.seconds = state["evalLoss"], state["tokens"], state["seconds"]
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.learned_tokens = state.get("learnedTokens", 0)  # checkpoints of earlier releases have no count
         self.resumed_from = step
         for event in self.events:
             self.progress.event(**event)
@@ -97,20 +100,21 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.leaving:
             raise self.parting()
 
+    def count_learned(self, tokens: int) -> None:
+        """Count tokens that the loss covers in this rank's part of the current step."""
+        self._learned += tokens
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, total = state.global_step, self.resolved.max_steps
-        self.last_eval_loss = None
         save = self._agree(step)
         self.pace.step(step, self.tokens)
         if time.monotonic() - self.told >= TELL or save or step == total:
             self.told = time.monotonic()
-            every = self.resolved.eval_steps
-            left = total // every - (step - 1) // every if every else 0
             self.progress.update(
                 step=step,
                 percent=100 * step // total,
                 tokens_per_second=self.pace.tokens_per_second(),
-                eta_seconds=self.pace.eta_seconds(total, left),
+                eta_seconds=self.pace.eta_seconds(total, self.evaluations_after(step - 1)),
             )
         control.should_save = save and step < total  # after the last step, the final checkpoint is written
 
@@ -129,7 +133,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.curve.append(record)
         self._event(**record)
         self.progress.update(step=step, loss=round(loss, 5))
-        speed, eta = self.pace.tokens_per_second(), self.pace.eta_seconds(self.resolved.max_steps)
+        speed = self.pace.tokens_per_second()
+        eta = self.pace.eta_seconds(self.resolved.max_steps, self.evaluations_after(step - 1))
         if distributed.is_main():
             log.info(
                 "step %d/%d  loss %.4f  lr %.2e%s%s",
@@ -153,37 +158,68 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return self.resolved.precision != "fp16"
 
     def owes(self, step: int) -> bool:
-        """Return whether an evaluation is due after this step and not done yet."""
+        """Return whether an evaluation is due after this step and not done yet.
+
+        After the last step none is due: the stage Evaluating measures the version as it is published.
+        """
         every = self.resolved.eval_steps
-        if self.held_out is None or every is None or not step:
+        if self.held_out is None or every is None or not 0 < step < self.resolved.max_steps:
             return False
-        due = step % every == 0 or step == self.resolved.max_steps
-        return due and not any("evalLoss" in event and event["step"] == step for event in self.events)
+        return step % every == 0 and not any("evalLoss" in event and event["step"] == step for event in self.events)
+
+    def evaluations_after(self, step: int) -> int:
+        """Return how many evaluations are due after later steps than `step`."""
+        every = self.resolved.eval_steps
+        if self.held_out is None or every is None:
+            return 0
+        return max(0, (self.resolved.max_steps - 1) // every - step // every)
 
     def catch_up(self, model: Any, step: int) -> None:
-        """Measure the held-out loss if it is due. If a rank is interrupted meanwhile, set `leaving`."""
-        if self.leaving or not self.owes(step):
+        """Measure the held-out loss if it is due. If a rank is interrupted meanwhile, set `leaving`.
+
+        Before the first evaluation, measure how long it will take.
+        """
+        if self.leaving:
             return
         try:
-            self.measure(model, step)
+            if self.owes(step):
+                self.measure(model, step)
+            elif step and not self.pace.knows_evaluations and self.evaluations_after(step):
+                self.time_some(model)
         except _BrokenOff:
             self.leaving = True
+
+    def time_some(self, model: Any) -> None:
+        """Measure the duration of an evaluation on a few held-out examples. Raises _BrokenOff as measure() does."""
+        assert self.held_out is not None  # noqa: S101 - evaluations_after() has checked it
+        examples = sorted(self.held_out.examples, key=lambda item: item.tokens)
+        count = self.resolved.per_device_train_batch_size * distributed.world_size() * TIMED
+        if len(examples) <= 2 * count:  # an evaluation takes hardly longer than a step
+            return
+        some = examples[:: len(examples) // count][:count]  # of every length
+        begin = time.monotonic()
+        self._loss(model, some)
+        seconds = time.monotonic() - begin
+        self.pace.pause(seconds)
+        tokens = sum(item.tokens for item in examples)
+        self.pace.expect(seconds * tokens / max(1, sum(item.tokens for item in some)))
 
     def measure(self, model: Any, step: int) -> None:
         """Measure and report the held-out loss. Raises _BrokenOff if a rank is interrupted."""
         assert self.held_out is not None  # noqa: S101 - owes() has checked it
         begin = time.monotonic()
-        batch, examples = self.resolved.per_device_train_batch_size, self.held_out.examples
-        if distributed.joined():
-            loss = shared_loss(model, examples, self.collator.pad, batch, self._go_on)
-        else:
-            loss = mean_loss(model, examples, self.collator.pad, batch, _Between(self._go_on))
-        self.pace.pause(time.monotonic() - begin)
-        self.last_eval_loss = loss
+        loss = self._loss(model, self.held_out.examples)
+        self.pace.evaluated(time.monotonic() - begin)
         self._event(step=step, evalLoss=round(loss, 5))
         self.progress.update(eval_loss=round(loss, 5))
         if distributed.is_main():
             log.info("step %d/%d  held-out loss %.4f", step, self.resolved.max_steps, loss)
+
+    def _loss(self, model: Any, examples: Sequence[Tokenised]) -> float:
+        batch, pad = self.resolved.per_device_train_batch_size, self.collator.pad
+        if distributed.joined():
+            return shared_loss(model, examples, pad, batch, self._go_on)
+        return mean_loss(model, examples, pad, batch, _Between(self._go_on))
 
     def parting(self) -> BaseException:
         """Return the exception with which this rank ends, if all ranks are `leaving`."""
@@ -212,8 +248,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         else:
             self._due = time.monotonic() - self._saved >= self.save_seconds
         read, self._read = self.collator.tokens - self._read, self.collator.tokens
-        wanted, due, late, tokens = distributed.total([self.interruption.wanted, self._due, self.writer.busy, read])
+        learned, self._learned = self._learned, 0
+        wanted, due, late, tokens, covered = distributed.total(
+            [self.interruption.wanted, self._due, self.writer.busy, read, learned]
+        )
         self.tokens += tokens
+        self.learned_tokens += covered
         self.leaving = wanted > 0
         return self.leaving or (due > 0 and late == 0)
 

@@ -204,7 +204,8 @@ def resolve(
     else:
         steps = max(1, math.ceil(epochs * per_epoch))
     rising = training.warmup_steps if training.warmup_steps is not None else math.ceil(training.warmup_ratio * steps)
-    warmup = 0 if training.lr_scheduler_type == "constant" else min(rising, steps)
+    # The learning rate of the first warmup step is 0, so a run of warmup steps alone would train nothing.
+    warmup = 0 if training.lr_scheduler_type == "constant" else min(rising, steps - 1)
     lora, qlora, prompt = method.low_rank, method.qlora, method.prompt_tuning
     return Resolved(
         num_train_epochs=epochs,

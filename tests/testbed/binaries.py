@@ -1,4 +1,4 @@
-"""The binaries of the testbed: Kubernetes, helm, CoreDNS, versitygw and kwok.
+"""The binaries of the testbed: Kubernetes, helm, CoreDNS, versitygw, the policy engine and kwok.
 
 Each is built from a Go module once and kept in the cache folder.
 """
@@ -19,6 +19,10 @@ SOURCES = {
     "coredns": ("kube", "./cmd/coredns"),
     "helm": ("kube", "helm.sh/helm/v4/cmd/helm"),
     "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw"),
+    "kube-network-policies": (
+        "policies",
+        "sigs.k8s.io/kube-network-policies/cmd/kube-network-policies/standard",
+    ),
     "kwok": ("kwok", "sigs.k8s.io/kwok/cmd/kwok"),
 }
 LINKS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")

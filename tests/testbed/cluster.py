@@ -8,10 +8,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import images, packages, traces
+from testbed import images, packages, policies, traces
 from testbed.binaries import binary, build
 from testbed.controlplane import ControlPlane
-from testbed.node import Network, Node
+from testbed.node import NODE, Network, Node
 from testbed.shell import CACHE, Failed, output, say, step, wait_for
 
 NUMBERS = {"demo": 0, "e2e": 1}
@@ -50,14 +50,14 @@ class Cluster:
 
     def running(self) -> bool:
         """Return whether the API server of this cluster answers."""
-        if not self.plane.processes.alive("kube-apiserver") or not self.plane.processes.alive("kubelet"):
+        if not all(self.plane.processes.alive(name) for name in ("kube-apiserver", "kubelet", policies.ENGINE)):
             return False
         return self.plane.kubectl("get", "--raw", "/readyz", check=False).strip() == "ok"
 
     def up(self) -> None:
         """Start the cluster if it is not running."""
         packages.install(packages.NODE)
-        build(["kube", "pause", "coredns"])
+        build(["kube", "pause", "coredns", policies.ENGINE])
         if self.running():
             say(f"    cluster {self.name} is already running")
             return
@@ -70,6 +70,7 @@ class Cluster:
             self.node.start_containerd()
             self._stop_pods()  # containerd's folder is kept, and may list pods of an interrupted cluster
             images.load_scratch(self.node, "localhost/graft/pause:1", binary("pause"), ["/pause"])
+            policies.enforce(self.plane, self.network, NODE)
             self.node.start()
             self._volume()
 
@@ -98,6 +99,7 @@ class Cluster:
         processes = self.plane.processes
         for name in ("kubelet", "kube-proxy", "coredns"):
             processes.stop(name)
+        processes.stop(policies.ENGINE, timeout=0.5)  # it waits for 5 s before it ends, and has nothing to save
         if processes.alive("containerd"):
             self._stop_pods()
         for name in reversed(processes.names()):

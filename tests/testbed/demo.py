@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from testbed import images, packages, product, quickstart
+from testbed import images, packages, policies, product, quickstart
 from testbed.binaries import build
 from testbed.cluster import Cluster
 from testbed.quickstart import SYSTEM, Access
@@ -75,7 +75,7 @@ def prepare_testbed(clock: Clock) -> tuple[Access, list[str]]:
     """Start the testbed's cluster with images that are built here. Return the access and the helm arguments."""
     with clock.phase("installing packages, building binaries and images"):
         packages.install(packages.NODE)
-        product.beside(lambda: build(["kube", "pause", "coredns", "helm", "versitygw"]), product.build)
+        product.beside(lambda: build(["kube", "pause", "coredns", "helm", "versitygw", policies.ENGINE]), product.build)
     cluster = Cluster("demo")
     with clock.phase("starting the cluster"):
         cluster.up()

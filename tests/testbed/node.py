@@ -14,8 +14,10 @@ from testbed.binaries import binary
 from testbed.controlplane import ControlPlane
 from testbed.shell import output, tail, wait_for
 
+NODE = "node-0"
 PAUSE_IMAGE = "localhost/graft/pause:1"
 CGROUPS = Path("/sys/fs/cgroup")
+IPV6 = Path("/proc/sys/net/ipv6").exists()  # the kernel has it
 
 
 @dataclass
@@ -40,6 +42,11 @@ class Network:
     @property
     def pods(self) -> str:
         return f"10.{110 + self.number}.0.0/16"
+
+    @property
+    def pods_ipv6(self) -> str:
+        """Pods have an IPv6 address, too, if the kernel has IPv6: a policy must close both. Services and the node have IPv4 only."""
+        return f"fd10:210:{self.number}::/64"
 
     @property
     def services(self) -> str:
@@ -71,10 +78,20 @@ class Network:
             ("route", "add", "default", "via", self.host),
         ):
             _ip("-n", self.netns, *command)
-        for key in ("net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0"):
-            output(["nsenter", f"--net=/run/netns/{self.netns}", "sysctl", "-qw", key])
+        # Policies apply to two pods on one bridge, too, so the bridge passes its packets to iptables.
+        if not Path("/proc/sys/net/bridge").exists():
+            output(["modprobe", "br_netfilter"])
+        keys = ["net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0", "net.bridge.bridge-nf-call-iptables=1"]
+        if IPV6:
+            keys += ["net.ipv6.conf.all.forwarding=1", "net.bridge.bridge-nf-call-ip6tables=1"]
+        for key in keys:
+            self.run("sysctl", "-qw", key)
         for target in (self.services, self.pods):
             _ip("route", "add", target, "via", self.node)
+
+    def run(self, *command: str) -> str:
+        """Run a short program in the namespace. Return its output."""
+        return output(["nsenter", f"--net=/run/netns/{self.netns}", *command])
 
     def down(self) -> None:
         """Delete the link and the namespace. The routes are deleted with them."""
@@ -165,8 +182,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
             "ipam": {
                 "type": "host-local",
                 "dataDir": str(self.state / "ipam"),
-                "ranges": [[{"subnet": self.network.pods}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
+                "ranges": [[{"subnet": self.network.pods}], *([[{"subnet": self.network.pods_ipv6}]] if IPV6 else [])],
+                "routes": [{"dst": "0.0.0.0/0"}, *([{"dst": "::/0"}] if IPV6 else [])],
             },
         }
         portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
@@ -205,7 +222,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 
     def start(self) -> None:
         """Start kubelet, kube-proxy and CoreDNS. Wait until the node is Ready."""
-        keys, name = self.plane.state / "pki", "node-0"
+        keys, name = self.plane.state / "pki", NODE
         pki.certificate(keys, "kubelet", f"/O=system:nodes/CN=system:node:{name}", (self.network.node, name))
         pki.kubeconfig(keys, "kubelet", self.plane.server, keys / "kubelet.kubeconfig")
         pki.certificate(keys, "proxy", "/CN=system:kube-proxy")

@@ -163,7 +163,7 @@ def load(node: Node, tags: list[str]) -> None:
             if present.get(tag) != image.digest or any(_lacking(image, unpacked))
         }
         if wanted:
-            with step(f"loading {', '.join(wanted)}"):
+            with step(f"loading {', '.join(wanted)}"), _kept(node, wanted, unpacked):
                 _send(node, wanted, unpacked)
 
 
@@ -265,6 +265,23 @@ def _send(node: Node, wanted: dict[str, Stored], unpacked: set[str]) -> None:
             output(node.ctr("content", "rm", digest))
 
 
+@contextlib.contextmanager
+def _kept(node: Node, wanted: dict[str, Stored], unpacked: set[str]) -> Iterator[None]:
+    """Keep the wanted images' layers that containerd has during the block.
+
+    An import moves the tags first. Until it has unpacked the new images, nothing refers to the layers that they share with
+    the old ones, and containerd may delete them.
+    """
+    kept = {chain for stored in wanted.values() for chain, _ in _chains(stored) if chain in unpacked}
+    try:
+        for chain in kept:
+            output(node.ctr("snapshots", "label", chain, "containerd.io/gc.root=graft"))
+        yield
+    finally:
+        for chain in kept:
+            output(node.ctr("snapshots", "label", chain, "containerd.io/gc.root="), check=False)
+
+
 def _unpacked(node: Node) -> set[str]:
     """Return the chain ids of the layers that containerd has unpacked now.
 
@@ -275,16 +292,21 @@ def _unpacked(node: Node) -> set[str]:
 
 
 def _lacking(stored: Stored, unpacked: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (digest, layer) of an image's layers that are not unpacked.
+    """Yield (digest, layer) of an image's layers that are not unpacked."""
+    for chain, item in _chains(stored):
+        if chain not in unpacked:
+            yield item["diff-digest"], item
+
+
+def _chains(stored: Stored) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (chain id, layer) of an image's layers, lowest first.
 
     A snapshot is named by its chain id: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
     """
     chain = ""
     for item in stored.layers:
-        digest = item["diff-digest"]
-        chain = _digest(f"{chain} {digest}".encode()) if chain else digest
-        if chain not in unpacked:
-            yield digest, item
+        chain = _digest(f"{chain} {item['diff-digest']}".encode()) if chain else item["diff-digest"]
+        yield chain, item
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -52,7 +52,8 @@ class Network(_Part):
     # Link-local addresses of DNS servers that are not pods. The default is NodeLocal DNSCache's.
     dns_servers: list[str] = Field(default_factory=lambda: ["169.254.20.10/32"])
     egress: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyEgressRules
-    metrics_from: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyPeers; if empty, all pods
+    metrics_from: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyPeers; if empty, no pod
+    closed: list[str] = Field(default_factory=list)  # CIDRs that are closed besides the clouds' metadata addresses
 
 
 class Spot(_Part):

@@ -91,6 +91,23 @@ def test_everything_is_denied_that_is_not_named(name: str) -> None:
     assert all(rule.get("to") for rule in policy.get("egress", []))
 
 
+@pytest.mark.parametrize("source", made.objects())
+def test_every_pod_has_a_policy(source: str) -> None:
+    """A pod that was forgotten is attacked or scans the cluster -> each pod of Graft, hooks too, is selected by a
+    policy of its namespace."""
+    items = made.objects()[source]
+    selectors = [
+        (item["metadata"]["namespace"], item["spec"]["podSelector"]["matchLabels"])
+        for item in items
+        if item["kind"] == "NetworkPolicy"
+    ]
+    templates = [item for item in items if "template" in (item.get("spec") or {}) and item["kind"] != "HTTPRoute"]
+    for item in templates:
+        labels = item["spec"]["template"]["metadata"]["labels"]
+        namespace = item["metadata"]["namespace"]
+        assert any(space == namespace and chosen.items() <= labels.items() for space, chosen in selectors), item["kind"]
+
+
 @pytest.mark.parametrize("name", [name for name in POLICIES if not name.startswith("chart")])
 def test_a_pod_of_a_tenant_reaches_no_other_service_of_the_cluster(name: str) -> None:
     """A compromised engine or training pod scans the cluster -> only DNS answers in other namespaces."""
@@ -118,6 +135,63 @@ def test_the_gateway_reaches_engines_and_nothing_else_in_the_cluster() -> None:
     assert not reaches_pod(gateway, "shop", {"app": "database"}, 8000)
     assert not reaches_pod(gateway, "graft-system", {"app.kubernetes.io/component": "store"}, 7070)
     assert reaches(gateway, "203.0.113.9", 6443) and not reaches(gateway, "203.0.113.9", 80)
+
+
+@pytest.mark.parametrize("source", ["chart", "chart-external-store"])
+def test_the_operator_reaches_the_api_server_stores_and_the_hub_only(source: str) -> None:
+    """The operator is taken over and scans the cluster -> DNS, the API server, the hub, the embedded store."""
+    operator = POLICIES[f"{source}/graft-operator"]
+    assert [port for port in range(1, 10000) if reaches(operator, "203.0.113.9", port)] == [53, 443, 5353, 6443]
+    for port in (22, 80, 443, 2379, 5432, 8000, 8080, 8081, 9090, 10250):
+        assert not reaches_pod(operator, "other", {"app": "database"}, port), port
+    stores = [
+        rule["ports"] for rule in operator["egress"] if any(peer.keys() == {"podSelector"} for peer in rule["to"])
+    ]
+    tcp = [{"protocol": "TCP", "port": port} for port in ("s3", "admin")]
+    assert stores == ([tcp] if source == "chart" else [])
+
+
+def test_the_operator_reaches_a_store_inside_and_outside_of_the_cluster() -> None:
+    """The protection must not close the operator's store: its rules follow the URLs as those of other pods do."""
+    external = made.EXTERNAL_STORE["objectStore"] | {
+        "external": {
+            "endpoint": "http://minio.storage.svc:9000",
+            "adminUrl": "http://s3.example.com:7071",
+            "existingSecret": "graft-s3",
+        }
+    }
+    rendered = made.render({"objectStore": external, "huggingface": {"endpoint": "https://[fd12::1]:8443"}})
+    (operator,) = [
+        item["spec"]
+        for item in rendered
+        if item["kind"] == "NetworkPolicy" and item["metadata"]["name"] == "graft-operator"
+    ]
+    assert [port for port in range(1, 10000) if reaches(operator, "203.0.113.9", port)] == [
+        53,
+        443,
+        5353,
+        6443,
+        7071,
+        8443,
+    ]
+    assert reaches_pod(operator, "storage", {"app": "any"}, 9000)
+    assert not reaches_pod(operator, "other", {}, 9000)
+
+
+def test_the_platform_team_closes_the_pod_network() -> None:
+    """A pod connects to a pod of another tenant at port 443, which a rule for all addresses matches -> closed with
+    networkPolicy.closed, in the policies of the chart and of the operator alike."""
+    closed = ["10.7.0.0/16", "fd00:7::/64"]
+    own = {"egress": egress(settings(network=Network(closed=closed)))}
+    rendered = made.render({"networkPolicy": {"closed": closed}})
+    chart = {item["metadata"]["name"]: item["spec"] for item in rendered if item["kind"] == "NetworkPolicy"}
+    for policy in (own, chart["graft-operator"], chart["graft-gateway"]):
+        assert reaches(policy, "203.0.113.9", 443) and reaches(policy, "2001:db8::9", 443)
+        assert not reaches(policy, "10.7.3.4", 443) and not reaches(policy, "fd00:7::4", 443)
+        assert not reaches(policy, "169.254.169.254", 443)
+        assert reaches_pod(policy, "kube-system", {"k8s-app": "kube-dns"}, 53)
+    (config,) = [item for item in rendered if item["metadata"]["name"] == "graft-config"]
+    assert Settings.model_validate_json(config["data"]["config.json"]).network.closed == closed
 
 
 def test_the_store_connects_to_nothing() -> None:
@@ -191,7 +265,8 @@ def test_what_the_platform_team_adds_is_added_and_nothing_else() -> None:
 
 
 def test_only_what_may_scrape_reaches_the_agents() -> None:
-    """A tenant labels a pod like Prometheus to reach the agents' port -> the peer means the chart's namespace."""
+    """A tenant labels a pod like Prometheus to reach the agents' port -> the peer means the chart's namespace. By
+    default, no pod reaches it."""
     deployment = AdapterDeployment.model_validate(
         {"metadata": {"name": "desk", "namespace": "team-a", "uid": "u"}, "spec": {"baseModel": "m", "adapters": ["a"]}}
     )
@@ -205,6 +280,15 @@ def test_only_what_may_scrape_reaches_the_agents() -> None:
     ]
     own = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "graft-system"}}}
     assert rule["from"] == [prometheus | own, elsewhere]
+    (engine,) = serving_policy(deployment, settings())["spec"]["ingress"]
+    assert engine["ports"] == [{"protocol": "TCP", "port": 8000}]
+    assert "ingress" not in POLICIES["chart/graft-operator"]
+
+
+def test_a_monitor_that_no_policy_admits_is_refused_at_install() -> None:
+    """The protection must not silence the monitoring: the chart names the value to set."""
+    with pytest.raises(AssertionError, match=r"needs networkPolicy\.metricsFrom"):
+        made.render({"metrics": {"serviceMonitor": {"enabled": True}}})
 
 
 def test_the_pods_of_a_run_reach_each_other_and_no_other_run() -> None:

@@ -116,9 +116,17 @@ priorityClassName: {{ . }}
   value: /tmp
 {{- end -}}
 
-{{/* NetworkPolicyPeers: all addresses except clouds' metadata and link-local addresses. */}}
+{{/* NetworkPolicyPeers: all addresses except clouds' metadata, link-local addresses and networkPolicy.closed. */}}
 {{- define "graft.addresses" -}}
-{{- .Files.Get "files/addresses.yaml" | fromYamlArray | toYaml -}}
+{{- $addresses := .Files.Get "files/addresses.yaml" | fromYamlArray -}}
+{{- range $peer := $addresses -}}
+{{- range $.Values.networkPolicy.closed -}}
+{{- if eq (contains ":" .) (contains ":" $peer.ipBlock.cidr) -}}
+{{- $_ := set $peer.ipBlock "except" (append $peer.ipBlock.except .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $addresses -}}
 {{- end -}}
 
 {{/* The API server's ports, as JSON. Its Service has 443. The pods behind it may have another port. */}}
@@ -147,4 +155,45 @@ priorityClassName: {{ . }}
     - {protocol: UDP, port: {{ . }}}
     - {protocol: TCP, port: {{ . }}}
     {{- end }}
+{{- end -}}
+
+{{/* The egress rule for the API server. */}}
+{{- define "graft.apiServerEgress" -}}
+- to: {{- include "graft.addresses" . | nindent 4 }}
+  ports:
+    {{- range include "graft.apiServerPorts" . | fromJsonArray }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+{{- end -}}
+
+{{/*
+The egress rules of the operator for URLs, as graft.manifests.network makes them for other pods: the port of a URL outside of the
+cluster, and the namespace of a Service. A Service's pods may listen on another port than the Service.
+*/}}
+{{- define "graft.urlEgress" -}}
+{{- $ports := list 443 -}}
+{{- $namespaces := list -}}
+{{- range $address := (list .Values.objectStore.external.endpoint .Values.objectStore.external.adminUrl .Values.huggingface.endpoint) -}}
+{{- if $address -}}
+{{- $url := urlParse $address -}}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "http" | ternary "80" "443") | int -}}
+{{- $service := regexMatch "^[^.]+\\.[^.]+(\\.svc(\\..+)?)?$" $url.hostname -}}
+{{- if $service -}}
+{{- $namespaces = append $namespaces (index (splitList "." $url.hostname) 1) -}}
+{{- end -}}
+{{- if not (and $service (regexMatch "^[^.]+\\.[^.]+\\.svc(\\..+)?$" $url.hostname)) -}}
+{{- $ports = append $ports $port -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+- to: {{- include "graft.addresses" . | nindent 4 }}
+  ports:
+    {{- range uniq $ports }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+{{- range uniq $namespaces }}
+- to:
+    - namespaceSelector:
+        matchLabels: {kubernetes.io/metadata.name: {{ . }}}
+{{- end }}
 {{- end -}}

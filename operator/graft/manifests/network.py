@@ -51,24 +51,24 @@ def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifes
     """Return the policy of serving pods.
 
     The engine's admin routes load and unload adapters, so only the gateway reaches its port. The agent's port has
-    metrics and probes, which change nothing.
+    metrics and probes. Probes come from the node, which no policy stops, so only scrapers need a rule.
     """
     gateway = {
         "namespaceSelector": {"matchLabels": {NAMESPACE: settings.namespace}},
         "podSelector": {"matchLabels": settings.gateway_selector},
     }
-    scrapes: Manifest = {"ports": _tcp(AGENT_PORT)}
-    if settings.network.metrics_from:
-        # A peer without a namespace means a pod of the chart's namespace, as in the chart's own policies.
-        chart = {"namespaceSelector": {"matchLabels": {NAMESPACE: settings.namespace}}}
-        scrapes["from"] = [chart | peer if "podSelector" in peer else peer for peer in settings.network.metrics_from]
+    # A peer without a namespace means a pod of the chart's namespace, as in the chart's own policies.
+    chart = {"namespaceSelector": {"matchLabels": {NAMESPACE: settings.namespace}}}
+    scrapers = [chart | peer if "podSelector" in peer else peer for peer in settings.network.metrics_from]
+    # An empty `from` would admit everybody.
+    scrapes = [{"from": scrapers, "ports": _tcp(AGENT_PORT)}] if scrapers else []
     return child(
         "networking.k8s.io/v1", "NetworkPolicy", f"{deployment.metadata.name}-serving", deployment, "network"
     ) | {
         "spec": {
             "podSelector": {"matchLabels": {OWNER_UID: deployment.metadata.uid}},
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [{"from": [gateway], "ports": _tcp(ENGINE_PORT)}, scrapes],
+            "ingress": [{"from": [gateway], "ports": _tcp(ENGINE_PORT)}, *scrapes],
             "egress": egress(settings, api_server=True),
         }
     }
@@ -104,18 +104,21 @@ def egress(settings: Settings, *, api_server: bool = False) -> list[Manifest]:
             services.append(rule | ({"ports": _tcp(port)} if namespace == settings.namespace else {}))
     if api_server:
         ports |= set(settings.network.api_server_ports)
+    world = _world(settings)
+    servers = [{"ipBlock": {"cidr": cidr}} for cidr in settings.network.dns_servers]
+    udp = [{"protocol": "UDP", "port": port} for port in DNS_PORTS]
     return [
-        _dns(settings),
-        {"to": WORLD, "ports": _tcp(*sorted(ports))},
+        {"to": [ALL_PODS, *world, *servers], "ports": [*udp, *_tcp(*DNS_PORTS)]},
+        {"to": world, "ports": _tcp(*sorted(ports))},
         *services,
         *settings.network.egress,
     ]
 
 
-def _dns(settings: Settings) -> Manifest:
-    servers = [{"ipBlock": {"cidr": cidr}} for cidr in settings.network.dns_servers]
-    udp = [{"protocol": "UDP", "port": port} for port in DNS_PORTS]
-    return {"to": [ALL_PODS, *WORLD, *servers], "ports": [*udp, *_tcp(*DNS_PORTS)]}
+def _world(settings: Settings) -> list[Manifest]:
+    """Return WORLD without the addresses that the platform team closed."""
+    more = {cidr: [item for item in settings.network.closed if (":" in item) == (":" in cidr)] for cidr in CLOSED}
+    return [{"ipBlock": {"cidr": cidr, "except": [*closed, *more[cidr]]}} for cidr, closed in CLOSED.items()]
 
 
 def _tcp(*ports: int) -> list[Manifest]:

@@ -43,6 +43,7 @@ EVERYTHING = {
     "objectStore": {"embedded": {"persistence": {"storageClass": "fast"}, "nodeSelector": {"pool": "storage"}}},
     "networkPolicy": {
         "gatewayFrom": [{"namespaceSelector": {}}],
+        "metricsFrom": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}],
         "storeFrom": [{"podSelector": {"matchLabels": {"app": "upload"}}}],
     },
     "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},

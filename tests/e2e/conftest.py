@@ -1,21 +1,26 @@
 """One cluster with a real node for the whole suite.
 
-The product is installed from its chart, with images that are built from this checkout.
+The product is installed from its chart, with images that are built from this checkout. A policy engine enforces
+NetworkPolicies, and the namespaces of the product and of the tenant deny everything that no policy of Graft allows.
 """
 
+import json
 from collections.abc import Iterator
 
 import pytest
-from testbed import demo, packages, product, quickstart
+from testbed import demo, packages, policies, product, quickstart
 from testbed.binaries import build
 from testbed.cluster import Cluster
 from testbed.quickstart import Access
+from worlds.cluster import flows
+
+SCRAPER = {"podSelector": {"matchLabels": {"app": "scraper"}}}
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     packages.install(packages.NODE)
-    product.beside(lambda: build(["kube", "pause", "coredns", "helm", "versitygw"]), product.build)
+    product.beside(lambda: build(["kube", "pause", "coredns", "helm", "versitygw", policies.ENGINE]), product.build)
     made = Cluster("e2e")
     made.down()
     try:
@@ -28,9 +33,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def access(cluster: Cluster) -> Access:
-    """Install the chart, and upload the base model and the dataset."""
+    """Install the chart under default deny, and upload the base model and the dataset."""
     found = quickstart.testbed_access(cluster.kubeconfig)
-    quickstart.install(found, demo.testbed_values())
+    system = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": quickstart.SYSTEM}}
+    found.kubectl("apply", "-f", str(quickstart.QUICKSTART / "00-namespace.yaml"))
+    flows.apply(found, system, flows.default_deny(quickstart.SYSTEM), flows.default_deny(quickstart.SHOP))
+    values = {"metricsFrom": [SCRAPER], "closed": [cluster.network.pods, cluster.network.pods_ipv6]}
+    quickstart.install(found, [*demo.testbed_values(), "--set-json", f"networkPolicy={json.dumps(values)}"])
     quickstart.upload(found)
     return found
 

@@ -177,8 +177,9 @@ def test_everything_can_be_deleted_and_nothing_gets_stuck(access: Access) -> Non
     access.kubectl("delete", "adapterdeployment", "desk", "-n", SHOP, "--timeout=120s")
     access.kubectl("delete", "finetunejob", "support", "mini", "bad", "-n", SHOP, "--timeout=120s")
     access.kubectl("delete", "adapter", "--all", "-n", SHOP, "--timeout=120s")
+    kept = {"networkpolicy.networking.k8s.io/default-deny"}
     wait_for(
-        lambda: not access.kubectl("get", "pods,jobs,deployments,networkpolicies", "-n", SHOP, "-o", "name").strip(),
+        lambda: set(access.kubectl("get", "pods,jobs,deployments,networkpolicies", "-n", SHOP, "-o", "name").split()) == kept,
         120, "all pods, Jobs, Deployments and NetworkPolicies are deleted", lambda: quickstart.explain(access, SHOP),
     )  # fmt: skip
     access.kubectl("apply", "-f", str(quickstart.QUICKSTART / "30-adapterdeployment.yaml"))

@@ -13,10 +13,12 @@ import aiohttp
 import pytest
 import yaml
 from graft.contracts.agent import Wanted, WantedAdapter
+from graft.toolcalls import PARSERS
 from handover.real_vllm import COMMAND, GPU, MAX_RANK, Vllm
 from worlds.agent import Pod
 from worlds.engine import expected, make_adapter
 from worlds.serving import eventually
+from worlds.toolcalls import ANSWERS
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "operator" / "manifests" / "golden" / "output"
 BASE = "big"
@@ -54,10 +56,23 @@ def test_vllm_accepts_every_flag_of_every_pod() -> None:
             ("--gpu-memory-utilization", "gpu_memory_utilization", float),
             ("--quantization", "quantization", str),
             ("--shutdown-timeout", "shutdown_timeout", int),
+            ("--tool-call-parser", "tool_call_parser", str),
         ):
             if flag in flags:
                 assert found[name] == kind(flags[flag]), (flag, command)
         assert found["enable_lora"] is True
+        assert found["enable_auto_tool_choice"] is ("--enable-auto-tool-choice" in command)
+
+
+def test_calls_of_tools_are_read_as_vllms_parsers_read_them() -> None:
+    given = [(name, text, answer) for name, found in ANSWERS.items() for text, answer in found]
+    asked = json.dumps([(name, text) for name, text, _ in given])
+    done = subprocess.run([*COMMAND, "calls"], input=asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert read == [[[call.name, call.arguments] for call in answer.calls] for _, _, answer in given]
+    for name, text, answer in given:
+        assert PARSERS[name].parse(text) == answer
 
 
 @pytest.fixture(scope="module")

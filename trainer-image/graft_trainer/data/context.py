@@ -1,0 +1,73 @@
+"""The context of the answers: what the chat template leaves out of the messages and tools before them (PURE).
+
+A template that does not know tools renders a conversation without them, and says nothing. Marks in the texts show what it
+renders. conversation.py checks the answers themselves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from graft_trainer.data.chat import Chat
+from graft_trainer.data.lines import BadLine
+from graft_trainer.data.messages import Message
+
+MARK = "\ufdd5"  # see graft.controltokens: reserved code points mark places in a text
+Probe = tuple[str, str, str]  # (the mark, what has it, the remedy)
+TOOLS = (
+    "Use a base model whose chat template knows tools. Or describe the tools in the system message, and remove tools from "
+    "the lines."
+)
+CALLS = "Use a base model whose chat template knows calls of tools, or write the calls into the content."
+CONTENT = "Use a base model whose chat template knows this role, or write the content into a message of the user."
+
+
+def check_context(messages: Sequence[Message], tools: Sequence[Any] | None, chat: Chat) -> None:
+    """Raise BadLine if the template leaves out a tool, a message that is not the assistant's, or a call."""
+    if not tools and len(messages) <= 2 and not any(message.get("tool_calls") for message in messages):
+        return  # a question and its answer
+    probes: list[Probe] = []
+    marked_tools = [_tool(tool, index, probes) for index, tool in enumerate(tools or ())] or None
+    marked = [_message(message, index, probes) for index, message in enumerate(messages)]
+    try:
+        text = chat.render(marked, marked_tools, prompt=False)
+    except BadLine:
+        return  # the template reads the words, so marks in them change what it does
+    for mark, what, remedy in probes:
+        if mark not in text:
+            raise BadLine(f"the base model's chat template leaves out {what}", "notRendered", remedy)
+
+
+def _tool(tool: Any, index: int, probes: list[Probe]) -> Any:
+    function = tool["function"]
+    mark = _mark(f"t{index}", f"tools[{index}] ({function['name']})", TOOLS, probes)
+    return tool | {"function": function | {"name": function["name"] + mark}}
+
+
+def _message(message: Message, index: int, probes: list[Probe]) -> Message:
+    where = f"messages[{index}]"
+    if message["role"] != "assistant":
+        text = message["content"]
+        if not text.strip():
+            return message
+        mark = _mark(f"m{index}", f"the content of {where}, whose role is {message['role']}", CONTENT, probes)
+        # Before the white space at the end, which a template may strip.
+        return message | {"content": text.rstrip() + mark + text[len(text.rstrip()) :]}
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for at, call in enumerate(message["tool_calls"]):
+        function, what = call["function"], f"{where}.tool_calls[{at}]"
+        name = function["name"] + _mark(f"n{index}.{at}", f"the name in {what}", CALLS, probes)
+        arguments = function["arguments"]
+        if arguments:
+            first = next(iter(arguments))
+            mark = _mark(f"a{index}.{at}", f"the arguments in {what}", CALLS, probes)
+            arguments = {first + mark if key == first else key: value for key, value in arguments.items()}
+        calls.append(call | {"function": function | {"name": name, "arguments": arguments}})
+    return message | {"tool_calls": calls}
+
+
+def _mark(place: str, what: str, remedy: str, probes: list[Probe]) -> str:
+    mark = f"{MARK}{place}{MARK}"
+    probes.append((mark, what, remedy))
+    return mark

@@ -18,7 +18,7 @@ from handover.real_vllm import COMMAND, GPU, MAX_RANK, Vllm
 from worlds.agent import Pod
 from worlds.engine import expected, make_adapter
 from worlds.serving import eventually
-from worlds.toolcalls import ANSWERS
+from worlds.templates import ANSWERS
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "operator" / "manifests" / "golden" / "output"
 BASE = "big"

@@ -1,6 +1,9 @@
-"""Small chat templates, one for each manner in which today's families of models render a conversation."""
+"""Small chat templates, one for each manner in which today's families of models render a conversation, and answers of these
+models with calls of tools."""
 
 from typing import Any
+
+from graft.toolcalls import Answer, Call
 
 IM = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
 ASK = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
@@ -94,3 +97,38 @@ def chat_tokenizer(template: str | None, *, eos: str | None = "</s>") -> Any:
         tokenizer_object=inner, bos_token="<s>", eos_token=eos, pad_token="<pad>", chat_template=template,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+# By the name of vLLM's parser: answers, and what is read from them.
+OSLO, ROME = Call("weather", {"town": "Oslo"}), Call("weather", {"town": "Rome", "days": 2})
+ANSWERS = {
+    "hermes": [
+        ('<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call>', Answer("", [OSLO])),
+        (
+            'I look.\n<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call>\n<tool_call>\n'
+            '{"arguments": {"days": 2, "town": "Rome"}, "name": "weather"}\n</tool_call>',
+            Answer("I look.", [OSLO, ROME]),
+        ),
+        ('<tool_call>{"name": "weather", "arguments": {"town": "Oslo"}}', Answer("", [OSLO])),
+    ],
+    "llama3_json": [
+        ('{"name": "weather", "parameters": {"town": "Oslo"}}', Answer("", [OSLO])),
+        ('<|python_tag|>{"name": "weather", "arguments": {"town": "Oslo"}}', Answer("", [OSLO])),
+        (
+            '{"name": "weather", "parameters": {"town": "Oslo"}}; '
+            '{"name": "weather", "parameters": {"town": "Rome", "days": 2}}',
+            Answer("", [OSLO, ROME]),
+        ),
+    ],
+    "mistral": [
+        ('[TOOL_CALLS]weather{"town": "Oslo"}[TOOL_CALLS]weather{"town": "Rome", "days": 2}', Answer("", [OSLO, ROME])),
+        ('I look.[TOOL_CALLS]weather[ARGS]{"town": "Oslo"}', Answer("I look.", [OSLO])),
+    ],
+}
+# vLLM reads these with the tokenizers of the models that write them.
+OLDER = {
+    "mistral": [
+        ('[TOOL_CALLS] [{"name": "weather", "arguments": {"town": "Oslo"}, "id": "abcdefghi"}]', Answer("", [OSLO])),
+        ('[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{"town": "Oslo"}', Answer("", [OSLO])),
+    ]
+}

@@ -20,6 +20,7 @@ from graft.contracts.progress import DatasetStatistics, Reason
 
 from graft_trainer.data import lengths
 from graft_trainer.data.chat import writes_date
+from graft_trainer.data.context import unused
 from graft_trainer.data.dataset import check_template
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
@@ -53,6 +54,7 @@ SAMPLE = 50_000  # examples of a file, if a sample is enough
 CHARACTERS = 50_000_000  # of a sample; tokenising them takes half a minute on one core
 SHOWN = 3  # examples that the log and the report show
 SHOWN_LINES = 5
+SHOWN_FIELDS = 16
 
 
 def preflight(run: Run) -> None:
@@ -222,6 +224,7 @@ def measure_lengths(run: Run, folder: Path, data: Data) -> DatasetStatistics:
         held_out=data.held_out_examples,
         invalid=sum(reasons.values()),
     )
+    statistics.unread_fields = dict(list(unused(data.unread, data.train, tokenizer).items())[:SHOWN_FIELDS])
     again = repeated(data.train, data.held_out)
     statistics.repeated = len(again)
     statistics.invalid_reasons = dict(reasons)
@@ -256,6 +259,9 @@ def report_statistics(statistics: DatasetStatistics, again: Sequence[int], sampl
         statistics.max_tokens,
         f" (measured on a sample of {sampled})" if sampled is not None else "",
     )
+    if statistics.unread_fields:
+        counts = ", ".join(f"{name} ({lines} lines)" for name, lines in statistics.unread_fields.items())
+        log.warning("neither Graft nor the chat template reads the fields %s", counts)
     for text in statistics.learned:
         log.info("the loss covers what is between ⟦ and ⟧: %s", text)
     if statistics.prompt_date is not None:

@@ -185,6 +185,10 @@ class DatasetFacts(Status):
         description="Number of lines that were left out, by reason: format, templateRefuses, notRendered, noEnd, "
         "controlTokens, nothingToLearn, tooLong.",
     )
+    unread_fields: dict[str, int] = Field(
+        default_factory=dict,
+        description="Number of lines with a field that neither Graft nor the chat template reads, by field. At most 16 fields.",
+    )
     repeated: int = Field(default=0, description="Number of held-out examples that are also in the training data.")
     tokens: int = Field(default=0, description="Total tokens of the training examples, after truncation.")
     mean_tokens: float = Field(default=0, description="Mean tokens per training example, before truncation.")

@@ -88,6 +88,9 @@ class DatasetStatistics(Message):
     held_out: Whole = 0
     invalid: Whole = 0
     invalid_reasons: Annotated[dict[Key, Whole], first_entries(16)] = Field(default_factory=dict)  # reason -> lines
+    unread_fields: Annotated[dict[Key, Whole], first_entries(16)] = Field(
+        default_factory=dict
+    )  # field of the lines that neither Graft nor the chat template reads -> lines
     repeated: Whole = 0  # held-out examples that are also in the training data
     tokens: Whole = 0  # after truncation
     mean_tokens: Real = 0

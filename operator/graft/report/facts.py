@@ -86,6 +86,7 @@ def dataset(report: Report) -> Rows:
         rows += [
             ("lines left out", wording.count(stats.invalid)),
             *((f"left out: {reason}", wording.count(lines)) for reason, lines in stats.invalid_reasons.items()),
+            *((f"lines with the unused field {name}", wording.count(n)) for name, n in stats.unread_fields.items()),
             ("held-out examples that are also in the training data", wording.count(stats.repeated)),
             ("date in the prompts", stats.prompt_date or wording.ABSENT),
             ("tokens of an example: mean, median, 95th percentile, longest", ", ".join(f"{n:.4g}" for n in lengths)),

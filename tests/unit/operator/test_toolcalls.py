@@ -4,7 +4,7 @@ import json
 
 import pytest
 from graft.toolcalls import PARSERS, Answer, Call, CallReader, parser_for, same_calls
-from worlds.toolcalls import ANSWERS, OLDER, OSLO, ROME
+from worlds.templates import ANSWERS, OLDER, OSLO, ROME
 
 WORDS = [
     "It rains.",

@@ -84,7 +84,8 @@ def test_preflight_checks_mounted_weights(tmp_path: Path, store: MemoryStore, ba
 
 
 def test_progress_reports_the_statistics_of_the_dataset(tmp_path: Path, store: MemoryStore) -> None:
-    store.kept[TRAIN] = chat_lines(3) + b"nonsense\n" + chat_lines(3) + b"[]\n"
+    with_id = chat_lines(3).replace(b'{"messages"', b'{"id": 7, "messages"')
+    store.kept[TRAIN] = with_id + b"nonsense\n" + chat_lines(3) + b"[]\n"
     dataset = {"train": {"uri": f"s3://bucket/{TRAIN}"}, "eval": {"uri": f"s3://bucket/{EVAL}"}, "onInvalid": "skip"}
     run = make_run(tmp_path, store, make_job(dataset=dataset))
     prepare_container(run)
@@ -95,7 +96,7 @@ def test_progress_reports_the_statistics_of_the_dataset(tmp_path: Path, store: M
     assert told == {
         "examples": 6, "heldOut": 3, "invalid": 2, "tokens": 2 * sum(sizes), "meanTokens": round(sum(sizes) / 3, 1),
         "medianTokens": sizes[1], "p95Tokens": sizes[2], "maxTokens": sizes[2], "truncatedShare": 0.0,
-        "sampled": False, "invalidReasons": {"format": 2}, "repeated": 3,
+        "sampled": False, "invalidReasons": {"format": 2}, "unreadFields": {"id": 3}, "repeated": 3,
         "learned": [
             f"line {line}: <s><|user|>{question}<|assistant|>⟦{answer}</s>⟧"
             for line, (question, answer) in enumerate(QUESTIONS.items(), start=1)

@@ -4,14 +4,19 @@ A template that does not know tools renders a conversation without them, and say
 renders. conversation.py checks the answers themselves.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
-from graft_trainer.data.chat import Chat
+from graft_trainer.data.chat import Chat, chat_of
+from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
-from graft_trainer.data.messages import Message
+from graft_trainer.data.messages import LEARN, Message
 
 MARK = "\ufdd5"  # see graft.controltokens: reserved code points mark places in a text
+SEARCHED = 10_000  # examples among which those with a field are looked for
+TRIED = 8  # examples with a field that are rendered without it
 Probe = tuple[str, str, str]  # (the mark, what has it, the remedy)
 TOOLS = (
     "Use a base model whose chat template knows tools. Or describe the tools in the system message, and remove tools from "
@@ -35,6 +40,36 @@ def check_context(messages: Sequence[Message], tools: Sequence[Any] | None, chat
     for mark, what, remedy in probes:
         if mark not in text:
             raise BadLine(f"the base model's chat template leaves out {what}", "notRendered", remedy)
+
+
+def unused(fields: Mapping[str, int], examples: Iterable[Example], tokenizer: Any) -> dict[str, int]:
+    """Return those of the fields that the chat template does not use, either.
+
+    A template uses a field of a message, `messages[].name`, if it renders a conversation differently without it.
+    """
+    names = {field: field.rpartition("[].")[2] for field in fields if "[]." in field and tokenizer.chat_template}
+    used: set[str] = set()
+    tried: Counter[str] = Counter()
+    for example in islice(examples, SEARCHED):
+        undecided = [field for field in names if field not in used and tried[field] < TRIED]
+        if not undecided:
+            break
+        for field in undecided:
+            if any(names[field] in message for message in example.messages or ()):
+                tried[field] += 1
+                used |= {field} if _uses(names[field], example, chat_of(tokenizer)) else set()
+    return {field: lines for field, lines in fields.items() if field not in used}
+
+
+def _uses(name: str, example: Example, chat: Chat) -> bool:
+    """Return whether the template renders the example differently without a field of its messages."""
+    messages = [{key: value for key, value in message.items() if key != LEARN} for message in example.messages or ()]
+    without = [{key: value for key, value in message.items() if key != name} for message in messages]
+    tools = list(example.tools) if example.tools else None
+    try:
+        return chat.render(messages, tools, prompt=False) != chat.render(without, tools, prompt=False)
+    except BadLine:
+        return True  # the template needs the field
 
 
 def _tool(tool: Any, index: int, probes: list[Probe]) -> Any:

@@ -68,7 +68,7 @@ class Reading:
     total: int  # examples in the file; more than len(examples) if only a sample was kept
     invalid: int = 0  # lines that were skipped, with dataset.onInvalid: skip
     problems: list[str] = field(default_factory=list)  # what is wrong with the first skipped lines
-    unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> number of lines that have it
+    unread: dict[str, int] = field(default_factory=dict)  # field that only a chat template may read -> lines
 
     @property
     def reasons(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from graft_trainer.data.messages import Message
 
+NAME = 64  # bytes of a field's name in a message
 Tool = dict[str, Any]  # in OpenAI's form: {"type": "function", "function": {"name": …}}
 
 
@@ -19,8 +20,14 @@ class Example:
     text: str | None = None
     asked: tuple[str, str] | None = None  # (instruction, input) that filled the template of the prompt
     tools: tuple[Tool, ...] | None = None  # the tools that a conversation's chat template gets
-    unread: frozenset[str] = frozenset()  # fields of the line that nothing reads
+    unread: frozenset[str] = frozenset()  # fields of the line that only a chat template may read
 
     def with_unread(self, fields: set[str]) -> "Example":
-        """Return the example with the names of the fields that nothing reads."""
-        return replace(self, unread=frozenset(fields)) if fields else self
+        """Return the example with the names of the fields that only a chat template may read."""
+        return replace(self, unread=frozenset(map(_named, fields))) if fields else self
+
+
+def _named(field: str) -> str:
+    """Return the name of a field for a message. A stranger's name can have any length and any characters."""
+    text = field if field.isprintable() else ascii(field)
+    return text.encode(errors="replace")[:NAME].decode(errors="ignore")

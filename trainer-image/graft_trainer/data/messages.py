@@ -31,6 +31,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+READ = {
+    "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "refusal", "weight", *FLAGS, *REFUSED,
+}  # fmt: skip
+
+
 def conversation(values: Any, where: str) -> tuple[Message, ...]:
     """Return the messages of a list in OpenAI's form (role, content) or in ShareGPT's (from, value).
 
@@ -128,11 +133,10 @@ def _of_sharegpt(value: dict[str, Any], where: str) -> Message:
 
 
 def unread_fields(values: Sequence[Any], where: str) -> set[str]:
-    """Return the fields of ShareGPT's messages that nothing reads, as `conversations[].name`. A template may read every
-    field of OpenAI's messages."""
-    read = {"from", "value", "weight", *FLAGS, *REFUSED}
-    turns = (value for value in values if isinstance(value, dict) and "from" in value and "role" not in value)
-    return {f"{where}[].{name}" for turn in turns for name, one in turn.items() if name not in read and one is not None}
+    """Return the fields of messages that only a chat template may read, as `messages[].name`. It gets those of OpenAI's
+    messages, and not those of ShareGPT's."""
+    turns = [value for value in values if isinstance(value, dict)]
+    return {f"{where}[].{name}" for turn in turns for name, one in turn.items() if name not in READ and one is not None}
 
 
 def _content(value: dict[str, Any], where: str, *, key: str = "content", empty: bool) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from graft.api.recipe import Dataset, DatasetSource
@@ -12,7 +12,6 @@ from graft_trainer.data.dataset import Examples, Reading, held_out_size, read_ex
 from graft_trainer.data.example import Example
 
 log = logging.getLogger(__name__)
-SHOWN_FIELDS = 16  # names of unread fields that the log shows
 
 
 def without(examples: Sequence[Example], lines: Set[int]) -> Sequence[Example]:
@@ -32,6 +31,7 @@ class Data:
     held_out_examples: int  # in all; more than in `held_out` if that is a sample
     reasons: dict[str, int]  # BadLine.trouble -> lines that are in neither
     sampled: bool = False  # whether `train` or `held_out` is a sample
+    unread: dict[str, int] = field(default_factory=dict)  # field that only a chat template may read -> lines
 
 
 def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None) -> Data:
@@ -48,21 +48,20 @@ def read_data(dataset: Dataset, folder: Path, seed: int, most: int | None = None
             log.warning(
                 "dataset.%s: %d invalid lines are left out (%.1f %%): %s", role, found.invalid, 100 * share, shown
             )
-        if found.unread:
-            counts = ", ".join(f"{name} ({lines} lines)" for name, lines in list(found.unread.items())[:SHOWN_FIELDS])
-            log.info("dataset.%s: nothing reads the fields %s", role, counts)
         return found
 
     train = read("train", dataset.train)
-    learned, reasons = train.examples, Counter(train.reasons)
+    learned, reasons, unread = train.examples, Counter(train.reasons), Counter(train.unread)
     held: Sequence[Example] = []
     held_total = 0
     if dataset.eval is not None:
         found = read("eval", dataset.eval)
         held, held_total, reasons = found.examples, found.total, reasons + Counter(found.reasons)
+        unread += Counter(found.unread)
     elif dataset.eval_split is not None:
         learned, held = split(learned, dataset.eval_split, seed)
         held_total = held_out_size(train.total, dataset.eval_split)
     total = train.total if dataset.eval is not None else train.total - held_total
     sampled = len(learned) < total or len(held) < held_total
-    return Data(vary(learned, dataset.templates, seed), held, total, held_total, dict(reasons), sampled)
+    varied = vary(learned, dataset.templates, seed)
+    return Data(varied, held, total, held_total, dict(reasons), sampled, dict(unread.most_common()))

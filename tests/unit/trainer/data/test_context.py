@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from graft.contracts.progress import Reason
+from graft_trainer.data.context import unused
 from graft_trainer.data.example import Example
 from graft_trainer.data.messages import LEARN
 from graft_trainer.data.tokens import tokenise
@@ -70,3 +71,18 @@ def test_a_template_that_renders_everything_is_used() -> None:
 def test_a_template_that_reads_the_words_is_not_refused_because_of_marks() -> None:
     checks = "{%- for t in tools %}{%- if t.function.name not in ['weather', 'time'] %}{{- raise_exception('no') }}{%- endif %}{%- endfor %}"
     assert len(learned(checks + TEMPLATES["calls"], ASKED, SAID).examples) == 1
+
+
+def test_a_field_of_a_message_is_used_if_the_template_renders_it() -> None:
+    example = Example(1, messages=(ASKED | {"name": "anna", "mood": "calm"}, SAID | {"reasoning_content": "Clouds."}))
+    fields = {"id": 3, "messages[].name": 3, "messages[].mood": 2, "messages[].reasoning_content": 1, "x[].y": 1}
+    with_name = chat_tokenizer(IM.replace("m.role +", "m.role + (m.name or '') +") + ASK)
+    assert list(unused(fields, [example] * 3, with_name)) == [
+        "id",
+        "messages[].mood",
+        "messages[].reasoning_content",
+        "x[].y",
+    ]
+    thinking = chat_tokenizer(TEMPLATES["thought dropped from earlier turns"])
+    assert list(unused(fields, [example] * 3, thinking)) == ["id", "messages[].name", "messages[].mood", "x[].y"]
+    assert unused(fields, [example], chat_tokenizer(None)) == fields

@@ -279,6 +279,9 @@ def test_fields_that_nothing_reads_are_counted_by_name() -> None:
     lines = [json.dumps({"messages": [USER, ANSWER], "id": number, "source": "web"}) for number in range(3)]
     lines.append(json.dumps({"messages": [USER, ANSWER], "id": 4, "source": None, "parallel_tool_calls": False}))
     assert reading(lines).unread == {"id": 4, "source": 3, "parallel_tool_calls": 1}
+    named = json.dumps({"messages": [USER | {"name": "anna"}, ANSWER | {"mood": "calm", "weight": 1}], "a\nb" * 99: 1})
+    assert {"messages[].name", "messages[].mood"} < set(found := reading([named]).unread)
+    assert len(found) == 3 and all(name.isprintable() and len(name) <= 64 for name in found)
     many = json.dumps({"messages": [USER, ANSWER]} | {f"f{number}": 1 for number in range(1000)})
     assert len(reading([many]).unread) <= 64
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from graft.artifacts.adapterconfig import AdapterConfigError, check, check_resolved, highest_rank
 from graft.artifacts.modulenames import Renaming
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -31,24 +32,6 @@ MODEL_WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 MAX_CONFIG_BYTES = 1 << 20
 PREFIX = "base_model.model."
 TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
-# peft matches a pattern's key as a regular expression. Only plain module names are accepted, so no match can hang.
-PATTERN_KEY = re.compile(r"\^?[\w.]+")
-# Features of peft that change the result. Neither vLLM's contract nor this engine supports them.
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias in LoRA",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable_token_indices",
-    "layer_replication": "layer_replication",
-    "target_parameters": "target_parameters",
-    "alora_invocation_tokens": "aLoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-}
 
 
 class AdapterInvalidError(Exception):
@@ -102,7 +85,6 @@ class _LoraConfig(BaseModel):
     lora_alpha: FiniteFloat
     target_modules: list[str] | str
     use_rslora: bool = False
-    bias: str = "none"
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
 
@@ -151,11 +133,13 @@ def read_adapter(path: str, limits: Limits) -> AdapterWeights:
         if error.errno == ENAMETOOLONG:
             raise AdapterNotFoundError(f"No adapter found for {path[:200]}…") from error
         raise
-    kind = raw.get("peft_type")
-    if kind == "PROMPT_TUNING":
+    try:
+        check(raw)
+        check_resolved(raw)
+    except AdapterConfigError as error:
+        raise AdapterInvalidError(f"{CONFIG_FILE}: {error}") from error
+    if raw["peft_type"] == "PROMPT_TUNING":
         return _prompt(_valid(_PromptConfig, raw), _read_tensors(directory), limits)
-    if kind != "LORA":
-        raise AdapterInvalidError(f"peft_type is {kind!r}: only LORA and PROMPT_TUNING are supported")
     config = _lora_config(raw, limits.max_rank).renamed(limits.names)
     _check_targets(config, limits.modules)
     tensors = {_renamed(name, limits.names): tensor for name, tensor in _read_tensors(directory).items()}
@@ -188,8 +172,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read: not a JSON object")
-    if raw.get("auto_map"):
-        raise AdapterInvalidError("code in adapters (auto_map) is not supported")
     return raw
 
 
@@ -202,19 +184,9 @@ def _valid(kind: type[C], raw: dict[str, Any]) -> C:
 
 
 def _lora_config(raw: dict[str, Any], max_rank: int) -> _LoraConfig:
-    config = _valid(_LoraConfig, raw)
-    for key, feature in UNSUPPORTED.items():
-        if raw.get(key):
-            raise AdapterInvalidError(f"{feature} is not supported")
-    if config.bias != "none":
-        raise AdapterInvalidError(f"Adapter bias is not supported (bias is {config.bias!r})")
-    rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
-    if rank > max_rank:
-        raise AdapterInvalidError(f"LoRA rank {rank} is greater than max_lora_rank {max_rank}.")
-    for key in (*config.rank_pattern, *config.alpha_pattern):
-        if not PATTERN_KEY.fullmatch(key):
-            raise AdapterInvalidError(f"the keys of rank_pattern and alpha_pattern must be module names, not {key!r}")
-    return config
+    if (highest := highest_rank(raw)) > max_rank:
+        raise AdapterInvalidError(f"LoRA rank {highest} is greater than max_lora_rank {max_rank}.")
+    return _valid(_LoraConfig, raw)
 
 
 def _prompt(config: _PromptConfig, tensors: Mapping[str, Any], limits: Limits) -> PromptWeights:

@@ -20,6 +20,7 @@ from torch import nn
 from graft_trainer.data.tokens import Task
 from graft_trainer.model.adapterconfig import invalid
 from graft_trainer.model.basemodel import load_config
+from graft_trainer.model.resolving import check_modules, name_as_served, resolved_config, without_copies
 from graft_trainer.model.wrappers import served_class, tuned_class
 from graft_trainer.run.failures import Failure, out_of_memory
 
@@ -34,6 +35,7 @@ class Fit:
     alpha: float | None
     virtual_tokens: int | None
     targets: list[str]  # the last parts of the modules' names
+    config: dict[str, Any]  # with plain lists of modules
 
 
 def base_of_shapes(folder: Path, name: str, task: Task, *, served: bool = True) -> Any:
@@ -73,6 +75,16 @@ def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, bas
     """Check the adapter in `folder` and return its properties, as its (reduced) config says. Raises
     Failure(AdapterInvalid) unless its tensors are finite and exactly those that the config creates on the base
     model."""
+    path = folder / "adapter_model.safetensors"
+    everything = [name for name, _ in base.named_modules()]
+    lora = config["peft_type"] == "LORA"
+    try:
+        if lora:
+            config = name_as_served(folder, config, base)
+            check_modules(path, base, who, base_name)
+            without_copies(path, base, who, base_name)
+    except (SafetensorError, OSError) as error:
+        raise invalid(f"{who}: {path.name} is not a complete safetensors file: {error}") from error
     fields = {key: value for key, value in config.items() if key != "peft_type"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about shared embeddings
@@ -88,13 +100,14 @@ def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, bas
                 "Set spec.baseModel to the model on which the adapter was tuned.",
             ) from error
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
-    check_tensors(folder / "adapter_model.safetensors", shapes, who, base_name)
+    check_tensors(path, shapes, who, base_name)
     alpha = config.get("lora_alpha")
     return Fit(
         rank=config.get("r"),
         alpha=float(alpha) if alpha is not None else None,
         virtual_tokens=config.get("num_virtual_tokens"),
         targets=sorted({name.rpartition(".")[2] for name in getattr(model.base_model, "targeted_module_names", [])}),
+        config=resolved_config(config, model, everything) if lora else config,
     )
 
 
@@ -105,12 +118,15 @@ def check_tensors(path: Path, shapes: dict[str, list[int]], who: str, base_name:
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if missing := sorted(shapes.keys() - found.keys()):
-                raise invalid(f"{who} lacks {len(missing)} tensors for {base_name}, the first is {missing[0]}", remedy)
             if unknown := sorted(found.keys() - shapes.keys()):
                 raise invalid(
                     f"{who} has {len(unknown)} tensors that do not belong to its config on {base_name}, the first is {unknown[0]}",
                     remedy,
+                )
+            if missing := sorted(shapes.keys() - found.keys()):
+                raise invalid(
+                    f"{who} lacks {len(missing)} tensors that its adapter_config.json names for {base_name}, the first is {missing[0]}",
+                    "Upload the complete adapter, with the config that belongs to it.",
                 )
             for name, shape in sorted(found.items()):
                 if shape != shapes[name]:

@@ -60,6 +60,7 @@ def _adapter(making: Making, source: str) -> Made:
     base = base_of_shapes(base_config, file.base_model.name, file.task)
     fit = check_adapter(folder, config, base, source, file.base_model.name)
     # The author's value may be a name that is valid only on the author's machine.
+    config = fit.config
     config["base_model_name_or_path"] = file.base_model.uri
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     known = {"rank": fit.rank, "alpha": fit.alpha, "virtualTokens": fit.virtual_tokens}

@@ -228,7 +228,7 @@ def test_a_config_is_reduced_to_known_keys() -> None:
         (b', "peft_type": "IA3"', "LORA and PROMPT_TUNING"),
         (b', "peft_type": "PROMPT_TUNING"', "num_virtual_tokens is None"),
         (b', "r": 4', "manifest.json says rank 8"),
-        (b', "r": true', "not a rank"),
+        (b', "r": true', "a rank must be an integer"),
         (b', "rank_pattern": {"q_proj": 64}', "rank 64 is above"),
         (b', "target_modules": []', "target_modules"),
         (b"}", "not JSON"),

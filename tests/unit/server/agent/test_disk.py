@@ -103,7 +103,7 @@ async def test_files_that_do_not_match_the_manifest_are_refused(tmp_path: Path, 
 
 async def test_only_files_that_an_engine_needs_are_downloaded(tmp_path: Path) -> None:
     async with serving(tmp_path) as (pod, _, _):
-        config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
+        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
         files = {"adapter_config.json": json.dumps(config).encode(), WEIGHTS: safetensors("a")}
         a = pod.store.publish("a", files={**files, "report.html": b"<html>", "tokenizer.json": b"{}"})
         pod.want(a)

@@ -76,6 +76,20 @@ def encode_one(tokenizer: Any, text: str) -> list[int]:
     return encode(tokenizer, [text])[0][0]
 
 
+def read_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts that a causal model continues: with the tokens that the tokenizer adds before a text, but
+    without an end token that it adds after it. Such a token would end the answer before it begins."""
+    found = tokenizer(list(texts), return_special_tokens_mask=True)
+    return [_before(ids, added) for ids, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True)]
+
+
+def _before(ids: list[int], added: list[int]) -> list[int]:
+    count = len(ids)
+    while count and added[count - 1]:
+        count -= 1
+    return list(ids[:count]) if count else list(ids[:1])  # of an empty text, the token that begins one
+
+
 def _with_words(tokenizer: Any, text: str, plain: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
     """Replace each marked control token by the tokens of its words."""
     marked = {found.start() - 1 - count for count, found in enumerate(re.finditer(MARK, text))}

@@ -132,6 +132,12 @@ class AdapterStatus(Status):
     )
     rank: int | None = Field(default=None, description="LoRA rank. Absent for other methods.")
     target_modules: list[str] | None = Field(default=None, description="Modules that have a low-rank update.")
+    stop_token_ids: list[int] | None = Field(
+        default=None,
+        description="Ids of the tokens that end an answer, in evaluation and when the version is served. The gateway adds them "
+        "to stop_token_ids of each request.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
     size_bytes: int | None = Field(default=None, description="Size of the files in bytes.")
     metrics: dict[str, float] | None = Field(
         default=None,

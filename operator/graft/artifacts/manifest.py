@@ -63,6 +63,9 @@ ALLOWED_FILES = (
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
+StopTokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True, frozen=True
@@ -119,6 +122,7 @@ class Manifest(_Part):
     task: Name = "causal"
     rank: Whole | None = None  # for lora and qlora
     target_modules: Annotated[list[Name], Field(max_length=MODULES)] = []
+    stop_token_ids: StopTokens = []  # the tokens that end an answer, in evaluation and when the version is served
     rejected: Annotated[
         list[Words], Field(max_length=32)
     ] = []  # the missed gates, as texts; a version that missed one is never served

@@ -20,6 +20,7 @@ class RouteTarget(Message):
     adapter: Name | None = None  # name of the Adapter resource; None: the bare base model
     version: Name | None = None
     digest: Name | None = None
+    stop_token_ids: list[Whole] = Field(default_factory=list)  # the tokens that end the version's answers
     weight: Whole = 100
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from graft.artifacts.modulenames import Renaming
+from graft.controltokens import MARK, ControlTokenError, control_tokens, encode_one, mark, read_texts, unmarked
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from graft_server.engine.calls import for_template
 from graft_server.engine.classes import class_of, names_of
-from graft_server.engine.protocol import ApiError
 from graft_server.engine.settings import Settings
 
 DEFAULT_CONTEXT = 2048  # tokens, if the config states no limit
@@ -69,10 +71,17 @@ class BaseModel:
 
         Raises PromptError if the prompt is too long.
         """
-        return self._encode(text, special_tokens=True)
+        self._check_length(text)
+        if self.start_token is None:
+            return read_texts(self.tokenizer, [text])[0]
+        return list(self.tokenizer.encode(text))
 
-    def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        """Return the token ids of a text.
+    @cached_property
+    def _controls(self) -> re.Pattern[str] | None:
+        return control_tokens(self.tokenizer)
+
+    def _check_length(self, text: str) -> None:
+        """Raise PromptError if a text cannot fit in the context.
 
         A text that cannot fit in the context is not tokenized: megabytes would block the tokenizer for seconds.
         """
@@ -81,7 +90,6 @@ class BaseModel:
                 f"This model's maximum context length is {self.max_model_len} tokens, which hold at most {limit} characters. "
                 f"However, your prompt contains {len(text)} characters. Please reduce the length of the prompt."
             )
-        return list(self.tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
@@ -96,7 +104,8 @@ class BaseModel:
         """Return the token ids of a conversation in the model's chat template, up to the assistant's next turn.
 
         An encoder-decoder without a template gets plain text, as in training. Raises PromptError if the template is
-        missing or refuses the messages, or if an argument is reserved.
+        missing or refuses the messages, or if an argument is reserved. Control tokens in the texts stay words, as in
+        training.
         """
         if not self.tokenizer.chat_template and tools:
             raise PromptError("tools: the model has no chat template that could show them to it")
@@ -107,19 +116,32 @@ class BaseModel:
         reserved = set(signature(self.tokenizer.apply_chat_template).parameters) & set(template_arguments)
         if reserved:
             raise PromptError(f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set")
+        plain: list[Any] = [
+            for_template(messages, self.tokenizer.get_chat_template(tools=tools)),
+            tools,
+            dict(template_arguments),
+        ]
         try:
-            text = self.tokenizer.apply_chat_template(
-                for_template(messages, self.tokenizer.get_chat_template(tools=tools)),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=True,
-                **template_arguments,
+            marked = mark(plain, self._controls)
+            text = self._render(*marked)
+            if MARK in text and unmarked(text) != self._render(*plain):
+                raise PromptError(
+                    "messages: remove the model's control tokens, which change what the chat template renders"
+                )
+            self._check_length(text)
+            return encode_one(self.tokenizer, text)
+        except ControlTokenError as error:
+            raise PromptError(f"messages: {error}") from error
+
+    def _render(self, messages: Any, tools: Any, arguments: dict[str, Any]) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=True, **arguments
+                )
             )
-        except ApiError:
-            raise
         except Exception as error:  # a template is a program: a client's messages can cause any error in it
             raise PromptError(f"messages: the chat template refused them: {error}") from error
-        return self._encode(text, special_tokens=False)
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,8 @@ vLLM's sampling. A field that is null counts as absent.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from graft.contracts.gateway import RouteTarget
+
 from graft_server.gateway import messages
 from graft_server.gateway.errors import bad_request
 
@@ -41,6 +43,17 @@ IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "verbosity", "prediction",
 })  # fmt: skip
+
+
+def for_engine(payload: Mapping[str, Any], target: RouteTarget) -> dict[str, Any]:
+    """Return the request for the engine: with its name of the model, and with the tokens that end the version's answers.
+
+    An engine knows only the tokens that end the base model's answers.
+    """
+    made = {**payload, "model": target.engine_model}
+    if target.stop_token_ids and not payload.get("ignore_eos"):
+        made["stop_token_ids"] = sorted({*(payload.get("stop_token_ids") or ()), *target.stop_token_ids})
+    return made
 
 
 def passed_on(payload: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from graft.bounded import Limits, OutOfBounds
 from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.gateway.errors import ApiError, busy, engine_error, timed_out, unavailable, upstream_broke
+from graft_server.gateway.fields import for_engine
 from graft_server.gateway.metrics import Metrics
 from graft_server.gateway.rewrite import Differs, StreamRewriter, Words, error_event, rewrite_answer
 from graft_server.gateway.settings import Settings
@@ -199,7 +200,7 @@ class Proxy:
         headers["X-Request-Id"] = call.request[REQUEST_ID]
         headers["Content-Type"] = "application/json"
         headers["Accept-Encoding"] = "identity"  # uncompressed, because the answer is rewritten
-        body = json.dumps({**call.payload, "model": call.target.engine_model}, ensure_ascii=False).encode()
+        body = json.dumps(for_engine(call.payload, call.target), ensure_ascii=False).encode()
         url = f"http://{backend.address}{call.request.path}"
         try:
             response = await self._session.post(

@@ -276,6 +276,7 @@ def test_the_mean_loss_over_tokens_does_not_depend_on_the_batch_size(base: Path)
 
 def test_generation_stops_at_the_token_that_ends_the_training_answers() -> None:
     tokenizer = chat_tokenizer(TEMPLATES["chatml"])
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 9]))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=50))
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 9, 50]), config=config)
     trained = SimpleNamespace(model=model, tokenizer=tokenizer)
     assert stop_tokens(trained) == [2, tokenizer.convert_tokens_to_ids("<|im_end|>"), 9]  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 from graft.contracts.progress import Reason
+from graft.controltokens import read_texts
 
 from graft_trainer.data.conversation import Piece, prompt_tokens, tokenise_conversations
 from graft_trainer.data.example import Example
@@ -272,31 +273,15 @@ def tokenise_together(examples: Sequence[Example], tokenizer: Any) -> list[list[
     if examples[0].messages is not None:
         return tokenise_conversations(examples, tokenizer)
     if examples[0].text is not None:
-        ends = [ids + _end(tokenizer) for ids in _read(tokenizer, [example.text or "" for example in examples])]
+        ends = [ids + _end(tokenizer) for ids in read_texts(tokenizer, [example.text or "" for example in examples])]
         return [[(ids, [True] * len(ids))] for ids in ends]
     # Tokenised separately, as at inference, where the prompt's last token cannot merge with the answer's first token.
-    prompts = _read(tokenizer, [example.prompt or "" for example in examples])
+    prompts = read_texts(tokenizer, [example.prompt or "" for example in examples])
     answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
     ends = [ids + _end(tokenizer) for ids in answers]
     return [
         [(prompt + end, [False] * len(prompt) + [True] * len(end))] for prompt, end in zip(prompts, ends, strict=True)
     ]
-
-
-def _read(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of texts for a causal model: with the tokens that the tokenizer adds before a text, but without
-    an end token that it adds after it. An end token ends an answer, and follows it once."""
-    found = tokenizer(texts, return_special_tokens_mask=True)
-    return [
-        _without_end(ids, added) for ids, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True)
-    ]
-
-
-def _without_end(ids: list[int], added: list[int]) -> list[int]:
-    count = len(ids)
-    while count > 1 and added[count - 1]:
-        count -= 1
-    return ids[:count] if not all(added) else ids
 
 
 def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -329,7 +314,7 @@ def prompt_ids(example: Example, tokenizer: Any, task: Task = "causal") -> list[
 def _prompt(example: Example, tokenizer: Any, task: Task) -> list[int]:
     if example.messages is None:
         prompt = example.prompt or ""
-        return _read(tokenizer, [prompt])[0] if task == "causal" else list(tokenizer(prompt)["input_ids"])
+        return read_texts(tokenizer, [prompt])[0] if task == "causal" else list(tokenizer(prompt)["input_ids"])
     if task == "seq2seq" and not tokenizer.chat_template:
         return list(tokenizer(_plain(example))["input_ids"])
     return prompt_tokens(example, tokenizer)

@@ -110,7 +110,9 @@ def stop_tokens(trained: Trained) -> list[int]:
     """Return the ids that end an answer: those of the base model, and the token that ends the answers of training."""
     value = trained.model.generation_config.eos_token_id if trained.model.generation_config else None
     own = value if isinstance(value, list) else [value] if value is not None else []
-    return sorted({*own, *answer_stops(trained.tokenizer)})
+    # An engine refuses the id of a token that the model does not have.
+    known = range(trained.model.config.get_text_config().vocab_size)
+    return sorted(token for token in {*own, *answer_stops(trained.tokenizer)} if token in known)
 
 
 def _fill(row: list[int], value: int, width: int, *, left: bool) -> list[int]:

@@ -76,11 +76,12 @@ def compose(making: Making, wanted: Composition) -> Made:
             for one, parent in zip(manifests, wanted.parents, strict=True)
         ],
         composition=wanted.model_dump(by_alias=True, exclude={"parents"}, exclude_none=True),
+        stop_token_ids=sorted({token for one in manifests for token in one.stop_token_ids}),
     )
     if wanted.into == "adapter":
         return made
-    merge(making, base_model, combined, settings.adapter_dir)
-    return Made(base_model, parents=made.parents, composition=made.composition)
+    merge(making, base_model, combined, settings.adapter_dir, made.stop_token_ids)
+    return Made(base_model, parents=made.parents, composition=made.composition, stop_token_ids=made.stop_token_ids)
 
 
 def fetch_parent(making: Making, parent: ParentVersion, folder: Path) -> Manifest:
@@ -165,8 +166,8 @@ def plain_targets(model: Any, name: str) -> None:
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
 
 
-def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: Path) -> None:
-    """Merge the adapter into the base model's weights.
+def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: Path, stop: list[int]) -> None:
+    """Merge the adapter into the base model's weights. The tokens `stop` end the answers of the result.
 
     Write the model to `target`, in the type of the base model's files.
     """
@@ -210,6 +211,8 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
         model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
     refuse_shared_embeddings(model, ref.name)
     merged: Any = model.merge_and_unload()
+    if stop and merged.generation_config is not None:
+        merged.generation_config.eos_token_id = stop
     merged.save_pretrained(target, max_shard_size=SHARD)
     copy_tokenizer(folder, target)
     check_weights(target)

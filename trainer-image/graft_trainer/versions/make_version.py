@@ -100,6 +100,7 @@ def publish(making: Making, made: Made) -> str:
         task=job.task,
         rank=made.rank,
         target_modules=made.targets,
+        stop_token_ids=made.stop_token_ids,
         files=versions.describe_files(files),
         image=job.trainer_image,
         parents=made.parents,

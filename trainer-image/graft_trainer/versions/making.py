@@ -42,6 +42,7 @@ class Made:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     parents: list[ManifestParent] = field(default_factory=list)
     composition: dict[str, Any] | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
     imported_from: str | None = None
     source_digest: str | None = None
 

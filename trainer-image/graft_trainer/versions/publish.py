@@ -11,6 +11,7 @@ from graft.artifacts.manifest import PROCESSOR_FILES, TOKENIZER_FILES, Manifest,
 from graft.artifacts.storage import StoreError
 
 from graft_trainer.evaluation.evaluate import Evaluated
+from graft_trainer.evaluation.generate import stop_tokens
 from graft_trainer.model.adapterfiles import rename_modules
 from graft_trainer.model.basemodel import load_config
 from graft_trainer.model.methods import as_published, cast_parameters
@@ -66,6 +67,8 @@ def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return
     cast_parameters(model, trained.stored)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = stop_tokens(trained)  # what evaluation stopped at, engines stop at
     model.save_pretrained(folder, max_shard_size=SHARD)
     as_published(model, trained.stored)
     copy_tokenizer(trained.folder, folder)
@@ -117,6 +120,7 @@ def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, 
         metrics=finite(evaluated.metrics),
         task=job.task,
         rank=trained.resolved.rank,
+        stop_token_ids=stop_tokens(trained),
         rejected=evaluated.rejected,
         target_modules=trained.targets,
         files=versions.describe_files(files),

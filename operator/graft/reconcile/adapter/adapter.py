@@ -24,7 +24,17 @@ from graft.status import condition, find, now
 KIND = "Adapter"
 # Verdicts that may change although the spec does not: the store may answer again, and files may still arrive.
 RETRIED = {"StorageUnavailable", "ManifestMissing", "FileMissing", "SigningKeyUnavailable"}
-UNREAD = ("base_model_digest", "rank", "target_modules", "size_bytes", "metrics", "score", "verified_at", "signature")
+UNREAD = (
+    "base_model_digest",
+    "rank",
+    "target_modules",
+    "stop_token_ids",
+    "size_bytes",
+    "metrics",
+    "score",
+    "verified_at",
+    "signature",
+)
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
@@ -160,6 +170,7 @@ def observe(
             "base_model_digest": checked.base_model.digest or checked.base_model.uri,
             "rank": checked.rank,
             "target_modules": checked.target_modules,
+            "stop_token_ids": checked.stop_token_ids or None,
             "size_bytes": checked.size_bytes,
             "metrics": checked.metrics,
             "score": score(checked.metrics),

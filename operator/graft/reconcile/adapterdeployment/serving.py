@@ -323,7 +323,11 @@ def _target(
     adapter = resolution.adapter
     wanted = wanted_adapter(tenant, adapter)
     new = RouteTarget(
-        engine_model=wanted.engine_name, adapter=wanted.adapter, version=adapter.spec.version, digest=wanted.digest
+        engine_model=wanted.engine_name,
+        adapter=wanted.adapter,
+        version=adapter.spec.version,
+        digest=wanted.digest,
+        stop_token_ids=adapter.status.stop_token_ids or [],
     )
     if old is None or old.engine_model == new.engine_model or old.adapter is None or stopped:
         return new

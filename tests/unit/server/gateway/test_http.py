@@ -37,6 +37,18 @@ async def test_an_answer_names_the_model_of_the_client() -> None:
         assert await made.metric(f'graft_gateway_requests_total{{model="{MODEL}",status="200"}} 1.0')
 
 
+async def test_the_engine_gets_the_tokens_that_end_the_answers_of_a_version() -> None:
+    async with world() as made:
+        part = table(*made.addresses)
+        part.routes[0].targets[0].stop_token_ids = [2, 7]
+        made.update(part)
+        for fields in ({}, {"stop_token_ids": [9, 7]}, {"ignore_eos": True}, {"model": "team-a/plain"}):
+            async with made.post(**fields) as response:
+                assert response.status == 200
+        found = [request.get("stop_token_ids") for request in made.engines[0].requests]
+        assert found == [[2, 7], [2, 7, 9], None, None]
+
+
 async def test_a_stream_arrives_piece_by_piece() -> None:
     async with world() as made:
         more = asyncio.Event()

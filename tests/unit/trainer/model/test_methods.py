@@ -9,6 +9,8 @@ import pytest
 import torch
 from graft.artifacts.manifest import Manifest
 from graft.contracts.progress import Reason
+from graft_server.engine.model import load_base_model as load_served
+from graft_server.engine.settings import Settings
 from graft_trainer.data.tokens import Collator
 from graft_trainer.evaluation.evaluate import Evaluated
 from graft_trainer.model.methods import make_tunable
@@ -20,7 +22,17 @@ from graft_trainer.train import Trained
 from graft_trainer.versions.publish import describe, publish, save
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from worlds.trainer import MemoryStore, make_base, make_job, make_qwen, make_t5, question_lines, ready, train_prepared
+from worlds.trainer import (
+    MARKED,
+    MemoryStore,
+    make_base,
+    make_job,
+    make_qwen,
+    make_t5,
+    question_lines,
+    ready,
+    train_prepared,
+)
 
 PREFIX = "team-a/adapters/colours/1.0.0/"
 AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
@@ -150,6 +162,23 @@ def test_a_full_model_is_published_in_the_dtype_of_its_base_model(tmp_path: Path
     assert torch.allclose(logits(again.float(), batch_of(trained)), tuned, atol=1e-4)
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert str(tmp_path) not in store.kept[PREFIX + "config.json"].decode()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_version_says_which_tokens_end_its_answers(tmp_path: Path, method: str) -> None:
+    # As in base models with a chat template: a turn ends with a token that is not the model's eos.
+    ends_otherwise = MARKED.replace("m['content'] + eos_token", "m['content'] + '<|system|>'")
+    base = make_base(tmp_path / "base", ends_otherwise)
+    run, _, trained = learn(tmp_path, base, "causal", {method: {}})
+    eos, end = trained.tokenizer.convert_tokens_to_ids(["</s>", "<|system|>"])
+    folder = tmp_path / "version"
+    save(trained, "s3://bucket/models/tiny", folder)
+    manifest = describe(run, trained, Evaluated({}), {path.name: path for path in folder.iterdir()})
+    assert manifest.stop_token_ids == [eos, end]
+    if method == "full":
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [eos, end]
+        served = load_served(Settings(str(folder), ("m",)))
+        assert {eos, end} <= served.eos_ids
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -58,6 +58,13 @@ def test_a_new_version_gets_traffic_only_when_every_ready_replica_has_it() -> No
     assert target(full) == "support-1.1.0"
 
 
+def test_a_route_leads_with_the_tokens_that_end_the_answers_of_the_version() -> None:
+    spec, ends = deployment(), adapter("1.0.0")
+    ends.status.stop_token_ids = [2, 7]
+    [entry] = routes(spec, resolve(spec, [ends]), [replica("pod-1", ends)]).routes
+    assert entry.targets[0].stop_token_ids == [2, 7]
+
+
 def test_the_old_version_stays_loaded_until_no_route_leads_to_it() -> None:
     spec = deployment()
     first = [wanted_adapter("shop", V1)]

@@ -29,7 +29,7 @@ from graft.manifests.adapter import JOB_UID
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, retention, signing, versions
-from graft.reconcile.adapterdeployment import adapterdeployment, scaling
+from graft.reconcile.adapterdeployment import adapterdeployment, callers, scaling
 from graft.reconcile.finetunejob import finetunejob
 from graft.reconcile.shared import access, storerights
 from graft.reconcile.shared.admission import admit
@@ -100,6 +100,7 @@ async def _start_operator() -> None:
     kube = await Kube.connect()
     ctx = Context(kube, config, store, await storerights.open_identity(kube, config, store))
     await signing.refresh(ctx)
+    await callers.refresh(ctx)
     operator.ctx = ctx
     operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
     ctx.wake = _wake_known
@@ -109,7 +110,7 @@ async def _start_operator() -> None:
     operator.tasks.append(asyncio.create_task(_follow_namespaces(), name="watch namespaces"))
     operator.tasks.append(asyncio.create_task(operator.requests.issue(ctx), name="requested keys"))
     operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
-    operator.tasks.append(asyncio.create_task(_signing_keys(), name="signing keys"))
+    operator.tasks.append(asyncio.create_task(_keys(), name="keys"))
 
 
 def _wake_known(kind: str, namespace: str, name: str) -> None:
@@ -277,15 +278,19 @@ async def _housekeeping() -> None:
         await asyncio.sleep(pause)
 
 
-async def _signing_keys() -> None:
-    """Poll the Secret with the signing keys, because RBAC allows only a GET by name. If the keys changed, reconcile all
-    versions, which signs them again."""
+async def _keys() -> None:
+    """Poll the Secrets with the signing keys and the gateways' keys, because RBAC allows only a GET by name. If the
+    signing keys changed, reconcile all versions, which signs them again. If the others changed, reconcile all
+    deployments."""
     ctx, queue = operator.ctx, operator.queue
     assert ctx is not None and queue is not None  # noqa: S101
     while True:
         await asyncio.sleep(float(os.environ.get("GRAFT_KEYS_SECONDS", signing.KEYS_SECONDS)))
         if await signing.refresh(ctx):
             for key in queue.keys("Adapter"):
+                queue.wake(*key)
+        if await callers.refresh(ctx):
+            for key in queue.keys("AdapterDeployment"):
                 queue.wake(*key)
 
 

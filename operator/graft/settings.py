@@ -106,6 +106,7 @@ class Settings(_Part):
     network: Network = Field(default_factory=Network)
     allowed: Allowed = Field(default_factory=Allowed)
     prometheus_url: str = ""  # KEDA reads the gateway's metrics from this Prometheus; if empty, KEDA cannot
+    engine_tls: bool = False  # whether engines listen with TLS
     gateway_url: str = ""
     gateway_selector: dict[str, str] = Field(default_factory=lambda: {"app.kubernetes.io/component": "gateway"})
     huggingface_endpoint: str | None = None

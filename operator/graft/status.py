@@ -133,6 +133,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "AdapterMissing": "An entry of spec.adapters matches no Ready Adapter, or one whose files are being restored. The other adapters are served.",
             "AdapterIncompatible": "An adapter was tuned on another base model or on other files of it, its method is not lora or qlora, or its rank is too high. The other adapters are served.",
             "CredentialsMissing": "The namespace has no complete Secret graft-storage, and the operator does not create it.",
+            "GatewayKeysUnavailable": "The operator has no valid keys for the gateways, so no engine would answer them. It continues when there are.",
             "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
             "NamespaceReserved": "The namespace's name is reserved: its part of the bucket, or its user of the store, belongs to somebody else. Use another namespace.",
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -56,11 +56,13 @@ async def api_client() -> ApiClient:
 
 
 class ConfigMaps:
-    """The ConfigMaps of one namespace."""
+    """The ConfigMaps of one namespace, or its Secrets. The values of a Secret are in base64."""
 
-    def __init__(self, client: ApiClient, namespace: str) -> None:
+    def __init__(
+        self, client: ApiClient, namespace: str, plural: Literal["configmaps", "secrets"] = "configmaps"
+    ) -> None:
         self._client = client
-        self._path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps"
+        self._path = f"/api/v1/namespaces/{quote(namespace, safe='')}/{plural}"
 
     async def list(self, selector: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], str]:
         """Return (data by name, resource version). `selector` is {"fieldSelector": …} or {"labelSelector": …}."""
@@ -70,7 +72,7 @@ class ConfigMaps:
             answer = await self._json("GET", self._path, query, most=PAGE_BYTES)
             items |= {item["metadata"]["name"]: item.get("data") or {} for item in answer.get("items") or []}
             if len(items) > MOST_OBJECTS:
-                raise KubeError(0, f"GET {self._path}: there are more than {MOST_OBJECTS} ConfigMaps")
+                raise KubeError(0, f"GET {self._path}: there are more than {MOST_OBJECTS} objects")
             if not (token := answer["metadata"].get("continue")):
                 return items, answer["metadata"]["resourceVersion"]
             query["continue"] = token
@@ -210,7 +212,7 @@ class Follower:
                 failed = 1 if time.monotonic() - started > 5 else failed + 1
                 if not expired:
                     log.warning(
-                        "cannot follow the ConfigMaps, retrying: %s",
+                        "cannot follow ConfigMaps or Secrets, retrying: %s",
                         error,
                         extra={"selector": self._selector, "status": error.status},
                     )

@@ -7,6 +7,7 @@ through it.
 """
 
 import asyncio
+import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -48,9 +49,11 @@ class Connections:
         self._peers: Counter[str] = Counter()
         self._idle: dict[Guard, float] = {}  # no complete head yet -> since when (time.monotonic()), longest first
 
-    def site(self, runner: web.BaseRunner, host: str | None, port: int) -> "GuardedSite":
+    def site(
+        self, runner: web.BaseRunner, host: str | None, port: int, tls: ssl.SSLContext | None = None
+    ) -> "GuardedSite":
         """Return a site that listens on an address and guards its connections."""
-        return GuardedSite(runner, host, port, self)
+        return GuardedSite(runner, host, port, self, tls)
 
     def admit(self, guard: "Guard") -> bool:
         """Count a new connection. Return whether it may stay.
@@ -306,8 +309,15 @@ def handler_args(keepalive_timeout: float) -> dict[str, Any]:
 class GuardedSite(web.BaseSite):
     """A site whose connections have guards."""
 
-    def __init__(self, runner: web.BaseRunner, host: str | None, port: int, connections: Connections) -> None:
-        super().__init__(runner, backlog=1024)
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        host: str | None,
+        port: int,
+        connections: Connections,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(runner, ssl_context=tls, backlog=1024)
         self._address = (host, port)
         self._connections = connections
 
@@ -315,7 +325,7 @@ class GuardedSite(web.BaseSite):
     def name(self) -> str:
         """Return the URL on which it listens."""
         host, port = self._address
-        return f"http://{host or '0.0.0.0'}:{port}"  # noqa: S104
+        return f"{'https' if self._ssl_context else 'http'}://{host or '0.0.0.0'}:{port}"  # noqa: S104
 
     async def start(self) -> None:
         """Listen."""
@@ -325,5 +335,10 @@ class GuardedSite(web.BaseSite):
             raise RuntimeError("the runner is not set up")
         host, port = self._address
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Guard(self._connections, server), host, port, backlog=self._backlog
+            lambda: Guard(self._connections, server),
+            host,
+            port,
+            backlog=self._backlog,
+            ssl=self._ssl_context,
+            ssl_handshake_timeout=self._connections.limits.head_seconds if self._ssl_context else None,
         )

@@ -15,6 +15,7 @@ from graft.contracts.progress import Progress, Termination
 from graft.report.document import Report
 from graft_server.agent.engine.client import ERROR, METRICS_BYTES, MODELS
 from graft_server.agent.storage.weights import HEADER
+from graft_server.callers import FILE_BYTES
 from graft_trainer.checkpoints.checkpoint import Receipt
 from graft_trainer.data.lines import LINE
 from graft_trainer.evaluation.lmeval_tasks import DEPTH, LARGEST
@@ -37,6 +38,7 @@ LIMITS = {
     "`GET /v1/models`": MODELS,
     "an error of the engine": ERROR,
     "metrics of the engine": Limits(METRICS_BYTES, -1, -1),
+    "callers of the engine": Limits(FILE_BYTES, -1, -1),
     "a line of a dataset or a suite": LINE,
     "definition of an lm-eval task": Limits(LARGEST, DEPTH, -1),
 }

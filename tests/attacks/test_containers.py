@@ -73,8 +73,10 @@ def test_no_container_can_write_where_it_works_or_where_its_code_is(name: str) -
         assert container["workingDir"] == "/", container["name"]
         if container.get("command", [""])[0] in {"python", "vllm"}:
             assert {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}.items() <= made.environment(container).items()
+        path = made.environment(container).get("PYTHONPATH", "/app")
         for mount, volume in made.volumes_of(pod, container):
             if made.writable(mount, volume):
+                assert not path.startswith(mount["mountPath"]), mount
                 assert not re.match(r"/($|app|opt|usr|lib|bin|sbin|etc|var/run|proc|sys)", mount["mountPath"]), mount
 
 

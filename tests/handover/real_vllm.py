@@ -13,9 +13,13 @@ from typing import Any
 
 from graft.api import AdapterDeployment
 from graft.api.deploymentstatus import ServingSizing
+from graft.contracts.enginekeys import fingerprint, new_key
 from graft.contracts.message import BaseModelRef
+from graft.contracts.mounts import ENGINE_DIR
 from graft.manifests.serving import serving_deployment
 from graft.settings import Images, Settings
+from graft_server.agent.engine.access import Access
+from graft_server.callers import GATEWAY, ROUTES
 from testbed.controlplane import free_port
 from testbed.shell import REPOSITORY, tail, wait_for
 from transformers import LlamaConfig
@@ -30,6 +34,7 @@ SETTINGS = Settings(
 )
 MODEL = "weights/llama"
 MAX_RANK = 8
+GATEWAY_KEY = new_key()
 
 
 class Vllm:
@@ -43,6 +48,8 @@ class Vllm:
             folder / "base", LlamaConfig, hidden_size=256, intermediate_size=256, num_attention_heads=4
         )
         self.port = free_port()
+        self.access = Access(folder / "access")
+        self.access.admit([fingerprint(GATEWAY_KEY)])
         self.log = folder / "vllm.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -50,11 +57,21 @@ class Vllm:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Start vLLM and wait until it answers."""
-        container = engine_container()
+    def headers(self, path: str) -> dict[str, str]:
+        """Return the headers of the caller that may use a path: a gateway or the agent."""
+        if path in {route for _, route in ROUTES[GATEWAY]}:
+            return {"Authorization": f"Bearer {GATEWAY_KEY}"}
+        return self.access.headers
+
+    @property
+    def arguments(self) -> list[str]:
+        """Return the arguments of the pod's engine, with the paths and the port of this machine."""
         replaced = {f"/mnt/pvc/{MODEL}": str(self.base), "0.0.0.0": "127.0.0.1", "8000": str(self.port)}
-        arguments = [replaced.get(item, item) for item in container["command"][1:]]
+        return [replaced.get(item, item) for item in engine_container()["command"][1:]]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables of the pod's engine."""
         cpu = {
             "PATH": os.environ["PATH"],
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -63,10 +80,15 @@ class Vllm:
         # With a GPU, the machine's own variables say where CUDA is. HOME is replaced, because the pod's HOME is /tmp and
         # vLLM would leave its caches there.
         environment = dict(os.environ) if GPU else cpu
-        environment |= {item["name"]: item["value"] for item in container["env"]} | {"HOME": str(self.folder)}
+        for item in engine_container()["env"]:
+            environment[item["name"]] = item["value"].replace(ENGINE_DIR, str(self.folder / "access"))
+        return environment | {"HOME": str(self.folder)}
+
+    def start(self) -> None:
+        """Start vLLM and wait until it answers."""
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*COMMAND, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True
+                [*COMMAND, *self.arguments], env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
         wait_for(self._answers, 240, "vLLM answers", lambda: tail(self.log))
 

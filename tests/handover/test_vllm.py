@@ -13,8 +13,10 @@ import aiohttp
 import pytest
 import yaml
 from graft.contracts.agent import Wanted, WantedAdapter
+from graft.contracts.enginekeys import fingerprint
 from graft.toolcalls import PARSERS
-from handover.real_vllm import COMMAND, GPU, MAX_RANK, Vllm
+from graft_server.callers import AGENT, FREE, GATEWAY, ROUTES
+from handover.real_vllm import COMMAND, GATEWAY_KEY, GPU, MAX_RANK, Vllm
 from worlds.agent import Pod
 from worlds.engine import expected, make_adapter
 from worlds.serving import eventually
@@ -88,13 +90,13 @@ def folders(vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 async def post(session: aiohttp.ClientSession, vllm: Vllm, path: str, **body: Any) -> tuple[int, Any]:
-    async with session.post(vllm.url + path, json=body) as answer:
+    async with session.post(vllm.url + path, json=body, headers=vllm.headers(path)) as answer:
         text = await answer.text()
         return answer.status, json.loads(text) if answer.content_type == "application/json" else text
 
 
 async def version(session: aiohttp.ClientSession, vllm: Vllm) -> tuple[int, ...]:
-    async with session.get(f"{vllm.url}/version") as answer:
+    async with session.get(f"{vllm.url}/version", headers=vllm.headers("/version")) as answer:
         return tuple(int(part) for part in (await answer.json())["version"].split(".")[:2])
 
 
@@ -126,7 +128,7 @@ async def test_vllm_answers_as_the_contract_says(vllm: Vllm, folders: dict[str, 
         await case(load, 500, "InternalServerError", f"greater than max_lora_rank {MAX_RANK}", **wide)
         await case(unload, 404, "NotFoundError", "cannot be found", lora_name="x")
         await case("/v1/completions", 404, "NotFoundError", "does not exist", model="x", prompt="hello")
-        async with session.get(f"{vllm.url}/v1/models") as answer:
+        async with session.get(f"{vllm.url}/v1/models", headers=vllm.headers("/v1/models")) as answer:
             models = {item["id"]: item for item in (await answer.json())["data"]}
         assert models["contract"]["root"] == str(folders["a"]) and models["contract"]["parent"] == BASE
         assert models[BASE]["parent"] is None and models[BASE]["max_model_len"] == 256
@@ -134,6 +136,34 @@ async def test_vllm_answers_as_the_contract_says(vllm: Vllm, folders: dict[str, 
             200,
             "Success: LoRA adapter 'contract' removed successfully.",
         )
+
+
+async def test_every_route_of_vllm_asks_for_a_key_and_knows_its_role(vllm: Vllm) -> None:
+    command = [*COMMAND, "routes", *vllm.arguments]
+    text = await asyncio.to_thread(subprocess.check_output, command, env=vllm.environment, text=True)
+    routes = {(method, path) for method, path in json.loads(text.splitlines()[-1])}
+    assert routes >= ROUTES[GATEWAY] | ROUTES[AGENT] | {FREE} and len(routes) > 25
+    http = {route for route in routes if route[0]} - {FREE}
+    async with aiohttp.ClientSession() as session:
+
+        async def status(method: str, path: str, headers: dict[str, str]) -> int:
+            async with session.request(
+                method, vllm.url + path.replace("{", "").replace("}", ""), headers=headers
+            ) as answer:
+                return answer.status
+
+        agent, gateway = vllm.headers("/metrics"), vllm.headers("/v1/completions")
+        for method, path in http:
+            for headers in ({}, {"Authorization": "Bearer x"}):
+                assert await status(method, path, headers) == 401, (method, path)
+            for role, headers in ((AGENT, agent), (GATEWAY, gateway)):
+                if (method, path) not in ROUTES[role]:
+                    assert await status(method, path, headers) == 403, (method, path)
+        for method, path in {route for route in ROUTES[AGENT] if route[0] == "GET"} | {FREE}:
+            assert await status(method, path, agent) == 200, path
+        for path in (path for method, path in routes if method is None):
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                await session.ws_connect(vllm.url + path, headers=gateway)
 
 
 async def test_the_agent_loads_unloads_and_reloads_adapters_in_vllm(
@@ -145,7 +175,8 @@ async def test_the_agent_loads_unloads_and_reloads_adapters_in_vllm(
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         pod = Pod(tmp_path / "adapters")
-        pod.wanted = Wanted(base_model=BASE, max_lora_rank=64, drain_seconds=0)
+        pod.wanted = Wanted(base_model=BASE, max_lora_rank=64, drain_seconds=0, gateway_keys=[fingerprint(GATEWAY_KEY)])
+        pod.access = vllm.access
         pod.load_seconds = 120.0
         await pod.start(session, vllm.url, base_model_name=BASE)
         try:
@@ -199,7 +230,9 @@ async def test_the_agent_loads_unloads_and_reloads_adapters_in_vllm(
 async def test_running_requests_are_answered_before_vllm_ends(vllm: Vllm) -> None:
     body = {"model": BASE, "prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
     async with aiohttp.ClientSession() as session:
-        async with session.post(f"{vllm.url}/v1/completions", json=body) as answer:
+        async with session.post(
+            f"{vllm.url}/v1/completions", json=body, headers=vllm.headers("/v1/completions")
+        ) as answer:
             await answer.content.readline()
             vllm.terminate()
             text = await answer.text()

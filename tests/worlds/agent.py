@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from graft.contracts.agent import WANTED_KEY, Residency, ResidentAdapter, Wanted, WantedAdapter
 from graft_server.agent.agent import Agent
+from graft_server.agent.engine.access import Access
 from graft_server.agent.engine.client import EngineClient
 from graft_server.agent.storage.objects import Storage
 from graft_server.agent.storage.trust import Trust
@@ -31,6 +32,7 @@ class Pod:
         self.cache_bytes: int | None = 1 << 30
         self.load_seconds = 20.0
         self.namespace = NAMESPACE
+        self.access: Access | None = None  # None: the engine answers everybody
         # The ConfigMap with the trusted keys. None means that the agent has not read it yet.
         self.trusted: dict[str, dict[str, str]] | None = TRUSTED
         self.agent: Agent = None  # type: ignore[assignment]
@@ -50,7 +52,8 @@ class Pod:
             pod_uid="uid-1",
             adapters_dir=self.dir,
             base_model_name=base_model_name,
-            engine=EngineClient(session, url, load_seconds=self.load_seconds),
+            engine=EngineClient(session, url, self.access, load_seconds=self.load_seconds),
+            access=self.access,
             open_store=self.storage or (lambda: self.store),  # type: ignore[arg-type, return-value]
             storage_changed=self.storage.changed if self.storage else lambda: False,
             publish=self.told.append,

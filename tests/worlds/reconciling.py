@@ -56,6 +56,9 @@ class MemoryKube:
     async def ensure(self, *manifests: Object) -> None:
         self.objects |= {self._key(item): item for item in manifests}
 
+    async def create(self, manifest: Object) -> None:
+        self.objects[self._key(manifest)] = manifest
+
     async def apply_status(
         self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Object
     ) -> None:

@@ -71,6 +71,7 @@ class FakeKube:
         app.router.add_get(path, self._list)
         app.router.add_get(path + "/{name}", self._get)
         app.router.add_patch(path + "/{name}", self._apply)
+        app.router.add_get("/api/v1/namespaces/{namespace}/secrets", self._list)
         return app
 
     def client(self, address: str) -> ApiClient:

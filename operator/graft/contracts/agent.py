@@ -6,6 +6,7 @@ from pydantic import Field
 
 from graft.api.adapter import AdapterSignature
 from graft.bounded import Limits
+from graft.contracts.enginekeys import MOST_KEYS, Fingerprint
 from graft.contracts.message import CONFIGMAP, Message, Name, Real, Uri, Whole, Words
 
 TRUSTED_KEYS = "graft-trusted-keys"  # ConfigMap with the public keys, in the operator's namespace
@@ -51,6 +52,9 @@ class Wanted(Message):
     # Versions that become wanted when the operator has verified them. The agent downloads their files into unused disk
     # space and does not load them.
     expected: list[WantedAdapter] = Field(default_factory=list, max_length=MOST_ADAPTERS)
+    # The keys with which gateways call the engines. None: gateways of an earlier release, which send no key, still run.
+    # Then the engines answer requests for completions without a key.
+    gateway_keys: list[Fingerprint] | None = Field(default=None, max_length=MOST_KEYS)
 
     def is_for(self, engine_name: str, pod: str) -> bool:
         """Return whether the adapter is for this pod. An adapter that is not wanted yet is for every pod."""
@@ -89,6 +93,7 @@ class Residency(Message):
     pod_uid: Name
     ready: bool  # the engine is healthy, and every adapter that was wanted at its last start is Loaded or Failed
     engine_started: Name | None = None  # changes when the engine restarts
+    certificate: Fingerprint | None = None  # SHA-256 of the engine's certificate (DER); None: it listens without TLS
     adapters: list[ResidentAdapter] = Field(default_factory=list, max_length=MOST_ADAPTERS)
 
 

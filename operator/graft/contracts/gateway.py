@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from graft.bounded import Limits
+from graft.contracts.enginekeys import Fingerprint
 from graft.contracts.message import CONFIGMAP, Message, Name, Whole, Words
 
 ROUTES_KEY = "routes.json"
@@ -43,6 +44,7 @@ class Backend(Message):
     pod: Name
     address: Name  # ip:port of the engine
     loaded: list[Name]  # engine models that it has loaded, including the base model's name
+    certificate: Fingerprint | None = None  # SHA-256 of its certificate (DER); None: plain HTTP
 
 
 class Routes(Message):
@@ -53,6 +55,7 @@ class Routes(Message):
     schema_version: Whole = 1
     namespace: Name
     deployment: Name
+    uid: Name | None = None  # of the AdapterDeployment; gateways make their key from it. None: no key is sent
     base_model: Name
     unavailable: Words | None = None  # why no replica can answer now; the gateway shows it in its error
     idle_seconds: Whole | None = None  # idle time after which it sleeps; a request wakes it. None: it never sleeps

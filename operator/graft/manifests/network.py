@@ -50,8 +50,8 @@ SERVICE_HOST = re.compile(r"[^.]+\.(?P<namespace>[^.]+)(?P<svc>\.svc(\..+)?)?")
 def serving_policy(deployment: AdapterDeployment, settings: Settings) -> Manifest:
     """Return the policy of serving pods.
 
-    The engine's admin routes load and unload adapters, so only the gateway reaches its port. The agent's port has
-    metrics and probes. Probes come from the node, which no policy stops, so only scrapers need a rule.
+    Only the gateway reaches the engine's port, which also asks each caller for its key. The agent's port has metrics and
+    probes. Probes come from the node, which no policy stops, so only scrapers need a rule.
     """
     gateway = {
         "namespaceSelector": {"matchLabels": {NAMESPACE: settings.namespace}},

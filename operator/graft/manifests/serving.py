@@ -7,7 +7,17 @@ from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts.agent import TRUSTED_KEYS
 from graft.contracts.message import BaseModelRef
-from graft.contracts.mounts import ADAPTERS_DIR, AGENT_PORT, ENGINE_PORT, PVC_DIR
+from graft.contracts.mounts import (
+    ADAPTERS_DIR,
+    AGENT_PORT,
+    CALLERS_FILE,
+    CERTIFICATE_FILE,
+    ENGINE_DIR,
+    ENGINE_PORT,
+    MODULES_DIR,
+    PRIVATE_KEY_FILE,
+    PVC_DIR,
+)
 from graft.manifests.metadata import OWNER_UID, Manifest, child, labels
 from graft.manifests.podspec import (
     ENGINE_USER,
@@ -44,6 +54,19 @@ BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef tha
 VOLUME_SPARE = 256 << 20  # bytes added to the adapters' volume: the kubelet evicts a pod that exceeds its volume
 PROGRESS_SECONDS = 2400  # slightly more than the engine's startup limit
 SPREAD_SECONDS = 15  # between two replicas of a rollout, to load the adapters of a removed replica on others
+# Who may call the engine. The agent writes this volume before the engine starts, see graft_server.agent.engine.access.
+ACCESS_VOLUME = {"name": "access", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}
+CALLERS = f"{ENGINE_DIR}/{CALLERS_FILE}"
+VLLM_CALLERS_ENV: list[Manifest] = [
+    {"name": "PYTHONPATH", "value": f"{ENGINE_DIR}/{MODULES_DIR}"},
+    {"name": "GRAFT_CALLERS", "value": CALLERS},
+]
+TLS_FLAGS = [
+    "--ssl-certfile",
+    f"{ENGINE_DIR}/{CERTIFICATE_FILE}",
+    "--ssl-keyfile",
+    f"{ENGINE_DIR}/{PRIVATE_KEY_FILE}",
+]
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -68,6 +91,11 @@ def pod_selector(deployment: AdapterDeployment) -> dict[str, str]:
     return {OWNER_UID: deployment.metadata.uid}
 
 
+def has_tls(pod: Manifest) -> bool:
+    """Return whether the engine of a serving pod listens with TLS."""
+    return any(TLS_FLAGS[0] in (container.get("command") or []) for container in pod["spec"]["containers"])
+
+
 def has_parts(deployment: AdapterDeployment) -> bool:
     """Return whether a replica may hold only a part of the adapters."""
     limits = deployment.spec.limits
@@ -83,14 +111,16 @@ def host_slots(deployment: AdapterDeployment) -> int:
     return next((step for step in HOST_SLOTS if step >= attached), attached)
 
 
-def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: ServingSizing) -> list[str]:
+def _engine_arguments(
+    deployment: AdapterDeployment, model: str, sizing: ServingSizing, settings: Settings
+) -> list[str]:
     """Return the flags that vLLM and Graft's own engine share (with vLLM's names), and the flags of vLLM only."""
     limits = deployment.spec.limits
     arguments = [
         "--served-model-name",
         deployment.spec.base_model,
         "--host",
-        "0.0.0.0",  # noqa: S104 - the gateway connects from other pods; the NetworkPolicy admits only the gateway
+        "0.0.0.0",  # noqa: S104 - the gateway connects from other pods; the engine answers only callers with a key
         "--port",
         str(ENGINE_PORT),
         "--max-loras",
@@ -110,8 +140,10 @@ def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: Serving
         arguments += ["--dtype", sizing.dtype]
     if deployment.spec.tool_call_parser:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", deployment.spec.tool_call_parser]
+    if settings.engine_tls:
+        arguments += TLS_FLAGS
     if sizing.engine == "transformers":
-        return ["python", "-m", "graft_server.engine", "--model", model, *arguments]
+        return ["python", "-m", "graft_server.engine", "--model", model, *arguments, "--callers", CALLERS]
     if sizing.gpus > 1:
         arguments += ["--tensor-parallel-size", str(sizing.gpus)]
     if sizing.gpu_memory_percent:
@@ -119,6 +151,8 @@ def _engine_arguments(deployment: AdapterDeployment, model: str, sizing: Serving
     arguments += ["--max-cpu-loras", str(host_slots(deployment))]
     arguments += ["--load-format", LOAD_FORMAT[sizing.quantization]]
     arguments += ["--allowed-media-domains", NO_DOMAIN]
+    # vLLM's own --api-key guards only /v1, and every key may use every route.
+    arguments += ["--middleware", "graft_callers.OnlyCallers"]
     return ["vllm", "serve", model, "--enable-lora", *arguments]
 
 
@@ -137,18 +171,19 @@ def _engine(
     deployment: AdapterDeployment, model: str, mounts: list[Manifest], settings: Settings, sizing: ServingSizing
 ) -> Manifest:
     vllm = sizing.engine == "vllm"
-    probe = {"httpGet": {"path": "/health", "port": "engine"}}
+    scheme = {"scheme": "HTTPS"} if settings.engine_tls else {}
+    probe = {"httpGet": {"path": "/health", "port": "engine", **scheme}}
     return {
         **container_defaults("engine", user=ENGINE_USER),
         "image": settings.images.vllm if vllm else settings.images.engine,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": _engine_arguments(deployment, model, sizing),
+        "command": _engine_arguments(deployment, model, sizing, settings),
         "env": [
             *PYTHON_ENV,
             *USER_ENV,
             {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "1"},
             {"name": "HF_HUB_OFFLINE", "value": "1"},
-            *([{"name": "VLLM_NO_USAGE_STATS", "value": "1"}] if vllm else []),
+            *([{"name": "VLLM_NO_USAGE_STATS", "value": "1"}, *VLLM_CALLERS_ENV] if vllm else []),
         ],
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
         "resources": _resources(deployment, sizing),
@@ -183,7 +218,9 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
             "--trusted-keys",
             f"{settings.namespace}/{TRUSTED_KEYS}",
             "--engine-url",
-            f"http://127.0.0.1:{ENGINE_PORT}",
+            f"{'https' if settings.engine_tls else 'http'}://127.0.0.1:{ENGINE_PORT}",
+            "--engine-dir",
+            ENGINE_DIR,
             "--port",
             str(AGENT_PORT),
             *(["--cache-bytes", str(size)] if (size := deployment.spec.limits.adapter_bytes) else []),
@@ -197,6 +234,13 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
         ],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "resources": AGENT_RESOURCES,
+        # The kubelet starts the engine after this. By then, the agent has written what the engine reads at its start.
+        "startupProbe": {
+            "httpGet": {"path": "/livez", "port": "agent"},
+            "periodSeconds": 1,
+            "failureThreshold": 120,
+            "timeoutSeconds": 5,
+        },
         "readinessProbe": {
             "httpGet": {"path": "/readyz", "port": "agent"},
             "periodSeconds": 2,
@@ -205,7 +249,6 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
         },
         "livenessProbe": {
             "httpGet": {"path": "/livez", "port": "agent"},
-            "initialDelaySeconds": 20,
             "periodSeconds": 10,
             "failureThreshold": 6,
             "timeoutSeconds": 5,
@@ -213,6 +256,7 @@ def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
         "volumeMounts": [
             *STORAGE_MOUNTS,
             {"name": "adapters", "mountPath": ADAPTERS_DIR},
+            {"name": "access", "mountPath": ENGINE_DIR},
             tmp_mount("agent"),
             {"name": "api", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": True},
         ],
@@ -289,11 +333,13 @@ def serving_deployment(
         tmp_volume("agent"),
         tmp_volume("engine"),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}},
+        ACCESS_VOLUME,
         API_VOLUME,
     ]
     mounts: list[Manifest] = [
         {"name": "models", "mountPath": MODELS_DIR, "readOnly": True},
         {"name": "adapters", "mountPath": ADAPTERS_DIR, "readOnly": True},
+        {"name": "access", "mountPath": ENGINE_DIR, "readOnly": True},
         tmp_mount("engine"),
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - an emptyDir
     ]

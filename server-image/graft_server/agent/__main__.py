@@ -11,6 +11,7 @@ import sys
 from aiohttp import web
 
 from graft_server.agent.agent import Agent
+from graft_server.agent.engine.access import Access
 from graft_server.agent.engine.answers import open_session
 from graft_server.agent.engine.client import EngineClient
 from graft_server.agent.report.residency import Publisher
@@ -53,6 +54,9 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
+    access = None
+    if settings.engine_dir is not None:
+        access = Access(settings.engine_dir, tls=settings.engine_url.startswith("https:"))
     client = await api_client()
     configmaps = ConfigMaps(client, settings.namespace)
     publisher = Publisher(configmaps, settings.residency_configmap, settings.pod_name)
@@ -63,7 +67,8 @@ async def serve(settings: Settings) -> int:
             pod_uid=settings.pod_uid,
             adapters_dir=settings.adapters_dir,
             base_model_name=settings.base_model_name,
-            engine=EngineClient(session, settings.engine_url, load_seconds=settings.load_timeout_seconds),
+            engine=EngineClient(session, settings.engine_url, access, load_seconds=settings.load_timeout_seconds),
+            access=access,
             open_store=storage,
             storage_changed=storage.changed,
             publish=publisher.publish,

@@ -17,6 +17,7 @@ from graft_server.agent.decisions.decide import Observed, decide, loaded, unwant
 from graft_server.agent.decisions.memory import Failures, Idleness
 from graft_server.agent.decisions.reasons import OF_KEYS, OF_STORAGE
 from graft_server.agent.decisions.room import Capacity, capacity
+from graft_server.agent.engine.access import Access
 from graft_server.agent.engine.client import EngineClient
 from graft_server.agent.engine.view import EngineView
 from graft_server.agent.report.metrics import Metrics
@@ -44,6 +45,7 @@ class Agent:
         adapters_dir: Path,
         base_model_name: str | None,
         engine: EngineClient,
+        access: Access | None = None,  # None: the engine answers everybody
         open_store: Callable[[], Objects],
         storage_changed: Callable[[], bool],
         publish: Callable[[Residency], None],
@@ -59,6 +61,9 @@ class Agent:
         self._publish = publish
         self._cache_bytes = cache_bytes
         self._trust = trust
+        self._access = access
+        self._client = engine
+        self._scraping = asyncio.Lock()
         self._poll = poll_seconds
         self._wanted: Wanted | None = None  # the part for this pod
         self._why_nothing = "the agent has not read the wanted adapters yet"
@@ -97,6 +102,8 @@ class Agent:
                 self.metrics.failures.labels("WantedInvalid").inc()
                 log.error("%s is invalid and is ignored: %s", WANTED_KEY, error)
                 continue
+            if self._access is not None:
+                self._access.admit(everything.gateway_keys)
             wanted = everything.for_pod(self._pod)
             if wanted is None:
                 self._why_nothing = "waiting for the operator to assign adapters to this pod"
@@ -161,6 +168,11 @@ class Agent:
             missing = [a.adapter for a in self._wanted.adapters if not loaded(a, self._engine.models, self._dir)]
             return "waiting for adapters: " + ", ".join(missing)
         return None
+
+    async def engine_metrics(self) -> str:
+        """Return the engine's Prometheus metrics. Raises EngineDown. One scrape runs at a time, with bounded bytes."""
+        async with self._scraping:
+            return await self._client.exposition()
 
     # One round
 
@@ -237,6 +249,7 @@ class Agent:
                 pod_uid=self._pod_uid,
                 ready=ready,
                 engine_started=self._engine.started,
+                certificate=self._access.certificate if self._access else None,
                 adapters=adapters,
             )
         )

@@ -23,6 +23,7 @@ class Settings:
     pod_name: str
     pod_uid: str
     engine_url: str
+    engine_dir: Path | None
     adapters_dir: Path
     storage_dir: Path
     listen_address: str | None
@@ -50,6 +51,11 @@ def parse(arguments: list[str]) -> Settings:
     flag("pod-name", None, "name of the pod, from the downward API")
     flag("pod-uid", None, "UID of the pod, from the downward API")
     flag("engine-url", f"http://127.0.0.1:{ENGINE_PORT}", "URL of the pod's engine")
+    flag(
+        "engine-dir",
+        "",
+        "folder in which the engine reads who may call it, and its certificate; empty: the engine answers everybody",
+    )
     flag("adapters-dir", ADAPTERS_DIR, "folder shared with the engine, which mounts it at the same path")
     flag("storage-dir", STORAGE_DIR, "the mounted storage Secret")
     flag("listen-address", "", "address to listen on; empty: all addresses")
@@ -81,6 +87,7 @@ def parse(arguments: list[str]) -> Settings:
         **{
             **values,
             "adapters_dir": Path(values["adapters_dir"]),
+            "engine_dir": Path(values["engine_dir"]) if values["engine_dir"] else None,
             "storage_dir": Path(values["storage_dir"]),
             "listen_address": values["listen_address"] or None,
             "port": int(values["port"]),

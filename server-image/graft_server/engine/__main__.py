@@ -57,7 +57,8 @@ async def serve(settings: Settings, base: BaseModel) -> None:
     runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
     await runner.setup()
     try:
-        await Connections(settings.connections).site(runner, settings.host, settings.port).start()
+        site = Connections(settings.connections).site(runner, settings.host, settings.port, settings.tls)
+        await site.start()
         for address in runner.addresses:  # the port that was assigned if --port is 0
             log.info("serving %s on %s:%d", ", ".join(settings.served_model_names), address[0], address[1])
         await stop.wait()

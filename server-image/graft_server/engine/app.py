@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel as Body
 
+from graft_server import callers
 from graft_server.connections import answer_guarded, handler_args
 from graft_server.engine.adapters import AdapterWeights, Limits, read_adapter
 from graft_server.engine.answers import Answers, Generator
@@ -91,6 +92,7 @@ class Server:
         )
         self.bytes = InFlight()
         self._parsing = asyncio.Lock()  # a large body becomes many objects: one at a time
+        self._callers = callers.Callers(settings.callers) if settings.callers else None
         self._started = int(time.time())
         self._draining = False
         self._in_flight = 0
@@ -164,6 +166,11 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._callers is not None:
+            key = request.headers.get("Authorization")
+            given = None if key is None else key.encode(errors="surrogateescape")  # a header may hold any bytes
+            if status := self._callers.refusal(request.method, request.path, given):
+                return web.json_response(callers.error(status), status=status)
         if request.path.startswith("/v1") and not self._authorized(request):
             return web.json_response({"error": "Unauthorized"}, status=HTTPStatus.UNAUTHORIZED)
         if request.method != "POST":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ TRUE_WORDS = ("1", "true")
 @dataclass(frozen=True)
 class Settings:
     """The settings of one engine process.
+
+    `callers` is the file of graft_server.callers. Without it, every caller may use every route, except those of `/v1` if
+    there are `api_keys`.
 
     `max_loras` limits the different adapters in one batch, and `max_cpu_loras` the adapters in memory. If more than
     `max_waiting_requests` sequences would queue, a request gets 503. It also gets 503 if it has waited `queue_timeout`
@@ -43,6 +47,9 @@ class Settings:
     chat_template: str | None = None
     tool_call_parser: str | None = None
     api_keys: tuple[str, ...] = ()
+    callers: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     shutdown_timeout: float = 600.0
     runtime_loading: bool = False
     max_body_bytes: int = 16 << 20
@@ -54,6 +61,15 @@ class Settings:
     body_timeout: float = 60.0
     keepalive_timeout: float = 75.0
     send_timeout: float = 60.0
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """Return how to encrypt connections, or None. Raises OSError if a file is not readable or invalid."""
+        if self.ssl_certfile is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+        return context
 
     @property
     def connections(self) -> ConnectionLimits:
@@ -94,6 +110,9 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     add("--enable-auto-tool-choice", action="store_true", help="return calls of tools; needs --tool-call-parser")
     add("--tool-call-parser", default=None, choices=list(PARSERS), help="the format in which the model calls tools")
     add("--api-key", nargs="+", default=None, help="API keys that /v1 accepts (default: VLLM_API_KEY)")
+    add("--callers", default=None, help="file with the SHA-256 of the keys of agent and gateways; see docs/security.md")
+    add("--ssl-certfile", default=None, help="certificate (PEM); with it, the engine listens with TLS only")
+    add("--ssl-keyfile", default=None, help="its private key (PEM)")
     add("--shutdown-timeout", type=float, default=600.0, help="seconds for running requests to finish after SIGTERM")
     known = Settings("", ())
     add("--max-body-bytes", type=_positive, default=known.max_body_bytes, help="largest request body, in bytes")
@@ -117,6 +136,8 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         parser.error(f"--max-cpu-loras ({max_cpu_loras}) must be at least --max-loras ({flags.max_loras})")
     if flags.enable_auto_tool_choice and flags.tool_call_parser is None:
         parser.error("--enable-auto-tool-choice requires --tool-call-parser")
+    if (flags.ssl_certfile is None) != (flags.ssl_keyfile is None):
+        parser.error("--ssl-certfile and --ssl-keyfile belong together")
     key = environment.get("VLLM_API_KEY")
     return Settings(
         model=flags.model,
@@ -137,6 +158,9 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         chat_template=flags.chat_template,
         tool_call_parser=flags.tool_call_parser if flags.enable_auto_tool_choice else None,
         api_keys=tuple(flags.api_key or ([key] if key else [])),
+        callers=flags.callers,
+        ssl_certfile=flags.ssl_certfile,
+        ssl_keyfile=flags.ssl_keyfile,
         shutdown_timeout=flags.shutdown_timeout,
         runtime_loading=environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").strip().lower() in TRUE_WORDS,
         max_body_bytes=flags.max_body_bytes,

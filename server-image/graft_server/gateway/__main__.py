@@ -7,6 +7,7 @@ import sys
 
 import aiohttp
 from aiohttp import web
+from graft.contracts.enginekeys import GATEWAY_KEYS
 from graft.contracts.gateway import ROUTES_COMPONENT
 
 from graft_server.configmaps import ConfigMaps, Follower, api_client
@@ -14,6 +15,7 @@ from graft_server.connections import Connections
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.callers import Proxies
 from graft_server.gateway.demand import Reporter
+from graft_server.gateway.keys import Keys
 from graft_server.gateway.settings import Settings, parse
 from graft_server.logs import log_json
 
@@ -43,9 +45,12 @@ async def serve(settings: Settings) -> int:
     client = await api_client()
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
-        gateway = Gateway(session, settings, lambda: follower.age)
+        keys = Keys()
+        gateway = Gateway(session, settings, lambda: follower.age, keys)
         configmaps = ConfigMaps(client, settings.namespace)
         follower = Follower(configmaps, SELECTOR, gateway.update)
+        secrets = ConfigMaps(client, settings.namespace, "secrets")
+        key_follower = Follower(secrets, {"fieldSelector": f"metadata.name={GATEWAY_KEYS}"}, keys.update)
         reporter = Reporter(configmaps, gateway.waiting, settings.name)
         runner = web.AppRunner(
             gateway.application(),
@@ -59,12 +64,14 @@ async def serve(settings: Settings) -> int:
         log.info("the gateway listens on port %d", settings.port, extra={"namespace": settings.namespace})
 
         following = asyncio.create_task(follower.run(), name="follower")
+        following_keys = asyncio.create_task(key_follower.run(), name="keys")
         watching = asyncio.create_task(warn_when_stale(follower, settings.stale_seconds), name="staleness")
         reporting = asyncio.create_task(reporter.run(), name="reporter")
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({following, watching, reporting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        endless = (following, following_keys, watching, reporting)
+        await asyncio.wait({*endless, stopped}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
-        for task in (following, watching, reporting):
+        for task in endless:
             if task.done():  # these tasks never end: this is a bug, and exit code 1 makes the kubelet restart it
                 log.error(
                     "task %s ended unexpectedly; the gateway shuts down", task.get_name(), exc_info=task.exception()
@@ -76,7 +83,7 @@ async def serve(settings: Settings) -> int:
         finish = asyncio.create_task(drain(gateway, runner, settings.shutdown_delay))
         impatient = asyncio.create_task(again.wait())
         await asyncio.wait({finish, impatient}, return_when=asyncio.FIRST_COMPLETED)
-        for left in (following, watching, reporting, stopped, finish, impatient):
+        for left in (*endless, stopped, finish, impatient):
             left.cancel()
         await client.close()
     return code

@@ -20,6 +20,7 @@ from graft_server.gateway.cards import Listing, card
 from graft_server.gateway.demand import Waiting
 from graft_server.gateway.errors import ApiError, busy, crowded, no_route, unavailable, unknown_model
 from graft_server.gateway.fields import CHAT, COMPLETIONS
+from graft_server.gateway.keys import Keys
 from graft_server.gateway.metrics import UNKNOWN, Metrics
 from graft_server.gateway.parts import Parts
 from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
@@ -41,14 +42,19 @@ class Gateway:
     """One gateway: its HTTP routes and the newest routing table."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, settings: Settings, table_age: Callable[[], float | None]
+        self,
+        session: aiohttp.ClientSession,
+        settings: Settings,
+        table_age: Callable[[], float | None],
+        keys: Keys | None = None,  # None: engines need no key
     ) -> None:
         self.metrics = Metrics()
         self.draining = False
         self.in_flight = 0
         self._settings = settings
         self._table_age = table_age
-        self._proxy = Proxy(session, settings, self.metrics)
+        self._keys = keys
+        self._proxy = Proxy(session, settings, self.metrics, keys)
         self.waiting = Waiting(settings, self.metrics)
         self.bytes = InFlight()
         self._bodies = Bodies(settings)
@@ -74,6 +80,8 @@ class Gateway:
         size = self.parts.table.size
         log.info("the routing table has %d models", size, extra={"models": size})
         self._proxy.balancer.keep_only(self.parts.addresses)
+        if self._keys is not None:
+            self._keys.keep_only(self.parts.uids)
         self.waiting.keep_only(self.parts.sleepers)
         self.waiting.table_changed()
         self.metrics.models.set(size)
@@ -178,6 +186,8 @@ class Gateway:
 
     async def _readyz(self, _: web.Request) -> web.Response:
         reason = "shutting down" if self.draining else None if self._synced else "the routing table was not read yet"
+        if reason is None and self._keys is not None and not self._keys.read:
+            reason = "the keys of the engines were not read yet"
         return web.json_response({"ready": reason is None, "reason": reason}, status=503 if reason else 200)
 
     async def _show_metrics(self, _: web.Request) -> web.Response:

@@ -61,6 +61,11 @@ class Parts:
         """Return the addresses of all backends."""
         return frozenset().union(*(part.addresses for part in self._parts.values()))
 
+    @property
+    def uids(self) -> frozenset[str]:
+        """Return the UIDs of all deployments."""
+        return frozenset(part.uid for part in self._parts.values() if part.uid is not None)
+
     def _by_namespace(self, namespaces: set[str]) -> dict[str, list[Part]]:
         found: dict[str, list[Part]] = {namespace: [] for namespace in namespaces}
         for part in self._parts.values():

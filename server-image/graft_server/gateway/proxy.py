@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import aiohttp
@@ -22,6 +23,7 @@ from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.gateway.errors import ApiError, busy, engine_error, timed_out, unavailable, upstream_broke
 from graft_server.gateway.fields import for_engine
+from graft_server.gateway.keys import Keys
 from graft_server.gateway.metrics import Metrics
 from graft_server.gateway.rewrite import Differs, StreamRewriter, Words, error_event, rewrite_answer
 from graft_server.gateway.settings import Settings
@@ -110,8 +112,11 @@ class Sending:
 class Proxy:
     """The client of the engines: it sends calls and returns the answers."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, settings: Settings, metrics: Metrics, keys: Keys | None = None
+    ) -> None:
         self._session = session
+        self._keys = keys or Keys()
         self._settings = settings
         self._metrics = metrics
         self._limits = Limits(settings.max_answer_bytes, ANSWER_DEPTH, settings.max_answer_values)
@@ -201,16 +206,32 @@ class Proxy:
         headers["Content-Type"] = "application/json"
         headers["Accept-Encoding"] = "identity"  # uncompressed, because the answer is rewritten
         body = json.dumps(for_engine(call.payload, call.target), ensure_ascii=False).encode()
-        url = f"http://{backend.address}{call.request.path}"
+        keys = self._keys.of(call.model.uid)
+        response = await self._post(call, backend, headers, body, keys[0] if keys else None)
+        for key in keys[1:]:
+            if response.status != 401:
+                break
+            response.close()  # the engine has not learned the newer key yet
+            response = await self._post(call, backend, headers, body, key)
+        self.balancer.well(backend.address)
+        return response
+
+    async def _post(
+        self, call: Call, backend: Backend, headers: dict[str, str], body: bytes, key: str | None
+    ) -> aiohttp.ClientResponse:
+        certificate = backend.certificate
         try:
-            response = await self._session.post(
-                url,
+            return await self._session.post(
+                f"{'https' if certificate else 'http'}://{backend.address}{call.request.path}",
+                ssl=_pinned(certificate) if certificate else True,
                 data=body,
-                headers=headers,
+                headers=headers if key is None else headers | {"Authorization": f"Bearer {key}"},
                 timeout=self._timeout,
                 allow_redirects=False,
                 auto_decompress=False,
             )
+        except aiohttp.ServerFingerprintMismatch as error:
+            raise Elsewhere("certificate", "the replica has another certificate", avoid=True) from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Elsewhere("connect", "the replica cannot be reached", avoid=True) from error
         except TimeoutError as error:
@@ -219,8 +240,6 @@ class Proxy:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise Elsewhere("disconnect", "the connection to the replica broke", again=True) from error
-        self.balancer.well(backend.address)
-        return response
 
     async def _refused(self, call: Call, upstream: aiohttp.ClientResponse) -> None:
         """Raise the error that the engine's status stands for: Elsewhere or ApiError."""
@@ -234,7 +253,9 @@ class Proxy:
             raise Elsewhere(str(upstream.status), f"the replica answered {upstream.status}: {error}", avoid=True)
         if upstream.status == 404 and (error.param == "model" or call.model.name in str(error)):
             raise Elsewhere("not_loaded", "the replica does not have the adapter loaded now")
-        if upstream.status in (401, 403):
+        if upstream.status == 401:
+            raise Elsewhere("key", "the replica does not accept the gateway's key yet")
+        if upstream.status == 403:
             raise upstream_broke(f"the engine refused the gateway's request: {upstream.status} {error}")
         if SECONDS.fullmatch(seconds := upstream.headers.get("Retry-After", "")):
             error.retry_after = int(seconds)
@@ -326,6 +347,12 @@ class Proxy:
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # else nginx in front of the gateway buffers the stream
         return Sending(response, StreamRewriter(call.words, repeatable=call.repeatable))
+
+
+@lru_cache(4096)
+def _pinned(certificate: str) -> aiohttp.Fingerprint:
+    """Return aiohttp's check of a certificate. It is the same object each time: else no connection is used twice."""
+    return aiohttp.Fingerprint(bytes.fromhex(certificate))
 
 
 async def _read(upstream: aiohttp.ClientResponse, limit: int, share: Share) -> bytes:

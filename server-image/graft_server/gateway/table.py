@@ -23,6 +23,7 @@ class Model:
     unavailable: str | None
     steps: tuple[RouteTarget, ...] = ()  # for a sequence, which has no targets
     idle_seconds: int | None = None  # set if its deployment may sleep
+    uid: str | None = None  # of its deployment
     # The backends by the engine models that they have loaded. All models of a deployment share it.
     loaded: Mapping[str, tuple[Backend, ...]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -69,6 +70,7 @@ class Part:
     models: Mapping[str, Model]
     sleeps: bool
     addresses: frozenset[str]
+    uid: str | None = None
     foreign: tuple[str, ...] = ()  # names that it claims outside its namespace; they are refused
 
     @classmethod
@@ -106,12 +108,13 @@ class Part:
                     unavailable=routes.unavailable,
                     steps=tuple(route.steps),
                     idle_seconds=routes.idle_seconds,
+                    uid=routes.uid,
                     loaded=shared,
                 ),
             )
         addresses = frozenset(backend.address for backend in backends)
         sleeps = routes.idle_seconds is not None
-        return cls(routes.namespace, routes.deployment, models, sleeps, addresses, tuple(foreign))
+        return cls(routes.namespace, routes.deployment, models, sleeps, addresses, routes.uid, tuple(foreign))
 
 
 @dataclass(frozen=True)

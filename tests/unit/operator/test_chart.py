@@ -11,6 +11,7 @@ import pytest
 import yaml
 from graft.artifacts.storage import StorageConfig
 from graft.contracts.agent import TRUSTED_KEYS
+from graft.contracts.enginekeys import GATEWAY_KEYS, SENDS_KEYS
 from graft.crdgen import ROOT
 from graft.manifests.metadata import labels
 from graft.settings import Allowed, AllowedTaint, Settings, Signing
@@ -218,8 +219,13 @@ def test_no_role_has_a_wildcard_or_reads_all_secrets_of_the_cluster(template: An
         assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"], name
         assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"]), name
         if "secrets" in rule["resources"]:
-            named = {("ClusterRole", "graft-tenant"): ["graft-storage"], ("Role", "graft-operator"): ["graft-signing"]}
-            assert rule["verbs"] == ["create"] or rule["resourceNames"] == named[kind, name]
+            named = {
+                ("ClusterRole", "graft-tenant"): [["graft-storage"]],
+                ("Role", "graft-operator"): [["graft-signing"], [GATEWAY_KEYS]],
+                ("Role", "graft-gateway"): [[GATEWAY_KEYS]],
+            }
+            assert rule["verbs"] == ["create"] or rule["resourceNames"] in named[kind, name]
+            assert name != "graft-gateway" or rule["verbs"] == ["get", "list", "watch"]
     for item in manifests:
         if item["kind"] == "ClusterRoleBinding":
             assert item["roleRef"]["name"] in {"graft-operator", "graft-uninstall"}
@@ -270,7 +276,8 @@ def test_the_signing_key_is_one_secret_in_the_namespace_of_the_operator(template
     secrets = [rule for rule in role["rules"] if "secrets" in rule["resources"]]
     assert [(rule["verbs"], rule.get("resourceNames")) for rule in secrets] == [
         (["get"], ["keys"]),
-        *([(["create"], None)] if create else []),
+        (["get"], [GATEWAY_KEYS]),
+        (["create"], None),  # of the gateways' keys, too
     ]
     assert not [item for item in manifests if item["kind"] == "Secret" and item["metadata"]["name"] == "keys"]
 
@@ -438,6 +445,17 @@ def test_another_release_name_renames_all_objects_consistently(helm: str, tmp_pa
     assert settings.operator_service_account == "prod-graft-operator"
     assert settings.tenant_cluster_role == "prod-graft-tenant"
     assert set(pods(manifests)) == {f"prod-graft-{part}" for part in ("operator", "gateway", "store", "uninstall")}
+
+
+def test_gateways_show_that_they_send_keys(template: Any) -> None:
+    for values in ({}, {"gateway": {"podAnnotations": {"a": "b"}}}):
+        annotations = pods(template(values))["graft-gateway"]["metadata"]["annotations"]
+        assert annotations == {SENDS_KEYS: "true"} | values.get("gateway", {}).get("podAnnotations", {})
+
+
+def test_engines_have_tls_if_the_chart_is_told_to(template: Any) -> None:
+    assert operator_settings(template()).engine_tls is False
+    assert operator_settings(template({"engineTLS": {"enabled": True}})).engine_tls is True
 
 
 def test_the_gateway_may_write_only_one_configmap(template: Any) -> None:

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from graft.contracts.mounts import AGENT_PORT, ENGINE_PORT
+from graft.contracts.mounts import AGENT_PORT, CALLERS_FILE, ENGINE_PORT
 from testbed.processes import start_time
 from testbed.shell import wait_for
 
@@ -87,7 +87,13 @@ class LoopbackPod:
         containers = {item["name"]: item for item in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]}
         uid = pod["metadata"]["uid"]
         engine = _with(
-            _arguments(containers["engine"]), {"--model": str(model), "--host": address, "--port": str(ENGINE_PORT)}
+            _arguments(containers["engine"]),
+            {
+                "--model": str(model),
+                "--host": address,
+                "--port": str(ENGINE_PORT),
+                "--callers": str(folder / "engine-access" / CALLERS_FILE),
+            },
         )
         agent = _with(
             _arguments(containers["agent"]),
@@ -97,6 +103,7 @@ class LoopbackPod:
                 "--port": str(AGENT_PORT),
                 "--adapters-dir": str(folder / "adapters"),
                 "--storage-dir": str(folder / "storage"),
+                "--engine-dir": str(folder / "engine-access"),
             },
         )
         identity = {"POD_NAME": self.name, "POD_NAMESPACE": self.namespace, "POD_UID": uid}

@@ -28,7 +28,7 @@ from graft.manifests.metadata import OWNER_UID
 from graft.manifests.network import serving_policy
 from graft.manifests.routes import routes_config_map, routes_identity, routes_name
 from graft.manifests.serving import residency_name, serving_deployment, serving_name, wanted_name
-from graft.reconcile.adapterdeployment import assignment, autoscaling, basechange, scaling, serving
+from graft.reconcile.adapterdeployment import assignment, autoscaling, basechange, callers, scaling, serving
 from graft.reconcile.adapterdeployment.deploymentstatus import KIND, World, observe, why_unavailable
 from graft.reconcile.adapterdeployment.placing import place_engine
 from graft.reconcile.shared import pods, scheduling
@@ -68,7 +68,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         await _apply_adapters(ctx, world)
     status, observed = await _computed(ctx, world, observe, world, ctx.settings.gateway_url)
     await ctx.write_status(raw, status, observed)
-    if world.trouble is not None or world.unscaled is not None:
+    if world.trouble is not None or world.unscaled is not None or world.gateway_keys is None:
         return WAITING
     progressing = find(observed, "Progressing")
     return SOON if progressing is not None and progressing.status == "True" else world.scale.look_again
@@ -116,6 +116,12 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     world.findable = covers(wanted, agent_manifests.wanted_identity(spec)) and covers(
         routes, routes_identity(spec, ctx.settings)
     )
+    keys_accepted = await callers.accepted(ctx, spec.metadata.uid, world.wanted)
+    if isinstance(keys_accepted, Trouble):
+        world.trouble = world.trouble or keys_accepted
+        world.gateway_keys = world.wanted.gateway_keys if world.wanted else []
+    else:
+        world.gateway_keys = keys_accepted
     keys = (residency or {}).get("data") or {}
     alive = {pods.name(pod) for pod in world.pods}
     for key in alive & set(keys):
@@ -213,6 +219,7 @@ def _decide(world: World, bucket: str) -> tuple[Routes, Wanted]:
     if wanted.assigned is None:
         coming = serving.expected(spec, world.resolutions, world.adapters, tenant, bucket)
         wanted = wanted.model_copy(update={"expected": coming})
+    wanted = wanted.model_copy(update={"gateway_keys": world.gateway_keys})
     routes = assignment.leave_out_moved(routes, wanted)
     if scaling.may_sleep(spec, world.sizing) and (world.deployment is not None or world.trouble is None):
         assert spec.spec.autoscaling is not None  # noqa: S101

@@ -18,7 +18,7 @@ from graft.contracts.gateway import Routes
 from graft.contracts.message import BaseModelRef, cut
 from graft.contracts.mounts import ENGINE_PORT
 from graft.kube import Manifest
-from graft.manifests.serving import pod_selector
+from graft.manifests.serving import has_tls, pod_selector
 from graft.reconcile.adapterdeployment import assignment, basechange, scaling, serving
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble
@@ -46,6 +46,7 @@ class World:
     routes: Routes | None = None
     findable: bool = True  # whether the two ConfigMaps have the labels and the owner by which others find them
     sizing: ServingSizing | None = None
+    gateway_keys: list[str] | None = None  # the SHA-256 of the keys that engines accept; None: gateways need none
     unscaled: Trouble | None = None  # why nothing scales the replicas; the pods still serve
     scale: scaling.Decision = field(default_factory=lambda: scaling.Decision(0, change=False))
 
@@ -63,6 +64,7 @@ class World:
                 address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
                 ready=pods.is_ready(pod),
                 residency=_own(self.residency.get(pods.name(pod)), pod),
+                tls=has_tls(pod),
                 unfit=basechange.unfit(tenant_of(self.spec.metadata.namespace), self.adapters, pod, self.current),
             )
             for pod in self.pods

@@ -47,7 +47,18 @@ class ReplicaView:
     address: str
     ready: bool
     residency: Residency | None
+    tls: bool = False  # whether its engine listens with TLS
     unfit: frozenset[str] = frozenset()  # engine names of adapters that do not fit the base model of this pod
+
+    @property
+    def certificate(self) -> str | None:
+        """Return the SHA-256 of the engine's certificate, if it has TLS and its agent has reported."""
+        return self.residency.certificate if self.tls and self.residency else None
+
+    @property
+    def reachable(self) -> bool:
+        """Return whether gateways can send requests to it."""
+        return self.ready and bool(self.address) and (not self.tls or self.certificate is not None)
 
     def in_state(self, state: AdapterState) -> frozenset[str]:
         """Return the adapters that the agent reports in a state, without the unfit ones."""
@@ -241,7 +252,7 @@ def plan_routes(
     routes can lead to the new versions at once.
     """
     namespace = deployment.metadata.namespace
-    ready = [replica for replica in replicas if replica.ready and replica.address]
+    ready = [replica for replica in replicas if replica.reachable]
     by_name = {item.name: item for item in resolutions}
     before = {entry.model: entry for entry in (previous.routes if previous else [])}
     entries = []
@@ -269,12 +280,14 @@ def plan_routes(
             pod=replica.pod,
             address=replica.address,
             loaded=sorted({deployment.spec.base_model} | {name for name in models if replica.has(name)}),
+            certificate=replica.certificate,
         )
         for replica in sorted(ready, key=lambda item: item.pod)
     ]
     return Routes(
         namespace=namespace,
         deployment=deployment.metadata.name,
+        uid=deployment.metadata.uid,
         base_model=deployment.spec.base_model,
         unavailable=unavailable,
         routes=entries,

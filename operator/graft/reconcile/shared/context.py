@@ -47,6 +47,9 @@ class Context:
     locks: defaultdict[tuple[str, ...], asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     keys: Keys | None = None  # set by reconcile/adapter/signing.py; None until they have been read
     keys_trouble: str = "the operator has not read them yet"  # why `keys` is None
+    # The root keys of the gateways by name, set by reconcile/adapterdeployment/callers.py; None until they have been read
+    gateway_roots: dict[str, bytes] | None = field(default=None, repr=False)
+    gateway_roots_trouble: str = "the operator has not read them yet"
     transfers: Transfers = field(default_factory=Transfers)
     verified: Verified = field(default_factory=Verified)
     backoff: Backoff = field(default_factory=Backoff)

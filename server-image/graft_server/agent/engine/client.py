@@ -9,10 +9,11 @@ from graft.bounded import Limits, OutOfBounds, parse_json
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from graft_server.agent.engine.access import Access
 from graft_server.agent.engine.answers import AnswerTooLarge, beginning, received
 
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5, sock_connect=2)
-PLAIN = {"Accept-Encoding": "identity"}
+HEADERS = {"Accept-Encoding": "identity"}
 LOAD_SECONDS = 300.0  # the first load compiles kernels
 MODELS = Limits(size=2 * 1024 * 1024, depth=8, values=50_000)  # vLLM describes a model by about 25 values
 ERROR = Limits(size=64 * 1024, depth=8, values=500)
@@ -134,10 +135,19 @@ def _adapters(sample: Sample) -> frozenset[str]:
 class EngineClient:
     """The client of one engine."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, *, load_seconds: float = LOAD_SECONDS) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        access: Access | None = None,  # None: the engine answers everybody
+        *,
+        load_seconds: float = LOAD_SECONDS,
+    ) -> None:
         self._session = session
         self._url = url.rstrip("/")
         self._load_seconds = load_seconds
+        self._headers = HEADERS | (access.headers if access else {})
+        self._ssl = access.ssl if access else True
 
     async def models(self) -> dict[str, str]:
         """Return the models that the engine lists: name -> root path. Raises EngineDown if it is not healthy."""
@@ -176,7 +186,8 @@ class EngineClient:
             async with self._session.get(
                 self._url + path,
                 timeout=PROBE_TIMEOUT,
-                headers=PLAIN,
+                headers=self._headers,
+                ssl=self._ssl,
                 auto_decompress=False,
                 allow_redirects=False,
             ) as response:
@@ -196,7 +207,8 @@ class EngineClient:
                 self._url + path,
                 json=body,
                 timeout=limits,
-                headers=PLAIN,
+                headers=self._headers,
+                ssl=self._ssl,
                 auto_decompress=False,
                 allow_redirects=False,
             ) as response:

@@ -4,6 +4,7 @@ GRAFT_UPDATE_GOLDEN=1 rewrites the expected outputs.
 """
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,32 @@ def test_the_grace_period_is_long_enough_for_the_engine_to_drain() -> None:
     assert drain == 600 and pod["terminationGracePeriodSeconds"] > asleep + drain
 
 
+@pytest.mark.parametrize("name", ["adapterdeployment-transformers", "adapterdeployment-vllm"])
+def test_engines_listen_with_the_certificate_that_the_agent_makes_if_tls_is_on(name: str) -> None:
+    deployment = AdapterDeployment.model_validate(yaml.safe_load((GOLDEN / "input" / f"{name}.yaml").read_text()))
+    base = BASES[deployment.spec.base_model]
+
+    def made(*, tls: bool) -> dict[str, Any]:
+        settings = SETTINGS.model_copy(update={"engine_tls": tls})
+        manifest = serving.serving_deployment(deployment, base, settings, sizing(deployment), 1)
+        return dict(manifest["spec"]["template"])
+
+    plain, pod = made(tls=False), made(tls=True)
+    assert (serving.has_tls(plain), serving.has_tls(pod)) == (False, True)
+    (engine,) = pod["spec"]["containers"]
+    agent = pod["spec"]["initContainers"][-1]
+    flags = dict(pairwise(engine["command"]))
+    assert (flags["--ssl-certfile"], flags["--ssl-keyfile"]) == (
+        "/access/tls.crt",
+        "/access/tls.key",
+    )
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert engine[probe]["httpGet"]["scheme"] == "HTTPS"
+    assert dict(pairwise(agent["command"]))["--engine-url"] == "https://127.0.0.1:8000"
+    mounts = {item["mountPath"]: item for item in engine["volumeMounts"]}
+    assert mounts["/access"]["readOnly"] is True
+
+
 def test_the_cpu_engine_accepts_every_flag_that_the_operator_sets() -> None:
     from graft_server.engine.settings import parse
 
@@ -190,3 +217,4 @@ def test_the_cpu_engine_accepts_every_flag_that_the_operator_sets() -> None:
     settings = parse(command[3:])
     assert settings.tool_call_parser == "hermes"
     assert (settings.quantization, settings.shutdown_timeout, settings.max_num_seqs) == ("bitsandbytes", 120.0, 4)
+    assert settings.callers == "/access/callers.json"

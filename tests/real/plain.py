@@ -47,10 +47,10 @@ def split(tokenizer: Any, example: dict[str, Any]) -> tuple[list[int], list[int]
     return prompt, [*tokenizer(answer["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def features(tokenizer: Any, example: dict[str, Any], tail: list[int]) -> dict[str, list[int]]:
+def features(tokenizer: Any, example: dict[str, Any]) -> dict[str, list[int]]:
     prompt, answer = split(tokenizer, example)
-    ids = prompt + answer + tail
-    labels = [-100] * len(prompt) + answer + [-100] * len(tail)
+    ids = prompt + answer
+    labels = [-100] * len(prompt) + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
@@ -80,8 +80,6 @@ def exact_match(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> t
 def main(recipe: dict[str, Any], output: Path) -> None:
     torch.set_num_threads(recipe["threads"])
     tokenizer = AutoTokenizer.from_pretrained(recipe["model"])
-    # ChatML puts a line break after the end token. It is read, but no token to learn.
-    tail = tokenizer("\n", add_special_tokens=False)["input_ids"]
     set_seed(recipe["seed"])
     model = AutoModelForCausalLM.from_pretrained(recipe["model"], dtype=torch.float32)
     model = get_peft_model(
@@ -113,7 +111,7 @@ def main(recipe: dict[str, Any], output: Path) -> None:
             disable_tqdm=True,
             logging_steps=10,
         ),
-        train_dataset=[features(tokenizer, example, tail) for example in lines(recipe["train"])],
+        train_dataset=[features(tokenizer, example) for example in lines(recipe["train"])],
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=[times],
     )

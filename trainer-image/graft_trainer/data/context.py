@@ -42,6 +42,21 @@ def check_context(messages: Sequence[Message], tools: Sequence[Any] | None, chat
             raise BadLine(f"the base model's chat template leaves out {what}", "notRendered", remedy)
 
 
+def check_pair(example: Example, tokenizer: Any) -> None:
+    """Raise BadLine if a part of a conversation would reach neither the encoder nor the decoder of a seq2seq model."""
+    messages = [{key: value for key, value in message.items() if key != LEARN} for message in example.messages or ()]
+    if messages and messages[-1].get("tool_calls"):
+        raise BadLine(
+            f"messages[{len(messages) - 1}] calls tools, but a seq2seq model is trained on the content of the answer only",
+            "notRendered",
+            "Write the calls into the content, or use a causal base model.",
+        )
+    if example.tools and not tokenizer.chat_template:
+        raise BadLine("the base model has no chat template that shows tools to it", "notRendered", TOOLS)
+    if messages and tokenizer.chat_template:
+        check_context(messages, example.tools, chat_of(tokenizer))
+
+
 def unused(fields: Mapping[str, int], examples: Iterable[Example], tokenizer: Any) -> dict[str, int]:
     """Return those of the fields that the chat template does not use, either.
 

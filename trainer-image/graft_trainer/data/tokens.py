@@ -17,6 +17,7 @@ import numpy as np
 from graft.contracts.progress import Reason
 from graft.controltokens import read_texts
 
+from graft_trainer.data.context import check_pair
 from graft_trainer.data.conversation import Piece, prompt_tokens, tokenise_conversations
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
@@ -295,6 +296,7 @@ def tokenise_pair(example: Example, tokenizer: Any) -> tuple[list[int], list[int
             "spec.dataset.format is text, but the base model is seq2seq: it trains on prompts with answers",
             "Set spec.dataset.format to instruction or chat, or use a causal base model.",
         )
+    check_pair(example, tokenizer)
     answer = list(tokenizer(text_target=example.answer)["input_ids"])
     end = _end(tokenizer)
     return _prompt(example, tokenizer, "seq2seq"), answer if answer[-1:] == end else answer + end

@@ -86,3 +86,30 @@ def test_a_field_of_a_message_is_used_if_the_template_renders_it() -> None:
     thinking = chat_tokenizer(TEMPLATES["thought dropped from earlier turns"])
     assert list(unused(fields, [example] * 3, thinking)) == ["id", "messages[].name", "messages[].mood", "x[].y"]
     assert unused(fields, [example], chat_tokenizer(None)) == fields
+
+
+@pytest.mark.parametrize(
+    ("template", "example", "problem"),
+    [
+        (None, Example(7, messages=(ASKED, CALLED), answer=""), "messages[1] calls tools, but a seq2seq model"),
+        (KNOWS_TOOLS, Example(7, messages=(ASKED, CALLED), answer=""), "messages[1] calls tools, but a seq2seq model"),
+        (
+            None,
+            Example(7, messages=(ASKED, SAID), answer="It rains.", tools=TOOLS),
+            "no chat template that shows tools",
+        ),
+        (
+            IM + ASK,
+            Example(7, messages=(ASKED, SAID), answer="It rains.", tools=TOOLS),
+            "leaves out tools[0] (weather)",
+        ),
+    ],
+)
+def test_a_seq2seq_model_gets_every_part_or_the_line_is_refused(
+    template: str | None, example: Example, problem: str
+) -> None:
+    with pytest.raises(Failure) as caught:
+        tokenise([example], chat_tokenizer(template), 4096, role="train", task="seq2seq")
+    assert problem in caught.value.message and caught.value.remedy
+    kept = Example(7, messages=(ASKED, SAID), answer="It rains.", tools=TOOLS)
+    assert len(tokenise([kept], chat_tokenizer(KNOWS_TOOLS), 4096, role="train", task="seq2seq").examples) == 1

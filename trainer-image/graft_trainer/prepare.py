@@ -30,7 +30,7 @@ from graft_trainer.data.shown import show
 from graft_trainer.data.tokens import Task, failure_of, tokenise_one, tokenise_pair, usable
 from graft_trainer.data.unusable import Unusable
 from graft_trainer.evaluation import gates
-from graft_trainer.evaluation.calls import advise, check_calls
+from graft_trainer.evaluation.calls import advise, check_calls, unreadable_calls
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
 from graft_trainer.evaluation.suites import chat_prompts, check_data, needs_chat_template, read_suite, suite_lines
 from graft_trainer.model.basemodel import (
@@ -282,7 +282,7 @@ def report_statistics(statistics: DatasetStatistics, again: Sequence[int], sampl
 
 
 def check_suites(run: Run, tokenizer: Any) -> None:
-    """Raise Failure(DatasetInvalid) if the chat template cannot render a task of a suite."""
+    """Raise Failure if the chat template cannot render a task of a suite, or writes its calls in an unknown format."""
     for suite in run.job.evaluation.suites or ():
         if suite.uri is None:
             continue
@@ -290,8 +290,10 @@ def check_suites(run: Run, tokenizer: Any) -> None:
             tasks = read_suite(suite_lines(stream), suite, run.job.dataset, run.job.task)
         if chat_prompts(run.job.dataset) and tokenizer.chat_template:
             tasks = [task.as_chat() for task in tasks]
+        if tokenizer.chat_template and (failure := unreadable_calls(suite, tasks, tokenizer)):
+            raise _of_suite(suite, failure)
         for task in tasks:
-            for answer in task.choices or task.answers[:1] or (None,):
+            for answer in task.choices or (None,):
                 example = task.example(answer)
                 try:
                     if run.job.task == "seq2seq":

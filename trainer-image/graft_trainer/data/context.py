@@ -57,6 +57,19 @@ def check_pair(example: Example, tokenizer: Any) -> None:
         check_context(messages, example.tools, chat_of(tokenizer))
 
 
+def plain_prompt(example: Example) -> str:
+    """Return the prompt as plain text, for a seq2seq model without a chat template: the contents of the messages, no
+    marks."""
+    before = (example.messages or ())[:-1]
+    if any(message["role"] in {"assistant", "tool"} for message in before):
+        raise BadLine(
+            "a conversation of several turns, but the base model has no chat template to separate the turns",
+            "templateRefuses",
+            "Use conversations of one question and one answer, set spec.dataset.format to instruction, or use a base model with a chat template.",
+        )
+    return "\n\n".join(str(message.get("content") or "") for message in before)
+
+
 def unused(fields: Mapping[str, int], examples: Iterable[Example], tokenizer: Any) -> dict[str, int]:
     """Return those of the fields that the chat template does not use, either.
 

@@ -17,7 +17,7 @@ import numpy as np
 from graft.contracts.progress import Reason
 from graft.controltokens import read_texts
 
-from graft_trainer.data.context import check_pair
+from graft_trainer.data.context import check_pair, plain_prompt
 from graft_trainer.data.conversation import Piece, prompt_tokens, tokenise_conversations
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
@@ -318,21 +318,8 @@ def _prompt(example: Example, tokenizer: Any, task: Task) -> list[int]:
         prompt = example.prompt or ""
         return read_texts(tokenizer, [prompt])[0] if task == "causal" else list(tokenizer(prompt)["input_ids"])
     if task == "seq2seq" and not tokenizer.chat_template:
-        return list(tokenizer(_plain(example))["input_ids"])
+        return list(tokenizer(plain_prompt(example))["input_ids"])
     return prompt_tokens(example, tokenizer)
-
-
-def _plain(example: Example) -> str:
-    """Return the prompt as plain text, for a seq2seq model without a chat template: the contents of the messages, no
-    marks."""
-    before = (example.messages or ())[:-1]
-    if any(message["role"] in {"assistant", "tool"} for message in before):
-        raise BadLine(
-            "a conversation of several turns, but the base model has no chat template to separate the turns",
-            "templateRefuses",
-            "Use conversations of one question and one answer, set spec.dataset.format to instruction, or use a base model with a chat template.",
-        )
-    return "\n\n".join(str(message.get("content") or "") for message in before)
 
 
 def _cut(ids: list[int], max_length: int, tokenizer: Any) -> list[int]:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from graft.api.evaluation import Evaluation, Metric
+from graft.api.evaluation import Evaluation, Metric, Suite
 from graft.contracts.progress import Reason
 from graft.toolcalls import PARSERS, Call, parser_for, same_calls
 
 from graft_trainer.data.conversation import answer_text
 from graft_trainer.data.example import Example
 from graft_trainer.evaluation.gates import HELD_OUT, split_name
-from graft_trainer.evaluation.suites import Task, task_of
+from graft_trainer.evaluation.suites import Task, metrics_of, task_of
 from graft_trainer.run.failures import Failure
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,17 @@ def check_calls(evaluation: Evaluation, held_out: Sequence[Example], tokenizer: 
             f"spec.evaluation.gates: {METRIC} cannot be measured: {UnknownFormat()}",
             "Remove the gate, or use a base model whose chat template writes calls in one of these formats.",
         )
+
+
+def unreadable_calls(suite: Suite, tasks: Sequence[Task], tokenizer: Any) -> Failure | None:
+    """Return Failure(ConfigurationInvalid) if a suite's calls cannot be measured."""
+    if tasks[0].kind != "calls" or METRIC not in metrics_of(suite, "calls") or format_of(tasks, tokenizer) is not None:
+        return None
+    return Failure(
+        Reason.CONFIGURATION_INVALID,
+        f"{METRIC} cannot be measured: {UnknownFormat()}",
+        "Set the suite's metrics to loss and perplexity, or use a base model whose chat template writes calls in one of these formats.",
+    )
 
 
 def advise(train: Sequence[Example], tokenizer: Any) -> None:

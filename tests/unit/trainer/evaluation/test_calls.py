@@ -10,7 +10,14 @@ from graft.api.evaluation import Evaluation, Suite
 from graft.api.recipe import Dataset
 from graft.toolcalls import Call
 from graft_trainer.data.example import Example
-from graft_trainer.evaluation.calls import UnknownFormat, advise, call_accuracy, check_calls, format_of
+from graft_trainer.evaluation.calls import (
+    UnknownFormat,
+    advise,
+    call_accuracy,
+    check_calls,
+    format_of,
+    unreadable_calls,
+)
 from graft_trainer.evaluation.suites import Task, main_metric, metrics_of, read_suite, task_of
 from graft_trainer.run.failures import Failure
 from worlds.evaluation import TRAINING, jsonl, prepared, train_and_evaluate
@@ -102,6 +109,16 @@ def test_a_suite_of_calls_has_its_own_metrics() -> None:
     )
     with pytest.raises(Failure, match="has answers, but line 1 has calls"):
         tasks(LINES[0], SAID)
+
+
+def test_a_suite_of_calls_that_cannot_be_measured_is_refused_before_training() -> None:
+    suite = Suite.model_validate({"name": "quiz", "uri": "s3://bucket/quiz.jsonl"})
+    failure = unreadable_calls(suite, tasks(*LINES), make_tokenizer(STRANGE))
+    assert failure is not None and "toolCallAccuracy cannot be measured" in failure.message
+    assert unreadable_calls(suite, tasks(*LINES), make_tokenizer(FORMATS["hermes"])) is None
+    only_loss = suite.model_copy(update={"metrics": ["loss"]})
+    assert unreadable_calls(only_loss, tasks(*LINES), make_tokenizer(STRANGE)) is None
+    assert unreadable_calls(suite, tasks(SAID), make_tokenizer(STRANGE)) is None
 
 
 def test_tools_of_a_suites_line_reach_the_template() -> None:

@@ -185,8 +185,12 @@ def hub_errors(uri: str) -> Iterator[None]:
     """Convert the hub's errors to SourceError, transient if a retry may succeed. A full disk stays an OSError."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    from graft.artifacts.hub import AnswerTooLarge
+
     try:
         yield
+    except AnswerTooLarge as error:
+        raise SourceError(f"{uri}: {error}") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise SourceError(f"{uri} does not exist, or needs a token: {error}") from error
     except HfHubHTTPError as error:
@@ -199,8 +203,9 @@ def hub_errors(uri: str) -> Iterator[None]:
 
 
 def _describe_hf(uri: str, endpoint: str | None, token: str | None, pinned: str | None) -> Description:
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
+
+    from graft.artifacts.hub import HfApi
 
     repo, revision = split_hf_uri(uri)
     api = HfApi(endpoint=endpoint, token=token or False)
@@ -233,7 +238,7 @@ def download_config(
     `size` is its size in the hub's listing, None if the listing has none. Raises SourceError if the file has more bytes
     than CONFIG_LIMITS allow. Its author may write any file.
     """
-    from huggingface_hub import hf_hub_download
+    from graft.artifacts.hub import hf_hub_download
 
     place = {"repo_id": repo, "filename": name, "revision": revision, "endpoint": endpoint, **how}
     check_config_size(hf_hub_download(**place, dry_run=True).file_size if size is None else size, name, repo)
@@ -317,7 +322,7 @@ def _place(item: ObjectInfo, prefix: str, target: Path) -> Path:
 
 
 def _fetch_hf(uri: str, target: Path, endpoint: str | None, token: str | None, weights: bool) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from graft.artifacts.hub import HfApi, snapshot_download
 
     repo, revision = split_hf_uri(uri)
     with hub_errors(uri):

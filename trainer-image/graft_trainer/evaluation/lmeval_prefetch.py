@@ -55,6 +55,8 @@ def prefetch(suites: list[Suite], folder: Path, hf_endpoint: str | None, hf_toke
 
 def main(folder: Path, given: str) -> int:
     """Load the tasks. If one fails, the last line of the output is the Failure as JSON, and the exit code is 1."""
+    import graft.artifacts.hub  # noqa: F401 - bounds the answers that the harness reads of the hub
+
     from graft_trainer.evaluation.lmeval_tasks import load_task
 
     try:

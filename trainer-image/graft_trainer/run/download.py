@@ -179,7 +179,7 @@ def _from_mount(uri: str, target: Path, field: str, settings: Settings) -> str:
 
 
 def _from_hub(uri: str, target: Path, field: str, settings: Settings, endpoint: str | None) -> str:
-    from huggingface_hub import hf_hub_download
+    from graft.artifacts.hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     repo, revision, path = split_dataset_uri(uri)

@@ -92,7 +92,7 @@ def fetch_adapter(making: Making, source: str, folder: Path) -> tuple[str, str |
 
 
 def _adapter_of_hub(making: Making, source: str, folder: Path) -> str:
-    from huggingface_hub import HfApi, hf_hub_download
+    from graft.artifacts.hub import HfApi, hf_hub_download
 
     repo, revision = split_hf_uri(source)
     endpoint, token = making.file.hf_endpoint, making.settings.hf_token() or False
@@ -154,7 +154,7 @@ def _whole_model(making: Making, source: str) -> Made:
 
 def _pin(making: Making, source: str) -> tuple[str, str | None]:
     if source.startswith("hf://"):
-        from huggingface_hub import HfApi
+        from graft.artifacts.hub import HfApi
 
         repo, revision = split_hf_uri(source)
         api = HfApi(endpoint=making.file.hf_endpoint, token=making.settings.hf_token() or False)

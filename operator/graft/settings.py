@@ -105,6 +105,7 @@ class Settings(_Part):
     spot: Spot = Field(default_factory=Spot)
     network: Network = Field(default_factory=Network)
     allowed: Allowed = Field(default_factory=Allowed)
+    vllm_int4: bool = False  # whether the image of vLLM can load 4-bit weights (bitsandbytes)
     prometheus_url: str = ""  # KEDA reads the gateway's metrics from this Prometheus; if empty, KEDA cannot
     engine_tls: bool = False  # whether engines listen with TLS
     gateway_url: str = ""

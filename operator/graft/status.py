@@ -138,7 +138,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "NamespaceReserved": "The namespace's name is reserved: its part of the bucket, or its user of the store, belongs to somebody else. Use another namespace.",
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
             "StorageUnavailable": "The object store did not answer. The operator retries.",
-            "DoesNotFit": "No GPU of this cluster has as much memory as the estimate requires. The message says what would fit.",
+            "DoesNotFit": "No GPU of this cluster has as much memory as the estimate requires, or the image of vLLM cannot load the quantization. The message says what would fit.",
             "ToolCallParserUnknown": "The engine transformers has no parser with the name in spec.toolCallParser. The message names its parsers.",
             "AutoscalerMissing": "autoscaling.provider is keda, but KEDA is not installed. The number of replicas stays as it is.",
             "PrometheusMissing": "autoscaling.provider is keda with requestsPerReplica, but the chart names no Prometheus. The number of replicas stays as it is.",

@@ -198,8 +198,8 @@ class AdapterDeploymentSpec(Placement):
     )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         default="auto",
-        description="Weights of the base model. none: not quantized. int8: 8 bits (vllm's fp8). int4: 4 bits (bitsandbytes). "
-        "auto: none, or int4 if only int4 fits the GPUs of the cluster.",
+        description="Weights of the base model. none: not quantized. int8: 8 bits (vllm's fp8). int4: 4 bits (bitsandbytes; on "
+        "GPUs only if the chart's value serving.vllmInt4 is true). auto: none, or int4 if only int4 fits the GPUs of the cluster.",
     )
     resources: Resources | None = Field(
         default=None,

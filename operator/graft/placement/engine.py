@@ -36,30 +36,52 @@ SHORTEST_CONTEXT = 2048  # tokens; placement does not shorten the model's own le
 TYPICAL_TOKENS = 1024  # tokens of a request, to derive the batch from the size of the cache
 CPU_MEMORY = 4 * GIB  # bytes; the API's default for a pod without resources
 MOST_SEQUENCES = 256  # requests at once; vLLM's default
+NO_INT4 = (
+    "the image of vLLM of this installation cannot load 4-bit weights: set spec.quantization to none or int8, or ask your "
+    "platform team for an image with the package vllm-bnb-plugin and the chart's value serving.vllmInt4"
+)
 Engine = Literal["vllm", "transformers"]
 Task = Literal["causal", "seq2seq"]
 
 
 def serving(
-    facts: ModelFacts | None, spec: AdapterDeploymentSpec, *, task: Task, nodes: Iterable[Node], vllm: bool
+    facts: ModelFacts | None,
+    spec: AdapterDeploymentSpec,
+    *,
+    task: Task,
+    nodes: Iterable[Node],
+    vllm: bool,
+    int4: bool = False,
 ) -> ServingSizing:
     """Place one replica.
 
     nodes: Node objects of the Kubernetes API. vllm: whether this installation has an image of vLLM; vLLM serves no
-    seq2seq models. Raises DoesNotFit if the replica does not fit on the cluster.
+    seq2seq models. int4: whether that image can load 4-bit weights. Raises DoesNotFit if the replica does not fit on the
+    cluster, or if the image cannot load it.
     """
     basis = basis_of(facts, spec, task=task, vllm=vllm)
     try:
         shape = geometry(facts or ModelFacts())
     except FactsMissing as missing:
-        return _blind(missing.names, spec, basis)
+        return _loadable(_blind(missing.names, spec, basis), int4=int4)
     if spec.resources is not None:
-        return _explicit(shape, facts, spec, offers(nodes, spec), basis)
+        return _loadable(_explicit(shape, facts, spec, offers(nodes, spec), basis), int4=int4)
     available = offers(nodes, spec)
     gpus = any(offer.kind is not None for offer in available)
     if spec.engine == "vllm" or (spec.engine == "auto" and gpus and vllm and task == "causal"):
-        return _on_gpus(shape, facts, spec, available, basis)
+        return _on_gpus(shape, facts, spec, available, basis, int4=int4)
     return _on_cpu(shape, facts, spec, basis)
+
+
+def can_load(sizing: ServingSizing, *, int4: bool) -> bool:
+    """Return whether the engine of a choice can load its weights. `int4`: see `serving`."""
+    return int4 or sizing.engine != "vllm" or sizing.quantization != "int4"
+
+
+def _loadable(sizing: ServingSizing, *, int4: bool) -> ServingSizing:
+    if not can_load(sizing, int4=int4):
+        raise DoesNotFit(NO_INT4)
+    return sizing
 
 
 def basis_of(facts: ModelFacts | None, spec: AdapterDeploymentSpec, *, task: Task, vllm: bool) -> str:
@@ -132,9 +154,17 @@ def _chosen_strategy(spec: AdapterDeploymentSpec, memory: int) -> str:
 
 
 def _on_gpus(
-    shape: Geometry, facts: ModelFacts | None, spec: AdapterDeploymentSpec, available: Sequence[NodeOffer], basis: str
+    shape: Geometry,
+    facts: ModelFacts | None,
+    spec: AdapterDeploymentSpec,
+    available: Sequence[NodeOffer],
+    basis: str,
+    *,
+    int4: bool,
 ) -> ServingSizing:
-    tried: list[Quantization] = ["none", "int4"] if spec.quantization == "auto" else [_asked(spec)]
+    if spec.quantization == "int4" and not int4:
+        raise DoesNotFit(NO_INT4)
+    tried: list[Quantization] = ["none", "int4"] if spec.quantization == "auto" and int4 else [_asked(spec)]
     own = next(_contexts(facts, spec))
     for quantization in tried:
         for context in _contexts(facts, spec):
@@ -143,7 +173,7 @@ def _on_gpus(
             fit = best_for_serving(shape, load, available, fewest=fewest)
             if fit is not None:
                 return _chosen(shape, spec, load, fit, available, own, basis)
-    raise DoesNotFit(_too_small(shape, facts, spec, available))
+    raise DoesNotFit(_too_small(shape, facts, spec, available, int4=int4))
 
 
 def _chosen(
@@ -277,11 +307,17 @@ def _explicit(
 
 
 def _too_small(
-    shape: Geometry, facts: ModelFacts | None, spec: AdapterDeploymentSpec, available: Sequence[NodeOffer]
+    shape: Geometry,
+    facts: ModelFacts | None,
+    spec: AdapterDeploymentSpec,
+    available: Sequence[NodeOffer],
+    *,
+    int4: bool,
 ) -> str:
     """Return a text about what is needed, what the cluster has, and what would fit."""
     *_, context = _contexts(facts, spec)
-    quantization: Quantization = "int4" if spec.quantization == "auto" else _asked(spec)
+    lightest: Quantization = "int4" if int4 else "int8"
+    quantization: Quantization = "int4" if spec.quantization == "auto" and int4 else _asked(spec)
     load = _load(spec, context, quantization)
     size = f"serving {shape.parameters / 1e9:.1f} billion parameters in {WORDS[quantization]}"
     needed = gib(sum(serving_memory(shape, load).values()))
@@ -292,8 +328,8 @@ def _too_small(
         kind = max(kinds, key=lambda item: (item.memory, item.product))
         most = max(offer.gpus for offer in available if offer.kind == kind)
         has = f"the largest GPU of this cluster is {kind.product} with {gib(kind.memory)} (up to {most} per node)"
-    lighter = best_for_serving(shape, replace(load, quantization="int4"), available)
-    ways = ["spec.quantization int4 would fit on this cluster"] if lighter is not None else []
+    lighter = best_for_serving(shape, replace(load, quantization=lightest), available)
+    ways = [f"spec.quantization {lightest} would fit on this cluster"] if lighter is not None else []
     market = _market(shape, load)
     ways += [market] if market else []
     ways.append("otherwise lower maxLoras, maxLoraRank or maxModelLen in spec.limits, or set spec.resources")

@@ -33,11 +33,12 @@ def unknown_parser(deployment: AdapterDeployment, sizing: ServingSizing) -> Trou
 
 async def _sizing(ctx: Context, deployment: AdapterDeployment, base: Base) -> ServingSizing | Trouble:
     facts, task, vllm = base.model.status.facts, base.model.spec.task, bool(ctx.settings.images.vllm)
-    before = deployment.status.sizing
-    if before is not None and before.basis == engine.basis_of(facts, deployment.spec, task=task, vllm=vllm):
+    before, int4 = deployment.status.sizing, ctx.settings.vllm_int4
+    basis = engine.basis_of(facts, deployment.spec, task=task, vllm=vllm)
+    if before is not None and before.basis == basis and engine.can_load(before, int4=int4):
         return before
     nodes = await ctx.kube.list("Node")
     try:
-        return engine.serving(facts, deployment.spec, task=task, nodes=nodes, vllm=vllm)
+        return engine.serving(facts, deployment.spec, task=task, nodes=nodes, vllm=vllm, int4=int4)
     except DoesNotFit as error:
         return Trouble("DoesNotFit", str(error))

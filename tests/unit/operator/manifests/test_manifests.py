@@ -97,7 +97,7 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def sizing(deployment: AdapterDeployment) -> ServingSizing:
     """Place the deployment as the operator does, on a cluster with L4s and A100s."""
     facts = FACTS.get(deployment.spec.base_model)
-    return engine.serving(facts, deployment.spec, task="causal", nodes=NODES, vllm=True)
+    return engine.serving(facts, deployment.spec, task="causal", nodes=NODES, vllm=True, int4=True)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "input").glob("*.yaml")))

@@ -7,7 +7,7 @@ from graft.api import AdapterDeployment
 from graft.api.adapterdeployment import AdapterDeploymentSpec
 from graft.api.deploymentstatus import ServingSizing
 from graft.placement.decide import DoesNotFit
-from graft.placement.engine import basis_of, serving
+from graft.placement.engine import basis_of, can_load, serving
 from graft.placement.facts import facts_of
 from worlds.placement import LLAMA_2, TINY, gpu_node, node
 
@@ -22,9 +22,11 @@ def spec(**fields: Any) -> AdapterDeploymentSpec:
     return AdapterDeployment.model_validate({"metadata": {"name": "chat"}, "spec": full}).spec
 
 
-def place(model: str, *nodes: dict[str, Any], task: Any = "causal", vllm: bool = True, **fields: Any) -> ServingSizing:
+def place(
+    model: str, *nodes: dict[str, Any], task: Any = "causal", vllm: bool = True, int4: bool = True, **fields: Any
+) -> ServingSizing:
     config = TINY if model == "tiny" else LLAMA_2[model]
-    return serving(facts_of(config), spec(**fields), task=task, nodes=nodes, vllm=vllm)
+    return serving(facts_of(config), spec(**fields), task=task, nodes=nodes, vllm=vllm, int4=int4)
 
 
 def test_the_smallest_gpu_that_fits_is_chosen() -> None:
@@ -55,6 +57,21 @@ def test_the_model_is_quantized_only_if_nothing_else_fits() -> None:
     assert place("7B", T4).dtype == "float16"  # GPUs before Ampere have no bfloat16
     with pytest.raises(DoesNotFit, match=r"spec\.quantization int4 would fit"):
         place("7B", T4, quantization="none")
+
+
+def test_without_bitsandbytes_in_the_image_4_bits_are_neither_chosen_nor_accepted_on_gpus() -> None:
+    """The shipped image of vLLM cannot load them: the pods would end again and again."""
+    with pytest.raises(DoesNotFit, match=r"7 billion parameters in 16 bits.*spec\.quantization int8 would fit"):
+        place("7B", T4, int4=False)
+    explicit = {"resources": {"limits": {"nvidia.com/gpu": 1}}}
+    for given in ({}, {"engine": "vllm"}, explicit):
+        with pytest.raises(DoesNotFit, match=r"serving\.vllmInt4"):
+            place("7B", L4, int4=False, quantization="int4", **given)
+    with pytest.raises(DoesNotFit, match=r"serving\.vllmInt4"):
+        serving(None, spec(quantization="int4", **explicit), task="causal", nodes=[L4], vllm=True)
+    assert place("tiny", CPU, int4=False, quantization="int4").quantization == "int4"
+    before = place("7B", T4)
+    assert can_load(before, int4=True) and not can_load(before, int4=False)
 
 
 def test_the_context_is_shortened_before_the_weights_are_quantized() -> None:

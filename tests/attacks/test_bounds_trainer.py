@@ -185,7 +185,7 @@ def test_a_manifest_of_another_job_out_of_bounds_means_that_the_version_exists(t
     run = make_run(tmp_path, MemoryStore(), make_job())
     for data in (b"[" * 8_000_000, b"[" * 500_000, b"{}"):
         run.store.kept[f"{run.version_prefix}manifest.json"] = data  # type: ignore[attr-defined]
-        assert find_manifest(run.store, run.version_prefix) == (None, "")
+        assert find_manifest(run.store, run.version_prefix, "uid-1") == (None, "")
         with pytest.raises(Failure) as caught:
             already_published(run)
         assert caught.value.reason == Reason.VERSION_EXISTS

@@ -1,16 +1,23 @@
 """Keys and users of a real S3 server: what another installation of Graft, or a namespace without the right, gets."""
 
+import asyncio
 import json
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from graft.api import FineTuneJob
 from graft.artifacts.identity import VersityIdentity, bucket_statements, installation_id
+from graft.artifacts.manifest import ADAPTER_FILES, Manifest
+from graft.artifacts.publishing import stage
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
+from graft.artifacts.versions import InvalidArtifact, describe_files, verify
 from graft.reconcile import basemodel
+from graft.reconcile.shared import publishing
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.storerights import allow_models, readers
 from testbed.objectstore import S3Server, s3_server
@@ -49,6 +56,7 @@ def legacy(store: S3Store, identity: VersityIdentity, tenant: str) -> StorageCon
             "/create-user", f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>"
         )
     statements = bucket_statements(name, {tenant: user}, {"models/": None}, "Graft")
+    statements = [item for item in statements if item["Effect"] == "Allow"]
     for item in statements:
         item["Sid"] = item["Sid"].replace("Models0", "Models")
     store.client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements}))
@@ -232,10 +240,125 @@ class Untouchable:
 
 
 def test_the_policy_grows_slowly_and_models_with_the_same_readers_share_statements() -> None:
-    """A platform has 30 namespaces and 40 models -> its policy stays below the 20 KiB that S3 allows."""
-    users = {f"team-{number:02d}": f"graft-{installation_id('graft', 'x')}-team-{number:02d}" for number in range(25)}
+    """A platform has 22 namespaces and 30 models -> its policy stays below the 20 KiB that S3 allows."""
+    users = {f"team-{number:02d}": f"graft-{installation_id('graft', 'x')}-team-{number:02d}" for number in range(22)}
     models: dict[str, Any] = {f"models/m{number:02d}/": None for number in range(20)}
     models |= {f"models/r{number:02d}/": ["team-01", "team-02"] for number in range(10)}
     statements = bucket_statements("graft", users, models, "Graft" + installation_id("graft", "x"))
-    assert len(statements) == 3 * 25 + 4
+    assert len(statements) == 3 * 22 + 1 + 4
     assert len(json.dumps({"Version": "2012-10-17", "Statement": statements}, separators=(",", ":"))) < 20 * 1024
+
+
+# Published versions: a training pod stages, the operator publishes.
+
+PREFIX = "shop/adapters/support/1.0.0/"
+RUN = "shop/runs/uid-1/"
+
+
+def version(folder: Path, attempt: str = "pod-1", **fields: Any) -> tuple[dict[str, Path], Manifest]:
+    files = {name: folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    for name, path in files.items():
+        path.write_text(f"{name} of {attempt}")
+    job = {"name": "first", "namespace": "shop", "uid": "uid-1", "attempt": attempt}
+    given: dict[str, Any] = {
+        "adapter": "support", "version": "1.0.0", "method": "lora", "base_model": {"name": "tiny", "uri": "s3://b/m"},
+        "job": job, "recipe": "r", "hyperparameters": {}, "files": describe_files(files), "created_at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    return files, Manifest.model_validate(given | fields)
+
+
+def job_of(namespace: str = "shop", uid: str = "uid-1") -> FineTuneJob:
+    spec = {
+        "baseModel": "tiny", "dataset": {"train": {"uri": "s3://graft/shop/t.jsonl"}}, "method": {"lora": {}},
+        "output": {"adapter": "support"},
+    }  # fmt: skip
+    metadata = {"name": "first", "namespace": namespace, "uid": uid}
+    return FineTuneJob.model_validate({"metadata": metadata, "spec": spec})
+
+
+async def until_published(ctx: Context, job: FineTuneJob) -> Any:
+    """Reconcile until the operator has published what the job staged. Return what is published then."""
+    woken = asyncio.Event()
+    ctx.wake = lambda *_: woken.set()
+    while (found := await publishing.published(ctx, job, "support", "1.0.0")) == "copying":
+        await asyncio.wait_for(woken.wait(), 30)
+        woken.clear()
+    return found
+
+
+async def test_a_pods_key_cannot_touch_a_published_version(server: S3Server, tmp_path: Path) -> None:
+    """A pod overwrites, deletes or replaces files of a published version, in one request or in parts -> the store refuses.
+
+    It can stage its own version, and it can upload datasets.
+    """
+    store = bucket(server, "ours")
+    identity = VersityIdentity(store, server.endpoint, "1", models={})
+    pod, rival = opened(identity.issue("shop")), opened(identity.issue("rival"))
+    stage(pod, PREFIX, *version(tmp_path))
+    ctx = Context(MemoryKube(), SETTINGS, store, None)  # type: ignore[arg-type]
+    manifest, _ = await until_published(ctx, job_of())
+    assert manifest.job.attempt == "pod-1"
+    before = {item.key: store.get(item.key) for item in store.objects(PREFIX)}
+    assert len(before) == 3 and not list(store.objects(f"{RUN}pod-1/version/"))
+
+    keys = [*before, f"{PREFIX}manifest.sig.json", "shop/adapters/support/2.0.0/manifest.json", "shop/adapters/x"]
+    pod.put(f"{RUN}mine", b"mine")
+    for key in keys:
+        denied(pod.put, key, b"mine")
+        denied(lambda key=key: pod.put(key, b"mine", if_absent=True))
+        denied(pod.copy, f"{RUN}mine", key)
+        denied(pod.check_write, key)
+        denied(lambda key=key: pod.upload_stream(key, [b"mine"]))
+        denied(pod.delete, key)
+        denied(rival.put, key, b"mine")
+    batch = [{"Key": key} for key in before]
+    answer = pod.client.delete_objects(Bucket=store.config.bucket, Delete={"Objects": batch})
+    assert len(answer["Errors"]) == 3 and not answer.get("Deleted")
+    assert {item.key: store.get(item.key) for item in store.objects(PREFIX)} == before
+    pod.put("shop/data/train.jsonl", b"{}")
+    assert pod.get(f"{PREFIX}manifest.json") == before[f"{PREFIX}manifest.json"]
+
+    stage(pod, PREFIX, *version(tmp_path, "pod-2"))  # a late attempt
+    assert {item.key: store.get(item.key) for item in store.objects(PREFIX)} == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"job": {"name": "first", "namespace": "shop", "uid": "uid-1", "attempt": "../../../rival/runs/u/p"}}, "ManifestMismatch"),
+        ({"job": {"name": "first", "namespace": "shop", "uid": "uid-1", "attempt": "a/../../x"}}, "ManifestMismatch"),
+        ({"job": {"name": "first", "namespace": "shop", "uid": "uid-2", "attempt": "pod-1"}}, "ManifestMismatch"),
+        ({"adapter": "sales"}, "ManifestMismatch"),
+        ({"version": "9.9.9"}, "ManifestMismatch"),
+        ({"files": [{"name": "../../../rival/secret", "size": 1, "sha256": "0" * 64}]}, "ManifestInvalid"),
+        ({"files": [{"name": name, "size": 1, "sha256": "0" * 64} for name in ADAPTER_FILES]}, "DigestMismatch"),
+    ],
+)  # fmt: skip
+async def test_a_forged_claim_makes_the_operator_copy_nothing(
+    server: S3Server, tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    """A pod claims files of another run, tenant, adapter or size -> the operator, which may read all, copies none."""
+    store = bucket(server, "ours")
+    files, manifest = version(tmp_path)
+    for name, path in files.items():
+        store.upload(f"{RUN}pod-1/version/{name}", path)
+    claim = json.loads(manifest.to_bytes()) | json.loads(json.dumps(fields))
+    store.put(f"{RUN}version.json", json.dumps(claim).encode())
+    ctx = Context(MemoryKube(), SETTINGS, store, None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArtifact) as error:
+        await until_published(ctx, job_of())
+    assert error.value.reason == reason
+    assert not list(store.objects("shop/adapters/"))
+
+
+async def test_what_is_staged_is_checked_where_the_pod_cannot_change_it(server: S3Server, tmp_path: Path) -> None:
+    """A pod replaces a staged file by another one of the same size -> the version is copied and then fails verification."""
+    store = bucket(server, "ours")
+    pod = opened(VersityIdentity(store, server.endpoint, "1", models={}).issue("shop"))
+    files, manifest = version(tmp_path)
+    stage(pod, PREFIX, files, manifest)
+    size = files["adapter_model.safetensors"].stat().st_size
+    pod.put(f"{RUN}pod-1/version/adapter_model.safetensors", b"?" * size)
+    _, digest = await until_published(Context(MemoryKube(), SETTINGS, store, None), job_of())  # type: ignore[arg-type]
+    with pytest.raises(InvalidArtifact, match=r"adapter_model\.safetensors"):
+        verify(store, PREFIX, digest)

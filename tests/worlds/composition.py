@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from graft.artifacts.layout import adapter_prefix
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
-from graft.artifacts.versions import describe_files, publish, verify
+from graft.artifacts.versions import describe_files, verify
 from graft.contracts.job import ParentVersion, VersionFile
 from graft_trainer.versions.make_version import run
 from graft_trainer.versions.making import Making
@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from worlds.publishing import publish
 from worlds.trainer import MemoryStore, make_settings
 
 BASE = "s3://bucket/models/tiny"

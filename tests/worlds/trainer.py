@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from graft.artifacts.publishing import CLAIM
 from graft.artifacts.storage import StoreError, Trouble
 from graft.artifacts.store import ObjectInfo
 from graft.contracts.job import JobFile
 from graft_trainer.run.progress import ProgressReporter
 from graft_trainer.run.run import Prepared, Run
 from graft_trainer.run.settings import Settings
+
+from worlds.publishing import play_operator
 
 if TYPE_CHECKING:
     from graft_trainer.train import Trained
@@ -168,7 +171,12 @@ def make_job(**changes: Any) -> JobFile:
 
 
 class MemoryStore:
-    """The methods of S3Store over a dict. `refuse` maps a part of a key to the trouble that its writes raise."""
+    """The methods of S3Store over a dict. `refuse` maps a part of a key to the trouble that its writes raise.
+
+    With `publishes`, the store plays the operator, too: what a job stages is published at once.
+    """
+
+    publishes = True
 
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
         self.kept = dict(objects or {})
@@ -195,6 +203,9 @@ class MemoryStore:
                 raise StoreError("exists", f"{key} exists")
             self.kept[key] = data
             self.written.append(key)
+        if self.publishes and key.endswith(f"/{CLAIM}"):
+            tenant, _, uid, _ = key.split("/")
+            play_operator(self, tenant, uid)  # type: ignore[arg-type]
 
     def check_write(self, key: str) -> None:
         self._check(key)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.api.evaluation import Suite
-from graft.artifacts.layout import MANIFEST
+from graft.artifacts.publishing import CLAIM
 from graft.artifacts.sources import fetch
 from graft.artifacts.storage import StoreError
 from graft.contracts.job import JobFile
@@ -137,7 +137,7 @@ def check_publishing(run: Run) -> None:
 
     Otherwise this would fail after hours of training.
     """
-    key = run.version_prefix + MANIFEST
+    key = run.prefix + CLAIM
     try:
         run.store.check_write(key)
     except StoreError as error:
@@ -146,7 +146,7 @@ def check_publishing(run: Run) -> None:
         raise Failure(
             Reason.STORAGE_DENIED,
             f"the version could not be published, because the key in the Secret graft-storage has no permission to write it: {error}",
-            f"Allow this key to write below {run.version_prefix} (s3:PutObject and s3:AbortMultipartUpload).",
+            f"Allow this key to write below {run.prefix} (s3:PutObject and s3:AbortMultipartUpload).",
         ) from error
 
 

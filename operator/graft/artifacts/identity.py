@@ -25,7 +25,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from graft.artifacts.layout import MODELS_PREFIX, USER_PREFIX, tenant_prefix
+from graft.artifacts.layout import MODELS_PREFIX, USER_PREFIX, VERSIONS, tenant_prefix
 from graft.artifacts.storage import StorageConfig, StoreError, Trouble
 from graft.artifacts.store import S3Store
 
@@ -213,8 +213,9 @@ def bucket_statements(
     """Return the policy statements of the tenants' users (PURE).
 
     `users`: tenant -> its user. `models`: prefix of a base model -> the tenants that may read it; None: all of them.
-    `mark`: the beginning of all Sids. Each user may read and write below its own prefix, delete only below its runs/, and
-    read and list the base models that its tenant may use. Models with the same readers share their statements.
+    `mark`: the beginning of all Sids. Each user may read and write below its own prefix, but not write below its
+    adapters/: the operator publishes. It may delete only below its runs/, and read and list the base models that its
+    tenant may use. Models with the same readers share their statements.
     """
     arn = f"arn:aws:s3:::{bucket}"
     statements: list[Statement] = []
@@ -227,6 +228,12 @@ def bucket_statements(
             _allow(f"{mark}Runs{tenant}", [user], ["s3:DeleteObject"], [f"{arn}/{prefix}runs/*"]),
             _allow_list(f"{mark}List{tenant}", [user], arn, [prefix]),
         ]
+    if users:
+        versions = [f"{arn}/{tenant_prefix(tenant)}{VERSIONS}*" for tenant in sorted(users)]
+        # One statement for all: a user may write below its own prefix only.
+        writes = ["s3:PutObject", "s3:AbortMultipartUpload", "s3:DeleteObject"]
+        own = [users[tenant] for tenant in sorted(users)]
+        statements.append(_allow(f"{mark}Published", own, writes, versions) | {"Effect": "Deny"})
     readers: dict[tuple[str, ...], list[str]] = {}
     for prefix, tenants in sorted(models.items()):
         able = tuple(sorted(users if tenants is None else set(tenants) & set(users)))

@@ -1,9 +1,11 @@
 """The keys of all objects in the bucket (PURE).
 
-<tenant>/adapters/<name>/<version>/   the files of a version; manifest.json is written last. The operator adds
+<tenant>/adapters/<name>/<version>/   the files of a version. Only the operator writes here; manifest.json is last. It adds
                                       manifest.sig.json after it has verified all files
-<tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl and
-                                      checkpoints/step-000100/rank-0000.safetensors, rank-0000.json (the receipt, last)
+<tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl, version/ (the files
+                                      to publish) and checkpoints/step-000100/rank-0000.safetensors, rank-0000.json (the
+                                      receipt, last)
+<tenant>/runs/<job-uid>/version.json  the manifest of the attempt whose version/ is published
 models/<name>/…                       base models, readable by all tenants
 """
 
@@ -13,6 +15,7 @@ PROGRESS = "progress.json"
 EVENTS = "events.jsonl"
 MODELS_PREFIX = "models/"
 CHECKPOINTS = "checkpoints/"
+VERSIONS = "adapters/"  # of a tenant
 USER_PREFIX = "graft-"  # of the tenants' users of the store
 
 

@@ -100,7 +100,7 @@ def test_a_pod_that_exits_with_0_but_publishes_nothing_fails_the_job(tenant: Ten
     tenant.job("empty")
     tenant.end_pod(tenant.running_pod("empty"))
     ended = tenant.until("FineTuneJob", "empty", "Succeeded", "ResultMissing")
-    assert "manifest.json" in ended["message"]
+    assert "version.json" in ended["message"]
     assert never_became_an_adapter(tenant)
 
 
@@ -109,8 +109,8 @@ def test_a_file_that_changed_in_storage_is_never_served(tenant: Tenant) -> None:
     fleet.deploy(["support@latest"])
     tenant.job("flipped")
     pod = tenant.running_pod("flipped")
-    prefix = tenant.publish_as_trainer("flipped", pod)
-    key = prefix + "adapter_model.safetensors"
+    tenant.publish_as_trainer("flipped", pod)
+    key = f"{tenant.name}/runs/{tenant.job_file('flipped').job.uid}/{pod}/version/adapter_model.safetensors"
     tenant.store.put(key, tenant.store.get(key)[:-1] + b"?")
     tenant.end_pod(pod)
     ended = tenant.until("FineTuneJob", "flipped", "Succeeded", "ArtifactInvalid")

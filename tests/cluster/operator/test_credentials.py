@@ -19,7 +19,7 @@ def neighbour(tenant: Tenant, request: pytest.FixtureRequest) -> Tenant:
     bind(other)
     other.job("there")
     other.running_pod("there")
-    other.tenant_store().put(f"{other.name}/adapters/secret/1.0.0/manifest.json", b"{}")
+    other.store.put(f"{other.name}/adapters/secret/1.0.0/manifest.json", b"{}")
     return other
 
 
@@ -46,6 +46,7 @@ def test_a_key_gives_access_to_its_own_prefix_only(tenant: Tenant, neighbour: Te
     denied(store.put, f"{tenant.name}x/new.json", b"mine")
     denied(lambda: list(store.objects(f"{neighbour.name}/")))
     denied(lambda: list(store.objects("")))
+    denied(store.put, f"{tenant.name}/adapters/support/1.0.0/manifest.json", b"mine")  # only the operator publishes
     denied(store._call, "delete_object", own)
     denied(store.delete_prefix, f"{tenant.name}/datasets/")
     store.put(f"{tenant.name}/runs/uid/pod/checkpoints/step-000001/rank-0000.json", b"{}")

@@ -17,7 +17,8 @@ from testbed.objectstore import S3Server, s3_server
 from testbed.quickstart import MODEL, QUICKSTART
 from worlds.trainer import make_job
 
-VERSION = "team-a/adapters/colours/1.0.0/"
+RUN_FOLDER = "team-a/runs/uid-1/"
+CLAIM = RUN_FOLDER + "version.json"
 RUN = "from graft_trainer.__main__ import main; code = main(['prepare']); import sys; print('TORCH', bool(sys.modules.get('torch'))); sys.exit(code)"
 
 
@@ -76,7 +77,7 @@ def test_prepare_works_with_the_tenants_key_and_without_torch(
     assert (told["examples"], told["heldOut"], told["truncatedShare"]) == (1088, 92, 0)
     assert told["maxTokens"] < 128
     # The check of the write access leaves no objects and no uploads.
-    assert list(root.objects("team-a/adapters/")) == []
+    assert list(root.objects("team-a/adapters/")) == list(root.objects(CLAIM)) == []
     assert not root.client.list_multipart_uploads(Bucket="graft").get("Uploads")
 
 
@@ -84,13 +85,13 @@ def test_prepare_fails_if_the_key_cannot_write_versions(tmp_path: Path, root: S3
     policy = json.loads(root.client.get_bucket_policy(Bucket="graft")["Policy"])
     denied = {
         "Effect": "Deny", "Principal": {"AWS": [tenant.access_key_id]}, "Action": ["s3:PutObject"],
-        "Resource": ["arn:aws:s3:::graft/team-a/adapters/*"],
+        "Resource": [f"arn:aws:s3:::graft/{CLAIM}"],
     }  # fmt: skip
     changed = policy | {"Statement": [*policy["Statement"], denied]}
     root.client.put_bucket_policy(Bucket="graft", Policy=json.dumps(changed))
     try:
         with pytest.raises(StoreError) as caught:
-            S3Store(tenant).check_write(VERSION + "manifest.json")
+            S3Store(tenant).check_write(CLAIM)
         assert caught.value.trouble == "denied"
         done = prepared(tmp_path, tenant)
     finally:
@@ -98,7 +99,7 @@ def test_prepare_fails_if_the_key_cannot_write_versions(tmp_path: Path, root: S3
     assert done.returncode == EXIT_CODES[Reason.STORAGE_DENIED], done.stdout + done.stderr
     failure = json.loads((tmp_path / "termination").read_text())
     assert "could not be published" in failure["message"]
-    assert VERSION in failure["remedy"]
+    assert RUN_FOLDER in failure["remedy"]
     assert not (tmp_path / "work/dataset").exists()
 
 
@@ -106,7 +107,7 @@ def test_a_missing_bucket_is_reported_as_missing(root: S3Store, server: S3Server
     folder = server.secret_dir("none")
     try:
         with pytest.raises(StoreError) as caught:
-            S3Store(StorageConfig.from_dir(folder)).check_write(VERSION + "manifest.json")
+            S3Store(StorageConfig.from_dir(folder)).check_write(CLAIM)
     finally:
         shutil.rmtree(folder)
     assert caught.value.trouble == "missing"

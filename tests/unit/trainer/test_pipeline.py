@@ -240,7 +240,7 @@ def test_if_the_store_refuses_the_adapter_no_manifest_is_written(
     base: Path, tmp_path: Path, trouble: Any, reason: Reason
 ) -> None:
     run, store = prepared(tmp_path, base, evaluation={"maxSamples": 0})
-    store.refuse[PREFIX + ("manifest" if trouble == "exists" else "adapter_model")] = trouble
+    store.refuse["/version.json" if trouble == "exists" else "/version/adapter_model"] = trouble
     with pytest.raises(Failure) as caught:
         train_evaluate_publish(run)
     assert caught.value.reason == reason

@@ -173,7 +173,7 @@ def test_a_conversation_that_the_chat_template_refuses_is_reported_with_its_line
 
 
 def test_a_key_that_cannot_publish_fails_before_any_download(tmp_path: Path, store: MemoryStore) -> None:
-    store.refuse["team-a/adapters/colours/1.0.0/"] = "denied"
+    store.refuse["/version.json"] = "denied"
     store.kept.pop(TRAIN)
     reason, message = reason_of(tmp_path, store, make_job())
     assert reason == Reason.STORAGE_DENIED

@@ -13,7 +13,8 @@ from typing import Any
 
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, ManifestParent
-from graft.artifacts.versions import describe_files, publish
+from graft.artifacts.publishing import stage
+from graft.artifacts.versions import describe_files
 from graft.contracts.job import VersionFile
 from graft.contracts.progress import EXIT_CODES, Reason, Termination
 
@@ -60,7 +61,7 @@ class Maker:
         return [item["metadata"]["name"] for item in self.tenant.api.list("Job", self.tenant.name)]
 
     def publish_as_trainer(self, pod: str) -> None:
-        """Publish the files of a composed adapter and its manifest, as the trainer does."""
+        """Stage the files of a composed adapter and its manifest, as the trainer does."""
         file = self.file()
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
         given = file.composition.parents if file.composition else []
@@ -79,7 +80,7 @@ class Maker:
                 recipe="r", hyperparameters={}, rank=16, target_modules=["q_proj"], parents=parents,
                 files=describe_files(files), created_at="2026-01-01T00:00:00Z",
             )  # fmt: skip
-            publish(self.tenant.tenant_store(), prefix, files, manifest)
+            stage(self.tenant.tenant_store(), prefix, files, manifest)
 
     def end_pod(self, pod: str, exit_code: int = 0, message: str = "") -> None:
         self.tenant.end_pod(pod, exit_code, message, container=self.command)

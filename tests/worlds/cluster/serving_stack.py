@@ -16,7 +16,7 @@ from pathlib import Path
 from graft.artifacts import layout, sources
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store
-from graft.artifacts.versions import describe_files, publish
+from graft.artifacts.versions import describe_files
 from graft.contracts.mounts import GATEWAY_PORT
 from testbed.controlplane import ControlPlane
 from testbed.shell import REPOSITORY, tail, wait_for
@@ -24,6 +24,7 @@ from testbed.shell import REPOSITORY, tail, wait_for
 from worlds.cluster.api import Api, Object
 from worlds.cluster.operator_process import BUCKET, SYSTEM
 from worlds.cluster.tenant import API, Tenant
+from worlds.publishing import publish
 
 MODEL = REPOSITORY / "examples/tiny-llama/model"
 BASE = "tiny-llama"

@@ -11,9 +11,10 @@ from typing import Any
 
 from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.publishing import stage
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
-from graft.artifacts.versions import describe_files, publish
+from graft.artifacts.versions import describe_files
 from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
 from graft.manifests.metadata import OWNER_UID
@@ -169,7 +170,7 @@ class Tenant:
     def publish_as_trainer(
         self, job: str, pod: str, rank: int = 8, rejected: list[str] | None = None, weights: bytes | None = None
     ) -> str:
-        """Upload the files of the version and its manifest. Return its prefix in the bucket."""
+        """Stage the version: upload its files and its manifest. Return where the operator publishes it."""
         file = self.job_file(job)
         prefix = layout.adapter_prefix(file.tenant, file.output.adapter, file.output.version)
         with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +187,7 @@ class Tenant:
                 hyperparameters={}, metrics=SCORES, rank=rank, target_modules=["q_proj"], rejected=rejected or [],
                 files=describe_files(files), created_at="2026-01-01T00:00:00Z",
             )  # fmt: skip
-            publish(self.tenant_store(), prefix, files, manifest)
+            stage(self.tenant_store(), prefix, files, manifest)
         return prefix
 
     def end_pod(

@@ -3,7 +3,8 @@
 import logging
 
 from graft.artifacts.layout import PROGRESS
-from graft.artifacts.manifest import Manifest
+from graft.artifacts.manifest import Manifest, digest
+from graft.artifacts.publishing import staged
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, read_manifest
@@ -16,10 +17,10 @@ from graft_trainer.run.run import Run
 log = logging.getLogger(__name__)
 
 
-def find_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | None:
-    """Return the manifest below a version's prefix and its digest: (None, "") if it is unreadable, None if there is none.
+def find_manifest(store: S3Store, prefix: str, uid: str) -> tuple[Manifest | None, str] | None:
+    """Return the manifest of a version and its digest, if it is published below `prefix`, or staged by the job `uid`.
 
-    Raises StoreError.
+    (None, "") if it is unreadable, None if there is none. Raises StoreError.
     """
     try:
         return read_manifest(store, prefix, None)
@@ -28,7 +29,11 @@ def find_manifest(store: S3Store, prefix: str) -> tuple[Manifest | None, str] | 
     except StoreError as error:
         if error.trouble != "missing":
             raise
-        return None
+    try:
+        found = staged(store, prefix.partition("/")[0], uid)
+    except InvalidArtifact:
+        return None, ""
+    return None if found is None else (found[0], digest(found[1]))
 
 
 def already_published(run: Run) -> tuple[Manifest, str] | None:
@@ -36,7 +41,7 @@ def already_published(run: Run) -> tuple[Manifest, str] | None:
 
     Raises Failure(VersionExists) if another job has published it, because this run could not publish its result.
     """
-    if (found := find_manifest(run.store, run.version_prefix)) is None:
+    if (found := find_manifest(run.store, run.version_prefix, run.job.job.uid)) is None:
         return None
     manifest, found_digest = found
     if manifest is not None and manifest.job.uid == run.job.job.uid:

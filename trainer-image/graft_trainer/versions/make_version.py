@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 
-from graft.artifacts import versions
+from graft.artifacts import publishing, versions
 from graft.artifacts.manifest import Manifest, ManifestJob
 from graft.artifacts.storage import StoreError
 from graft.contracts.job import VersionFile
@@ -64,7 +64,7 @@ def published_before(making: Making) -> str | None:
 
     Raises Failure(VersionExists) if another resource has.
     """
-    if (found := find_manifest(making.store, making.prefix)) is None:
+    if (found := find_manifest(making.store, making.prefix, making.file.job.uid)) is None:
         return None
     manifest, digest = found
     if manifest is not None and manifest.job.uid == making.file.job.uid:
@@ -110,11 +110,11 @@ def publish(making: Making, made: Made) -> str:
         created_at=now(),
     )
     try:
-        done = versions.publish(making.store, making.prefix, files, manifest)
+        _, done = publishing.stage(making.store, making.prefix, files, manifest)
     except StoreError as error:
         if error.trouble == "exists":
             raise taken(making) from error
         found = store_failure(error, publishing=True)
         raise Failure(found.reason, found.message, found.remedy) from error
-    log.info("published %s %s: %s, %.1f MB", job.output.adapter, job.output.version, done, manifest.size_bytes / 1e6)
+    log.info("staged %s %s: %s, %.1f MB", job.output.adapter, job.output.version, done, manifest.size_bytes / 1e6)
     return done

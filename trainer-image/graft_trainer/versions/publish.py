@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from graft.artifacts import versions
+from graft.artifacts import publishing, versions
 from graft.artifacts.manifest import PROCESSOR_FILES, TOKENIZER_FILES, Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.storage import StoreError
 
@@ -27,7 +27,7 @@ SHARD = "5GB"  # largest file of a whole model's weights
 
 
 def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest, str]:
-    """Publish the version.
+    """Upload the version for the operator, who publishes it.
 
     Return its manifest and the manifest's digest. If another attempt was first, they are its own.
     """
@@ -41,19 +41,19 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
     files = {path.name: path for path in sorted(folder.iterdir())}
     manifest = describe(run, trained, evaluated, files)
     try:
-        digest = versions.publish(run.store, run.version_prefix, files, manifest)
+        winner, digest = publishing.stage(run.store, run.version_prefix, files, manifest)
     except StoreError as error:
         found = store_failure(error, publishing=True)
         raise Failure(found.reason, found.message, found.remedy) from error
     log.info(
-        "published %s %s: %s, %.1f MB in %.1f s",
+        "staged %s %s: %s, %.1f MB in %.1f s",
         run.job.output.adapter,
         run.job.output.version,
         digest,
         manifest.size_bytes / 1e6,
         time.monotonic() - started,
     )
-    return versions.read_manifest(run.store, run.version_prefix, digest)
+    return winner, digest
 
 
 def save(trained: Trained, base_model_uri: str, folder: Path) -> None:

@@ -29,6 +29,8 @@ from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gat
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, keep, refusal
 from graft.reconcile.shared.ownership import created_by
+from graft.reconcile.shared.publishing import COPYING, Copying
+from graft.reconcile.shared.publishing import published as published_by
 from graft.reconcile.shared.stored import valid
 from graft.status import condition, find
 
@@ -57,6 +59,8 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
     if not children or ended:
         try:
             found = await _published(ctx, adapter)
+            if found == "copying":
+                return working(adapter, COPYING)
         except StoreError as error:
             return waiting(
                 adapter,
@@ -132,25 +136,23 @@ async def _keep(ctx: Context, adapter: Adapter) -> None:
     await keep(ctx, namespace, *needed)
 
 
-async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, str] | Trouble | None:
-    """Return the manifest that this Adapter's Job has written, and its digest. None if there is no manifest.
+async def _published(ctx: Context, adapter: Adapter) -> tuple[AdapterManifest, str] | Trouble | Copying | None:
+    """Return the manifest of the version that this Adapter's Job has made, and its digest. None if there is none.
 
-    Return Trouble if another manifest is stored under the version's prefix. Raises StoreError.
+    Return "copying" while the operator publishes it, and Trouble if another manifest is stored under the version's
+    prefix. Raises StoreError.
     """
     spec, meta = adapter.spec, adapter.metadata
     prefix = layout.adapter_prefix(layout.tenant_of(meta.namespace), spec.adapter, spec.version)
     try:
-        manifest, digest = await ctx.blocking(read_manifest, ctx.store, prefix, None)
-    except StoreError as error:
-        if error.trouble == "missing":
-            return None
-        raise
+        found = await published_by(ctx, adapter, spec.adapter, spec.version)
     except InvalidArtifact as error:
-        return Trouble(
-            "VersionExists", f"{prefix} contains an invalid manifest: {error}. Create an Adapter with another version"
-        )
+        return Trouble("VersionExists", f"cannot publish {prefix}: {error}. Create an Adapter with another version")
+    if found is None or found == "copying":
+        return found
+    manifest, digest = found
     if manifest.job.uid == meta.uid:
-        return manifest, digest
+        return found
     return Trouble(
         "VersionExists",
         f"{spec.adapter} {spec.version} is already published, by {manifest.job.namespace}/{manifest.job.name}. Create an Adapter "
@@ -337,11 +339,18 @@ def _told(ending: pods.Ending) -> str:
 
 
 async def unseen(ctx: Context, adapter: Adapter) -> AdapterArtifact | None:
-    """Return what the Job has published, for an Adapter that was deleted before its status showed it.
+    """Return what is published of the Job's version, for an Adapter that was deleted before its status showed it.
 
     Raises StoreError.
     """
-    found = await _published(ctx, adapter)
-    if found is None or isinstance(found, Trouble):
+    spec, meta = adapter.spec, adapter.metadata
+    prefix = layout.adapter_prefix(layout.tenant_of(meta.namespace), spec.adapter, spec.version)
+    try:
+        manifest, digest = await ctx.blocking(read_manifest, ctx.store, prefix, None)
+    except InvalidArtifact:
         return None
-    return published(adapter, found[1], ctx.store.config.bucket).status.artifact
+    except StoreError as error:
+        if error.trouble != "missing":
+            raise
+        return None
+    return published(adapter, digest, ctx.store.config.bucket).status.artifact if manifest.job.uid == meta.uid else None

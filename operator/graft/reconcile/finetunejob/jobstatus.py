@@ -23,6 +23,7 @@ from graft.manifests.training import is_preflight, preflight_name
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.jobs import condition_of
+from graft.reconcile.shared.publishing import COPYING
 from graft.status import REASONS, condition, duration, find
 
 KIND = "FineTuneJob"
@@ -40,6 +41,7 @@ class World:
     progress: Progress | None = None  # of the newest attempt
     published: tuple[AdapterManifest, str] | None = None  # the manifest that this job wrote, and its digest
     publish_trouble: str | None = None  # why `published` is None
+    copying: bool = False  # the operator copies the staged files to the version's folder
     refusal: str | None = None  # why the Job could not create its pod
     adapter: Adapter | None = None
 
@@ -296,8 +298,10 @@ def _final_reason(said: str) -> str:
 
 
 def _completion(world: World) -> Condition:
+    if world.copying:
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", COPYING)
     if world.published is None:
-        text = world.publish_trouble or "the pod succeeded, but its manifest.json is not in storage"
+        text = world.publish_trouble or "the pod succeeded, but it staged no version.json and no files in storage"
         return condition(KIND, "Succeeded", "False", "ResultMissing", text)
     manifest, digest = world.published
     ready = find(world.adapter.status.conditions, "Ready") if world.adapter is not None else None

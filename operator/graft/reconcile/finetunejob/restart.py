@@ -14,7 +14,7 @@ from graft.reconcile.finetunejob.jobstatus import KIND, World, unbound
 from graft.reconcile.finetunejob.published import read_published
 from graft.reconcile.shared import ending
 from graft.reconcile.shared.access import Trouble
-from graft.reconcile.shared.context import WAITING, Context
+from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.status import condition
 
 
@@ -44,6 +44,8 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
     world = World(job)
     if job.status.resolved is not None and job.status.resolved.version is not None:
         await read_published(ctx, world, job.status.resolved.version)
+    if world.copying:
+        return SOON
     if world.published is None:
         cleared.append("resolved")
     status = job.status.model_copy(update={**dict.fromkeys(cleared), "stage": "Pending", "restarts": job.spec.restarts})

@@ -23,7 +23,7 @@ class Share(NamedTuple):
 
 # Verification reads every byte. More verifications at once would only share the same bandwidth.
 # Compression keeps a core busy. A user waits for a restoration, so it does not queue behind work of other kinds.
-SHARES = {"verify": Share(4, 2), "restore": Share(2, 1), "delete": Share(4, 2)}
+SHARES = {"publish": Share(4, 2), "verify": Share(4, 2), "restore": Share(2, 1), "delete": Share(4, 2)}
 OTHERS = Share(1, 1)
 # The threads of asyncio are for short calls and for name resolution. Transfers never occupy them.
 THREADS = 16

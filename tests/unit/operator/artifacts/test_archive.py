@@ -18,10 +18,11 @@ from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.signing import Statement, document, generate, read_keys, sign
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
-from graft.artifacts.versions import InvalidArtifact, describe_files, publish, verify
+from graft.artifacts.versions import InvalidArtifact, describe_files, verify
 from graft.cli.failure import CliFailure
 from graft.cli.verification import check
 from worlds.buckets import empty_bucket
+from worlds.publishing import publish
 
 PREFIX = "shop/adapters/support/1.0.0/"
 WEIGHTS = PREFIX + "adapter_model.safetensors"

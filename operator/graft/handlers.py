@@ -57,6 +57,7 @@ CHILDREN = (
 )
 STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
 METRICS_PORT = 9090
+PAGE = 100  # resources in one page of kopf's listings, whose bodies it holds in memory
 
 RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] = {
     "BaseModel": basemodel.reconcile,
@@ -89,6 +90,7 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
     settings.posting.enabled = False
     settings.watching.inactivity_timeout = 70  # a silent watch is reopened (kopf#204, #698)
     settings.watching.server_timeout = 300
+    settings.watching.chunk_size = PAGE
     settings.networking.request_timeout = 30
     settings.persistence.finalizer = f"{GROUP}/kopf-unused"
     await _start_operator()

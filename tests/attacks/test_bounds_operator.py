@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kopf
 import pytest
 import yaml
+from graft import handlers
 from graft.api import AdapterDeployment, BaseModel
 from graft.api.basemodel import BaseModelStatus
 from graft.artifacts.manifest import Manifest
@@ -488,3 +490,15 @@ def test_the_types_that_are_checked_are_the_ones_of_the_product() -> None:
     assert Manifest.model_fields["metrics"].metadata
     assert AdapterDeployment.model_fields["status"]
     assert find([], "Ready") is None
+
+
+async def test_kopf_lists_resources_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant creates thousands of resources of a megabyte -> the operator holds one page of bodies when it starts."""
+
+    async def nothing() -> None:
+        return None
+
+    monkeypatch.setattr(handlers, "_start_operator", nothing)
+    settings = kopf.OperatorSettings()
+    await handlers.start(settings)
+    assert settings.watching.chunk_size == handlers.PAGE == 100

@@ -329,6 +329,23 @@ def test_every_map_of_a_spec_is_bounded() -> None:
     assert found and [path for path, node in found if "maxProperties" not in node] == []
 
 
+def test_every_list_of_a_spec_is_bounded() -> None:
+    """A list of a spec has a million entries -> the API server refuses it. A set of fixed words cannot grow."""
+
+    def lists(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, child in node.get("properties", {}).items():
+            yield from lists(child, f"{path}.{name}")
+        if "items" in node:
+            yield path, node
+            yield from lists(node["items"], f"{path}[]")
+
+    def bounded(node: dict[str, Any]) -> bool:
+        return "maxItems" in node or (node.get("x-kubernetes-list-type") == "set" and "enum" in node["items"])
+
+    found = [item for module in crdgen.KINDS for item in lists(schema_of(module)["spec"], module.CRD["kind"])]
+    assert found and [path for path, node in found if not bounded(node)] == []
+
+
 JOB: dict[str, Any] = {
     "metadata": {"name": "tune", "namespace": "shop"},
     "spec": {

@@ -23,6 +23,7 @@ from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
 from testbed.objectstore import S3Server, s3_server
 from testbed.shell import REPOSITORY
+from worlds.publishing import play_operator
 
 pytestmark = pytest.mark.cluster
 ROOT = REPOSITORY
@@ -145,6 +146,8 @@ def test_a_run_publishes_a_version_that_the_operator_can_verify(world: World, tm
     progress = pod.progress()
     assert progress is not None
     assert (progress.stage, progress.step, progress.percent) == ("Succeeded", 20, 100)
+    assert list(world.store.objects("shop/adapters/helpdesk/1.0.0/")) == []
+    play_operator(world.store, "shop", "1")
     manifest = verify(world.store, adapter_prefix("shop", "helpdesk", "1.0.0"), progress.manifest_digest or "")
     assert manifest.metrics == progress.metrics
     assert manifest.metrics["evalLoss"] < manifest.metrics["base/evalLoss"]

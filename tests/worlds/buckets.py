@@ -1,8 +1,11 @@
-"""An empty bucket of a real S3 server."""
+"""Buckets in tests: an empty one of a real S3 server, and versions that are published at once."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from graft.artifacts.manifest import Manifest
+from graft.artifacts.publishing import publish_staged, stage, staged
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
 from testbed.objectstore import s3_server
@@ -15,3 +18,19 @@ def empty_bucket() -> Iterator[S3Store]:
         store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
         store.create_bucket()
         yield store
+
+
+def publish(store: S3Store, prefix: str, files: Mapping[str, Path], manifest: Manifest) -> str:
+    """Play the pod that stages a version and the operator that publishes it. Return the digest of the manifest."""
+    _, digest = stage(store, prefix, files, manifest)
+    play_operator(store, prefix.partition("/")[0], manifest.job.uid)
+    return digest
+
+
+def play_operator(store: S3Store, tenant: str, uid: str) -> None:
+    """Publish what a job has staged, as the operator does when its Job is complete."""
+    found = staged(store, tenant, uid)
+    assert found is not None, f"nothing is staged for the job {uid}"
+    manifest, claim = found
+    prefix = f"{tenant}/adapters/{manifest.adapter}/{manifest.version}/"
+    publish_staged(store, tenant, prefix, manifest, claim, lambda: False)

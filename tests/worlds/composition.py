@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from worlds.publishing import publish
+from worlds.buckets import publish
 from worlds.trainer import MemoryStore, make_settings
 
 BASE = "s3://bucket/models/tiny"

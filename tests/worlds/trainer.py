@@ -19,7 +19,7 @@ from graft_trainer.run.progress import ProgressReporter
 from graft_trainer.run.run import Prepared, Run
 from graft_trainer.run.settings import Settings
 
-from worlds.publishing import play_operator
+from worlds.buckets import play_operator
 
 if TYPE_CHECKING:
     from graft_trainer.train import Trained

@@ -23,7 +23,7 @@ from graft.contracts.job import JobFile
 from graft.contracts.progress import EXIT_CODES, Progress, Reason, Termination
 from testbed.objectstore import S3Server, s3_server
 from testbed.shell import REPOSITORY
-from worlds.publishing import play_operator
+from worlds.buckets import play_operator
 
 pytestmark = pytest.mark.cluster
 ROOT = REPOSITORY

@@ -21,10 +21,10 @@ from graft.contracts.mounts import GATEWAY_PORT
 from testbed.controlplane import ControlPlane
 from testbed.shell import REPOSITORY, tail, wait_for
 
+from worlds.buckets import publish
 from worlds.cluster.api import Api, Object
 from worlds.cluster.operator_process import BUCKET, SYSTEM
 from worlds.cluster.tenant import API, Tenant
-from worlds.publishing import publish
 
 MODEL = REPOSITORY / "examples/tiny-llama/model"
 BASE = "tiny-llama"

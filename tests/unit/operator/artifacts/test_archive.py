@@ -21,8 +21,7 @@ from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, describe_files, verify
 from graft.cli.failure import CliFailure
 from graft.cli.verification import check
-from worlds.buckets import empty_bucket
-from worlds.publishing import publish
+from worlds.buckets import empty_bucket, publish
 
 PREFIX = "shop/adapters/support/1.0.0/"
 WEIGHTS = PREFIX + "adapter_model.safetensors"

@@ -12,7 +12,7 @@ from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, d
 from graft.artifacts.publishing import publish_staged, stage, staged
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import describe_files, verify
-from worlds.publishing import play_operator
+from worlds.buckets import play_operator
 from worlds.trainer import MemoryStore
 
 PREFIX = "team-a/adapters/colours/1.0.0/"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from graft.artifacts.manifest import Effect
 from graft.contracts.agent import WANTED_KEY, Residency, ResidentAdapter, Wanted, WantedAdapter
 from graft_server.agent.agent import Agent
 from graft_server.agent.engine.access import Access
@@ -37,10 +38,10 @@ class Pod:
         self.trusted: dict[str, dict[str, str]] | None = TRUSTED
         self.agent: Agent = None  # type: ignore[assignment]
 
-    def publish(self, folder: Path, name: str, rank: int) -> WantedAdapter:
+    def publish(self, folder: Path, name: str, rank: int | None, effect: Effect | None = None) -> WantedAdapter:
         """Put an adapter that peft has saved into the store. Return it as a wanted adapter."""
         files = {key: (folder / key).read_bytes() for key in ("adapter_config.json", "adapter_model.safetensors")}
-        return self.store.publish(name, rank=rank, files=files)
+        return self.store.publish(name, rank=rank, files=files, fields={"effect": effect})
 
     def want(self, *adapters: WantedAdapter, **fields: Any) -> None:
         self.wanted = self.wanted.model_copy(update={"adapters": list(adapters), **fields})

@@ -6,17 +6,20 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from aiohttp.test_utils import TestClient, TestServer
+from graft.artifacts.manifest import Effect
 from graft_server.engine.adapters import AdapterWeights
 from graft_server.engine.app import Server
 from graft_server.engine.model import load_base_model
 from graft_server.engine.settings import Settings
+from graft_trainer.data.tokens import Task
+from graft_trainer.versions.effect import effect_of
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -154,6 +157,19 @@ def make_prompt(base: Path, directory: Path, seed: int, tokens: int = 6) -> Path
     torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=1.0)
     model.save_pretrained(directory)
     return directory
+
+
+def recorded_effect(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Effect:
+    """Return the effect that a trainer records for an adapter."""
+    model: Any = PeftModel.from_pretrained(load_network(base).to(dtype), adapter)
+    task: Task = "seq2seq" if model.config.is_encoder_decoder else "causal"
+
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        with model.disable_adapter():
+            yield model
+
+    return effect_of(model.eval(), opened, task, frozenset({0, 1}))
 
 
 def expected(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:

@@ -15,7 +15,7 @@ class LoadedAdapter(Status):
     reason: str | None = Field(default=None, description="Why the adapter failed.")
     message: str | None = Field(default=None, description="What happened and what to do about it.")
     load_seconds: float | None = Field(
-        default=None, description="Seconds from the decision to download the adapter until the engine had loaded it."
+        default=None, description="Seconds to download the adapter, to load it into the engine and to check its effect."
     )
     size_bytes: int | None = Field(default=None, description="Size of its files on the replica, in bytes.")
 

@@ -63,7 +63,8 @@ ALLOWED_FILES = (
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-StopTokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]  # id of a token in the base model's vocabulary
+StopTokens = Annotated[list[Token], Field(max_length=64)]
 
 
 class _Part(BaseModel):
@@ -106,6 +107,27 @@ class ManifestParent(_Part):
     weight: Real
 
 
+class EffectPrompt(_Part):
+    """One prompt, and the log-probabilities of some tokens as the next token. Without tokens, nothing was measured."""
+
+    prompt: Annotated[list[Token], Field(min_length=1, max_length=64)]
+    tokens: Annotated[list[Token], Field(max_length=64)] = []
+    base: Annotated[list[Real], Field(max_length=64)] = []  # nats, without the adapter, for each of `tokens`
+    adapter: Annotated[list[Real], Field(max_length=64)] = []  # nats, with the adapter
+
+    @model_validator(mode="after")
+    def _aligned(self) -> "EffectPrompt":
+        if not len(self.tokens) == len(self.base) == len(self.adapter):
+            raise ValueError("tokens, base and adapter of a prompt must have the same length")
+        return self
+
+
+class Effect(_Part):
+    """What the adapter changes in the answers of its base model. A server compares it after each load."""
+
+    prompts: Annotated[list[EffectPrompt], Field(min_length=1, max_length=8)]
+
+
 class Manifest(_Part):
     """The contents of manifest.json, schema version 1."""
 
@@ -136,6 +158,7 @@ class Manifest(_Part):
         None  # pinned: hf://org/name@<commit>, or s3://bucket/prefix/ as listed in source_digest
     )
     source_digest: Name | None = None
+    effect: Effect | None = None  # None: a whole model, an adapter without effect, or a version of an earlier Graft
     created_at: Name
 
     @classmethod

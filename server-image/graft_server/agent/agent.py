@@ -71,7 +71,7 @@ class Agent:
         self._contents = Contents()
         self._failures = Failures()
         self._idleness = Idleness()
-        self._engine = EngineView(engine, base_model_name, self._dir, self.metrics, self._failures)
+        self._engine = EngineView(engine, base_model_name, self._dir, self.metrics, self._failures, self._unchecked)
         self._wake = asyncio.Event()
         self._looped_at = time.monotonic()
         self._work = Work(
@@ -83,6 +83,7 @@ class Agent:
             self._failures,
             still_wanted=self._still_wanted,
             max_rank=lambda: self._wanted.max_lora_rank if self._wanted else 0,
+            base_model=lambda: base_model_name or (self._wanted.base_model if self._wanted else ""),
             engine_died=self._engine.died,
             ended=self._wake.set,
             trust=trust,
@@ -128,6 +129,7 @@ class Agent:
         """Run rounds until cancelled."""
         if graves := self._folders.open():
             log.info("finished the deletions that an earlier run had started", extra={"folders": graves})
+        self._work.unchecked |= self._folders.unchecked()
         while True:
             self._wake.clear()
             try:
@@ -165,7 +167,7 @@ class Agent:
         if not self._engine.answering:
             return self._engine.why_not
         if not self._engine.ready(self._wanted):
-            missing = [a.adapter for a in self._wanted.adapters if not loaded(a, self._engine.models, self._dir)]
+            missing = [a.adapter for a in self._wanted.adapters if not loaded(a, self._engine.working, self._dir)]
             return "waiting for adapters: " + ", ".join(missing)
         return None
 
@@ -210,6 +212,7 @@ class Agent:
             partial=there.partial,
             capacity=room,
             deleting=deleting,
+            unchecked=self._unchecked(),
         )
         for action in decide(wanted, seen, self._dir):
             self._work.start(action)
@@ -217,6 +220,9 @@ class Agent:
     async def _observe(self) -> None:
         if await self._engine.observe(self._wanted, self._work.running):
             self._wake.set()
+
+    def _unchecked(self) -> set[str]:
+        return self._work.unchecked
 
     def _capacity(self) -> Capacity:
         free, disk = self._folders.free_bytes()
@@ -226,12 +232,13 @@ class Agent:
         wanted, there = self._wanted, self._contents
         adapters = resident_adapters(
             wanted,
-            self._engine.models,
+            self._engine.working,
             self._dir,
             there.complete,
             self._work.running,
             self._failures,
             self._work.load_seconds,
+            self._work.notes,
         )
         names = {adapter.engine_name for adapter in wanted.adapters} if wanted else set()
         kept = sum(folder.size_bytes for name, folder in there.complete.items() if name not in names)

@@ -12,6 +12,7 @@ from graft.artifacts.manifest import ManifestFile
 from graft.contracts.agent import WantedAdapter
 
 from graft_server.agent.decisions.decide import Action, Delete, Discard, Download, Inspect, Load, Refuse, Unload
+from graft_server.agent.decisions.effect import check_effect
 from graft_server.agent.decisions.memory import Failures
 from graft_server.agent.decisions.reasons import FAILED, AdapterError, AdapterReason
 from graft_server.agent.engine.client import EngineClient, EngineDown, EngineRefused, EngineSlow
@@ -48,6 +49,7 @@ class Work:
         *,
         still_wanted: Callable[[WantedAdapter], bool],
         max_rank: Callable[[], int],
+        base_model: Callable[[], str],
         engine_died: Callable[[], Awaitable[str | None]],
         ended: Callable[[], None],
         trust: Trust | None = None,  # None: signatures are not checked
@@ -60,6 +62,7 @@ class Work:
         self._failures = failures
         self._still_wanted = still_wanted
         self._max_rank = max_rank
+        self._base_model = base_model
         self._engine_died = engine_died
         self._ended = ended
         self._trust = trust
@@ -72,7 +75,10 @@ class Work:
         self._began: dict[str, float] = {}
         self._stopping = False
         self.versions: dict[str, Version] = {}  # inspected versions, by engine name
+        self._early: dict[str, float] = {}  # seconds of the downloads of versions that were only expected
         self.load_seconds: dict[str, float] = {}
+        self.unchecked: set[str] = set()  # adapters that the engine may have and that are not known to work
+        self.notes: dict[str, str | None] = {}  # by loaded adapter: why its effect was not compared
 
     @property
     def running(self) -> frozenset[str]:
@@ -172,6 +178,8 @@ class Work:
                 await self._engine.unload(name)
                 self._metrics.unloads.inc()
                 self.load_seconds.pop(name, None)
+                self.notes.pop(name, None)
+                self.unchecked.discard(name)
                 await self._thread(self._folders.touch, name)
             case Delete():
                 await self._thread(self._folders.delete, name)
@@ -179,6 +187,7 @@ class Work:
             case Discard():
                 await self._thread(self._folders.discard, name)
                 self._began.pop(name, None)
+                self._early.pop(name, None)
 
     def _check(self, adapter: WantedAdapter) -> None:
         if self._trust is not None:
@@ -223,16 +232,46 @@ class Work:
             raise
         self._metrics.downloads.labels("done").inc()
         self._metrics.bytes.inc(version.size_bytes)
-        self._metrics.load_seconds.labels("download").observe(time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._metrics.load_seconds.labels("download").observe(seconds)
+        if name not in self._began:
+            self._early[name] = seconds
 
     async def _load(self, name: str) -> None:
         started = time.monotonic()
+        self.unchecked.add(name)  # before the engine lists it: until it was found to work, it gets no requests
+        await self._thread(self._folders.mark_unchecked, name)
         await self._engine.load(name, str(self._folders.place(name)))
+        try:
+            note = await self._effect(name)
+        except (AdapterError, EngineRefused):
+            await self._engine.unload(name)
+            raise
+        await self._thread(self._folders.mark_checked, name)
+        self.unchecked.discard(name)
+        self.notes[name] = note
+        if note is not None:
+            log.info("%s is loaded. %s", name, note, extra={"adapter": name})
         now = time.monotonic()
-        began = self._began.pop(name, started)
+        # The files may have been downloaded while the version was only expected.
+        began = self._began.pop(name, started - self._early.get(name, 0.0))
         self._metrics.load_seconds.labels("load").observe(now - started)
         self._metrics.load_seconds.labels("all").observe(now - began)
         self.load_seconds[name] = round(now - began, 3)
+
+    async def _effect(self, name: str) -> str | None:
+        """Compare the loaded adapter with the record of its effect. Return why nothing was compared, or None.
+
+        Raises AdapterError if the adapter does not do what it did when it was published.
+        """
+        effect = await self._thread(self._folders.effect, name)
+        if effect is None:
+            return check_effect(None, [], [])
+        prompts = [prompt.prompt for prompt in effect.prompts]
+        # One after the other: vLLM on a CPU applies an adapter to the base model's requests of the same batch.
+        base = await self._engine.next_tokens(self._base_model(), prompts)
+        adapter = await self._engine.next_tokens(name, prompts)
+        return check_effect(effect, base, adapter)
 
     async def _thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))

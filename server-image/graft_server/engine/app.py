@@ -39,7 +39,7 @@ from graft_server.engine.registry import AdapterRegistry
 from graft_server.engine.residency import Residency
 from graft_server.engine.sequence import Output
 from graft_server.engine.settings import Settings
-from graft_server.engine.shapes import Choice, Shapes, TokenTexts, model_card, usage
+from graft_server.engine.shapes import Choice, Shapes, TokenTexts, model_card, token_id, usage
 from graft_server.inflight import Account, Full, InFlight, weight
 from graft_server.receiving import Refused, receive
 from graft_server.threads import in_thread
@@ -261,7 +261,8 @@ class Server:
         asked = request.headers.get("X-Request-Id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         model = body.model or self._settings.served_model_names[0]
-        shapes = Shapes(isinstance(body, ChatRequest), request_id, model, self._token_texts)
+        texts = token_id if body.return_tokens_as_token_ids else self._token_texts
+        shapes = Shapes(isinstance(body, ChatRequest), request_id, model, texts)
         if isinstance(body, ChatRequest):
             check_request(body, self._settings.tool_call_parser)
         async with await self._generator.start(body) as answers:

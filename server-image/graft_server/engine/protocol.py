@@ -65,7 +65,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
     "return_token_ids": (None, False),
-    "return_tokens_as_token_ids": (None, False),
     "skip_special_tokens": (None, True),
     "structured_outputs": (None,),
     "suffix": (None, ""),
@@ -143,6 +142,7 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    return_tokens_as_token_ids: bool | None = None  # in log-probabilities, a token is token_id:<id> instead of its text
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,11 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+def token_id(token: int, before: Sequence[int] = ()) -> str:
+    """Return a token by its id, as vLLM writes it. Several tokens may have one text, but each has its own id."""
+    return f"token_id:{token}"
+
+
 class TokenTexts:
     """The text of single tokens inside a longer text. At a text's start, a tokenizer may drop the leading space.
 
@@ -100,7 +105,7 @@ class Shapes:
     chat: bool
     request_id: str
     model: str
-    token_text: TokenTexts
+    token_text: Callable[[int, Sequence[int]], str]
     _created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # by choice: characters of the tokens reported so far
     _before: dict[int, list[int]] = field(default_factory=dict)  # by choice: the last tokens reported so far

@@ -30,6 +30,7 @@ from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numb
 from graft_trainer.model.wrappers import served_class
 from graft_trainer.run.download import fetch_version, tell
 from graft_trainer.run.failures import Failure, out_of_memory
+from graft_trainer.versions.effect import expected_effect
 from graft_trainer.versions.making import Made, Making, write_base_config
 from graft_trainer.versions.publish import SHARD, copy_tokenizer, reduce_config
 
@@ -77,6 +78,7 @@ def compose(making: Making, wanted: Composition) -> Made:
         ],
         composition=wanted.model_dump(by_alias=True, exclude={"parents"}, exclude_none=True),
         stop_token_ids=sorted({token for one in manifests for token in one.stop_token_ids}),
+        effect=expected_effect(load_config(base_config, name), combined / "adapter_model.safetensors"),
     )
     if wanted.into == "adapter":
         return made

@@ -107,6 +107,7 @@ def publish(making: Making, made: Made) -> str:
         composition=made.composition,
         imported_from=made.imported_from,
         source_digest=made.source_digest,
+        effect=made.effect,
         created_at=now(),
     )
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.layout import adapter_prefix
-from graft.artifacts.manifest import ManifestBaseModel, ManifestParent
+from graft.artifacts.manifest import Effect, ManifestBaseModel, ManifestParent
 from graft.artifacts.sources import SourceError, describe, pvc_path
 from graft.artifacts.store import S3Store
 from graft.contracts.job import VersionFile
@@ -45,6 +45,7 @@ class Made:
     stop_token_ids: list[int] = field(default_factory=list)
     imported_from: str | None = None
     source_digest: str | None = None
+    effect: Effect | None = None
 
 
 def write_base_config(making: Making) -> Path:

@@ -20,6 +20,7 @@ from graft_trainer.run.failures import Failure, store_failure
 from graft_trainer.run.progress import now
 from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
+from graft_trainer.versions.effect import measure_effect
 from graft_trainer.versions.report import finite, write_report
 
 log = logging.getLogger(__name__)
@@ -33,13 +34,14 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
     """
     started = time.monotonic()
     run.progress.stage("Publishing")
+    effect = measure_effect(trained)  # before the weights are converted for the files
     folder = run.settings.adapter_dir
     shutil.rmtree(folder, ignore_errors=True)
     save(trained, run.job.base_model.uri, folder)
     write_report(run, trained, evaluated, folder)
 
     files = {path.name: path for path in sorted(folder.iterdir())}
-    manifest = describe(run, trained, evaluated, files)
+    manifest = describe(run, trained, evaluated, files).model_copy(update={"effect": effect})
     try:
         winner, digest = publishing.stage(run.store, run.version_prefix, files, manifest)
     except StoreError as error:

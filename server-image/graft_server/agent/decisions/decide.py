@@ -95,7 +95,7 @@ class Observed:
     answer. `busy`: names for which an action runs. `held_back`: names whose last action failed and whose retry is not
     due. `failed`: names with a failure. `drained`: names that no request has used for the drain time. `sizes`: bytes of
     the inspected versions. `partial`: names with an unfinished download on disk. `capacity`: bytes that the disk may
-    hold. `deleting`: a kept version is being deleted and may still be in `on_disk`.
+    hold. `unchecked`: names that the engine may list and that are not known to work. `deleting`: a kept version is being deleted and may still be in `on_disk`.
     """
 
     on_disk: Mapping[str, OnDisk]
@@ -108,6 +108,7 @@ class Observed:
     partial: Collection[str] = ()
     capacity: Capacity = field(default_factory=Capacity)
     deleting: bool = False
+    unchecked: Collection[str] = ()
 
 
 def path_of(adapters_dir: str, name: str) -> str:
@@ -145,7 +146,10 @@ def decide(wanted: Wanted, seen: Observed, adapters_dir: str) -> list[Action]:
             actions = [action for action in actions if action.name != name]
             actions.append(Unload(name))  # our name with another path: these are not the verified files
         elif (
-            there is not None and there.digest == adapter.digest and seen.engine is not None and name not in seen.engine
+            there is not None
+            and there.digest == adapter.digest
+            and seen.engine is not None
+            and (name not in seen.engine or name in seen.unchecked)  # a killed agent has loaded it and not checked it
         ):
             actions.append(Load(adapter))
 

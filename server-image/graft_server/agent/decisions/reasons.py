@@ -23,6 +23,8 @@ class AdapterReason(StrEnum):
     STORAGE_DENIED = "StorageDenied"
     SIGNATURE_INVALID = "SignatureInvalid"
     ENGINE_REJECTED = "EngineRejected"
+    LOADED_WITHOUT_EFFECT = "LoadedWithoutEffect"
+    LOADED_WITH_OTHER_EFFECT = "LoadedWithOtherEffect"
     # Fault of the disk: checked in every round, because space becomes free when another adapter is removed.
     DISK_FULL = "DiskFull"
     # Faults of the surroundings: every adapter of the pod may be affected, and the fault passes.
@@ -55,6 +57,8 @@ FAILED = frozenset(
         AdapterReason.STORAGE_DENIED,
         AdapterReason.SIGNATURE_INVALID,
         AdapterReason.ENGINE_REJECTED,
+        AdapterReason.LOADED_WITHOUT_EFFECT,
+        AdapterReason.LOADED_WITH_OTHER_EFFECT,
         AdapterReason.DISK_FULL,
     }
 )
@@ -70,7 +74,15 @@ OF_STORAGE = frozenset(
     }
 )
 OF_KEYS = frozenset({AdapterReason.SIGNATURE_INVALID, AdapterReason.SIGNATURE_KEY_UNKNOWN})
-OF_ENGINE = frozenset({AdapterReason.ENGINE_REJECTED, AdapterReason.ENGINE_UNAVAILABLE, AdapterReason.ENGINE_TIMEOUT})
+OF_ENGINE = frozenset(
+    {
+        AdapterReason.ENGINE_REJECTED,
+        AdapterReason.LOADED_WITHOUT_EFFECT,
+        AdapterReason.LOADED_WITH_OTHER_EFFECT,
+        AdapterReason.ENGINE_UNAVAILABLE,
+        AdapterReason.ENGINE_TIMEOUT,
+    }
+)
 
 
 class AdapterError(Exception):

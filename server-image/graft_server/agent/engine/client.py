@@ -17,6 +17,8 @@ HEADERS = {"Accept-Encoding": "identity"}
 LOAD_SECONDS = 300.0  # the first load compiles kernels
 MODELS = Limits(size=2 * 1024 * 1024, depth=8, values=50_000)  # vLLM describes a model by about 25 values
 ERROR = Limits(size=64 * 1024, depth=8, values=500)
+TOKENS = Limits(size=256 * 1024, depth=8, values=10_000)
+TOP = 20  # likeliest tokens to ask for: the most that vLLM reports by default
 METRICS_BYTES = 8 * 1024 * 1024  # vLLM adds a line for each combination of adapters that has run
 MOST_MODELS = 2000
 NAME_CHARS, PATH_CHARS, MESSAGE_CHARS = 253, 4096, 2000
@@ -83,6 +85,41 @@ def error_message(status: int, body: bytes) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or text
     return str(error)[:MESSAGE_CHARS] or f"HTTP {status}"
+
+
+def refusal(path: str, status: int, answer: bytes) -> EngineDown | EngineRefused:
+    """Return the error for an answer that is not a 200: EngineDown if a retry may help (PURE)."""
+    message = error_message(status, answer)
+    if status in (429, 502, 503, 504):
+        return EngineDown(f"{path}: {status} {message}")
+    if status in (404, 405) and message in ("Not Found", "Method Not Allowed"):
+        message = f"the engine has no {path}: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+    return EngineRefused(status, message)
+
+
+def next_tokens(body: bytes, count: int) -> list[dict[int, float]]:
+    """Return the next tokens in an answer of /v1/completions: for each prompt, token id -> log-probability.
+
+    Raises ValueError if the answer is not for `count` prompts of which each got one token (PURE).
+    """
+    answer = parse_json(body, TOKENS, "the answer")
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != count:
+        raise ValueError(f"choices is not a list of {count} answers")
+    found: dict[int, dict[int, float]] = {}
+    for choice in choices:
+        index, logprobs = (choice.get("index"), choice.get("logprobs")) if isinstance(choice, dict) else (None, None)
+        top = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(index, int) or not isinstance(top, list) or len(top) != 1 or not isinstance(top[0], dict):
+            raise ValueError("an answer has no top_logprobs of one token")
+        found[index] = {
+            int(token.removeprefix("token_id:")): float(value)
+            for token, value in top[0].items()
+            if token.startswith("token_id:") and isinstance(value, int | float)
+        }
+    if sorted(found) != list(range(count)) or not all(found.values()):
+        raise ValueError("an answer has no log-probabilities of token ids")
+    return [found[index] for index in range(count)]
 
 
 def active_adapters(exposition: str) -> frozenset[str]:
@@ -172,6 +209,29 @@ class EngineClient:
             if "already been loaded" not in str(refusal) or (await self.models()).get(name) != path:
                 raise
 
+    async def next_tokens(self, model: str, prompts: list[list[int]]) -> list[dict[int, float]]:
+        """Return the likeliest next tokens after each prompt: token id -> log-probability in nats.
+
+        Raises EngineRefused with the engine's message.
+        """
+        path = "/v1/completions"
+        body = {
+            "model": model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": TOP,
+            "return_tokens_as_token_ids": True,
+        }
+        status, answer = await self._post(path, body, TOKENS.size)
+        if status != 200:
+            raise refusal(path, status, answer)
+        try:
+            return next_tokens(answer, len(prompts))
+        except ValueError as error:
+            raise EngineDown(f"{path}: {error}") from error
+
     async def unload(self, name: str) -> None:
         """Unload an adapter. If the engine does not have it, this succeeds."""
         try:
@@ -201,6 +261,12 @@ class EngineClient:
             raise EngineDown(f"{path}: {error!r}") from error
 
     async def _change(self, path: str, body: Mapping[str, Any]) -> None:
+        status, answer = await self._post(path, body, ERROR.size)
+        if status != 200:
+            raise refusal(path, status, answer)
+
+    async def _post(self, path: str, body: Mapping[str, Any], most: int) -> tuple[int, bytes]:
+        """Return the status and the first `most` bytes of the answer. Raises EngineDown or EngineSlow."""
         limits = aiohttp.ClientTimeout(total=self._load_seconds, sock_connect=2)
         try:
             async with self._session.post(
@@ -212,18 +278,10 @@ class EngineClient:
                 auto_decompress=False,
                 allow_redirects=False,
             ) as response:
-                answer = await beginning(response, ERROR.size)
+                return response.status, await beginning(response, most)
         except aiohttp.ServerTimeoutError as error:
             raise EngineDown(f"{path}: {error!r}") from error
         except TimeoutError as error:
             raise EngineSlow(f"{path}: the engine has not answered within {self._load_seconds:.0f} s") from error
         except (aiohttp.ClientError, OSError, AnswerTooLarge) as error:
             raise EngineDown(f"{path}: {error!r}") from error
-        if response.status == 200:
-            return
-        message = error_message(response.status, answer)
-        if response.status in (429, 502, 503, 504):
-            raise EngineDown(f"{path}: {response.status} {message}")
-        if response.status in (404, 405) and message in ("Not Found", "Method Not Allowed"):
-            message = f"the engine has no {path}: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-        raise EngineRefused(response.status, message)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 
 from graft.contracts.agent import Wanted
@@ -29,12 +29,15 @@ class EngineView:
         adapters_dir: str,
         metrics: Metrics,
         failures: Failures,
+        unchecked: Callable[[], Collection[str]],
     ) -> None:
+        """Create the view. `unchecked` returns the adapters that may be loaded and are not known to work."""
         self._client = client
         self._base = base_model
         self._dir = adapters_dir
         self._metrics = metrics
         self._failures = failures
+        self._unchecked = unchecked
         self._readiness = Readiness()
         self._gone = False
         self._misses = 0
@@ -45,6 +48,12 @@ class EngineView:
         self.answering = False
         self.why_not = "the agent has not asked the engine yet"
         self.started: str | None = None  # changes when the engine restarts
+
+    @property
+    def working(self) -> dict[str, str] | None:
+        """Return the listed models without the adapters that are not known to work. None like `models`."""
+        unchecked = self._unchecked()
+        return None if self.models is None else {name: at for name, at in self.models.items() if name not in unchecked}
 
     @property
     def stale(self) -> bool:
@@ -89,7 +98,7 @@ class EngineView:
         self.answering = self._base is None or self._base in models
         if not self.answering:
             self.why_not = f"the engine does not serve {self._base}: it lists {', '.join(sorted(models)) or 'nothing'}"
-        self._readiness.see(wanted, models, self._dir, self._failures)
+        self._readiness.see(wanted, self.working or {}, self._dir, self._failures)
 
     async def _process_start(self) -> float | None:
         try:

@@ -31,8 +31,12 @@ def resident_adapters(
     busy: Collection[str],
     failures: Failures,
     load_seconds: Mapping[str, float],
+    notes: Mapping[str, str | None],
 ) -> list[ResidentAdapter]:
-    """Return the adapters in this pod: the wanted adapters in their order, then the draining ones."""
+    """Return the adapters in this pod: the wanted adapters in their order, then the draining ones.
+
+    `engine`: the models that it lists and that are known to work. `notes`: messages about loaded adapters.
+    """
     longest = max(LEAST_CHARS, MESSAGES_CHARS // max(1, len(failures.names)))
 
     def words(failure: Failure | None) -> str | None:
@@ -56,7 +60,7 @@ def resident_adapters(
             digest=adapter.digest,
             state=state,
             reason=failure.reason if failure else None,
-            message=words(failure),
+            message=words(failure) if state != "Loaded" else notes.get(name),
             load_seconds=load_seconds.get(name) if state == "Loaded" else None,
             size_bytes=on_disk[name].size_bytes if name in on_disk else None,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graft.artifacts.layout import split_s3_uri
-from graft.artifacts.manifest import ADAPTER_FILES, TOKENIZER_FILES, Manifest, ManifestFile
+from graft.artifacts.manifest import ADAPTER_FILES, TOKENIZER_FILES, Effect, Manifest, ManifestFile
 from graft.artifacts.sources import CONFIG_LIMITS
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
@@ -27,7 +27,7 @@ from graft.contracts.agent import WantedAdapter
 from graft_server.agent.decisions.decide import OUR_NAME
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
 from graft_server.agent.storage.adapterconfig import check_tokenizer_config, reduced_config
-from graft_server.agent.storage.folders import Folders, write
+from graft_server.agent.storage.folders import EFFECT_FILE, Folders, write
 from graft_server.agent.storage.objects import READ_BYTES, Objects, code_of, corrupted, explained, interrupted
 from graft_server.agent.storage.weights import check_weights
 
@@ -56,6 +56,7 @@ class Version:
     rank: int | None  # None: a tuned prompt
     max_rank: int
     files: tuple[ManifestFile, ...]
+    effect: Effect | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +107,7 @@ def inspect(open_store: Callable[[], Objects], adapter: WantedAdapter, max_rank:
         )
         if file.size > limit:
             raise AdapterError(AdapterReason.TOO_LARGE, f"{file.name} has {file.size} bytes; the limit is {limit}")
-    version = Version(adapter, bucket, prefix, manifest.rank, max_rank, files)
+    version = Version(adapter, bucket, prefix, manifest.rank, max_rank, files, manifest.effect)
     if version.size_bytes > max_bytes:
         raise AdapterError(
             AdapterReason.TOO_LARGE, f"its files have {version.size_bytes} bytes; the limit is {max_bytes}"
@@ -241,4 +242,6 @@ def finish(folders: Folders, version: Version) -> None:
             check_tokenizer_config((folder / TOKENIZER_CONFIG).read_bytes())
         check_weights(folder / WEIGHTS, version.max_rank)
         write(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
+        if version.effect is not None:
+            write(folder / EFFECT_FILE, version.effect.model_dump_json(by_alias=True).encode())
         folders.finish(name, version.adapter.digest)

@@ -13,10 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from graft.artifacts.manifest import Effect
+
 from graft_server.agent.decisions.decide import OUR_NAME, OnDisk
 
 PARTIAL = ".partial-"
 GONE = ".gone-"
+EFFECT_FILE = "effect.json"  # the record of its effect, from the verified manifest; absent if it has none
+UNCHECKED_FILE = "unchecked"  # there from before a load until the loaded adapter was found to work
 DIGEST_FILE = "manifest.digest"  # holds the digest of the verified manifest; its mtime is the time of the last use
 
 
@@ -82,6 +86,26 @@ class Folders:
         """Record that an adapter is used now."""
         with suppress(FileNotFoundError):
             os.utime(self.place(name) / DIGEST_FILE)
+
+    def effect(self, name: str) -> Effect | None:
+        """Return the recorded effect of a complete version, or None if the version has none."""
+        try:
+            return Effect.model_validate_json((self.place(name) / EFFECT_FILE).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def mark_unchecked(self, name: str) -> None:
+        """Record that the adapter is loaded from now on and is not known to work."""
+        write(self.place(name) / UNCHECKED_FILE, b"")
+        sync(self.place(name))
+
+    def mark_checked(self, name: str) -> None:
+        """Record that the loaded adapter works."""
+        (self.place(name) / UNCHECKED_FILE).unlink(missing_ok=True)
+
+    def unchecked(self) -> set[str]:
+        """Return the adapters that a process of the agent has loaded, perhaps, and has not found to work."""
+        return {mark.parent.name for mark in self.root.glob(f"*/{UNCHECKED_FILE}")}
 
     def finish(self, name: str, digest: str) -> None:
         """Rename a verified download to its engine name, after all its files are written to the disk."""

@@ -358,7 +358,9 @@ def test_residency_lists_the_state_of_every_adapter() -> None:
         [B.engine_name],
         failures,
         {A.engine_name: 1.5},
+        {A.engine_name: "its effect was not checked"},
     )
+    assert listed[0].message == "its effect was not checked"
     assert [(one.adapter, one.state, one.reason) for one in listed] == [
         ("a-1.0.0", "Loaded", None),
         ("b-1.0.0", "Failed", "DigestMismatch"),  # a running retry does not hide the failure
@@ -376,7 +378,7 @@ def test_many_long_messages_fit_into_one_configmap() -> None:
         failures.add(one.engine_name, AdapterReason.STORAGE_UNAVAILABLE, "m" * 5000, 0)
 
     def told() -> list[str]:
-        return [one.message or "" for one in resident_adapters(wanted(*many), {}, DIR, {}, (), failures, {})]
+        return [one.message or "" for one in resident_adapters(wanted(*many), {}, DIR, {}, (), failures, {}, {})]
 
     assert {len(message) for message in told()} == {125} and told()[0].endswith("m…")
     failures.keep_only([many[0].engine_name])

@@ -138,6 +138,11 @@ class AdapterStatus(Status):
         "to stop_token_ids of each request.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
+    prompt_template: str | None = Field(
+        default=None,
+        description="The first of dataset.templates that the version was trained with. The gateway makes the prompts of chats "
+        "with it.",
+    )
     size_bytes: int | None = Field(default=None, description="Size of the files in bytes.")
     metrics: dict[str, float] | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 from graft.bounded import Limits
 from graft.contracts.message import Key, Name, Real, Scalar, Size, Uri, Whole, Words, read_as
 from graft.contracts.progress import METRICS, MODULES
+from graft.prompttemplates import LONGEST
 
 LIMITS = Limits(size=1024 * 1024, depth=6, values=20_000)
 
@@ -145,6 +146,7 @@ class Manifest(_Part):
     rank: Whole | None = None  # for lora and qlora
     target_modules: Annotated[list[Name], Field(max_length=MODULES)] = []
     stop_token_ids: StopTokens = []  # the tokens that end an answer, in evaluation and when the version is served
+    prompt_template: Annotated[str, Field(max_length=LONGEST)] | None = None  # the first of dataset.templates
     rejected: Annotated[
         list[Words], Field(max_length=32)
     ] = []  # the missed gates, as texts; a version that missed one is never served

@@ -1,12 +1,13 @@
 """Between operator and gateway: the routes of each deployment, and the demand for deployments that may sleep."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from graft.bounded import Limits
 from graft.contracts.enginekeys import Fingerprint
 from graft.contracts.message import CONFIGMAP, Message, Name, Whole, Words
+from graft.prompttemplates import LONGEST
 
 ROUTES_KEY = "routes.json"
 ROUTES_COMPONENT = "routes"
@@ -22,6 +23,7 @@ class RouteTarget(Message):
     version: Name | None = None
     digest: Name | None = None
     stop_token_ids: list[Whole] = Field(default_factory=list)  # the tokens that end the version's answers
+    prompt_template: Annotated[str, Field(max_length=LONGEST)] | None = None  # with which the version was trained
     weight: Whole = 100
 
 

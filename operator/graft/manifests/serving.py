@@ -129,6 +129,8 @@ def _engine_arguments(
         str(limits.max_lora_rank),
         "--shutdown-timeout",
         str(deployment.spec.shutdown_seconds),
+        # The gateway sends the template of a version's prompts. It refuses one that a client sends.
+        "--trust-request-chat-template",
     ]
     if sizing.max_model_len:
         arguments += ["--max-model-len", str(sizing.max_model_len)]

@@ -118,6 +118,8 @@ class Generator:
         metrics: Metrics,
         max_sequences: int,
         request_timeout: float,
+        *,
+        trusts_templates: bool = False,
     ) -> None:
         self._base = base
         self._base_names = base_names
@@ -126,6 +128,7 @@ class Generator:
         self._metrics = metrics
         self._max_sequences = max_sequences  # limit of sequences in the engine, running and queued
         self._request_timeout = request_timeout
+        self._trusts_templates = trusts_templates
         self._tokenizing = asyncio.Lock()  # beside the event loop, one request at a time
         self._arriving = 0  # requests in that thread or waiting for it
 
@@ -175,6 +178,8 @@ class Generator:
         if isinstance(request, ChatRequest):
             messages = [message.for_template() for message in request.messages]
             arguments = request.chat_template_kwargs or {}
+            if request.chat_template is not None or request.add_special_tokens:
+                return [self._base.encode_templated(messages, self._trusted(request), request.tools_for_template)]
             return [self._base.encode_chat(messages, arguments, request.tools_for_template)]
         prompts = request.prompts()
         if len(prompts) > MAX_PROMPTS:
@@ -186,6 +191,15 @@ class Generator:
             if not all(0 <= token < self._base.vocab_size for token in ids):
                 raise PromptError(f"prompt: token ids must be from 0 to {self._base.vocab_size - 1}")
         return encoded
+
+    def _trusted(self, request: ChatRequest) -> str:
+        """Return the chat template of the request. The tokenizer begins its prompt as that of a completion."""
+        if self._trusts_templates and request.chat_template and request.add_special_tokens:
+            return request.chat_template
+        name = "add_special_tokens" if request.chat_template is None else "chat_template"
+        if not self._trusts_templates:
+            raise bad_request(f"{name}: this engine does not support it", name)
+        raise bad_request("chat_template: it needs add_special_tokens: true, and the other way round", name)
 
     def _echo(self, request: Request, prompt: list[int]) -> str:
         if isinstance(request, ChatRequest) or not request.echo:

@@ -89,6 +89,7 @@ class Server:
             self._metrics,
             settings.max_num_seqs + settings.max_waiting_requests,
             settings.request_timeout,
+            trusts_templates=settings.trust_request_chat_template,
         )
         self.bytes = InFlight()
         self._parsing = asyncio.Lock()  # a large body becomes many objects: one at a time

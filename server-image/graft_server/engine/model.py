@@ -133,6 +133,15 @@ class BaseModel:
         except ControlTokenError as error:
             raise PromptError(f"messages: {error}") from error
 
+    def encode_templated(
+        self, messages: Sequence[Mapping[str, Any]], template: str, tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]:
+        """Return the token ids of the prompt that a trusted template makes of a chat. It is read as a completion's.
+
+        Raises PromptError if the template refuses the messages.
+        """
+        return self.encode(self._render(list(messages), tools, {"chat_template": template}))
+
     def _render(self, messages: Any, tools: Any, arguments: dict[str, Any]) -> str:
         try:
             return str(

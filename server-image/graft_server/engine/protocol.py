@@ -224,7 +224,9 @@ def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    unsupported = {**UNSUPPORTED, "add_special_tokens": (None, False), "echo": (None, False)}
+    unsupported = {name: neutral for name, neutral in UNSUPPORTED.items() if name != "chat_template"} | {
+        "echo": (None, False)
+    }
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
@@ -232,6 +234,8 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_CHAT_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    chat_template: str | None = None
+    add_special_tokens: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain_arguments)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

@@ -45,6 +45,7 @@ class Settings:
     request_timeout: float = 1800.0
     generation_config: str = "auto"
     chat_template: str | None = None
+    trust_request_chat_template: bool = False
     tool_call_parser: str | None = None
     api_keys: tuple[str, ...] = ()
     callers: str | None = None
@@ -107,6 +108,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     add("--request-timeout", type=_seconds, default=1800.0, help="seconds without a whole answer before a 504")
     add("--generation-config", default="auto", choices=["auto", "vllm"], help="auto: sampling defaults of the model")
     add("--chat-template", default=None, help="a file with a Jinja template, or the template itself")
+    add("--trust-request-chat-template", action="store_true", help="use the chat_template of a request")
     add("--enable-auto-tool-choice", action="store_true", help="return calls of tools; needs --tool-call-parser")
     add("--tool-call-parser", default=None, choices=list(PARSERS), help="the format in which the model calls tools")
     add("--api-key", nargs="+", default=None, help="API keys that /v1 accepts (default: VLLM_API_KEY)")
@@ -156,6 +158,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         request_timeout=flags.request_timeout,
         generation_config=flags.generation_config,
         chat_template=flags.chat_template,
+        trust_request_chat_template=flags.trust_request_chat_template,
         tool_call_parser=flags.tool_call_parser if flags.enable_auto_tool_choice else None,
         api_keys=tuple(flags.api_key or ([key] if key else [])),
         callers=flags.callers,

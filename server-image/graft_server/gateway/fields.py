@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from graft.contracts.gateway import RouteTarget
+from graft.prompttemplates import as_chat_template
 
 from graft_server.gateway import messages
 from graft_server.gateway.errors import bad_request
@@ -45,14 +46,18 @@ IGNORED = frozenset({
 })  # fmt: skip
 
 
-def for_engine(payload: Mapping[str, Any], target: RouteTarget) -> dict[str, Any]:
-    """Return the request for the engine: with its name of the model, and with the tokens that end the version's answers.
+def for_engine(payload: Mapping[str, Any], target: RouteTarget, path: str) -> dict[str, Any]:
+    """Return the request for the engine: with its name of the model, the tokens that end the version's answers, and the
+    template of the version's prompts.
 
-    An engine knows only the tokens that end the base model's answers.
+    An engine knows only those of the base model.
     """
     made = {**payload, "model": target.engine_model}
     if target.stop_token_ids and not payload.get("ignore_eos"):
         made["stop_token_ids"] = sorted({*(payload.get("stop_token_ids") or ()), *target.stop_token_ids})
+    if target.prompt_template is not None and path == CHAT:
+        # As in training, the tokenizer adds its own tokens to the prompt.
+        made |= {"chat_template": as_chat_template(target.prompt_template), "add_special_tokens": True}
     return made
 
 

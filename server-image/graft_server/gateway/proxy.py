@@ -205,7 +205,7 @@ class Proxy:
         headers["X-Request-Id"] = call.request[REQUEST_ID]
         headers["Content-Type"] = "application/json"
         headers["Accept-Encoding"] = "identity"  # uncompressed, because the answer is rewritten
-        body = json.dumps(for_engine(call.payload, call.target), ensure_ascii=False).encode()
+        body = json.dumps(for_engine(call.payload, call.target, call.request.path), ensure_ascii=False).encode()
         keys = self._keys.of(call.model.uid)
         response = await self._post(call, backend, headers, body, keys[0] if keys else None)
         for key in keys[1:]:

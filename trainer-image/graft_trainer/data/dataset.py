@@ -13,9 +13,10 @@ from typing import BinaryIO, overload
 
 from graft.api.recipe import Dataset
 from graft.contracts.progress import Reason
+from graft.prompttemplates import PLACEHOLDER, fill
 
 from graft_trainer.data.example import Example
-from graft_trainer.data.formats import PLACEHOLDER, fill, parser_of
+from graft_trainer.data.formats import parser_of
 from graft_trainer.data.lines import LINE, BadLine, bounded_lines, excerpt, record_of
 from graft_trainer.run.failures import Failure
 

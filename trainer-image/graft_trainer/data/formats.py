@@ -4,17 +4,16 @@ docs/datasets.md documents every field. A field that nothing reads is counted. A
 learns makes the line invalid if it has an effect.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from graft.api.recipe import Columns, Dataset
+from graft.prompttemplates import fill
 
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine, kind_of, shown
 from graft_trainer.data.messages import LEARN, Message, checked, conversation, tools_of, unread_fields, with_system
 
-PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Record = dict[str, Any]
 CONVERSATIONS = ("messages", "conversations")
 SYSTEM = ("system", "system_prompt")
@@ -67,12 +66,6 @@ def has_format(record: Record, spec: Dataset) -> bool:
         names = _names(record, columns)
         return names["instruction"] in record and names["output"] in record
     return (columns.text or "text") in record and not {"prompt", "messages"} & record.keys()
-
-
-def fill(template: str, instruction: str, further: str) -> str:
-    """Return the template with its placeholders filled. Other braces stay as they are."""
-    values = {"instruction": instruction, "input": further}
-    return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
 def _chat(line: int, record: Record, columns: Columns) -> tuple[Example, set[str]]:

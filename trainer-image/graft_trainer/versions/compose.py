@@ -79,6 +79,7 @@ def compose(making: Making, wanted: Composition) -> Made:
         composition=wanted.model_dump(by_alias=True, exclude={"parents"}, exclude_none=True),
         stop_token_ids=sorted({token for one in manifests for token in one.stop_token_ids}),
         effect=expected_effect(load_config(base_config, name), combined / "adapter_model.safetensors"),
+        prompt_template=manifests[0].prompt_template if len({one.prompt_template for one in manifests}) == 1 else None,
     )
     if wanted.into == "adapter":
         return made

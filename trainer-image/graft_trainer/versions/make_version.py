@@ -101,6 +101,7 @@ def publish(making: Making, made: Made) -> str:
         rank=made.rank,
         target_modules=made.targets,
         stop_token_ids=made.stop_token_ids,
+        prompt_template=made.prompt_template,
         files=versions.describe_files(files),
         image=job.trainer_image,
         parents=made.parents,

@@ -43,6 +43,7 @@ class Made:
     parents: list[ManifestParent] = field(default_factory=list)
     composition: dict[str, Any] | None = None
     stop_token_ids: list[int] = field(default_factory=list)
+    prompt_template: str | None = None
     imported_from: str | None = None
     source_digest: str | None = None
     effect: Effect | None = None

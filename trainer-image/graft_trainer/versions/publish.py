@@ -5,10 +5,14 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from graft.artifacts import publishing, versions
 from graft.artifacts.manifest import PROCESSOR_FILES, TOKENIZER_FILES, Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.storage import StoreError
+from graft.contracts.job import JobFile
+from graft.controltokens import read_texts
+from graft.prompttemplates import as_chat_template
 
 from graft_trainer.evaluation.evaluate import Evaluated
 from graft_trainer.evaluation.generate import stop_tokens
@@ -38,6 +42,9 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
     folder = run.settings.adapter_dir
     shutil.rmtree(folder, ignore_errors=True)
     save(trained, run.job.base_model.uri, folder)
+    if trained.method == "full" and (template := prompt_template(run.job)):
+        bos = begins_with_bos(trained.tokenizer)
+        (folder / "chat_template.jinja").write_text(as_chat_template(template, bos=bos), encoding="utf-8")
     write_report(run, trained, evaluated, folder)
 
     files = {path.name: path for path in sorted(folder.iterdir())}
@@ -56,6 +63,16 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
         time.monotonic() - started,
     )
     return winner, digest
+
+
+def prompt_template(job: JobFile) -> str | None:
+    """Return the template with which the version is measured and served."""
+    return job.dataset.templates[0] if job.dataset.templates else None
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer adds its bos_token before a text."""
+    return tokenizer.bos_token_id is not None and read_texts(tokenizer, ["x"])[0][0] == tokenizer.bos_token_id
 
 
 def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
@@ -123,6 +140,7 @@ def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, 
         task=job.task,
         rank=trained.resolved.rank,
         stop_token_ids=stop_tokens(trained),
+        prompt_template=prompt_template(job),
         rejected=evaluated.rejected,
         target_modules=trained.targets,
         files=versions.describe_files(files),

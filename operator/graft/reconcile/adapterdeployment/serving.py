@@ -341,6 +341,7 @@ def _target(
         version=adapter.spec.version,
         digest=wanted.digest,
         stop_token_ids=adapter.status.stop_token_ids or [],
+        prompt_template=adapter.status.prompt_template,
     )
     if old is None or old.engine_model == new.engine_model or old.adapter is None or stopped:
         return new

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from graft.prompttemplates import as_chat_template, fill
 from graft_server.engine.adapters import Limits, LoraWeights, read_adapter
 from graft_server.engine.lora import Row
 from graft_server.engine.model import PromptError, load_base_model
@@ -156,6 +157,35 @@ def test_control_tokens_in_the_messages_of_a_request_stay_words_as_in_training(t
     assert tokenizer.convert_ids_to_tokens(special) == ["<s>", "<|user|>", "<|assistant|>"]
     with pytest.raises(PromptError, match=r"U\+FDD0"):
         served.encode_chat([{"role": "user", "content": "a\ufdd0"}], {})
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_the_prompt_of_a_version_trained_with_a_template_is_that_of_training(tmp_path: Path, kind: Task) -> None:
+    base = trainer_base(tmp_path / "base") if kind == "causal" else TINY_T5
+    served, tokenizer = load_base_model(Settings(str(base), ("m",))), AutoTokenizer.from_pretrained(base)
+    template, question = "Q: {instruction}\n{input}\nA: ", "What is red worth?"
+    asked = [{"role": "user", "content": question}]
+    example = Example(1, prompt=fill(template, question, ""), answer="12")
+    assert served.encode_templated(asked, as_chat_template(template), None) == prompt_ids(example, tokenizer, kind)
+    with pytest.raises(PromptError, match="one question"):
+        served.encode_templated([*asked, *asked], as_chat_template(template), None)
+
+
+async def test_only_an_engine_that_trusts_its_callers_uses_the_template_of_a_request(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    chat = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 8}
+    given = {"chat_template": as_chat_template("ask {instruction}: "), "add_special_tokens": True}
+    async with running(base, trust_request_chat_template=True) as api:
+        status, answer = await api.post("/v1/chat/completions", **chat, **given)
+        assert status == 200, answer
+        _, plain = await api.post("/v1/completions", prompt="ask hello: ", temperature=0, max_tokens=8)
+        assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+        assert answer["usage"] == plain["usage"]
+        status, answer = await api.post("/v1/chat/completions", **chat, chat_template="{{ 1 }}")
+        assert status == 400 and "add_special_tokens" in answer["error"]["message"]
+    async with running(base) as api:
+        status, answer = await api.post("/v1/chat/completions", **chat, **given)
+        assert status == 400 and answer["error"]["message"] == "chat_template: this engine does not support it"
 
 
 def test_no_end_token_that_the_tokenizer_adds_precedes_an_answer(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY
+from graft.prompttemplates import as_chat_template
 from worlds.gateway import ENGINE_MODEL, GRAFT, MODEL, chunk, closed_port, events, refused, sse, table, world
 from worlds.serving import FakeEngine, FakeKube, eventually, listening
 
@@ -47,6 +48,24 @@ async def test_the_engine_gets_the_tokens_that_end_the_answers_of_a_version() ->
                 assert response.status == 200
         found = [request.get("stop_token_ids") for request in made.engines[0].requests]
         assert found == [[2, 7], [2, 7, 9], None, None]
+
+
+async def test_the_engine_gets_the_template_of_the_versions_prompts_for_a_chat_only() -> None:
+    async with world() as made:
+        part = table(*made.addresses)
+        part.routes[0].targets[0].prompt_template = "Q: {instruction}\nA: "
+        made.update(part)
+        asked = [{"role": "user", "content": "Hi"}]
+        async with made.post(messages=asked) as response:
+            assert response.status == 200
+        async with made.post({"model": MODEL, "prompt": "Hi"}, "/v1/completions") as response:
+            assert response.status == 200
+        async with made.post(messages=asked, model="team-a/plain") as response:
+            assert response.status == 200
+        chat, completion, plain = made.engines[0].requests
+        assert chat["chat_template"] == as_chat_template("Q: {instruction}\nA: ")
+        assert chat["add_special_tokens"] is True
+        assert "chat_template" not in completion and "chat_template" not in plain
 
 
 async def test_a_stream_arrives_piece_by_piece() -> None:

@@ -181,6 +181,25 @@ def test_a_version_says_which_tokens_end_its_answers(tmp_path: Path, method: str
         assert {eos, end} <= served.eos_ids
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_template_of_the_prompts_goes_with_the_version(tmp_path: Path, method: str) -> None:
+    base = make_base(tmp_path / "base")
+    data = {"format": "instruction", "templates": ["Q: {instruction}\nA: ", "Ask {instruction}"]}
+    dataset = {"train": {"uri": "s3://bucket/team-a/data/train.jsonl"}} | data
+    job = make_job(method={method: {}}, training=FAST, dataset=dataset)
+    run, store = ready(tmp_path, base, job, MemoryStore({"team-a/data/train.jsonl": question_lines(12)}))
+    publish(run, train_prepared(run), Evaluated({}))
+    manifest = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"])
+    assert manifest.prompt_template == "Q: {instruction}\nA: "
+    assert (PREFIX + "chat_template.jinja" in store.kept) == (method == "full")
+    if method == "full":
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = store.kept[PREFIX + "chat_template.jinja"].decode()
+        asked = [{"role": "user", "content": "And snow?"}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert prompt == "Q: And snow?\nA: "
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("bias", ["all", "loraOnly"])
 def test_biases_are_trained_published_and_left_out_of_the_baseline(

@@ -29,7 +29,7 @@ from graft.manifests.adapter import JOB_UID
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, retention, signing, versions
-from graft.reconcile.adapterdeployment import adapterdeployment, callers, scaling
+from graft.reconcile.adapterdeployment import adapterdeployment, callers, orphans, scaling
 from graft.reconcile.finetunejob import finetunejob
 from graft.reconcile.shared import access, storerights
 from graft.reconcile.shared.admission import admit
@@ -152,6 +152,8 @@ async def changed(event: Any, body: kopf.Body, **_: Any) -> None:
             if operator.ctx is not None:
                 operator.ctx.transfers.forget(meta["uid"])
                 operator.ctx.backoff.forget(meta["uid"])
+                if kind == "AdapterDeployment":
+                    await orphans.deleted(operator.ctx, dict(body))
         else:
             operator.uids[kind, namespace, name] = meta["uid"]
             queue.wake(kind, namespace, name)
@@ -273,6 +275,7 @@ async def _housekeeping() -> None:
                 await asyncio.to_thread(ctx.store.create_bucket)
             await storerights.allow_models(ctx)
             await access.revoke_orphans(ctx)
+            await orphans.sweep(ctx)
             pause = 3600.0
         except Exception as error:
             log.warning("housekeeping failed, the operator retries: %s", error)

@@ -5,11 +5,14 @@ import json
 from typing import Any
 
 import pytest
+from graft.api import AdapterDeployment
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.contracts.progress import EXIT_CODES, Reason, Termination
+from graft.manifests.routes import routes_name
 from worlds.cluster.api import Api, Object
 from worlds.cluster.fleet import Fleet
+from worlds.cluster.operator_process import SYSTEM, OperatorProcess
 from worlds.cluster.settled import settled
 from worlds.cluster.tenant import BASE, Tenant
 from worlds.cluster.tenants import make_base_model
@@ -60,6 +63,36 @@ def test_a_pod_with_our_labels_becomes_no_backend(tenant: Tenant) -> None:
     status = fleet.status()
     assert [item["pod"] for item in status["replicaStatus"]] == [real["metadata"]["name"]]
     assert status["readyText"] == "1/1"
+
+
+def test_a_deployment_without_its_finalizer_leaves_no_routes(tenant: Tenant, running: OperatorProcess) -> None:
+    """A user removes the finalizer and deletes a deployment, also while the operator is down -> its routes are deleted.
+
+    Otherwise they would lead to addresses that other tenants' pods get later, and fill the gateway's table.
+    """
+    tenant.trained("first")
+    fleet = Fleet(tenant, "chat")
+    fleet.serve(["support@1.0.0"])
+    name = routes_name(AdapterDeployment.model_validate(tenant.get("AdapterDeployment", "chat")))
+
+    def routes() -> Object | None:
+        return tenant.api.get("ConfigMap", SYSTEM, name)
+
+    for down in (False, True):
+        tenant.wait(lambda: routes() is not None, "the routes exist")
+        if down:
+            running.stop()
+        tenant.api.patch("AdapterDeployment", tenant.name, "chat", {"metadata": {"finalizers": None}})
+        tenant.api.delete("AdapterDeployment", tenant.name, "chat")
+        if tenant.api.get("AdapterDeployment", tenant.name, "chat") is not None:
+            tenant.api.patch("AdapterDeployment", tenant.name, "chat", {"metadata": {"finalizers": None}})
+        tenant.gone("AdapterDeployment", "chat")
+        if down:
+            assert routes() is not None
+            running.start()
+        tenant.wait(lambda: routes() is None, "the routes are deleted")
+        if not down:
+            fleet.deploy(["support@1.0.0"])
 
 
 def test_a_pod_with_a_jobs_labels_neither_ends_nor_advances_it(tenant: Tenant) -> None:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import yaml
 
 from graft.api import GROUP, VERSION, Resource, adapter, adapterdeployment, basemodel, finetunejob
+from graft.api.meta import SENTENCES
 from graft.manifests import network
 from graft.status import REASONS
 
@@ -64,6 +65,11 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
     if defaults and node.get("default") is not None:
         out["default"] = node["default"]
     out |= {key: value for key, value in node.items() if key.startswith("x-kubernetes-")}
+    if defaults and out.get("pattern") in SENTENCES:
+        # The API server would answer with the pattern, of which a URI's has 200 characters.
+        pattern = out.pop("pattern")
+        own = {"rule": f"self.matches(r'{pattern}')", "message": SENTENCES[pattern]}
+        out["x-kubernetes-validations"] = [own, *out.get("x-kubernetes-validations", [])]
     if "items" in node:
         out["items"] = structural(node["items"], definitions, defaults=defaults)
     if isinstance(

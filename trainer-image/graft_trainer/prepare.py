@@ -116,9 +116,9 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     if found.unreached:
         log.warning("%s", found.unreached)
     statistics = measure_lengths(run, folder, data)
-    run.progress.update(dataset=statistics, target_modules=found.targets or None)
+    run.progress.update(dataset=statistics, target_modules=found.targets or None, unreached=found.unreached)
     quantized = stored_quantization(config) is not None
-    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized)
+    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized, found.unreached)
 
 
 def check_spec(job: JobFile) -> None:

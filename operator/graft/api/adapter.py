@@ -6,6 +6,7 @@ from pydantic import Field
 
 from graft.api.composition import Compose, Import
 from graft.api.meta import (
+    ARTIFACT_URI,
     DNS_LABEL,
     DNS_NAME,
     SEMVER,
@@ -22,7 +23,6 @@ from graft.api.meta import (
 from graft.api.recipe import MethodName
 from graft.api.retention import Retention
 
-ARTIFACT_URI = r"^s3://[^/\s]+/[^\s]+/$"
 DeletionPolicy = Literal["Retain", "Delete"]
 
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from graft.api.deploymentstatus import AdapterDeploymentStatus
 from graft.api.meta import (
+    ADAPTER_REF,
     DNS_LABEL,
     DNS_NAME,
     QUANTITY,
@@ -17,8 +18,6 @@ from graft.api.meta import (
     rules,
 )
 from graft.api.quantity import quantity
-
-ADAPTER_REF = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?@(latest|\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2})$"
 
 
 class Route(Schema):

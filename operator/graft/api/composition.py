@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from graft.api.adapterdeployment import ADAPTER_REF
-from graft.api.meta import IMPORT_URI, Placement, Resources, Schema, rules
+from graft.api.meta import ADAPTER_REF, IMPORT_URI, Placement, Resources, Schema, rules
 
 # The trainer maps these names to those of peft (combination_type of add_weighted_adapter).
 CompositionMethod = Literal[

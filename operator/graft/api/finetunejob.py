@@ -9,6 +9,7 @@ from graft.api.evaluation import Evaluation
 from graft.api.meta import (
     DNS_LABEL,
     DNS_NAME,
+    NEW_VERSION,
     SEMVER,
     VERSION_RANGE,
     Conditions,
@@ -32,7 +33,7 @@ class Output(Schema):
     adapter: str = Field(pattern=DNS_LABEL, max_length=40, description="Name of the adapter.")
     version: str = Field(
         default="auto",
-        pattern=r"^auto$|" + SEMVER,
+        pattern=NEW_VERSION,
         max_length=32,
         description="A semantic version, or auto. auto chooses the version after the newest one of the adapter: the next patch "
         "for the same recipe, the next minor for another recipe, the next major for another base model. The first "

@@ -40,6 +40,26 @@ _BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 MODEL_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}(/+({_PATH}/*)?)?)$"
 DATASET_URI = rf"^(hf://datasets/{_HF}/{_PATH}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}/+{_PATH}|configMap://{_CLAIM}/[A-Za-z0-9._-]+)$"
 IMPORT_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+/)$"
+ARTIFACT_URI = r"^s3://[^/\s]+/[^\s]+/$"
+# A version to publish, and an entry of AdapterDeployment.spec.adapters.
+NEW_VERSION = r"^auto$|" + SEMVER
+ADAPTER_REF = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?@(latest|\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2})$"
+
+# What a value must be, for users who do not read regular expressions.
+SENTENCES = {
+    DNS_LABEL: "must be a name of lower-case letters, digits and -, which starts and ends with a letter or digit",
+    DNS_NAME: "must be a name of lower-case letters, digits, - and ., which starts and ends with a letter or digit",
+    SEMVER: "must be a version of three numbers, for example 1.4.2",
+    NEW_VERSION: "must be auto or a version of three numbers, for example 1.4.2",
+    VERSION_RANGE: "must be a version or a range of versions, for example 1.4.2, 1.4, ^1.4 or 2",
+    ADAPTER_REF: "must be <adapter>@<version>, for example support@latest, support@1.4.2 or support@^1",
+    MODEL_URI: "must be hf://<org>/<name>[@<revision>], s3://<bucket>/<folder> or pvc://<claim>[/<folder>], without spaces and ..",
+    DATASET_URI: "must be hf://datasets/<org>/<name>[@<revision>]/<file>, s3://<bucket>/<file>, pvc://<claim>/<file> or "
+    "configMap://<name>/<key>, without spaces and ..",
+    IMPORT_URI: "must be hf://<org>/<name>[@<revision>] or s3://<bucket>/<folder>/ with a / at the end, without spaces",
+    ARTIFACT_URI: "must be s3://<bucket>/<folder>/ with a / at the end, without spaces",
+    SHA256: "must be sha256: and 64 hexadecimal digits",
+}
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:

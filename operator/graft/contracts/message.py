@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from graft.api.meta import SENTENCES
 from graft.bounded import Limits, OutOfBounds, parse_json
 
 MOST = 2**53  # a larger integer changes when a reader converts it to a float, as JavaScript and jq do
@@ -100,9 +101,10 @@ def read_as(kind: type[P], data: bytes | str, limits: Limits, what: str) -> P:
 
 def first_problem(error: ValidationError) -> str:
     """Return the first wrong field and what is wrong with it, without its value."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in found["loc"])
-    return cut(f"{where}: {found['msg']}" if where else found["msg"], 500)
+    said = SENTENCES.get(str(found.get("ctx", {}).get("pattern")), found["msg"])
+    return cut(f"{where}: {said}" if where else said, 500)
 
 
 class BaseModelRef(Message):

@@ -122,6 +122,7 @@ class Progress(Message):
     eta_seconds: Whole | None = None
     training: Annotated[dict[Key, Scalar], first_entries(64)] | None = None  # the resolved hyperparameters, camelCase
     target_modules: Annotated[list[Name], first(MODULES)] | None = None
+    unreached: Words | None = None  # what the preset of target modules does not reach, in words
     trainable_parameters: Whole | None = None
     total_parameters: Whole | None = None
     world_size: Whole | None = None  # processes that train together

@@ -1,7 +1,7 @@
 """Build the objects that compose or import an Adapter: the ConfigMap with the task, the Job, and its NetworkPolicy."""
 
 from graft.api import Adapter
-from graft.api.basemodel import BaseModelStatus
+from graft.api.basemodel import BaseModelStatus, ModelFacts
 from graft.api.composition import Compose, Import
 from graft.api.meta import Resources
 from graft.artifacts.layout import tenant_of
@@ -30,6 +30,10 @@ KEPT_SECONDS = 86400  # seconds after the Job's end, so that its log can be read
 GRACE_SECONDS = 10  # seconds; short, because an interrupted pod saves nothing
 MIB = 1024**2
 LIBRARIES = 2048 * MIB  # bytes of memory for torch, transformers and peft, with some working memory
+IMPORTER = (
+    1024 * MIB
+)  # bytes of memory for the import of an adapter, beside the adapter: measured 0.5 GiB and page cache
+HIGH_RANK = 64  # most adapters have a lower rank
 DISK = 1024 * MIB  # bytes of disk for the caches of libraries and small files
 
 
@@ -113,13 +117,25 @@ def resources(adapter: Adapter, base: BaseModelStatus, parents_bytes: int) -> Re
             width = max(facts.intermediate_size or 0, facts.hidden_size or 0)
             # One full-size update per parent, their sum and its decomposition, in float32.
             memory += 4 * (facts.hidden_size or 0) * width * (len(how.parents) + 4)
-    else:
-        memory += LIBRARIES  # the size of an adapter is unknown before the download
+    elif whole or (likely := _likely_bytes(facts)) is None:
+        memory += LIBRARIES  # the largest matrix is read at once
         disk += 8 * DISK
+    else:
+        memory, disk = IMPORTER + likely, DISK + 2 * likely
     return Resources(
         requests={"cpu": "1", "memory": _mebibytes(memory), "ephemeral-storage": _mebibytes(disk)},
         limits={"memory": _mebibytes(memory)},
     )
+
+
+def _likely_bytes(facts: ModelFacts | None) -> int | None:
+    """Return the size of a LoRA of a high rank on all linear modules, in float32. None if the facts do not give it.
+
+    The size of an adapter is unknown before its download. A module of n x n weights gets 2 x n x rank.
+    """
+    if facts is None or facts.parameters is None or facts.hidden_size is None:
+        return None
+    return max(512 * MIB, 4 * facts.parameters * 2 * HIGH_RANK // facts.hidden_size)
 
 
 def _mebibytes(amount: int) -> str:

@@ -69,8 +69,18 @@ def job_file_name(job: FineTuneJob) -> str:
     return f"{job.metadata.name}-job"
 
 
+def host_prefix(job: FineTuneJob) -> str:
+    """Return the name of a Job with several pods, whose host names and Service contain it. They are DNS labels (RFC 1035),
+    so that they may have no dot, start with a letter, and have at most 63 characters."""
+    name = job.metadata.name
+    if "." not in name and name[0].isalpha():
+        return name
+    # The uid keeps apart a job `a.b` and a job `a-b`.
+    return f"{'' if name[0].isalpha() else 'j'}{name.replace('.', '-')}"[:50] + f"-{job.metadata.uid[:6]}"
+
+
 def peers_name(job: FineTuneJob) -> str:
-    return f"{job.metadata.name}-peers"
+    return f"{host_prefix(job)}-peers"
 
 
 def first_host(job: FineTuneJob) -> str:
@@ -78,7 +88,7 @@ def first_host(job: FineTuneJob) -> str:
 
     The Indexed Job gives pods host names, the headless Service gives the domain.
     """
-    return f"{job.metadata.name}-0.{peers_name(job)}.{job.metadata.namespace}.svc"
+    return f"{host_prefix(job)}-0.{peers_name(job)}.{job.metadata.namespace}.svc"
 
 
 def job_file(
@@ -240,7 +250,8 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
         pod["tolerations"] = pod.get("tolerations", []) + spot["tolerations"]
     if shape.nodes > 1:
         pod["subdomain"] = peers_name(job)
-    manifest = _job(job, job.metadata.name, TRAINING, pod, pods=shape.nodes)
+    name = host_prefix(job) if shape.nodes > 1 else job.metadata.name
+    manifest = _job(job, name, TRAINING, pod, pods=shape.nodes)
     if job.spec.queue is not None:
         # From here on, Kueue controls spec.suspend: it sets it to false when it admits the job.
         manifest["metadata"]["labels"][QUEUE_LABEL] = job.spec.queue

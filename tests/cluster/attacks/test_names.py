@@ -109,14 +109,14 @@ def test_other_names_of_a_job(tenant: Tenant, plane: ControlPlane, change: dict[
 def schema_without_pattern(api: Api, kind: str) -> Iterator[None]:
     """Serve the schema of an older version of Graft, in which spec.baseModel was any text."""
     path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{KINDS[kind].plural}.graft.dev"
-    place = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/baseModel/pattern"
+    place = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/baseModel/x-kubernetes-validations"
     before = api.call("GET", path)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    pattern = before["properties"]["baseModel"]["pattern"]
+    rules = before["properties"]["baseModel"]["x-kubernetes-validations"]
     api.call("PATCH", path, [{"op": "remove", "path": place}], "application/json-patch+json")
     try:
         yield
     finally:
-        api.call("PATCH", path, [{"op": "add", "path": place, "value": pattern}], "application/json-patch+json")
+        api.call("PATCH", path, [{"op": "add", "path": place, "value": rules}], "application/json-patch+json")
 
 
 def test_a_stored_job_that_names_a_secret(tenant: Tenant, running: OperatorProcess) -> None:
@@ -131,7 +131,7 @@ def test_a_stored_job_that_names_a_secret(tenant: Tenant, running: OperatorProce
         def created() -> bool:
             try:
                 tenant.job("old", baseModel=name)
-            except Exception as error:  # the API server still has the schema with the pattern
+            except Exception as error:  # the API server still has the schema with the rules
                 if "spec.baseModel" not in str(error):
                     raise
                 return False

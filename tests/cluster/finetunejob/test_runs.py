@@ -59,6 +59,8 @@ def test_a_suspended_job_resumes_from_its_checkpoint(tenant: Tenant) -> None:
 def test_a_job_that_is_created_suspended_creates_no_objects(tenant: Tenant) -> None:
     tenant.job("later", suspend=True)
     tenant.until("FineTuneJob", "later", "Succeeded", "Suspended")
+    shown = tenant.get("FineTuneJob", "later")
+    assert shown["metadata"]["labels"]["graft.dev/method"] == "lora" and shown["status"]["sizing"]
     assert tenant.api.get("Job", tenant.name, "later") is None
     assert tenant.api.get("ConfigMap", tenant.name, "later-job") is None
     tenant.api.patch("FineTuneJob", tenant.name, "later", {"spec": {"suspend": False}})

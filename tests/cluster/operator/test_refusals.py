@@ -84,6 +84,7 @@ def test_a_published_version_never_changes(tenant: Tenant, plane: ControlPlane) 
         ({"adapters": ["support@latest", "support@latest"]}, "uplicate value"),
         ({"adapters": []}, "nothing to serve"),
         ({"adapters": ["support"]}, "spec.adapters[0]"),
+        ({"adapters": ["support"]}, "must be <adapter>@<version>, for example support@latest"),
         ({"adapters": ["support@latest"], "limits": {"maxLoraRank": 65}}, "spec.limits.maxLoraRank"),
         ({"adapters": ["support@latest"], "replicas": -1}, "spec.replicas"),
     ],

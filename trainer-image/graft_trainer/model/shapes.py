@@ -90,7 +90,8 @@ def check_adapter(folder: Path, config: dict[str, Any], base: Any, who: str, bas
         warnings.simplefilter("ignore", UserWarning)  # about shared embeddings
         try:
             adapter: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]](**fields)
-            model = get_peft_model(base, adapter)
+            # On the meta device, because only names and shapes are compared.
+            model = get_peft_model(base, adapter, low_cpu_mem_usage=lora)
             expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         except Exception as error:
             if out_of_memory(error):

@@ -79,8 +79,9 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         await ctx.write_status(raw, checked(world), job.status.conditions)
         return 0
     if world.published is None and (not world.children or world.passed):
+        await _show_method(ctx, job)
         if job.spec.suspend:
-            status, observed = suspended(job)
+            status, observed = suspended(job, await _sizing(ctx, job))
             await ctx.write_status(raw, status, observed)
             return None
         trouble = await _start(ctx, raw, world)
@@ -202,10 +203,6 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
             await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
         else:
             await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
-        if job.metadata.labels.get(METHOD_LABEL) != job.spec.method.name:
-            await ctx.kube.merge_patch(
-                KIND, namespace, job.metadata.name, {"metadata": {"labels": {METHOD_LABEL: job.spec.method.name}}}
-            )
     except KubeError as error:
         if error.status == 403 and "quota" not in str(error):
             return Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})")
@@ -217,6 +214,20 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
             return Trouble("CreationFailed", f"cannot create the children of the job, the operator retries: {error}")
         raise
     return None
+
+
+async def _show_method(ctx: Context, job: FineTuneJob) -> None:
+    """Set the label that the column METHOD shows: no path of the spec has the method's name."""
+    if job.metadata.labels.get(METHOD_LABEL) != job.spec.method.name:
+        labels = {"labels": {METHOD_LABEL: job.spec.method.name}}
+        await ctx.kube.merge_patch(KIND, job.metadata.namespace, job.metadata.name, {"metadata": labels})
+
+
+async def _sizing(ctx: Context, job: FineTuneJob) -> Sizing | None:
+    """Return what a suspended job would need. The present sizing if it cannot be decided now."""
+    base = await gather_base_model(ctx, job.spec.base_model, job.metadata.namespace)
+    placed = base if isinstance(base, Trouble) else await place(ctx, job, base)
+    return job.status.sizing if isinstance(placed, Trouble) else placed[1]
 
 
 def _network(ctx: Context, job: FineTuneJob, nodes: int) -> list[Manifest]:

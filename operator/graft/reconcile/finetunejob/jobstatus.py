@@ -12,6 +12,7 @@ from graft.api.finetunejob import (
     DatasetFacts,
     FineTuneJobStatus,
     Resolved,
+    Sizing,
 )
 from graft.api.finetunejob import Progress as ProgressStatus
 from graft.api.meta import Condition
@@ -23,6 +24,7 @@ from graft.manifests.training import is_preflight, preflight_name
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.jobs import condition_of
+from graft.reconcile.shared.pods import sentences
 from graft.reconcile.shared.publishing import COPYING
 from graft.status import REASONS, condition, duration, find
 
@@ -84,9 +86,9 @@ def checked(world: World) -> FineTuneJobStatus:
     return job.status.model_copy(update={"checked": True, "dataset": facts})
 
 
-def suspended(job: FineTuneJob) -> tuple[FineTuneJobStatus, list[Condition]]:
+def suspended(job: FineTuneJob, sizing: Sizing | None) -> tuple[FineTuneJobStatus, list[Condition]]:
     """Return the status of a job that is suspended before it started (PURE)."""
-    status = job.status.model_copy(update={"stage": "Suspended"})
+    status = job.status.model_copy(update={"stage": "Suspended", "sizing": sizing})
     text = "spec.suspend is true. Set it to false to start the job"
     accepted = find(job.status.conditions, "Accepted")
     return status, ([accepted] if accepted else []) + [condition(KIND, "Succeeded", "Unknown", "Suspended", text)]
@@ -247,11 +249,13 @@ def _held(world: World) -> Condition | None:
 
 
 def _warnings(world: World) -> str:
-    """Return warnings about the dataset, while the user can still stop the run."""
+    """Return warnings about the dataset and the modules, while the user can still stop the run."""
     found = world.progress.dataset if world.progress is not None else world.job.status.dataset
+    told = (
+        [f"{world.progress.unreached.rstrip('.')}; "] if world.progress is not None and world.progress.unreached else []
+    )
     if found is None:
-        return ""
-    told = []
+        return "".join(told)
     if found.truncated_share > MUCH_TRUNCATED:
         told.append(f"{found.truncated_share:.0%} of the examples are truncated to spec.training.maxLength; ")
     if found.repeated:
@@ -285,7 +289,7 @@ def _failure(world: World, failed: dict[str, Any]) -> Condition:
         return condition(KIND, "Succeeded", "False", _final_reason(end.reason), end.text)
     if world.progress is not None and world.progress.failure is not None:
         failure = world.progress.failure
-        text = f"{failure.message} {failure.remedy}"
+        text = sentences(failure.message, failure.remedy)
         return condition(KIND, "Succeeded", "False", _final_reason(failure.reason), text)
     return condition(KIND, "Succeeded", "False", Reason.INTERNAL_ERROR, failed.get("message") or "the Job failed")
 

@@ -23,6 +23,13 @@ STUCK = {
 }
 
 
+def sentences(message: str, remedy: str) -> str:
+    """Return a message and its remedy as one text, with a stop between them."""
+    message = message.strip()
+    stop = "." if message and remedy and message[-1] not in ".!?…" else ""
+    return f"{message}{stop} {remedy}".strip()
+
+
 @dataclass(frozen=True)
 class Ending:
     """Why a container or its pod ended."""
@@ -34,7 +41,7 @@ class Ending:
 
     @property
     def text(self) -> str:
-        return f"{self.message} {self.remedy}".strip()
+        return sentences(self.message, self.remedy)
 
 
 def name(pod: Pod) -> str:

@@ -4,6 +4,7 @@ GRAFT_UPDATE_GOLDEN=1 rewrites the expected outputs.
 """
 
 import os
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,22 @@ def test_the_cpu_engine_accepts_every_flag_that_the_operator_sets() -> None:
     assert settings.tool_call_parser == "hermes"
     assert (settings.quantization, settings.shutdown_timeout, settings.max_num_seqs) == ("bitsandbytes", 120.0, 4)
     assert settings.callers == "/access/callers.json"
+
+
+@pytest.mark.parametrize("name", ["a.b", "2026-11.run", "7", "x" * 40 + ".12345678.9", "a" * 50])
+def test_a_run_of_several_pods_has_host_names_whatever_its_name(name: str) -> None:
+    """Services, and the host names of an Indexed Job's pods, are DNS labels (RFC 1035). The names of jobs may have dots."""
+    metadata = {"name": name, "namespace": "shop", "uid": "0a1b2c3d-0000-0000-0000-000000000000"}
+    resources = {"requests": {"cpu": "1", "memory": "1Gi"}}
+    spec = {
+        "baseModel": "tiny", "dataset": {"train": {"uri": "s3://bucket/d.jsonl"}}, "method": {"lora": {}},
+        "output": {"adapter": "a"}, "nodes": 2, "resources": resources,
+    }  # fmt: skip
+    job = FineTuneJob.model_validate({"metadata": metadata, "spec": spec})
+    shape = training.Shape(resources=job.spec.resources, nodes=2)
+    made = training.training_job(job, BASES["tiny"], SETTINGS, shape)
+    service, host = training.peers_service(job)["metadata"]["name"], f"{made['metadata']['name']}-99"
+    for label in (service, host):
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", label) and len(label) <= 63, label
+    assert training.first_host(job) == f"{made['metadata']['name']}-0.{service}.shop.svc"
+    assert made["spec"]["template"]["spec"]["subdomain"] == service

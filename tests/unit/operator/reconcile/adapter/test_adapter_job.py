@@ -223,3 +223,16 @@ def test_the_memory_request_follows_from_the_tensors_in_memory() -> None:
     assert memory(composed("a@1", "b@1", method="svd"), base, 100_000_000) >= small + 5 * update
     assert memory(composed("a@1", into="base"), base, 100_000_000) > 14 * 10**9
     assert memory(imported("hf://a/b"), base) < 6 * 10**9
+
+
+def test_an_import_asks_for_what_an_adapter_of_a_high_rank_needs() -> None:
+    """Measured: the import of an adapter of 8B takes 0.5 GiB of memory and page cache."""
+
+    def needs(parameters: int, hidden: int) -> tuple[float, float]:
+        facts = {"facts": {"parameters": parameters, "hiddenSize": hidden}, "conditions": []}
+        found = resources(imported("hf://a/b"), BaseModelStatus.model_validate(facts), 0).wire()["requests"]
+        return tuple(int(found[key].removesuffix("Mi")) / 1024 for key in ("memory", "ephemeral-storage"))  # type: ignore[return-value]
+
+    assert needs(134_515_008, 576) == (1.5, 2.0)
+    assert needs(8_030_000_000, 4096) == (1.9375, 2.875)
+    assert needs(70_600_000_000, 8192)[0] < 6

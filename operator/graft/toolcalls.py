@@ -179,6 +179,13 @@ def _overlap(text: str, mark: str) -> int:
     return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)
 
 
+def tool_for_template(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool as chat templates get it, in training and from the engine: the fields of its function in vLLM's order,
+    without those that are null."""
+    order = dict.fromkeys((*("name", "description", "parameters"), *function))
+    return {"type": "function", "function": {key: function[key] for key in order if function.get(key) is not None}}
+
+
 def calls_of(message: Mapping[str, Any]) -> Iterator[Call]:
     """Yield the calls of a message in OpenAI's form, with arguments that are objects."""
     for call in message.get("tool_calls") or ():

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from graft.bounded import Limits, OutOfBounds, check_json
+from graft.toolcalls import tool_for_template
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -259,7 +260,7 @@ class ChatRequest(GenerationRequest):
     @property
     def tools_for_template(self) -> list[dict[str, Any]] | None:
         """Return the tools that the chat template gets. As in vLLM, it gets them with tool_choice none, too."""
-        return [tool.model_dump(exclude_unset=True) | {"type": tool.type} for tool in self.tools or ()] or None
+        return [tool_for_template(tool.function.model_dump()) for tool in self.tools or ()] or None
 
 
 class CompletionRequest(GenerationRequest):

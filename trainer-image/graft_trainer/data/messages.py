@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graft.bounded import OutOfBounds, parse_json
+from graft.toolcalls import tool_for_template
 
 from graft_trainer.data.lines import LINE, BadLine, kind_of, shown
 
@@ -216,9 +217,7 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
             f"{where} has no name: it must be {{type: function, function: {{name, description, parameters}}}}"
         )
     _check_numbers(function, where)
-    # In the order in which vLLM and Graft's engine give them to the template.
-    first = {name: function[name] for name in ("name", "description", "parameters") if function.get(name) is not None}
-    return {"type": "function", "function": first | {name: function[name] for name in function if name != "type"}}
+    return tool_for_template({name: one for name, one in function.items() if name != "type"})
 
 
 def _check_numbers(value: Any, where: str) -> None:

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graft.api.recipe import Dataset
 from graft_server.engine.calls import for_template
-from graft_server.engine.protocol import ApiError
-from graft_server.engine.settings import parse
+from graft_server.engine.model import load_base_model
+from graft_server.engine.protocol import ApiError, ChatRequest
+from graft_server.engine.settings import Settings, parse
+from graft_trainer.data.formats import parser_of
+from graft_trainer.data.tokens import prompt_ids
+from transformers import AutoTokenizer
 from worlds.engine import Api, make_caller, running
 
 CHAT = "/v1/chat/completions"
@@ -110,6 +115,41 @@ def test_messages_reach_the_template_as_vllm_sends_them() -> None:
     assert for_template([user | {"tool_calls": []}, user | {"tool_calls": None}], "") == [user, user]
     with pytest.raises(ApiError):
         for_template([user | {"tool_calls": [{"function": "f"}]}], "")
+
+
+def test_a_prompt_with_tools_is_tokenized_as_in_training(tmp_path: Path) -> None:
+    base = make_caller(tmp_path / "base", ASK, "x")
+    served = load_base_model(Settings(str(base), ("m",)))
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo", "days": 2}'}}
+    function = {
+        "strict": None,
+        "parameters": {"type": "object", "z": None},
+        "description": "W",
+        "name": "weather",
+        "x": 1,
+    }
+    request = {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]},
+            {"role": "user", "content": "Oslo?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "rain"},
+        ],
+        "tools": [{"function": function, "type": "function"}],
+    }
+    asked = ChatRequest.model_validate(request)
+    answer = {"role": "assistant", "content": "It rains."}
+    line = request | {"messages": [*request["messages"], answer]}
+    dataset = Dataset.model_validate({"train": {"uri": "s3://bucket/train.jsonl"}})
+    example = parser_of(dataset)(1, line)
+    messages = [message.for_template() for message in asked.messages]
+    ids = served.encode_chat(messages, {}, asked.tools_for_template)
+    assert ids == prompt_ids(example, AutoTokenizer.from_pretrained(base))
+    text = served.decode(ids)
+    assert text.startswith(
+        '[{"type": "function", "function": {"name": "weather", "description": "W", "parameters": {"type"'
+    )
+    assert '"x": 1' in text and "strict" not in text and "<system>Be" in text
 
 
 def test_the_flags_are_vllms() -> None:

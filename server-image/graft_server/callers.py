@@ -23,6 +23,7 @@ ROUTES = {
             ("GET", "/version"),
             ("POST", "/v1/load_lora_adapter"),
             ("POST", "/v1/unload_lora_adapter"),
+            ("POST", "/v1/completions"),  # to check the effect of a loaded adapter
         }
     ),
     GATEWAY: frozenset({("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}),

@@ -12,8 +12,10 @@ import torch
 from graft.artifacts.effect import CANDIDATES, LENGTH, prompts
 from graft.artifacts.manifest import Effect, EffectPrompt
 from graft.contracts.agent import Wanted
+from graft.contracts.mounts import CALLERS_FILE
 from graft_server.agent.decisions.effect import check_effect
 from graft_server.agent.decisions.reasons import AdapterError
+from graft_server.agent.engine.access import Access
 from graft_server.agent.storage.folders import EFFECT_FILE, UNCHECKED_FILE
 from safetensors.torch import load_file, save_file
 from worlds.agent import Pod
@@ -87,6 +89,24 @@ async def test_only_an_adapter_with_its_recorded_effect_is_loaded(tmp_path: Path
         for reason in ("LoadedWithoutEffect", "LoadedWithOtherEffect"):
             line = next(line for line in metrics.splitlines() if "failures_total" in line and reason in line)
             assert float(line.rpartition(" ")[2]) >= 2, line
+
+
+async def test_an_engine_with_keys_answers_the_check(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    one = make_adapter(base, tmp_path / "one", seed=1)
+    access = Access(tmp_path / "engine")
+    callers = str(tmp_path / "engine" / CALLERS_FILE)
+    async with running(base, max_lora_rank=8, callers=callers) as api, aiohttp.ClientSession() as session:
+        pod = Pod(tmp_path / "adapters")
+        pod.access = access
+        pod.wanted = Wanted(base_model=BASE, max_lora_rank=64, drain_seconds=0)
+        await pod.start(session, f"http://{api.client.host}:{api.client.port}", base_model_name=BASE)
+        try:
+            good = pod.publish(one, "good", 4, recorded_effect(base, one))
+            pod.want(good)
+            assert (await pod.state(good, "Loaded")).message is None
+        finally:
+            await pod.kill()
 
 
 async def test_tuned_prompts_and_seq2seq_models_are_checked_too(tmp_path: Path) -> None:

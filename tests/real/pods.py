@@ -16,6 +16,7 @@ from graft.contracts.progress import Progress
 from graft_trainer.run.settings import SPINS
 from testbed.objectstore import S3Server
 from testbed.shell import REPOSITORY
+from worlds.buckets import play_operator
 
 TENANT, BUCKET = "shop", "graft"
 THREADS = 2
@@ -138,6 +139,7 @@ class Pods:
                 seen.append((time.monotonic(), found))
             time.sleep(0.2)
         self._check(process.returncode, place)
+        play_operator(self.store, TENANT, job["job"]["uid"])
         events = [json.loads(line) for line in self.store.get(prefix + EVENTS).splitlines()]
         last = Progress.read(self.store.get(prefix + PROGRESS, most=Progress.limits.size))
         return Seen(last, seen, peak, events)
@@ -165,6 +167,7 @@ class Pods:
             "source": f"s3://{BUCKET}/{source}/",
         }
         self._run("import", self._place(version, file))
+        play_operator(self.store, TENANT, version)
 
     def download(self, adapter: str, version: str) -> Path:
         """Copy a published version to a folder, as the agent does."""

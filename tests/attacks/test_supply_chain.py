@@ -24,12 +24,10 @@ WITH_VLLM = {
 # of Graft allow; and its variables that do the same.
 OFF = (
     "--trust-remote-code",
-    "--trust-request-chat-template",
     "--allowed-local-media-path",
     "--enable-prompt-embeds",
     "--hf-overrides",
     "--logits-processors",
-    "--middleware",
     "--worker-cls",
     "--worker-extension-cls",
     "--model-impl",
@@ -83,6 +81,15 @@ def test_vllm_fetches_nothing_that_a_request_names(name: str) -> None:
     """A client sends an image_url of a service inside the cluster -> vLLM may fetch from no domain."""
     command = WITH_VLLM[name]["command"]
     assert command[command.index("--allowed-media-domains") + 1] == "media.invalid"
+
+
+@pytest.mark.parametrize("name", WITH_VLLM)
+def test_vllm_runs_no_middleware_but_the_check_of_keys(name: str) -> None:
+    """A middleware reads every request and answer of the engine -> there is one, Graft's own check of the callers' keys."""
+    command = WITH_VLLM[name]["command"]
+    assert [command[at + 1] for at, flag in enumerate(command) if flag == "--middleware"] == [
+        "graft_callers.OnlyCallers"
+    ]
 
 
 def test_there_are_pods_with_vllm() -> None:

@@ -1,7 +1,8 @@
 """prepare: every check that needs no GPU, the cheapest checks first.
 
 It runs as an init container without a GPU and imports no torch. So a job with a mistake fails within seconds, before it
-takes a GPU. The downloaded files are in the work folder that it shares with train.
+takes a GPU. Only the check of the method on the model without weights needs torch, in a process of its own. The downloaded
+files are in the work folder that prepare shares with train.
 """
 
 import logging

@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from graft_trainer.model.adapterconfig import invalid, reduced_config
-from graft_trainer.model.basemodel import check_base_model, load_config, stored_quantization
+from graft_trainer.model.basemodel import check_base_model, load_config, load_tokenizer, stored_quantization
 from graft_trainer.model.model import stored_dtype
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
 from graft_trainer.model.wrappers import served_class
@@ -32,7 +32,7 @@ from graft_trainer.run.download import fetch_version, tell
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.effect import expected_effect
 from graft_trainer.versions.making import Made, Making, write_base_config
-from graft_trainer.versions.publish import SHARD, copy_tokenizer, reduce_config
+from graft_trainer.versions.publish import SHARD, copy_tokenizer, reduce_config, write_chat_template
 
 log = logging.getLogger(__name__)
 PEFT_NAMES: dict[CompositionMethod, str] = {
@@ -84,7 +84,15 @@ def compose(making: Making, wanted: Composition) -> Made:
     if wanted.into == "adapter":
         return made
     merge(making, base_model, combined, settings.adapter_dir, made.stop_token_ids)
-    return Made(base_model, parents=made.parents, composition=made.composition, stop_token_ids=made.stop_token_ids)
+    if made.prompt_template is not None:
+        write_chat_template(settings.adapter_dir, made.prompt_template, load_tokenizer(settings.adapter_dir, name))
+    return Made(
+        base_model,
+        parents=made.parents,
+        composition=made.composition,
+        stop_token_ids=made.stop_token_ids,
+        prompt_template=made.prompt_template,
+    )
 
 
 def fetch_parent(making: Making, parent: ParentVersion, folder: Path) -> Manifest:

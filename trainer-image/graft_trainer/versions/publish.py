@@ -43,8 +43,7 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
     shutil.rmtree(folder, ignore_errors=True)
     save(trained, run.job.base_model.uri, folder)
     if trained.method == "full" and (template := prompt_template(run.job)):
-        bos = begins_with_bos(trained.tokenizer)
-        (folder / "chat_template.jinja").write_text(as_chat_template(template, bos=bos), encoding="utf-8")
+        write_chat_template(folder, template, trained.tokenizer)
     write_report(run, trained, evaluated, folder)
 
     files = {path.name: path for path in sorted(folder.iterdir())}
@@ -70,9 +69,12 @@ def prompt_template(job: JobFile) -> str | None:
     return job.dataset.templates[0] if job.dataset.templates else None
 
 
-def begins_with_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds its bos_token before a text."""
-    return tokenizer.bos_token_id is not None and read_texts(tokenizer, ["x"])[0][0] == tokenizer.bos_token_id
+def write_chat_template(folder: Path, template: str, tokenizer: Any) -> None:
+    """Write the template of a dataset's prompts as the chat template of a whole model. A server adds no token to a chat,
+    so the template writes the bos_token if the tokenizer adds it before a text."""
+    first = read_texts(tokenizer, ["x"])[0][0]
+    bos = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
+    (folder / "chat_template.jinja").write_text(as_chat_template(template, bos=bos), encoding="utf-8")
 
 
 def save(trained: Trained, base_model_uri: str, folder: Path) -> None:

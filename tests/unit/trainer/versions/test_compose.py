@@ -175,6 +175,22 @@ def test_a_model_merged_into_the_base_model_answers_like_the_adapter(
     )
 
 
+def test_a_composition_ends_its_answers_as_its_parents_and_keeps_a_common_template(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    store = MemoryStore()
+    store.add_folder("models/tiny/", make_base(tmp_path / "base"))
+    template = "Q: {instruction}\nA: "
+    asked = {"stop_token_ids": [2], "prompt_template": template}
+    one = publish_adapter(store, adapters["a"], "1.0.0", **asked)
+    same = publish_adapter(store, adapters["b"], "1.1.0", **asked | {"stop_token_ids": [2, 3]})
+    merged = composed(tmp_path / "1", store, [one, same], into="base")
+    assert (merged.stop_token_ids, merged.prompt_template) == ([2, 3], template)
+    folder = download(store, tmp_path / "result")
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
+    assert json.dumps("Q: ") in (folder / "chat_template.jinja").read_text()
+
+
 def test_two_parents_can_be_merged_into_the_base_model(
     base: Path, adapters: dict[str, Path], store: MemoryStore, tmp_path: Path
 ) -> None:

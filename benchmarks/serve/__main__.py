@@ -1,4 +1,4 @@
-"""python -m benchmarks.serve [mix|ready|memory]… [--rounds N]: measure serving as ratios to references.
+"""python -m benchmarks.serve [mix|ready|memory|keys]… [--rounds N]: measure serving as ratios to references.
 
 The results are written to build/bench/ as JSON. The exit code is 1 if a bound is missed.
 """
@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("mix", "ready", "memory")
+NAMES = ("mix", "ready", "memory", "keys")
 
 
 def main() -> int:

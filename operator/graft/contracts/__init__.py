@@ -14,9 +14,10 @@ It does not trust the writer: `Message.read` checks the limits of the message be
 | agent    | Residency    | agent      | operator | ConfigMap <deployment>-residency, one key per pod                 |
 | agent    | trusted keys | operator   | agent    | ConfigMap graft-trusted-keys, operator's namespace, key ID -> key |
 | gateway  | Routes       | operator   | gateway  | ConfigMaps labelled graft.dev/component=routes, key routes.json   |
-| (none)   | root keys    | operator   | gateway  | Secret graft-gateway-keys, operator's namespace, see enginekeys   |
+| gateway  | root keys    | operator   | gateway  | Secret graft-gateway-keys, operator's namespace, name -> key      |
 | gateway  | Demand       | gateway    | operator | ConfigMap graft-demand, one key per deployment and gateway        |
 
 The module `message` has the base class of the messages and the reference to a base model. The module `mounts` has the
-paths, ports and Secret names that the operator and the programs in its pods share.
+paths, ports and Secret names that the operator and the programs in its pods share. The module `enginekeys` has the keys
+with which gateways and agents call engines.
 """

@@ -18,7 +18,7 @@ from graft_server.agent.decisions.memory import Failures, Idleness
 from graft_server.agent.decisions.reasons import OF_KEYS, OF_STORAGE
 from graft_server.agent.decisions.room import Capacity, capacity
 from graft_server.agent.engine.access import Access
-from graft_server.agent.engine.client import EngineClient
+from graft_server.agent.engine.client import EngineClient, EngineDown
 from graft_server.agent.engine.view import EngineView
 from graft_server.agent.report.metrics import Metrics
 from graft_server.agent.report.residency import resident_adapters
@@ -32,6 +32,7 @@ from graft_server.configmaps import Snapshot
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
+SCRAPE_SECONDS = 1.0  # between two reads of the engine's metrics for Prometheus
 
 
 class Agent:
@@ -64,6 +65,8 @@ class Agent:
         self._access = access
         self._client = engine
         self._scraping = asyncio.Lock()
+        self._scraped: str | EngineDown = ""
+        self._scraped_at = float("-inf")
         self._poll = poll_seconds
         self._wanted: Wanted | None = None  # the part for this pod
         self._why_nothing = "the agent has not read the wanted adapters yet"
@@ -172,9 +175,20 @@ class Agent:
         return None
 
     async def engine_metrics(self) -> str:
-        """Return the engine's Prometheus metrics. Raises EngineDown. One scrape runs at a time, with bounded bytes."""
+        """Return the engine's Prometheus metrics. Raises EngineDown.
+
+        The engine is asked at most once per second, whoever asks the agent.
+        """
         async with self._scraping:
-            return await self._client.exposition()
+            if time.monotonic() - self._scraped_at > SCRAPE_SECONDS:
+                try:
+                    self._scraped = await self._client.exposition()
+                except EngineDown as error:
+                    self._scraped = error
+                self._scraped_at = time.monotonic()
+            if isinstance(self._scraped, EngineDown):
+                raise self._scraped
+            return self._scraped
 
     # One round
 

@@ -10,6 +10,9 @@ from typing import Any
 import aiohttp
 from graft.contracts.agent import Wanted
 from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.mounts import CALLERS_FILE
+from graft_server.agent.engine.access import Access
+from graft_server.agent.server import application
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.settings import Settings
 from worlds.agent import Pod
@@ -71,3 +74,37 @@ async def test_an_adapter_in_the_store_answers_the_requests_of_a_client(tmp_path
                 assert response.status == 503 and response.headers["Retry-After"]
         await pod.kill()
         await asyncio.sleep(0)
+
+
+async def test_prometheus_reads_the_metrics_of_the_engine_from_the_agent(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    access = Access(tmp_path / "access")
+    async with (
+        running(base, callers=str(tmp_path / "access" / CALLERS_FILE)) as api,
+        aiohttp.ClientSession() as session,
+    ):
+        pod = Pod(tmp_path / "adapters")
+        pod.access = access
+        await pod.start(session, f"http://{api.client.host}:{api.client.port}", base_model_name=BASE)
+        pod.want()
+        await pod.ready()
+        async with listening(application(pod.agent, lambda: 0.0)) as address:
+            async with session.get(f"http://{address}/engine/metrics") as response:
+                assert response.status == 200 and "vllm:num_requests_running" in await response.text()
+            asked: list[str] = []
+            exposition = pod.agent._client.exposition
+
+            async def counted() -> str:
+                asked.append("x")
+                return await exposition()
+
+            pod.agent._client.exposition = counted  # type: ignore[method-assign]
+            pod.agent._scraped_at = float("-inf")
+
+            async def scrape() -> int:
+                async with session.get(f"http://{address}/engine/metrics") as response:
+                    return response.status
+
+            assert set(await asyncio.gather(*(scrape() for _ in range(50)))) == {200}
+            assert len(asked) <= 3  # a neighbour cannot make the agent ask its engine without end
+        await pod.kill()

@@ -269,7 +269,12 @@ class Work:
             return check_effect(None, [], [])
         prompts = [prompt.prompt for prompt in effect.prompts]
         # One after the other: vLLM on a CPU applies an adapter to the base model's requests of the same batch.
-        base = await self._engine.next_tokens(self._base_model(), prompts)
+        try:
+            base = await self._engine.next_tokens(self._base_model(), prompts)
+        except (
+            EngineRefused
+        ) as error:  # an engine that cannot answer this about its base model says nothing about adapters
+            return f"its effect was not checked: the engine refused the test prompts for its base model: {error}"
         adapter = await self._engine.next_tokens(name, prompts)
         return check_effect(effect, base, adapter)
 

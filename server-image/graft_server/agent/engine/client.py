@@ -212,7 +212,7 @@ class EngineClient:
     async def next_tokens(self, model: str, prompts: list[list[int]]) -> list[dict[int, float]]:
         """Return the likeliest next tokens after each prompt: token id -> log-probability in nats.
 
-        Raises EngineRefused with the engine's message.
+        Raises EngineRefused with the engine's message, or if the answer has no such tokens.
         """
         path = "/v1/completions"
         body = {
@@ -230,7 +230,7 @@ class EngineClient:
         try:
             return next_tokens(answer, len(prompts))
         except ValueError as error:
-            raise EngineDown(f"{path}: {error}") from error
+            raise EngineRefused(status, f"{path}: {error}") from error
 
     async def unload(self, name: str) -> None:
         """Unload an adapter. If the engine does not have it, this succeeds."""

@@ -19,6 +19,7 @@ from graft_server.agent.engine.access import Access
 from graft_server.agent.storage.folders import EFFECT_FILE, UNCHECKED_FILE
 from safetensors.torch import load_file, save_file
 from worlds.agent import Pod
+from worlds.agent import serving as agent_with_stand_in
 from worlds.engine import BASE, make_adapter, make_base, make_prompt, make_seq2seq, recorded_effect, running
 
 
@@ -107,6 +108,15 @@ async def test_an_engine_with_keys_answers_the_check(tmp_path: Path) -> None:
             assert (await pod.state(good, "Loaded")).message is None
         finally:
             await pod.kill()
+
+
+async def test_an_engine_that_cannot_answer_the_check_serves_the_adapter_with_a_message(tmp_path: Path) -> None:
+    effect = Effect(prompts=[EffectPrompt(prompt=[1, 2])])
+    async with agent_with_stand_in(tmp_path) as (pod, _, _):
+        adapter = pod.store.publish("good", fields={"effect": effect})
+        pod.want(adapter)
+        found = await pod.state(adapter, "Loaded")
+        assert "the engine refused the test prompts" in str(found.message)
 
 
 async def test_tuned_prompts_and_seq2seq_models_are_checked_too(tmp_path: Path) -> None:

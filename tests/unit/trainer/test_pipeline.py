@@ -187,12 +187,6 @@ def test_text_and_instruction_datasets_can_be_trained_on(base: Path, tmp_path: P
     ("changes", "reason", "message"),
     [
         (
-            {"method": {"lora": {"targetModuleNames": ["qkv"]}}},
-            Reason.CONFIGURATION_INVALID,
-            "no qkv; it has down_proj",
-        ),
-        ({"method": {"lora": {"rank": 512}}}, Reason.CONFIGURATION_INVALID, "rank is 512"),
-        (
             {
                 "training": {
                     "maxSteps": 40,
@@ -216,6 +210,18 @@ def test_errors_that_only_training_can_find_are_reported(
     run.progress.close(2)
     assert caught.value.reason == reason
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [({"targetModuleNames": ["qkv"]}, "no qkv; it has down_proj"), ({"rank": 512}, "rank is 512")],
+)
+def test_modules_and_ranks_that_the_model_lacks_are_found_by_prepare(
+    base: Path, tmp_path: Path, lora: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Failure, match=message) as caught:
+        prepared(tmp_path, base, method={"lora": lora})
+    assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
 
 def test_weights_that_do_not_match_config_json_are_invalid(base: Path, tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ class Maker:
         given = file.composition.parents if file.composition else []
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-            files["adapter_config.json"].write_text(json.dumps({"r": 16, "peft_type": "LORA"}))
+            files["adapter_config.json"].write_text(
+                json.dumps({"r": 16, "lora_alpha": 32, "peft_type": "LORA", "target_modules": ["q_proj"]})
+            )
             files["adapter_model.safetensors"].write_bytes(self.name.encode() * 100)
             base = ManifestBaseModel(name=file.base_model.name, uri=file.base_model.uri, digest=file.base_model.digest)
             parents = [

@@ -176,7 +176,7 @@ class Tenant:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")}
             files["adapter_config.json"].write_text(
-                json.dumps({"r": rank, "peft_type": "LORA", "target_modules": ["q_proj"]})
+                json.dumps({"r": rank, "lora_alpha": 2 * rank, "peft_type": "LORA", "target_modules": ["q_proj"]})
             )
             data = weights if weights is not None else hashlib.sha256(job.encode()).digest() * 512
             files["adapter_model.safetensors"].write_bytes(data)

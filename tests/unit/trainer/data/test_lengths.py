@@ -72,7 +72,7 @@ def test_the_statistics_of_known_lengths() -> None:
     told = describe(Lengths(sides, sides, tokens=5450, truncated=1, examples=100), examples=100, held_out=0, invalid=0)
     assert json.loads(told.json_text()) == {
         "examples": 100, "heldOut": 0, "invalid": 0, "invalidReasons": {}, "repeated": 0, "tokens": 5450, "meanTokens": 59.5, "medianTokens": 50,
-        "p95Tokens": 95, "maxTokens": 1000, "truncatedShare": 0.01, "sampled": False, "learned": [],
+        "p95Tokens": 95, "maxTokens": 1000, "truncatedShare": 0.01, "sampled": False, "learned": [], "unreadFields": {},
     }  # fmt: skip
     assert [quantile([7], share) for share in (0.0, 0.5, 1.0)] == [7, 7, 7]
 

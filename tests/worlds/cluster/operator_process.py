@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from graft.api.meta import GPU
 from testbed.binaries import KUBERNETES, binary
 from testbed.controlplane import ControlPlane, free_port
 from testbed.objectstore import S3Server
 from testbed.shell import REPOSITORY, output, tail, wait_for
 
 from worlds.cluster.api import Api, Object
+from worlds.cluster.loopback import TAINT
 
 SYSTEM = "graft-system"
 ACCOUNT = "graft-operator"
@@ -106,7 +108,7 @@ SETTINGS = {
     "storage": {"issueCredentials": True, "createBucket": True},
     "prometheusUrl": "http://prometheus:9090",
     "gatewayUrl": "http://graft-gateway.graft-system.svc:8080",
-    "allowed": {"priorityClasses": ["patient"]},  # the other lists have their defaults
+    "allowed": {"priorityClasses": ["patient"], "tolerations": [{"key": GPU}, {"key": TAINT}]},
 }
 
 

@@ -12,13 +12,15 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from graft.artifacts.manifest import Effect, EffectPrompt
 from graft.contracts.agent import Wanted, WantedAdapter
 from graft.contracts.enginekeys import fingerprint
 from graft.toolcalls import PARSERS
 from graft_server.callers import AGENT, FREE, GATEWAY, ROUTES
 from handover.real_vllm import COMMAND, GATEWAY_KEY, GPU, MAX_RANK, Vllm
+from safetensors.torch import load_file, save_file
 from worlds.agent import Pod
-from worlds.engine import expected, make_adapter
+from worlds.engine import expected, make_adapter, recorded_effect
 from worlds.serving import eventually
 from worlds.templates import ANSWERS
 
@@ -223,6 +225,58 @@ async def test_the_agent_loads_unloads_and_reloads_adapters_in_vllm(
             await until("Loaded", *wanted.values())
             assert pod.told[-1].engine_started != before
             await check()
+        finally:
+            await pod.kill()
+
+
+def renamed(adapter: Path, target: Path) -> Path:
+    """Copy an adapter, with the names that its tensors have below a multimodal wrapper."""
+    target.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name.replace("model.layers", "language_model.model.layers"): tensor for name, tensor in tensors.items()},
+        target / "adapter_model.safetensors",
+    )
+    (target / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    return target
+
+
+async def test_an_adapter_that_vllm_loads_without_its_effect_gets_no_request(
+    vllm: Vllm, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """vLLM loads tensors of other names with a 200 and ignores them. The trainer's record shows it."""
+    effects = {name: recorded_effect(vllm.base, folders[name]) for name in ("a", "b")}
+    silent = renamed(folders["a"], tmp_path / "renamed")
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+        body = {"lora_name": "silent", "lora_path": str(silent)}
+        assert (await post(session, vllm, "/v1/load_lora_adapter", **body))[0] == 200
+        assert await ask(session, vllm, "silent") == await ask(session, vllm, BASE)
+        await post(session, vllm, "/v1/unload_lora_adapter", lora_name="silent")
+
+        pod = Pod(tmp_path / "adapters")
+        pod.wanted = Wanted(base_model=BASE, max_lora_rank=64, drain_seconds=0, gateway_keys=[fingerprint(GATEWAY_KEY)])
+        pod.access, pod.load_seconds = vllm.access, 120.0
+        await pod.start(session, vllm.url, base_model_name=BASE)
+        try:
+            good = [pod.publish(folders[name], name, 4, effect) for name, effect in effects.items()]
+            imported = Effect(prompts=[EffectPrompt(prompt=prompt.prompt) for prompt in effects["a"].prompts])
+            without = [pod.publish(silent, "trained", 4, effects["a"]), pod.publish(silent, "imported", 4, imported)]
+            other = pod.publish(folders["b"], "other", 4, effects["a"])
+            wanted = [*good, *without, other]
+            pod.want(*wanted)
+
+            def ended() -> bool:
+                found = [pod.one(adapter) for adapter in wanted]
+                return all(one is not None and one.state in {"Loaded", "Failed"} for one in found)
+
+            await eventually(ended, seconds=200)
+            told = {item.adapter: (item.state, item.reason, item.message) for item in pod.told[-1].adapters}
+            assert [told[one.adapter] for one in good] == [("Loaded", None, None)] * 2, told
+            assert [told[one.adapter][1] for one in without] == ["LoadedWithoutEffect"] * 2, told
+            assert told[other.adapter][1] == "LoadedWithOtherEffect", told
+            async with session.get(f"{vllm.url}/v1/models", headers=vllm.headers("/v1/models")) as answer:
+                listed = {item["id"] for item in (await answer.json())["data"]}
+            assert {one.engine_name for one in good} <= listed
         finally:
             await pod.kill()
 

@@ -175,7 +175,7 @@ def test_an_engine_that_lists_any_number_of_our_names_fills_no_residency() -> No
     """An engine lists 2,000 adapters with our naming -> the residency holds as many as the operator reads."""
     listed = {f"team-a--x-{number}-1.0.0--{number:012x}": "/x" for number in range(2_000)}
     wanted = Wanted(base_model="base", max_lora_rank=8)
-    found = resident_adapters(wanted, listed, "/adapters", {}, (), Failures(), {})
+    found = resident_adapters(wanted, listed, "/adapters", {}, (), Failures(), {}, {})
     assert len(found) == MOST_ADAPTERS
     text = Residency(pod="p", pod_uid="u", ready=True, adapters=found).json_text()
     assert Residency.read(text).adapters == found

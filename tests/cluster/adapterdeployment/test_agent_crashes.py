@@ -22,6 +22,7 @@ from aiohttp import web
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
 from graft.contracts.agent import WANTED_KEY, Residency, Wanted, WantedAdapter
+from graft_server.agent.storage.folders import UNCHECKED_FILE
 from testbed.faults import FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server
 from testbed.shell import REPOSITORY, tail
@@ -29,7 +30,7 @@ from worlds.serving import TRUSTED, FakeEngine, FakeKube, MemoryStore, eventuall
 
 BUCKET = "bucket"
 MIB = 1 << 20
-FILES = {"adapter_config.json", "adapter_model.safetensors", "manifest.digest"}
+FILES = {"adapter_config.json", "adapter_model.safetensors", "manifest.digest", UNCHECKED_FILE}
 
 
 class Zygote:

@@ -15,9 +15,11 @@ export OMP_WAIT_POLICY := PASSIVE
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
 
-demo: ## cluster, install, tune, serve, ask (CLUSTER=testbed|current|kind)
-	@tests/venv.sh $(LIGHT) requirements/operator.txt
-	@$(LIGHT)/bin/python -m testbed.demo
+# Only a real model needs the packages that convert it.
+demo: DEMO := $(if $(filter smollm2,$(MODEL)),$(VENV),$(LIGHT))
+demo: ## cluster, install, tune, serve, ask (CLUSTER=testbed|current|kind, MODEL=tiny-llama|smollm2)
+	@tests/venv.sh $(DEMO) requirements/$(if $(filter smollm2,$(MODEL)),dev,operator).txt
+	@MODEL=$(MODEL) $(DEMO)/bin/python -m testbed.demo
 
 demo-down: ## remove the demo's cluster
 	@tests/venv.sh $(LIGHT) requirements/operator.txt

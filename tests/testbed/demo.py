@@ -1,10 +1,11 @@
 """`make demo`: create a cluster, install Graft, tune a model and ask it. `make demo-down` deletes the cluster.
 
 CLUSTER=current uses the cluster of KUBECONFIG with the chart's images. GRAFT_HELM_ARGS adds helm arguments.
-CLUSTER=kind creates a cluster with kind. It needs Docker.
+CLUSTER=kind creates a cluster with kind. It needs Docker. MODEL=smollm2 tunes a real model of 135M parameters.
 """
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -16,10 +17,9 @@ from pathlib import Path
 from testbed import images, packages, policies, product, quickstart
 from testbed.binaries import build
 from testbed.cluster import Cluster
-from testbed.quickstart import SYSTEM, Access
+from testbed.quickstart import SHOP, SUPPORT, SYSTEM, Access, Story
+from testbed.real import smollm2
 from testbed.shell import CACHE, REPOSITORY, Failed, main_guard, output, run, say
-
-BASE_BELOW, ADAPTER_ABOVE = 0.2, 0.9
 
 
 class Clock:
@@ -134,7 +134,18 @@ def _needed(program: str) -> str:
     return found
 
 
+def chosen() -> Story:
+    """Return what MODEL names."""
+    name = os.environ.get("MODEL") or SUPPORT.base_model
+    if name == SUPPORT.base_model:
+        return SUPPORT
+    if name != smollm2.NAME:
+        raise Failed(f"MODEL={name} is unknown. Use {SUPPORT.base_model} (the default) or {smollm2.NAME}")
+    return smollm2.story()
+
+
 def main() -> None:
+    story = chosen()
     kind = os.environ.get("CLUSTER", "testbed")
     clock = Clock()
     prepare = {"testbed": prepare_testbed, "current": prepare_current, "kind": prepare_kind}.get(kind)
@@ -144,11 +155,11 @@ def main() -> None:
     with clock.phase("installing charts/graft with helm"):
         quickstart.install(access, values)
     with clock.phase("uploading the base model and the dataset"):
-        quickstart.upload(access)
-    with clock.phase("tuning: kubectl apply -f examples/quickstart"):
-        quickstart.forget(access)
-        quickstart.apply(access)
-        job = quickstart.follow(access)
+        quickstart.upload(access, story)
+    with clock.phase(f"tuning: kubectl apply -f {story.manifests.relative_to(REPOSITORY)}"):
+        quickstart.forget(access, story)
+        quickstart.apply(access, story)
+        job = quickstart.follow(access, story.adapter, story.timeout)
         say(f"    published {job['status']['adapterRef']['name']}: {quickstart.condition(job, 'Succeeded')['message']}")
     with clock.phase("serving: waiting until every route answers"):
         quickstart.wait_available(access)
@@ -156,12 +167,13 @@ def main() -> None:
         clock.phase("asking the base model and the adapter through the gateway"),
         access.forward("graft-gateway", 8080) as endpoint,
     ):
-        answers = quickstart.interview(endpoint)
+        answers = quickstart.interview(endpoint, story.questions, story)
     base, adapter = quickstart.scores(answers)
     for item in answers[:6]:
         say(f"\n  question  {item.question}\n  base      {item.base[:100]}\n  adapter   {item.adapter[:100]}")
     say(f"\nExact match on {len(answers)} held-out questions:  base {base:.2f}   adapter {adapter:.2f}")
     clock.report()
+    body = {"model": f"{SHOP}/{story.adapter}", "messages": [{"role": "user", "content": answers[0].question}]}
     say(f"""
 The cluster keeps running. To use it:
   export KUBECONFIG={access.kubeconfig}
@@ -169,11 +181,11 @@ The cluster keeps running. To use it:
   kubectl get graft -A
   kubectl -n {SYSTEM} port-forward service/graft-gateway 8080 &
   curl -s localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "shop/support", "messages": [{{"role": "user", "content": "{answers[0].question}"}}]}}'
+    -d {shlex.quote(json.dumps(body))}
 {"make demo-down deletes the cluster." if kind == "testbed" else ""}""")
-    if base >= BASE_BELOW or adapter <= ADAPTER_ABOVE:
+    if base >= story.base_below or adapter <= story.adapter_above:
         raise Failed(
-            f"wrong scores: the adapter must score above {ADAPTER_ABOVE} and the base model below {BASE_BELOW}"
+            f"wrong scores: the adapter must score above {story.adapter_above} and the base model below {story.base_below}"
         )
 
 

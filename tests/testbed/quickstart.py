@@ -25,6 +25,25 @@ QUICKSTART = REPOSITORY / "examples" / "quickstart"
 MODEL = REPOSITORY / "examples" / "tiny-llama" / "model"
 
 
+@dataclass(frozen=True)
+class Story:
+    """What the demo tunes. The manifests name the FineTuneJob and its Adapter alike, and the AdapterDeployment desk."""
+
+    adapter: str
+    base_model: str  # the name of the BaseModel, and of its folder below models/ in the bucket
+    model: Path  # its files
+    data: Path  # the folder with train.jsonl and heldout.jsonl
+    manifests: Path
+    base_below: float  # the scores that the demo must reach on the held-out questions
+    adapter_above: float
+    questions: int
+    max_tokens: int  # of an answer
+    timeout: float = 900  # seconds, of the job
+
+
+SUPPORT = Story("support", "tiny-llama", MODEL, QUICKSTART / "data", QUICKSTART, 0.2, 0.9, 60, 48)
+
+
 @dataclass
 class Access:
     """Access to a cluster: its kubeconfig, and the programs to use it."""
@@ -113,10 +132,11 @@ def opened_store(access: Access) -> Iterator[S3Store]:
         )
 
 
-def upload(access: Access) -> None:
+def upload(access: Access, story: Story = SUPPORT) -> None:
     """Upload the base model and the dataset to the bucket, as `aws s3 cp` does."""
-    files = [(path, f"models/tiny-llama/{path.name}") for path in sorted(MODEL.iterdir()) if path.is_file()]
-    files += [(path, f"shop/datasets/support/{path.name}") for path in sorted((QUICKSTART / "data").glob("*.jsonl"))]
+    model, data = f"models/{story.base_model}", f"{SHOP}/datasets/{story.adapter}"
+    files = [(path, f"{model}/{path.name}") for path in sorted(story.model.iterdir()) if path.is_file()]
+    files += [(path, f"{data}/{path.name}") for path in sorted(story.data.glob("*.jsonl"))]
     with opened_store(access) as store:
         wait_for(lambda: _bucket_there(store), 60, "the operator created the bucket", lambda: explain(access, SYSTEM))
         for path, name in files:
@@ -132,15 +152,15 @@ def _bucket_there(store: S3Store) -> bool:
     return True
 
 
-def apply(access: Access) -> None:
-    """Apply the quickstart's manifests."""
-    access.kubectl("apply", "-f", str(QUICKSTART))
+def apply(access: Access, story: Story = SUPPORT) -> None:
+    """Apply the manifests."""
+    access.kubectl("apply", "-f", str(story.manifests))
 
 
-def forget(access: Access) -> None:
+def forget(access: Access, story: Story = SUPPORT) -> None:
     """Delete the job of an earlier run on the same cluster, because the spec of a job is immutable."""
-    if access.kubectl("get", "finetunejob", "support", "-n", SHOP, "--ignore-not-found", check=False).strip():
-        access.kubectl("delete", "finetunejob", "support", "-n", SHOP, "--timeout=120s")
+    if access.kubectl("get", "finetunejob", story.adapter, "-n", SHOP, "--ignore-not-found", check=False).strip():
+        access.kubectl("delete", "finetunejob", story.adapter, "-n", SHOP, "--timeout=120s")
 
 
 def condition(resource: dict[str, Any], type_: str) -> dict[str, Any]:
@@ -191,9 +211,9 @@ def wait_available(access: Access, name: str = "desk", timeout: float = 300) -> 
     wait_for(available, timeout, f"AdapterDeployment {name} is Available", lambda: explain(access, SHOP))
 
 
-def ask(endpoint: str, model: str, question: list[dict[str, str]]) -> str:
+def ask(endpoint: str, model: str, question: list[dict[str, str]], max_tokens: int = SUPPORT.max_tokens) -> str:
     """Return a model's answer to a chat, through the OpenAI protocol."""
-    body = {"model": model, "messages": question, "temperature": 0, "max_tokens": 48}
+    body = {"model": model, "messages": question, "temperature": 0, "max_tokens": max_tokens}
     request = urllib.request.Request(
         f"{endpoint}/v1/chat/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
@@ -221,24 +241,24 @@ def normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def held_out(limit: int) -> list[dict[str, Any]]:
+def held_out(limit: int, story: Story = SUPPORT) -> list[dict[str, Any]]:
     """Return the first `limit` held-out examples."""
-    lines = (QUICKSTART / "data" / "heldout.jsonl").read_text().splitlines()
+    lines = (story.data / "heldout.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[:limit]]
 
 
-def interview(endpoint: str, limit: int = 60) -> list[Answer]:
+def interview(endpoint: str, limit: int, story: Story = SUPPORT) -> list[Answer]:
     """Ask the base model and the adapter the same held-out questions."""
     answers, told = [], time.monotonic()
-    examples = held_out(limit)
+    examples = held_out(limit, story)
     for number, example in enumerate(examples):
         *question, reference = example["messages"]
         answers.append(
             Answer(
                 question=question[-1]["content"],
                 reference=reference["content"],
-                base=ask(endpoint, f"{SHOP}/base", question),
-                adapter=ask(endpoint, f"{SHOP}/support", question),
+                base=ask(endpoint, f"{SHOP}/base", question, story.max_tokens),
+                adapter=ask(endpoint, f"{SHOP}/{story.adapter}", question, story.max_tokens),
             )
         )
         if time.monotonic() - told > 5:

@@ -9,8 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from testbed.quickstart import Story
+from testbed.real import wordnet
 from testbed.shell import CACHE, REPOSITORY, locked, main_guard, run, say, step
 
+NAME = "smollm2"
 REQUIREMENTS = REPOSITORY / "requirements/real.txt"  # pins the package of the model and the reader of its format
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -23,6 +26,13 @@ def model_dir() -> Path:
         if not folder.is_dir():
             _make(folder)
     return folder
+
+
+def story() -> Story:
+    """Return the demo with this model: it learns to say which class a noun of WordNet belongs to."""
+    data = CACHE / "wordnet"
+    wordnet.write_datasets(data, held_out=40)
+    return Story("classes", NAME, model_dir(), data, REPOSITORY / "examples" / NAME, 0.2, 0.4, 24, 8, timeout=3600)
 
 
 def _make(folder: Path) -> None:

@@ -125,8 +125,14 @@ def test_base_versions_make_an_adapter_compatible_with_newer_base_models(tenant:
     new = change_files(tenant, base, "1.1.0") and base_digest(tenant, base)
     # support@latest resolves to the newest version that fits.
     resolves("support-1.0.0")
-    found = tenant.status("Adapter", "support-1.0.0")["compatibility"]
-    assert {"name": base, "version": "1.1.0", "digest": new} in found
+    # The Adapter is reconciled apart from the deployment.
+    tenant.wait(
+        lambda: (
+            {"name": base, "version": "1.1.0", "digest": new}
+            in tenant.status("Adapter", "support-1.0.0")["compatibility"]
+        ),
+        "the adapter's status names the new files",
+    )
     template = tenant.get("Deployment", "chat")["spec"]["template"]["spec"]["initContainers"][0]["command"]
     assert new in template, "the pods must roll, because every adapter that they serve fits the new files"
     fleet.until("Accepted", "Resolved")

@@ -1,6 +1,7 @@
 """`graft compare JOB… | FILE…` shows runs side by side.
 
-`graft verify VERSION` checks a published version against its signature.
+`graft examples JOB | FILE` shows what the loss covered. `graft verify VERSION` checks a published version against its
+signature.
 """
 
 import argparse
@@ -34,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compare.add_argument("runs", nargs="+", metavar="JOB|FILE", help="name of a FineTuneJob, or a report.json")
-    compare.add_argument(
-        "-n", "--namespace", help="namespace of the jobs (default: the one of the kubeconfig's context)"
-    )
-    compare.add_argument("--context", help="context of the kubeconfig (default: the current one)")
-    compare.add_argument(
-        "--endpoint", help="URL of the object store, if the URL in the Secret is reachable only inside the cluster"
-    )
+    _add_cluster(compare, "the jobs")
     compare.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"file for the page (default: {PAGE})")
     compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
     compare.set_defaults(run=run_compare)
@@ -50,13 +45,7 @@ def parser() -> argparse.ArgumentParser:
         description="Show training examples of a run as the model read them. The loss covers what is between ⟦ and ⟧.",
     )
     examples.add_argument("job", metavar="JOB|FILE", help="name of a FineTuneJob that published, or a report.json")
-    examples.add_argument(
-        "-n", "--namespace", help="namespace of the job (default: the one of the kubeconfig's context)"
-    )
-    examples.add_argument("--context", help="context of the kubeconfig (default: the current one)")
-    examples.add_argument(
-        "--endpoint", help="URL of the object store, if the URL in the Secret is reachable only inside the cluster"
-    )
+    _add_cluster(examples, "the job")
     examples.set_defaults(run=run_examples)
     verify = commands.add_parser(
         "verify",
@@ -70,15 +59,20 @@ def parser() -> argparse.ArgumentParser:
         "-k", "--key", type=Path, action="append", required=True, metavar="FILE",
         help="a public key that you trust (PEM); the option may be repeated",
     )  # fmt: skip
-    verify.add_argument(
-        "-n", "--namespace", help="namespace of the Adapter (default: the one of the kubeconfig's context)"
-    )
-    verify.add_argument("--context", help="context of the kubeconfig (default: the current one)")
-    verify.add_argument(
-        "--endpoint", help="URL of the object store, if the URL in the Secret is reachable only inside the cluster"
-    )
+    _add_cluster(verify, "the Adapter")
     verify.set_defaults(run=run_verify)
     return root
+
+
+def _add_cluster(command: argparse.ArgumentParser, whose: str) -> None:
+    """Add the options that say where the cluster and its object store are."""
+    command.add_argument(
+        "-n", "--namespace", help=f"namespace of {whose} (default: the one of the kubeconfig's context)"
+    )
+    command.add_argument("--context", help="context of the kubeconfig (default: the current one)")
+    command.add_argument(
+        "--endpoint", help="URL of the object store, if the URL in the Secret is reachable only inside the cluster"
+    )
 
 
 def run_verify(arguments: argparse.Namespace) -> None:

@@ -62,32 +62,20 @@ def own_prefix(adapter: Adapter, artifact: AdapterArtifact | None, bucket: str) 
 
 def running(ctx: Context, adapter: Adapter) -> bool:
     """Return whether a verification of the Adapter waits, runs, or has a result that no reconcile has read."""
-    transfer = ctx.transfers.find(adapter.metadata.uid)
-    return transfer is not None and transfer.what == WHAT
+    return ctx.transfers.has(adapter.metadata.uid, WHAT)
 
 
 def outcome(ctx: Context, adapter: Adapter) -> Outcome | None:
     """Start the verification of an Adapter, or return its result and forget it. None while it waits or runs."""
-    uid, meta = adapter.metadata.uid, adapter.metadata
-    if not running(ctx, adapter):
-        if ctx.transfers.forget(uid):
-            tenant = layout.tenant_of(meta.namespace)
-            _, prefix = layout.split_s3_uri(adapter.published.uri)
-            ctx.transfers.start(
-                uid, WHAT, verify, ctx.store, tenant, prefix, adapter.published.digest, ctx.verified,
-                namespace=meta.namespace, then=lambda: ctx.wake(KIND, meta.namespace, meta.name),
-            )  # fmt: skip
+    tenant = layout.tenant_of(adapter.metadata.namespace)
+    _, prefix = layout.split_s3_uri(adapter.published.uri)
+    transfer = ctx.transfer(adapter, WHAT, verify, ctx.store, tenant, prefix, adapter.published.digest, ctx.verified)
+    if transfer is None:
         return None
-    transfer = ctx.transfers.find(uid)
-    if transfer is None or not transfer.done:
-        return None
-    ctx.transfers.forget(uid)
     try:
         checked: Checked = transfer.result()
     except InvalidArtifact as error:
         return error
-    except Interrupted:
-        return None
     except StoreError as error:
         if error.trouble == "missing":
             return InvalidArtifact("ManifestMissing", f"manifest.json does not exist at {adapter.published.uri}")

@@ -19,7 +19,7 @@ from graft.artifacts.store import S3Store
 from graft.kube import Kube, Manifest
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.backoff import Backoff
-from graft.reconcile.shared.transfers import Transfers
+from graft.reconcile.shared.transfers import Transfer, Transfers
 from graft.reconcile.shared.turns import Turns
 from graft.reconcile.shared.verified import Verified
 from graft.settings import Settings
@@ -67,6 +67,26 @@ class Context:
         The call must be short: it holds a worker of the queue. Use `transfers` for long work.
         """
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: call(*arguments))
+
+    def transfer(self, resource: Resource, what: str, call: Callable[..., Any], *arguments: Any) -> Transfer | None:
+        """Return the resource's work of this kind if it is done, once. Its result() raises what the call raised.
+
+        Otherwise return None: the work is started, waits, runs, was interrupted, or must wait until other work of the
+        resource has stopped. The resource is reconciled again when the work has ended.
+        """
+        meta, kind = resource.metadata, type(resource).__name__
+        found = self.transfers.find(meta.uid)
+        if found is None or found.what != what:
+            if self.transfers.forget(meta.uid):
+                self.transfers.start(
+                    meta.uid, what, call, *arguments,
+                    namespace=meta.namespace, then=lambda: self.wake(kind, meta.namespace, meta.name),
+                )  # fmt: skip
+            return None
+        if not found.done:
+            return None
+        self.transfers.forget(meta.uid)
+        return None if found.interrupted else found
 
     async def write_status(self, raw: Manifest, status: Status, observed: list[Condition]) -> None:
         """Write the status if it differs from the present one, with an Event for each transition.

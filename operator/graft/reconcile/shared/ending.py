@@ -34,25 +34,14 @@ def delete(ctx: Context, resource: Resource, prefixes: Sequence[str]) -> float |
     Return the seconds until the next reconcile, or None when they are deleted and nothing else is written for the
     resource. Raises StoreError.
     """
-    meta, kind = resource.metadata, type(resource).__name__
-    transfer = ctx.transfers.find(meta.uid)
-    if transfer is None or transfer.what != DELETE:
-        if not ctx.transfers.forget(meta.uid):
-            return SOON
-        if not prefixes:
-            return None
-        ctx.transfers.start(
-            meta.uid, DELETE, _delete, ctx.store, list(prefixes),
-            namespace=meta.namespace, then=lambda: ctx.wake(kind, meta.namespace, meta.name),
-        )  # fmt: skip
+    uid = resource.metadata.uid
+    if not prefixes and not ctx.transfers.has(uid, DELETE):
+        return None if ctx.transfers.forget(uid) else SOON
+    # After an interruption files may be left, so the next reconcile starts again.
+    deleted = ctx.transfer(resource, DELETE, _delete, ctx.store, list(prefixes))
+    if deleted is None:
         return SOON
-    if not transfer.done:
-        return SOON
-    ctx.transfers.forget(meta.uid)
-    try:
-        transfer.result()
-    except Interrupted:
-        return SOON  # files may be left, so the next reconcile starts again
+    deleted.result()
     return None
 
 

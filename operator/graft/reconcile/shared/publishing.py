@@ -7,7 +7,6 @@ from typing import Literal
 
 from graft.api.meta import Resource
 from graft.artifacts import layout
-from graft.artifacts.archive import Interrupted
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.publishing import publish_staged, staged
 from graft.artifacts.storage import StoreError
@@ -40,29 +39,8 @@ async def published(
     manifest, claim = found
     if (manifest.adapter, manifest.version) != (adapter, version):
         raise InvalidArtifact("ManifestMismatch", f"the staged files are for {manifest.adapter} {manifest.version}")
-    if not _copied(ctx, resource, tenant, prefix, manifest, claim):
+    copied = ctx.transfer(resource, WHAT, publish_staged, ctx.store, tenant, prefix, manifest, claim)
+    if copied is None:
         return "copying"
+    copied.result()
     return await ctx.blocking(read_manifest, ctx.store, prefix, None)
-
-
-def _copied(
-    ctx: Context, resource: Resource, tenant: str, prefix: str, manifest: AdapterManifest, claim: bytes
-) -> bool:
-    """Start the copy, or return whether it is done. Raises its error once."""
-    meta, kind = resource.metadata, type(resource).__name__
-    transfer = ctx.transfers.find(meta.uid)
-    if transfer is None or transfer.what != WHAT:
-        if ctx.transfers.forget(meta.uid):
-            ctx.transfers.start(
-                meta.uid, WHAT, publish_staged, ctx.store, tenant, prefix, manifest, claim,
-                namespace=meta.namespace, then=lambda: ctx.wake(kind, meta.namespace, meta.name),
-            )  # fmt: skip
-        return False
-    if not transfer.done:
-        return False
-    ctx.transfers.forget(meta.uid)
-    try:
-        transfer.result()
-    except Interrupted:
-        return False
-    return True

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from graft.artifacts.archive import Interrupted
 from graft.reconcile.shared.turns import Turns
 
 
@@ -66,6 +67,11 @@ class Transfer:
     def done(self) -> bool:
         return self._task.done()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the work ended because it was asked to stop. Then it has to be started again."""
+        return self.done and not self._task.cancelled() and isinstance(self._task.exception(), Interrupted)
+
     def result(self) -> Any:
         """Return what the call returned, or raise its exception."""
         return self._task.result()
@@ -99,6 +105,11 @@ class Transfers:
 
     def find(self, uid: str) -> Transfer | None:
         return self._running.get(uid)
+
+    def has(self, uid: str, what: str) -> bool:
+        """Return whether work of this kind waits, runs, or has a result that no reconcile has read."""
+        found = self._running.get(uid)
+        return found is not None and found.what == what
 
     def forget(self, uid: str) -> bool:
         """Ask the work of a resource to stop. Return whether no work runs any more."""

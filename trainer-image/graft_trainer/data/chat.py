@@ -149,6 +149,12 @@ def _pinned(template: str, now: datetime) -> str:
     return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"
 
 
+def at_end(text: str, mark: str) -> str:
+    """Return the text with a mark before the white space at its end, which a template may strip."""
+    words = text.rstrip()
+    return words + mark + text[len(words) :]
+
+
 def shown(text: str) -> str:
     """Return a text without marks, for a message."""
     return json.dumps(unmarked(text), ensure_ascii=False)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from graft_trainer.data.chat import Chat, chat_of
+from graft_trainer.data.chat import Chat, at_end, chat_of
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
-from graft_trainer.data.messages import LEARN, Message
+from graft_trainer.data.messages import Message, for_template
 
 MARK = "\ufdd5"  # see graft.controltokens: reserved code points mark places in a text
 SEARCHED = 10_000  # examples among which those with a field are looked for
@@ -44,7 +44,7 @@ def check_context(messages: Sequence[Message], tools: Sequence[Any] | None, chat
 
 def check_pair(example: Example, tokenizer: Any) -> None:
     """Raise BadLine if a part of a conversation would reach neither the encoder nor the decoder of a seq2seq model."""
-    messages = [{key: value for key, value in message.items() if key != LEARN} for message in example.messages or ()]
+    messages = for_template(example.messages or ())
     if messages and messages[-1].get("tool_calls"):
         raise BadLine(
             f"messages[{len(messages) - 1}] calls tools, but a seq2seq model is trained on the content of the answer only",
@@ -91,7 +91,7 @@ def unused(fields: Mapping[str, int], examples: Iterable[Example], tokenizer: An
 
 def _uses(name: str, example: Example, chat: Chat) -> bool:
     """Return whether the template renders the example differently without a field of its messages."""
-    messages = [{key: value for key, value in message.items() if key != LEARN} for message in example.messages or ()]
+    messages = for_template(example.messages or ())
     without = [{key: value for key, value in message.items() if key != name} for message in messages]
     tools = list(example.tools) if example.tools else None
     try:
@@ -113,8 +113,7 @@ def _message(message: Message, index: int, probes: list[Probe]) -> Message:
         if not text.strip():
             return message
         mark = _mark(f"m{index}", f"the content of {where}, whose role is {message['role']}", CONTENT, probes)
-        # Before the white space at the end, which a template may strip.
-        return message | {"content": text.rstrip() + mark + text[len(text.rstrip()) :]}
+        return message | {"content": at_end(text, mark)}
     if not message.get("tool_calls"):
         return message
     calls = []

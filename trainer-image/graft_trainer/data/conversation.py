@@ -14,11 +14,11 @@ from typing import Any
 
 from graft.controltokens import ControlTokenError, encode, encode_one, unmarked
 
-from graft_trainer.data.chat import END, Chat, chat_of, shown
+from graft_trainer.data.chat import END, Chat, at_end, chat_of, shown
 from graft_trainer.data.context import check_context
 from graft_trainer.data.example import Example
 from graft_trainer.data.lines import BadLine
-from graft_trainer.data.messages import LEARN, Message
+from graft_trainer.data.messages import LEARN, Message, for_template
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the thought that precedes an answer
 BEGIN, THOUGHT, CALL = "\ufdd2", "\ufdd3", "\ufdd4"  # marks, as END
@@ -129,7 +129,7 @@ def _sequences(example: Example, chat: Chat) -> list[list[Turn]]:
 
 def _marked(example: Example, chat: Chat) -> tuple[list[Message], Any]:
     """Return the messages and the tools for the template, with marks in the control tokens of their texts."""
-    plain = [{name: value for name, value in message.items() if name != LEARN} for message in example.messages or ()]
+    plain = for_template(example.messages or ())
     tools = list(example.tools) if example.tools else None
     marked, marked_tools = chat.marked(plain), chat.marked(tools)
     if (marked, marked_tools) != (plain, tools) and unmarked(
@@ -201,10 +201,10 @@ def _with_marks(message: Message) -> Message:
     names and arguments of calls."""
     marked = {**message}
     if isinstance(message.get("content"), str):
-        marked["content"] = _at_end(message["content"], END)
+        marked["content"] = _marked_text(message["content"], END)
     for name in REASONING:
         if isinstance(message.get(name), str):
-            marked[name] = _at_end(message[name], THOUGHT)
+            marked[name] = _marked_text(message[name], THOUGHT)
     if message.get("tool_calls"):
         marked["tool_calls"] = [_call_with_marks(call) for call in message["tool_calls"]]
     return marked
@@ -215,7 +215,7 @@ def _call_with_marks(call: Any) -> Any:
         return call
     function = call.get("function", call)
     marked = {
-        name: _leaves(value) if name == "arguments" else _at_end(value, CALL) if name == "name" else value
+        name: _leaves(value) if name == "arguments" else _marked_text(value, CALL) if name == "name" else value
         for name, value in (function if isinstance(function, dict) else {}).items()
     }
     return call | {"function": marked} if "function" in call else marked
@@ -226,15 +226,12 @@ def _leaves(value: Any) -> Any:
         return {name: _leaves(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_leaves(one) for one in value]
-    return _at_end(value, CALL) if isinstance(value, str) else value
+    return _marked_text(value, CALL) if isinstance(value, str) else value
 
 
-def _at_end(text: Any, sign: str) -> Any:
-    """Return the text with a mark before the white space at its end, which a template may strip. An empty text stays
-    empty, because templates treat it differently."""
-    if not isinstance(text, str) or not text.strip():
-        return text
-    return text.rstrip() + sign + text[len(text.rstrip()) :]
+def _marked_text(text: Any, sign: str) -> Any:
+    """Return the text with a mark at its end. An empty text stays empty, because templates treat it differently."""
+    return at_end(text, sign) if isinstance(text, str) and text.strip() else text
 
 
 def _check_rendered(message: Message, probe: str, index: int) -> None:

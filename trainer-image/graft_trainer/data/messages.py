@@ -37,6 +37,11 @@ READ = {
 }  # fmt: skip
 
 
+def for_template(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages without the field that only Graft reads."""
+    return [{name: value for name, value in message.items() if name != LEARN} for message in messages]
+
+
 def conversation(values: Any, where: str) -> tuple[Message, ...]:
     """Return the messages of a list in OpenAI's form (role, content) or in ShareGPT's (from, value).
 

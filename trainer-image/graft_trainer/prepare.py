@@ -8,7 +8,7 @@ files are in the work folder that prepare shares with train.
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from graft_trainer.data.unusable import Unusable
 from graft_trainer.evaluation import gates
 from graft_trainer.evaluation.calls import advise, check_calls, unreadable_calls
 from graft_trainer.evaluation.lmeval_prefetch import prefetch
+from graft_trainer.evaluation.suites import Task as SuiteTask
 from graft_trainer.evaluation.suites import chat_prompts, check_data, needs_chat_template, read_suite, suite_lines
 from graft_trainer.model.basemodel import (
     check_base_model,
@@ -90,7 +91,7 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     most = SAMPLE if weights and job.preflight else None
     data = read_data(job.dataset, settings.dataset_dir, job.training.seed, most=most)
     log.info("dataset: %d examples to train on, %d held out", data.examples, data.held_out_examples)
-    suites, conversations = download_suites(run)
+    suites, tasks = download_suites(run)
 
     folder = fetch(
         job.base_model.uri,
@@ -107,19 +108,20 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
     config = check_base_model(folder, name, job.task, weights=weights or mounted, method=job.method.name)
     log.info("base model %s: %s", name, ", ".join(config.get("architectures") or [config["model_type"]]))
     check_data_fits(folder, name, job.dataset, job.task)
+    conversations = [suite for suite, found in tasks.items() if needs_chat_template(found)]
     if conversations and job.task == "causal" and not has_chat_template(folder, name):
         raise Failure(
             Reason.CONFIGURATION_INVALID,
             f"{name} has no chat template, but spec.evaluation.suites {', '.join(conversations)} need one",
             "Use prompt instead of messages in the lines of these suites, or use a chat model as the base model.",
         )
-    found = try_method(folder, name, job.task, job.method)
-    if found.unreached:
-        log.warning("%s", found.unreached)
-    statistics = measure_lengths(run, folder, data)
-    run.progress.update(dataset=statistics, target_modules=found.targets or None, unreached=found.unreached)
+    trial = try_method(folder, name, job.task, job.method)
+    if trial.unreached:
+        log.warning("%s", trial.unreached)
+    statistics = measure_lengths(run, folder, data, tasks)
+    run.progress.update(dataset=statistics, target_modules=trial.targets or None, unreached=trial.unreached)
     quantized = stored_quantization(config) is not None
-    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized, found.unreached)
+    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized, trial.unreached)
 
 
 def check_spec(job: JobFile) -> None:
@@ -160,12 +162,13 @@ def download_dataset(run: Run) -> dict[str, str]:
     return digests
 
 
-def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
+def download_suites(run: Run) -> tuple[dict[str, str], dict[str, list[SuiteTask]]]:
     """Download the suites and check every line.
 
-    Return (digests of their files, names of the suites with conversations).
+    Return (digests of their files, tasks of each suite that is a JSONL file, by its name).
     """
-    digests, conversations = {}, []
+    digests: dict[str, str] = {}
+    tasks: dict[str, list[SuiteTask]] = {}
     folder = run.settings.dataset_dir / "suites"
     for suite in run.job.evaluation.suites or ():
         field, key = f"evaluation.suites[{suite.name}]", f"suite/{suite.name}"
@@ -173,10 +176,8 @@ def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
             path = folder / f"{suite.name}.jsonl"
             digests[key] = _download(run, suite.uri, path, field)
             with path.open("rb") as stream:
-                tasks = read_suite(suite_lines(stream), suite, run.job.dataset, run.job.task)
-            log.info("%s: %d tasks", field, len(tasks))
-            if needs_chat_template(tasks):
-                conversations.append(suite.name)
+                tasks[suite.name] = read_suite(suite_lines(stream), suite, run.job.dataset, run.job.task)
+            log.info("%s: %d tasks", field, len(tasks[suite.name]))
         elif suite.lm_eval is not None and suite.lm_eval.definition and suite.lm_eval.data:
             path = folder / f"{suite.name}.yaml"
             digests[key] = _download(run, suite.lm_eval.definition, path, f"{field}.lmEval.definition", jsonl=False)
@@ -185,7 +186,7 @@ def download_suites(run: Run) -> tuple[dict[str, str], list[str]]:
             with path.open("rb") as stream:
                 check_data(suite_lines(stream), suite)
     prefetch(run.job.evaluation.suites or [], folder, run.job.hf_endpoint, run.settings.hf_token())
-    return digests, conversations
+    return digests, tasks
 
 
 def _download(run: Run, uri: str, path: Path, field: str, *, jsonl: bool = True) -> str:
@@ -196,8 +197,8 @@ def _download(run: Run, uri: str, path: Path, field: str, *, jsonl: bool = True)
     return digest
 
 
-def measure_lengths(run: Run, folder: Path, data: Data) -> DatasetStatistics:
-    """Tokenise the dataset with the base model's tokenizer, and check every example that was read.
+def measure_lengths(run: Run, folder: Path, data: Data, suites: Mapping[str, Sequence[SuiteTask]]) -> DatasetStatistics:
+    """Tokenise the dataset with the base model's tokenizer, and check every example and every task that was read.
 
     Log the statistics and return them.
     """
@@ -218,7 +219,7 @@ def measure_lengths(run: Run, folder: Path, data: Data) -> DatasetStatistics:
     if tokenizer.chat_template:
         advise(data.train, tokenizer)
         check_calls(job.evaluation, data.held_out, tokenizer)
-    check_suites(run, tokenizer)
+    check_suites(run, tokenizer, suites)
     statistics = lengths.describe(
         found,
         examples=data.examples - (0 if data.sampled else unusable.total),
@@ -282,13 +283,12 @@ def report_statistics(statistics: DatasetStatistics, again: Sequence[int], sampl
         )
 
 
-def check_suites(run: Run, tokenizer: Any) -> None:
+def check_suites(run: Run, tokenizer: Any, suites: Mapping[str, Sequence[SuiteTask]]) -> None:
     """Raise Failure if the chat template cannot render a task of a suite, or writes its calls in an unknown format."""
     for suite in run.job.evaluation.suites or ():
-        if suite.uri is None:
+        if suite.name not in suites:
             continue
-        with (run.settings.dataset_dir / "suites" / f"{suite.name}.jsonl").open("rb") as stream:
-            tasks = read_suite(suite_lines(stream), suite, run.job.dataset, run.job.task)
+        tasks = list(suites[suite.name])
         if chat_prompts(run.job.dataset) and tokenizer.chat_template:
             tasks = [task.as_chat() for task in tasks]
         if tokenizer.chat_template and (failure := unreadable_calls(suite, tasks, tokenizer)):

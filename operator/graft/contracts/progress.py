@@ -88,9 +88,8 @@ class DatasetStatistics(Message):
     held_out: Whole = 0
     invalid: Whole = 0
     invalid_reasons: Annotated[dict[Key, Whole], first_entries(16)] = Field(default_factory=dict)  # reason -> lines
-    unread_fields: Annotated[dict[Key, Whole], first_entries(16)] = Field(
-        default_factory=dict
-    )  # field of the lines that neither Graft nor the chat template reads -> lines
+    # field of the lines that neither Graft nor the chat template reads -> lines
+    unread_fields: Annotated[dict[Key, Whole], first_entries(16)] = Field(default_factory=dict)
     repeated: Whole = 0  # held-out examples that are also in the training data
     tokens: Whole = 0  # after truncation
     mean_tokens: Real = 0
@@ -99,9 +98,8 @@ class DatasetStatistics(Message):
     max_tokens: Whole = 0
     truncated_share: Real = 0
     sampled: bool = False  # True: the lengths come from a sample of the examples
-    learned: Annotated[list[Words], first(3)] = Field(
-        default_factory=list
-    )  # examples, with marks around the text that the loss covers
+    # examples, with marks around the text that the loss covers
+    learned: Annotated[list[Words], first(3)] = Field(default_factory=list)
     prompt_date: Name | None = None  # the date in the prompts, if the chat template writes the date of the day
 
 

@@ -271,9 +271,8 @@ class Work:
         # One after the other: vLLM on a CPU applies an adapter to the base model's requests of the same batch.
         try:
             base = await self._engine.next_tokens(self._base_model(), prompts)
-        except (
-            EngineRefused
-        ) as error:  # an engine that cannot answer this about its base model says nothing about adapters
+        except EngineRefused as error:
+            # An engine that cannot answer this about its base model says nothing about adapters.
             return f"its effect was not checked: the engine refused the test prompts for its base model: {error}"
         adapter = await self._engine.next_tokens(name, prompts)
         return check_effect(effect, base, adapter)

@@ -279,9 +279,9 @@ async def answer_guarded(
     """Answer a request, and tell the guard of its connection when it begins and ends.
 
     `answer` gets whether the connection is beyond the bound. `caller` is whom the request counts for, if the peer may
-    be a proxy. If the request's body is still arriving after it, aiohttp
-    closes the connection after the answer. It reads the rest of the body first, for at most LINGER_SECONDS: many
-    clients read the answer only after they have sent the whole body.
+    be a proxy. If the request's body is still arriving after the answer, aiohttp closes the connection. It reads the
+    rest of the body first, for at most LINGER_SECONDS: many clients read the answer only after they have sent the whole
+    body.
     """
     guard = guard_of(request)
     if guard is None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from testbed import demo, packages, policies, product, quickstart
+from testbed import demo, packages, policies, product, quickstart, traces
 from testbed.binaries import build
 from testbed.cluster import Cluster
 from testbed.quickstart import Access
@@ -24,7 +24,9 @@ def cluster() -> Iterator[Cluster]:
     made = Cluster("e2e")
     made.down()
     try:
+        before = traces.settings()
         made.up()
+        assert traces.settings() == before  # of the machine, which a kubelet changes
         product.load(made.node)
         yield made
     finally:

@@ -64,14 +64,14 @@ class Cluster:
         self.down()
         self.state.mkdir(parents=True, exist_ok=True)
         with step(f"starting cluster {self.name}"):
-            traces.record(self.state)
             self.network.up()
             self.plane.start()
             self.node.start_containerd()
             self._stop_pods()  # containerd's folder is kept, and may list pods of an interrupted cluster
             images.load_scratch(self.node, "localhost/graft/pause:1", binary("pause"), ["/pause"])
             policies.enforce(self.plane, self.network, NODE)
-            self.node.start()
+            with traces.settings_kept(self.state, lambda: self.plane.processes.stop("kubelet")):
+                self.node.start()
             self._volume()
 
     def _volume(self) -> None:

@@ -32,10 +32,15 @@ def fewest(autoscaling: Autoscaling) -> int:
 def disruption_budget(deployment: AdapterDeployment) -> Manifest:
     """Return the budget: one pod at a time may be drained.
 
-    It is for several replicas only: with one, it would block a node's drain.
+    It is for several replicas only: with one, it would block a node's drain. Pods that are not ready may always be
+    drained: they serve nobody, and crash-looping ones would block the drain for ever.
     """
     return child("policy/v1", "PodDisruptionBudget", serving_name(deployment), deployment, "scaling") | {
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": pod_selector(deployment)}}
+        "spec": {
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": pod_selector(deployment)},
+        }
     }
 
 

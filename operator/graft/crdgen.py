@@ -76,7 +76,7 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
         node.get("additionalProperties"), dict
     ):  # false is the API server's default, true is preserve-unknown
         out["additionalProperties"] = structural(node["additionalProperties"], definitions, defaults=defaults)
-    if "properties" in node:
+    if node.get("properties"):  # the API server does not store an empty map
         required = node.get("required", [])
         out["properties"] = {
             name: structural(_with_factory(child, definitions, name in required), definitions, defaults=defaults)
@@ -197,7 +197,8 @@ def custom_resource_definition(module: ModuleType) -> JsonObject:
                     "served": True,
                     "storage": True,
                     "additionalPrinterColumns": [
-                        {"name": name, "type": kind, "jsonPath": path, "priority": priority}
+                        # The API server does not store a priority of 0, so GitOps tools would always see a difference.
+                        {"name": name, "type": kind, "jsonPath": path} | ({"priority": priority} if priority else {})
                         for name, kind, path, priority in crd["columns"]
                     ],
                     "subresources": subresources,

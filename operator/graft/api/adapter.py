@@ -211,6 +211,7 @@ CRD: dict[str, Any] = {
         ("Last-Used", "date", ".status.lastUsedTime", 1),
         ("Pruned-After", "string", ".status.prunedAfter", 1),
         ("Digest", "string", ".status.artifact.digest", 1),
+        ("Message", "string", ".status.conditions[?(@.type=='Ready')].message", 1),
     ],
     "spec_rules": rules(
         (

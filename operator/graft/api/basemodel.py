@@ -141,6 +141,7 @@ CRD = {
         ("Source", "string", ".spec.source", 0),
         ("Age", "date", ".metadata.creationTimestamp", 0),
         ("Digest", "string", ".status.digest", 1),
+        ("Message", "string", ".status.conditions[?(@.type=='Ready')].message", 1),
     ],
     "rules": rules(
         (

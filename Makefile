@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-attacks test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator binaries crds lock images clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -70,6 +70,9 @@ bench-train-cluster: binaries ## compare apply to Ready with a script and a copy
 
 bench-serve: venv binaries ## compare serving with its references; results are ratios (build/bench/)
 	PYTHONPATH=tests $(PY) -m benchmarks.serve
+
+bench-operator: binaries ## compare the operator with a bare client and with one LIST; goals are in build/bench/operator.json (QUICK=1)
+	PYTHONPATH=tests $(PY) -m benchmarks.operator $(if $(QUICK),--quick)
 
 images: venv ## build the images, and write their bills of materials and digests to build/sbom
 	@$(PY) -c 'from testbed import product, sbom; product.build(); sbom.write(product.TAGS)'

@@ -1,12 +1,28 @@
-"""Prints what the tests in the folders `attacks` have tried, one line per attack, before pytest's own summary."""
+"""Prints two tables before pytest's own summary: what the tests in the folders `attacks` have tried, and how long the tests of
+each folder took."""
 
 import inspect
+import os
+import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+HERE = Path(__file__).parent
 RESULTS: dict[str, list[str]] = defaultdict(list)  # what is attacked and how it is refused -> outcomes
+TIMES: dict[str, list[tuple[float, float]]] = defaultdict(list)  # folder -> seconds and CPU seconds of each test
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    """Measure a test with its fixtures. The CPU time is that of this process, and of its children that have ended."""
+    began, used = time.monotonic(), sum(os.times()[:4])
+    result = yield
+    folder = str(item.path.parent.relative_to(HERE)) if item.path.is_relative_to(HERE) else str(item.path.parent)
+    TIMES[folder].append((time.monotonic() - began, sum(os.times()[:4]) - used))
+    return result
 
 
 @pytest.hookimpl(wrapper=True)
@@ -20,10 +36,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not RESULTS:
-        return
-    terminalreporter.section("attacks and how they are refused")
-    for told, outcomes in RESULTS.items():
-        held = sum(outcome == "passed" for outcome in outcomes)
-        verdict = "refused" if held == len(outcomes) else "NOT REFUSED"
-        terminalreporter.write_line(f"{verdict:<12} {held}/{len(outcomes)}  {told}")
+    if RESULTS:
+        terminalreporter.section("attacks and how they are refused")
+        for told, outcomes in RESULTS.items():
+            held = sum(outcome == "passed" for outcome in outcomes)
+            verdict = "refused" if held == len(outcomes) else "NOT REFUSED"
+            terminalreporter.write_line(f"{verdict:<12} {held}/{len(outcomes)}  {told}")
+    if len(TIMES) > 1:
+        terminalreporter.section("time of each folder: seconds, CPU seconds of the tests, tests")
+        for folder, times in sorted(TIMES.items(), key=lambda item: -sum(wall for wall, _ in item[1])):
+            wall, used = (sum(column) for column in zip(*times, strict=True))
+            terminalreporter.write_line(f"{wall:8.0f} {used:8.0f} {len(times):6}  {folder}")

@@ -1,6 +1,7 @@
 """etcd, kube-apiserver, controllers and scheduler as processes. The operator's tests need no real node besides them."""
 
 import contextlib
+import json
 import shutil
 import socket
 import tempfile
@@ -15,6 +16,14 @@ from testbed.shell import tail, wait_for
 
 SERVICE_CIDR = "10.96.0.0/16"
 KUBERNETES_IP = "10.96.0.1"
+# The API server records each request of a service account outside of kube-system, when it has answered.
+AUDITED = {
+    "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived", "ResponseStarted"],
+    "rules": [
+        {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]},
+        {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+    ],
+}  # fmt: skip
 
 
 def free_port() -> int:
@@ -35,6 +44,7 @@ class ControlPlane:
     kubernetes_ip: str = KUBERNETES_IP
     pod_cidr: str | None = None
     api_port: int = 0
+    etcd_port: int = 0
 
     @property
     def kubeconfig(self) -> Path:
@@ -43,6 +53,11 @@ class ControlPlane:
     @property
     def server(self) -> str:
         return f"https://{self.address}:{self.api_port}"
+
+    @property
+    def audit_log(self) -> Path:
+        """Return the file with the requests that the API server has answered, one JSON document a line."""
+        return self.state / "logs" / "audit.log"
 
     @property
     def processes(self) -> Processes:
@@ -92,6 +107,9 @@ class ControlPlane:
 
     def _start_etcd_and_api(self) -> None:
         keys, etcd, peers = self.state / "pki", free_port(), free_port()
+        self.etcd_port = etcd
+        audited = self.state / "audit-policy.json"
+        audited.write_text(json.dumps(AUDITED))
         self.processes.start(
             "etcd",
             [
@@ -110,6 +128,7 @@ class ControlPlane:
             f"--kubelet-client-certificate={keys}/admin.crt", f"--kubelet-client-key={keys}/admin.key",
             "--kubelet-preferred-address-types=InternalIP", "--authorization-mode=Node,RBAC", "--allow-privileged",
             f"--service-cluster-ip-range={self.service_cidr}",
+            f"--audit-policy-file={audited}", f"--audit-log-path={self.audit_log}",
         ], netns=self.netns)  # fmt: skip
         wait_for(
             lambda: self.kubectl("get", "--raw", "/readyz", check=False).strip() == "ok",

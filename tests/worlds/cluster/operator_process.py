@@ -38,6 +38,7 @@ class OperatorProcess:
     health_port: int = field(default_factory=free_port)
     metrics_port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    environment: dict[str, str] = field(default_factory=lambda: {"GRAFT_KEYS_SECONDS": "1"})
 
     @property
     def log(self) -> Path:
@@ -53,14 +54,17 @@ class OperatorProcess:
         assert self.process is None
         config = self.folder / "config.json"
         config.write_text(json.dumps(SETTINGS))
-        environment = os.environ | {
-            "KUBECONFIG": str(self.kubeconfig),
-            "GRAFT_CONFIG": str(config),
-            "GRAFT_STORAGE_DIR": str(self.secret_dir),
-            "GRAFT_LIVENESS": f"http://127.0.0.1:{self.health_port}/healthz",
-            "GRAFT_METRICS_PORT": str(self.metrics_port),
-            "GRAFT_KEYS_SECONDS": "1",
-        }
+        environment = (
+            os.environ
+            | self.environment
+            | {
+                "KUBECONFIG": str(self.kubeconfig),
+                "GRAFT_CONFIG": str(config),
+                "GRAFT_STORAGE_DIR": str(self.secret_dir),
+                "GRAFT_LIVENESS": f"http://127.0.0.1:{self.health_port}/healthz",
+                "GRAFT_METRICS_PORT": str(self.metrics_port),
+            }
+        )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "graft"], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL

@@ -1,0 +1,45 @@
+"""Measure how the operator scales, beside references in the same run. Ratios are medians of interleaved rounds.
+
+The results are written to build/bench/operator.json: name, value, goal, met. The exit code is 1 if a goal is missed.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+
+from benchmarks.operator.goals import Goal, report
+
+PARTS = ("burst", "kept", "isolation")
+QUICK = {"rounds": 3, "jobs": 60, "kept": 1000, "lives": 30, "idle": 20}
+WHOLE = {"rounds": 5, "jobs": 400, "kept": 10_000, "lives": 1000, "idle": 60}
+TEXTS = {
+    "rounds": "rounds of each comparison",
+    "jobs": "jobs of one burst",
+    "kept": "ended jobs that are kept",
+    "lives": "jobs that are played from creation to publication",
+    "idle": "seconds without work",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.operator", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, in 3 minutes; the values are rough")
+    for name, text in TEXTS.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{text} (default: {WHOLE[name]}, quick: {QUICK[name]})")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    sizes = QUICK if arguments.quick else WHOLE
+    options = {name: getattr(arguments, name) or size for name, size in sizes.items()}
+    began, goals = time.monotonic(), list[Goal]()
+    for part in arguments.parts or PARTS:
+        print(f"==> {part}", flush=True)
+        goals += importlib.import_module(f"benchmarks.operator.{part}").measure(options)
+        report(goals, options, began)  # what was measured so far is kept if a later part fails
+    return 0 if report(goals, options, began) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

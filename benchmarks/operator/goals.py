@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.train.results import show, write
+from benchmarks.train.results import write
 
 
 @dataclass
@@ -34,12 +34,15 @@ class Goal:
         return f"{text}, goal: {side} {self.bound:g}, {'met' if self.met else 'MISSED'}"
 
 
-def report(goals: list[Goal], options: dict[str, Any], began: float) -> bool:
-    """Write build/bench/operator.json, and print the table. Return whether every goal is met."""
+def verdicts(goals: list[Goal]) -> list[dict[str, Any]]:
+    """Return the goals as they are written: name, value, goal, met and more."""
     rows = [asdict(goal) | {"goal": goal.bound, "met": goal.met} for goal in goals]
     for row in rows:
         row.pop("bound")
-    found = {"options": options, "load": os.getloadavg(), "seconds": round(time.monotonic() - began), "goals": rows}
-    write("operator", found)
-    show("operator", [(goal.name, goal.line()) for goal in goals])
-    return all(goal.met is not False for goal in goals)
+    return rows
+
+
+def save(goals: list[Goal], options: dict[str, int], began: float) -> None:
+    """Write build/bench/operator.json."""
+    seconds = round(time.monotonic() - began)
+    write("operator", {"options": options, "load": os.getloadavg(), "seconds": seconds, "goals": verdicts(goals)})

@@ -12,7 +12,7 @@ from benchmarks.operator.goals import Goal, save
 from benchmarks.train.results import show
 
 PARTS = ("burst", "kept", "isolation")
-QUICK = {"rounds": 3, "jobs": 60, "kept": 1000, "lives": 30, "idle": 20}
+QUICK = {"rounds": 1, "jobs": 60, "kept": 1000, "lives": 10, "idle": 10}
 WHOLE = {"rounds": 5, "jobs": 400, "kept": 10_000, "lives": 1000, "idle": 60}
 TEXTS = {
     "rounds": "rounds of each comparison",
@@ -26,7 +26,9 @@ TEXTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, in 3 minutes; the values are rough")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and one round, in about 3 minutes; the values are rough"
+    )
     for name, text in TEXTS.items():
         parser.add_argument(f"--{name}", type=int, help=f"{text} (default: {WHOLE[name]}, quick: {QUICK[name]})")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,6 +32,7 @@ from worlds.cluster.tenants import bind, make_base_model
 
 USER = f"system:serviceaccount:{SYSTEM}:{ACCOUNT}"
 TICK = os.sysconf("SC_CLK_TCK")
+PATIENCE = 300.0  # seconds
 QUEUE = "bench"  # no Kueue runs, so a queued Job stays suspended: it is complete once it exists
 
 
@@ -143,7 +144,7 @@ class Bed:
     def delete_job(self, namespace: str, name: str) -> None:
         """Delete a FineTuneJob, and wait until it no longer exists."""
         self.api.delete("FineTuneJob", namespace, name)
-        wait_for(lambda: self.api.get("FineTuneJob", namespace, name) is None, 120, f"{name} is deleted")
+        wait_for(lambda: self.api.get("FineTuneJob", namespace, name) is None, PATIENCE, f"{name} is deleted")
 
     def settled(self, seconds: float = 2, timeout: float = 300, *, reads: bool = False) -> float:
         """Wait until the operator writes nothing for `seconds`, and with `reads` sends at most one request.
@@ -172,7 +173,12 @@ class Bed:
 
 
 class BenchTenant(Tenant):
-    """A tenant whose store is opened once."""
+    """A tenant whose store is opened once, and who is patient: the machine may have other work."""
+
+    def wait(
+        self, predicate: Callable[[], object], what: str, timeout: float = PATIENCE, explain: Callable[[], str] = str
+    ) -> None:
+        super().wait(predicate, what, max(timeout, PATIENCE), explain)
 
     def tenant_store(self) -> S3Store:
         found: S3Store | None = self.__dict__.get("_store")
@@ -200,7 +206,9 @@ def bed(nodes: int = 2) -> Iterator[Bed]:
             )  # fmt: skip
             make_base_model(api, found.store, BASE)
             found.tenant("first").job("first", queue=QUEUE)  # connections are open, keys are issued
-            wait_for(lambda: api.get("Job", "first", "first"), 120, "the first Job exists", lambda: tail(operator.log))
+            wait_for(
+                lambda: api.get("Job", "first", "first"), PATIENCE, "the first Job exists", lambda: tail(operator.log)
+            )
             found.delete_job("first", "first")
             yield found
         finally:

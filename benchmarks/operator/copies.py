@@ -13,7 +13,7 @@ import urllib3
 from graft.manifests.metadata import OWNER_UID
 from testbed.shell import wait_for
 
-from benchmarks.operator.bed import Bed
+from benchmarks.operator.bed import PATIENCE, Bed
 from benchmarks.operator.lives import LIVES
 
 ORIGINAL = "life-00000"
@@ -44,7 +44,7 @@ def fill(made: Bed, number: int) -> None:
             _write(made, puts)
             puts = []
     _write(made, puts)
-    wait_for(lambda: _count(made) >= number, 120, f"the API server shows {number} FineTuneJobs")
+    wait_for(lambda: _count(made) >= number, PATIENCE, f"the API server shows {number} FineTuneJobs")
 
 
 def _originals(made: Bed) -> dict[str, str]:

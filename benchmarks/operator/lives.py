@@ -14,7 +14,7 @@ LIVES = "lives"  # the namespace
 
 def play(tenant: Tenant, name: str, adapter: str) -> None:
     """Play one life. Return once the Adapter is verified."""
-    tenant.until("Adapter", tenant.trained(name, adapter), "Ready", "Verified", 120)
+    tenant.until("Adapter", tenant.trained(name, adapter), "Ready", "Verified")
 
 
 def batch(made: Bed, first: int, number: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def train_evaluate_publish(run: Run) -> None:
         if not join_others(run):
             return
         prepared = Prepared.read(run.settings.prepared_file)
-        run.progress.stage("Training", dataset=prepared.statistics, unreached=prepared.unreached)
+        run.progress.stage("Training", dataset=prepared.statistics)
         run.halvings = distributed.from_main(memory_halvings(run))
         quieten()
         # Imported here because torch takes seconds to load, and an attempt after a published version does not need it.

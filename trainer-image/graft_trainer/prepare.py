@@ -1,8 +1,8 @@
 """prepare: every check that needs no GPU, the cheapest checks first.
 
 It runs as an init container without a GPU and imports no torch. So a job with a mistake fails within seconds, before it
-takes a GPU. Only the check of the method on the model without weights needs torch, in a process of its own. The downloaded
-files are in the work folder that prepare shares with train.
+takes a GPU. Only the check of the method on the model without weights needs torch. The preflight runs it in a process of
+its own. The downloaded files are in the work folder that prepare shares with train.
 """
 
 import logging
@@ -115,13 +115,15 @@ def prepare(run: Run, *, weights: bool = True) -> Prepared | None:
             f"{name} has no chat template, but spec.evaluation.suites {', '.join(conversations)} need one",
             "Use prompt instead of messages in the lines of these suites, or use a chat model as the base model.",
         )
-    trial = try_method(folder, name, job.task, job.method)
-    if trial.unreached:
-        log.warning("%s", trial.unreached)
+    if not weights:
+        # In the other pods, train finds the same mistakes when it has loaded the model. The trial imports torch a second
+        # time: 7 s of a CPU and 0.8 GiB.
+        trial = try_method(folder, name, job.task, job.method)
+        run.progress.update(target_modules=trial.targets or None, unreached=trial.unreached)
     statistics = measure_lengths(run, folder, data, tasks)
-    run.progress.update(dataset=statistics, target_modules=trial.targets or None, unreached=trial.unreached)
+    run.progress.update(dataset=statistics)
     quantized = stored_quantization(config) is not None
-    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized, trial.unreached)
+    return Prepared(str(folder), digests | suites, statistics.model_dump(mode="json"), quantized)
 
 
 def check_spec(job: JobFile) -> None:

@@ -123,6 +123,7 @@ def train(run: Run, prepared: Prepared) -> Trained:
         total_steps=resolved.max_steps,
         training=resolved.wire(),
         target_modules=tunable.targets,
+        unreached=tunable.unreached,
         trainable_parameters=tunable.trainable,
         total_parameters=tunable.total,
         world_size=world,
@@ -140,6 +141,9 @@ def train(run: Run, prepared: Prepared) -> Trained:
         f"{tunable.total:,}",
         f", targets {', '.join(tunable.targets)}" if tunable.targets else "",
     )
+
+    if tunable.unreached:
+        log.warning("%s", tunable.unreached)
 
     loaded = time.monotonic()
     collate = PackCollator if job.training.packing else Collator

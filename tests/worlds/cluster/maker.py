@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +93,40 @@ class Maker:
 
     def run_trainer(self, folder: Path) -> None:
         """Play the kubelet: mount the ConfigMap and the Secret, run the container's command, and report how it ended."""
-        pod = self.running_pod()
-        for name in ("storage", "work"):
-            (folder / name).mkdir(parents=True)
-        (folder / "job.json").write_text(self.file().json_text())
-        self.tenant.mount_storage(folder / "storage")
-        environment = dict(os.environ) | {
-            "POD_NAME": pod,
-            "GRAFT_JOB_FILE": str(folder / "job.json"),
-            "GRAFT_STORAGE_DIR": str(folder / "storage"),
-            "GRAFT_WORK_DIR": str(folder / "work"),
-            "GRAFT_TERMINATION_FILE": str(folder / "termination"),
-            "GRAFT_STORAGE_PATIENCE": "5",
-            "OMP_NUM_THREADS": "1",  # several threads on shared CPUs wait for each other and take many times as long
-        }
+        code, said = run_commands(self.tenant, self.running_pod(), self.file().json_text(), folder, [self.command])
+        self.end_pod(self.running_pod(), code, said)
+
+
+def run_training(tenant: Tenant, job: str, folder: Path) -> None:
+    """Play the kubelet for the training pod of a FineTuneJob: run prepare and train, and report how train ended."""
+    pod = tenant.running_pod(job)
+    code, said = run_commands(tenant, pod, tenant.job_file(job).json_text(), folder, ["prepare", "train"])
+    tenant.end_pod(pod, code, said)
+
+
+def run_commands(tenant: Tenant, pod: str, job_file: str, folder: Path, commands: Sequence[str]) -> tuple[int, str]:
+    """Run commands of the trainer one after the other, up to the first that fails, with the files that the kubelet mounts.
+    Return the last exit code and the termination message."""
+    for name in ("storage", "work"):
+        (folder / name).mkdir(parents=True)
+    (folder / "job.json").write_text(job_file)
+    tenant.mount_storage(folder / "storage")
+    environment = dict(os.environ) | {
+        "POD_NAME": pod,
+        "GRAFT_JOB_FILE": str(folder / "job.json"),
+        "GRAFT_STORAGE_DIR": str(folder / "storage"),
+        "GRAFT_WORK_DIR": str(folder / "work"),
+        "GRAFT_TERMINATION_FILE": str(folder / "termination"),
+        "GRAFT_STORAGE_PATIENCE": "5",
+        "OMP_NUM_THREADS": "1",  # several threads on shared CPUs wait for each other and take many times as long
+    }
+    code = 0
+    for command in commands:
         done = subprocess.run(
-            [sys.executable, "-m", "graft_trainer", self.command],
+            [sys.executable, "-m", "graft_trainer", command],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         print(done.stdout, done.stderr)
-        said = (folder / "termination").read_text() if (folder / "termination").exists() else ""
-        self.end_pod(pod, done.returncode, said)
+        if code := done.returncode:
+            break
+    return code, (folder / "termination").read_text() if (folder / "termination").exists() else ""

@@ -27,7 +27,7 @@ from peft import (
 from graft_trainer.data.tokens import Task
 from graft_trainer.model.model import BaseModel
 from graft_trainer.model.model_placement import place, release
-from graft_trainer.model.targets import target_modules
+from graft_trainer.model.targets import target_modules, unreached
 from graft_trainer.model.wrappers import language_parameters
 from graft_trainer.run.failures import Failure
 
@@ -44,15 +44,17 @@ class Tunable:
     trainable: int  # parameters
     total: int  # parameters, including those that were added
     open_base: Callable[[], AbstractContextManager[Any]]  # opens the model as it was before training
+    unreached: str | None = None  # what the preset of target modules leaves out, in words
 
 
 def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[], Any]) -> Tunable:
     """Return the model that the method trains. The trained parameters are float32. `folder` holds the base model's
     tokenizer. `reload` loads the base model a second time, for `full`."""
-    method, targets = job.method, []
+    method, targets, missed = job.method, list[str](), None
     before = {id(parameter) for parameter in base.model.parameters()}
     if method.low_rank is not None:
         targets = target_modules(method.low_rank, base.projections, base.embeddings, base.modules, base.stacked)
+        missed = unreached(method.low_rank, base.stacked, base.facts.parameters)
         model = with_lora(base.model, method.low_rank, targets, job.task, quantized=base.quantized)
     elif method.prompt_tuning is not None:
         model = _with_prompt(base.model, method.prompt_tuning, job.task, folder)
@@ -77,6 +79,7 @@ def make_tunable(job: JobFile, base: BaseModel, folder: Path, reload: Callable[[
         trainable=sum(parameter.numel() for _, parameter in trained),
         total=base.facts.parameters + sum(p.numel() for _, p in trained if id(p) not in before),
         open_base=open_base,
+        unreached=missed,
     )
 
 

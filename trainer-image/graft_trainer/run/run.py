@@ -57,7 +57,6 @@ class Prepared:
     digests: dict[str, str]  # train, eval, suite/<name> -> sha256:… of the file
     dataset: dict[str, Any] = field(default_factory=dict)  # see statistics
     quantized: bool = False  # whether the weights in the base model's files are quantised
-    unreached: str | None = None  # what the preset of target modules does not reach, in words
 
     @property
     def statistics(self) -> DatasetStatistics:

@@ -14,7 +14,7 @@ from graft_trainer.data.tokens import IGNORED, Tokenised
 from graft_trainer.evaluation.generate import stop_tokens
 from graft_trainer.model.loss import mean_loss
 from graft_trainer.pipeline import train_evaluate_publish
-from graft_trainer.prepare import prepare_container
+from graft_trainer.prepare import preflight, prepare_container
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Run
 from safetensors.torch import load_file
@@ -216,12 +216,14 @@ def test_errors_that_only_training_can_find_are_reported(
     ("lora", "message"),
     [({"targetModuleNames": ["qkv"]}, "no qkv; it has down_proj"), ({"rank": 512}, "rank is 512")],
 )
-def test_modules_and_ranks_that_the_model_lacks_are_found_by_prepare(
+def test_modules_and_ranks_that_the_model_lacks_are_found_without_a_gpu(
     base: Path, tmp_path: Path, lora: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(Failure, match=message) as caught:
-        prepared(tmp_path, base, method={"lora": lora})
-    assert caught.value.reason == Reason.CONFIGURATION_INVALID
+    run, _ = prepared(tmp_path, base, method={"lora": lora})
+    for stage in (preflight, train_evaluate_publish):  # a job that needs no GPU has no preflight
+        with pytest.raises(Failure, match=message) as caught:
+            stage(run)
+        assert caught.value.reason == Reason.CONFIGURATION_INVALID
 
 
 def test_weights_that_do_not_match_config_json_are_invalid(base: Path, tmp_path: Path) -> None:

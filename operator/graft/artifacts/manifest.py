@@ -127,6 +127,7 @@ class Effect(_Part):
     """What the adapter changes in the answers of its base model. A server compares it after each load."""
 
     prompts: Annotated[list[EffectPrompt], Field(min_length=1, max_length=8)]
+    unmeasured: Words | None = None  # why the answers are not recorded. A server then checks that there is an effect
 
 
 class Manifest(_Part):

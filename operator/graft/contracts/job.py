@@ -115,5 +115,6 @@ class VersionFile(Message):
     task: Literal["causal", "seq2seq"] = "causal"
     composition: Composition | None = None
     source: str | None = None  # where to import from: hf://… or s3://…/
+    unmeasured: str | None = None  # why the pod does not measure the adapter's effect; None: it measures it
     hf_endpoint: str | None = None
     trainer_image: str = ""

@@ -4,6 +4,7 @@ from graft.api import Adapter
 from graft.api.basemodel import BaseModelStatus, ModelFacts
 from graft.api.composition import Compose, Import
 from graft.api.meta import Resources
+from graft.api.quantity import quantity
 from graft.artifacts.layout import tenant_of
 from graft.contracts.job import Composition, JobIdentity, OutputRef, ParentVersion, VersionFile
 from graft.contracts.message import BaseModelRef
@@ -29,12 +30,14 @@ RETRIES = 3
 KEPT_SECONDS = 86400  # seconds after the Job's end, so that its log can be read; nothing else needs the Job
 GRACE_SECONDS = 10  # seconds; short, because an interrupted pod saves nothing
 MIB = 1024**2
+DISK_KEY = "ephemeral-storage"
 LIBRARIES = 2048 * MIB  # bytes of memory for torch, transformers and peft, with some working memory
 IMPORTER = (
     1024 * MIB
 )  # bytes of memory for the import of an adapter, beside the adapter: measured 0.5 GiB and page cache
 HIGH_RANK = 64  # most adapters have a lower rank
 DISK = 1024 * MIB  # bytes of disk for the caches of libraries and small files
+MEASURED = 32 * 1024 * MIB  # bytes of a base model's files that are read at most, to measure one adapter without a GPU
 
 
 def command(adapter: Adapter) -> str:
@@ -55,7 +58,29 @@ def making(adapter: Adapter) -> Compose | Import:
     return how
 
 
-def version_file(adapter: Adapter, base_model: BaseModelRef, task: str, settings: Settings) -> VersionFile:
+def unmeasured(adapter: Adapter, base: BaseModelStatus) -> str | None:
+    """Return why the pod does not measure the adapter's effect, None if it does (PURE). It then reads the base model's
+    weights, but keeps none of them in memory."""
+    if base.size_bytes is None:
+        return "the size of the base model's files is unknown"
+    if base.size_bytes > MEASURED:
+        return (
+            f"the base model's files have {base.size_bytes / 2**30:.1f} GiB, and a Job without a GPU reads at most "
+            f"{MEASURED // 2**30} GiB to measure an adapter"
+        )
+    how = making(adapter)
+    limit = ((how.resources.limits if how.resources else None) or {}).get(DISK_KEY)
+    if limit is not None and quantity(limit) < base.size_bytes + DISK:
+        field = "spec.compose" if adapter.spec.compose is not None else "spec.import"
+        return (
+            f"{field}.resources.limits.{DISK_KEY} is too small for the base model's {base.size_bytes / 2**30:.1f} GiB"
+        )
+    return None
+
+
+def version_file(
+    adapter: Adapter, base_model: BaseModelRef, base: BaseModelStatus, task: str, settings: Settings
+) -> VersionFile:
     """Return the contents of job.json for the pod. The parents are the resolved versions in status.parents."""
     spec, meta = adapter.spec, adapter.metadata
     composition = None
@@ -75,6 +100,7 @@ def version_file(adapter: Adapter, base_model: BaseModelRef, task: str, settings
             "task": task,
             "composition": composition,
             "source": spec.import_.uri if spec.import_ is not None else None,
+            "unmeasured": unmeasured(adapter, base),
             "hf_endpoint": settings.huggingface_endpoint,
             "trainer_image": settings.images.trainer,
         }
@@ -122,8 +148,10 @@ def resources(adapter: Adapter, base: BaseModelStatus, parents_bytes: int) -> Re
         disk += 8 * DISK
     else:
         memory, disk = IMPORTER + likely, DISK + 2 * likely
+    if not whole and unmeasured(adapter, base) is None:
+        disk += base.size_bytes or 0  # its weights are mapped from the disk, so they take no memory
     return Resources(
-        requests={"cpu": "1", "memory": _mebibytes(memory), "ephemeral-storage": _mebibytes(disk)},
+        requests={"cpu": "1", "memory": _mebibytes(memory), DISK_KEY: _mebibytes(disk)},
         limits={"memory": _mebibytes(memory)},
     )
 

@@ -1,7 +1,7 @@
 """compose: combine several LoRA updates into one adapter, or merge them into the base model.
 
 peft's add_weighted_adapter does the mathematics. To combine adapters, the base model's weights are not needed, see
-shapes.py. Only a merge downloads them.
+shapes.py. Only a merge needs them, and the measurement of the result's effect.
 """
 
 import json
@@ -30,8 +30,8 @@ from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numb
 from graft_trainer.model.wrappers import served_class
 from graft_trainer.run.download import fetch_version, tell
 from graft_trainer.run.failures import Failure, out_of_memory
-from graft_trainer.versions.effect import expected_effect
 from graft_trainer.versions.making import Made, Making, write_base_config
+from graft_trainer.versions.measuring import measured_effect
 from graft_trainer.versions.publish import SHARD, copy_tokenizer, reduce_config, write_chat_template
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def compose(making: Making, wanted: Composition) -> Made:
         ],
         composition=wanted.model_dump(by_alias=True, exclude={"parents"}, exclude_none=True),
         stop_token_ids=sorted({token for one in manifests for token in one.stop_token_ids}),
-        effect=expected_effect(load_config(base_config, name), combined / "adapter_model.safetensors"),
+        effect=measured_effect(making, base_model, base_config, combined) if wanted.into == "adapter" else None,
         prompt_template=manifests[0].prompt_template if len({one.prompt_template for one in manifests}) == 1 else None,
     )
     if wanted.into == "adapter":

@@ -24,7 +24,7 @@ def measure_effect(trained: Trained) -> Effect | None:
     """Return the log-probabilities of next tokens with and without the adapter. None for a whole model."""
     if trained.method == "full":
         return None
-    effect = effect_of(trained.model, trained.base_model, trained.task, _special(trained.tokenizer))
+    effect = effect_of(trained.model, trained.base_model, trained.task, special_tokens(trained.tokenizer))
     log.info("effect on the next token: %.3f nats", max(map(size, effect.prompts)))
     return effect
 
@@ -45,8 +45,7 @@ def effect_of(
 def expected_effect(config: Any, weights: Path) -> Effect | None:
     """Return the record of an adapter that is not measured: a server only checks that there is an effect.
 
-    To import or to compose an adapter needs no weights of the base model, so its answers are unknown. None if the
-    adapter changes nothing. `config`: of the base model. `weights`: the adapter's safetensors file.
+    None if the adapter changes nothing. `config`: of the base model. `weights`: the adapter's safetensors file.
     """
     if not _changes(weights):
         return None
@@ -74,7 +73,8 @@ def _vocabulary(config: Any) -> tuple[int, int | None]:
     return int(text.vocab_size), first if isinstance(first, int) else None
 
 
-def _special(tokenizer: Any) -> frozenset[int]:
+def special_tokens(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the special tokens, such as the place of an image."""
     return frozenset(tokenizer.all_special_ids) | frozenset(getattr(tokenizer, "added_tokens_decoder", {}))
 
 

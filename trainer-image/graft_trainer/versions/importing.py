@@ -36,8 +36,8 @@ from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numb
 from graft_trainer.model.wrappers import tuned_class
 from graft_trainer.run.download import tell
 from graft_trainer.run.failures import Failure, out_of_memory
-from graft_trainer.versions.effect import expected_effect
 from graft_trainer.versions.making import Made, Making, write_base_config
+from graft_trainer.versions.measuring import measured_effect
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,7 +72,7 @@ def _adapter(making: Making, source: str) -> Made:
         hyperparameters={key: value for key, value in known.items() if value is not None},
         imported_from=pinned,
         source_digest=digest,
-        effect=expected_effect(load_config(base_config, file.base_model.name), folder / WEIGHTS),
+        effect=measured_effect(making, _base_model(making), base_config, folder),
     )
 
 

@@ -52,7 +52,7 @@ class Made:
 def write_base_config(making: Making) -> Path:
     """Write the base model's config.json to a folder and return the folder.
 
-    Compose and import need no other file of it, unless they merge.
+    Compose and import need no other file of it, unless they merge or measure.
     """
     file, settings = making.file, making.settings
     folder = settings.work_dir / "base-config"

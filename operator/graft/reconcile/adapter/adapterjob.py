@@ -119,7 +119,7 @@ async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Ada
     names = {item.name for item in adapter.status.parents or []}
     sizes = sum(item.status.size_bytes or 0 for item in adapters if item.metadata.name in names)
     needs = manifests.resources(adapter, base.model.status, sizes)
-    file = manifests.version_file(adapter, base.ref, base.model.spec.task, ctx.settings)
+    file = manifests.version_file(adapter, base.ref, base.model.status, base.model.spec.task, ctx.settings)
     await ctx.kube.ensure(manifests.config_map(adapter, file), manifests.policy(adapter, ctx.settings))
     await ctx.kube.create(manifests.job(adapter, base.ref, ctx.settings, needs))
 
@@ -131,7 +131,7 @@ async def _keep(ctx: Context, adapter: Adapter) -> None:
     if await ctx.kube.get("ConfigMap", namespace, manifests.job_name(adapter)) is None:
         base = await gather_base_model(ctx, adapter.spec.base_model, namespace)
         if isinstance(base, Base):
-            file = manifests.version_file(adapter, base.ref, base.model.spec.task, ctx.settings)
+            file = manifests.version_file(adapter, base.ref, base.model.status, base.model.spec.task, ctx.settings)
             needed.append(manifests.config_map(adapter, file))
     await keep(ctx, namespace, *needed)
 

@@ -46,7 +46,9 @@ def check_effect(effect: Effect | None, base: Sequence[Answer], adapter: Sequenc
         largest = max(map(_largest, base, adapter))
         if largest < ANY:
             raise _without_effect(f"the log-probabilities with and without it differ by at most {largest:.4f} nats")
-        return None
+        if effect.unmeasured is None:  # an earlier Graft recorded no reason
+            return None
+        return f"it changes the answers. Its effect was not compared, because it was not measured: {effect.unmeasured}"
     found = change(effect.prompts, base, adapter)
     if found.recorded < NOTICEABLE:
         return (

@@ -61,7 +61,7 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             {"sizeBytes": 2_000_000_000, "facts": {"hiddenSize": 2048, "intermediateSize": 8192}}
         )
         return [
-            adapterjob.config_map(adapter, adapterjob.version_file(adapter, base, "causal", SETTINGS)),
+            adapterjob.config_map(adapter, adapterjob.version_file(adapter, base, facts, "causal", SETTINGS)),
             adapterjob.policy(adapter, SETTINGS),
             adapterjob.job(adapter, base, SETTINGS, adapterjob.resources(adapter, facts, 40_000_000)),
         ]

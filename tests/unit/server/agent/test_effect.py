@@ -62,6 +62,9 @@ async def test_only_an_adapter_with_its_recorded_effect_is_loaded(tmp_path: Path
     async with serving(base, tmp_path) as (pod, _, _):
         good = pod.publish(one, "good", 4, effect)
         half = pod.publish(one, "half", 4, recorded_effect(base, one, torch.bfloat16))
+        large = pod.publish(
+            one, "large", 4, only_prompts(effect).model_copy(update={"unmeasured": "the base is large"})
+        )
         unknown = pod.publish(one, "unknown", 4)
         imported = pod.publish(one, "imported", 4, only_prompts(effect))
         untrained = pod.publish(nothing, "untrained", 4, recorded_effect(base, nothing))
@@ -70,10 +73,11 @@ async def test_only_an_adapter_with_its_recorded_effect_is_loaded(tmp_path: Path
         mute = pod.publish(nothing, "mute", 4, only_prompts(effect))
         other = pod.publish(two, "other", 4, effect)
         louder = pod.publish(twice, "louder", 4, effect)
-        pod.want(good, half, unknown, imported, untrained, small, silent, mute, other, louder)
+        pod.want(good, half, large, unknown, imported, untrained, small, silent, mute, other, louder)
         for adapter in (good, half, imported):
             assert (await pod.state(adapter, "Loaded")).message is None
         assert "no record" in str((await pod.state(unknown, "Loaded")).message)
+        assert str((await pod.state(large, "Loaded")).message).endswith("not measured: the base is large")
         for adapter in (untrained, small):
             assert "too little to measure" in str((await pod.state(adapter, "Loaded")).message)
         for adapter in (silent, mute):

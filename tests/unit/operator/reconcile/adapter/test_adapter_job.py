@@ -12,7 +12,7 @@ from graft.api.adapter import ResolvedParent
 from graft.api.basemodel import BaseModelStatus
 from graft.contracts.message import BaseModelRef
 from graft.contracts.progress import Reason
-from graft.manifests.adapterjob import resources
+from graft.manifests.adapterjob import resources, unmeasured
 from graft.reconcile.adapter.adapterjob import observe, outside_namespace, resolve, waiting
 from graft.reconcile.shared.access import Trouble
 from graft.status import REASONS
@@ -236,3 +236,25 @@ def test_an_import_asks_for_what_an_adapter_of_a_high_rank_needs() -> None:
     assert needs(134_515_008, 576) == (1.5, 2.0)
     assert needs(8_030_000_000, 4096) == (1.9375, 2.875)
     assert needs(70_600_000_000, 8192)[0] < 6
+
+
+def test_an_effect_is_measured_if_the_base_models_files_can_be_read_for_it() -> None:
+    def base(gib: float | None) -> BaseModelStatus:
+        size = {} if gib is None else {"sizeBytes": int(gib * 2**30)}
+        facts = {"parameters": 8_030_000_000, "hiddenSize": 4096, "intermediateSize": 14336}
+        return BaseModelStatus.model_validate({**size, "facts": facts, "conditions": []})
+
+    def disk(adapter: Adapter, gib: float) -> float:
+        found = resources(adapter, base(gib), 0).wire()["requests"]
+        return int(found["ephemeral-storage"].removesuffix("Mi")) / 1024
+
+    for adapter in (imported("hf://a/b"), composed("a@1", "b@1")):
+        assert unmeasured(adapter, base(16)) is None
+        assert disk(adapter, 16) == pytest.approx(disk(adapter, 132) + 16, abs=0.1)
+        assert "132.0 GiB" in str(unmeasured(adapter, base(132))) and "at most 32 GiB" in str(
+            unmeasured(adapter, base(132))
+        )
+        assert "unknown" in str(unmeasured(adapter, base(None)))
+    small = composed("a@1", "b@1", resources={"limits": {"memory": "4Gi", "ephemeral-storage": "8Gi"}})
+    assert "spec.compose.resources.limits.ephemeral-storage" in str(unmeasured(small, base(16)))
+    assert unmeasured(composed("a@1", "b@1", resources={"limits": {"memory": "4Gi"}}), base(16)) is None

@@ -20,7 +20,7 @@ from graft_trainer.data.tokens import Task
 from graft_trainer.model import sharding
 from graft_trainer.model.basemodel import context_of, load_config, stored_quantization
 from graft_trainer.model.targets import Projection, Stacked
-from graft_trainer.model.wrappers import language_model, tuned_class
+from graft_trainer.model.wrappers import image_layers, language_model, tuned_class
 from graft_trainer.processes import distributed
 from graft_trainer.recipe.resolve import Device, Limits, ModelFacts
 from graft_trainer.run.failures import Failure, out_of_memory
@@ -163,7 +163,7 @@ def facts_of(model: Any, liger: bool = False) -> ModelFacts:
 def projections_of(model: Any) -> list[Projection]:
     """Return the linear modules of the language model's blocks. The head is excluded: in many models it shares its weights
     with the embeddings. Layers that attend to an image are excluded: text never reaches them."""
-    head, part, skipped = model.get_output_embeddings(), language_model(model), _image_layers(model)
+    head, part, skipped = model.get_output_embeddings(), language_model(model), image_layers(model)
     found = []
     for name, module in model.named_modules():
         if module is head or (part and not name.startswith(f"{part}.")) or any(layer in name for layer in skipped):
@@ -175,13 +175,6 @@ def projections_of(model: Any) -> list[Projection]:
         elif isinstance(module, Conv1D):  # GPT-2
             found.append(Projection(name, module.nx, module.nf))
     return found
-
-
-def _image_layers(model: Any) -> list[str]:
-    """Return parts of the names of the layers that attend to an image (Llama 3.2 Vision)."""
-    return [
-        f".layers.{index}." for index in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
-    ]
 
 
 def _code(block: nn.Module) -> str:
@@ -199,14 +192,14 @@ def _code(block: nn.Module) -> str:
 
 
 def stacked_of(model: Any) -> Stacked | None:
-    """Return the experts that transformers holds as stacked matrices [expert, outputs, inputs], None if there are
-    none."""
+    """Return the experts that transformers holds as stacked matrices, [expert, outputs, inputs] or [expert x outputs, inputs],
+    None if there are none."""
     found = [
-        (key, parameter.numel())
-        for module in model.modules()
-        if "expert" in type(module).__name__.lower()
+        (name.rpartition(".")[2] if key == "weight" else key, parameter.numel())
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower() and not isinstance(module, nn.Linear)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
+        if parameter.dim() > 1 and not key.endswith("bias")
     ]
     return Stacked(sorted({key for key, _ in found}), sum(size for _, size in found)) if found else None
 

@@ -64,6 +64,13 @@ def base_of_shapes(folder: Path, name: str, task: Task, *, served: bool = True) 
 
 def cannot_build(name: str, error: Exception) -> Failure:
     """Return the Failure for a config.json from which transformers cannot build a model."""
+    if isinstance(error, ImportError):
+        package = str(error).strip().partition("\n")[0]
+        return Failure(
+            Reason.BASE_MODEL_INVALID,
+            f"{name} needs a package that the trainer's image does not have: {package}",
+            "Use another base model. Of a multimodal model, the checkpoint of the language model alone may need no such package.",
+        )
     return Failure(
         Reason.BASE_MODEL_INVALID,
         f"cannot build {name} from its config.json: {type(error).__name__}: {error}",

@@ -15,8 +15,10 @@ ATTENTION = re.compile(r"(^|\.)(\w*attn\w*|\w*attention\w*)$", re.IGNORECASE)
 MLP = re.compile(
     r"(^|\.)(\w*mlp\w*|\w*ffn\w*|DenseReluDense|\w*feed_forward\w*|\w*ff|\w*expert\w*|\d+)$", re.IGNORECASE
 )
-# The routers of mixtures of experts: too small to benefit from an update, and vLLM loads no update for them.
-ROUTERS = {"gate", "router", "score"}
+# The routers of mixtures of experts, or the modules around them: too small to benefit from an update, and vLLM loads no
+# update for them. Some families read their weights without calling the module, so that an update has no effect. The same
+# holds for Gemma 3n's altup, which mixes four copies of the tokens' values.
+ROUTERS = {"gate", "router", "score", "altup"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Projection:
 class Stacked:
     """The experts of a mixture, which transformers holds as stacked matrices instead of linear modules."""
 
-    names: list[str]  # the last parts of the parameters' names
+    names: list[str]  # the last parts of the names of the parameters, or of the modules that have nothing else
     parameters: int
 
 
@@ -88,13 +90,14 @@ def unreached(lora: Lora, stacked: Stacked | None, parameters: int) -> str | Non
     where, share = _where(lora), 100 * stacked.parameters / max(1, parameters)
     return (
         f"{where}.targetModules: no preset reaches the experts of this mixture ({', '.join(stacked.names)}: {share:.0f} % of "
-        "the parameters). They are stacked matrices, for which engines load no low-rank update. Method full trains them."
+        "the parameters). They are stacked matrices, for which Graft trains no low-rank update. Method full trains them."
     )
 
 
 def _useful(item: Projection) -> bool:
     """Return whether a preset takes the module: an update must have an effect, and rank 1 is no update."""
-    return item.leaf not in ROUTERS and not item.bypassed and min(item.inputs, item.outputs) > 1
+    router = item.leaf in ROUTERS or item.parent.rpartition(".")[2] in ROUTERS
+    return not router and not item.bypassed and min(item.inputs, item.outputs) > 1
 
 
 def _where(lora: Lora) -> str:
@@ -136,7 +139,7 @@ def _refuse_stacked(names: list[str], stacked: Stacked | None, where: str) -> No
         raise Failure(
             Reason.CONFIGURATION_INVALID,
             f"{where}.targetModuleNames: {', '.join(found)} would mean the experts of this mixture. They are stacked matrices, "
-            "for which engines load no low-rank update",
+            "for which Graft trains no low-rank update",
             f"Leave them out of {where}.targetModuleNames, or use method full, which trains them.",
         )
 

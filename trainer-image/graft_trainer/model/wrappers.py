@@ -50,14 +50,21 @@ def language_model(model: Any) -> str:
     return next((name for name, module in model.named_modules() if module is blocks), "")
 
 
+def image_layers(model: Any) -> list[str]:
+    """Return parts of the names of the layers that attend to an image (Llama 3.2 Vision). Text passes them by."""
+    text = model.config.get_text_config()
+    return [f".layers.{index}." for index in getattr(text, "cross_attention_layers", None) or ()]
+
+
 def language_parameters(model: Any) -> Iterator[nn.Parameter]:
     """Return the weights that text reaches: all those of a language model, and of a multimodal model the blocks of its
-    language model and its head."""
-    if not (part := language_model(model)):
-        yield from model.parameters()
-        return
-    yield from model.get_submodule(part).parameters()
-    if (head := model.get_output_embeddings()) is not None:
+    language model and its head, without the layers that attend to an image."""
+    part, skipped = language_model(model), image_layers(model)
+    head = model.get_output_embeddings()
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{part}." if part else "") and not any(layer in name for layer in skipped):
+            yield parameter
+    if part and head is not None:
         yield from head.parameters()
 
 

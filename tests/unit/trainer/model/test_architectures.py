@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from graft.api.recipe import Lora, Method
+from graft.contracts.progress import Reason
 from graft_trainer.model.basemodel import check_base_model, load_config
 from graft_trainer.model.methods import make_tunable
 from graft_trainer.model.model import BaseModel, load_base_model
@@ -18,7 +19,8 @@ from graft_trainer.recipe.resolve import Device, limits
 from graft_trainer.run.failures import Failure
 from graft_trainer.versions.publish import name_as_served
 from peft import PeftModel
-from worlds.architectures import MULTIMODAL, OTHERS, save_model
+from transformers import AutoConfig
+from worlds.architectures import MIXTURES, MULTIMODAL, OTHERS, SMALL, gemma3n_config, save_model
 from worlds.trainer import make_job
 
 CPU = Device("cpu")
@@ -111,6 +113,31 @@ def test_presets_say_what_they_leave_out_of_a_mixture(folders: dict[str, Path]) 
         names = Lora(target_module_names=["q_proj", "experts.gate_up_proj"])
         try_method(folders["mixtral"], "mixtral", "causal", Method(lora=names))
     assert "Leave them out of spec.method.lora.targetModuleNames" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_family_of_mixtures_says_that_no_preset_reaches_its_experts(kind: str, tmp_path: Path) -> None:
+    fields, experts = MIXTURES[kind]
+    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(kind, **(({} if kind == "dbrx" else SMALL) | {"vocab_size": 320} | ids | fields))
+    config.save_pretrained(tmp_path)
+    found = try_method(tmp_path, kind, "causal", Method(lora=Lora()))
+    assert found.unreached and f"the experts of this mixture ({', '.join(experts)}: " in found.unreached
+    assert not {"gate", "wg", "router", "classifier", "layer"} & set(found.targets)  # a router
+    with pytest.raises(Failure, match=f"targetModuleNames: {experts[0]} would mean the experts") as caught:
+        try_method(tmp_path, kind, "causal", Method(lora=Lora(target_module_names=[experts[0]])))
+    assert "method full, which trains them" in caught.value.remedy
+
+
+def test_a_model_that_needs_a_package_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = gemma3n_config()
+    config.architectures = ["Gemma3nForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        Failure, match=r"gemma needs a package that the trainer's image does not have: .*timm"
+    ) as caught:
+        try_method(tmp_path, "gemma", "causal", Method(lora=Lora()))
+    assert caught.value.reason == Reason.BASE_MODEL_INVALID
 
 
 def test_presets_leave_out_what_a_state_space_kernel_bypasses(folders: dict[str, Path]) -> None:

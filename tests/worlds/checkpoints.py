@@ -215,6 +215,7 @@ def run_attempt(
             work = Work(
                 model,
                 examples or make_examples(),
+                sum(item.tokens for item in examples or make_examples()),
                 Data(happening),  # type: ignore[arg-type]
                 Tokenisation((examples or make_examples())[:held_out], 0, 0) if held_out else None,
                 dataclasses.replace(RESOLVED, **changes),

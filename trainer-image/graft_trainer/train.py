@@ -149,7 +149,7 @@ def train(run: Run, prepared: Prepared) -> Trained:
     collate = PackCollator if job.training.packing else Collator
     collator = collate(pad_token(tokenizer), multiple=8 if device.kind == "cuda" else 1)
     of = identity(job, resolved, prepared.digests, len(items))
-    learned = run_loop(run, Work(tunable.model, items, collator, held_out, resolved, device, of))
+    learned = run_loop(run, Work(tunable.model, items, tokens.tokens, collator, held_out, resolved, device, of))
     peak = memory.peak_bytes()
     run.progress.update(peak_memory_bytes=peak)
     model = extract_model_from_parallel(tunable.model, keep_fp32_wrapper=False)

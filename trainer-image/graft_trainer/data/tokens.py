@@ -163,6 +163,11 @@ class Tokenisation:
         """Tokens of the longest sequence."""
         return max(item.tokens for item in self.examples)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(item.tokens for item in self.examples)
+
 
 def tokenise(
     examples: Sequence[Example],

@@ -21,7 +21,7 @@ from graft_trainer.loop.lean_trainer import LeanTrainer, training_arguments
 from graft_trainer.loop.watch import Watch
 from graft_trainer.model import sharding
 from graft_trainer.processes import distributed
-from graft_trainer.recipe.resolve import Device, Resolved
+from graft_trainer.recipe.resolve import Device, Resolved, steps_per_epoch
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.run import Run
 
@@ -34,6 +34,7 @@ class Work:
 
     model: Any
     examples: Sequence[Any]
+    tokens: int  # of all examples
     collator: Collator
     held_out: Tokenisation | None
     resolved: Resolved
@@ -75,8 +76,21 @@ def run_loop(run: Run, work: Work) -> Learned:
         run.progress.update(checkpoints=found)
 
     writer = CheckpointWriter(checkpoints, distributed.rank(), distributed.world_size(), report)
+    steps = steps_per_epoch(
+        len(work.examples),
+        resolved.per_device_train_batch_size,
+        resolved.gradient_accumulation_steps,
+        resolved.world_size,
+    )
     watch = Watch(
-        run.progress, run.interruption, resolved, work.collator, work.held_out, writer, run.settings.checkpoint_seconds
+        run.progress,
+        run.interruption,
+        resolved,
+        work.collator,
+        work.held_out,
+        writer,
+        run.settings.checkpoint_seconds,
+        work.tokens / steps,
     )
     resume = find_resume(checkpoints, resolved, work.device, report)
     if resume is not None and resume.final:

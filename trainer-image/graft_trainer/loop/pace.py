@@ -12,8 +12,9 @@ DENSITY = 0.01  # the time between two marks, as a share of the time since the s
 class Pace:
     """Speed over the last WINDOW seconds, and the remaining time by the speed in the second half of the training so far.
 
-    The speed excludes evaluations. The remaining time includes them: each takes as long as the earlier ones did, or as
-    long as expected.
+    The remaining steps are expected to have as many tokens as a step has on average. In a short run, the measured steps may
+    have many more or fewer. The speed excludes evaluations. The remaining time includes them: each takes as long as the
+    earlier ones did, or as long as expected.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,13 +57,14 @@ class Pace:
         (begin, _, before), (end, _, after) = self._mark(self._marks[-1][0] - WINDOW), self._marks[-1]
         return round((after - before) / (end - begin), 1) if end > begin else None
 
-    def eta_seconds(self, total_steps: int, evaluations: int = 0) -> int | None:
-        """Return the seconds until `total_steps` steps and `evaluations` more evaluations are done."""
+    def eta_seconds(self, total_steps: int, tokens_per_step: float, evaluations: int = 0) -> int | None:
+        """Return the seconds until `total_steps` steps, of `tokens_per_step` tokens on average, and `evaluations` more
+        evaluations are done."""
         if len(self._marks) <= FEWEST:
             return None
-        end, after, _ = self._marks[-1]
-        begin, before, _ = self._mark(min(end / 2, end - WINDOW))
-        seconds = (total_steps - after) * (end - begin) / (after - before)
+        end, steps, after = self._marks[-1]
+        begin, _, before = self._mark(min(end / 2, end - WINDOW))
+        seconds = (total_steps - steps) * tokens_per_step * (end - begin) / max(1, after - before)
         if self._measured:
             seconds += evaluations * sum(self._measured) / len(self._measured)
         elif self._expected is not None:

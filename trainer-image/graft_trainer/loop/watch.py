@@ -36,6 +36,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         held_out: Tokenisation | None,
         writer: CheckpointWriter,
         save_seconds: float,
+        tokens_per_step: float,
     ) -> None:
         self.progress = progress
         self.interruption = interruption
@@ -43,6 +44,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.collator = collator
         self.held_out = held_out
         self.save_seconds = save_seconds  # between checkpoints, if training.saveSteps is not set
+        self.tokens_per_step = tokens_per_step  # mean over an epoch
         self.writer = writer
         self.curve: list[dict[str, float]] = []
         self.events: list[dict[str, Any]] = []  # the lines of events.jsonl
@@ -114,7 +116,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 step=step,
                 percent=100 * step // total,
                 tokens_per_second=self.pace.tokens_per_second(),
-                eta_seconds=self.pace.eta_seconds(total, self.evaluations_after(step - 1)),
+                eta_seconds=self.eta_seconds(step),
             )
         control.should_save = save and step < total  # after the last step, the final checkpoint is written
 
@@ -134,7 +136,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._event(**record)
         self.progress.update(step=step, loss=round(loss, 5))
         speed = self.pace.tokens_per_second()
-        eta = self.pace.eta_seconds(self.resolved.max_steps, self.evaluations_after(step - 1))
+        eta = self.eta_seconds(step)
         if distributed.is_main():
             log.info(
                 "step %d/%d  loss %.4f  lr %.2e%s%s",
@@ -173,6 +175,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.held_out is None or every is None:
             return 0
         return max(0, (self.resolved.max_steps - 1) // every - step // every)
+
+    def eta_seconds(self, step: int) -> int | None:
+        """Return the remaining seconds of training after this step, with the evaluation that is due after it."""
+        evaluations = self.evaluations_after(step - 1)
+        return self.pace.eta_seconds(self.resolved.max_steps, self.tokens_per_step, evaluations)
 
     def catch_up(self, model: Any, step: int) -> None:
         """Measure the held-out loss if it is due. If a rank is interrupted meanwhile, set `leaving`.

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 TIMEOUT = aiohttp.ClientTimeout(total=20, connect=5)
 ATTEMPTS = 5
 LARGEST_ANSWER = 16 * 2**20  # bytes of one answer, after decompression
-LARGEST_EVENT = 4 * 2**20  # bytes of one event of a watch; a longer one is left out
+# bytes of one event of a watch. etcd stores at most 1.5 MiB of an object, which escaping in JSON makes at most 6 times as
+# long. So only a cluster with larger limits has an event that is left out.
+LARGEST_EVENT = 16 * 2**20
+SILENCE = 100  # seconds without any bytes in a watch; the API server sends a bookmark at least every 75 s
 TOO_LARGE = "TooLarge"  # reason of the KubeError for an answer above the bound
 JSON = "application/json"
 
@@ -120,7 +123,7 @@ class Connection:
             header_params={"Accept": accept},
             auth_settings=["BearerToken"],
         )
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, connect=5)
+        timeout = aiohttp.ClientTimeout(total=seconds + 30, connect=5, sock_read=SILENCE)
         response = await self._api.call_api(*serialized, _request_timeout=timeout)
         async with response.response as raw:
             if raw.status != 200:

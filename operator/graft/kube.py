@@ -9,12 +9,10 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
 
-import aiohttp
-
-from graft import connection, metrics
+from graft import connection
 from graft.applied import contents, covers, stamped
 from graft.connection import JSON, TOO_LARGE, Connection, KubeError
 from graft.kinds import (
@@ -40,6 +38,15 @@ PAGE = 200  # objects in one answer
 MOST_UNLIKE = 10_000  # objects; each costs about 200 bytes
 LARGEST_LIST = 32 * 2**20  # bytes of the objects of one namespace that a list holds
 Manifest = dict[str, Any]
+Place = tuple[str, str]  # namespace and name
+
+
+class Page(NamedTuple):
+    """A part of a list, the version of the whole list, and the bytes of the part."""
+
+    items: list[Manifest]
+    version: str
+    size: int
 
 
 class Kube:
@@ -47,6 +54,9 @@ class Kube:
 
     def __init__(self, api: Any) -> None:
         self._connection = Connection(api)
+        # The cache sets both. It takes the answer of each read and write, and `ensure` reads the live objects from it.
+        self.answered: Callable[[str, Manifest], None] = lambda kind, answer: None
+        self.live: Callable[[str, str | None, str], Awaitable[Manifest | None]] = self.get
         # UID -> contents of a live object that differs from its manifest even after it was applied
         self._unlike: dict[str, str] = {}
 
@@ -84,7 +94,7 @@ class Kube:
             if error.status == 404:
                 return None
             raise
-        return answer
+        return self._told(kind, answer)
 
     async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
         """Return the Events about an object, oldest first."""
@@ -113,21 +123,34 @@ class Kube:
         managedFields are left out, and with `metadata_only` everything but the metadata. Raises KubeError if the
         objects of one namespace have more than LARGEST_LIST bytes.
         """
-        query = {"labelSelector": selector(dict(labels))} if labels else {}
         items: list[Manifest] = []
         held = 0
-        async for page, size in self._pages(
-            KINDS[kind].path(namespace), query, METADATA_LISTS if metadata_only else JSON
-        ):
-            _check_list(kind, namespace, page)
-            found = page.get("items") or []
-            kept = [_slim(item) for item in found if owner is None or owned_by(item, owner)]
+        async for page in self.pages(kind, namespace, labels or {}, metadata_only=metadata_only):
+            kept = [item for item in page.items if owner is None or owned_by(item, owner)]
             items += kept
-            held += size * len(kept) // max(len(found), 1)
+            held += page.size * len(kept) // max(len(page.items), 1)
             if namespace is not None and held > LARGEST_LIST:
                 text = f"the {KINDS[kind].plural} of namespace {namespace} have more than {LARGEST_LIST >> 20} MiB. Delete some"
                 raise KubeError(0, TOO_LARGE, text)
         return items
+
+    async def pages(
+        self,
+        kind: str,
+        namespace: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        *,
+        only: Place | None = None,
+        metadata_only: bool = False,
+    ) -> AsyncIterator[Page]:
+        """Yield the objects with these labels page by page, all as they were at one version. A label with the value None
+        matches any value. `only`: namespace and name of a single object. managedFields are left out.
+        """
+        path, query = _selected(kind, namespace, labels, only)
+        async for page, size in self._pages(path, query, METADATA_LISTS if metadata_only else JSON):
+            _check_list(kind, only[0] if only else namespace, page)
+            items = [_slim(item) for item in page.get("items") or []]
+            yield Page(items, str(page["metadata"].get("resourceVersion", "")), size)
 
     async def _pages(self, path: str, query: dict[str, Any], accept: str = JSON) -> AsyncIterator[tuple[Manifest, int]]:
         """Yield the pages of a list with their bytes. A page that is too large is asked for again with fewer objects."""
@@ -147,72 +170,34 @@ class Kube:
                 return
             query["continue"] = token
 
-    async def watch(
+    async def events(
         self,
         kind: str,
-        labels: dict[str, str | None],
+        version: str,
+        labels: Mapping[str, str | None] | None = None,
         *,
-        only: tuple[str, str] | None = None,
-    ) -> AsyncIterator[Manifest | None]:
-        """Yield the changes of all objects with these labels, without end. A label with the value None matches any
-        value. Only the metadata of the objects is read: any user can set labels on objects of any size.
-
-        `only`: watch one object, as (namespace, name), as a whole.
-
-        The objects are listed first, then watched, and listed again after an error. None is yielded when a watch opens or ends
-        without an error, so a caller can distinguish a silent watch from a broken watch.
+        only: Place | None = None,
+        metadata_only: bool = False,
+    ) -> AsyncIterator[Manifest]:
+        """Yield the events after a version: {"type": ADDED, MODIFIED, DELETED, BOOKMARK or ERROR, "object": ...}. The server
+        ends the watch after WATCH_SECONDS. Raises KubeError if it refuses the watch.
         """
-        namespace, name = only if only is not None else (None, None)
-        path = KINDS[kind].path(namespace)
-        query: dict[str, Any] = {"labelSelector": selector(labels)} if labels else {}
-        if name is not None:
-            query["fieldSelector"] = f"metadata.name={path_part(name)}"
-        accept = (METADATA_LISTS, METADATA_ONLY) if only is None else (JSON, JSON)
-        pause = 0.5
-        while True:
-            try:
-                version = ""
-                async for page, _ in self._pages(path, query, accept[0]):
-                    _check_list(kind, namespace, page)
-                    for item in page.get("items") or []:
-                        yield {"type": "LISTED", "object": _slim(item)}
-                    version = page["metadata"]["resourceVersion"]
-                yield None
-                async for event in self._events(kind, namespace, path, query, version, accept[1]):
-                    pause = 0.5
-                    yield event
-            except (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError) as error:
-                log.info("the watch of %s ended and is opened again: %s", kind, error)
-                metrics.WATCH_RESTARTS.labels(kind).inc()
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-                pause = min(pause * 2, 30)
-
-    async def _events(
-        self, kind: str, namespace: str | None, path: str, query: dict[str, Any], version: str, accept: str
-    ) -> AsyncIterator[Manifest | None]:
-        """Yield events after `version`, and None for a sign of life. The server ends a watch after WATCH_SECONDS. It is then
-        opened again at the last version that was seen."""
-        while True:
-            async for event in self._connection.stream(
-                path, query | {"resourceVersion": version}, WATCH_SECONDS, accept
-            ):
-                found = event["object"]
-                if event["type"] == "ERROR":
-                    raise KubeError(int(found.get("code", 0)), "Expired", str(found.get("message")))
-                version = found["metadata"]["resourceVersion"]
-                if event["type"] == "BOOKMARK":
-                    yield None
-                    continue
-                check_object(kind, namespace, None, found)
-                yield {"type": event["type"], "object": _slim(found)}
-            yield None
+        path, query = _selected(kind, None, labels, only)
+        accept = METADATA_ONLY if metadata_only else JSON
+        query = query | {"resourceVersion": version}
+        async for event in self._connection.stream(path, query, WATCH_SECONDS, accept):
+            if event["type"] not in {"ERROR", "BOOKMARK"}:
+                check_object(kind, only[0] if only else None, None, event["object"])
+                _slim(event["object"])
+            yield event
 
     async def apply(self, manifest: Manifest, *, manager: str = FIELD_MANAGER) -> Manifest:
         """Set the fields in the manifest by server-side apply. Other fields stay unchanged."""
         metadata = manifest["metadata"]
         path = KINDS[manifest["kind"]].path(metadata.get("namespace"), metadata["name"])
-        return await self.request(
-            "PATCH", path, manifest, {"fieldManager": manager, "force": "true"}, "application/apply-patch+yaml"
+        query = {"fieldManager": manager, "force": "true"}
+        return self._told(
+            manifest["kind"], await self.request("PATCH", path, manifest, query, "application/apply-patch+yaml")
         )
 
     async def ensure(self, *manifests: Manifest) -> None:
@@ -242,7 +227,12 @@ class Kube:
 
     async def _live(self, manifest: Manifest) -> Manifest | None:
         metadata = manifest["metadata"]
-        return await self.get(manifest["kind"], metadata.get("namespace"), metadata["name"])
+        return await self.live(manifest["kind"], metadata.get("namespace"), metadata["name"])
+
+    def _told(self, kind: str, answer: Manifest) -> Manifest:
+        """Pass on what the API server answered about one object."""
+        self.answered(kind, answer)
+        return answer
 
     async def create(self, manifest: Manifest) -> None:
         """Create an object whose spec is immutable. If it already exists with the same owner, nothing happens. With
@@ -250,7 +240,7 @@ class Kube:
         metadata = manifest["metadata"]
         path = KINDS[manifest["kind"]].path(metadata.get("namespace"))
         try:
-            await self.request("POST", path, manifest, {"fieldManager": FIELD_MANAGER})
+            self._told(manifest["kind"], await self.request("POST", path, manifest, {"fieldManager": FIELD_MANAGER}))
         except KubeError as error:
             if error.status != 409:
                 raise
@@ -268,9 +258,8 @@ class Kube:
         body = {"apiVersion": api_version, "kind": kind, "metadata": metadata, "status": status}
         path = KINDS[kind].path(namespace, name, "status")
         try:
-            await self.request(
-                "PATCH", path, body, {"fieldManager": FIELD_MANAGER, "force": "true"}, "application/apply-patch+yaml"
-            )
+            query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+            self._told(kind, await self.request("PATCH", path, body, query, "application/apply-patch+yaml"))
         except KubeError as error:
             if error.status not in {404, 409}:
                 raise
@@ -279,13 +268,8 @@ class Kube:
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Manifest) -> None:
         """Send a JSON merge patch. A missing object (404) is ignored."""
         try:
-            await self.request(
-                "PATCH",
-                KINDS[kind].path(namespace, name),
-                patch,
-                {"fieldManager": FIELD_MANAGER},
-                "application/merge-patch+json",
-            )
+            path, query = KINDS[kind].path(namespace, name), {"fieldManager": FIELD_MANAGER}
+            self._told(kind, await self.request("PATCH", path, patch, query, "application/merge-patch+json"))
         except KubeError as error:
             if error.status != 404:
                 raise
@@ -343,6 +327,16 @@ def controller_of(item: Manifest) -> str | None:
 def owned_by(item: Manifest, uid: str) -> bool:
     """Return whether the controller of an object has this UID."""
     return controller_of(item) == uid
+
+
+def _selected(
+    kind: str, namespace: str | None, labels: Mapping[str, str | None] | None, only: Place | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the path and the query of some objects of a kind (PURE)."""
+    query: dict[str, Any] = {"labelSelector": selector(dict(labels))} if labels else {}
+    if only is not None:
+        query["fieldSelector"] = f"metadata.name={path_part(only[1])}"
+    return KINDS[kind].path(only[0] if only is not None else namespace), query
 
 
 def _check_list(kind: str, namespace: str | None, page: Manifest) -> None:

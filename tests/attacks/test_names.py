@@ -17,6 +17,7 @@ from graft import connection, crdgen
 from graft.__main__ import JsonFormatter
 from graft.api import FineTuneJob
 from graft.artifacts.layout import in_tenants_part
+from graft.cache.cache import Source, essential
 from graft.kinds import KINDS, ImpossibleName, selector
 from graft.kube import Kube, KubeError, owned_by
 from graft.manifests.metadata import FINALIZER
@@ -27,6 +28,7 @@ from graft.reconcile.shared.ownership import owner_of
 from graft.reconcile.shared.queue import Queue
 from graft.reconcile.shared.stored import valid
 from graft.settings import Images, Settings
+from graft.wakes import belongs, sources
 from kubernetes.aio import client
 from pydantic import BaseModel, ValidationError
 
@@ -225,16 +227,32 @@ async def test_one_answer_without_an_end(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_a_watch_reads_metadata_page_by_page() -> None:
     """Labelled ConfigMaps of anybody fill the memory of the watch -> it asks for metadata, 200 objects at a time."""
     asked: list[tuple[int, str]] = []
+    source = next(item for item in sources("graft-system") if item.key == "ConfigMap")
     async with api_server(paginated([configmap(f"c{i}") for i in range(450)], asked)) as (kube, seen):
-        found = []
-        async for event in kube.watch("ConfigMap", {"graft.dev/owner-uid": None}):
-            if event is None:
-                break
-            found.append(event["object"])
+        pages = [item async for item in kube.pages("ConfigMap", labels=source.labels, metadata_only=not source.listed)]
+    found = [item for page in pages for item in page.items]
     assert len(found) == 450 and all("managedFields" not in item["metadata"] for item in found)
     assert [limit for limit, _ in asked] == [200, 200, 200]
     assert all("as=PartialObjectMetadataList" in accept for _, accept in asked)
     assert all("labelSelector=graft.dev/owner-uid" in path for path in seen)
+
+
+def test_every_selection_by_a_label_lists_metadata_only() -> None:
+    """Any user can label objects of any size -> no list holds their contents, and only runs' events have them."""
+    labelled = [item for item in sources("graft-system") if item.labels]
+    assert len(labelled) > 10 and not any(item.listed for item in labelled)
+    assert {item.kind for item in labelled if item.watched} == {"Job", "Pod"}
+
+
+def test_metadata_of_a_megabyte() -> None:
+    """Somebody makes a labelled object with a megabyte of metadata -> less than a kilobyte of it is held, or nothing."""
+    big = configmap("c", owner="ours")
+    big["metadata"] |= {"uid": "u", "resourceVersion": "5", "annotations": {"a": "x" * 900_000}}
+    big["metadata"]["labels"] = {"graft.dev/owner-uid": "ours", "x" * 60: "y"}
+    big["metadata"]["ownerReferences"] += [{"uid": "<" * 900_000, "kind": "ConfigMap", "name": "x"}]
+    assert len(json.dumps(essential(big))) < 1000
+    source = Source("ConfigMap", labels={"graft.dev/owner-uid": None})
+    assert not belongs(source, big, "graft-system")  # it does not say which resource owns it
 
 
 async def test_an_event_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ RECHECK = 600.0  # seconds until a valid source is checked again
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     """Reconcile one BaseModel. Return the seconds until the next reconcile, or None if it does not exist."""
-    raw = await ctx.kube.get(KIND, None, name)
+    raw = await ctx.cache.get(KIND, None, name)
     if raw is None or raw["metadata"].get("deletionTimestamp"):
         return None
     model = BaseModel.model_validate(raw)

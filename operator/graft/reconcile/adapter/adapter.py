@@ -40,7 +40,7 @@ UNREAD = (
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     """Reconcile one Adapter. Return the seconds until the next reconcile, or None to wait for an event."""
-    raw = await ctx.kube.get(KIND, namespace, name)
+    raw = await ctx.cache.get(KIND, namespace, name)
     if raw is None:
         return None
     adapter = Adapter.model_validate(raw)
@@ -48,7 +48,10 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return 0
     if not adapter.metadata.deletion_timestamp and await lifecycle.label(ctx, adapter):
         return 0
-    deployments = await ctx.kube.list("AdapterDeployment", namespace)
+    reader = (
+        ctx.kube if adapter.metadata.deletion_timestamp else ctx.cache
+    )  # the last look before its files are deleted
+    deployments = await reader.list("AdapterDeployment", namespace)
     used_by = serving(adapter, deployments)
     if adapter.metadata.deletion_timestamp:
         return await _clean_up(ctx, raw, adapter, used_by, deployments)

@@ -52,7 +52,7 @@ class Step:
 async def make(ctx: Context, adapter: Adapter) -> Step:
     """Reconcile a version that has no files yet."""
     namespace, labels = adapter.metadata.namespace, {OWNER_UID: adapter.metadata.uid}
-    children = await ctx.kube.list("Job", namespace, labels, owner=adapter.metadata.uid)
+    children = await ctx.cache.list("Job", namespace, labels, owner=adapter.metadata.uid)
     ended = bool(children) and any(
         condition_of(children[0], kind).get("status") == "True" for kind in ("Complete", "Failed", "FailureTarget")
     )
@@ -77,7 +77,7 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
         return await _start(ctx, adapter)
     if not ended:
         await _keep(ctx, adapter)
-    made = created_by(children, await ctx.kube.list("Pod", namespace, labels))
+    made = created_by(children, await ctx.cache.list("Pod", namespace, labels))
     own = sorted(made, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
     refused = await refusal(ctx, namespace, children[0]["metadata"]["uid"]) if not own else None
     return observe(adapter, children[0], own, refused)
@@ -96,7 +96,7 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
         return waiting(adapter, refused)
     if (trouble := await ensure_credentials(ctx, namespace)) is not None:
         return waiting(adapter, trouble)
-    adapters = valid(Adapter, await ctx.kube.list(KIND, namespace))
+    adapters = valid(Adapter, await ctx.cache.list(KIND, namespace))
     if adapter.spec.compose is not None and adapter.status.parents is None:
         chosen = resolve(adapter, adapter.spec.compose, adapters, base.ref)
         if isinstance(chosen, Trouble):
@@ -128,7 +128,7 @@ async def _keep(ctx: Context, adapter: Adapter) -> None:
     """Repair what the pod of the running Job needs. An existing job.json stays: the attempts of a Job share it."""
     namespace = adapter.metadata.namespace
     needed = [manifests.policy(adapter, ctx.settings)]
-    if await ctx.kube.get("ConfigMap", namespace, manifests.job_name(adapter)) is None:
+    if await ctx.cache.get("ConfigMap", namespace, manifests.job_name(adapter)) is None:
         base = await gather_base_model(ctx, adapter.spec.base_model, namespace)
         if isinstance(base, Base):
             file = manifests.version_file(adapter, base.ref, base.model.status, base.model.spec.task, ctx.settings)

@@ -56,7 +56,7 @@ class Look:
 
     async def write(self, verdict: Condition, plan: Plan, **changes: Any) -> None:
         """Write the status: the verdict, the use, the compatibility and the plan."""
-        models = valid(BaseModel, await self.ctx.kube.list("BaseModel"))
+        models = valid(BaseModel, await self.ctx.cache.list("BaseModel"))
         told = use(self.adapter, self.used_by) | {
             "compatibility": compatible_bases(self.adapter, models),
             "pruned_after": plan.pruned_after,
@@ -174,7 +174,7 @@ async def _plan(look: Look) -> Plan:
     Before anything is removed, list everything again and decide once more.
     """
     labels = {ADAPTER_LABEL: look.adapter.spec.adapter}
-    found = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace, labels)
+    found = await look.ctx.cache.list(KIND, look.adapter.metadata.namespace, labels)
     look.versions = valid(Adapter, found)
     needed = retention.needs(look.versions, look.deployments)
     plan = retention.decide(look.adapter, look.versions, needed, time.time())
@@ -219,9 +219,9 @@ def _compares(job: Manifest, adapter: str) -> bool:
 
 async def _is_awaited(look: Look) -> bool:
     """Return whether a composition or a BaseModel needs the version's files."""
-    if retention.read_by(look.adapter, await look.ctx.kube.list("BaseModel")):
+    if retention.read_by(look.adapter, await look.ctx.cache.list("BaseModel")):
         return True
-    adapters = await look.ctx.kube.list(KIND, look.adapter.metadata.namespace)
+    adapters = await look.ctx.cache.list(KIND, look.adapter.metadata.namespace)
     return retention.awaited(look.adapter, look.versions, retention.composing(adapters))
 
 

@@ -45,7 +45,7 @@ SMALL = 500  # replicas times adapters, for which planning takes milliseconds
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     """Reconcile one AdapterDeployment. Return the seconds until the next reconcile, or None to wait for an event."""
-    raw = await ctx.kube.get(KIND, namespace, name)
+    raw = await ctx.cache.get(KIND, namespace, name)
     if raw is None:
         return None
     spec = AdapterDeployment.model_validate(raw)
@@ -75,20 +75,20 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 
 
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
-    namespace, kube = spec.metadata.namespace, ctx.kube
+    namespace, cache = spec.metadata.namespace, ctx.cache
     children = {OWNER_UID: spec.metadata.uid}
     (base, credentials), (listed, found_pods, sets), (deployment, wanted, routes, residency) = await asyncio.gather(
         asyncio.gather(gather_base_model(ctx, spec.spec.base_model, namespace), ensure_credentials(ctx, namespace)),
         asyncio.gather(
-            kube.list("Adapter", namespace),
-            kube.list("Pod", namespace, children),
-            kube.list("ReplicaSet", namespace, children, metadata_only=True),
+            cache.list("Adapter", namespace),
+            cache.list("Pod", namespace, children),
+            cache.list("ReplicaSet", namespace, children, metadata_only=True),
         ),
         asyncio.gather(
-            kube.get("Deployment", namespace, serving_name(spec)),
-            kube.get("ConfigMap", namespace, wanted_name(spec)),
-            kube.get("ConfigMap", ctx.settings.namespace, routes_name(spec)),
-            kube.get("ConfigMap", namespace, residency_name(spec)),
+            cache.get("Deployment", namespace, serving_name(spec)),
+            cache.get("ConfigMap", namespace, wanted_name(spec)),
+            cache.get("ConfigMap", ctx.settings.namespace, routes_name(spec)),
+            cache.get("ConfigMap", namespace, residency_name(spec)),
         ),
     )
     trouble = (
@@ -129,9 +129,12 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
         if found is not None:
             world.residency[key] = found
     # A pod that is not ours (yet) may be adopted later, and its agent reports only changes.
-    gone = sorted(set(keys) - {pods.name(pod) for pod in found_pods})
-    if gone:
-        await kube.merge_patch("ConfigMap", namespace, residency_name(spec), {"data": dict.fromkeys(gone)})
+    if set(keys) - {pods.name(pod) for pod in found_pods}:
+        # The event of a new pod may be later than its agent's first report.
+        there = await cache.fresh("Pod", namespace, children, metadata_only=True)
+        gone = sorted(set(keys) - {pods.name(pod) for pod in there})
+        if gone:
+            await ctx.kube.merge_patch("ConfigMap", namespace, residency_name(spec), {"data": dict.fromkeys(gone)})
     return world
 
 

@@ -155,6 +155,6 @@ async def _guard(ctx: Context, spec: AdapterDeployment, kind: str, manifest: Man
 
 
 async def _remove(ctx: Context, spec: AdapterDeployment, kind: str) -> None:
-    found = await ctx.kube.get(kind, spec.metadata.namespace, serving_name(spec))
+    found = await ctx.cache.get(kind, spec.metadata.namespace, serving_name(spec))
     if found is not None and found["metadata"].get("labels", {}).get(OWNER_UID) == spec.metadata.uid:
         await ctx.kube.delete(kind, spec.metadata.namespace, serving_name(spec), found["metadata"]["uid"])

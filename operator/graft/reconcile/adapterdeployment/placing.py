@@ -37,7 +37,7 @@ async def _sizing(ctx: Context, deployment: AdapterDeployment, base: Base) -> Se
     basis = engine.basis_of(facts, deployment.spec, task=task, vllm=vllm)
     if before is not None and before.basis == basis and engine.can_load(before, int4=int4):
         return before
-    nodes = await ctx.kube.list("Node")
+    nodes = await ctx.cache.list("Node")
     try:
         return engine.serving(facts, deployment.spec, task=task, nodes=nodes, vllm=vllm, int4=int4)
     except DoesNotFit as error:

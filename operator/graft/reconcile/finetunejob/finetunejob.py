@@ -37,6 +37,7 @@ from graft.manifests.training import (
     training_job,
 )
 from graft.reconcile.adapter import versions
+from graft.reconcile.finetunejob.facts import JobFacts, adapter_label, facts_of, output_adapter, version_of
 from graft.reconcile.finetunejob.jobstatus import (
     KIND,
     World,
@@ -54,7 +55,7 @@ from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, job_file_of, keep, refusal
+from graft.reconcile.shared.jobs import job_file_of, keep, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import condition, find, seconds_left
@@ -62,7 +63,7 @@ from graft.status import condition, find, seconds_left
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     """Reconcile one FineTuneJob. Return the seconds until the next reconcile, or None to wait for an event."""
-    raw = await ctx.kube.get(KIND, namespace, name)
+    raw = await ctx.cache.get(KIND, namespace, name)
     if raw is None:
         return None
     job = FineTuneJob.model_validate(raw)
@@ -104,11 +105,11 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 async def _gather(ctx: Context, job: FineTuneJob) -> World:
     namespace, labels = job.metadata.namespace, {OWNER_UID: job.metadata.uid}
     world = World(job)
-    jobs = await ctx.kube.list("Job", namespace, labels, owner=job.metadata.uid)
+    jobs = await ctx.cache.list("Job", namespace, labels, owner=job.metadata.uid)
     world.children = [child for child in jobs if not is_preflight(child)] or jobs
     if not world.children:
         return world
-    own = created_by(jobs, await ctx.kube.list("Pod", namespace, labels))
+    own = created_by(jobs, await ctx.cache.list("Pod", namespace, labels))
     found = [pod for pod in own if is_preflight(pod) == world.preflight]
     world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
     if not world.pods:
@@ -119,7 +120,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     trained = not world.preflight and job_condition(world, "Complete") is not None
     if trained and resolved is not None and resolved.version is not None:
         name = adapter_manifests.adapter_name(job.spec.output.adapter, resolved.version)
-        raw = await ctx.kube.get("Adapter", namespace, name)
+        raw = await ctx.cache.get("Adapter", namespace, name)
         world.adapter = Adapter.model_validate(raw) if raw else None
         await read_published(ctx, world, resolved.version)
     return world
@@ -135,7 +136,7 @@ async def _steer(ctx: Context, world: World) -> None:
         await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], {"spec": {"suspend": job.spec.suspend}})
         child["spec"]["suspend"] = job.spec.suspend
     nodes = int(child["spec"].get("completions") or 1)
-    live = await ctx.kube.get("ConfigMap", namespace, job_file_name(job))
+    live = await ctx.cache.get("ConfigMap", namespace, job_file_name(job))
     restored = await _restore_file(ctx, job, nodes) if live is None else None
     await keep(ctx, namespace, *([restored] if restored is not None else []), *_network(ctx, job, nodes))
     halvings, file = memory_failures(world), job_file_of(live or restored)
@@ -264,7 +265,7 @@ async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | N
     if not any(gate.over == "current" for gate in job.spec.evaluation.gates or []):
         return None
     labelled = {adapter_manifests.ADAPTER_LABEL: job.spec.output.adapter}
-    found = valid(Adapter, await ctx.kube.list("Adapter", job.metadata.namespace, labelled))
+    found = valid(Adapter, await ctx.cache.list("Adapter", job.metadata.namespace, labelled))
     ready = [item for item in found if (ready := find(item.status.conditions, "Ready")) and ready.status == "True"]
     if not ready:
         return None
@@ -314,23 +315,12 @@ async def _reserve_version(
 
 async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
     namespace, adapter = job.metadata.namespace, job.spec.output.adapter
-    known = []
-    for raw in await ctx.kube.list("Adapter", namespace, {adapter_manifests.ADAPTER_LABEL: adapter}):
-        recipe = raw["metadata"].get("annotations", {}).get(adapter_manifests.RECIPE)
-        known.append(versions.Known(raw["spec"]["version"], recipe, raw["spec"]["baseModel"]))
-    for raw in await ctx.kube.list(KIND, namespace):
-        resolved = raw.get("status", {}).get("resolved", {})
-        if condition_of(raw, "Succeeded").get("status") == "False":
-            continue  # a failed job publishes nothing more, and storage lists what it has published
-        if (
-            raw["metadata"]["uid"] != job.metadata.uid
-            and raw["spec"]["output"]["adapter"] == adapter
-            and resolved.get("version")
-        ):
-            known.append(versions.Known(resolved["version"], resolved.get("recipe"), raw["spec"]["baseModel"]))
+    known: list[versions.Known] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
+    others: list[JobFacts] = await ctx.cache.facts(KIND, namespace, adapter, output_adapter, facts_of)
+    reserved = [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
     prefix = layout.adapter_versions_prefix(layout.tenant_of(namespace), adapter)
     stored = await ctx.blocking(ctx.store.folders, prefix)
-    return known + [versions.Known(version, None, None) for version in stored if versions.parse(version)]
+    return known + reserved + [versions.Known(version, None, None) for version in stored if versions.parse(version)]
 
 
 def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:

@@ -22,7 +22,7 @@ async def place(ctx: Context, job: FineTuneJob, base: Base) -> tuple[Shape, Sizi
             spec.method,
             spec.training,
             task=base.model.spec.task,
-            nodes=await ctx.kube.list("Node"),
+            nodes=await ctx.cache.list("Node"),
             placement=spec,
             spot_taints=ctx.settings.spot.taints if spec.spot else (),
             explicit=spec.resources,

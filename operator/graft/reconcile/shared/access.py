@@ -63,7 +63,7 @@ def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | 
 
 async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | Trouble:
     """Read the BaseModel. Return it pinned, or why the namespace cannot use it now."""
-    raw = await ctx.kube.get("BaseModel", None, name)
+    raw = await ctx.cache.get("BaseModel", None, name)
     try:
         model = BaseModel.model_validate(raw) if raw else None
     except ValidationError:

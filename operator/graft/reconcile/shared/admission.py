@@ -46,12 +46,12 @@ async def admit(ctx: Context, kind: str, reconcile: Reconcile, namespace: str, n
     """Reconcile one resource if it may be reconciled, else write why not. Return the seconds until the next reconcile."""
     why = why_reserved(namespace, ctx.store.config.access_key_id) if namespace else None
     if why is not None:
-        raw = await ctx.kube.get(kind, namespace, name)
+        raw = await ctx.cache.get(kind, namespace, name)
         return None if raw is None else await _refuse(ctx, kind, raw, reserved(namespace, why))
     try:
         return await reconcile(ctx, namespace, name)
     except ValidationError:
-        raw = await ctx.kube.get(kind, namespace or None, name)
+        raw = await ctx.cache.get(kind, namespace or None, name)
         why = None if raw is None else why_invalid(kind, raw)
         if raw is None or why is None:  # this resource is valid: another object that the reconcile read is invalid
             raise

@@ -16,6 +16,7 @@ from graft.api.meta import Condition, Resource, Status
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.signing import Keys
 from graft.artifacts.store import S3Store
+from graft.cache.cache import Cache
 from graft.kube import Kube, Manifest
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.backoff import Backoff
@@ -60,6 +61,11 @@ class Context:
     )  # reconcile a resource soon; see Queue.wake
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
+
+    cache: Cache | Any = None  # what reconciles read; without one, they read from the API server
+
+    def __post_init__(self) -> None:
+        self.cache = self.cache or Cache(self.kube)
 
     async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call, for example of the store, in a thread. The event loop never waits for it.

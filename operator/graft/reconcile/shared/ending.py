@@ -58,7 +58,7 @@ async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
     Return the seconds until the next reconcile, why that is impossible, or None.
     """
     namespace, labels = resource.metadata.namespace, {OWNER_UID: resource.metadata.uid}
-    for child in await ctx.kube.list("Job", namespace, labels, owner=resource.metadata.uid):
+    for child in await ctx.cache.fresh("Job", namespace, labels, owner=resource.metadata.uid):
         if child["metadata"].get("deletionTimestamp"):
             continue
         try:
@@ -69,8 +69,8 @@ async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:
             # The RoleBinding was deleted. This also happens while a namespace is deleted, if it loses the RoleBinding
             # before the Job.
             return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
-    pods = await ctx.kube.list("Pod", namespace, labels, metadata_only=True)
+    pods = await ctx.cache.fresh("Pod", namespace, labels, metadata_only=True)
     if any(is_pod_of(pod, resource.metadata.name) for pod in pods):
         return SOON
-    left = await ctx.kube.list("Job", namespace, labels, owner=resource.metadata.uid, metadata_only=True)
+    left = await ctx.cache.fresh("Job", namespace, labels, owner=resource.metadata.uid, metadata_only=True)
     return SOON if left else None

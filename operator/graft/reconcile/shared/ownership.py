@@ -18,28 +18,47 @@ PLACE = "graft.dev/namespace"  # on routes: the namespace of their owner
 def owner_of(kind: str, child: Manifest, known: Mapping[Key, str], operator_namespace: str) -> Key | None:
     """Return the resource that a child belongs to, or None if it belongs to no resource of Graft.
 
-    `known`: the UIDs of the resources. A child is in the namespace of its owner, and its owner references name the
-    owner. Those of a pod name a Job or a ReplicaSet of the owner. Only the routes are in the operator's namespace,
-    where owner references do not work and no user may write.
+    `known`: the UIDs of the resources.
+    """
+    claimed = claimed_owner(kind, child, operator_namespace)
+    return claimed[0] if claimed is not None and known.get(claimed[0]) == claimed[1] else None
+
+
+def claimed_owner(kind: str, child: Manifest, operator_namespace: str) -> tuple[Key, str] | None:
+    """Return the resource that a child names as its owner, with its UID. None if the child does not name it in all places.
+
+    A child is in the namespace of its owner, and its owner references name the owner. Those of a pod name a Job or a
+    ReplicaSet of the owner. Only the routes are in the operator's namespace, where owner references do not work and no
+    user may write.
     """
     metadata = child["metadata"]
     labels: dict[str, Any] = metadata.get("labels") or {}
     place = metadata.get("namespace") or ""
     routes = kind == "ConfigMap" and place == operator_namespace and labels.get(COMPONENT) == ROUTES_COMPONENT
     key = (labels.get(OWNER_KIND, ""), labels.get(PLACE, "") if routes else place, labels.get(OWNER_NAME, ""))
-    uid = known.get(key)
-    if uid is None or labels.get(OWNER_UID) != uid:
+    uid = labels.get(OWNER_UID, "")
+    if not all((key[0], key[2], uid)):
         return None
-    if routes or owned_by(child, uid) or (kind == "Pod" and is_pod_of(child, key[2])):
-        return key
+    by_reference = {"Pod": is_pod_of, "ReplicaSet": is_set_of}.get(kind)
+    if routes or owned_by(child, uid) or (by_reference is not None and by_reference(child, key[2])):
+        return key, uid
     return None
 
 
 def is_pod_of(pod: Manifest, owner: str) -> bool:
     """Return whether a Job or ReplicaSet of the resource named `owner` controls the pod."""
-    for reference in pod["metadata"].get("ownerReferences") or []:
+    return _controlled(pod, PARENTS, owner)
+
+
+def is_set_of(replica_set: Manifest, owner: str) -> bool:
+    """Return whether a Deployment of the resource named `owner` controls the ReplicaSet."""
+    return _controlled(replica_set, {"Deployment"}, owner)
+
+
+def _controlled(child: Manifest, kinds: set[str], owner: str) -> bool:
+    for reference in child["metadata"].get("ownerReferences") or []:
         name = str(reference.get("name"))
-        if reference.get("controller") and reference.get("kind") in PARENTS:
+        if reference.get("controller") and reference.get("kind") in kinds:
             return name == owner or name.startswith(f"{owner}-")
     return False
 

@@ -1,0 +1,60 @@
+"""What the starts of other jobs, and of the operator, must know of FineTuneJobs and Adapters without parsing them (PURE)."""
+
+from typing import NamedTuple
+
+from graft.kube import Manifest
+from graft.manifests.adapter import ADAPTER_LABEL, RECIPE
+from graft.manifests.metadata import FINALIZER
+from graft.reconcile.adapter.versions import Known
+from graft.reconcile.shared.jobs import condition_of
+
+
+class JobFacts(NamedTuple):
+    """The facts of one job. `reserves`: the version that it publishes, None if it publishes nothing more."""
+
+    uid: str
+    active: bool  # whether a reconcile may have something to do
+    base_model: str
+    reserves: Known | None
+
+
+def output_adapter(raw: Manifest) -> str:
+    """Return the adapter that a job publishes. "" if the stored job has none."""
+    return str(((raw.get("spec") or {}).get("output") or {}).get("adapter") or "")
+
+
+def adapter_label(raw: Manifest) -> str:
+    """Return the adapter of a version, by the label with which versions are listed."""
+    return str((raw["metadata"].get("labels") or {}).get(ADAPTER_LABEL) or "")
+
+
+def version_of(raw: Manifest) -> Known:
+    """Return the version that an Adapter is."""
+    spec = raw.get("spec") or {}
+    recipe = (raw["metadata"].get("annotations") or {}).get(RECIPE)
+    return Known(str(spec.get("version") or ""), recipe, str(spec.get("baseModel") or ""))
+
+
+def facts_of(raw: Manifest) -> JobFacts:
+    """Return the facts of a stored job. An older schema may have let any spec in."""
+    spec, status = raw.get("spec") or {}, raw.get("status") or {}
+    base_model = str(spec.get("baseModel") or "")
+    resolved = status.get("resolved") or {}
+    ended = condition_of(raw, "Succeeded").get("status")
+    reserves = None
+    if resolved.get("version") and ended != "False":
+        # A failed job publishes nothing more, and storage lists what it has published.
+        reserves = Known(resolved["version"], resolved.get("recipe"), base_model)
+    return JobFacts(raw["metadata"]["uid"], is_active(raw, ended), base_model, reserves)
+
+
+def is_active(raw: Manifest, ended: str | None) -> bool:
+    """Return whether a reconcile may have something to do: run the job, restart it, delete it or clean up after it."""
+    spec, status, metadata = raw.get("spec") or {}, raw.get("status") or {}, raw["metadata"]
+    return (
+        ended not in {"True", "False"}
+        or bool(metadata.get("deletionTimestamp"))
+        or FINALIZER not in (metadata.get("finalizers") or [])
+        or spec.get("ttlSecondsAfterFinished") is not None
+        or (ended == "False" and (spec.get("restarts") or 0) > (status.get("restarts") or 0))
+    )

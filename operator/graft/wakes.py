@@ -1,0 +1,184 @@
+"""What the operator follows in the cluster, and which resources are reconciled when something changes (PURE).
+
+A rule may wake too many resources, and never too few: the resync would wait for minutes. It does not know how a resource
+is reconciled.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from graft.cache.cache import Change, Source
+from graft.cache.objects import Objects
+from graft.contracts.gateway import DEMAND_CONFIGMAP
+from graft.kube import Manifest
+from graft.manifests.adapter import JOB_UID
+from graft.manifests.metadata import OWNER_UID
+from graft.reconcile.adapter import retention, versions
+from graft.reconcile.adapterdeployment import scaling
+from graft.reconcile.finetunejob.facts import adapter_label, facts_of, output_adapter, version_of
+from graft.reconcile.shared.ownership import Key, claimed_owner
+
+# ScaledObjects are not followed, because the kind may not exist in the cluster. The next reconcile corrects them.
+CHILDREN = (
+    "Job",
+    "Pod",
+    "Deployment",
+    "ReplicaSet",
+    "ConfigMap",
+    "ServiceAccount",
+    "Role",
+    "RoleBinding",
+    "Service",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "HorizontalPodAutoscaler",
+)
+RUNS = {"Job", "Pod"}  # of these, events have the whole object: each change is read
+OWNERS = {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment"}
+DEMAND = "demand"
+# What siblings and users of a version do not depend on.
+OWN_STATUS = {"usedBy", "lastUsedTime", "observedGeneration", "compatibility", "prunedAfter", "conditions"}
+
+
+def deployment_says(raw: Manifest) -> frozenset[retention.Said]:
+    """Return the strings in the spec and the status of an AdapterDeployment."""
+    return frozenset(retention.said(raw.get("spec")) | retention.said(raw.get("status")))
+
+
+def sources(operator_namespace: str) -> list[Source]:
+    """Return what the operator follows.
+
+    Any user can set the children's labels on objects of any size. So lists have only their metadata.
+    """
+    return [
+        Source("BaseModel"),
+        Source("FineTuneJob", group=output_adapter, facts=facts_of),
+        Source("Adapter", group=adapter_label, facts=version_of),
+        Source("AdapterDeployment", facts=deployment_says),
+        Source("Node"),
+        Source("Namespace", listed=False, watched=False),
+        *(Source(kind, labels={OWNER_UID: None}, listed=False, watched=kind in RUNS) for kind in CHILDREN),
+        # Any user can set labels on a ConfigMap. Only this one, in the operator's namespace, counts.
+        Source("ConfigMap", name=DEMAND, only=(operator_namespace, DEMAND_CONFIGMAP)),
+    ]
+
+
+def belongs(source: Source, item: Manifest, operator_namespace: str) -> bool:
+    """Return whether an object that carries our labels is held. Every user can set labels."""
+    if not source.labels:
+        return True
+    if OWNER_UID not in (item["metadata"].get("labels") or {}):
+        return False
+    return claimed_owner(source.kind, item, operator_namespace) is not None
+
+
+def first(objects: Callable[[str], Objects]) -> list[Key]:
+    """Return what is reconciled after a start, the most urgent first. Jobs that have ended are left out."""
+    return [
+        *_all(objects, "BaseModel"),
+        *_all(objects, "AdapterDeployment"),
+        *jobs(objects),
+        *_all(objects, "Adapter"),
+    ]
+
+
+def jobs(objects: Callable[[str], Objects], base_model: str | None = None) -> list[Key]:
+    """Return the jobs that have not ended. `base_model`: only those that use it."""
+    held = objects("FineTuneJob")
+    return [
+        ("FineTuneJob", *place)
+        for place in held.places()
+        if (facts := held.facts(place)) is not None and facts.active and base_model in {None, facts.base_model}
+    ]
+
+
+def concerned(source: Source, change: Change, objects: Callable[[str], Objects], operator_namespace: str) -> list[Key]:
+    """Return the other resources that are reconciled when an object changes."""
+    if source.name == DEMAND:
+        return _demanded(change, objects)
+    if source.kind in CHILDREN:
+        return _owner(change, objects, operator_namespace)
+    old, new = change.old, change.new
+    namespace, name = change.place
+    if source.kind == "BaseModel" and _differ(old, new, _contents):
+        return jobs(objects, name) + _all(objects, "AdapterDeployment") + _all(objects, "Adapter")
+    if source.kind == "Adapter" and _differ(old, new, _for_others):
+        found = [item for item in (old, new) if item is not None]
+        return [key for item in found for key in _related(item, namespace, name, objects)]
+    if source.kind == "AdapterDeployment":
+        before, after = (held.facts if held is not None else frozenset() for held in (change.before, change.after))
+        # Also versions that the deployment no longer names or uses: the targets of rollbacks depend on them.
+        return _versions(objects, namespace, adapters_in(before ^ after))
+    return []
+
+
+def _related(raw: Manifest, namespace: str, name: str, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return whom a version concerns: its job, its siblings, its parents, and the deployments that name its adapter."""
+    job = str(((raw.get("spec") or {}).get("job") or {}).get("name") or "")
+    made = JOB_UID in (raw["metadata"].get("labels") or {}) and objects("FineTuneJob").get(namespace, job) is not None
+    adapter = str(raw["spec"].get("adapter"))  # the newest version, and the target of a rollback, may have changed
+    siblings = [key for key in _versions(objects, namespace, {adapter}) if key[2] != name]
+    # A parent that a composition waits for may be Archived. Its reconcile restores it.
+    parents = {ref.partition("@")[0] for ref in retention.composing([raw]) if "@" in ref}
+    deployments = objects("AdapterDeployment")
+    users = [
+        ("AdapterDeployment", *place)
+        for place in deployments.places(namespace)
+        if adapter in adapters_in(deployments.facts(place) or frozenset())
+    ]
+    return [("FineTuneJob", namespace, job)] * made + siblings + _versions(objects, namespace, parents) + users
+
+
+def _owner(change: Change, objects: Callable[[str], Objects], operator_namespace: str) -> list[Key]:
+    child = change.new or change.old
+    claimed = claimed_owner(change.kind, child, operator_namespace) if child is not None else None
+    if claimed is None or change.kind == "ReplicaSet":
+        return []
+    (kind, namespace, name), uid = claimed
+    held = objects(kind).get(namespace, name) if kind in OWNERS else None
+    return [(kind, namespace, name)] if held is not None and held.uid == uid else []
+
+
+def _demanded(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return the deployments for which a gateway has written new demand, so that a sleeping deployment starts at once."""
+    before, after = ((item or {}).get("data") or {} for item in (change.old, change.new))
+    news = {key: text for key, text in after.items() if before.get(key) != text}
+    found = {(item.namespace, item.deployment) for item in scaling.demands(news).values()}
+    held = objects("AdapterDeployment")
+    return [("AdapterDeployment", *place) for place in sorted(found) if held.get(*place) is not None]
+
+
+def adapters_in(said: Iterable[retention.Said]) -> set[str]:
+    """Return the adapters that any of these strings could name: by name, by reference or by version."""
+    found = set()
+    for _, text in said:
+        name, _, version = text.rpartition("-")
+        found.add(name if versions.parse(version) else text.partition("@")[0])
+    return found
+
+
+def _versions(objects: Callable[[str], Objects], namespace: str, adapters: set[str]) -> list[Key]:
+    held = objects("Adapter")
+    return [("Adapter", *place) for adapter in sorted(adapters) for place in held.places(namespace, group=adapter)]
+
+
+def _all(objects: Callable[[str], Objects], kind: str) -> list[Key]:
+    return [(kind, *place) for place in objects(kind).places()]
+
+
+def _differ(old: Manifest | None, new: Manifest | None, part: Callable[[Manifest], Any]) -> bool:
+    return old is None or new is None or part(old) != part(new)
+
+
+def _contents(raw: Manifest) -> tuple[Any, ...]:
+    return raw.get("spec"), raw.get("status"), raw["metadata"].get("deletionTimestamp")
+
+
+def _for_others(raw: Manifest) -> tuple[Any, ...]:
+    """Return the part of a version on which its job, its siblings and its users depend."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    conditions = [item for item in status.get("conditions") or [] if item["type"] == "Ready"]
+    ready = [(item["status"], item["reason"], item["message"]) for item in conditions]
+    rest = {key: value for key, value in status.items() if key not in OWN_STATUS}
+    in_use = bool(status.get("usedBy"))  # which version was used last decides about rollbacks
+    return raw.get("spec"), metadata.get("deletionTimestamp"), adapter_label(raw), ready, rest, in_use

@@ -1,0 +1,185 @@
+"""Which resources are reconciled when something changes, and which after a start."""
+
+from typing import Any
+
+import pytest
+from graft import handlers, wakes
+from graft.cache.cache import Source
+from graft.cache.objects import Objects
+from graft.manifests.metadata import FINALIZER
+from graft.reconcile.shared.queue import Queue
+
+SYSTEM = "graft-system"
+SOURCES = {source.key: source for source in wakes.sources(SYSTEM)}
+READY = {"type": "Ready", "status": "True", "reason": "Verified", "message": "verified"}
+ENDED = {"type": "Succeeded", "status": "True", "reason": "Published", "message": "published"}
+Object = dict[str, Any]
+
+
+class World:
+    """Objects of namespace shop. `woken`: the names of the other resources that the last change wakes."""
+
+    def __init__(self) -> None:
+        self.held = {key: Objects(item.kind, item.group, item.facts) for key, item in SOURCES.items()}
+        self.version = 1
+
+    def objects(self, key: str) -> Objects:
+        return self.held[key]
+
+    def put(self, key: str, name: str, spec: Object | None = None, namespace: str = "shop", **parts: Any) -> set[str]:
+        self.version += 1
+        metadata = parts.pop("metadata", {})
+        metadata = {"uid": f"uid-{name}", "labels": {}} | metadata
+        metadata |= {"name": name, "namespace": namespace, "resourceVersion": str(self.version)}
+        item = {"metadata": metadata, "spec": spec or {}, **parts}
+        change = self.held[key].put(item)
+        assert change is not None
+        return self._woken(SOURCES[key], change)
+
+    def remove(self, key: str, name: str) -> set[str]:
+        self.version += 1
+        change = self.held[key].remove(("shop", name), self.version)
+        assert change is not None
+        return self._woken(SOURCES[key], change)
+
+    def adapter(self, name: str, spec: Object | None = None, **status: Any) -> set[str]:
+        adapter, _, version = name.rpartition("-")
+        labels = {"graft.dev/adapter": adapter}
+        return self.put(
+            "Adapter",
+            name,
+            {"adapter": adapter, "version": version} | (spec or {}),
+            metadata={"labels": labels},
+            status=status,
+        )
+
+    def deployment(self, name: str, *adapters: str, **status: Any) -> set[str]:
+        return self.put("AdapterDeployment", name, {"baseModel": "tiny", "adapters": list(adapters)}, status=status)
+
+    def job(self, name: str, *conditions: Object, base: str = "tiny", **spec: Any) -> set[str]:
+        spec = {"baseModel": base, "output": {"adapter": "support"}} | spec
+        return self.put(
+            "FineTuneJob",
+            name,
+            spec,
+            status={"conditions": list(conditions)},
+            metadata={"uid": f"uid-{name}", "finalizers": [FINALIZER]},
+        )
+
+    def _woken(self, source: Source, change: Any) -> set[str]:
+        return {key[2] for key in wakes.concerned(source, change, self.objects, SYSTEM)}
+
+
+@pytest.fixture
+def world() -> World:
+    """Return some versions of three adapters."""
+    found = World()
+    for name in ("support-1.0.0", "support-2.0.0", "sales-1.0.0", "support-desk-1.0.0", "both-1.0.0"):
+        found.adapter(name)
+    return found
+
+
+def test_a_composition_wakes_its_parents_because_they_may_need_a_restore(world: World) -> None:
+    parents = [{"adapter": "support@^1", "weight": 1}, {"adapter": "elsewhere@latest", "weight": 1}]
+    spec = {"compose": {"parents": parents, "method": "cat"}}
+    assert world.adapter("mix-1.0.0", spec) == {"support-1.0.0", "support-2.0.0"}
+    world.adapter("mix-1.0.0", spec, conditions=[READY])
+    assert world.adapter("mix-1.0.0", spec, conditions=[READY], stage="Ready") == set()
+
+
+def test_a_deployment_wakes_the_adapters_that_it_starts_or_stops_naming(world: World) -> None:
+    assert world.deployment("chat", "support@^1") == {"support-1.0.0", "support-2.0.0"}
+    assert world.deployment("chat", "support@^1") == set()  # no reference has changed
+    # The target of a rollback depends on the version in use.
+    used = {"adapters": [{"name": "support", "resolved": "support-1.0.0"}]}
+    assert world.deployment("chat", "support@^1", **used) == {"support-1.0.0", "support-2.0.0"}
+    assert world.deployment("chat", "support@^1", observedGeneration=3, message="3 of 4 replicas", **used) == set()
+    everything = {"support-1.0.0", "support-2.0.0", "sales-1.0.0"}
+    assert world.deployment("chat", "sales@latest", **used) == everything - {"support-1.0.0"} | {"support-1.0.0"}
+    assert world.remove("AdapterDeployment", "chat") == everything
+    assert world.deployment("chat", "support-desk@1.0.0") == {"support-desk-1.0.0"}
+
+
+def test_a_restored_version_is_woken_again_when_it_is_resolved(world: World) -> None:
+    world.deployment("chat", "support@^1", adapters=[{"ref": "support@^1", "restoring": "support-1.0.0"}])
+    resolved = [{"ref": "support@^1", "name": "support-1.0.0"}]
+    assert world.deployment("chat", "support@^1", adapters=resolved) == {"support-1.0.0", "support-2.0.0"}
+
+
+@pytest.mark.parametrize("text", ["a-1.2.²", "a-1.2." + "9" * 5000, "-", "@", ""])
+def test_an_invalid_reference_does_not_keep_other_resources_from_being_woken(world: World, text: str) -> None:
+    world.deployment("chat", "support@^1", text)
+    assert world.adapter("support-1.0.0", stage="Ready") == {"support-2.0.0", "chat"}
+
+
+def test_an_adapter_wakes_the_deployments_that_refer_to_it(world: World) -> None:
+    world.deployment("chat", "support@^1")
+    world.deployment("counter", "sales@latest", adapters=[{"resolved": "both-1.0.0"}])
+    assert world.adapter("sales-1.0.0", stage="Ready") == {"counter"}
+    assert world.adapter("both-1.0.0", stage="Ready") == {"counter"}
+    assert world.adapter("support-1.0.0", stage="Ready") == {"support-2.0.0", "chat"}
+    world.remove("AdapterDeployment", "chat")
+    assert world.adapter("support-1.0.0", stage="Archived") == {"support-2.0.0"}
+
+
+def test_siblings_are_woken_only_by_what_concerns_them(world: World) -> None:
+    world.adapter("support-1.0.0", conditions=[READY])
+    in_use = {"type": "InUse", "status": "True", "reason": "Served", "message": "served by chat"}
+    used = {"usedBy": ["chat"], "lastUsedTime": "2026-01-01T00:00:00Z"}
+    assert world.adapter("support-1.0.0", conditions=[READY, in_use], **used) == {"support-2.0.0"}
+    assert world.adapter("support-1.0.0", conditions=[READY, in_use], compatibility=[], **used) == set()
+    archived = {"type": "Ready", "status": "False", "reason": "Archived", "message": "unused"}
+    assert world.adapter("support-1.0.0", conditions=[archived, in_use], **used) == {"support-2.0.0"}
+    assert world.remove("Adapter", "support-1.0.0") == {"support-2.0.0"}
+
+
+def test_a_base_model_wakes_jobs_that_use_it_and_have_not_ended(world: World) -> None:
+    world.job("waits")
+    world.job("ended", ENDED)
+    world.job("elsewhere", base="large")
+    world.deployment("chat")
+    adapters = {place[1] for place in world.objects("Adapter").places()}
+    assert world.put("BaseModel", "tiny", {"source": "hf://a/b"}) == adapters | {"chat", "waits"}
+    annotated = {"annotations": {"checked": "by hand"}}
+    assert world.put("BaseModel", "tiny", {"source": "hf://a/b"}, metadata=annotated) == set()
+    assert world.remove("BaseModel", "tiny") == adapters | {"chat", "waits"}
+
+
+def test_after_a_start_jobs_that_have_ended_are_not_reconciled(world: World) -> None:
+    failed = {"type": "Succeeded", "status": "False", "reason": "Failed", "message": "failed"}
+    world.job("waits")
+    world.job("ended", ENDED)
+    world.job("failed", failed)
+    world.job("restarts", failed, restarts=1)
+    world.job("expires", ENDED, ttlSecondsAfterFinished=60)
+    world.put("FineTuneJob", "deleted", metadata={"deletionTimestamp": "2026-01-01T00:00:00Z"})
+    world.put("FineTuneJob", "new")
+    world.deployment("chat")
+    found = wakes.first(world.objects)
+    jobs = [name for kind, _, name in found if kind == "FineTuneJob"]
+    assert sorted(jobs) == ["deleted", "expires", "new", "restarts", "waits"]
+    assert next(kind for kind, _, _ in found) == "AdapterDeployment" and found[-1][0] == "Adapter"
+
+
+def test_a_child_wakes_its_owner_only(world: World) -> None:
+    world.job("tune")
+    reference = {"kind": "FineTuneJob", "name": "tune", "uid": "uid-tune", "controller": True}
+    labels = {"graft.dev/owner-kind": "FineTuneJob", "graft.dev/owner": "tune", "graft.dev/owner-uid": "uid-tune"}
+    own = {"labels": labels, "ownerReferences": [reference]}
+    assert world.put("Job", "tune", metadata=own) == {"tune"}
+    assert world.remove("Job", "tune") == {"tune"}
+    before = {"labels": labels | {"graft.dev/owner-uid": "uid-of-an-earlier-job"}}
+    reference = reference | {"uid": "uid-of-an-earlier-job"}
+    assert world.put("Job", "tune", metadata=before | {"ownerReferences": [reference]}) == set()
+    assert world.put("ConfigMap", "noise", metadata={"labels": labels}) == set()
+
+
+def test_work_that_ends_after_a_deletion_starts_no_reconcile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[tuple[str, str, str]] = []
+    queue = Queue({})
+    monkeypatch.setattr(queue, "wake", lambda *key: woken.append(key))
+    monkeypatch.setattr(handlers.operator, "queue", queue)
+    monkeypatch.setattr(handlers.operator, "cache", world)
+    handlers._wake_known("Adapter", "shop", "support-1.0.0")
+    handlers._wake_known("Adapter", "shop", "deleted-1.0.0")
+    assert woken == [("Adapter", "shop", "support-1.0.0")]

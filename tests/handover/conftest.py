@@ -1,14 +1,18 @@
-"""Fixtures for the tests with real vLLM: one server for the whole session."""
+"""Fixtures for the tests with real vLLM: one server of a plain model for the whole session."""
 
 from collections.abc import Iterator
 
 import pytest
+from handover.bases import make_llama
 from handover.real_vllm import Vllm
 
 
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
-    made = Vllm(tmp_path_factory.mktemp("vllm"))
-    made.start()
-    yield made
-    made.kill()
+    folder = tmp_path_factory.mktemp("vllm")
+    made = Vllm(folder, make_llama(folder / "base"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.kill()

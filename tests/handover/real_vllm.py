@@ -22,8 +22,6 @@ from graft_server.agent.engine.access import Access
 from graft_server.callers import GATEWAY, ROUTES
 from testbed.controlplane import free_port
 from testbed.shell import REPOSITORY, tail, wait_for
-from transformers import LlamaConfig
-from worlds.engine import make_network, make_tokenizer
 
 GPU = "GRAFT_VLLM_PYTHON" in os.environ
 PYTHON = os.environ.get("GRAFT_VLLM_PYTHON", str(REPOSITORY / "build" / "venv-vllm" / "bin" / "python"))
@@ -38,15 +36,10 @@ GATEWAY_KEY = new_key()
 
 
 class Vllm:
-    """One vLLM server, which can be ended and started again on the same port."""
+    """One vLLM server of the model in the folder `base`, which can be ended and started again on the same port."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        make_tokenizer(folder / "base")
-        # The attention heads have 64 dimensions. vLLM's kernels need at least 32.
-        self.base = make_network(
-            folder / "base", LlamaConfig, hidden_size=256, intermediate_size=256, num_attention_heads=4
-        )
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = folder, base
         self.port = free_port()
         self.access = Access(folder / "access")
         self.access.admit([fingerprint(GATEWAY_KEY)])
@@ -90,7 +83,7 @@ class Vllm:
             self.process = subprocess.Popen(
                 [*COMMAND, *self.arguments], env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
-        wait_for(self._answers, 240, "vLLM answers", lambda: tail(self.log))
+        wait_for(self._answers, 600, "vLLM answers", lambda: tail(self.log))
 
     def _answers(self) -> bool:
         assert self.process is not None and self.process.poll() is None, tail(self.log)

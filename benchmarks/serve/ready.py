@@ -3,6 +3,7 @@
 Each round measures, one shortly after the other:
   attach    a new version of an adapter that is served as @latest: from the moment that a watch sees its condition Ready
             to the first token of the new version through the gateway
+  unchecked the same for a version without a record of its effect, so that the agent compares nothing after the load
   bare      a GET of the version's weights and the load by safetensors, nothing else: the least cost of moving the bytes
   restart   the pod's engine and agent start again with an empty disk: from their start to the first token through the
             gateway
@@ -33,6 +34,7 @@ from urllib.parse import urlsplit
 import safetensors.torch
 import torch
 import urllib3
+from graft.artifacts.manifest import Effect
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
 from testbed.controlplane import ControlPlane, control_plane
@@ -46,6 +48,7 @@ from worlds.cluster.operator_process import BUCKET, OperatorProcess, install_rig
 from worlds.cluster.serving_stack import adapter_manifest, gateway, make_real_base, upload_version, write_kubeconfig
 from worlds.cluster.tenant import Tenant
 from worlds.cluster.tenants import bind
+from worlds.engine import recorded_effect
 
 from benchmarks.serve.adapters import TINY, make_adapters
 from benchmarks.train.results import ratio, show, spread, verdict, write
@@ -168,9 +171,11 @@ class Rig:
         self.tenant, self.node, self.client, self.base, self.store = tenant, node, client, base, store
         self.version = ""
 
-    def upload(self, folder: Path, number: int, rank: int) -> tuple[str, str, str]:
+    def upload(self, folder: Path, number: int, rank: int, effect: Effect | None) -> tuple[str, str, str]:
         version = f"1.0.{number}"
-        uri, digest = upload_version(self.tenant.store, self.tenant.name, folder, "bench", version, rank, self.base)
+        uri, digest = upload_version(
+            self.tenant.store, self.tenant.name, folder, "bench", version, rank, self.base, effect
+        )
         return version, uri, digest
 
     def attach(self, version: str, uri: str, digest: str) -> float:
@@ -245,17 +250,23 @@ def rig(plane: ControlPlane, api: Api, store: S3Store, size: Size, folder: Path)
 
 
 def rounds_of(plane: ControlPlane, api: Api, store: S3Store, size: Size, rounds: int) -> dict[str, Any]:
-    """Measure attach, bare and restart, `rounds` times."""
-    found: dict[str, list[float]] = {"attach": [], "bare": [], "restart": []}
+    """Measure attach, unchecked, bare and restart, `rounds` times. The effect of an unchecked version is not compared after
+    its load, because its manifest has no record of it."""
+    found: dict[str, list[float]] = {"attach": [], "unchecked": [], "bare": [], "restart": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with rig(plane, api, store, size, folder) as made:
-            paths = make_adapters(folder / "base" if size.hidden else TINY, folder / "new", rounds, size.rank)
+            model = folder / "base" if size.hidden else TINY
+            paths = make_adapters(model, folder / "new", 2 * rounds, size.rank)
             sizes = sum(path.stat().st_size for path in paths[0].iterdir())
-            for number, path in enumerate(paths, start=1):
-                version, uri, digest = made.upload(path, number, size.rank)
-                for way in ("attach", "bare") if number % 2 else ("bare", "attach"):
-                    found[way].append(made.bare(uri) if way == "bare" else made.attach(version, uri, digest))
+            versions = iter(enumerate(paths, start=1))
+            for number in range(1, rounds + 1):
+                for way in ("unchecked", "attach") if number % 2 else ("attach", "unchecked"):
+                    at, path = next(versions)
+                    effect = recorded_effect(model, path) if way == "attach" else None
+                    version, uri, digest = made.upload(path, at, size.rank, effect)
+                    found[way].append(made.attach(version, uri, digest))
+                found["bare"].append(made.bare(uri))
                 found["restart"].append(made.restart())
                 last = ", ".join(f"{way} {values[-1]:.3f} s" for way, values in found.items())
                 print(f"  {size.name} {number}/{rounds}: {last}", flush=True)
@@ -318,11 +329,13 @@ def measure(rounds: int) -> dict[str, Any]:
             seconds = found["seconds"]
             over_bare, over_restart = (ratio(seconds["attach"], seconds[way]) for way in ("bare", "restart"))
             found |= {"overBare": over_bare, "overRestart": over_restart}
+            found["overUnchecked"] = ratio(seconds["attach"], seconds["unchecked"])
             rows += [
                 (
                     f"{size.name}: adapter of {found['adapterBytes'] / 1e6:.1f} MB, Ready to first token, s",
                     spread(seconds["attach"]),
                 ),
+                (f"{size.name}: without the check of the effect, s", spread(seconds["unchecked"])),
                 (f"{size.name}: bare GET and load, s", spread(seconds["bare"])),
                 (f"{size.name}: restart of the pod's containers, s", spread(seconds["restart"])),
                 (f"{size.name}: Ready to first token / bare", verdict(over_bare, MOST_OVER_BARE, least=False)),

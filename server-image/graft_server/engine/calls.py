@@ -25,8 +25,8 @@ def check_request(request: ChatRequest, parser: str | None) -> None:
     """Raise ApiError 400 if the request asks for calls that this engine cannot give."""
     if request.tool_choice not in (None, "none", "auto"):
         raise bad_request(
-            'tool_choice: this engine supports "none" and "auto". It cannot force a call. Use vLLM for "required" and '
-            "for a named function.",
+            'tool_choice: this engine supports "none" and "auto". It cannot force a call. Send "auto", or serve with vLLM: '
+            "set spec.engine of the AdapterDeployment to vllm.",
             "tool_choice",
         )
     if request.tool_choice == "auto" and not request.tools:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from graft.artifacts import layout, sources
-from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.manifest import Effect, Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files
 from graft.contracts.mounts import GATEWAY_PORT
@@ -42,9 +42,16 @@ def make_real_base(api: Api, store: S3Store, name: str = BASE, folder: Path = MO
 
 
 def upload_version(
-    store: S3Store, tenant: str, folder: Path, adapter: str, version: str, rank: int, base: str = BASE
+    store: S3Store,
+    tenant: str,
+    folder: Path,
+    adapter: str,
+    version: str,
+    rank: int,
+    base: str = BASE,
+    effect: Effect | None = None,
 ) -> tuple[str, str]:
-    """Put a version into the store. Return its URI and the digest of its manifest."""
+    """Put a version into the store. Return its URI and the digest of its manifest. Agents compare the `effect`."""
     files = {name: folder / name for name in FILES}
     model = f"s3://{BUCKET}/models/{base}"
     made = Manifest(
@@ -52,7 +59,7 @@ def upload_version(
         base_model=ManifestBaseModel(name=base, uri=model, digest=sources.describe(model, store, None).digest),
         job=ManifestJob(name=f"{adapter}-{version}", namespace=tenant, uid=f"{adapter}-{version}", attempt="1"),
         recipe="random", hyperparameters={}, rank=rank, target_modules=["q_proj"], files=describe_files(files),
-        created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), effect=effect,
     )  # fmt: skip
     prefix = layout.adapter_prefix(tenant, adapter, version)
     return layout.s3_uri(BUCKET, prefix), publish(store, prefix, files, made)

@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-attacks test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator binaries crds lock images clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -46,6 +46,9 @@ test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 
 test-attacks: venv binaries ## run the attacks and print a table: attack -> refusal
 	$(PYTEST) tests/attacks tests/cluster/attacks
+
+test-faults: venv binaries ## every fault and every kill point (hours); not part of `make test`
+	GRAFT_FAULTS=all $(PYTEST) -s tests/faults
 
 test-cluster: venv binaries ## the operator against a real API server and a real S3 server
 	$(PYTEST) tests/cluster

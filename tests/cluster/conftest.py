@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
-from testbed.controlplane import ControlPlane, control_plane
+from testbed.controlplane import ControlPlane
 from testbed.objectstore import S3Server, s3_server
-from testbed.shell import REPOSITORY, tail, wait_for
-from testbed.simulated import add_nodes
+from testbed.shell import tail, wait_for
 from worlds.cluster.api import Api
 from worlds.cluster.operator_process import BUCKET, OperatorProcess, install_rights, new_operator
+from worlds.cluster.plane import simulated_plane
 from worlds.cluster.tenant import BASE, Tenant
 from worlds.cluster.tenants import bind, make_base_model, new_tenant
 
@@ -60,10 +60,7 @@ def _resources(tenant: Tenant) -> str:
 
 @pytest.fixture(scope="session")
 def plane() -> Iterator[ControlPlane]:
-    with control_plane() as plane:
-        add_nodes(plane, 2)
-        plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
-        plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))
+    with simulated_plane() as plane:
         yield plane
 
 

@@ -1,15 +1,18 @@
 """A proxy in front of a real HTTP server. It injects the faults of networks and of overloaded stores.
 
 It forwards the Host header and the raw path unchanged, so that S3 signatures stay valid. It runs in its own thread, so
-that tests with and without an event loop can use it.
+that tests with and without an event loop can use it. `worlds/faults/apiproxy.py` extends it for the Kubernetes API.
 """
 
 import asyncio
 import contextlib
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -53,6 +56,14 @@ class Seen:
     range: str | None
 
 
+class Strike(Enum):
+    """What happens to one request. In all three cases the client gets no answer, because its connection is reset."""
+
+    BEFORE = "before"  # the client is killed, and the request is not forwarded
+    AFTER = "after"  # the request is forwarded, then the client is killed
+    RESET = "reset"  # the request is forwarded, and the client lives: it cannot know whether the write was done
+
+
 class Line:
     """A line that transfers `bytes_per_second`, from its creation on.
 
@@ -80,8 +91,8 @@ class Line:
 class FaultyProxy:
     """A running proxy. `endpoint` is its URL."""
 
-    def __init__(self, upstream: str) -> None:
-        self._upstream = upstream.rstrip("/")
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
+        self._upstream, self._tls = upstream.rstrip("/"), tls
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -89,6 +100,9 @@ class FaultyProxy:
         self.endpoint = ""
         self.seen: list[Seen] = []
         self.on_request: Callable[[], None] = lambda: None  # called before the request is forwarded
+        # Decides about each request by its method, path and body.
+        self.strike: Callable[[str, str, bytes], Strike | None] = lambda method, path, body: None
+        self.kill: Callable[[], None] = lambda: None  # kills the client
 
     def inject(self, *faults: Fault) -> None:
         """Replace the faults. The first fault that matches a request applies."""
@@ -104,10 +118,18 @@ class FaultyProxy:
         """Return the requests for paths that contain `part`."""
         return [seen for seen in list(self.seen) if part in seen.path]
 
-    def _fault_of(self, path: str) -> Fault:
+    def _subject(self, request: web.Request) -> str:
+        """Return the text that `Fault.match` is looked for in."""
+        return request.raw_path
+
+    def _refusal(self, fault: Fault) -> tuple[str, str]:
+        """Return body and content type of the proxy's own answer."""
+        return f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>", "application/xml"
+
+    def _fault_of(self, subject: str) -> Fault:
         with self._lock:
             for index, fault in enumerate(self._faults):
-                if fault.match in path and fault.times != 0:
+                if fault.match in subject and fault.times != 0:
                     if fault.times is not None:
                         self._faults[index] = replace(fault, times=fault.times - 1)
                     return fault
@@ -116,20 +138,33 @@ class FaultyProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.seen.append(Seen(request.method, request.raw_path, request.headers.get("Range")))
         self.on_request()
-        fault = self._fault_of(request.raw_path)
+        fault = self._fault_of(self._subject(request))
         await asyncio.sleep(fault.latency)
         if fault.hang_at == 0:
             await self._hang(request)
         if fault.status is not None:
             headers = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else {}
-            text = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>"
-            return web.Response(status=fault.status, text=text, content_type="application/xml", headers=headers)
+            text, content_type = self._refusal(fault)
+            return web.Response(status=fault.status, text=text, content_type=content_type, headers=headers)
         body = await request.read()
-        url = URL(self._upstream + request.raw_path, encoded=True)
+        strike = self.strike(request.method, request.raw_path, body)
+        if strike is Strike.BEFORE:
+            self.kill()
+            self._cut(request)
+        url = URL(self._upstream + self._path(request), encoded=True)
         async with request.app[SESSION].request(
             request.method, url, headers=request.headers, data=body or None, allow_redirects=False
         ) as answer:
+            if strike is not None:
+                await answer.read()
+                if strike is Strike.AFTER:
+                    self.kill()
+                self._cut(request)
             return await self._pass_on(request, answer, fault)
+
+    def _path(self, request: web.Request) -> str:
+        """Return the path and query to ask the upstream for."""
+        return request.raw_path
 
     async def _pass_on(self, request: web.Request, answer: aiohttp.ClientResponse, fault: Fault) -> web.StreamResponse:
         headers = {key: value for key, value in answer.headers.items() if key.lower() not in HOP_BY_HOP}
@@ -170,7 +205,8 @@ class FaultyProxy:
             app = web.Application(client_max_size=1 << 30)
             app.router.add_route("*", "/{path:.*}", self._handle)
             limits = aiohttp.ClientTimeout(total=None, sock_connect=5)
-            async with aiohttp.ClientSession(auto_decompress=False, timeout=limits) as session:
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True)
+            async with aiohttp.ClientSession(connector=connector, auto_decompress=False, timeout=limits) as session:
                 app[SESSION] = session
                 runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
                 await runner.setup()
@@ -192,7 +228,16 @@ SESSION = web.AppKey("session", aiohttp.ClientSession)
 @contextlib.contextmanager
 def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     """Run a proxy in front of `upstream` during the block."""
-    proxy = FaultyProxy(upstream)
+    with running(FaultyProxy(upstream)) as proxy:
+        yield proxy
+
+
+P = TypeVar("P", bound=FaultyProxy)
+
+
+@contextlib.contextmanager
+def running(proxy: P) -> Iterator[P]:
+    """Run a proxy during the block."""
     started, stop = threading.Event(), asyncio.Event()
     thread = threading.Thread(target=proxy._serve, args=(started, stop), name="faulty-proxy", daemon=True)
     thread.start()

@@ -42,14 +42,25 @@ class Processes:
         self.logs.mkdir(parents=True, exist_ok=True)
         # nsenter is used because `ip netns exec` hides the cgroup mounts.
         prefix = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
+        full = [*prefix, *(str(part) for part in command)]
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*prefix, *(str(part) for part in command)], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                full, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True, env={**os.environ, **(env or {})},
             )  # fmt: skip
-        entry = {"pid": str(process.pid), "start": start_time(process.pid) or ""}
+        # The variables are not kept, because some are secrets.
+        entry = {"pid": str(process.pid), "start": start_time(process.pid) or "", "command": json.dumps(full)}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps(self._read() | {name: entry}, indent=1))
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a process that runs."""
+        self.require(name)
+        os.kill(int(self._read()[name]["pid"]), number)
+
+    def start_again(self, name: str) -> None:
+        """Start a program that was killed, with the same command."""
+        self.start(name, json.loads(self._read()[name]["command"]))
 
     def alive(self, name: str) -> bool:
         """Return whether the process that was started under this name still runs."""

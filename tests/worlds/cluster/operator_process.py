@@ -39,6 +39,7 @@ class OperatorProcess:
     metrics_port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"GRAFT_KEYS_SECONDS": "1"})
+    settings: Object = field(default_factory=lambda: SETTINGS)
 
     @property
     def log(self) -> Path:
@@ -52,23 +53,23 @@ class OperatorProcess:
     def launch(self) -> None:
         """Start the operator without waiting."""
         assert self.process is None
-        config = self.folder / "config.json"
-        config.write_text(json.dumps(SETTINGS))
-        environment = (
-            os.environ
-            | self.environment
-            | {
-                "KUBECONFIG": str(self.kubeconfig),
-                "GRAFT_CONFIG": str(config),
-                "GRAFT_STORAGE_DIR": str(self.secret_dir),
-                "GRAFT_LIVENESS": f"http://127.0.0.1:{self.health_port}/healthz",
-                "GRAFT_METRICS_PORT": str(self.metrics_port),
-            }
-        )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "graft"], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
+                [sys.executable, "-m", "graft"],
+                env=os.environ | self.variables(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def variables(self) -> dict[str, str]:
+        """Write the configuration. Return the variables that the operator reads."""
+        config = self.folder / "config.json"
+        config.write_text(json.dumps(self.settings))
+        return self.environment | {
+            "KUBECONFIG": str(self.kubeconfig),
+            "GRAFT_CONFIG": str(config),
+            "GRAFT_STORAGE_DIR": str(self.secret_dir),
+            "GRAFT_LIVENESS": f"http://127.0.0.1:{self.health_port}/healthz",
+            "GRAFT_METRICS_PORT": str(self.metrics_port),
+        }
 
     def healthy(self) -> bool:
         assert self.process is not None and self.process.poll() is None, (

@@ -32,7 +32,11 @@ def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
 def new_tenant(api: Api, store: S3Store, request: pytest.FixtureRequest) -> Tenant:
     """Create a namespace that is not bound yet. Its pods must meet Pod Security `restricted`."""
     told = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:30].strip("-")
-    name = f"{told}-{next(NUMBERS)}"
+    return make_namespace(api, store, f"{told}-{next(NUMBERS)}")
+
+
+def make_namespace(api: Api, store: S3Store, name: str) -> Tenant:
+    """Create a namespace with this name that is not bound yet. Its pods must meet Pod Security `restricted`."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     return Tenant(api, name, store)

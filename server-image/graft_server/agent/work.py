@@ -72,6 +72,7 @@ class Work:
         self._downloads = Slots(ADAPTERS, ADAPTERS - FOR_NEW)
         self._inspections = Slots(INSPECTIONS, INSPECTIONS - FOR_NEW)
         self._loads = Slots(LOADS, LOADS - FOR_NEW)
+        self._asking = asyncio.Lock()  # held while an adapter's effect is measured
         self._began: dict[str, float] = {}
         self._stopping = False
         self.versions: dict[str, Version] = {}  # inspected versions, by engine name
@@ -268,13 +269,15 @@ class Work:
         if effect is None:
             return check_effect(None, [], [])
         prompts = [prompt.prompt for prompt in effect.prompts]
-        # One after the other: vLLM on a CPU applies an adapter to the base model's requests of the same batch.
-        try:
-            base = await self._engine.next_tokens(self._base_model(), prompts)
-        except EngineRefused as error:
-            # An engine that cannot answer this about its base model says nothing about adapters.
-            return f"its effect was not checked: the engine refused the test prompts for its base model: {error}"
-        adapter = await self._engine.next_tokens(name, prompts)
+        # One request after the other, also of several adapters that are loaded at once: vLLM on a CPU applies an adapter to
+        # the base model's requests of the same batch.
+        async with self._asking:
+            try:
+                base = await self._engine.next_tokens(self._base_model(), prompts)
+            except EngineRefused as error:
+                # An engine that cannot answer this about its base model says nothing about adapters.
+                return f"its effect was not checked: the engine refused the test prompts for its base model: {error}"
+            adapter = await self._engine.next_tokens(name, prompts)
         return check_effect(effect, base, adapter)
 
     async def _thread(self, work: Callable[..., T], *arguments: object) -> T:

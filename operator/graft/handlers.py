@@ -36,7 +36,7 @@ from graft.settings import load as load_settings
 log = logging.getLogger(__name__)
 
 STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
-LISTED_AFTER = 60.0  # seconds; the chart's startup probe waits longer
+LISTED_AFTER = 20.0  # seconds; the operator also starts if a kind cannot be listed
 METRICS_PORT = 9090
 
 RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] = {

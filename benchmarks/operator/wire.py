@@ -5,11 +5,12 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
-from worlds.cluster.api import ALL_KINDS
+from worlds.cluster.api import ALL_KINDS, Refused
 
 Object = dict[str, Any]
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Wire:
         async with self._session.request(method, self.server + path, data=data, headers=headers) as answer:
             text = await answer.read()
             if answer.status >= 300:
-                raise RuntimeError(f"{method} {path}: {answer.status} {text[:500].decode(errors='replace')}")
+                raise Refused(answer.status, f"{method} {path}: {text[:500].decode(errors='replace')}")
             return dict(json.loads(text))
 
     async def create(self, manifest: Object) -> Object:
@@ -74,8 +75,17 @@ class Wire:
                 collections.pop(0)
             return not collections
 
+        async def deleted(path: str) -> bool:
+            try:
+                await self.call("DELETE", path)
+            except Refused as error:
+                if error.status != 504:
+                    raise
+                return False  # the API server has deleted some of them in its time limit
+            return True
+
         for path in collections[::2]:
-            await self.call("DELETE", path)
+            await until(partial(deleted, path), what="the jobs are being deleted")
         await until(gone, what="the jobs are deleted")
 
     async def pages(self, kind: str, labels: str = "") -> AsyncIterator[list[Object]]:

@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator soak binaries crds lock images clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -76,6 +76,10 @@ bench-serve: venv binaries ## compare serving with its references; results are r
 
 bench-operator: binaries ## compare the operator with a bare client and with one LIST; goals are in build/bench/operator.json (QUICK=1)
 	PYTHONPATH=tests $(PY) -m benchmarks.operator $(if $(QUICK),--quick)
+
+soak: SOAK_MINUTES ?= 60
+soak: binaries ## churn for an hour, and check that memory, connections, watches and the time to a Job stay flat (SOAK_MINUTES=5)
+	PYTHONPATH=tests $(PY) -m benchmarks.operator.soak --minutes $(SOAK_MINUTES)
 
 images: venv ## build the images, and write their bills of materials and digests to build/sbom
 	@$(PY) -c 'from testbed import product, sbom; product.build(); sbom.write(product.TAGS)'

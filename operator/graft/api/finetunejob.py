@@ -25,6 +25,7 @@ from graft.api.retention import Retention
 
 # Fields that may be changed. All others define the run. The last three take effect when the next Job is created.
 MUTABLE = ("suspend", "ttlSecondsAfterFinished", "restarts", "retries", "activeDeadlineSeconds", "resources")
+LONGEST = 2147483647  # seconds; Kubernetes counts in nanoseconds, and a much longer time would end at once
 
 
 class Output(Schema):
@@ -116,6 +117,7 @@ class FineTuneJobSpec(Placement):
     active_deadline_seconds: int | None = Field(
         default=None,
         ge=60,
+        le=LONGEST,
         description="The job fails if it runs for longer than this many seconds. No limit when absent. Time in suspension does "
         "not count. The preflight Job, which runs first if the job needs GPUs, does not count either, and has the "
         "same limit of its own. A change takes effect when the next Job is created, after restarts was raised.",
@@ -130,6 +132,7 @@ class FineTuneJobSpec(Placement):
     ttl_seconds_after_finished: int | None = Field(
         default=None,
         ge=0,
+        le=LONGEST,
         description="The job is deleted this many seconds after it ended. The Adapter stays. Never deleted when absent. May be "
         "changed at any time.",
     )

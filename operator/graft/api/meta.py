@@ -11,6 +11,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic import BaseModel as PydanticModel
 from pydantic.alias_generators import to_camel
 
+from graft.api.quantity import quantity
+
 GROUP = "graft.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -20,7 +22,11 @@ GPU = "nvidia.com/gpu"  # resource name of the device plugin, and key of the usu
 # Patterns of names. A name becomes part of a path, a label or a file's name, so no other characters are allowed.
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"  # at most 63 characters
 DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"  # at most 253 characters
-LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"  # at most 317 characters
+# At most 253 characters, so that the part before the / is short enough, too.
+LABEL_KEY = (
+    r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
+    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+)
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"  # at most 63 characters
 UID = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 SEMVER = r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)$"
@@ -148,9 +154,8 @@ Conditions = Annotated[
     ),
 ]
 
-QUANTITY = (
-    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
-)
+# No amount is negative. Kubernetes accepts only whole exponents, although the pattern of its own schema allows others.
+QUANTITY = r"^\+?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"
 
 QUANTITY_LENGTH = 32  # characters
 
@@ -171,8 +176,32 @@ Quantities = Annotated[
 ]
 
 
+# Kubernetes's own checks of a container's resources (k8s.io/kubernetes/pkg/apis/core/validation). Without them, the API
+# server accepts the spec and refuses the pods.
+_KNOWN = "k in ['cpu', 'memory', 'ephemeral-storage']"
+_LIMIT, _REQUEST = "quantity(string(self.limits[k]))", "quantity(string(self.requests[k]))"
+RESOURCE_RULES = rules(
+    (
+        "!has(self.requests) || !has(self.limits) || "
+        f"self.requests.all(k, !(k in self.limits) || {_REQUEST}.compareTo({_LIMIT}) <= 0)",
+        "resources: a request must not be above the limit of the same name",
+    ),
+    (
+        f"!has(self.requests) || self.requests.all(k, {_KNOWN} || "
+        f"(has(self.limits) && k in self.limits && {_REQUEST}.compareTo({_LIMIT}) == 0))",
+        "resources: devices such as nvidia.com/gpu belong to limits. If requests names one too, the amounts must be equal",
+    ),
+    (
+        f"!has(self.limits) || self.limits.all(k, {_KNOWN} || {_LIMIT}.isInteger())",
+        "resources: the amount of a device such as nvidia.com/gpu must be a whole number",
+    ),
+)
+
+
 class Resources(Schema):
     """Resource requests and limits of a container, with the same fields as in a pod."""
+
+    model_config = Schema.model_config | {"json_schema_extra": RESOURCE_RULES}
 
     requests: Quantities | None = Field(default=None, description="Amounts that the scheduler reserves on the node.")
     limits: Quantities | None = Field(
@@ -182,7 +211,7 @@ class Resources(Schema):
 
     def gpus(self) -> int:
         """Return the number of GPUs in limits, where the device plugin expects it."""
-        return int((self.limits or {}).get(GPU, 0))
+        return int(quantity((self.limits or {}).get(GPU, 0)))
 
 
 class Toleration(Schema):
@@ -191,7 +220,7 @@ class Toleration(Schema):
     key: str | None = Field(
         default=None,
         pattern=rf"^$|{LABEL_KEY}",
-        max_length=317,
+        max_length=253,
         description="Key of the taint. If it is empty and operator is Exists, every key matches.",
     )
     operator: Literal["Exists", "Equal"] | None = Field(
@@ -209,6 +238,23 @@ class Toleration(Schema):
         description="For effect NoExecute: seconds that a pod may stay on a node with the taint. No limit when absent.",
     )
 
+    model_config = Schema.model_config | {
+        "json_schema_extra": rules(
+            (
+                "(has(self.key) && self.key != '') || (has(self.operator) && self.operator == 'Exists')",
+                "toleration: give key, or operator Exists for every taint",
+            ),
+            (
+                "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+                "toleration: value is not allowed with operator Exists",
+            ),
+            (
+                "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+                "toleration: tolerationSeconds is allowed only with effect NoExecute",
+            ),
+        )
+    }
+
 
 # The usual taint of GPU nodes. The admission plugin ExtendedResourceToleration adds this toleration to pods that
 # request GPUs. The plugin may be disabled, so Graft adds the toleration too.
@@ -216,7 +262,7 @@ GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
 
 def _label_key(text: str) -> str:
-    if len(text) > 317 or re.fullmatch(LABEL_KEY, text) is None:
+    if len(text) > 253 or re.fullmatch(LABEL_KEY, text) is None:
         raise ValueError("a key must be the key of a label, for example topology.kubernetes.io/zone")
     return text
 

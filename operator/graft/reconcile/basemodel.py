@@ -108,9 +108,13 @@ def observe(
 ) -> tuple[BaseModelStatus, list[Condition]]:
     """Return the status of a base model from what its source contains (PURE)."""
     given = model.spec.facts.wire() if model.spec.facts else {}
-    before = model.status
+    # What was found at another source says nothing about this one.
+    same = model.status.source in (None, model.spec.source)
+    before = model.status if same else BaseModelStatus(conditions=model.status.conditions)
     if found is None:
-        status = before.model_copy(update={"stage": "Ready", "facts": model.spec.facts})
+        status = BaseModelStatus(
+            stage="Ready", source=model.spec.source, facts=model.spec.facts, conditions=before.conditions
+        )
         return status, [
             condition(
                 KIND,
@@ -161,6 +165,7 @@ def observe(
     ready = find(before.conditions, "Ready")
     if (
         found.revision is None
+        and same
         and not changed
         and ready is not None
         and ready.reason == "SourceChanged"

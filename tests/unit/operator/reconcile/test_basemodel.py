@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from graft.api import BaseModel
-from graft.artifacts.sources import SourceError, describe
+from graft.artifacts.sources import Description, SourceError, describe
 from graft.reconcile.basemodel import observe, pinned
 from worlds.hub import COMMIT, Hub, hub
 
@@ -63,6 +63,20 @@ def test_a_changed_source_is_resolved_again(hub: Hub) -> None:
     assert pinned(model(f"hf://org/model@{NEW}", revision=COMMIT)) is None
     found = looked_at(model("hf://org/model", **known), hub)
     assert (found.status.revision, found.status.source) == (NEW, "hf://org/model")
+
+
+def test_nothing_of_an_earlier_source_stays_in_the_status() -> None:
+    """Pods got the digest or the revision of the earlier source for the files in a claim, and refused them."""
+    known: dict[str, Any] = {"revision": COMMIT, "source": "hf://org/model@main", "sizeBytes": 7, "digest": "sha256:a"}
+    status, conditions = observe(model("pvc://models/tiny", **known), None)
+    assert (status.stage, status.source) == ("Ready", "pvc://models/tiny")
+    assert (status.revision, status.digest, status.size_bytes, status.facts) == (None, None, None, None)
+    gone = observe(model("s3://graft/models/tiny", **known), SourceError("there is no config.json"))[0]
+    assert (gone.stage, gone.revision, gone.digest) == ("Unavailable", None, None)
+    found = Description("sha256:b", None, {"model_type": "llama"}, 8)
+    _, [ready] = observe(model("s3://graft/models/tiny", source="s3://graft/models/old", digest="sha256:a"), found)
+    assert ready.reason == "Resolved"
+    assert conditions[0].reason == "NotInspected"
 
 
 def test_a_commit_that_the_hub_has_deleted_is_named(hub: Hub) -> None:

@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator soak binaries crds lock images clean
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator soak binaries crds lock images clean test-fields
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -52,6 +52,9 @@ test-faults: venv binaries ## every fault and every kill point (hours); not part
 
 test-cluster: venv binaries ## the operator against a real API server and a real S3 server
 	$(PYTEST) tests/cluster
+
+test-fields: venv binaries ## every field of every kind with each value; `make test` tries another sample each day
+	GRAFT_FIELDS=all $(PYTEST) tests/cluster/fields
 
 test-e2e: venv binaries ## the quickstart with real pods
 	$(PYTEST) tests/e2e

@@ -124,6 +124,7 @@ async def stop(**_: Any) -> None:
         await operator.queue.stop()
     if operator.ctx is not None:
         operator.ctx.transfers.stop()
+        await operator.ctx.news.stop()
         await operator.ctx.kube.close()
 
 

@@ -8,7 +8,6 @@ held.
 import asyncio
 import logging
 import os
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -214,6 +213,13 @@ class Kube:
                         self._unlike.clear()
                     self._unlike[answer["metadata"]["uid"]] = contents(answer)
 
+    async def put(self, *manifests: Manifest) -> None:
+        """Apply these manifests without reading the live objects first, in parallel. They must not depend on each other.
+
+        `ensure` finds later that nothing differs.
+        """
+        await asyncio.gather(*(self.apply(stamped(manifest)) for manifest in manifests))
+
     def _is_applied(self, live: Manifest, manifest: Manifest) -> bool:
         """Return whether applying the manifest, with its digest, would change nothing.
 
@@ -250,29 +256,45 @@ class Kube:
                 raise
 
     async def apply_status(
-        self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Manifest
+        self,
+        kind: str,
+        api_version: str,
+        namespace: str | None,
+        name: str,
+        uid: str,
+        status: Manifest,
+        *,
+        resource_version: str | None = None,
     ) -> None:
         """Replace the status fields that this operator owns. A resource that was deleted, or created again with another
-        UID, is left unchanged."""
+        UID, is left unchanged.
+
+        With `resource_version`, the resource must still have it. Raises KubeError with status 404 or 409 if it is
+        deleted or changed, so that nothing is based on a status that was not written.
+        """
         metadata = {"name": name, "uid": uid} | ({"namespace": namespace} if namespace else {})
+        if resource_version is not None:
+            metadata["resourceVersion"] = resource_version
         body = {"apiVersion": api_version, "kind": kind, "metadata": metadata, "status": status}
         path = KINDS[kind].path(namespace, name, "status")
         try:
             query = {"fieldManager": FIELD_MANAGER, "force": "true"}
             self._told(kind, await self.request("PATCH", path, body, query, "application/apply-patch+yaml"))
         except KubeError as error:
-            if error.status not in {404, 409}:
+            if error.status not in {404, 409} or resource_version is not None:
                 raise
             log.debug("cannot write the status of %s %s/%s: %s", kind, namespace, name, error)
 
-    async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Manifest) -> None:
-        """Send a JSON merge patch. A missing object (404) is ignored."""
+    async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Manifest) -> Manifest | None:
+        """Send a JSON merge patch. Return the object as it is then, or None if it does not exist."""
         try:
             path, query = KINDS[kind].path(namespace, name), {"fieldManager": FIELD_MANAGER}
-            self._told(kind, await self.request("PATCH", path, patch, query, "application/merge-patch+json"))
+            answer = await self.request("PATCH", path, patch, query, "application/merge-patch+json")
+            return self._told(kind, answer)
         except KubeError as error:
             if error.status != 404:
                 raise
+            return None
 
     async def delete(
         self, kind: str, namespace: str | None, name: str, uid: str | None = None, propagation: str = "Background"
@@ -287,17 +309,16 @@ class Kube:
             if error.status not in {404, 409}:
                 raise
 
-    async def event(self, regarding: Manifest, reason: str, message: str, at: str, *, warning: bool) -> None:
-        """Write a Kubernetes Event. If it is refused, for example because the namespace is being deleted, this is only
-        logged."""
+    async def event(self, regarding: Manifest, name: str, reason: str, message: str, at: str, *, warning: bool) -> None:
+        """Write a Kubernetes Event with this name. If it exists, nothing happens. If it is refused, for example because
+        the namespace is being deleted, this is only logged."""
         metadata = regarding["metadata"]
         namespace = metadata.get("namespace") or "default"
-        name = f"{metadata['name'][:200]}.{random.getrandbits(64):016x}"
         body = {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
             "metadata": {"name": name, "namespace": namespace},
-            "eventTime": at.replace("Z", ".000000Z"),
+            "eventTime": _micro(at),
             "reportingController": "graft.dev/operator",
             "reportingInstance": os.environ.get("HOSTNAME", "graft-operator")[:128],
             "action": "Reconcile",
@@ -315,7 +336,22 @@ class Kube:
         try:
             await self.request("POST", KINDS["Event"].path(namespace), body)
         except KubeError as error:
-            log.warning("cannot write the Event %s for %s: %s", reason, metadata["name"], error)
+            if error.status != 409:
+                log.warning("cannot write the Event %s for %s: %s", reason, metadata["name"], error)
+
+    async def count_event(self, regarding: Manifest, name: str, count: int, at: str) -> None:
+        """Write how often an Event has happened, and when for the last time. Without the Event, nothing happens."""
+        namespace = regarding["metadata"].get("namespace") or "default"
+        series = {"count": count, "lastObservedTime": _micro(at)}
+        try:
+            await self.merge_patch("Event", namespace, name, {"series": series})
+        except KubeError as error:
+            log.warning("cannot count the Event %s: %s", name, error)
+
+
+def _micro(at: str) -> str:
+    """Return a time of whole seconds in the notation of Events (PURE)."""
+    return at.replace("Z", ".000000Z")
 
 
 def controller_of(item: Manifest) -> str | None:

@@ -499,10 +499,10 @@ class FakeKube:
     async def list(self, kind: str, *_: Any, **__: Any) -> list[Any]:
         return self.jobs if kind == "Job" else []
 
-    async def apply_status(self, *arguments: Any) -> None:
+    async def apply_status(self, *arguments: Any, **_: Any) -> None:
         self.status = arguments[-1]
 
-    async def event(self, raw: Any, reason: str, *_: Any, **__: Any) -> None:
+    async def event(self, raw: Any, name: str, reason: str, *_: Any, **__: Any) -> None:
         self.events.append(reason)
 
     async def delete(self, kind: str, namespace: str, name: str, *_: Any, **__: Any) -> None:

@@ -60,7 +60,7 @@ def _resources(tenant: Tenant) -> str:
 
 @pytest.fixture(scope="session")
 def plane() -> Iterator[ControlPlane]:
-    with simulated_plane() as plane:
+    with simulated_plane(audited=True) as plane:
         yield plane
 
 

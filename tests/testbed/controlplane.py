@@ -16,7 +16,7 @@ from testbed.shell import tail, wait_for
 
 SERVICE_CIDR = "10.96.0.0/16"
 KUBERNETES_IP = "10.96.0.1"
-# The API server records each request of a service account outside of kube-system, when it has answered.
+# The API server records each request of a service account outside of kube-system when it has answered the request.
 AUDITED = {
     "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived", "ResponseStarted"],
     "rules": [
@@ -44,6 +44,7 @@ class ControlPlane:
     kubernetes_ip: str = KUBERNETES_IP
     pod_cidr: str | None = None
     api_port: int = 0
+    audited: bool = False  # whether the API server writes `audit_log`
     etcd_port: int = 0
 
     @property
@@ -56,7 +57,7 @@ class ControlPlane:
 
     @property
     def audit_log(self) -> Path:
-        """Return the file with the requests that the API server has answered, one JSON document a line."""
+        """Return the file with the requests that the API server has answered, one JSON document a line, if `audited`."""
         return self.state / "logs" / "audit.log"
 
     @property
@@ -108,8 +109,11 @@ class ControlPlane:
     def _start_etcd_and_api(self) -> None:
         keys, etcd, peers = self.state / "pki", free_port(), free_port()
         self.etcd_port = etcd
-        audited = self.state / "audit-policy.json"
-        audited.write_text(json.dumps(AUDITED))
+        audit = []
+        if self.audited:
+            policy = self.state / "audit-policy.json"
+            policy.write_text(json.dumps(AUDITED))
+            audit = [f"--audit-policy-file={policy}", f"--audit-log-path={self.audit_log}"]
         self.processes.start(
             "etcd",
             [
@@ -128,7 +132,7 @@ class ControlPlane:
             f"--kubelet-client-certificate={keys}/admin.crt", f"--kubelet-client-key={keys}/admin.key",
             "--kubelet-preferred-address-types=InternalIP", "--authorization-mode=Node,RBAC", "--allow-privileged",
             f"--service-cluster-ip-range={self.service_cidr}",
-            f"--audit-policy-file={audited}", f"--audit-log-path={self.audit_log}",
+            *audit,
         ], netns=self.netns)  # fmt: skip
         wait_for(
             lambda: self.kubectl("get", "--raw", "/readyz", check=False).strip() == "ok",
@@ -142,11 +146,11 @@ class ControlPlane:
 
 
 @contextlib.contextmanager
-def control_plane() -> Iterator[ControlPlane]:
+def control_plane(*, audited: bool = False) -> Iterator[ControlPlane]:
     """Run a control plane with its own state folder during the block. Delete both afterwards."""
     packages.install(packages.CONTROL_PLANE)
     state = Path(tempfile.mkdtemp(prefix="graft-controlplane-"))
-    plane = ControlPlane(state)
+    plane = ControlPlane(state, audited=audited)
     try:
         plane.start()
         yield plane

@@ -1,5 +1,6 @@
 """An API server and an object store in memory, to reconcile one resource without either of them."""
 
+import copy
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -59,16 +60,77 @@ class MemoryKube:
     async def create(self, manifest: Object) -> None:
         self.objects[self._key(manifest)] = manifest
 
+    async def put(self, *manifests: Object) -> None:
+        await self.ensure(*manifests)
+
     async def apply_status(
-        self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Object
+        self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Object, **_: Any
     ) -> None:
         self.objects[kind, namespace, name]["status"] = status
 
-    async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> None:
-        self.objects[kind, namespace, name]["metadata"].update(patch["metadata"])
+    async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> Object:
+        found = self.objects[kind, namespace, name]
+        labels = found["metadata"].get("labels", {}) | patch["metadata"].pop("labels", {})
+        found["metadata"].update(patch["metadata"] | {"labels": labels})
+        return found
 
-    async def event(self, regarding: Object, reason: str, message: str, at: str, *, warning: bool) -> None:
+    async def event(self, regarding: Object, name: str, reason: str, message: str, at: str, *, warning: bool) -> None:
         self.events.append((reason, message))
+
+    async def count_event(self, regarding: Object, name: str, count: int, at: str) -> None:
+        self.events.append(("count", str(count)))
+
+
+class Killed(BaseException):
+    """The operator ends."""
+
+
+class MortalKube(MemoryKube):
+    """`writes` holds every write in order. The operator is killed before the write with the number `killed`.
+
+    `named`: the Events by name, with the reason or how often it happened.
+    """
+
+    def __init__(self, *objects: Object) -> None:
+        super().__init__(*objects)
+        self.writes: list[str] = []
+        self.named: dict[str, Any] = {}
+        self.killed: int | None = None
+
+    def _write(self, what: str) -> None:
+        if len(self.writes) == self.killed:
+            self.killed = None
+            raise Killed
+        self.writes.append(what)
+
+    async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        return copy.deepcopy(await super().get(kind, namespace, name))  # a reconcile knows only what it has read
+
+    async def put(self, *manifests: Object) -> None:
+        for manifest in manifests:
+            self._write(f"{manifest['kind']} {manifest['metadata']['name']}")
+            await super().ensure(manifest)
+
+    async def create(self, manifest: Object) -> None:
+        self._write(f"{manifest['kind']} {manifest['metadata']['name']}")
+        manifest["metadata"]["uid"] = f"uid-{manifest['metadata']['name']}"
+        await super().create(manifest)
+
+    async def apply_status(self, *arguments: Any, **options: Any) -> None:
+        self._write("status")
+        await super().apply_status(*arguments, **options)
+
+    async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> Object:
+        self._write("patch")
+        return copy.deepcopy(await super().merge_patch(kind, namespace, name, patch))
+
+    async def event(self, regarding: Object, name: str, reason: str, *_: Any, **__: Any) -> None:
+        self._write("event")
+        self.named.setdefault(name, reason)
+
+    async def count_event(self, regarding: Object, name: str, count: int, at: str) -> None:
+        self._write("count")
+        self.named[name] = count
 
 
 class MemoryStore:
@@ -110,6 +172,9 @@ class MemoryStore:
         self.reading.remove(key)
         self.read[key] = self.read.get(key, 0) + len(data)
         yield data
+
+    def folders(self, prefix: str) -> list[str]:
+        return sorted({key.removeprefix(prefix).split("/")[0] for key in self.objects_ if key.startswith(prefix)})
 
     def put(self, key: str, data: bytes, **_: Any) -> None:
         self.requests.append(("put", key))

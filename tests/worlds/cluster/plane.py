@@ -9,9 +9,9 @@ from testbed.simulated import add_nodes
 
 
 @contextlib.contextmanager
-def simulated_plane() -> Iterator[ControlPlane]:
+def simulated_plane(*, audited: bool = False) -> Iterator[ControlPlane]:
     """Run it during the block."""
-    with control_plane() as plane:
+    with control_plane(audited=audited) as plane:
         add_nodes(plane, 2)
         plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
         plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))

@@ -14,12 +14,13 @@ from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
 from graft.kube import Manifest
+from graft.manifests.adapter import ADAPTER_LABEL
 from graft.reconcile.adapter import adapterjob, lifecycle, signing, verification
 from graft.reconcile.adapter.compatibility import is_put_away
 from graft.reconcile.shared import backoff, ending
 from graft.reconcile.shared.access import Trouble
-from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.status import condition, find, now
+from graft.reconcile.shared.context import GATHER, SOON, WAITING, Context
+from graft.status import condition, find, now, seconds_left
 
 KIND = "Adapter"
 # Verdicts that may change although the spec does not: the store may answer again, and files may still arrive.
@@ -44,13 +45,14 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if raw is None:
         return None
     adapter = Adapter.model_validate(raw)
-    if not adapter.metadata.deletion_timestamp and await ctx.add_finalizer(adapter, KIND):
-        return 0
-    if not adapter.metadata.deletion_timestamp and await lifecycle.label(ctx, adapter):
-        return 0
-    reader = (
-        ctx.kube if adapter.metadata.deletion_timestamp else ctx.cache
-    )  # the last look before its files are deleted
+    # The label is missing on an Adapter that was created by hand. Versions are found by it.
+    claimed = await ctx.claim(raw, {ADAPTER_LABEL: adapter.spec.adapter})
+    if claimed is None:
+        return None
+    if claimed is not raw:
+        raw, adapter = claimed, Adapter.model_validate(claimed)
+    # The last look before its files are deleted is at the API server.
+    reader = ctx.kube if adapter.metadata.deletion_timestamp else ctx.cache
     deployments = await reader.list("AdapterDeployment", namespace)
     used_by = serving(adapter, deployments)
     if adapter.metadata.deletion_timestamp:
@@ -99,6 +101,8 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         else:
             status, verdict = status.model_copy(update={"stage": "Archived"}), lifecycle.archived_condition()
     status, verdict = await signing.signed(ctx, ctx.keys, adapter, status, verdict)
+    if verdict.reason not in RETRIED:
+        told["compatibility"] = await lifecycle.compatibility(ctx, adapter.model_copy(update={"status": status}))
     await ctx.write_status(raw, status.model_copy(update=told), [verdict, in_use(used_by)])
     if verdict.reason in RETRIED:
         # An outage of the store is not the tenant's failure, so its versions continue soon after it.
@@ -121,6 +125,9 @@ async def _show_verifying(ctx: Context, raw: Manifest, adapter: Adapter, told: d
     """Write the use of a version while its verification waits or runs. An earlier verdict stays until there is another."""
     ready, used_by = find(adapter.status.conditions, "Ready"), told["used_by"]
     if ready is None:
+        created = adapter.metadata.creation_timestamp
+        if created is not None and seconds_left(created, GATHER) > 0:
+            return  # the verdict follows soon, in most cases
         text = "the operator reads the files and compares them with manifest.json"
         ready = condition(KIND, "Ready", "Unknown", "Verifying", text)
         told = told | {"stage": "Verifying"}
@@ -263,6 +270,7 @@ async def _clean_up(
         prefixes.append(own)
     if (pause := ending.delete(ctx, adapter, prefixes)) is not None:
         return pause
+    ctx.folders.forget(adapter.metadata.namespace, adapter.spec.adapter)
     ctx.backoff.forget(adapter.metadata.uid)
     await ctx.remove_finalizer(adapter, KIND)
     return None

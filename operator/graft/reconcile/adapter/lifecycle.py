@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graft.api import Adapter, BaseModel
+from graft.api.adapter import CompatibleBase
 from graft.api.meta import Condition
 from graft.artifacts import archive
 from graft.artifacts.manifest import Manifest as AdapterManifest
@@ -56,9 +57,8 @@ class Look:
 
     async def write(self, verdict: Condition, plan: Plan, **changes: Any) -> None:
         """Write the status: the verdict, the use, the compatibility and the plan."""
-        models = valid(BaseModel, await self.ctx.cache.list("BaseModel"))
         told = use(self.adapter, self.used_by) | {
-            "compatibility": compatible_bases(self.adapter, models),
+            "compatibility": await compatibility(self.ctx, self.adapter),
             "pruned_after": plan.pruned_after,
         }
         observed = [verdict, self.in_use]
@@ -66,6 +66,11 @@ class Look:
             truth = "False" if plan.reason in {"Expiring", "Pruned"} else "True"
             observed.append(condition(KIND, "Retained", truth, plan.reason, plan.message))  # type: ignore[arg-type]
         await self.ctx.write_status(self.raw, self.adapter.status.model_copy(update=told | changes), observed)
+
+
+async def compatibility(ctx: Context, adapter: Adapter) -> list[CompatibleBase]:
+    """Return the base models that the Adapter fits now."""
+    return compatible_bases(adapter, valid(BaseModel, await ctx.cache.list("BaseModel")))
 
 
 def use(adapter: Adapter, used_by: list[str]) -> dict[str, Any]:
@@ -77,18 +82,6 @@ def use(adapter: Adapter, used_by: list[str]) -> dict[str, Any]:
     was = before is not None and before.status == "True"
     changed = was != bool(used_by)
     return {"used_by": used_by, "last_used_time": now() if changed else adapter.status.last_used_time}
-
-
-async def label(ctx: Context, adapter: Adapter) -> bool:
-    """Set the label by which versions are found.
-
-    Return True if it was missing, for example on an Adapter created by hand.
-    """
-    if adapter.metadata.labels.get(ADAPTER_LABEL) == adapter.spec.adapter:
-        return False
-    patch = {"metadata": {"uid": adapter.metadata.uid, "labels": {ADAPTER_LABEL: adapter.spec.adapter}}}
-    await ctx.kube.merge_patch(KIND, adapter.metadata.namespace, adapter.metadata.name, patch)
-    return True
 
 
 async def follow(look: Look, verdict: Condition) -> float | None:

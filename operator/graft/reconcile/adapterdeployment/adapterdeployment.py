@@ -55,8 +55,11 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         await autoscaling.forget(ctx, spec)
         await ctx.remove_finalizer(spec, KIND)
         return None
-    if await ctx.add_finalizer(spec, KIND):
-        return 0
+    claimed = await ctx.claim(raw, {})
+    if claimed is None:
+        return None
+    if claimed is not raw:
+        raw, spec = claimed, AdapterDeployment.model_validate(claimed)
     world = await _gather(ctx, spec)
     await _scale(ctx, world)
     running = world.wanted is not None

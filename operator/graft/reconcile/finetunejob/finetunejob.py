@@ -10,19 +10,20 @@ resource's UID, the manifest by its path and the job's UID in it. After a job ha
 only two things can happen. It is deleted after its TTL. Or it is restarted, if it failed and spec.restarts is raised.
 """
 
+import asyncio
+
 from graft.api import Adapter, FineTuneJob
-from graft.api.finetunejob import Resolved, Sizing
+from graft.api.finetunejob import Sizing
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.bounded import OutOfBounds
 from graft.contracts.job import CurrentVersion, JobFile
-from graft.contracts.message import BaseModelRef
 from graft.contracts.progress import Progress
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapter as adapter_manifests
-from graft.manifests.metadata import OWNER_UID
+from graft.manifests.metadata import FINALIZER, OWNER_UID
 from graft.manifests.network import training_policy
 from graft.manifests.training import (
     METHOD_LABEL,
@@ -37,7 +38,6 @@ from graft.manifests.training import (
     training_job,
 )
 from graft.reconcile.adapter import versions
-from graft.reconcile.finetunejob.facts import JobFacts, adapter_label, facts_of, output_adapter, version_of
 from graft.reconcile.finetunejob.jobstatus import (
     KIND,
     World,
@@ -45,12 +45,14 @@ from graft.reconcile.finetunejob.jobstatus import (
     job_condition,
     memory_failures,
     observe,
+    polled,
     suspended,
     unbound,
     waiting,
 )
 from graft.reconcile.finetunejob.placing import place
 from graft.reconcile.finetunejob.published import read_published
+from graft.reconcile.finetunejob.reservation import reserve_version
 from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
@@ -58,7 +60,7 @@ from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import job_file_of, keep, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
-from graft.status import condition, find, seconds_left
+from graft.status import find, seconds_left
 
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
@@ -69,18 +71,23 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     job = FineTuneJob.model_validate(raw)
     if job.metadata.deletion_timestamp:
         return await _clean_up(ctx, raw, job)
-    if await ctx.add_finalizer(job, KIND):
-        return 0
     ended = find(job.status.conditions, "Succeeded")
-    if ended is not None and ended.status != "Unknown":
+    over = ended is not None and ended.status != "Unknown"
+    claimed = await ctx.claim(raw, {} if over else _labels(job))
+    if claimed is None:
+        return None
+    new = FINALIZER not in job.metadata.finalizers
+    if claimed is not raw:
+        raw, job = claimed, FineTuneJob.model_validate(claimed)
+    if ended is not None and over:
         return await restart(ctx, raw, job) if to_restart(job, ended) else await _expire(ctx, job, ended)
 
-    world = await _gather(ctx, job)
+    # Nothing is created before the finalizer is set, so a job without it has no children.
+    world = World(job) if new else await _gather(ctx, job)
     if world.passed and not job.status.checked:
         await ctx.write_status(raw, checked(world), job.status.conditions)
         return 0
     if world.published is None and (not world.children or world.passed):
-        await _show_method(ctx, job)
         if job.spec.suspend:
             status, observed = suspended(job, await _sizing(ctx, job))
             await ctx.write_status(raw, status, observed)
@@ -90,16 +97,18 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
             status, observed = waiting(job, trouble)
             await ctx.write_status(raw, status, observed)
             return WAITING
-        return 0
-    if world.children and not world.over:
-        await _steer(ctx, world)
+        return SOON
+    repaired = not world.children or world.over or await _steer(ctx, world)
     if world.published is not None and world.adapter is None:
         manifest, digest = world.published
         await ctx.kube.apply(adapter_manifests.adapter(job, manifest, digest, ctx.store.config.bucket))
     status, observed = observe(world)
-    await ctx.write_status(raw, status, observed)
+    pause = await ctx.write_status(raw, status, observed, hurry=False)
     succeeded = find(observed, "Succeeded")
-    return None if succeeded is not None and succeeded.status != "Unknown" else SOON
+    if succeeded is not None and succeeded.status != "Unknown":
+        return None
+    polls = [pause, SOON if polled(world) else None, None if repaired else WAITING]
+    return min((item for item in polls if item is not None), default=None)
 
 
 async def _gather(ctx: Context, job: FineTuneJob) -> World:
@@ -126,9 +135,9 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     return world
 
 
-async def _steer(ctx: Context, world: World) -> None:
+async def _steer(ctx: Context, world: World) -> bool:
     """Apply spec.suspend to the running Job, repair what its pods need, and halve the micro-batch after attempts that
-    did not fit in memory."""
+    did not fit in memory. Return whether the pods have what they need."""
     job, child = world.job, world.children[0]
     namespace = job.metadata.namespace
     # With a queue, Kueue alone suspends and resumes the Job.
@@ -138,10 +147,11 @@ async def _steer(ctx: Context, world: World) -> None:
     nodes = int(child["spec"].get("completions") or 1)
     live = await ctx.cache.get("ConfigMap", namespace, job_file_name(job))
     restored = await _restore_file(ctx, job, nodes) if live is None else None
-    await keep(ctx, namespace, *([restored] if restored is not None else []), *_network(ctx, job, nodes))
+    kept = await keep(ctx, namespace, *([restored] if restored is not None else []), *_network(ctx, job, nodes))
     halvings, file = memory_failures(world), job_file_of(live or restored)
     if halvings and file is not None and file.halvings < halvings:
-        await keep(ctx, namespace, config_map(job, file.model_copy(update={"halvings": halvings})))
+        kept &= await keep(ctx, namespace, config_map(job, file.model_copy(update={"halvings": halvings})))
+    return kept
 
 
 async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | None:
@@ -173,14 +183,15 @@ def _fetch_progress(store: S3Store, key: str) -> Progress:
 async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
     """Resolve what the spec leaves open and create the next Job. Return what the job waits for, or None."""
     job, namespace = world.job, world.job.metadata.namespace
-    base = await gather_base_model(ctx, job.spec.base_model, namespace)
+    base, trouble = await asyncio.gather(
+        gather_base_model(ctx, job.spec.base_model, namespace), ensure_credentials(ctx, namespace)
+    )
     if isinstance(base, Trouble):
         return base
     if (outside := outside_namespace(job, ctx.store.config.bucket)) is not None:
         return outside
     if (refused := scheduling.forbidden(job.spec, ctx.settings.allowed)) is not None:
         return refused
-    trouble = await ensure_credentials(ctx, namespace)
     if trouble is not None:
         return trouble
     placed = await place(ctx, job, base)
@@ -189,7 +200,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
     shape, sizing = placed
     try:
         async with ctx.locks["version", namespace, job.spec.output.adapter]:
-            version = await _reserve_version(ctx, raw, job, base.ref, sizing)
+            version = await reserve_version(ctx, raw, job, base.ref, sizing)
     except StoreError as error:
         return Trouble(
             "StorageUnavailable",
@@ -199,7 +210,8 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         return version
     file = await _job_file(ctx, job, base, version, shape)
     try:
-        await ctx.kube.ensure(config_map(job, file), *_network(ctx, job, shape.nodes))
+        # Before the Job, so that no pod runs without its NetworkPolicy.
+        await ctx.kube.put(config_map(job, file), *_network(ctx, job, shape.nodes))
         if shape.gpus and not job.status.checked:
             await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
         else:
@@ -217,11 +229,10 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
     return None
 
 
-async def _show_method(ctx: Context, job: FineTuneJob) -> None:
-    """Set the label that the column METHOD shows: no path of the spec has the method's name."""
-    if job.metadata.labels.get(METHOD_LABEL) != job.spec.method.name:
-        labels = {"labels": {METHOD_LABEL: job.spec.method.name}}
-        await ctx.kube.merge_patch(KIND, job.metadata.namespace, job.metadata.name, {"metadata": labels})
+def _labels(job: FineTuneJob) -> dict[str, str]:
+    """Return the labels of a job: the method, which no path of the spec has as a value, for the column METHOD, and the
+    adapter, by which jobs that publish versions of it are found (PURE)."""
+    return {METHOD_LABEL: job.spec.method.name, adapter_manifests.ADAPTER_LABEL: job.spec.output.adapter}
 
 
 async def _sizing(ctx: Context, job: FineTuneJob) -> Sizing | None:
@@ -272,55 +283,6 @@ async def _current_version(ctx: Context, job: FineTuneJob) -> CurrentVersion | N
     newest = max(ready, key=lambda item: versions.parse(item.spec.version) or (0, 0, 0))
     artifact = newest.published
     return CurrentVersion(version=newest.spec.version, uri=artifact.uri, digest=artifact.digest)
-
-
-async def _reserve_version(
-    ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, sizing: Sizing | None
-) -> str | Trouble:
-    """Return the version that this job publishes. It is written to the status before anything uses it."""
-    resolved = job.status.resolved
-    if resolved is not None and resolved.version is not None:
-        if sizing != job.status.sizing:  # the lengths of the data are known by now, or the nodes have changed
-            status = job.status.model_copy(update={"sizing": sizing})
-            await ctx.write_status(raw, status, job.status.conditions)
-        return resolved.version
-    known = await _known_versions(ctx, job)
-    recipe = versions.recipe(job.spec)
-    version = job.spec.output.version
-    if version == "auto":
-        version = versions.next_version(known, recipe, job.spec.base_model)
-    elif any(item.version == version and item.base_model is not None for item in known):
-        adapter = job.spec.output.adapter
-        return Trouble(
-            "VersionExists",
-            f"version {version} of {adapter} is already published, or another job has reserved it. Create the job again with "
-            "another spec.output.version, or with auto",
-        )
-    reserved = Resolved(
-        version=version,
-        recipe=recipe,
-        base_model_uri=base_model.uri,
-        base_model_digest=base_model.digest or base_model.uri,
-    )
-    update = {"resolved": reserved, "sizing": sizing, "stage": "Pending", "restarts": job.spec.restarts}
-    status = job.status.model_copy(update=update)
-    message = f"the job will publish {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
-    observed = [
-        condition(KIND, "Accepted", "True", "Resolved", message),
-        condition(KIND, "Succeeded", "Unknown", "Pending", "the operator creates the Job"),
-    ]
-    await ctx.write_status(raw, status, observed)
-    return version
-
-
-async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
-    namespace, adapter = job.metadata.namespace, job.spec.output.adapter
-    known: list[versions.Known] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
-    others: list[JobFacts] = await ctx.cache.facts(KIND, namespace, adapter, output_adapter, facts_of)
-    reserved = [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
-    prefix = layout.adapter_versions_prefix(layout.tenant_of(namespace), adapter)
-    stored = await ctx.blocking(ctx.store.folders, prefix)
-    return known + reserved + [versions.Known(version, None, None) for version in stored if versions.parse(version)]
 
 
 def outside_namespace(job: FineTuneJob, bucket: str) -> Trouble | None:

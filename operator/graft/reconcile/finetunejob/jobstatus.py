@@ -30,6 +30,7 @@ from graft.status import REASONS, condition, duration, find
 
 KIND = "FineTuneJob"
 MUCH_TRUNCATED = 0.1  # share of the examples
+NO_POD = "the Job has no pod yet"
 STAGES = ("Preparing", "Training", "Evaluating", "Publishing")
 
 
@@ -146,6 +147,17 @@ def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
     return job.status.model_copy(update=changes), observed
 
 
+def polled(world: World) -> bool:
+    """Return whether something may change without an event of the job's objects: progress.json while a pod works, and
+    the Event with the reason why a Job has no pod (PURE)."""
+    if world.over or not world.children:
+        return False
+    if not world.pods:
+        return not world.children[0]["spec"].get("suspend")
+    newest = world.main_pods[-1]
+    return pods.running(newest, "train") or pods.running(newest, "prepare")
+
+
 def _progress_fields(progress: Progress, resolved: Resolved, ended: bool) -> dict[str, Any]:
     shown = ProgressStatus.model_validate(progress.model_dump())
     loss = progress.loss
@@ -189,7 +201,7 @@ def _succeeded(world: World) -> Condition:
         return held
     if not world.pods:
         refused = world.refusal
-        text = f"Kubernetes refuses the pod of the Job and retries: {refused}" if refused else "the Job has no pod yet"
+        text = f"Kubernetes refuses the pod of the Job and retries: {refused}" if refused else NO_POD
         return condition(KIND, "Succeeded", "Unknown", "QuotaExceeded" if "exceeded quota" in text else "Pending", text)
     newest = world.main_pods[-1]
     if pods.phase(newest) == "Failed":

@@ -5,6 +5,7 @@ It also writes statuses, Events and finalizers.
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from graft.cache.cache import Cache
 from graft.kube import Kube, Manifest
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.backoff import Backoff
+from graft.reconcile.shared.folders import Folders
+from graft.reconcile.shared.news import News, transitions
 from graft.reconcile.shared.transfers import Transfer, Transfers
 from graft.reconcile.shared.turns import Turns
 from graft.reconcile.shared.verified import Verified
@@ -28,12 +31,10 @@ from graft.settings import Settings
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Reasons with which a condition is False although nothing is wrong. Their Events are not warnings.
-EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "Expiring", "Pruned"}
-SILENT = {"InUse", "Needed", "Kept"}  # condition types and reasons for which no Event is written
-
 SOON = 5.0  # seconds until the next reconcile while work is in progress
 THREADS = 32  # for blocking calls: more than reconciles at the same time, so that none waits for another's thread
+GATHER = 3.0  # seconds in which changes of a status that are no transition are gathered into one write
+MOST_WRITTEN = 10_000  # statuses whose last write is remembered
 WAITING = 20.0  # seconds until the next reconcile while the operator waits for something that it does not control
 
 
@@ -61,10 +62,14 @@ class Context:
     )  # reconcile a resource soon; see Queue.wake
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
+    folders: Folders = field(default_factory=Folders)
+    news: News = field(init=False)
+    written: dict[str, float] = field(default_factory=dict)  # UID -> time.monotonic() of the last write of its status
 
     cache: Cache | Any = None  # what reconciles read; without one, they read from the API server
 
     def __post_init__(self) -> None:
+        self.news = News(self.kube)
         self.cache = self.cache or Cache(self.kube)
 
     async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -94,55 +99,75 @@ class Context:
         self.transfers.forget(meta.uid)
         return None if found.interrupted else found
 
-    async def write_status(self, raw: Manifest, status: Status, observed: list[Condition]) -> None:
+    async def write_status(
+        self,
+        raw: Manifest,
+        status: Status,
+        observed: list[Condition],
+        *,
+        hurry: bool = True,
+        unchanged: bool = False,
+    ) -> float | None:
         """Write the status if it differs from the present one, with an Event for each transition.
 
-        An unchanged status is not written.
+        Without `hurry`, a status with the same stage, reasons and generation is written at the earliest GATHER seconds
+        after the last one. Return the seconds until then, or None if nothing is left to write.
+
+        With `unchanged`, the resource must still be the one that was read. Raises KubeError with status 404 or 409 if
+        it is not.
         """
         metadata = raw["metadata"]
+        generation, uid = metadata.get("generation", 0), metadata["uid"]
         before = raw.get("status") or {}
         old = [Condition.model_validate(item) for item in before.get("conditions", [])]
         at = conditions.now()
-        merged = conditions.merge(old, observed, metadata.get("generation", 0), at)
-        new = status.model_copy(update={"conditions": merged, "observed_generation": metadata.get("generation", 0)})
+        merged = conditions.merge(old, observed, generation, at)
+        new = status.model_copy(update={"conditions": merged, "observed_generation": generation})
         after = new.model_dump(mode="json", by_alias=True, exclude_none=True)
         if after == before:
-            return
+            return None
+        changed = conditions.transitions(old, merged)
+        same = not changed and all(before.get(name) == after.get(name) for name in ("stage", "observedGeneration"))
+        left = self.written.get(uid, -GATHER) + GATHER - time.monotonic()
+        if not hurry and same and left > 0:
+            return left
+        for item in changed:
+            fields = {"type": item.type, "status": item.status, "reason": item.reason}
+            log.info("condition", extra={"resource": _name(raw)} | fields)
+        found = transitions(raw, old, merged, at)
+        await self.news.report(item for item in found if item.settled)
         await self.kube.apply_status(
-            raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], metadata["uid"], after
-        )
-        for item in conditions.transitions(old, merged):
-            if {item.type, item.reason} & SILENT:
-                continue
-            wrong = "True" if item.type == "Degraded" else "False"
-            bad = item.status == wrong and item.reason not in EXPECTED
-            log.info(
-                "condition",
-                extra={"resource": _name(raw), "type": item.type, "status": item.status, "reason": item.reason},
-            )
-            await self.kube.event(raw, item.reason, item.message, at, warning=bad)
+            raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], uid, after,
+            resource_version=metadata["resourceVersion"] if unchanged else None,
+        )  # fmt: skip
+        self.news.later(item for item in found if not item.settled)
+        if len(self.written) >= MOST_WRITTEN:
+            self.written.clear()
+        self.written[uid] = time.monotonic()
+        return None
 
-    async def add_finalizer(self, resource: Resource, kind: str) -> bool:
-        """Add the finalizer, so that a deletion waits for the clean-up.
+    async def claim(self, raw: Manifest, labels: dict[str, str]) -> Manifest | None:
+        """Set the finalizer, so that a deletion waits for the clean-up, and these labels, in one write.
 
-        Return True if it was added: that update causes the next reconcile.
+        Return the resource as it is then, or None if it is deleted meanwhile. If it has both already, or is being
+        deleted, nothing is written.
         """
-        if FINALIZER in resource.metadata.finalizers or resource.metadata.deletion_timestamp:
-            return False
-        await self._set_finalizers(resource, kind, [*resource.metadata.finalizers, FINALIZER])
-        return True
+        metadata = raw["metadata"]
+        finalizers, present = metadata.get("finalizers") or [], metadata.get("labels") or {}
+        if metadata.get("deletionTimestamp") or (FINALIZER in finalizers and labels.items() <= present.items()):
+            return raw
+        wanted = {"labels": labels, "finalizers": list(dict.fromkeys([*finalizers, FINALIZER]))}
+        version = {"resourceVersion": metadata.get("resourceVersion"), "uid": metadata["uid"]}
+        patch = {"metadata": wanted | version}
+        return await self.kube.merge_patch(raw["kind"], metadata.get("namespace"), metadata["name"], patch)
 
     async def remove_finalizer(self, resource: Resource, kind: str) -> None:
         """Remove the finalizer after the clean-up, so that the API server can delete the resource."""
-        if FINALIZER in resource.metadata.finalizers:
-            await self._set_finalizers(
-                resource, kind, [item for item in resource.metadata.finalizers if item != FINALIZER]
-            )
-
-    async def _set_finalizers(self, resource: Resource, kind: str, finalizers: list[str]) -> None:
         meta = resource.metadata
-        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": meta.resource_version, "uid": meta.uid}}
-        await self.kube.merge_patch(kind, meta.namespace or None, meta.name, patch)
+        if FINALIZER in meta.finalizers:
+            left = [item for item in meta.finalizers if item != FINALIZER]
+            patch = {"metadata": {"finalizers": left, "resourceVersion": meta.resource_version, "uid": meta.uid}}
+            await self.kube.merge_patch(kind, meta.namespace or None, meta.name, patch)
 
 
 def _name(raw: Manifest) -> str:

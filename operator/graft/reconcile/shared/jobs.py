@@ -41,10 +41,10 @@ async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
     return str(refused[-1]) if refused else None
 
 
-async def keep(ctx: Context, namespace: str, *needed: Manifest) -> None:
+async def keep(ctx: Context, namespace: str, *needed: Manifest) -> bool:
     """Create or repair the objects that the pods of a running Job need.
 
-    In a namespace that is no longer bound nothing can be repaired. The run continues as it is.
+    Return False in a namespace that is no longer bound: nothing can be repaired there. The run continues as it is.
     """
     try:
         await ctx.kube.ensure(*needed)
@@ -52,3 +52,5 @@ async def keep(ctx: Context, namespace: str, *needed: Manifest) -> None:
         if error.status != 403:
             raise
         log.info("cannot repair the children of a running Job in namespace %s: %s", namespace, error)
+        return False
+    return True

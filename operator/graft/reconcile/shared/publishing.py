@@ -43,4 +43,5 @@ async def published(
     if copied is None:
         return "copying"
     copied.result()
+    ctx.folders.forget(resource.metadata.namespace, adapter)
     return await ctx.blocking(read_manifest, ctx.store, prefix, None)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from graft.api import FineTuneJob
 from graft.contracts.progress import Progress
-from graft.reconcile.finetunejob.jobstatus import World, observe
+from graft.reconcile.finetunejob.jobstatus import World, observe, polled
 
 JOB = {
     "apiVersion": "graft.dev/v1alpha1",
@@ -64,3 +64,27 @@ def test_the_stage_of_a_job_never_goes_back(found: dict[str, Any], reported: str
         )
     )
     assert status.stage == shown
+
+
+CHILD = {"metadata": {"name": "support"}, "spec": {}, "status": {}}
+HELD = {**CHILD, "spec": {"suspend": True}}
+COMPLETE = {**CHILD, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+PENDING = {"metadata": {"name": "support-1"}, "status": {"phase": "Pending"}}
+
+
+@pytest.mark.parametrize(
+    ("child", "found", "expected"),
+    [
+        (CHILD, [], True),  # only an Event has the reason why there is no pod
+        (HELD, [], False),
+        (CHILD, [PENDING], False),
+        (CHILD, [pod(prepare=RUNNING)], True),
+        (CHILD, [TRAIN], True),
+        (CHILD, [pod(prepare=DONE, train=DONE)], False),
+        (COMPLETE, [], False),
+    ],
+)
+def test_a_job_is_polled_only_while_something_has_no_event(
+    child: dict[str, Any], found: list[dict[str, Any]], expected: bool
+) -> None:
+    assert polled(World(FineTuneJob.model_validate(JOB), children=[child], pods=found)) is expected

@@ -1,0 +1,67 @@
+"""Reserve the version that a FineTuneJob publishes.
+
+Two jobs of one adapter never get the same number, and a number that is published is not used again. The status of a job
+is its reservation.
+"""
+
+from graft.api import FineTuneJob
+from graft.api.finetunejob import Resolved, Sizing
+from graft.contracts.message import BaseModelRef
+from graft.kube import Manifest
+from graft.reconcile.adapter import versions
+from graft.reconcile.finetunejob.facts import JobFacts, adapter_label, facts_of, output_adapter, version_of
+from graft.reconcile.finetunejob.jobstatus import KIND, NO_POD
+from graft.reconcile.shared.access import Trouble
+from graft.reconcile.shared.context import Context
+from graft.status import condition
+
+
+async def reserve_version(
+    ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, sizing: Sizing | None
+) -> str | Trouble:
+    """Return the version that this job publishes. It is written to the status before anything uses it."""
+    resolved = job.status.resolved
+    if resolved is not None and resolved.version is not None:
+        if sizing != job.status.sizing:  # the lengths of the data are known by now, or the nodes have changed
+            status = job.status.model_copy(update={"sizing": sizing})
+            await ctx.write_status(raw, status, job.status.conditions)
+        return resolved.version
+    known = await _known_versions(ctx, job)
+    recipe = versions.recipe(job.spec)
+    version = job.spec.output.version
+    if version == "auto":
+        version = versions.next_version(known, recipe, job.spec.base_model)
+    elif any(item.version == version and item.base_model is not None for item in known):
+        adapter = job.spec.output.adapter
+        return Trouble(
+            "VersionExists",
+            f"version {version} of {adapter} is already published, or another job has reserved it. Create the job again with "
+            "another spec.output.version, or with auto",
+        )
+    reserved = Resolved(
+        version=version,
+        recipe=recipe,
+        base_model_uri=base_model.uri,
+        base_model_digest=base_model.digest or base_model.uri,
+    )
+    update = {"resolved": reserved, "sizing": sizing, "stage": "Pending", "restarts": job.spec.restarts}
+    status = job.status.model_copy(update=update)
+    message = f"the job will publish {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
+    observed = [
+        condition(KIND, "Accepted", "True", "Resolved", message),
+        # As long as the Job has no pod, nothing else is to say. So the next write is that of a change.
+        condition(KIND, "Succeeded", "Unknown", "Pending", NO_POD),
+    ]
+    # Only for the job that was read: nothing may use a version that its status does not have.
+    await ctx.write_status(raw, status, observed, unchanged=True)
+    return version
+
+
+async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
+    """Return the versions of the adapter that are published, or reserved by another job."""
+    namespace, adapter = job.metadata.namespace, job.spec.output.adapter
+    known: list[versions.Known] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
+    others: list[JobFacts] = await ctx.cache.facts(KIND, namespace, adapter, output_adapter, facts_of)
+    reserved = [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
+    stored = await ctx.blocking(ctx.folders.versions, ctx.store, namespace, adapter)
+    return known + reserved + [versions.Known(version, None, None) for version in stored if versions.parse(version)]

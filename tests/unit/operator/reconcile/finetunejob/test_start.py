@@ -1,0 +1,69 @@
+"""The writes between a new FineTuneJob and its Job, and an operator that is killed before any of them."""
+
+import copy
+
+import pytest
+from graft.contracts.mounts import STORAGE_SECRET
+from graft.manifests.metadata import FINALIZER
+from graft.reconcile.finetunejob.finetunejob import reconcile
+from graft.reconcile.shared.access import SECRET_KEYS
+from worlds.reconciling import Killed, MemoryStore, MortalKube, Object, context
+
+READY = {
+    "type": "Ready", "status": "True", "reason": "Resolved", "message": "m", "observedGeneration": 1,
+    "lastTransitionTime": "2026-01-01T00:00:00Z",
+}  # fmt: skip
+WRITES = ["patch", "status", "ConfigMap j-job", "NetworkPolicy j-training", "Job j"]
+
+
+def world() -> MortalKube:
+    job = {
+        "apiVersion": "graft.dev/v1alpha1", "kind": "FineTuneJob",
+        "metadata": {"name": "j", "namespace": "shop", "uid": "u", "generation": 1, "resourceVersion": "7"},
+        "spec": {
+            "baseModel": "tiny", "dataset": {"train": {"uri": "s3://graft/shop/train.jsonl"}},
+            "method": {"qlora": {}}, "output": {"adapter": "support"}, "resources": {"requests": {"cpu": "1"}},
+        },
+    }  # fmt: skip
+    model = {
+        "apiVersion": "graft.dev/v1alpha1", "kind": "BaseModel", "metadata": {"name": "tiny", "uid": "m", "generation": 1},
+        "spec": {"source": "s3://graft/models/tiny/"}, "status": {"conditions": [READY], "digest": "sha256:" + "0" * 64},
+    }  # fmt: skip
+    secret = {
+        "kind": "Secret",
+        "metadata": {"name": STORAGE_SECRET, "namespace": "shop"},
+        "data": dict.fromkeys(SECRET_KEYS, "eA=="),
+    }
+    return MortalKube(job, model, secret)
+
+
+def end(kube: MortalKube) -> Object:
+    """What a user sees, without times."""
+    state = {"/".join(map(str, key)): copy.deepcopy(item) for key, item in kube.objects.items()}
+    for condition in state["FineTuneJob/shop/j"]["status"]["conditions"]:
+        condition["lastTransitionTime"] = ""
+    return state
+
+
+async def test_a_start_makes_five_writes() -> None:
+    kube = world()
+    await reconcile(context(kube, MemoryStore()), "shop", "j")
+    assert kube.writes == WRITES
+    metadata = kube.objects["FineTuneJob", "shop", "j"]["metadata"]
+    assert metadata["labels"] == {"graft.dev/method": "qlora", "graft.dev/adapter": "support"}
+    assert metadata["finalizers"] == [FINALIZER]
+
+
+@pytest.mark.parametrize("killed", range(len(WRITES) + 1))
+async def test_a_kill_before_any_write_changes_nothing(killed: int) -> None:
+    calm, kube = world(), world()
+    await reconcile(context(calm, MemoryStore()), "shop", "j")
+    kube.killed = killed
+    for _ in range(2):
+        try:
+            await reconcile(context(kube, MemoryStore()), "shop", "j")
+        except Killed:
+            continue
+        break
+    assert end(kube) == end(calm)
+    assert kube.writes.count("Job j") == 1 and kube.writes.count("patch") == 1

@@ -1,12 +1,20 @@
 """How many requests the life of a job costs. Requests are counted, not seconds, so the load of the machine does not matter."""
 
+import pytest
+from graft.api.meta import Condition
+from graft.kube import Kube
+from graft.reconcile.shared.news import News, Transition, transitions
+from graft.status import now
 from testbed.controlplane import ControlPlane
+from worlds.cluster.api import Object
+from worlds.cluster.operator_process import OperatorProcess
 from worlds.cluster.requests import Request, of_operator
 from worlds.cluster.settled import settled
 from worlds.cluster.tenant import Tenant
 
 # docs/design/2026-11-30-writes-of-a-life.md names them: 9 objects and statuses, and 3 Events.
 MINIMUM = 12
+DENIED = Condition(type="Succeeded", status="False", reason="StorageDenied", message="m", last_transition_time="")
 
 
 def test_a_life_makes_few_writes_and_a_finished_job_none(tenant: Tenant, plane: ControlPlane) -> None:
@@ -32,3 +40,26 @@ def test_a_life_makes_few_writes_and_a_finished_job_none(tenant: Tenant, plane: 
     tenant.wait(lambda: since(mark), "the operator reconciles the job")
     settled(tenant)
     assert {str(item) for item in since(mark)} == {"get finetunejobs first -> 200"}
+
+
+async def test_repetitions_are_counted_in_the_series_of_one_event(
+    tenant: Tenant, running: OperatorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the operator's own rights. The API server accepts the series, and refuses the same transition again."""
+    monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig))
+    job = tenant.api.create(tenant.job_manifest("flapping", suspend=True))
+    kube = await Kube.connect()
+    try:
+        news = News(kube)
+        for version in (1, 1, 2, 3, 4, 5):
+            await news.report(_denied(job, version))
+        await News(kube).report(_denied(job, 1))  # an operator that has restarted
+    finally:
+        await kube.close()
+    (event,) = [item for item in tenant.api.list("CoreEvent", tenant.name) if item["reason"] == "StorageDenied"]
+    assert event["series"]["count"] == 4  # of 5: the count is written when it has doubled
+
+
+def _denied(job: Object, version: int) -> list[Transition]:
+    raw = {**job, "metadata": job["metadata"] | {"resourceVersion": str(version)}}
+    return transitions(raw, [], [DENIED], now())

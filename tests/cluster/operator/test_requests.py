@@ -1,10 +1,10 @@
 """How many requests the life of a job costs. Requests are counted, not seconds, so the load of the machine does not matter."""
 
-import pytest
 from graft.api.meta import Condition
 from graft.kube import Kube
 from graft.reconcile.shared.news import News, Transition, transitions
 from graft.status import now
+from kubernetes.aio import config
 from testbed.controlplane import ControlPlane
 from worlds.cluster.api import Object
 from worlds.cluster.operator_process import OperatorProcess
@@ -42,13 +42,10 @@ def test_a_life_makes_few_writes_and_a_finished_job_none(tenant: Tenant, plane: 
     assert {str(item) for item in since(mark)} == {"get finetunejobs first -> 200"}
 
 
-async def test_repetitions_are_counted_in_the_series_of_one_event(
-    tenant: Tenant, running: OperatorProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_repetitions_are_counted_in_the_series_of_one_event(tenant: Tenant, running: OperatorProcess) -> None:
     """With the operator's own rights. The API server accepts the series, and refuses the same transition again."""
-    monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig))
     job = tenant.api.create(tenant.job_manifest("flapping", suspend=True))
-    kube = await Kube.connect()
+    kube = Kube(await config.new_client_from_config(config_file=str(running.kubeconfig)))
     try:
         news = News(kube)
         for version in (1, 1, 2, 3, 4, 5):

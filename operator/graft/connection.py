@@ -10,16 +10,21 @@ import json
 import logging
 import os
 import random
+import time
+import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from kubernetes.aio import client, config
 
 log = logging.getLogger(__name__)
 
-TIMEOUT = aiohttp.ClientTimeout(total=20, connect=5)
+CONNECT = 5.0  # seconds
+TIMEOUT = 20.0  # seconds for one attempt
 ATTEMPTS = 5
+PATIENCE = 30.0  # seconds for all attempts: a reconcile holds its place meanwhile, and is retried
 LARGEST_ANSWER = 16 * 2**20  # bytes of one answer, after decompression
 # bytes of one event of a watch. etcd stores at most 1.5 MiB of an object, which escaping in JSON makes at most 6 times as
 # long. So only a cluster with larger limits has an event that is left out.
@@ -46,7 +51,18 @@ async def connect() -> Any:
     else:
         await config.load_kube_config(client_configuration=configuration)
     configuration.connection_pool_maxsize = 64
+    configuration.proxy = configuration.proxy or proxy_of(configuration.host)
+    # Otherwise aiohttp reads .netrc and the proxies from the environment again for each request, in a thread.
+    configuration.client_session_kwargs = {"trust_env": False}
     return client.ApiClient(configuration)
+
+
+def proxy_of(host: str) -> str | None:
+    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names for a URL, or None. NO_PROXY names exceptions."""
+    address = urlsplit(host)
+    if urllib.request.proxy_bypass(address.netloc):
+        return None
+    return urllib.request.getproxies().get(address.scheme)
 
 
 class Connection:
@@ -72,9 +88,11 @@ class Connection:
 
         Raises KubeError with the server's answer, or with the reason TOO_LARGE.
         """
+        deadline = time.monotonic() + PATIENCE
         for attempt in range(1, ATTEMPTS + 1):
+            left = min(TIMEOUT, deadline - time.monotonic())
             try:
-                status, headers, data = await self._once(method, path, body, query, content_type, accept)
+                status, headers, data = await self._once(method, path, body, query, content_type, accept, left)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failure, wait = KubeError(0, "Unreachable", f"{method} {path}: {error!r}"), None
             else:
@@ -84,14 +102,22 @@ class Connection:
                 if status != 429 and status < 500:
                     raise failure
                 wait = headers.get("Retry-After")
-            if attempt == ATTEMPTS:
-                raise failure
             pause = float(wait) if wait and wait.isdigit() else 0.2 * 2**attempt
-            await asyncio.sleep(min(pause, 10) * random.uniform(0.5, 1))  # noqa: S311 - jitter
+            pause = min(pause, 10) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+            if attempt == ATTEMPTS or time.monotonic() + pause + CONNECT > deadline:
+                raise failure
+            await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
     async def _once(
-        self, method: str, path: str, body: Any, query: dict[str, Any] | None, content_type: str, accept: str
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        query: dict[str, Any] | None,
+        content_type: str,
+        accept: str,
+        seconds: float,
     ) -> tuple[int, Any, bytes]:
         headers = {"Accept": accept, "Content-Type": content_type}
         serialized = await self._api.param_serialize(
@@ -102,7 +128,8 @@ class Connection:
             body=body,
             auth_settings=["BearerToken"],
         )
-        response = await self._api.call_api(*serialized, _request_timeout=TIMEOUT)
+        timeout = aiohttp.ClientTimeout(total=seconds, connect=CONNECT)
+        response = await self._api.call_api(*serialized, _request_timeout=timeout)
         data = bytearray()
         async with response.response as raw:
             async for chunk in raw.content.iter_any():
@@ -123,7 +150,7 @@ class Connection:
             header_params={"Accept": accept},
             auth_settings=["BearerToken"],
         )
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, connect=5, sock_read=SILENCE)
+        timeout = aiohttp.ClientTimeout(total=seconds + 30, connect=CONNECT, sock_read=SILENCE)
         response = await self._api.call_api(*serialized, _request_timeout=timeout)
         async with response.response as raw:
             if raw.status != 200:

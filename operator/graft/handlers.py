@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
 LISTED_AFTER = 20.0  # seconds; the operator also starts if a kind cannot be listed
 METRICS_PORT = 9090
+BRIEF = 4.0  # seconds for an answer of the store to a short call, which is sent at most twice
 
 RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] = {
     "BaseModel": basemodel.reconcile,
@@ -74,11 +75,14 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
 
 async def _start_operator() -> None:
     config = load_settings()
-    store = await asyncio.to_thread(S3Store, StorageConfig.from_dir(os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR)))
+    storage = StorageConfig.from_dir(os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR))
+    store = await asyncio.to_thread(S3Store, storage)
+    # A reconcile is retried, so its own calls need not be patient.
+    brief = await asyncio.to_thread(partial(S3Store, storage, attempts=2, timeout=BRIEF))
     kube = await Kube.connect()
     place = config.namespace
     cache = Cache(kube, wakes.sources(place), lambda source, item: wakes.belongs(source, item, place), changed)
-    ctx = Context(kube, config, store, await storerights.open_identity(kube, config, store), cache=cache)
+    ctx = Context(kube, config, store, await storerights.open_identity(kube, config, brief), brief, cache=cache)
     await signing.refresh(ctx)
     await callers.refresh(ctx)
     operator.ctx, operator.cache = ctx, cache
@@ -102,7 +106,7 @@ async def _begin(cache: Cache, queue: Queue) -> None:
     await cache.synced()
     operator.started = True
     for key in wakes.first(cache.objects):
-        queue.wake(*key)
+        queue.wake(*key, later=True)
     await asyncio.Event().wait()
 
 

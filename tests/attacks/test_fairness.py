@@ -20,7 +20,7 @@ from graft.reconcile.shared import backoff, queue
 from graft.reconcile.shared.backoff import Backoff
 from graft.reconcile.shared.queue import Queue
 from graft.reconcile.shared.transfers import Transfers
-from graft.reconcile.shared.turns import Turns
+from graft.work.turns import Turns
 from worlds.reconciling import MemoryKube, MemoryStore, Object, adapter, context, publish, ready
 
 WEIGHTS = "adapter_model.safetensors"

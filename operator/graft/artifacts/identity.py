@@ -24,6 +24,7 @@ import urllib3
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
+from botocore.exceptions import BotoCoreError
 
 from graft.artifacts.layout import MODELS_PREFIX, USER_PREFIX, VERSIONS, tenant_prefix
 from graft.artifacts.storage import StorageConfig, StoreError, Trouble
@@ -65,9 +66,9 @@ class VersityIdentity:
         self._lock = threading.Lock()  # one writer of users and policy, even if a reconcile was ended meanwhile
         ca = store.config.ca_file
         self._http = (
-            urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=20), ca_certs=ca)
+            urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=10), ca_certs=ca)
             if ca
-            else urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=20))
+            else urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=10))
         )
 
     def issue(self, tenant: str) -> StorageConfig:
@@ -140,7 +141,7 @@ class VersityIdentity:
         try:
             buckets = [str(item["Name"]) for item in self._store.client.list_buckets().get("Buckets", [])]
         except Exception as error:
-            raise StoreError("unavailable", f"cannot list the buckets of the store: {error}") from error
+            raise _unavailable(error, "cannot list the buckets of the store") from error
         for bucket in buckets:
             if bucket == self._store.config.bucket:
                 continue
@@ -170,7 +171,7 @@ class VersityIdentity:
                 client.delete_bucket_policy(Bucket=bucket)
         except Exception as error:
             size = f"{len(text)} bytes for {len(users)} namespaces"
-            raise StoreError("unavailable", f"cannot change the bucket policy of {bucket} ({size}): {error}") from error
+            raise _unavailable(error, f"cannot change the bucket policy of {bucket} ({size})") from error
         if len(text) > POLICY_LIMIT:
             log.warning(
                 "the bucket policy of %s has %d bytes for %d namespaces. S3 allows %d; this store accepted it",
@@ -184,7 +185,7 @@ class VersityIdentity:
         except Exception as error:
             if "NoSuchBucketPolicy" in str(error):
                 return {}
-            raise StoreError("unavailable", f"cannot read the bucket policy of {bucket}: {error}") from error
+            raise _unavailable(error, f"cannot read the bucket policy of {bucket}") from error
         return dict(json.loads(answer["Policy"]))
 
     def _admin(self, path: str, body: str = "") -> bytes:
@@ -197,7 +198,9 @@ class VersityIdentity:
                 "PATCH", prepared.url, headers=dict(prepared.headers), body=body.encode(), retries=2
             )
         except urllib3.exceptions.HTTPError as error:
-            raise StoreError("unavailable", f"cannot call the identity service {self._admin_url}: {error}") from error
+            raise StoreError(
+                "unavailable", f"cannot call the identity service {self._admin_url}: {error}", answered=False
+            ) from error
         if answer.status >= 300:
             trouble: Trouble = "denied" if answer.status in {401, 403} else "unavailable"
             raise StoreError(
@@ -205,6 +208,10 @@ class VersityIdentity:
                 f"the identity service answered {answer.status} to {path.split('?')[0]}: {answer.data[:300]!r}",
             )
         return answer.data
+
+
+def _unavailable(error: Exception, what: str) -> StoreError:
+    return StoreError("unavailable", f"{what}: {error}", answered=not isinstance(error, BotoCoreError))
 
 
 def bucket_statements(

@@ -14,11 +14,12 @@ Trouble = Literal["missing", "denied", "full", "exists", "large", "unavailable"]
 
 class StoreError(Exception):
     """A call to the store failed. `trouble` says why: missing, denied, full, exists, large (the object has more bytes than
-    its reader accepts), or unavailable (a retry may succeed)."""
+    its reader accepts), or unavailable (a retry may succeed). `answered` is False if the store sent no answer at all."""
 
-    def __init__(self, trouble: Trouble, message: str) -> None:
+    def __init__(self, trouble: Trouble, message: str, *, answered: bool = True) -> None:
         super().__init__(message)
         self.trouble = trouble
+        self.answered = answered
 
 
 @dataclass(frozen=True)

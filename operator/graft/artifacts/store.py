@@ -30,7 +30,8 @@ PATIENCE = 180.0  # seconds for which a pod retries while the store is unavailab
 CHUNK = 8 * 1024 * 1024  # bytes
 PART = 32 * 1024 * 1024  # bytes in a part of a streamed upload; S3 allows 10,000 parts of at least 5 MiB
 RANGE = 16 * 1024 * 1024  # bytes in a range of a download; if a connection breaks, only its range is downloaded again
-STREAMS = 8  # parallel connections of a download; botocore keeps 10 connections
+STREAMS = 8  # parallel connections of a download
+CONNECTIONS = 32  # that are kept for the next request
 PIECE = 256 * 1024  # bytes that each connection holds in memory
 MOST_OBJECTS = 10_000  # in a listing that is held in memory; a model of 300 shards is the largest folder that is known
 SMALL_OBJECT = 8 * 1024 * 1024  # bytes of a JSON document; larger objects are not read into memory
@@ -117,8 +118,9 @@ class S3Store:
             verify=config.ca_file,
             config=Config(
                 retries={"mode": "standard", "max_attempts": attempts},
-                connect_timeout=5,
+                connect_timeout=min(5, timeout),
                 read_timeout=timeout,
+                max_pool_connections=CONNECTIONS,
                 s3={"addressing_style": "path"},
                 signature_version="s3v4",
             ),
@@ -131,7 +133,7 @@ class S3Store:
         except ClientError as error:
             raise StoreError(trouble_of(error), f"s3://{bucket}/{key}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}") from error
+            raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}", answered=False) from error
 
     def create_bucket(self) -> None:
         """Create the bucket if it does not exist."""
@@ -145,7 +147,7 @@ class S3Store:
             except ClientError as refused:
                 raise StoreError(trouble_of(refused), f"bucket {self.config.bucket}: {refused}") from refused
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"bucket {self.config.bucket}: {error}") from error
+            raise StoreError("unavailable", f"bucket {self.config.bucket}: {error}", answered=False) from error
 
     @retried
     def get(self, key: str, bucket: str | None = None, *, most: int = SMALL_OBJECT) -> bytes:
@@ -223,7 +225,7 @@ class S3Store:
                 return  # a key that may write may lack the right to list uploads; the bucket's own rules remove them
             raise StoreError(trouble_of(error), f"uploads to {key}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"uploads to {key}: {error}") from error
+            raise StoreError("unavailable", f"uploads to {key}: {error}", answered=False) from error
         for item in found:
             if item["Key"] == key:
                 self._call("abort_multipart_upload", key, UploadId=item["UploadId"])
@@ -237,7 +239,9 @@ class S3Store:
         except ClientError as error:
             raise StoreError(trouble_of(error), f"copying {source} to s3://{bucket}/{key}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"copying {source} to s3://{bucket}/{key}: {error}") from error
+            raise StoreError(
+                "unavailable", f"copying {source} to s3://{bucket}/{key}: {error}", answered=False
+            ) from error
 
     def chunks(self, key: str, bucket: str | None = None, *, etag: str | None = None) -> Iterator[bytes]:
         """Yield the bytes of an object of any size in chunks. With `etag`, raises StoreError if the object has another."""
@@ -360,7 +364,9 @@ class S3Store:
         except ClientError as error:
             raise StoreError(trouble_of(error), f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
+            raise StoreError(
+                "unavailable", f"listing s3://{bucket}/{query['Prefix']}: {error}", answered=False
+            ) from error
 
     @retried
     def delete(self, key: str) -> None:

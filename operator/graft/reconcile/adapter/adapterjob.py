@@ -346,7 +346,7 @@ async def unseen(ctx: Context, adapter: Adapter) -> AdapterArtifact | None:
     spec, meta = adapter.spec, adapter.metadata
     prefix = layout.adapter_prefix(layout.tenant_of(meta.namespace), spec.adapter, spec.version)
     try:
-        manifest, digest = await ctx.blocking(read_manifest, ctx.store, prefix, None)
+        manifest, digest = await ctx.stored(meta.namespace, read_manifest, prefix, None)
     except InvalidArtifact:
         return None
     except StoreError as error:

@@ -128,7 +128,7 @@ async def attend(look: Look, verdict: Condition) -> float | None:
             return await _broken(look, plan, error) or QUIET
         except archive.Interrupted:
             return POLL
-    if prefix is not None and await look.ctx.blocking(_leftovers, look.ctx.store, prefix, look.adapter):
+    if prefix is not None and await look.ctx.stored(look.adapter.metadata.namespace, _leftovers, prefix, look.adapter):
         _, needed = await _everything(look)
         if look.adapter.metadata.name in needed:
             return await _restore(look, verdict)

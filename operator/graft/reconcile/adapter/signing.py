@@ -111,7 +111,8 @@ async def _sign(ctx: Context, keys: Keys, adapter: Adapter) -> AdapterSignature:
     signature = sign(keys, statement)
     bucket, prefix = layout.split_s3_uri(statement.uri)
     if bucket == ctx.store.config.bucket:
-        await ctx.blocking(ctx.store.put, prefix + layout.SIGNATURE, document(statement, signature))
+        text = document(statement, signature)
+        await ctx.stored(adapter.metadata.namespace, lambda store: store.put(prefix + layout.SIGNATURE, text))
     return signature
 
 

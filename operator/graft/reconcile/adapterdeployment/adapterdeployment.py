@@ -63,8 +63,13 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     world = await _gather(ctx, spec)
     await _scale(ctx, world)
     running = world.wanted is not None
+    serving_now = running and bool(world.pods)
+    if not serving_now:
+        world.trouble = world.trouble or await ensure_credentials(ctx, namespace)
     if running:
         await _apply_adapters(ctx, world)
+    if serving_now:  # after the routes: a store that does not answer must not delay them
+        world.trouble = world.trouble or await ensure_credentials(ctx, namespace)
     if world.trouble is None and world.base_model is not None:
         world.trouble = await _apply_pods(ctx, world, world.base_model)
     if not running:
@@ -80,8 +85,8 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
 async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
     namespace, cache = spec.metadata.namespace, ctx.cache
     children = {OWNER_UID: spec.metadata.uid}
-    (base, credentials), (listed, found_pods, sets), (deployment, wanted, routes, residency) = await asyncio.gather(
-        asyncio.gather(gather_base_model(ctx, spec.spec.base_model, namespace), ensure_credentials(ctx, namespace)),
+    base, (listed, found_pods, sets), (deployment, wanted, routes, residency) = await asyncio.gather(
+        gather_base_model(ctx, spec.spec.base_model, namespace),
         asyncio.gather(
             cache.list("Adapter", namespace),
             cache.list("Pod", namespace, children),
@@ -94,9 +99,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
             cache.get("ConfigMap", namespace, residency_name(spec)),
         ),
     )
-    trouble = (
-        base if isinstance(base, Trouble) else scheduling.forbidden(spec.spec, ctx.settings.allowed) or credentials
-    )
+    trouble = base if isinstance(base, Trouble) else scheduling.forbidden(spec.spec, ctx.settings.allowed)
     adapters = valid(Adapter, listed)
     current = None if isinstance(base, Trouble) else base.ref
     live = basechange.base_of(deployment["spec"]["template"]) if deployment else None
@@ -202,8 +205,7 @@ async def _computed(ctx: Context, world: World, call: Callable[..., T], *argumen
     replicas = max(len(world.pods), world.scale.replicas)
     if replicas * max(len(world.adapters), len(world.spec.spec.adapters)) <= SMALL:
         return call(*arguments)
-    async with ctx.planning.turn(world.spec.metadata.namespace):
-        return await ctx.blocking(call, *arguments)
+    return await ctx.computed(world.spec.metadata.namespace, call, *arguments)
 
 
 def _decide(world: World, bucket: str) -> tuple[Routes, Wanted]:

@@ -169,7 +169,7 @@ async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | N
 async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: bool) -> Progress | None:
     prefix = layout.attempt_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid, attempt)
     try:
-        return await ctx.blocking(_fetch_progress, ctx.store, prefix + layout.PROGRESS)
+        return await ctx.stored(job.metadata.namespace, _fetch_progress, prefix + layout.PROGRESS)
     except (StoreError, OutOfBounds) as error:
         if must and isinstance(error, StoreError) and error.trouble == "unavailable":
             raise  # the caller copies the facts in it only once, so the reconcile must be retried
@@ -199,7 +199,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         return placed
     shape, sizing = placed
     try:
-        async with ctx.locks["version", namespace, job.spec.output.adapter]:
+        async with ctx.locks.hold("version", namespace, job.spec.output.adapter):
             version = await reserve_version(ctx, raw, job, base.ref, sizing)
     except StoreError as error:
         return Trouble(

@@ -30,6 +30,7 @@ async def reserve_version(
     recipe = versions.recipe(job.spec)
     version = job.spec.output.version
     if version == "auto":
+        known += await _stored_versions(ctx, job)
         version = versions.next_version(known, recipe, job.spec.base_model)
     elif any(item.version == version and item.base_model is not None for item in known):
         adapter = job.spec.output.adapter
@@ -62,6 +63,11 @@ async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known
     namespace, adapter = job.metadata.namespace, job.spec.output.adapter
     known: list[versions.Known] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
     others: list[JobFacts] = await ctx.cache.facts(KIND, namespace, adapter, output_adapter, facts_of)
-    reserved = [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
-    stored = await ctx.blocking(ctx.folders.versions, ctx.store, namespace, adapter)
-    return known + reserved + [versions.Known(version, None, None) for version in stored if versions.parse(version)]
+    return known + [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
+
+
+async def _stored_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
+    """Return the versions of the adapter that have files in the bucket. Raises StoreError."""
+    namespace = job.metadata.namespace
+    stored = await ctx.stored(namespace, ctx.folders.versions, namespace, job.spec.output.adapter)
+    return [versions.Known(version, None, None) for version in stored if versions.parse(version)]

@@ -36,7 +36,7 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
     if left is not None:
         return left
     prefix = layout.run_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid)
-    await ctx.blocking(forget_attempts, ctx.store, prefix)
+    await ctx.stored(job.metadata.namespace, forget_attempts, prefix)
     # Failures of earlier attempts no longer count: the job may have more memory now. The version is reserved again,
     # because another job may have taken the number. A published version stays reserved: then the next attempt only
     # reports it.

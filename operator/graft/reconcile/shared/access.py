@@ -94,13 +94,13 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
-        async with ctx.locks["credentials",]:  # only one reconcile at a time changes the users of the store
+        async with ctx.locks.hold("credentials"):  # only one reconcile at a time changes the users of the store
             keys, ours = await _credentials(ctx, namespace)  # another reconcile may have issued the key meanwhile
             if not ours:
                 return _incomplete(namespace, keys)
-            known = tenant in ctx.issued or tenant in await ctx.blocking(ctx.identity.tenants)
+            known = tenant in ctx.issued or tenant in await ctx.store_calls.run("", ctx.identity.tenants)
             if not (known and keys >= SECRET_KEYS):
-                config = await ctx.blocking(ctx.identity.issue, tenant)
+                config = await ctx.store_calls.run("", ctx.identity.issue, tenant)
                 await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))
             ctx.issued.add(tenant)
     except StoreError as error:
@@ -153,12 +153,12 @@ async def revoke_orphans(ctx: Context) -> None:
     """Revoke the storage keys of namespaces that no longer exist."""
     if ctx.identity is None:
         return
-    async with ctx.locks["credentials",]:
-        tenants = await ctx.blocking(ctx.identity.tenants)
+    async with ctx.locks.hold("credentials"):
+        tenants = await ctx.store_calls.run("", ctx.identity.tenants)
         found = await ctx.kube.list("Namespace", metadata_only=True)
         # A reserved namespace cannot be a tenant, so the key that an earlier version of Graft gave it is revoked.
         namespaces = {tenant_of(name) for item in found if why_reserved(name := item["metadata"]["name"]) is None}
         own = {ctx.store.config.access_key_id.removeprefix(USER_PREFIX)}
         for tenant in sorted(tenants - namespaces - own):
-            await ctx.blocking(ctx.identity.revoke, tenant)
+            await ctx.store_calls.run("", ctx.identity.revoke, tenant)
             ctx.issued.discard(tenant)

@@ -6,7 +6,6 @@ It also writes statuses, Events and finalizers.
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,15 +23,18 @@ from graft.reconcile.shared.backoff import Backoff
 from graft.reconcile.shared.folders import Folders
 from graft.reconcile.shared.news import News, transitions
 from graft.reconcile.shared.transfers import Transfer, Transfers
-from graft.reconcile.shared.turns import Turns
 from graft.reconcile.shared.verified import Verified
 from graft.settings import Settings
+from graft.work.places import Locks, away
+from graft.work.storecalls import StoreCalls
+from graft.work.turns import Turns
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SOON = 5.0  # seconds until the next reconcile while work is in progress
-THREADS = 32  # for blocking calls: more than reconciles at the same time, so that none waits for another's thread
+THREADS = 16  # for calls of other services than the store
+PLANNERS = 2  # threads for pure computations that take long; more would only slow the event loop down
 GATHER = 3.0  # seconds in which changes of a status that are no transition are gathered into one write
 MOST_WRITTEN = 10_000  # statuses whose last write is remembered
 WAITING = 20.0  # seconds until the next reconcile while the operator waits for something that it does not control
@@ -46,7 +48,9 @@ class Context:
     settings: Settings
     store: S3Store
     identity: VersityIdentity | None
-    locks: defaultdict[tuple[str, ...], asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    brief: S3Store | None = None  # the same store with short timeouts, for `stored`; None: `store`
+    store_calls: StoreCalls = field(default_factory=StoreCalls)
+    locks: Locks = field(default_factory=Locks)
     keys: Keys | None = None  # set by reconcile/adapter/signing.py; None until they have been read
     keys_trouble: str = "the operator has not read them yet"  # why `keys` is None
     # The root keys of the gateways by name, set by reconcile/adapterdeployment/callers.py; None until they have been read
@@ -55,8 +59,8 @@ class Context:
     transfers: Transfers = field(default_factory=Transfers)
     verified: Verified = field(default_factory=Verified)
     backoff: Backoff = field(default_factory=Backoff)
-    # Pure computations that take long run in these threads. More threads would only slow the event loop down.
-    planning: Turns = field(default_factory=lambda: Turns(2, 1))
+    planning: Turns = field(default_factory=lambda: Turns(PLANNERS, 1))
+    planners: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PLANNERS, "planning"))
     wake: Callable[[str, str, str], None] = lambda kind, namespace, name: (
         None
     )  # reconcile a resource soon; see Queue.wake
@@ -72,12 +76,23 @@ class Context:
         self.news = News(self.kube)
         self.cache = self.cache or Cache(self.kube)
 
-    async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Run a blocking call, for example of the store, in a thread. The event loop never waits for it.
+    async def stored(self, namespace: str, call: Callable[..., T], *arguments: Any) -> T:
+        """Make a short call of the store: `call` gets the store and the arguments. The reconcile holds no place meanwhile.
 
-        The call must be short: it holds a worker of the queue. Use `transfers` for long work.
+        `namespace`: the tenant for which the store is asked, or "" for the operator itself. While the store does not
+        answer, the call fails at once (graft/work/storecalls.py). Use `transfer` for long work. Raises StoreError.
         """
-        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: call(*arguments))
+        return await self.store_calls.run(namespace, call, self.brief or self.store, *arguments)
+
+    async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a blocking call of another service than the store in a thread. The reconcile holds no place meanwhile."""
+        async with away():
+            return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: call(*arguments))
+
+    async def computed(self, namespace: str, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a pure computation that takes long in a thread, so that the event loop does not wait."""
+        async with away(), self.planning.turn(namespace):
+            return await asyncio.get_running_loop().run_in_executor(self.planners, lambda: call(*arguments))
 
     def transfer(self, resource: Resource, what: str, call: Callable[..., Any], *arguments: Any) -> Transfer | None:
         """Return the resource's work of this kind if it is done, once. Its result() raises what the call raised.

@@ -29,11 +29,11 @@ async def published(
     tenant = layout.tenant_of(resource.metadata.namespace)
     prefix = layout.adapter_prefix(tenant, adapter, version)
     try:
-        return await ctx.blocking(read_manifest, ctx.store, prefix, None)
+        return await ctx.stored(resource.metadata.namespace, read_manifest, prefix, None)
     except StoreError as error:
         if error.trouble != "missing":
             raise
-    found = await ctx.blocking(staged, ctx.store, tenant, resource.metadata.uid)
+    found = await ctx.stored(resource.metadata.namespace, staged, tenant, resource.metadata.uid)
     if found is None:
         return None
     manifest, claim = found
@@ -44,4 +44,4 @@ async def published(
         return "copying"
     copied.result()
     ctx.folders.forget(resource.metadata.namespace, adapter)
-    return await ctx.blocking(read_manifest, ctx.store, prefix, None)
+    return await ctx.stored(resource.metadata.namespace, read_manifest, prefix, None)

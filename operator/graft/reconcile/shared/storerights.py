@@ -78,9 +78,9 @@ async def allow_models(ctx: Context) -> None:
     """Give the tenants' keys the rights that the BaseModels say now. Raises StoreError."""
     if ctx.identity is None:
         return
-    async with ctx.locks["models",]:  # an older list must not be written after a newer one
+    async with ctx.locks.hold("models"):  # an older list must not be written after a newer one
         models = readers(await ctx.kube.list("BaseModel"), ctx.store.config.bucket)
-        await ctx.blocking(ctx.identity.allow, models)
+        await ctx.store_calls.run("", ctx.identity.allow, models)
 
 
 async def model_deleted(ctx: Context) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from graft.artifacts.archive import Interrupted
-from graft.reconcile.shared.turns import Turns
+from graft.work.turns import Turns
 
 
 class Share(NamedTuple):

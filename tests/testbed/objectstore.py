@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import shutil
+import signal
 import tempfile
 import urllib.error
 import urllib.request
@@ -47,6 +48,15 @@ class S3Server:
 
     def stop(self) -> None:
         self.processes.stop("versitygw")
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Let the server accept connections during the block, and answer none."""
+        self.processes.signal("versitygw", signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.processes.signal("versitygw", signal.SIGCONT)
 
     def _answers(self) -> bool:
         try:

@@ -7,8 +7,8 @@ from graft.status import now
 from kubernetes.aio import config
 from testbed.controlplane import ControlPlane
 from worlds.cluster.api import Object
+from worlds.cluster.audit import Request, of_operator
 from worlds.cluster.operator_process import OperatorProcess
-from worlds.cluster.requests import Request, of_operator
 from worlds.cluster.settled import settled
 from worlds.cluster.tenant import Tenant
 

@@ -12,7 +12,7 @@ import os
 import random
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -66,10 +66,13 @@ def proxy_of(host: str) -> str | None:
 
 
 class Connection:
-    """Requests to one API server. `api` is the official async client's ApiClient."""
+    """Requests to one API server. `api` is the official async client's ApiClient.
 
-    def __init__(self, api: Any) -> None:
-        self._api = api
+    `may_write` is asked before each request that changes something.
+    """
+
+    def __init__(self, api: Any, may_write: Callable[[], bool] = lambda: True) -> None:
+        self._api, self._may_write = api, may_write
 
     async def close(self) -> None:
         await self._api.close()
@@ -91,6 +94,8 @@ class Connection:
         deadline = time.monotonic() + PATIENCE
         for attempt in range(1, ATTEMPTS + 1):
             left = min(TIMEOUT, deadline - time.monotonic())
+            if method != "GET" and not self._may_write():
+                raise KubeError(0, "NotLeading", f"{method} {path}: another operator leads now")
             try:
                 status, headers, data = await self._once(method, path, body, query, content_type, accept, left)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:

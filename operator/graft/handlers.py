@@ -8,6 +8,7 @@ interrupted.
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -16,12 +17,13 @@ from typing import Any
 import kopf
 from prometheus_client import start_http_server
 
-from graft import wakes
+from graft import metrics, wakes
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 from graft.cache.cache import Cache, Change, Source
 from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, KubeError
+from graft.lease import Election
 from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, signing
 from graft.reconcile.adapterdeployment import adapterdeployment, callers, orphans
@@ -31,6 +33,7 @@ from graft.reconcile.shared.admission import admit
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.onboarding import Requests
 from graft.reconcile.shared.queue import Queue
+from graft.settings import Settings
 from graft.settings import load as load_settings
 
 log = logging.getLogger(__name__)
@@ -54,11 +57,13 @@ class Operator:
     def __init__(self) -> None:
         self.ctx: Context | None = None
         self.queue: Queue | None = None
+        self.election: Election | None = None
+        self.leads = False  # whether it works; a standby only follows the cluster
         self.tasks: list[asyncio.Task[None]] = []
         self.errands: set[asyncio.Task[None]] = set()  # short work that events cause
         self.requests = Requests()
         self.cache: Cache | None = None
-        self.started = False  # whether everything was listed once
+        self.started = False  # whether it has begun to reconcile what exists
 
 
 operator = Operator()
@@ -76,29 +81,70 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
 async def _start_operator() -> None:
     config = load_settings()
     storage = StorageConfig.from_dir(os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR))
-    store = await asyncio.to_thread(S3Store, storage)
+    election = await _candidate(config)
+    may_write = election.fence.may_write if election is not None else lambda: True
+    store = await asyncio.to_thread(partial(S3Store, storage, may_write=may_write))
     # A reconcile is retried, so its own calls need not be patient.
-    brief = await asyncio.to_thread(partial(S3Store, storage, attempts=2, timeout=BRIEF))
-    kube = await Kube.connect()
+    brief = await asyncio.to_thread(partial(S3Store, storage, attempts=2, timeout=BRIEF, may_write=may_write))
+    kube = await Kube.connect(may_write)
     place = config.namespace
     cache = Cache(kube, wakes.sources(place), lambda source, item: wakes.belongs(source, item, place), changed)
     ctx = Context(kube, config, store, await storerights.open_identity(kube, config, brief), brief, cache=cache)
-    await signing.refresh(ctx)
-    await callers.refresh(ctx)
+    ctx.elected = election is not None
     operator.ctx, operator.cache = ctx, cache
     operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
     ctx.wake = _wake_known
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
-    operator.tasks = cache.start()
-    operator.tasks.append(asyncio.create_task(_begin(cache, operator.queue), name="first reconciles"))
-    operator.tasks.append(asyncio.create_task(operator.requests.issue(ctx), name="requested keys"))
-    operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
-    operator.tasks.append(asyncio.create_task(_keys(), name="keys"))
+    if election is None:
+        metrics.LEADER.set(1)
+        await _lead(ctx, cache, operator.queue)
+    else:
+        operator.tasks.append(asyncio.create_task(_stand(ctx, cache, operator.queue, election), name="election"))
+    operator.tasks += cache.start()
     try:
-        # The probe answers after this. So "healthy" means that new resources are reconciled at once.
+        # The probe answers after this. So "healthy" means that new resources are reconciled at once, or that a standby
+        # can take over at once.
         await asyncio.wait_for(cache.synced(), LISTED_AFTER)
     except TimeoutError:
         log.warning("not everything is listed after %.0f s, the operator continues: %s", LISTED_AFTER, cache.missing())
+
+
+async def _candidate(config: Settings) -> Election | None:
+    """Return this operator's candidacy for the Lease that GRAFT_LEASE names, or None: it is the only operator."""
+    name = os.environ.get("GRAFT_LEASE")
+    if not name:
+        return None
+    # Its own connection: what the reconciles send must not delay the renewal.
+    operator.election = Election(await Kube.connect(), config.namespace, name)
+    return operator.election
+
+
+async def _stand(ctx: Context, cache: Cache, queue: Queue, election: Election) -> None:
+    """Follow the cluster until this operator leads. Then work. End the process when it no longer leads, or cannot work."""
+    try:
+        await cache.synced()  # who has not listed everything could not work yet
+        await election.acquire()
+        kept = asyncio.create_task(election.keep(), name="renewals")
+        operator.tasks.append(kept)
+        # The former leader has written its last reservation of a version by now. The watch may not have told it yet.
+        await cache.relist("FineTuneJob", "Adapter")
+        await _lead(ctx, cache, queue)
+        await kept
+    except Exception:
+        log.exception("this operator cannot lead and ends")
+    os.kill(os.getpid(), signal.SIGTERM)  # the kubelet starts it again, as a candidate
+    await asyncio.Event().wait()
+
+
+async def _lead(ctx: Context, cache: Cache, queue: Queue) -> None:
+    """Read the keys, and start the reconciles and the periodic tasks."""
+    await signing.refresh(ctx)
+    await callers.refresh(ctx)
+    operator.leads = True
+    operator.tasks.append(asyncio.create_task(_begin(cache, queue), name="first reconciles"))
+    operator.tasks.append(asyncio.create_task(operator.requests.issue(ctx), name="requested keys"))
+    operator.tasks.append(asyncio.create_task(_housekeeping(), name="housekeeping"))
+    operator.tasks.append(asyncio.create_task(_keys(), name="keys"))
 
 
 async def _begin(cache: Cache, queue: Queue) -> None:
@@ -119,7 +165,7 @@ def _wake_known(kind: str, namespace: str, name: str) -> None:
 
 @kopf.on.cleanup()
 async def stop(**_: Any) -> None:
-    """Stop the workers. The next start resumes their work from the state in the cluster."""
+    """Stop the workers. The next start, or the next leader, resumes their work from the state in the cluster."""
     tasks = [*operator.tasks, *operator.errands]
     for task in tasks:
         task.cancel()
@@ -130,6 +176,8 @@ async def stop(**_: Any) -> None:
         operator.ctx.transfers.stop()
         await operator.ctx.news.stop()
         await operator.ctx.kube.close()
+    if operator.election is not None:
+        await operator.election.release()
 
 
 def changed(source: Source, change: Change) -> None:
@@ -140,7 +188,7 @@ def changed(source: Source, change: Change) -> None:
     if source.kind == "Namespace":
         _note_namespace(ctx, change)
     if not operator.started:
-        return  # everything is reconciled when it has been listed
+        return  # everything is reconciled when it has been listed, and this operator leads
     if change.kind in RECONCILERS:
         _own(ctx, queue, change)
     for key in wakes.concerned(source, change, cache.objects, ctx.settings.namespace):
@@ -170,7 +218,7 @@ def _note_namespace(ctx: Context, change: Change) -> None:
     """Note whether a namespace asks for its storage key. Revoke the key of a namespace that was deleted."""
     deleted = change.after is None
     operator.requests.note({"type": "DELETED" if deleted else "MODIFIED", "object": change.new or change.old})
-    if deleted:
+    if deleted and operator.leads:
         _later(_revoke(ctx), "keys of a deleted namespace")
 
 
@@ -234,6 +282,12 @@ def reconciler_alive(**_: Any) -> dict[str, Any]:
     if slow:
         raise kopf.PermanentError(f"reconciles that take longer than {STUCK_AFTER:.0f} s: {slow}")
     return {"busy": len(queue.busy), "lastDoneSecondsAgo": round(now - queue.last_done)}
+
+
+@kopf.on.probe(id="leads")
+def leads(**_: Any) -> bool:
+    """Tell whether this operator works. A standby is healthy, too."""
+    return operator.leads
 
 
 @kopf.on.probe(id="watches")

@@ -51,8 +51,8 @@ class Page(NamedTuple):
 class Kube:
     """The objects of one API server."""
 
-    def __init__(self, api: Any) -> None:
-        self._connection = Connection(api)
+    def __init__(self, api: Any, may_write: Callable[[], bool] = lambda: True) -> None:
+        self._connection = Connection(api, may_write)
         # The cache sets both. It takes the answer of each read and write, and `ensure` reads the live objects from it.
         self.answered: Callable[[str, Manifest], None] = lambda kind, answer: None
         self.live: Callable[[str, str | None, str], Awaitable[Manifest | None]] = self.get
@@ -60,9 +60,9 @@ class Kube:
         self._unlike: dict[str, str] = {}
 
     @classmethod
-    async def connect(cls) -> "Kube":
-        """Connect with the pod's service account, or with KUBECONFIG outside a cluster."""
-        return cls(await connection.connect())
+    async def connect(cls, may_write: Callable[[], bool] = lambda: True) -> "Kube":
+        """Connect with the pod's service account, or with KUBECONFIG outside a cluster. `may_write`: see Connection."""
+        return cls(await connection.connect(), may_write)
 
     async def close(self) -> None:
         await self._connection.close()

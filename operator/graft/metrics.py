@@ -10,6 +10,7 @@ RECONCILE_SECONDS = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
 RESOURCES = Gauge("graft_resources", "Resources that the operator reconciles.", ["kind"])
+LEADER = Gauge("graft_leader", "1 if this operator holds the Lease, or if there is only one operator.")
 LIFECYCLE = Counter("graft_adapter_lifecycle_total", "Versions that were archived, restored or pruned.", ["action"])
 WATCH_EVENTS = Counter("graft_watch_events_total", "Watch events, by kind of object.", ["kind"])
 WATCH_RESTARTS = Counter("graft_watch_restarts_total", "Watches that ended with an error.", ["kind"])

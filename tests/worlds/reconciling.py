@@ -11,7 +11,7 @@ from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, 
 from graft.artifacts.signing import generate, read_keys
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import ObjectInfo
-from graft.kube import owned_by
+from graft.kube import KubeError, owned_by
 from graft.manifests.adapter import ADAPTER_LABEL
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.context import Context
@@ -64,8 +64,18 @@ class MemoryKube:
         await self.ensure(*manifests)
 
     async def apply_status(
-        self, kind: str, api_version: str, namespace: str | None, name: str, uid: str, status: Object, **_: Any
+        self,
+        kind: str,
+        api_version: str,
+        namespace: str | None,
+        name: str,
+        uid: str,
+        status: Object,
+        *,
+        resource_version: str | None = None,
     ) -> None:
+        if resource_version not in {None, self.objects[kind, namespace, name]["metadata"].get("resourceVersion")}:
+            raise KubeError(409, "Conflict", "the object has been modified")
         self.objects[kind, namespace, name]["status"] = status
 
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> Object:

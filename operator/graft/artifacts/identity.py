@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 MARK = "Graft"  # the Sids of Graft's statements begin with it; all other statements in the policy stay unchanged
 LEGACY = re.compile(rf"{MARK}(Own|Runs|List|Models)(.*)", re.DOTALL)  # Sids of versions without ids
 LEGACY_MODELS = f"{MARK}Models"
+USERS = "/list-users"  # the request that changes nothing
 POLICY_LIMIT = 20 * 1024  # bytes of a bucket policy in S3; versitygw accepts more
 ALL_MODELS: Mapping[str, Collection[str] | None] = {MODELS_PREFIX: None}
 Statement = dict[str, Any]
@@ -109,7 +110,7 @@ class VersityIdentity:
 
     def users(self) -> set[str]:
         """Return all users of the store, including those that other programs have made."""
-        root = ET.fromstring(self._admin("/list-users") or b"<none/>")  # noqa: S314 - our own store's answer
+        root = ET.fromstring(self._admin(USERS) or b"<none/>")  # noqa: S314 - our own store's answer
         return {element.text or "" for element in root.iter() if element.tag.rpartition("}")[2] == "Access"}
 
     def _user(self, tenant: str) -> str:
@@ -189,6 +190,8 @@ class VersityIdentity:
         return dict(json.loads(answer["Policy"]))
 
     def _admin(self, path: str, body: str = "") -> bytes:
+        if path != USERS and not self._store.may_write():
+            raise StoreError("unavailable", "another operator leads now, so this one writes nothing")
         own = self._store.config
         request = AWSRequest(method="PATCH", url=self._admin_url + path, data=body.encode())
         S3SigV4Auth(Credentials(own.access_key_id, own.secret_access_key), "s3", own.region).add_auth(request)

@@ -1,14 +1,19 @@
-"""The object store's address and key, and the errors of its calls.
+"""The object store's address and key, the errors of its calls, and their retries.
 
 The credentials come from a mounted Secret, one file per key, never from the environment.
 """
 
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from botocore.exceptions import ClientError
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Trouble = Literal["missing", "denied", "full", "exists", "large", "unavailable"]
 
 
@@ -75,3 +80,22 @@ def trouble_of(error: ClientError) -> Trouble:
     if status in {401, 403}:
         return "denied"
     return "unavailable"
+
+
+def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
+    """Call `call`, and retry while the store is unavailable, until `patience` seconds after the first such error.
+
+    The pauses between retries grow from 1 s to 15 s. Raises the error of the last call.
+    """
+    deadline, seconds = None, 1.0
+    while True:
+        try:
+            return call()
+        except StoreError as error:
+            now = time.monotonic()
+            deadline = now + patience if deadline is None else deadline
+            if error.trouble != "unavailable" or now + seconds > deadline:
+                raise
+            log.warning("the store is unavailable, retrying in %.0f s: %s", seconds, error)
+        pause(seconds)
+        seconds = min(2 * seconds, 15.0)

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from graft.artifacts.storage import StorageConfig, StoreError, trouble_of
+from graft.artifacts.storage import StorageConfig, StoreError, patiently, trouble_of
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -37,23 +36,8 @@ MOST_OBJECTS = 10_000  # in a listing that is held in memory; a model of 300 sha
 SMALL_OBJECT = 8 * 1024 * 1024  # bytes of a JSON document; larger objects are not read into memory
 
 
-def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
-    """Call `call`, and retry while the store is unavailable, until `patience` seconds after the first such error.
-
-    The pauses between retries grow from 1 s to 15 s. Raises the error of the last call.
-    """
-    deadline, seconds = None, 1.0
-    while True:
-        try:
-            return call()
-        except StoreError as error:
-            now = time.monotonic()
-            deadline = now + patience if deadline is None else deadline
-            if error.trouble != "unavailable" or now + seconds > deadline:
-                raise
-            log.warning("the store is unavailable, retrying in %.0f s: %s", seconds, error)
-        pause(seconds)
-        seconds = min(2 * seconds, 15.0)
+def _silent(what: str, error: BotoCoreError) -> StoreError:
+    return StoreError("unavailable", f"{what}: {error}", answered=False)
 
 
 def retried(method: Callable[Concatenate["S3Store", P], T]) -> Callable[Concatenate["S3Store", P], T]:
@@ -104,9 +88,21 @@ class S3Store:
     reconciles retry. A pod uses PATIENCE, because it has nothing else to do.
     """
 
-    def __init__(self, config: StorageConfig, *, attempts: int = 5, timeout: float = 20, patience: float = 0.0) -> None:
-        """Open the bucket of `config`. botocore applies `attempts` and `timeout` (seconds) to each request."""
+    def __init__(
+        self,
+        config: StorageConfig,
+        *,
+        attempts: int = 5,
+        timeout: float = 20,
+        patience: float = 0.0,
+        may_write: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Open the bucket of `config`. botocore applies `attempts` and `timeout` (seconds) to each request.
+
+        `may_write` is asked before each request that changes something, so also between the parts of a copy.
+        """
         self.config = config
+        self.may_write = may_write
         self.patience = patience
         self.client: Any = boto3.client(
             "s3",
@@ -126,6 +122,12 @@ class S3Store:
             ),
         )
 
+        self.client.meta.events.register("before-send.s3", self._before_send)
+
+    def _before_send(self, request: Any, **_: Any) -> None:
+        if request.method not in {"GET", "HEAD"} and not self.may_write():
+            raise StoreError("unavailable", "another operator leads now, so this one writes nothing")
+
     def _call(self, operation: str, key: str, bucket: str | None = None, **arguments: Any) -> Any:
         bucket = bucket or self.config.bucket
         try:
@@ -133,7 +135,7 @@ class S3Store:
         except ClientError as error:
             raise StoreError(trouble_of(error), f"s3://{bucket}/{key}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"s3://{bucket}/{key}: {error}", answered=False) from error
+            raise _silent(f"s3://{bucket}/{key}", error) from error
 
     def create_bucket(self) -> None:
         """Create the bucket if it does not exist."""
@@ -147,7 +149,7 @@ class S3Store:
             except ClientError as refused:
                 raise StoreError(trouble_of(refused), f"bucket {self.config.bucket}: {refused}") from refused
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"bucket {self.config.bucket}: {error}", answered=False) from error
+            raise _silent(f"bucket {self.config.bucket}", error) from error
 
     @retried
     def get(self, key: str, bucket: str | None = None, *, most: int = SMALL_OBJECT) -> bytes:
@@ -225,7 +227,7 @@ class S3Store:
                 return  # a key that may write may lack the right to list uploads; the bucket's own rules remove them
             raise StoreError(trouble_of(error), f"uploads to {key}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError("unavailable", f"uploads to {key}: {error}", answered=False) from error
+            raise _silent(f"uploads to {key}", error) from error
         for item in found:
             if item["Key"] == key:
                 self._call("abort_multipart_upload", key, UploadId=item["UploadId"])
@@ -239,9 +241,7 @@ class S3Store:
         except ClientError as error:
             raise StoreError(trouble_of(error), f"copying {source} to s3://{bucket}/{key}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError(
-                "unavailable", f"copying {source} to s3://{bucket}/{key}: {error}", answered=False
-            ) from error
+            raise _silent(f"copying {source} to s3://{bucket}/{key}", error) from error
 
     def chunks(self, key: str, bucket: str | None = None, *, etag: str | None = None) -> Iterator[bytes]:
         """Yield the bytes of an object of any size in chunks. With `etag`, raises StoreError if the object has another."""
@@ -364,9 +364,7 @@ class S3Store:
         except ClientError as error:
             raise StoreError(trouble_of(error), f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
         except BotoCoreError as error:
-            raise StoreError(
-                "unavailable", f"listing s3://{bucket}/{query['Prefix']}: {error}", answered=False
-            ) from error
+            raise _silent(f"listing s3://{bucket}/{query['Prefix']}", error) from error
 
     @retried
     def delete(self, key: str) -> None:

@@ -209,6 +209,18 @@ class Cache:
         followed.compared({place_of(item) for item in found}, int(version), among)
         return [item for item in found if owner is None or owned_by(item, owner)]
 
+    async def relist(self, *kinds: str) -> None:
+        """List from the API server what is followed of these kinds, and correct what is held. Raises KubeError."""
+        for kind in kinds:
+            followed, places, version = self._followed[kind], set[Place](), ""
+            whole = followed.source.listed
+            async for page in self._kube.pages(kind, labels=followed.source.labels, metadata_only=not whole):
+                version = page.version
+                for item in page.items:
+                    places.add(place_of(item))
+                    followed.received(item, whole=whole)
+            followed.listed(places, int(version))
+
     def _matches(self, followed: Followed, place: Place, labels: dict[str, str] | None) -> bool:
         held = followed.objects.get(*place)
         return held is not None and (not labels or _has(followed.objects.unpack(held), labels))

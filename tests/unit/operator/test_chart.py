@@ -37,6 +37,7 @@ EVERYTHING = {
         "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example.com"]},
     },
     "operator": {
+        "replicas": 2,
         "nodeSelector": {"pool": "system"},
         "tolerations": [{"operator": "Exists"}],
         "priorityClassName": "high",
@@ -380,6 +381,23 @@ def test_the_network_policy_of_the_store_admits_the_pods_that_the_operator_creat
 def test_a_second_gateway_replica_gets_a_disruption_budget(template: Any) -> None:
     assert not [item for item in template() if item["kind"] == "PodDisruptionBudget"]
     assert find(template({"gateway": {"replicas": 2}}), "PodDisruptionBudget", "graft-gateway")
+
+
+def test_several_operators_elect_the_one_that_works(template: Any) -> None:
+    rendered = template({"operator": {"replicas": 2}})
+    spec = find(rendered, "Deployment", "graft-operator")["spec"]
+    assert spec["replicas"] == 2 and spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    lease = {item["name"]: item.get("value") for item in spec["template"]["spec"]["containers"][0]["env"]}[
+        "GRAFT_LEASE"
+    ]
+    rules = [rule for rule in find(rendered, "Role", "graft-operator")["rules"] if rule["resources"] == ["leases"]]
+    assert {"get", "update"} in [set(rule["verbs"]) for rule in rules if rule.get("resourceNames") == [lease]]
+    assert find(rendered, "PodDisruptionBudget", "graft-operator")
+    one = template({})
+    spec = find(one, "Deployment", "graft-operator")["spec"]
+    assert spec["strategy"] == {"type": "Recreate"}
+    assert "GRAFT_LEASE" not in {item["name"] for item in spec["template"]["spec"]["containers"][0]["env"]}
+    assert not [rule for rule in find(one, "Role", "graft-operator")["rules"] if rule["resources"] == ["leases"]]
 
 
 def test_the_gateway_knows_the_flags_and_probes_of_the_chart(template: Any) -> None:

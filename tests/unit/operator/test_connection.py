@@ -100,3 +100,25 @@ async def test_a_request_ends_before_it_has_taken_minutes(monkeypatch: pytest.Mo
             await opened.close()
     assert raised.value.status == 503 and 1 < len(asked) < connection.ATTEMPTS
     assert time.monotonic() - started < 10
+
+
+async def test_who_does_not_lead_reads_and_writes_nothing() -> None:
+    asked: list[str] = []
+    leads = True
+
+    def answer(request: web.Request) -> web.Response:
+        asked.append(request.method)
+        return web.json_response({})
+
+    async with serving(answer) as address:
+        opened = Connection(client.ApiClient(client.Configuration(host=address)), lambda: leads)
+        try:
+            await opened.answer("POST", "/api", {})
+            leads = False
+            await opened.answer("GET", "/api")
+            for method in ("POST", "PUT", "PATCH", "DELETE"):
+                with pytest.raises(KubeError, match="another operator leads"):
+                    await opened.answer(method, "/api", {})
+        finally:
+            await opened.close()
+    assert asked == ["POST", "GET"]

@@ -75,11 +75,18 @@ class OperatorProcess:
         assert self.process is not None and self.process.poll() is None, (
             f"the operator ended unexpectedly. The last lines of its log:\n{tail(self.log)}"
         )
+        return self._probe() is not None
+
+    def leads(self) -> bool:
+        """Return whether the operator answers that it leads."""
+        return bool((self._probe() or {}).get("leads"))
+
+    def _probe(self) -> Object | None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz", timeout=5) as answer:
-                return int(answer.status) == 200
+                return dict(json.loads(answer.read()))
         except (urllib.error.URLError, OSError):
-            return False
+            return None
 
     def end(self, number: signal.Signals) -> None:
         """Send a signal to the operator and wait until it ends."""
@@ -117,11 +124,23 @@ SETTINGS = {
 }
 
 
-def from_chart(kinds: Collection[str]) -> list[Object]:
-    """Return the chart's objects of some kinds, without those of hooks."""
+def from_chart(kinds: Collection[str], **values: str) -> list[Object]:
+    """Return the chart's objects of some kinds, without those of hooks. `values`: path with __ instead of dots -> value."""
     chart = REPOSITORY / "charts/graft"
     # --kube-version: without a cluster, helm uses the Kubernetes version that was set at its build. Our build sets none.
-    rendered = output([binary("helm"), "template", "graft", chart, "--namespace", SYSTEM, "--kube-version", KUBERNETES])
+    options = [f"--set={path.replace('__', '.')}={value}" for path, value in values.items()]
+    command = [
+        binary("helm"),
+        "template",
+        "graft",
+        chart,
+        "--namespace",
+        SYSTEM,
+        "--kube-version",
+        KUBERNETES,
+        *options,
+    ]
+    rendered = output(command)
     documents = [item for item in yaml.safe_load_all(rendered) if item and item["kind"] in kinds]
     return [item for item in documents if "helm.sh/hook" not in (item["metadata"].get("annotations") or {})]
 

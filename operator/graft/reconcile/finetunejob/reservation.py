@@ -21,7 +21,7 @@ async def reserve_version(
 ) -> str | Trouble:
     """Return the version that this job publishes. It is written to the status before anything uses it."""
     resolved = job.status.resolved
-    if resolved is not None and resolved.version is not None:
+    if resolved is not None and resolved.version is not None and not await _taken(ctx, job, resolved.version):
         if sizing != job.status.sizing:  # the lengths of the data are known by now, or the nodes have changed
             status = job.status.model_copy(update={"sizing": sizing})
             await ctx.write_status(raw, status, job.status.conditions)
@@ -58,12 +58,29 @@ async def reserve_version(
     return version
 
 
+async def _taken(ctx: Context, job: FineTuneJob, version: str) -> bool:
+    """Return whether another job has reserved the version, too.
+
+    The last write of a former leader can arrive after its successor has reserved the version for another job. This
+    job has not started with that version yet, so it reserves another one.
+    """
+    if not ctx.elected:
+        return False
+    return any(item.version == version for item in await _reserved_versions(ctx, job))
+
+
 async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
     """Return the versions of the adapter that are published, or reserved by another job."""
     namespace, adapter = job.metadata.namespace, job.spec.output.adapter
     known: list[versions.Known] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
+    return known + await _reserved_versions(ctx, job)
+
+
+async def _reserved_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
+    """Return the versions of the adapter that other jobs have reserved or published."""
+    namespace, adapter = job.metadata.namespace, job.spec.output.adapter
     others: list[JobFacts] = await ctx.cache.facts(KIND, namespace, adapter, output_adapter, facts_of)
-    return known + [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
+    return [item.reserves for item in others if item.uid != job.metadata.uid and item.reserves is not None]
 
 
 async def _stored_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:

@@ -17,7 +17,7 @@ from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.signing import Keys
 from graft.artifacts.store import S3Store
 from graft.cache.cache import Cache
-from graft.kube import Kube, Manifest
+from graft.kube import Kube, KubeError, Manifest
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.shared.backoff import Backoff
 from graft.reconcile.shared.folders import Folders
@@ -49,6 +49,7 @@ class Context:
     store: S3Store
     identity: VersityIdentity | None
     brief: S3Store | None = None  # the same store with short timeouts, for `stored`; None: `store`
+    elected: bool = False  # whether this operator leads others, one of which may have written until a moment ago
     store_calls: StoreCalls = field(default_factory=StoreCalls)
     locks: Locks = field(default_factory=Locks)
     keys: Keys | None = None  # set by reconcile/adapter/signing.py; None until they have been read
@@ -129,7 +130,7 @@ class Context:
         after the last one. Return the seconds until then, or None if nothing is left to write.
 
         With `unchanged`, the resource must still be the one that was read. Raises KubeError with status 404 or 409 if
-        it is not.
+        it is not. If several operators run, KubeError with status 409 is raised without `unchanged`, too.
         """
         metadata = raw["metadata"]
         generation, uid = metadata.get("generation", 0), metadata["uid"]
@@ -151,10 +152,16 @@ class Context:
             log.info("condition", extra={"resource": _name(raw)} | fields)
         found = transitions(raw, old, merged, at)
         await self.news.report(item for item in found if item.settled)
-        await self.kube.apply_status(
-            raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], uid, after,
-            resource_version=metadata["resourceVersion"] if unchanged else None,
-        )  # fmt: skip
+        try:
+            # Of several operators, a former leader must not replace what its successor has written.
+            await self.kube.apply_status(
+                raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], uid, after,
+                resource_version=metadata["resourceVersion"] if unchanged or self.elected else None,
+            )  # fmt: skip
+        except KubeError as error:
+            if unchanged or error.status != 404:
+                raise
+            return None  # it was deleted meanwhile
         self.news.later(item for item in found if not item.settled)
         if len(self.written) >= MOST_WRITTEN:
             self.written.clear()

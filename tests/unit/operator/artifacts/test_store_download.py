@@ -15,10 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from graft.artifacts import sources, store
+from graft.artifacts import sources, storage
 from graft.artifacts.sources import SourceError, describe, fetch, hub_errors
-from graft.artifacts.storage import StorageConfig, StoreError
-from graft.artifacts.store import RANGE, ObjectInfo, S3Store, patiently
+from graft.artifacts.storage import StorageConfig, StoreError, patiently
+from graft.artifacts.store import RANGE, ObjectInfo, S3Store
 from graft_server.agent.storage.fetchbase import fetch_base
 from testbed.faults import Fault, FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server, s3_server
@@ -230,7 +230,7 @@ def test_a_full_disk_is_not_reported_as_an_unavailable_hub() -> None:
 
 def test_a_call_that_took_longer_than_the_patience_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(store.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: clock.now)
     tries: list[float] = []
 
     def pause(seconds: float) -> None:

@@ -89,11 +89,13 @@ def basis_of(facts: ModelFacts | None, spec: AdapterDeploymentSpec, *, task: Tas
 
     It excludes adapters, routes and replicas: they never roll the pods.
     """
+    # Empty resources are the user's choice, unlike absent ones. The digests of all other specs stay what they were.
+    resources = {} if spec.resources is None else spec.resources.wire() or "empty"
     limits = spec.limits.model_copy(update={"adapters_per_replica": None, "adapter_bytes_per_replica": None})
     parts = [
         facts.wire() if facts is not None else {}, limits.wire(), spec.engine, spec.strategy, spec.quantization,
         spec.node_selector or {}, [item.wire() for item in spec.tolerations or []],
-        spec.resources.wire() if spec.resources is not None else {}, task, vllm,
+        resources, task, vllm,
     ]  # fmt: skip
     return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

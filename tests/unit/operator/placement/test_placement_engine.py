@@ -139,4 +139,5 @@ def test_the_basis_holds_only_the_fields_that_decide_the_placement() -> None:
     assert basis(adapters=["support@latest", "mail@latest"], replicas=3) == same
     assert basis(autoscaling={"maxReplicas": 3, "target": {"cpuPercent": 50}}) == same
     assert basis(limits={"maxLoras": 4}) != same and basis(quantization="int4") != same
+    assert basis(resources={}) != same  # GPUs that were chosen without resources do not stay
     assert basis_of(facts_of(LLAMA_2["13B"]), spec(), task="causal", vllm=True) != same

@@ -34,12 +34,11 @@ def test_a_life_makes_few_writes_and_a_finished_job_none(tenant: Tenant, plane: 
     assert len(writes) >= MINIMUM, "the audit log must have the operator's writes"
     assert not [item for item in made if item.mutates and item.status >= 400]
 
-    # A change of a finished job is read, and nothing else.
+    # A finished job costs nothing, even if it is changed.
     mark = len(since(0))
     tenant.api.patch("FineTuneJob", tenant.name, "first", {"metadata": {"annotations": {"seen": "yes"}}})
-    tenant.wait(lambda: since(mark), "the operator reconciles the job")
     settled(tenant)
-    assert {str(item) for item in since(mark)} == {"get finetunejobs first -> 200"}
+    assert not since(mark)
 
 
 async def test_repetitions_are_counted_in_the_series_of_one_event(tenant: Tenant, running: OperatorProcess) -> None:

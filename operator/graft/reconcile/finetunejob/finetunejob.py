@@ -94,7 +94,10 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
             return None
         trouble = await _start(ctx, raw, world)
         if trouble is not None:
-            status, observed = waiting(job, trouble)
+            raw = (
+                await ctx.cache.get(KIND, namespace, name) or raw
+            )  # it may have reserved its version before the trouble
+            status, observed = waiting(FineTuneJob.model_validate(raw), trouble)
             await ctx.write_status(raw, status, observed)
             return WAITING
         return SOON

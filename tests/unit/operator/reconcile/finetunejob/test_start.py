@@ -4,6 +4,7 @@ import copy
 
 import pytest
 from graft.contracts.mounts import STORAGE_SECRET
+from graft.kube import KubeError
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.finetunejob.finetunejob import reconcile
 from graft.reconcile.shared.access import SECRET_KEYS
@@ -67,3 +68,17 @@ async def test_a_kill_before_any_write_changes_nothing(killed: int) -> None:
         break
     assert end(kube) == end(calm)
     assert kube.writes.count("Job j") == 1 and kube.writes.count("patch") == 1
+
+
+async def test_a_job_that_cannot_be_created_keeps_its_version() -> None:
+    """Otherwise another job could get the same number."""
+    kube = world()
+
+    async def refuse(manifest: Object) -> None:
+        raise KubeError(403, "Forbidden", "exceeded quota: jobs")
+
+    kube.create = refuse  # type: ignore[method-assign]
+    await reconcile(context(kube, MemoryStore()), "shop", "j")
+    status = kube.objects["FineTuneJob", "shop", "j"]["status"]
+    assert {item["reason"] for item in status["conditions"]} == {"CreationFailed", "Waiting"}
+    assert status["resolved"]["version"] == "1.0.0"

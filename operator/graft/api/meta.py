@@ -7,7 +7,7 @@ docs/reference.md from them. The operator parses live objects with them.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic import BaseModel as PydanticModel
 from pydantic.alias_generators import to_camel
 
@@ -95,6 +95,12 @@ class Status(Schema):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True
     )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_maps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out empty maps. If a map of an applied object loses its last key and is applied as {}, the API server
+        merges it to null, and then refuses the object for ever."""
+        return {key: value for key, value in handler(self).items() if value != {}}
 
 
 class Condition(Status):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from graft.api.finetunejob import FineTuneJobStatus, Sizing
 from graft.api.meta import Condition
 from graft.contracts.progress import EXIT_CODES, Reason
 from graft.status import MESSAGE_LIMIT, REASONS, condition, duration, merge, transitions
@@ -61,3 +62,15 @@ def test_only_a_changed_status_or_reason_is_a_transition() -> None:
 
 def test_durations_are_easy_to_read() -> None:
     assert [duration(seconds) for seconds in (0, 45, 200, 7500)] == ["0s", "45s", "3m20s", "2h05m"]
+
+
+def test_a_map_that_has_become_empty_is_not_written() -> None:
+    """Server-side apply would merge it to null, which the schema refuses (tests/faults/test_crds.py)."""
+    status = FineTuneJobStatus(sizing=Sizing(items={}, total_bytes=1))
+    assert status.model_dump(mode="json", by_alias=True, exclude_none=True)["sizing"] == {
+        key: value
+        for key, value in status.sizing.model_dump(mode="json", by_alias=True, exclude_none=True).items()
+        if key != "items"
+    }
+    full = FineTuneJobStatus(sizing=Sizing(items={"weights": 1}))
+    assert full.model_dump(by_alias=True, exclude_none=True)["sizing"]["items"] == {"weights": 1}

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from testbed.faults import SLOW_DOWN, Fault
+from testbed.faults import EXPIRED_TOKEN, SLOW_DOWN, Fault
 from worlds.faults.bed import Bed
 
 BUSY = Fault(match="apply ", status=429, code="TooManyRequests", retry_after=1, times=10)
@@ -52,6 +52,8 @@ def test_the_operator_survives_an_outage_of_the_api_server(bed: Bed, killed: boo
 
 STORE = {
     "slow down": [Fault(**{**vars(SLOW_DOWN), "times": 4})],
+    "expired token": [Fault(**{**vars(EXPIRED_TOKEN), "times": 3})],
+    "denied": [Fault(status=403, code="AccessDenied", times=3)],
     "server errors": [Fault(status=500, code="InternalError", times=4)],
     "slow": [Fault(latency=0.5)],
     "truncated": [Fault(match="adapter_model", cut_at=100, times=3)],

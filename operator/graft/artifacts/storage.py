@@ -14,6 +14,11 @@ from botocore.exceptions import ClientError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+# The key is right, but too old, or signed by a clock that is wrong. The same call succeeds with the next key or the next clock.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+EXPIRED = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed", "TokenRefreshRequired"}
+)
 Trouble = Literal["missing", "denied", "full", "exists", "large", "unavailable"]
 
 
@@ -77,7 +82,7 @@ def trouble_of(error: ClientError) -> Trouble:
         return "full"
     if status == 412 or code in {"PreconditionFailed", "ConditionalRequestConflict"}:
         return "exists"
-    if status in {401, 403}:
+    if status in {401, 403} and code not in EXPIRED:
         return "denied"
     return "unavailable"
 

@@ -106,11 +106,12 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         manifest, digest = world.published
         await ctx.kube.apply(adapter_manifests.adapter(job, manifest, digest, ctx.store.config.bucket))
     status, observed = observe(world)
-    pause = await ctx.write_status(raw, status, observed, hurry=False)
+    pause = await ctx.write_status(raw, status, observed, hurry=world.delayed is not None)
     succeeded = find(observed, "Succeeded")
     if succeeded is not None and succeeded.status != "Unknown":
         return None
-    polls = [pause, SOON if polled(world) else None, None if repaired else WAITING]
+    later = ctx.backoff.left(job.metadata.uid, job.metadata.generation) if world.delayed is not None else None
+    polls = [pause, later, SOON if polled(world) else None, None if repaired else WAITING]
     return min((item for item in polls if item is not None), default=None)
 
 
@@ -174,7 +175,7 @@ async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: 
     try:
         return await ctx.stored(job.metadata.namespace, _fetch_progress, prefix + layout.PROGRESS)
     except (StoreError, OutOfBounds) as error:
-        if must and isinstance(error, StoreError) and error.trouble == "unavailable":
+        if must and isinstance(error, StoreError) and error.trouble not in {"missing", "large"}:
             raise  # the caller copies the facts in it only once, so the reconcile must be retried
         return None  # not written yet, not readable now, or out of bounds: the pod's status is enough
 

@@ -45,6 +45,7 @@ class World:
     published: tuple[AdapterManifest, str] | None = None  # the manifest that this job wrote, and its digest
     publish_trouble: str | None = None  # why `published` is None
     copying: bool = False  # the operator copies the staged files to the version's folder
+    delayed: str | None = None  # why the operator will read or publish the staged files later
     refusal: str | None = None  # why the Job could not create its pod
     adapter: Adapter | None = None
 
@@ -316,6 +317,8 @@ def _final_reason(said: str) -> str:
 def _completion(world: World) -> Condition:
     if world.copying:
         return condition(KIND, "Succeeded", "Unknown", "Publishing", COPYING)
+    if world.delayed is not None:
+        return condition(KIND, "Succeeded", "Unknown", "Publishing", world.delayed)
     if world.published is None:
         text = world.publish_trouble or "the pod succeeded, but it staged no version.json and no files in storage"
         return condition(KIND, "Succeeded", "False", "ResultMissing", text)

@@ -44,7 +44,7 @@ async def restart(ctx: Context, raw: Manifest, job: FineTuneJob) -> float:
     world = World(job)
     if job.status.resolved is not None and job.status.resolved.version is not None:
         await read_published(ctx, world, job.status.resolved.version)
-    if world.copying:
+    if world.copying or world.delayed is not None:
         return SOON
     if world.published is None:
         cleared.append("resolved")

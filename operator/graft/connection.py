@@ -31,6 +31,8 @@ LARGEST_ANSWER = 16 * 2**20  # bytes of one answer, after decompression
 LARGEST_EVENT = 16 * 2**20
 SILENCE = 100  # seconds without any bytes in a watch; the API server sends a bookmark at least every 75 s
 TOO_LARGE = "TooLarge"  # reason of the KubeError for an answer above the bound
+# In the message of a 500: a server-side apply with a field that the CRD does not have. A retry gets the same answer.
+UNDECLARED = "field not declared in schema"
 JSON = "application/json"
 
 
@@ -104,7 +106,7 @@ class Connection:
                 if status < 300:
                     return data
                 failure = _error(status, data, method, path)
-                if status != 429 and status < 500:
+                if (status != 429 and status < 500) or UNDECLARED in str(failure):
                     raise failure
                 wait = headers.get("Retry-After")
             pause = float(wait) if wait and wait.isdigit() else 0.2 * 2**attempt

@@ -51,7 +51,31 @@ def bed_with_crds(bed: Bed) -> Iterator[Bed]:
     apply(bed, released())
 
 
-@pytest.mark.seconds(90)
+@pytest.mark.seconds(60)
+def test_an_operator_with_older_crds_works_and_writes_no_more(bed_with_crds: Bed) -> None:
+    """The operator is upgraded first, then the CRDs, while a job runs."""
+    bed = bed_with_crds
+    apply(bed, older())
+    bed.operator.kill9()
+    bed.healthy()
+    life = bed.new_life()
+    life.phases()["tune"]()
+    life.phases()["serve"]()
+    bed.silent(life)  # no write is repeated because the API server drops a part of it
+    life.tenant.job("during")
+    pod = life.tenant.running_pod("during")
+    apply(bed, released())
+    bed.operator.kill9()
+    bed.healthy()
+    life.tenant.api.delete("FineTuneJob", life.tenant.name, "during")
+    life.tenant.gone("FineTuneJob", "during")
+    life.tenant.wait(lambda: life.tenant.api.get("Pod", life.tenant.name, pod) is None, "its pod is deleted")
+    bed.same(life, "serve")
+    bed.run(life, ["roll"])
+    bed.silent(life)
+
+
+@pytest.mark.seconds(60)
 def test_crds_that_are_rolled_back_and_upgraded_again_under_a_running_job_lose_nothing(bed_with_crds: Bed) -> None:
     """The CRDs are changed first, and the operator keeps running. The next status that it writes has all fields again."""
     bed = bed_with_crds

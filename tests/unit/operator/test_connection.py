@@ -122,3 +122,22 @@ async def test_who_does_not_lead_reads_and_writes_nothing() -> None:
         finally:
             await opened.close()
     assert asked == ["POST", "GET"]
+
+
+async def test_a_field_that_the_schema_does_not_have_is_refused_once() -> None:
+    """The API server answers 500, but a retry would get the same answer."""
+    asked: list[str] = []
+
+    def refuse(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        text = f"failed to create typed patch object: .status.etaText: {connection.UNDECLARED}"
+        return web.json_response({"message": text}, status=500)
+
+    async with serving(refuse) as address:
+        opened = Connection(client.ApiClient(client.Configuration(host=address)))
+        try:
+            with pytest.raises(KubeError, match=r"status\.etaText"):
+                await opened.answer("PATCH", "/api", {})
+        finally:
+            await opened.close()
+    assert len(asked) == 1

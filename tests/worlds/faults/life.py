@@ -88,7 +88,10 @@ class Life:
         tenant = self.tenant
         owner = tenant.get("FineTuneJob", job)
         name = f"{job}-preflight" if preflight else job
-        tenant.wait(lambda: tenant.api.get("Job", tenant.name, name), f"the Job {name} exists", self.patience)
+        tenant.wait(
+            lambda: tenant.api.get("Job", tenant.name, name), f"the Job {name} exists", self.patience,
+            lambda: str(tenant.get("FineTuneJob", job).get("status")),
+        )  # fmt: skip
         tenant.wait(lambda: tenant.pods(owner), f"{job} has a pod", self.patience)
         return tenant.running_pod(job, preflight=preflight)
 

@@ -25,6 +25,7 @@ from graft.reconcile.shared.news import News, transitions
 from graft.reconcile.shared.transfers import Transfer, Transfers
 from graft.reconcile.shared.verified import Verified
 from graft.settings import Settings
+from graft.undeclared import Undeclared
 from graft.work.places import Locks, away
 from graft.work.storecalls import StoreCalls
 from graft.work.turns import Turns
@@ -69,6 +70,7 @@ class Context:
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
     folders: Folders = field(default_factory=Folders)
     news: News = field(init=False)
+    undeclared: Undeclared = field(default_factory=Undeclared)
     written: dict[str, float] = field(default_factory=dict)  # UID -> time.monotonic() of the last write of its status
 
     cache: Cache | Any = None  # what reconciles read; without one, they read from the API server
@@ -140,7 +142,7 @@ class Context:
         merged = conditions.merge(old, observed, generation, at)
         new = status.model_copy(update={"conditions": merged, "observed_generation": generation})
         after = new.model_dump(mode="json", by_alias=True, exclude_none=True)
-        if after == before:
+        if before in (after, self.undeclared.without(raw["kind"], after)):
             return None
         changed = conditions.transitions(old, merged)
         same = not changed and all(before.get(name) == after.get(name) for name in ("stage", "observedGeneration"))
@@ -154,9 +156,12 @@ class Context:
         await self.news.report(item for item in found if item.settled)
         try:
             # Of several operators, a former leader must not replace what its successor has written.
-            await self.kube.apply_status(
-                raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], uid, after,
-                resource_version=metadata["resourceVersion"] if unchanged or self.elected else None,
+            await self.undeclared.apply(
+                raw["kind"], after,
+                lambda part: self.kube.apply_status(
+                    raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], uid, part,
+                    resource_version=metadata["resourceVersion"] if unchanged or self.elected else None,
+                ),
             )  # fmt: skip
         except KubeError as error:
             if unchanged or error.status != 404:

@@ -24,7 +24,7 @@ from worlds.cluster.plane import simulated_plane
 from worlds.cluster.tenant import BASE
 from worlds.cluster.tenants import make_base_model
 from worlds.faults.apiproxy import ApiProxy
-from worlds.faults.bed import LOST_EVENTS, RECOVERIES, Bed
+from worlds.faults.bed import RECOVERIES, Bed
 from worlds.faults.forked import ForkedOperator
 
 HERE = Path(__file__).parent
@@ -72,9 +72,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for item in hit[:10]:
         times = f"{item.seconds:.1f} s, undisturbed {item.undisturbed:.1f} s, restart {item.restart:.1f} s"
         terminalreporter.write_line(f"{item.ratio:.2f}  {item.phase}: {times}  {item.struck}")
-    terminalreporter.write_line(f"{len(LOST_EVENTS)} Events were not written")
-    for lost in LOST_EVENTS[:10]:
-        terminalreporter.write_line(lost)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from worlds.faults.snapshot import differences, events, outdated, snapshot
 MUTATING = {"POST", "PUT", "PATCH", "DELETE"}
 NUMBERS = itertools.count(1)
 QUIET = 7.0  # seconds without a write; more than the operator's interval for running jobs (SOON)
-# A person acts on these Events. The summary of `make test-faults` lists those that a killed operator did not write.
+# The phases end in these conditions. They are True or False, so their Events are written before the status, at least once.
 NEEDED = ("Published", "Verified", "Complete", "Serving", "DatasetInvalid")
 
 
@@ -45,7 +45,6 @@ class Recovery:
 
 
 RECOVERIES: list[Recovery] = []
-LOST_EVENTS: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -122,20 +121,19 @@ class Bed:
             self.clean[name] = Phase(state, events(self.api, life.tenant.name), self.writes[first:], seconds)
 
     def same(self, life: Life, phase: str, timeout: float = 60) -> None:
-        """Wait until a phase has left the same as in the clean run."""
+        """Wait until a phase has left the same as in the clean run, with the Events on which people act."""
         clean, name = self.clean[phase], life.tenant.name
+        needed = {event for event in clean.events if event.endswith(NEEDED)}
 
         def wrong() -> list[str]:
             lines = differences(clean.state, snapshot(self.api, self.store, name))
             lines += [f"{item}: the status is of an older generation" for item in outdated(self.api, name)]
-            return lines
+            return lines + [f"there is no Event {event}" for event in sorted(needed - events(self.api, name))]
 
         wait_for(
             lambda: not wrong(), timeout, f"{name} is after `{phase}` as without faults (struck: {self.struck})",
             lambda: "\n".join([*wrong(), self.log(name)]),
         )  # fmt: skip
-        needed = {event for event in clean.events if event.endswith(NEEDED)}
-        LOST_EVENTS.extend(f"{event}, after {self.struck}" for event in sorted(needed - events(self.api, name)))
 
     def silent(self, life: Life, seconds: float = QUIET, timeout: float = 60) -> None:
         """Wait until nothing was written about the tenant for some seconds."""

@@ -111,12 +111,17 @@ def unbound(job: FineTuneJob, trouble: Trouble) -> list[Condition]:
     return [condition(KIND, "Accepted", "False", trouble.reason, trouble.message), *kept]
 
 
+def plan_of(job: FineTuneJob, found: Resolved | None) -> str:
+    """Return what a job that is accepted will do (PURE)."""
+    if found is None:
+        return "the job has started"
+    return f"the job will publish {job.spec.output.adapter} {found.version}, tuned on {found.base_model_uri}"
+
+
 def observe(world: World) -> tuple[FineTuneJobStatus, list[Condition]]:
     """Return the status of a job that has started (PURE)."""
     job = world.job
-    accepted = find(job.status.conditions, "Accepted")
-    message = accepted.message if accepted and accepted.status == "True" else "the job has started"
-    observed = [condition(KIND, "Accepted", "True", "Resolved", message), _succeeded(world)]
+    observed = [condition(KIND, "Accepted", "True", "Resolved", plan_of(job, job.status.resolved)), _succeeded(world)]
     reason = observed[1].reason
     ended = observed[1].status != "Unknown"
     stage = {"True": "Succeeded", "False": "Rejected" if reason == "GateFailed" else "Failed"}.get(

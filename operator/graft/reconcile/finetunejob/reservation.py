@@ -10,7 +10,7 @@ from graft.contracts.message import BaseModelRef
 from graft.kube import Manifest
 from graft.reconcile.adapter import versions
 from graft.reconcile.finetunejob.facts import JobFacts, adapter_label, facts_of, output_adapter, version_of
-from graft.reconcile.finetunejob.jobstatus import KIND, NO_POD
+from graft.reconcile.finetunejob.jobstatus import KIND, NO_POD, plan_of
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.context import Context
 from graft.status import condition
@@ -47,9 +47,8 @@ async def reserve_version(
     )
     update = {"resolved": reserved, "sizing": sizing, "stage": "Pending", "restarts": job.spec.restarts}
     status = job.status.model_copy(update=update)
-    message = f"the job will publish {job.spec.output.adapter} {version}, tuned on {base_model.uri}"
     observed = [
-        condition(KIND, "Accepted", "True", "Resolved", message),
+        condition(KIND, "Accepted", "True", "Resolved", plan_of(job, reserved)),
         # As long as the Job has no pod, nothing else is to say. So the next write is that of a change.
         condition(KIND, "Succeeded", "Unknown", "Pending", NO_POD),
     ]

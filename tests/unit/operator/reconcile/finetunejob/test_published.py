@@ -105,3 +105,15 @@ async def test_a_restart_forgets_no_version_while_the_store_refuses_to_say_wheth
 def test_a_key_that_expired_may_be_renewed(status: int, code: str, trouble: Trouble) -> None:
     answer = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status}}
     assert trouble_of(ClientError(answer, "PutObject")) == trouble  # type: ignore[arg-type]
+
+
+async def test_a_job_that_waited_says_again_what_it_will_publish() -> None:
+    """It was accepted, then waited, for example for a quota. The condition Accepted was False meanwhile."""
+    raw = job()
+    waited = STATUS["conditions"][0] | {"type": "Accepted", "reason": "CreationFailed"}  # type: ignore[index]
+    resolved = {"version": "1.0.0", "baseModelUri": "s3://graft/models/tiny"}
+    raw["status"] = {"conditions": [waited], "resolved": resolved}
+    _, observed = observe(World(FineTuneJob.model_validate(raw)))
+    accepted = find(observed, "Accepted")
+    assert accepted is not None
+    assert accepted.message == "the job will publish support 1.0.0, tuned on s3://graft/models/tiny"

@@ -39,7 +39,7 @@ lint: venv ## ruff, mypy --strict, import-linter, and a check that the CRDs and 
 	$(PY) -m graft.crdgen --check
 
 test: lint binaries ## lint and every test suite; the last line is pytest's summary
-	$(PYTEST) tests/unit tests/attacks tests/cluster tests/e2e
+	$(PYTEST) tests/unit tests/attacks tests/cluster tests/faults tests/e2e
 
 test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 	$(PYTEST) tests/unit
@@ -47,7 +47,7 @@ test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 test-attacks: venv binaries ## run the attacks and print a table: attack -> refusal
 	$(PYTEST) tests/attacks tests/cluster/attacks
 
-test-faults: venv binaries ## every fault and every kill point (hours); not part of `make test`
+test-faults: venv binaries ## every fault and every kill point (hours); `make test` tries another sample each day
 	GRAFT_FAULTS=all $(PYTEST) -s tests/faults
 
 test-cluster: venv binaries ## the operator against a real API server and a real S3 server

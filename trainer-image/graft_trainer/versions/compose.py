@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from graft.api.composition import CompositionMethod
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestParent
-from graft.artifacts.sources import fetch
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
 from graft.contracts.job import Composition, ParentVersion
@@ -28,7 +27,7 @@ from graft_trainer.model.basemodel import check_base_model, load_config, load_to
 from graft_trainer.model.model import stored_dtype
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
 from graft_trainer.model.wrappers import served_class
-from graft_trainer.run.download import fetch_version, tell
+from graft_trainer.run.download import fetch_version
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.making import Made, Making, write_base_config
 from graft_trainer.versions.measuring import measured_effect
@@ -189,16 +188,7 @@ def merge(making: Making, trained_on: ManifestBaseModel, adapter: Path, target: 
             f"the parents belong to {trained_on.uri} ({trained_on.digest}), but {ref.name} is now {ref.uri} ({ref.digest})",
             "Set spec.baseModel to a BaseModel of the parents' revision.",
         )
-    folder = fetch(
-        ref.uri,
-        ref.digest,
-        settings.base_model_dir,
-        store=making.store,
-        pvc_root=settings.pvc_dir,
-        hf_endpoint=file.hf_endpoint,
-        hf_token=settings.hf_token(),
-        report=tell("base model"),
-    )
+    folder = making.fetch(ref.uri, ref.digest, settings.base_model_dir, "base model")
     if stored_quantization(check_base_model(folder, ref.name, file.task)) is not None:
         raise invalid(
             f"{ref.name} is quantised, so that no update can be merged into its weights",

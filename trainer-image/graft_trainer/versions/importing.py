@@ -19,7 +19,6 @@ from graft.artifacts.sources import (
     SourceError,
     check_config_size,
     download_config,
-    fetch,
     hub_errors,
     s3_digest,
     s3_files,
@@ -34,7 +33,6 @@ from graft_trainer.model.adapterconfig import invalid, reduced_config
 from graft_trainer.model.basemodel import PICKLES, check_base_model, load_config, stored_quantization
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
 from graft_trainer.model.wrappers import tuned_class
-from graft_trainer.run.download import tell
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.making import Made, Making, write_base_config
 from graft_trainer.versions.measuring import measured_effect
@@ -130,16 +128,7 @@ def _whole_model(making: Making, source: str) -> Made:
     """Import a whole model with the base model's architecture and shapes."""
     file, settings = making.file, making.settings
     pinned, digest = _pin(making, source)
-    folder = fetch(
-        pinned,
-        digest,
-        settings.work_dir / "imported",
-        store=making.store,
-        pvc_root=settings.pvc_dir,
-        hf_endpoint=file.hf_endpoint,
-        hf_token=settings.hf_token(),
-        report=tell(source),
-    )
+    folder = making.fetch(pinned, digest, settings.work_dir / "imported", source)
     try:
         config = check_base_model(folder, source, file.task)
     except Failure as error:

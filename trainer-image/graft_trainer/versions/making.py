@@ -8,11 +8,12 @@ from typing import Any
 
 from graft.artifacts.layout import adapter_prefix
 from graft.artifacts.manifest import Effect, ManifestBaseModel, ManifestParent
-from graft.artifacts.sources import SourceError, describe, pvc_path
+from graft.artifacts.sources import SourceError, describe, fetch, pvc_path
 from graft.artifacts.store import S3Store
 from graft.contracts.job import VersionFile
 from graft.contracts.progress import Reason
 
+from graft_trainer.run.download import tell
 from graft_trainer.run.failures import Failure
 from graft_trainer.run.settings import Settings
 
@@ -30,6 +31,22 @@ class Making:
         """The folder in the store where the version is published."""
         output = self.file.output
         return adapter_prefix(self.file.tenant, output.adapter, output.version)
+
+    def fetch(self, uri: str, digest: str | None, folder: Path, what: str) -> Path:
+        """Return the folder with a model's files. They are downloaded to `folder`, unless a volume has them.
+
+        The log tells the progress of `what`. Raises SourceError, and OSError if the disk is full.
+        """
+        return fetch(
+            uri,
+            digest,
+            folder,
+            store=self.store,
+            pvc_root=self.settings.pvc_dir,
+            hf_endpoint=self.file.hf_endpoint,
+            hf_token=self.settings.hf_token(),
+            report=tell(what),
+        )
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from graft.artifacts.manifest import Effect, ManifestBaseModel
-from graft.artifacts.sources import SourceError, fetch
+from graft.artifacts.sources import SourceError
 from peft import PeftModel
 
 from graft_trainer.model.basemodel import check_base_model, load_config, load_tokenizer, stored_quantization
 from graft_trainer.model.model import stacked_of, stored_dtype
 from graft_trainer.model.shapes import base_of_shapes
 from graft_trainer.model.wrappers import served_class
-from graft_trainer.run.download import tell
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.effect import LOWEST, effect_of, expected_effect, size, special_tokens
 from graft_trainer.versions.making import Making
@@ -95,18 +94,8 @@ def _measure(making: Making, base: ManifestBaseModel, base_config: Path, adapter
 
 def _fetch(making: Making, base: ManifestBaseModel) -> Path:
     """Return the folder with the base model's files. Raises Unmeasured, and SourceError if a retry may succeed."""
-    file, settings = making.file, making.settings
     try:
-        return fetch(
-            base.uri,
-            base.digest,
-            settings.base_model_dir,
-            store=making.store,
-            pvc_root=settings.pvc_dir,
-            hf_endpoint=file.hf_endpoint,
-            hf_token=settings.hf_token(),
-            report=tell("base model"),
-        )
+        return making.fetch(base.uri, base.digest, making.settings.base_model_dir, "base model")
     except SourceError as error:
         if error.transient:
             raise

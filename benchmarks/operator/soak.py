@@ -17,12 +17,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-from testbed.shell import Failed, tail
+from testbed.shell import Failed, meanwhile, tail
 from worlds.cluster.fleet import Fleet
 
 from benchmarks.operator.bed import Bed, bed
@@ -170,24 +169,6 @@ class Churn:
             process.send_signal(signal.SIGCONT)
 
 
-@contextmanager
-def sampled(samples: Samples) -> Iterator[None]:
-    """Take samples during the block."""
-    over = threading.Event()
-
-    def run() -> None:
-        while not over.wait(EVERY):
-            samples.take()
-
-    thread = threading.Thread(target=run, name="samples")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def soak(minutes: float) -> list[Goal]:
     """Churn for some minutes. Return the goals."""
     with bed() as made:
@@ -197,7 +178,7 @@ def soak(minutes: float) -> list[Goal]:
             play(made.tenant(f"user-{number}"), "first", "support")
         samples = Samples(made)
         churn = Churn(made, samples)
-        with sampled(samples), ThreadPoolExecutor(CHURNING) as users:
+        with meanwhile(lambda _: samples.take(), EVERY), ThreadPoolExecutor(CHURNING) as users:
             running = [users.submit(churn.user, number) for number in range(CHURNING)]
             try:
                 churn.storms(minutes)

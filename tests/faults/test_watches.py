@@ -1,13 +1,11 @@
 """What the operator sees late, in another order, or not at all (rows 3 to 7 and 9)."""
 
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 from testbed.faults import Fault
+from testbed.shell import meanwhile
 from worlds.cluster.api import Refused
 from worlds.cluster.tenant import Tenant
 from worlds.faults.apiproxy import Gate, Verdict, Waiting
@@ -15,31 +13,6 @@ from worlds.faults.bed import Bed
 from worlds.faults.life import Life
 
 SERVED = ("tune", "serve", "roll")
-
-
-@contextmanager
-def meanwhile(act: Callable[[int], None], every: float) -> Iterator[None]:
-    """Call `act` with 0, 1, 2 … in a thread during the block, with `every` seconds between two calls."""
-    over, errors = threading.Event(), []
-
-    def loop() -> None:
-        number = 0
-        try:
-            while not over.wait(every):
-                act(number)
-                number += 1
-        except BaseException as error:  # raised below in the test's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def version_of(bed: Bed) -> str:

@@ -70,21 +70,39 @@ def run(
 
 
 @contextlib.contextmanager
-def ticking(what: str) -> Iterator[None]:
-    """Print a progress line every few seconds during the block."""
-    started, over = time.monotonic(), threading.Event()
+def meanwhile(act: Callable[[int], None], every: float) -> Iterator[None]:
+    """Call `act` with 0, 1, 2 … in a thread during the block, with `every` seconds between two calls.
 
-    def tick() -> None:
-        while not over.wait(TELL_EVERY):
-            say(f"    {what}: {time.monotonic() - started:.0f} s")
+    An exception of `act` ends the calls. It is raised at the end of the block.
+    """
+    over, errors = threading.Event(), list[BaseException]()
 
-    thread = threading.Thread(target=tick, daemon=True)
+    def loop() -> None:
+        number = 0
+        try:
+            while not over.wait(every):
+                act(number)
+                number += 1
+        except BaseException as error:  # raised below in the thread of the block
+            errors.append(error)
+
+    thread = threading.Thread(target=loop, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+    if errors:
+        raise errors[0]
+
+
+@contextlib.contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """Print a progress line every few seconds during the block."""
+    started = time.monotonic()
+    with meanwhile(lambda _: say(f"    {what}: {time.monotonic() - started:.0f} s"), TELL_EVERY):
+        yield
 
 
 def output(command: Sequence[str | Path], env: Mapping[str, str] | None = None, check: bool = True) -> str:

@@ -43,7 +43,7 @@ class Followed:
     def received(self, item: Manifest, *, whole: bool) -> None:
         place, version = place_of(item), version_of(item)
         if not self._cache.belongs(self.source, item):
-            self._tell(self.objects.remove(place, version))
+            self._drop(place, version)
             return
         if self.whole and not whole:
             raise ValueError(f"{self.source.key}: the whole object is needed")

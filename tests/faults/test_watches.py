@@ -125,7 +125,7 @@ CHILDREN = [
 ]  # fmt: skip
 
 
-@pytest.mark.seconds(90)
+@pytest.mark.seconds(240)
 def test_watches_that_end_and_lists_that_fail_change_nothing(bed: Bed) -> None:
     life = bed.new_life()
     faults = [

@@ -6,11 +6,14 @@ import-linter (pyproject.toml) holds the floors of the packages. It does not see
 import ast
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
+from graft import __version__
 from testbed.shell import REPOSITORY
 
 ROOTS = [
@@ -85,3 +88,9 @@ def test_no_module_is_too_long_to_read() -> None:
     read = [path for path in python_files() if not path.name.startswith("test_")]
     long = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in read}
     assert {name: lines for name, lines in long.items() if lines > LONGEST} == {}
+
+
+def test_the_package_and_the_chart_have_one_version() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    chart = yaml.safe_load((REPOSITORY / "charts/graft/Chart.yaml").read_text())
+    assert {project["version"], chart["version"], chart["appVersion"]} == {__version__}

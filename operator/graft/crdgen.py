@@ -19,7 +19,7 @@ from typing import Any, cast
 import yaml
 
 from graft import remedies
-from graft.api import GROUP, VERSION, Resource, adapter, adapterdeployment, basemodel, finetunejob
+from graft.api import GROUP, VERSION, Resource, adapter, adapterdeployment, basemodel, engineargs, finetunejob
 from graft.api.meta import SENTENCES
 from graft.manifests import network
 from graft.status import REASONS
@@ -317,6 +317,7 @@ def reference(reasons: dict[str, dict[str, dict[str, str]]]) -> str:
             for condition, meanings in reasons[crd["kind"]].items()
             for reason, meaning in meanings.items()
         ]
+    lines += engineargs.reference()
     return "\n".join(lines) + "\n"
 
 

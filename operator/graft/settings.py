@@ -1,6 +1,7 @@
 """The operator's configuration, which the chart writes to /etc/graft-operator/config.json."""
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,34 @@ class AllowedTaint(_Part):
     effect: str | None = None
 
 
+class PlatformTemplate(_Part):
+    """What the platform team adds to all training or serving pods: the fields of graft.api.podtemplate, as in a pod.
+
+    The platform team may set every variable and mount every volume that Pod Security allows.
+    """
+
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+    affinity: dict[str, Any] = Field(default_factory=dict)
+    topology_spread_constraints: list[dict[str, Any]] = Field(default_factory=list)
+    env: list[dict[str, Any]] = Field(default_factory=list)
+    volumes: list[dict[str, Any]] = Field(default_factory=list)
+    volume_mounts: list[dict[str, Any]] = Field(default_factory=list)
+
+    @cached_property
+    def _wire(self) -> dict[str, Any]:
+        found = {key: value for key, value in self.model_dump(by_alias=True).items() if value}
+        # A volume of the platform never has the name of a volume of Graft.
+        for field in ("volumes", "volumeMounts"):
+            if field in found:
+                found[field] = [item | {"name": f"platform-{item['name']}"} for item in found[field]]
+        return found
+
+    def wire(self) -> dict[str, Any]:
+        """Return the fields that are set, as JSON data. The caller must not change it."""
+        return self._wire
+
+
 EVERY = "*"  # in the lists of Allowed: every name
 
 
@@ -91,6 +120,10 @@ class Allowed(_Part):
     priority_classes: list[str] = Field(default_factory=list)
     runtime_classes: list[str] = Field(default_factory=lambda: ["nvidia"])
     tolerations: list[AllowedTaint] = Field(default_factory=lambda: [AllowedTaint(key=GPU)])
+    # Keys in spec.podTemplate. <domain>/* allows all keys of a domain. EVERY allows every label, and every annotation
+    # that is not of the domains kubernetes.io, k8s.io and x-k8s.io.
+    pod_labels: list[str] = Field(default_factory=lambda: [EVERY])
+    pod_annotations: list[str] = Field(default_factory=list)
 
 
 class Settings(_Part):
@@ -105,6 +138,9 @@ class Settings(_Part):
     spot: Spot = Field(default_factory=Spot)
     network: Network = Field(default_factory=Network)
     allowed: Allowed = Field(default_factory=Allowed)
+    training_pods: PlatformTemplate = Field(default_factory=PlatformTemplate)
+    serving_pods: PlatformTemplate = Field(default_factory=PlatformTemplate)
+    run_as_user: int | None = 65532  # None: the cluster chooses the user, as OpenShift does
     vllm_int4: bool = False  # whether the image of vLLM can load 4-bit weights (bitsandbytes)
     prometheus_url: str = ""  # KEDA reads the gateway's metrics from this Prometheus; if empty, KEDA cannot
     engine_tls: bool = False  # whether engines listen with TLS

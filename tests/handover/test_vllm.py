@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from graft.api import engineargs
 from graft.artifacts.manifest import Effect, EffectPrompt
 from graft.contracts.agent import Wanted, WantedAdapter
 from graft.contracts.enginekeys import fingerprint
@@ -66,6 +67,24 @@ def test_vllm_accepts_every_flag_of_every_pod() -> None:
                 assert found[name] == kind(flags[flag]), (flag, command)
         assert found["enable_lora"] is True
         assert found["enable_auto_tool_choice"] is ("--enable-auto-tool-choice" in command)
+
+
+# Flags of spec.engineArgs whose value is not a number.
+WORDS = {
+    "attention-backend": "FLASH_ATTN", "chat-template-content-format": "auto", "default-chat-template-kwargs": "{}",
+    "kv-cache-dtype": "auto", "limit-mm-per-prompt": "{}", "logprobs-mode": "raw_logprobs", "moe-backend": "auto",
+    "override-generation-config": "{}", "performance-mode": "balanced", "reasoning-parser": "qwen3",
+    "response-role": "assistant", "scheduling-policy": "fcfs", "tokenizer-mode": "auto",
+}  # fmt: skip
+
+
+def test_vllm_has_every_flag_that_engine_args_may_have() -> None:
+    flags = [f"--{flag}={WORDS.get(flag, 2)}" for flag in engineargs.VALUES]
+    command = ["vllm", "serve", "model", *flags, *(f"--{flag}" for flag in engineargs.SWITCHES)]
+    done = subprocess.run([*COMMAND, "parse"], input=json.dumps([command]), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["seed"], found["enforce_eager"], found["reasoning_parser"]) == (2, True, "qwen3")
 
 
 def test_calls_of_tools_are_read_as_vllms_parsers_read_them() -> None:

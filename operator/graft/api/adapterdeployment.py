@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.api.deploymentstatus import AdapterDeploymentStatus
+from graft.api.engineargs import ENGINE_ARG, ENGINE_ARGS_RULES
 from graft.api.meta import (
     ADAPTER_REF,
     DNS_LABEL,
@@ -17,7 +18,11 @@ from graft.api.meta import (
     Schema,
     rules,
 )
+from graft.api.podtemplate import PodTemplate
 from graft.api.quantity import quantity
+
+# A template always has a block. A text without one could be read as the path of a file.
+CHAT_TEMPLATE = r"\{[{%]"
 
 
 class Route(Schema):
@@ -179,6 +184,26 @@ class AdapterDeploymentSpec(Placement):
         "llama3_json or mistral. The engine transformers has hermes, llama3_json, llama4_json and mistral. When absent, "
         "requests with tools need tool_choice none.",
     )
+    chat_template: str | None = Field(
+        default=None,
+        pattern=CHAT_TEMPLATE,
+        max_length=32768,
+        description="Jinja template of chats, instead of the one in the base model's files. For base models without a template. "
+        "A version that was tuned with dataset.templates is still asked in the form of its training. A change replaces the "
+        "pods one after the other.",
+    )
+    engine_args: list[str] | None = Field(
+        default=None,
+        max_length=32,
+        description="Further flags of vLLM, for example --enforce-eager or --max-num-batched-tokens=8192. "
+        "docs/reference.md#engine-arguments lists the allowed ones, and why others are refused. The engine transformers has "
+        "none of them.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "set",
+            "items": {"type": "string", "pattern": ENGINE_ARG, "maxLength": 512},
+        }
+        | ENGINE_ARGS_RULES,
+    )
     limits: EngineLimits = Field(default_factory=EngineLimits, description="Limits of one engine process.")
     replicas: int = Field(
         default=1,
@@ -204,6 +229,11 @@ class AdapterDeploymentSpec(Placement):
         default=None,
         description="Resources of the engine container. When absent: the smallest GPUs of the cluster that fit, or 1 CPU and 4Gi "
         "without GPUs.",
+    )
+    pod_template: PodTemplate | None = Field(
+        default=None,
+        description="What is added to the serving pods: labels, annotations, affinity, spread, variables, volumes. A change "
+        "replaces the pods one after the other.",
     )
     shutdown_seconds: int = Field(
         default=120,

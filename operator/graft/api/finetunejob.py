@@ -20,11 +20,20 @@ from graft.api.meta import (
     Status,
     rules,
 )
+from graft.api.podtemplate import PodTemplate
 from graft.api.recipe import Dataset, Method, Training
 from graft.api.retention import Retention
 
-# Fields that may be changed. All others define the run. The last three take effect when the next Job is created.
-MUTABLE = ("suspend", "ttlSecondsAfterFinished", "restarts", "retries", "activeDeadlineSeconds", "resources")
+# Fields that may be changed. All others define the run. The last four take effect when the next Job is created.
+MUTABLE = (
+    "suspend",
+    "ttlSecondsAfterFinished",
+    "restarts",
+    "retries",
+    "activeDeadlineSeconds",
+    "resources",
+    "podTemplate",
+)
 LONGEST = 2147483647  # seconds; Kubernetes counts in nanoseconds, and a much longer time would end at once
 
 
@@ -61,7 +70,7 @@ class Output(Schema):
 
 class FineTuneJobSpec(Placement):
     """One training run. The spec is immutable, except for suspend, ttlSecondsAfterFinished, restarts, retries,
-    activeDeadlineSeconds and resources."""
+    activeDeadlineSeconds, resources and podTemplate."""
 
     base_model: str = Field(
         pattern=DNS_NAME,
@@ -81,6 +90,11 @@ class FineTuneJobSpec(Placement):
         description="Resources of the training container. When absent, Graft estimates the memory and chooses the smallest GPUs "
         "of the cluster that fit (see status.sizing). A change takes effect when the next Job is created, after "
         "restarts was raised. With another number of GPUs, the run starts again from the first step.",
+    )
+    pod_template: PodTemplate | None = Field(
+        default=None,
+        description="What is added to the pods of the job: labels, annotations, affinity, spread, variables, volumes. A change "
+        "takes effect when the next Job is created, after restarts was raised.",
     )
     nodes: int | None = Field(
         default=None,
@@ -127,7 +141,7 @@ class FineTuneJobSpec(Placement):
         ge=0,
         le=1000,
         description="Raise this number to restart a failed job. The job resumes from its newest checkpoint, with the current "
-        "retries, activeDeadlineSeconds and resources. A Rejected job cannot be restarted.",
+        "retries, activeDeadlineSeconds, resources and podTemplate. A Rejected job cannot be restarted.",
     )
     ttl_seconds_after_finished: int | None = Field(
         default=None,

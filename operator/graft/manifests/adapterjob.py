@@ -23,6 +23,7 @@ from graft.manifests.podspec import (
     tmp_mount,
     tmp_volume,
 )
+from graft.manifests.podtemplate import merge
 from graft.manifests.training import FAILURE_POLICY, mounted_volumes
 from graft.settings import Settings
 
@@ -208,6 +209,7 @@ def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: R
             *volumes,
         ],
     }
+    template = {"metadata": {"labels": labels(adapter, command(adapter))}, "spec": pod}
     return child("batch/v1", "Job", job_name(adapter), adapter, command(adapter)) | {
         "spec": {
             "backoffLimit": RETRIES,
@@ -216,6 +218,6 @@ def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: R
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": FAILURE_POLICY,
             "ttlSecondsAfterFinished": KEPT_SECONDS,
-            "template": {"metadata": {"labels": labels(adapter, command(adapter))}, "spec": pod},
+            "template": merge(template, settings.training_pods, None, ()),
         }
     }

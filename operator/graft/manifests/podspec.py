@@ -6,15 +6,8 @@ from graft.contracts.mounts import HF_SECRET, STORAGE_DIR, STORAGE_SECRET
 from graft.manifests.metadata import Manifest
 from graft.settings import Settings
 
-USER = 65532
-# The engine answers clients and runs other people's models, so it has neither the credentials nor the user of the agent
-# beside it. Both users are in the group of the pod's volumes (fsGroup).
-ENGINE_USER = 65533
 POD_SECURITY = {
     "runAsNonRoot": True,
-    "runAsUser": USER,
-    "runAsGroup": USER,
-    "fsGroup": USER,
     "fsGroupChangePolicy": "OnRootMismatch",
     "seccompProfile": {"type": "RuntimeDefault"},
 }
@@ -44,6 +37,22 @@ def container_defaults(name: str, *, user: int | None = None) -> Manifest:
     return {"name": name, "workingDir": "/", "securityContext": CONTAINER_SECURITY | identity}
 
 
+def pod_security(settings: Settings) -> Manifest:
+    """Return the pod's security context. Without a fixed user, the cluster chooses user and group, as OpenShift does."""
+    user = settings.run_as_user
+    return POD_SECURITY | ({} if user is None else {"runAsUser": user, "runAsGroup": user, "fsGroup": user})
+
+
+def engine_user(settings: Settings) -> int | None:
+    """Return the user of the engine's container.
+
+    The engine answers clients and runs other people's models, so it has neither the credentials nor the user of the
+    agent beside it. Both users are in the group of the pod's volumes (fsGroup). If the cluster chooses, both have the
+    same user, and only the volumes that each container mounts keep them apart.
+    """
+    return None if settings.run_as_user is None else settings.run_as_user + 1
+
+
 def tmp_volume(container: str) -> Manifest:
     """Return the volume of one container's /tmp.
 
@@ -63,7 +72,7 @@ def pod_defaults(settings: Settings, placement: Placement, *, gpus: int = 0) -> 
     spec: Manifest = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": POD_SECURITY,
+        "securityContext": pod_security(settings),
     }
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]

@@ -2,7 +2,7 @@
 
 from graft.api import AdapterDeployment
 from graft.api.deploymentstatus import ServingSizing
-from graft.api.meta import GPU, Placement
+from graft.api.meta import Placement
 from graft.api.quantity import binary
 from graft.artifacts.sources import split_pvc_uri
 from graft.contracts.agent import TRUSTED_KEYS
@@ -10,22 +10,17 @@ from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import (
     ADAPTERS_DIR,
     AGENT_PORT,
-    CALLERS_FILE,
-    CERTIFICATE_FILE,
     ENGINE_DIR,
     ENGINE_PORT,
-    MODULES_DIR,
-    PRIVATE_KEY_FILE,
     PVC_DIR,
 )
+from graft.manifests.engine import LEAVE_SECONDS, TLS_FLAGS, engine_container
 from graft.manifests.metadata import OWNER_UID, Manifest, child, labels
 from graft.manifests.podspec import (
-    ENGINE_USER,
     PYTHON_ENV,
     STORAGE_MOUNTS,
     USER_ENV,
     container_defaults,
-    container_resources,
     field_env,
     huggingface_volume,
     pod_defaults,
@@ -33,20 +28,9 @@ from graft.manifests.podspec import (
     tmp_mount,
     tmp_volume,
 )
+from graft.manifests.podtemplate import merge
 from graft.settings import Settings
 
-DEFAULT_MAX_LORAS = 8
-HOST_SLOTS = (32, 64, 128)
-# vLLM quantises while it loads: 4 bits with bitsandbytes, 8 bits with its fp8. Graft's own engine has bitsandbytes
-# only.
-QUANTIZATION = {"int4": "bitsandbytes", "int8": "fp8"}
-# vLLM would fetch the images of a request from every address that the request names, inside the cluster too. No host has
-# this name (RFC 2606). Images inside the request (data: URLs) still work.
-NO_DOMAIN = "media.invalid"
-# vLLM must not fall back to pickled weights, which a claim can hold. bitsandbytes has a loader of its own. It prefers
-# safetensors, too.
-LOAD_FORMAT = {"none": "safetensors", "int8": "safetensors", "int4": "bitsandbytes"}
-LEAVE_SECONDS = 10  # from the deletion of a pod until every gateway knows of it, with a large margin
 EXIT_SECONDS = 10  # for the processes to exit after the last request
 NODE, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
 MODELS_DIR = "/models"
@@ -56,17 +40,6 @@ PROGRESS_SECONDS = 2400  # slightly more than the engine's startup limit
 SPREAD_SECONDS = 15  # between two replicas of a rollout, to load the adapters of a removed replica on others
 # Who may call the engine. The agent writes this volume before the engine starts, see graft_server.agent.engine.access.
 ACCESS_VOLUME = {"name": "access", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}
-CALLERS = f"{ENGINE_DIR}/{CALLERS_FILE}"
-VLLM_CALLERS_ENV: list[Manifest] = [
-    {"name": "PYTHONPATH", "value": f"{ENGINE_DIR}/{MODULES_DIR}"},
-    {"name": "GRAFT_CALLERS", "value": CALLERS},
-]
-TLS_FLAGS = [
-    "--ssl-certfile",
-    f"{ENGINE_DIR}/{CERTIFICATE_FILE}",
-    "--ssl-keyfile",
-    f"{ENGINE_DIR}/{PRIVATE_KEY_FILE}",
-]
 AGENT_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 FETCH_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}}
 
@@ -100,105 +73,6 @@ def has_parts(deployment: AdapterDeployment) -> bool:
     """Return whether a replica may hold only a part of the adapters."""
     limits = deployment.spec.limits
     return bool(limits.adapters_per_replica or limits.adapter_bytes)
-
-
-def host_slots(deployment: AdapterDeployment) -> int:
-    """Return the number of adapters that vLLM keeps in host memory: all attached ones, rounded up in steps.
-
-    The steps keep the pods from rolling when an adapter is attached.
-    """
-    attached = max(len(deployment.spec.adapters), deployment.spec.limits.max_loras or DEFAULT_MAX_LORAS)
-    return next((step for step in HOST_SLOTS if step >= attached), attached)
-
-
-def _engine_arguments(
-    deployment: AdapterDeployment, model: str, sizing: ServingSizing, settings: Settings
-) -> list[str]:
-    """Return the flags that vLLM and Graft's own engine share (with vLLM's names), and the flags of vLLM only."""
-    limits = deployment.spec.limits
-    arguments = [
-        "--served-model-name",
-        deployment.spec.base_model,
-        "--host",
-        "0.0.0.0",  # noqa: S104 - the gateway connects from other pods; the engine answers only callers with a key
-        "--port",
-        str(ENGINE_PORT),
-        "--max-loras",
-        str(limits.max_loras or DEFAULT_MAX_LORAS),
-        "--max-lora-rank",
-        str(limits.max_lora_rank),
-        "--shutdown-timeout",
-        str(deployment.spec.shutdown_seconds),
-        # The gateway sends the template of a version's prompts. It refuses one that a client sends.
-        "--trust-request-chat-template",
-    ]
-    if sizing.max_model_len:
-        arguments += ["--max-model-len", str(sizing.max_model_len)]
-    if sizing.max_num_seqs:
-        arguments += ["--max-num-seqs", str(sizing.max_num_seqs)]
-    if sizing.quantization != "none":
-        arguments += ["--quantization", QUANTIZATION[sizing.quantization]]
-    if sizing.dtype:
-        arguments += ["--dtype", sizing.dtype]
-    if deployment.spec.tool_call_parser:
-        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", deployment.spec.tool_call_parser]
-    if settings.engine_tls:
-        arguments += TLS_FLAGS
-    if sizing.engine == "transformers":
-        return ["python", "-m", "graft_server.engine", "--model", model, *arguments, "--callers", CALLERS]
-    if sizing.gpus > 1:
-        arguments += ["--tensor-parallel-size", str(sizing.gpus)]
-    if sizing.gpu_memory_percent:
-        arguments += ["--gpu-memory-utilization", f"{sizing.gpu_memory_percent / 100:.2f}"]
-    arguments += ["--max-cpu-loras", str(host_slots(deployment))]
-    arguments += ["--load-format", LOAD_FORMAT[sizing.quantization]]
-    arguments += ["--allowed-media-domains", NO_DOMAIN]
-    # vLLM's own --api-key guards only /v1, and every key may use every route.
-    arguments += ["--middleware", "graft_callers.OnlyCallers"]
-    return ["vllm", "serve", model, "--enable-lora", *arguments]
-
-
-def _resources(deployment: AdapterDeployment, sizing: ServingSizing) -> Manifest:
-    """Return the spec's resources, else those that placement chose, else the API's default."""
-    if deployment.spec.resources is not None or sizing.memory_bytes is None:
-        return container_resources(deployment.spec.resources)
-    memory = f"{sizing.memory_bytes // 2**30}Gi"
-    return {
-        "requests": {"cpu": str(sizing.cpus), "memory": memory},
-        "limits": {"memory": memory, GPU: str(sizing.gpus)},
-    }
-
-
-def _engine(
-    deployment: AdapterDeployment, model: str, mounts: list[Manifest], settings: Settings, sizing: ServingSizing
-) -> Manifest:
-    vllm = sizing.engine == "vllm"
-    scheme = {"scheme": "HTTPS"} if settings.engine_tls else {}
-    probe = {"httpGet": {"path": "/health", "port": "engine", **scheme}}
-    return {
-        **container_defaults("engine", user=ENGINE_USER),
-        "image": settings.images.vllm if vllm else settings.images.engine,
-        "imagePullPolicy": settings.image_pull_policy,
-        "command": _engine_arguments(deployment, model, sizing, settings),
-        "env": [
-            *PYTHON_ENV,
-            *USER_ENV,
-            {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "1"},
-            {"name": "HF_HUB_OFFLINE", "value": "1"},
-            *([{"name": "VLLM_NO_USAGE_STATS", "value": "1"}, *VLLM_CALLERS_ENV] if vllm else []),
-        ],
-        "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
-        "resources": _resources(deployment, sizing),
-        # Loading a large model takes long, so the start may take half an hour. After that, six failed liveness probes
-        # restart the engine.
-        "startupProbe": probe | {"periodSeconds": 2, "failureThreshold": 900, "timeoutSeconds": 5},
-        "livenessProbe": probe | {"periodSeconds": 10, "failureThreshold": 6, "timeoutSeconds": 10},
-        "readinessProbe": probe | {"periodSeconds": 3, "failureThreshold": 2, "timeoutSeconds": 5},
-        # During this sleep, the pod leaves the gateway's table. So no new request reaches an engine that is shutting
-        # down.
-        "lifecycle": {"preStop": {"sleep": {"seconds": LEAVE_SECONDS}}},
-        "volumeMounts": mounts,
-    }
 
 
 def _agent(deployment: AdapterDeployment, settings: Settings) -> Manifest:
@@ -358,6 +232,21 @@ def serving_deployment(
     explicit = deployment.spec.resources
     gpus = explicit.gpus() if explicit is not None else sizing.gpus
     manifest = child("apps/v1", "Deployment", serving_name(deployment), deployment, "serving")
+    template = {
+        "metadata": {
+            "labels": labels(deployment, "serving"),
+            "annotations": {BASE_MODEL: base_model.json_text()},
+        },
+        "spec": {
+            **pod_defaults(settings, _placement(deployment, sizing), gpus=gpus),
+            "serviceAccountName": agent_account(deployment),
+            "terminationGracePeriodSeconds": LEAVE_SECONDS + deployment.spec.shutdown_seconds + EXIT_SECONDS,
+            **_spread(selector),
+            "initContainers": [*init, _agent(deployment, settings)],
+            "containers": [engine_container(deployment, model, mounts, settings, sizing)],
+            "volumes": volumes,
+        },
+    }
     return manifest | {
         "spec": {
             **({} if replicas is None else {"replicas": replicas}),
@@ -365,21 +254,7 @@ def serving_deployment(
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "progressDeadlineSeconds": PROGRESS_SECONDS,
             **({"minReadySeconds": SPREAD_SECONDS} if has_parts(deployment) else {}),
-            "template": {
-                "metadata": {
-                    "labels": labels(deployment, "serving"),
-                    "annotations": {BASE_MODEL: base_model.json_text()},
-                },
-                "spec": {
-                    **pod_defaults(settings, _placement(deployment, sizing), gpus=gpus),
-                    "serviceAccountName": agent_account(deployment),
-                    "terminationGracePeriodSeconds": LEAVE_SECONDS + deployment.spec.shutdown_seconds + EXIT_SECONDS,
-                    **_spread(selector),
-                    "initContainers": [*init, _agent(deployment, settings)],
-                    "containers": [_engine(deployment, model, mounts, settings, sizing)],
-                    "volumes": volumes,
-                },
-            },
+            "template": merge(template, settings.serving_pods, deployment.spec.pod_template, ("engine",)),
         }
     }
 

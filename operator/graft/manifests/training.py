@@ -27,6 +27,7 @@ from graft.manifests.podspec import (
     tmp_mount,
     tmp_volume,
 )
+from graft.manifests.podtemplate import merge
 from graft.settings import Settings, Spot
 
 # Components: the pods of the run, and the pod that checks the job before them.
@@ -222,7 +223,7 @@ def preflight_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings
     pod.pop("runtimeClassName", None)  # the runtime class is for GPUs only
     if job.spec.spot:
         pod["tolerations"] += _spot(settings.spot)["tolerations"]
-    return _job(job, preflight_name(job), PREFLIGHT, pod, pods=1)
+    return _job(job, preflight_name(job), PREFLIGHT, pod, settings, pods=1)
 
 
 def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings, shape: Shape) -> Manifest:
@@ -252,7 +253,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
     if shape.nodes > 1:
         pod["subdomain"] = peers_name(job)
     name = host_prefix(job) if shape.nodes > 1 else job.metadata.name
-    manifest = _job(job, name, TRAINING, pod, pods=shape.nodes)
+    manifest = _job(job, name, TRAINING, pod, settings, pods=shape.nodes)
     if job.spec.queue is not None:
         # From here on, Kueue controls spec.suspend: it sets it to false when it admits the job.
         manifest["metadata"]["labels"][QUEUE_LABEL] = job.spec.queue
@@ -260,12 +261,13 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
     return manifest
 
 
-def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) -> Manifest:
+def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, settings: Settings, *, pods: int) -> Manifest:
     pod_labels = labels(job, component) | {METHOD_LABEL: job.spec.method.name}
     # If one pod is missing or ends, all other pods of the run fail too. So each index gets the retries of the spec.
     limits = {"backoffLimit": job.spec.retries}
     if pods > 1:
         limits = {"backoffLimitPerIndex": job.spec.retries, "maxFailedIndexes": 0}
+    template = {"metadata": {"labels": pod_labels}, "spec": pod | {"restartPolicy": "Never"}}
     body: Manifest = {
         **limits,
         "completions": pods,
@@ -273,7 +275,7 @@ def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, pods: int) 
         "completionMode": "Indexed" if pods > 1 else "NonIndexed",
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": FAILURE_POLICY,
-        "template": {"metadata": {"labels": pod_labels}, "spec": pod | {"restartPolicy": "Never"}},
+        "template": merge(template, settings.training_pods, job.spec.pod_template, ("prepare", "train")),
     }
     if job.spec.active_deadline_seconds is not None:
         body["activeDeadlineSeconds"] = job.spec.active_deadline_seconds

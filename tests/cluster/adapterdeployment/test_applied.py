@@ -41,6 +41,24 @@ SPECS: dict[str, dict[str, Any] | None] = {
     "autoscaling": {"replicas": 1, "autoscaling": SCALED},
     "quantization": {"quantization": "int4"},
     "tool_call_parser": {"toolCallParser": "hermes"},
+    "chat_template": {"chatTemplate": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+    "engine_args": None,  # only vLLM has them: tests/cluster/fields
+    "pod_template": {
+        "podTemplate": {
+            "labels": {"team": "a"},
+            "affinity": {
+                "podAntiAffinity": {
+                    "requiredDuringSchedulingIgnoredDuringExecution": [{"topologyKey": "kubernetes.io/hostname"}]
+                }
+            },
+            "topologySpreadConstraints": [
+                {"maxSkew": 2, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
+            ],
+            "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+            "volumes": [{"name": "work", "emptyDir": {}}],
+            "volumeMounts": [{"name": "work", "mountPath": "/mnt/volumes/work"}],
+        }
+    },
     "resources": {"resources": MEMORY | {"limits": {"cpu": "1", "memory": "2Gi", "nvidia.com/gpu": "1"}}},
     "shutdown_seconds": {"shutdownSeconds": 77},
     "node_selector": {"nodeSelector": {"kubernetes.io/os": "linux", "pool": "gpu"}},

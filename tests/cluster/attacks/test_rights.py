@@ -287,6 +287,31 @@ def test_the_api_server_refuses_them_at_apply(tenant: Tenant) -> None:
             assert refusal(tenant, manifest) is None
 
 
+ANNOTATED = {"podTemplate": {"annotations": {"k8s.v1.cni.cncf.io/networks": "other"}, "labels": {"team": "a"}}}
+LABELLED = {"podTemplate": {"labels": {"team": "a"}, "env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}}
+
+
+def test_a_pod_template_switches_nothing_on_that_the_platform_team_did_not_allow(tenant: Tenant) -> None:
+    """A spec annotates its pods for another network -> no pod; the condition, or the API server, names the chart's value."""
+    for manifest in asking(tenant, "annotated", ANNOTATED)[:2]:
+        tenant.api.create(manifest)
+        found = tenant.until(manifest["kind"], "annotated", "Accepted", "SchedulingForbidden")
+        assert "tenants.allowedPodAnnotations" in found["message"]
+    assert not tenant.api.list("Job", tenant.name) and not tenant.api.list("Deployment", tenant.name)
+    with policy(tenant):
+        for refused, plain in zip(
+            asking(tenant, "other", ANNOTATED)[:2], asking(tenant, "other", LABELLED)[:2], strict=True
+        ):
+            told = refusal(tenant, refused)
+            assert told is not None and "tenants.allowedPodAnnotations" in told
+            assert refusal(tenant, plain) is None
+            assert "key of a label" in (refusal(tenant, labelled(plain, "graft.dev/owner-uid")) or "")
+
+
+def labelled(manifest: Object, key: str) -> Object:
+    return manifest | {"spec": manifest["spec"] | {"podTemplate": {"labels": {key: "a"}}}}
+
+
 def test_what_exists_can_still_be_changed_and_deleted(tenant: Tenant) -> None:
     """No attack: resources of an earlier version keep their fields. They can be suspended and changed, but not widened."""
     (job, deployment, *_) = asking(tenant, "old", FORBIDDEN["allowedPriorityClasses"])

@@ -31,6 +31,21 @@ SCALED: Spec = {"maxReplicas": 3, "target": {"cpuPercent": 50}}
 CPU = {"requests": {"cpu": "1"}}
 GPU = {"limits": {"memory": "2Gi", "nvidia.com/gpu": 1}}
 AMOUNTS = ["1", 2, "1.5", "100m", "1e3", "+1", "1.", ".5", "0", "1Ei"]
+SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+VOLUME = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
+VOLUMES: Any = [{"name": "work", "emptyDir": {}}, {"name": "more", "emptyDir": {}}]
+MOUNTS: Any = [{"name": "work", "mountPath": "/mnt/volumes/work"}]
+EXPRESSIONS: Any = {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}
+NODES: Any = {
+    "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [EXPRESSIONS]},
+    "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": EXPRESSIONS}],
+}
+TEMPLATES: list[Spec] = [
+    {"podTemplate": {"volumes": VOLUMES}},
+    {"podTemplate": {"volumes": VOLUMES, "volumeMounts": MOUNTS}},
+    {"podTemplate": {"volumes": [{"name": "texts", "configMap": {"name": "texts"}}]}},
+    {"podTemplate": {"affinity": {"nodeAffinity": NODES}}},
+]
 TAINT = {"key": "pool", "effect": "NoExecute"}
 
 # kind -> specs, the plainest first. Each further one allows a field that CEL rules refuse in the ones before it.
@@ -44,6 +59,7 @@ SPECS: dict[str, list[Spec]] = {
         JOB | {"dataset": JOB["dataset"] | {"format": "instruction"}},
         JOB | {"evaluation": {"suites": [HARNESS]}},
         JOB | {"resources": CPU},
+        *(JOB | template for template in TEMPLATES),
     ],
     "Adapter": [
         VERSION | {"artifact": ARTIFACT},
@@ -59,6 +75,8 @@ SPECS: dict[str, list[Spec]] = {
         DEPLOYMENT | {"autoscaling": SCALED},
         DEPLOYMENT | {"autoscaling": SCALED | {"maxReplicas": 1000}},
         DEPLOYMENT | {"autoscaling": SCALED | {"minReplicas": 0}, "strategy": "serverless"},
+        *(DEPLOYMENT | template for template in TEMPLATES),
+        DEPLOYMENT | {"engine": "vllm"},
     ],
 }
 # Path below spec -> values that a rule or the world demands. With a *, all paths that end so. The generated values of
@@ -82,6 +100,28 @@ VALUES: dict[str, list[Any]] = {
     "*requests{}": AMOUNTS,
     "*limits{}": AMOUNTS,
     "nodes": [2, 1],
+    "*matchExpressions": [
+        [{"key": "zone", "operator": "In", "values": ["a"]}],
+        [{"key": "zone", "operator": "Exists"}],
+    ],
+    "*matchExpressions[]": [
+        {"key": "zone", "operator": "NotIn", "values": ["a", "b"]},
+        {"key": "z", "operator": "Exists"},
+    ],
+    "*matchExpressions[].operator": ["In", "NotIn"],
+    "*matchExpressions[].values": [["a"], ["a", "b"]],
+    "*topologySpreadConstraints": [[SPREAD], [SPREAD | {"labelSelector": {"matchLabels": {"a": "b"}}, "maxSkew": 2}]],
+    "*topologySpreadConstraints[]": [SPREAD],
+    "*topologySpreadConstraints[].whenUnsatisfiable": ["DoNotSchedule", "ScheduleAnyway"],
+    "podTemplate.volumes": [[VOLUME], [{"name": "work", "emptyDir": {}}, VOLUME]],
+    "podTemplate.volumes[]": [VOLUME, {"name": "work", "emptyDir": {"medium": "Memory"}}],
+    "podTemplate.volumeMounts": [[{"name": "work", "mountPath": "/mnt/volumes/a"}], []],
+    "podTemplate.volumeMounts[]": [{"name": "work", "mountPath": "/mnt/volumes/a"}],
+    "podTemplate.volumeMounts[].name": ["work", "more"],
+    "podTemplate.env[].name": ["OMP_NUM_THREADS", "NCCL_DEBUG"],
+    "podTemplate.annotations": [{"example.com/a": "b"}],
+    "engineArgs": [["--enforce-eager"], ["--seed=7", "--max-num-batched-tokens=8192"]],
+    "engineArgs[]": ["--enforce-eager", "--stream-interval=2"],
     "compose": [{"parents": PARENTS}],
     "compose.parents": [PARENTS, [*PARENTS, {"adapter": "tone@1.0.0", "weight": -0.5}]],
     "compose.parents[]": [{"adapter": "support@latest"}],
@@ -137,6 +177,28 @@ BREAKS: list[tuple[str, Spec, str]] = [
         "value is not allowed with operator",
     ),
     ("FineTuneJob", JOB | {"tolerations": [{"key": "a", "tolerationSeconds": 5}]}, "only with effect NoExecute"),
+    *(
+        ("FineTuneJob", JOB | {"podTemplate": wrong}, words)
+        for wrong, words in (
+            ({"labels": {"graft.dev/owner-uid": "a"}}, "podTemplate.labels: a key must be"),
+            ({"labels": {"not a key": "a"}}, "podTemplate.labels: a key must be"),
+            ({"annotations": {"graft.dev/base-model": "a"}}, "podTemplate.annotations: a key must have"),
+            ({"env": [{"name": "AWS_PROFILE"}]}, "this name is reserved"),
+            ({"volumes": [{"name": "a"}]}, "give exactly one of emptyDir"),
+            ({"volumes": [VOLUME | {"emptyDir": {}}]}, "give exactly one of emptyDir"),
+            (
+                {"volumeMounts": [{"name": "storage", "mountPath": "/mnt/volumes/a"}]},
+                "each name must be one of volumes",
+            ),
+            (
+                {"topologySpreadConstraints": [SPREAD | {"whenUnsatisfiable": "ScheduleAnyway", "minDomains": 2}]},
+                "minDomains",
+            ),
+        )
+    ),
+    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--trust-remote-code"]}, "'--trust-remote-code' is refused"),
+    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--seed"]}, "'--seed' is refused"),
+    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--enforce-eager=1"]}, "'--enforce-eager' is refused"),
     ("Adapter", COMPOSED | {"job": {"name": "a", "uid": "b"}}, "job is allowed only with artifact"),
     (
         "AdapterDeployment",

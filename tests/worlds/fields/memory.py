@@ -38,7 +38,7 @@ SETTINGS = Settings(
     prometheus_url="http://prometheus:9090",
     vllm_int4=True,
     huggingface_endpoint="http://127.0.0.1:9",  # nothing answers
-    allowed={"priorityClasses": ["*"], "runtimeClasses": ["*"], "tolerations": [{"key": "*"}]},  # type: ignore[arg-type]
+    allowed={"priorityClasses": ["*"], "runtimeClasses": ["*"], "tolerations": [{"key": "*"}], "podAnnotations": ["*"]},  # type: ignore[arg-type]
 )
 THEN = "2026-01-01T00:00:00Z"
 RECONCILERS = {

@@ -96,10 +96,11 @@ def _names(schema: Schema, count: int) -> list[Any]:
     """Return `count` different texts of a schema."""
     seed = next(text for text in valid(schema) if text)
     pattern = re.compile(pattern_of(schema) or "")
-    for place in range(len(seed), -1, -1):
-        found = [f"{seed[:place]}{'ab'[number % 2]}{number}{seed[place:]}" for number in range(count)]
-        if all(pattern.search(text) for text in found):
-            return found
+    for letters in ("ab", "AB"):
+        for place in range(len(seed), -1, -1):
+            found = [f"{seed[:place]}{letters[number % 2]}{number}{seed[place:]}" for number in range(count)]
+            if all(pattern.search(text) for text in found):
+                return found
     for place in range(len(seed)):
         found = [f"{seed[:place]}{number + 1}{seed[place + 1 :]}" for number in range(count)]
         if all(pattern.search(text) for text in found):

@@ -99,7 +99,11 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
             cache.get("ConfigMap", namespace, residency_name(spec)),
         ),
     )
-    trouble = base if isinstance(base, Trouble) else scheduling.forbidden(spec.spec, ctx.settings.allowed)
+    trouble = (
+        base
+        if isinstance(base, Trouble)
+        else scheduling.forbidden(spec.spec, ctx.settings.allowed, template=spec.spec.pod_template)
+    )
     adapters = valid(Adapter, listed)
     current = None if isinstance(base, Trouble) else base.ref
     live = basechange.base_of(deployment["spec"]["template"]) if deployment else None

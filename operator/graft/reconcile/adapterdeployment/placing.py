@@ -16,7 +16,9 @@ async def place_engine(ctx: Context, deployment: AdapterDeployment, base: Base) 
     The present choice is kept while its inputs are unchanged, even if nodes are added or removed.
     """
     sizing = await _sizing(ctx, deployment, base)
-    return unknown_parser(deployment, sizing) or sizing if isinstance(sizing, ServingSizing) else sizing
+    if isinstance(sizing, Trouble):
+        return sizing
+    return unknown_parser(deployment, sizing) or unknown_args(deployment, sizing) or sizing
 
 
 def unknown_parser(deployment: AdapterDeployment, sizing: ServingSizing) -> Trouble | None:
@@ -28,6 +30,17 @@ def unknown_parser(deployment: AdapterDeployment, sizing: ServingSizing) -> Trou
         "ToolCallParserUnknown",
         f"spec.toolCallParser {name} does not exist in the engine transformers. Use one of {', '.join(PARSERS)}, or "
         "spec.engine vllm, or remove the field",
+    )
+
+
+def unknown_args(deployment: AdapterDeployment, sizing: ServingSizing) -> Trouble | None:
+    """Return the trouble if Graft's own engine would get flags of vLLM."""
+    if not deployment.spec.engine_args or sizing.engine != "transformers":
+        return None
+    return Trouble(
+        "EngineArgsUnknown",
+        f"spec.engineArgs has {deployment.spec.engine_args[0]}, which the engine transformers does not have. Remove "
+        "spec.engineArgs, or set spec.engine to vllm",
     )
 
 

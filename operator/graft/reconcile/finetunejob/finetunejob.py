@@ -194,7 +194,7 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         return base
     if (outside := outside_namespace(job, ctx.store.config.bucket)) is not None:
         return outside
-    if (refused := scheduling.forbidden(job.spec, ctx.settings.allowed)) is not None:
+    if (refused := scheduling.forbidden(job.spec, ctx.settings.allowed, template=job.spec.pod_template)) is not None:
         return refused
     if trouble is not None:
         return trouble

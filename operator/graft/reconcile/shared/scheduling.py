@@ -1,17 +1,24 @@
 """Check what a spec asks the scheduler and the nodes for against the platform team's lists (PURE).
 
 The operator creates the pods. So without these lists, everybody who may write a spec could preempt the pods of others,
-and run on nodes that taints keep free.
+run on nodes that taints keep free, and switch on what the cluster's webhooks do for certain labels and annotations.
 """
 
 from graft.api.meta import Placement, Toleration
+from graft.api.podtemplate import PodTemplate
 from graft.reconcile.shared.access import Trouble
 from graft.settings import EVERY, Allowed, AllowedTaint
 
 SYSTEM = "system-"  # Kubernetes reserves these PriorityClasses for its own components
 
 
-def forbidden(placement: Placement, allowed: Allowed, path: str = "spec") -> Trouble | None:
+# The domains of Kubernetes. The annotation EVERY does not include them: some of them change how a pod is isolated.
+KUBERNETES = ("kubernetes.io", "k8s.io", "x-k8s.io")
+
+
+def forbidden(
+    placement: Placement, allowed: Allowed, path: str = "spec", template: PodTemplate | None = None
+) -> Trouble | None:
     """Return which field of a spec the lists do not allow, and what to do, or None. `path` is where the fields are."""
     priority, runtime = placement.priority_class_name, placement.runtime_class_name
     if priority and not _priority_allowed(priority, allowed.priority_classes):
@@ -22,11 +29,25 @@ def forbidden(placement: Placement, allowed: Allowed, path: str = "spec") -> Tro
         if not any(_covers(entry, toleration) for entry in allowed.tolerations):
             key = toleration.key or "every taint"
             return _trouble(f"{path}.tolerations[{number}]: {key}", "the taint", "tenants.allowedTolerations")
+    if template is None:
+        return None
+    for key in template.labels or {}:
+        if not _key_allowed(key, allowed.pod_labels):
+            return _trouble(f"{path}.podTemplate.labels: {key}", "the key", "tenants.allowedPodLabels")
+    for key in template.annotations or {}:
+        if not _key_allowed(key, allowed.pod_annotations):
+            return _trouble(f"{path}.podTemplate.annotations: {key}", "the key", "tenants.allowedPodAnnotations")
     return None
 
 
 def _priority_allowed(name: str, classes: list[str]) -> bool:
     return name in classes or (EVERY in classes and not name.startswith(SYSTEM))
+
+
+def _key_allowed(key: str, entries: list[str]) -> bool:
+    domain = key.rpartition("/")[0]
+    own = any(domain == name or domain.endswith(f".{name}") for name in KUBERNETES)
+    return key in entries or (bool(domain) and f"{domain}/{EVERY}" in entries) or (EVERY in entries and not own)
 
 
 def _covers(entry: AllowedTaint, toleration: Toleration) -> bool:

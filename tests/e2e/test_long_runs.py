@@ -150,16 +150,23 @@ def test_every_method_is_trained_and_compared(shop: Access, tmp_path: Path) -> N
         assert status["sizing"]["totalBytes"] > 0
 
     page = tmp_path / "compare.html"
-    with shop.forward("graft-store", 7070) as endpoint:
+
+    def graft(*arguments: str) -> str:  # it forwards a port to the store by itself
         done = subprocess.run(
-            [sys.executable, "-m", "graft.cli", "compare", *(f"by-{name}" for name in methods), "-n", SHOP,
-             "--endpoint", endpoint, "-o", str(page)],
+            [sys.executable, "-m", "graft.cli", *arguments, "-n", SHOP],
             env={"KUBECONFIG": shop.kubeconfig, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
             capture_output=True, text=True, check=False, timeout=180,
         )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    text = graft("compare", *(f"by-{name}" for name in methods), "--page", str(page))
     for word in ("Full fine-tuning", "LoRA r=8", "QLoRA r=8", "Prompt tuning", "training memory"):
-        assert word in done.stdout and word in page.read_text()
+        assert word in text and word in page.read_text()
+    version = shop.get("finetunejob", "by-lora")["status"]["adapterRef"]["name"]
+    assert "every SHA-256 verified" in graft("pull", version, "--to", str(tmp_path / "pulled"))
+    assert (tmp_path / "pulled/README.md").read_text().startswith("---\nlibrary_name: peft\n")
+    assert "published" in graft("logs", "by-lora") or "staged" in graft("logs", "by-lora")
 
 
 def test_a_version_that_misses_a_gate_is_rejected(shop: Access, tmp_path: Path) -> None:

@@ -143,7 +143,11 @@ class AdapterStatus(Status):
         description="The first of dataset.templates that the version was trained with. The gateway makes the prompts of chats "
         "with it.",
     )
-    size_bytes: int | None = Field(default=None, description="Size of the files in bytes.")
+    size_bytes: int | None = Field(
+        default=None,
+        description="Size in bytes of the files that a server downloads: of an adapter its config and weights, of a whole model all "
+        "files.",
+    )
     metrics: dict[str, float] | None = Field(
         default=None,
         description="Scores from the evaluation. Names that start with base/ are the scores of the base model.",

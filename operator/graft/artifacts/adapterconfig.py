@@ -41,6 +41,7 @@ REFUSED = {
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # peft reads the keys of patterns as regular expressions. Published ones are plain names, so that no match can hang.
 MODULE = re.compile(r"\^?[\w.]+")
+HUB = re.compile(r"hf://([\w.-]{1,96}/[\w.-]{1,96})@([0-9a-f]{40})", re.ASCII)
 
 
 class AdapterConfigError(ValueError):
@@ -49,6 +50,16 @@ class AdapterConfigError(ValueError):
 
 class RankTooHigh(AdapterConfigError):
     """A rank is above the limit."""
+
+
+def base_reference(name: str, uri: str) -> tuple[str, str | None]:
+    """Return (base_model_name_or_path, revision) for peft and transformers: the repository of an hf:// URI and its commit,
+    otherwise a folder beside the reader.
+
+    A bare name would be a repository of the Hub, which may belong to anybody. `./` says that it is a folder.
+    """
+    found = HUB.fullmatch(uri)
+    return (found[1], found[2]) if found else (f"./{name}", None)
 
 
 def check(config: dict[str, Any], most_rank: int = MOST_RANK) -> None:

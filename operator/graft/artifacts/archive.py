@@ -76,7 +76,7 @@ def restore(store: S3Store, prefix: str, manifest: Manifest, stopped: Stopped) -
             continue  # already restored; every program that loads the version verifies it
         if key not in there or store.sha256(key) != (file.sha256, file.size):
             expected = _Sum(file)
-            _upload(store, key, expected.following(_decompressed(store, key, file)), stopped)
+            _upload(store, key, expected.following(decompressed(store, key, file)), stopped)
             if store.sha256(key) != (file.sha256, file.size):
                 raise StoreError("unavailable", f"{key}: the data read back differs from the data written")
         store.delete(key + SUFFIX)
@@ -99,7 +99,7 @@ def verify(store: S3Store, prefix: str, manifest: Manifest) -> None:
         key = prefix + file.name
         if key not in there and key + SUFFIX not in there:
             raise InvalidArtifact("FileMissing", f"{file.name} is not in storage")
-        chunks = store.chunks(key) if key in there else _decompressed(store, key, file)
+        chunks = store.chunks(key) if key in there else decompressed(store, key, file)
         for _ in _Sum(file).following(chunks):
             pass
 
@@ -140,7 +140,7 @@ def _compressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield coder.flush()
 
 
-def _decompressed(store: S3Store, key: str, file: ManifestFile) -> Iterator[bytes]:
+def decompressed(store: S3Store, key: str, file: ManifestFile) -> Iterator[bytes]:
     """Yield the decompressed bytes of a copy, never more than the file's size in the manifest.
 
     Raises InvalidArtifact if the copy holds more bytes, is truncated, or is not a valid .xz file.
@@ -168,7 +168,7 @@ def _decompressed(store: S3Store, key: str, file: ManifestFile) -> Iterator[byte
 def _holds(store: S3Store, key: str, file: ManifestFile, stopped: Stopped) -> bool:
     """Return whether the compressed copy decompresses to the file in the manifest."""
     try:
-        for _ in _Sum(file).following(_decompressed(store, key, file)):
+        for _ in _Sum(file).following(decompressed(store, key, file)):
             if stopped():
                 raise Interrupted
     except InvalidArtifact:

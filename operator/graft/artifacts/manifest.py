@@ -47,19 +47,16 @@ TOKENIZER_FILES = VOCABULARIES | {
 }
 # What a multimodal model needs beside its tokenizer: engines do not start without it.
 PROCESSOR_FILES = frozenset({"processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"})
+CARD = "README.md"  # the model card, in the form of the Hugging Face Hub
+# For people. No program of Graft reads them to serve, combine or compare a version.
+PEOPLE_FILES = frozenset({CARD, "report.json", "report.html"})
 # The files that a version may contain. Weights are safetensors only. A manifest that lists any other file is invalid.
 ALLOWED_FILES = (
     ADAPTER_FILES
     | TOKENIZER_FILES
     | PROCESSOR_FILES
-    | {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "report.json",
-        "report.html",
-    }
+    | PEOPLE_FILES
+    | {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"}
 )
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -205,6 +202,12 @@ class Manifest(_Part):
     @property
     def size_bytes(self) -> int:
         return sum(file.size for file in self.files)
+
+    @property
+    def served_bytes(self) -> int:
+        """The bytes that a server downloads: of an adapter its config and weights, of a whole model all files."""
+        names = None if self.method == "full" else ADAPTER_FILES
+        return sum(file.size for file in self.files if names is None or file.name in names)
 
 
 def digest(data: bytes) -> str:

@@ -1,15 +1,22 @@
-"""Read-only access to the cluster with the user's kubeconfig."""
+"""Access to the cluster with the user's kubeconfig: what the commands read, the one field that `restart` changes, and
+connections to pods."""
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
-from kubernetes import client, config
+from kubernetes import client, config, stream
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
+from graft.artifacts.signing import trusted_keys
 from graft.cli.failure import CliFailure
+from graft.contracts.agent import TRUSTED_KEYS
 
 TIMEOUT = (5, 20)  # seconds to connect and to answer
+JOB_GROUP = ("graft.dev", "v1alpha1")
+PODS_OF = "graft.dev/owner-kind=FineTuneJob,graft.dev/owner={}"
 
 
 class Cluster:
@@ -27,35 +34,132 @@ class Cluster:
                 "Set KUBECONFIG or --context, or name report.json files instead of jobs.",
             ) from error
         self.namespace: str = ((current or {}).get("context") or {}).get("namespace") or "default"
+        self._core = client.CoreV1Api(self._api)
 
     def job(self, namespace: str, name: str) -> dict[str, Any]:
         """Return a FineTuneJob."""
         call = client.CustomObjectsApi(self._api).get_namespaced_custom_object
-        place = ("graft.dev", "v1alpha1", namespace, "finetunejobs", name)
-        return dict(self._read(f"the job {namespace}/{name}", call, *place))
+        place = (*JOB_GROUP, namespace, "finetunejobs", name)
+        return dict(self._ask(f"read the job {namespace}/{name}", "get finetunejobs", call, *place))
+
+    def restart(self, job: dict[str, Any], restarts: int) -> None:
+        """Set spec.restarts of a FineTuneJob, unless it has changed since it was read."""
+        meta = job["metadata"]
+        body = {"metadata": {"resourceVersion": meta["resourceVersion"]}, "spec": {"restarts": restarts}}
+        call = client.CustomObjectsApi(self._api).patch_namespaced_custom_object
+        place = (*JOB_GROUP, meta["namespace"], "finetunejobs", meta["name"], body)
+        self._ask(f"change the job {meta['namespace']}/{meta['name']}", "patch finetunejobs", call, *place)
 
     def secret(self, namespace: str, name: str) -> dict[str, str]:
         """Return the data of a Secret. The values are base64."""
-        found = self._read(
-            f"the Secret {namespace}/{name}", client.CoreV1Api(self._api).read_namespaced_secret, name, namespace
-        )
+        what = f"read the Secret {namespace}/{name}"
+        found = self._ask(what, f"get the Secret {name}", self._core.read_namespaced_secret, name, namespace)
         return dict(found.data or {})
 
-    def _read(self, what: str, call: Any, *place: str) -> Any:
+    def trusted_keys(self, namespace: str) -> dict[str, bytes]:
+        """Return the public keys that the operator in `namespace` publishes, by key id."""
+        what = f"read the public keys in the ConfigMap {namespace}/{TRUSTED_KEYS}"
+        call = self._core.read_namespaced_config_map
+        found = self._ask(what, f"get the ConfigMap {TRUSTED_KEYS}", call, TRUSTED_KEYS, namespace)
+        return trusted_keys(found.data or {})
+
+    def pods_of_job(self, namespace: str, name: str) -> list[Any]:
+        """Return the pods of a FineTuneJob, the newest first."""
+        call, labels = self._core.list_namespaced_pod, PODS_OF.format(name)
+        what = f"list the pods of the job {namespace}/{name}"
+        found = self._ask(what, "list pods", call, namespace, label_selector=labels).items
+        return sorted(found, key=lambda pod: pod.metadata.creation_timestamp, reverse=True)
+
+    def log(self, namespace: str, pod: str, container: str, *, follow: bool, previous: bool) -> Iterator[bytes]:
+        """Yield the log of a container in pieces."""
+        answer = self._ask(
+            f"read the log of the pod {namespace}/{pod}",
+            "get pods/log",
+            self._core.read_namespaced_pod_log,
+            pod,
+            namespace,
+            container=container,
+            follow=follow,
+            previous=previous,
+            _preload_content=False,
+            _request_timeout=(TIMEOUT[0], None) if follow else TIMEOUT,
+        )
+        yield from answer.stream(decode_content=True)
+
+    def pod_behind(self, namespace: str, service: str, port: int) -> tuple[str, int]:
+        """Return the name of a ready pod of a Service, and its port. Raises CliFailure if no pod is ready."""
+        where = f"{namespace}/{service}"
+        found = self._ask(
+            f"read the Service {where}",
+            f"get services, list pods and create pods/portforward in {namespace}",
+            self._core.read_namespaced_service,
+            service,
+            namespace,
+        )
+        labels = ",".join(f"{key}={value}" for key, value in (found.spec.selector or {}).items())
+        pods = self._ask(
+            f"list the pods of the Service {where}",
+            f"list pods in {namespace}",
+            self._core.list_namespaced_pod,
+            namespace,
+            label_selector=labels,
+        ).items
+        found_port = next((item for item in found.spec.ports or [] if item.port == port), None)
+        ready = [
+            pod
+            for pod in pods
+            if any(item.type == "Ready" and item.status == "True" for item in pod.status.conditions or [])
+        ]
+        if found_port is not None and labels and ready:
+            return ready[0].metadata.name, _container_port(ready[0], found_port.target_port, port)
+        raise CliFailure(
+            f"no pod behind the Service {where} is ready on port {port}",
+            f"Check its pods: kubectl get pods -n {namespace}",
+        )
+
+    def connect(self, namespace: str, pod: str, port: int) -> Any:
+        """Return a connection to a port of a pod, an object with the methods of a socket.
+
+        The library changes the client during the call, so each connection has a client of its own.
+        """
+        core = client.CoreV1Api(client.ApiClient(self._api.configuration))
+        what, right = f"forward a port to the pod {namespace}/{pod}", f"create pods/portforward in {namespace}"
+        call = core.connect_get_namespaced_pod_portforward
+        return self._ask(what, right, stream.portforward, call, pod, namespace, ports=str(port)).socket(port)
+
+    def _ask(self, what: str, right: str, call: Any, *place: Any, **options: Any) -> Any:
+        """Send a request. `what` it does, and which `right` it needs, are for the message of a CliFailure."""
         try:
-            return call(*place, _request_timeout=TIMEOUT)
+            return call(*place, **({"_request_timeout": TIMEOUT} | options))
         except ApiException as error:
             remedies = {
+                400: "The container may not have started yet. `kubectl describe` shows why.",
                 401: "Log in to the cluster again.",
-                403: "Ask your platform team for the right to get finetunejobs and the Secret graft-storage, or name report.json files.",
-                404: "Check the name, and the namespace (-n). `kubectl get finetunejobs -A` lists the jobs.",
+                403: f"Ask your platform team for the right to {right}, or name report.json files where a command reads reports.",
+                404: "Check the name, and the namespace (-n). `kubectl get finetunejobs,adapters -A` lists jobs and versions.",
+                409: "It changed meanwhile. Run the command again.",
             }
-            remedy = remedies.get(error.status, "Check that the API server is ready: kubectl get --raw /readyz")
-            raise CliFailure(f"cannot read {what}: {_message(error)}", remedy) from error
+            status = error.status or _handshake_status(error)
+            remedy = remedies.get(status, "Check that the API server is ready: kubectl get --raw /readyz")
+            raise CliFailure(f"cannot {what}: {_message(error)}", remedy) from error
         except (HTTPError, OSError) as error:
             raise CliFailure(
                 f"the cluster does not answer: {error}", "Check the kubeconfig's server and your network."
             ) from error
+
+
+def _container_port(pod: Any, target: int | str | None, port: int) -> int:
+    """Return the port of the pod that a Service's targetPort names (PURE)."""
+    if isinstance(target, int):
+        return target
+    named = {item.name: item.container_port for one in pod.spec.containers for item in one.ports or []}
+    return int(named.get(target, port))
+
+
+def _handshake_status(error: ApiException) -> int:
+    """Return the status of an answer that refused a connection to a pod. The library has it only in a text."""
+    found = re.match(r"Handshake status (\d{3})", error.reason or "")
+    return int(found[1]) if found else 0
 
 
 def _message(error: ApiException) -> str:
@@ -63,4 +167,4 @@ def _message(error: ApiException) -> str:
     try:
         return str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):
-        return f"{error.status} {error.reason}"
+        return f"{error.status} {error.reason}".removeprefix("0 ").partition(" -+-+-")[0]

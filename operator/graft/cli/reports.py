@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 from graft.bounded import OutOfBounds
 from graft.cli.failure import CliFailure
+from graft.cli.forward import reachable
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.report.document import Report
 
@@ -123,11 +125,12 @@ def _of_jobs(names: Sequence[str], namespace: str | None, context: str | None, e
 @contextmanager
 def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> Iterator[S3Store]:
     """Open the store with the namespace's key."""
-    with tempfile.TemporaryDirectory() as folder:  # 0700: it holds the key
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # 0700: it holds the key
         try:
-            store = S3Store(
-                storage_config(cluster.secret(namespace, STORAGE_SECRET), Path(folder), endpoint), attempts=2
-            )
+            config = storage_config(cluster.secret(namespace, STORAGE_SECRET), folder, endpoint)
+            config = replace(config, endpoint=stack.enter_context(reachable(cluster, config.endpoint)))
+            store = S3Store(config, attempts=2)
         except (StoreError, ValueError) as error:
             raise CliFailure(
                 f"cannot open the object store: {error}", f"Check the Secret {STORAGE_SECRET} and --endpoint."
@@ -146,8 +149,8 @@ def _fetch(store: S3Store, namespace: str, version: Version) -> Report:
             "large": "Graft's trainer writes smaller reports. Check who may write to the bucket.",
         }
         unreachable = (
-            "The store's address is often reachable only inside the cluster. Forward a port to the store and give its URL "
-            "with --endpoint, or copy the report.json files and name those."
+            "Check that the object store is reachable. Give another URL of it with --endpoint, or copy the report.json files "
+            "and name those."
         )
         raise CliFailure(f"cannot read {key}: {error}", remedies.get(error.trouble, unreachable)) from error
     return parse(data, key)

@@ -1,9 +1,11 @@
-"""A comparison as text for a terminal (PURE)."""
+"""A comparison and a report as text for a terminal (PURE)."""
 
 import textwrap
 from collections.abc import Sequence
 
+from graft.report import scores, wording
 from graft.report.compare import Cell, Comparison, Row
+from graft.report.document import Report
 
 GAP = "  "
 
@@ -17,6 +19,21 @@ def as_text(comparison: Comparison) -> str:
     notes = [textwrap.fill(note, 100) for note in comparison.notes]
     head = f"Ratios are relative to {comparison.labels[comparison.reference]}. Latency is per token, relative to the base model."
     return "\n".join([*_aligned(lines), "", head, *notes])
+
+
+def report_as_text(report: Report) -> str:
+    """Return the verdict and the scores of one report, with a column per subject."""
+    rejected = report.evaluation.rejected
+    head = f"{report.adapter} {report.version}: {wording.method(report.method)} of {report.base_model.name}, "
+    head += "rejected by its gates" if rejected else "published"
+    found = [*scores.scores_of(report), *scores.scores_of(report, "forgetting")]
+    subjects = scores.subjects_of(found)
+    lines = [["", *subjects.values(), "95 % interval", "n"]]
+    for score in found:
+        interval = score.interval_words(scores.OURS) or wording.ABSENT
+        lines.append([score.name, *map(score.words, subjects), interval, wording.count(score.n)])
+    table = _aligned(lines) if found else ["nothing was measured"]
+    return "\n".join([head, *(f"  missed: {gate}" for gate in rejected), "", *table])
 
 
 def _measured(row: Row, cell: Cell) -> str:

@@ -114,6 +114,9 @@ class BaseModelRef(Message):
     uri: Uri  # hf://org/name@<commit>, s3://… or pvc://…
     digest: Name | None = None  # digest of the listing of s3:// files; an hf:// URI contains the commit instead
     version: Name | None = None  # the BaseModel's spec.version
+    license: Annotated[str, Field(max_length=256)] | None = (
+        None  # of the weights, as their source or the BaseModel names it
+    )
 
     @property
     def identity(self) -> str:

@@ -58,6 +58,13 @@ class EvaluationUse(Message):
     missing: list[str] = Field(default_factory=list)
 
 
+class Precision(Message):
+    """How exact a score is: the number of tasks that it is a mean over, and its standard error if the spread is known."""
+
+    n: int = 0
+    standard_error: float | None = None  # in the metric's unit
+
+
 class Environment(Message):
     """The software and hardware that the run used."""
 
@@ -167,6 +174,7 @@ class Report(Message):
     dataset: DatasetUse = Field(default_factory=DatasetUse)
     evaluation: EvaluationUse = Field(default_factory=EvaluationUse)
     metrics: dict[str, float] = Field(default_factory=dict)
+    precision: dict[str, Precision] = Field(default_factory=dict)  # by the names of `metrics`
     samples: list[dict[str, str]] = Field(default_factory=list)
     loss_curve: list[dict[str, float]] = Field(default_factory=list)
     tokens: int = 0  # read in all steps

@@ -1,11 +1,12 @@
 """The scores of a report: its metrics grouped by suite, with their baselines, and whether higher or lower is better."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from graft.report import wording
-from graft.report.document import Report
+from graft.report import intervals, wording
+from graft.report.document import Precision, Report
+from graft.report.intervals import Interval
 
 Role = Literal["task", "forgetting"]
 OURS = "adapter"
@@ -23,6 +24,7 @@ class Score:
     suite: str  # HELD_OUT for the dataset's own held-out examples
     metric: str
     values: dict[str, float]  # adapter, base, fewShot, current
+    precision: dict[str, Precision] = field(default_factory=dict)  # by subject; empty in reports of an older Graft
 
     @property
     def name(self) -> str:
@@ -39,7 +41,30 @@ class Score:
 
     def words(self, subject: str) -> str:
         """Return the value of one subject as text, a share in percent."""
-        value = self.values.get(subject)
+        return self._text(self.values.get(subject))
+
+    def interval(self, subject: str) -> Interval | None:
+        """Return the interval of one subject's value, with a confidence of 95 %."""
+        value, precision = self.values.get(subject), self.precision.get(subject)
+        if value is None or precision is None:
+            return None
+        return intervals.interval(self.metric, value, precision, share=self.share)
+
+    def interval_words(self, subject: str) -> str:
+        """Return that interval as text, "" if it is not known."""
+        found = self.interval(subject)
+        if found is None:
+            return ""
+        low, high = map(self._text, found)
+        return f"{low.removesuffix(' %')} to {high}"
+
+    @property
+    def n(self) -> int | None:
+        """The number of tasks that the version's value is a mean over."""
+        found = self.precision.get(OURS)
+        return found.n if found is not None and found.n else None
+
+    def _text(self, value: float | None) -> str:
         return wording.share(value) if self.share else wording.number(value)
 
     @property
@@ -72,14 +97,18 @@ def scores_of(report: Report, role: Role = "task") -> list[Score]:
     """
     forgetting = {suite.name for suite in report.evaluation.suites if suite.role == "forgetting"}
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for name, value in report.metrics.items():
+    precision: dict[tuple[str, str], dict[str, Precision]] = {}
+    for published, value in report.metrics.items():
+        name = published
         who, _, rest = name.partition("/")
         subject, name = (who, rest) if who in BASELINES and rest else (OURS, name)
         suite, _, metric = name.rpartition("/")
         if metric != "trainLoss" and suite != "forgetting":
             found.setdefault((suite or HELD_OUT, metric), {})[subject] = value
+            if (known := report.precision.get(published)) is not None:
+                precision.setdefault((suite or HELD_OUT, metric), {})[subject] = known
     return [
-        Score(suite, metric, values)
+        Score(suite, metric, values, precision.get((suite, metric), {}))
         for (suite, metric), values in found.items()
         if (suite in forgetting) == (role == "forgetting")
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from graft.api.adapter import AdapterSignature
+from graft.artifacts.manifest import Manifest
 from graft.artifacts.signing import Keys, Statement, generate, key_id, read_keys, trusted_keys, verify
 from graft.contracts.agent import TRUSTED_KEYS, WantedAdapter
 from graft_server.agent.storage.objects import Storage
@@ -305,19 +306,34 @@ def test_an_auditor_verifies_a_version_with_a_public_key(tenant: Tenant, plane: 
     keys = secret_keys(tenant.api)
     until_signed_by(tenant, name, keys.key_id)
 
-    def graft_verify(private: Keys) -> tuple[int, str]:
-        pem = private.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (tmp_path / "key.pub").write_bytes(pem)
-        command = [sys.executable, "-m", "graft.cli", "verify", name, "-n", tenant.name, "--key", tmp_path / "key.pub"]
+    def graft(*arguments: str | Path) -> tuple[int, str]:
+        command = [sys.executable, "-m", "graft.cli", *arguments, "-n", tenant.name]
         environment = os.environ | {"KUBECONFIG": str(plane.kubeconfig)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
         return done.returncode, done.stdout + done.stderr
+
+    def graft_verify(private: Keys) -> tuple[int, str]:
+        pem = private.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / "key.pub").write_bytes(pem)
+        return graft("verify", name, "--key", tmp_path / "key.pub")
 
     code, text = graft_verify(keys)
     assert code == 0, text
     assert f"signed by {keys.key_id}" in text and "2 files" in text and "every SHA-256 verified" in text
     code, text = graft_verify(read_keys({"a.key": generate()}))
     assert code == 1 and "is NOT what was verified" in text and "not trusted" in text
+
+    # Without a key, those that the operator publishes are trusted.
+    code, text = graft("pull", name, "--to", tmp_path / "pulled", "-o", "json")
+    assert code == 0, text
+    assert json.loads(text)["keyId"] == keys.key_id
+    manifest = tenant.store.get(
+        tenant.get("Adapter", name)["spec"]["artifact"]["uri"].removeprefix("s3://graft/") + "manifest.json"
+    )
+    assert (tmp_path / "pulled/manifest.json").read_bytes() == manifest
+    assert {file.name for file in Manifest.read(manifest).files} < {
+        path.name for path in (tmp_path / "pulled").iterdir()
+    }
 
     prefix = tenant.get("Adapter", name)["spec"]["artifact"]["uri"].removeprefix("s3://graft/")
     stored = tenant.store.get(prefix + "manifest.sig.json")

@@ -248,7 +248,7 @@ def test_the_operator_writes_workloads_only_in_the_tenant_namespaces(template: A
             assert set(rule["verbs"]) <= {"get", "list", "watch"}, rule
 
 
-def test_every_service_account_may_read_only_the_public_keys(template: Any) -> None:
+def test_everybody_may_read_only_the_public_keys(template: Any) -> None:
     manifests = template(EVERYTHING)
     groups = [
         (item["kind"], item["roleRef"], subject["name"])
@@ -258,7 +258,7 @@ def test_every_service_account_may_read_only_the_public_keys(template: Any) -> N
         if subject["kind"] != "ServiceAccount"
     ]
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "graft-trusted-keys"}
-    assert groups == [("RoleBinding", role, "system:serviceaccounts")]
+    assert groups == [("RoleBinding", role, "system:authenticated")]
     (rule,) = find(manifests, "Role", "graft-trusted-keys")["rules"]
     assert rule == {
         "apiGroups": [""],

@@ -56,10 +56,14 @@ def test_the_manifest_is_written_last_and_matches_every_file(published: tuple[Ru
     _, store = published
     written = [key.removeprefix(PREFIX) for key in store.written if key.startswith(PREFIX)]
     assert written == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "report.html",
         "report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "manifest.json",
     ]
     manifest = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"])
@@ -73,7 +77,7 @@ def test_the_manifest_is_written_last_and_matches_every_file(published: tuple[Ru
 def test_the_adapter_config_names_the_base_model_and_no_path_of_the_pod(published: tuple[Run, MemoryStore]) -> None:
     run, store = published
     config = json.loads(store.kept[PREFIX + "adapter_config.json"])
-    assert config["base_model_name_or_path"] == "s3://bucket/models/tiny"
+    assert (config["base_model_name_or_path"], config.get("revision")) == ("./tiny", None)
     assert config["target_modules"] == sorted(config["target_modules"])
     assert (config["r"], config["peft_type"]) == (16, "LORA")
     assert str(run.settings.work_dir) not in store.kept[PREFIX + "adapter_config.json"].decode()

@@ -16,6 +16,7 @@ from typing import Literal
 from graft.api.evaluation import Suite
 from graft.artifacts.sources import SourceError
 from graft.artifacts.storage import StoreError
+from graft.report.document import Precision
 from peft import PeftModel
 
 from graft_trainer.data.tokens import Tokenised
@@ -36,7 +37,7 @@ from graft_trainer.evaluation.suites import (
     suite_lines,
     task_of,
 )
-from graft_trainer.model.loss import mean_loss
+from graft_trainer.model.loss import log_likelihoods, loss_of
 from graft_trainer.run.failures import Failure, explain
 from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
@@ -81,6 +82,7 @@ class Evaluated:
     suites: list[SuiteResult] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     seconds: float = 0.0  # duration of the evaluation
+    precision: dict[str, Precision] = field(default_factory=dict)  # of the scores, by their published names
 
 
 @dataclass
@@ -139,7 +141,7 @@ def evaluate(run: Run, trained: Trained) -> Evaluated:
     told = [f"{NAMES[who]}, {name or 'held-out examples'}: {why}" for (who, name), why in missing.items()]
     run.progress.update(metrics=_finite(metrics), rejected=rejected or None, missing=told or None, eta_seconds=0)
     samples = [sample for item in sets if item.suite is None and item.tokens is None for sample in _samples(item)]
-    return Evaluated(metrics, samples, rejected, suites, told, time.monotonic() - started)
+    return Evaluated(metrics, samples, rejected, suites, told, time.monotonic() - started, _precision(sets))
 
 
 @contextmanager
@@ -216,22 +218,38 @@ def _measure(run: Run, trained: Trained, subject: Subject, item: _Set, shots: Se
 
         item.found[who] = measure_task(subject, item.suite, run.settings.dataset_dir / "suites", meter)
     elif item.tokens is not None and who != "fewShot":
-        loss = mean_loss(subject.model, item.tokens, subject.pad, max(batch, MEASURED_AT_ONCE), meter)
-        item.found[who] = Measured({"loss": round(loss, 5)})
+        found = log_likelihoods(subject.model, item.tokens, subject.pad, max(batch, MEASURED_AT_ONCE), meter)
+        loss, error = loss_of(found)
+        errors = {"loss": error} if error is not None else {}
+        item.found[who] = Measured({"loss": round(loss, 5)}, size=len(found), errors=errors)
     else:
         count = run.job.evaluation.few_shot_examples if who == "fewShot" else 0
         item.found[who] = measure(subject, item.questions, batch, meter, shots, count)
     meter.end()
-    found = ", ".join(f"{name} {value:g}" for name, value in item.found[who].metrics.items())
-    log.info("%s, %s: %s", NAMES[who], item.what, found)
+    text = ", ".join(f"{name} {value:g}" for name, value in item.found[who].metrics.items())
+    log.info("%s, %s: %s", NAMES[who], item.what, text)
 
 
 def _published(item: _Set, who: Who) -> dict[str, float]:
     """Return the scores of `who` under their published names."""
-    found = item.found[who].metrics
+    return {_name(item, who, name): value for name, value in item.found[who].metrics.items()}
+
+
+def _name(item: _Set, who: Who, metric: str) -> str:
+    """Return the published name of a score."""
     if item.suite is None:
-        return {prefixed(who, "evalLoss" if name == "loss" else name): value for name, value in found.items()}
-    return {prefixed(who, f"{item.suite.name}/{name}"): value for name, value in found.items()}
+        return prefixed(who, "evalLoss" if metric == "loss" else metric)
+    return prefixed(who, f"{item.suite.name}/{metric}")
+
+
+def _precision(sets: Sequence[_Set]) -> dict[str, Precision]:
+    """Return how exact each score is, by its published name."""
+    return {
+        _name(item, who, metric): Precision(n=found.size, standard_error=_finite(found.errors).get(metric))
+        for item in sets
+        for who, found in item.found.items()
+        for metric in found.metrics
+    }
 
 
 def _result(item: _Set, suite: Suite) -> SuiteResult:

@@ -119,7 +119,21 @@ def measure_task(subject: Subject, suite: Suite, folder: Path, meter: Meter) -> 
     if not metrics:
         log.warning("%s: the tasks of %s have no metric in common", suite.name, name)
     size = sum(counts["effective"] for counts in found["n-samples"].values())
-    return Measured(metrics, size=size)
+    # The mean over several tasks has no error of its own in the harness.
+    errors = standard_errors(results[next(iter(tasks["tasks"]))]) if len(tasks["tasks"]) == 1 else {}
+    return Measured(metrics, size=size, errors={name: value for name, value in errors.items() if name in metrics})
+
+
+def standard_errors(scores: dict[str, Any]) -> dict[str, float]:
+    """Return the harness's standard errors by the names that plain_metrics gives to their metrics (PURE)."""
+    metrics = [name.partition(",")[0] for name in scores if "_stderr" not in name]
+    found = {}
+    for entry, value in scores.items():
+        if "_stderr" in entry and isinstance(value, int | float) and math.isfinite(value):
+            name = entry.replace("_stderr", "", 1)
+            metric = name.partition(",")[0]
+            found[metric if metrics.count(metric) == 1 else name] = float(value)
+    return found
 
 
 def plain_metrics(scores: list[dict[str, Any]]) -> dict[str, float]:

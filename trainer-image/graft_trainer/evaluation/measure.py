@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,10 +12,10 @@ from graft_trainer.data.tokens import prompt_ids
 from graft_trainer.evaluation.calls import METRIC, call_accuracy
 from graft_trainer.evaluation.few_shot import Shot, put_before
 from graft_trainer.evaluation.generate import at_most, generate
-from graft_trainer.evaluation.scores import SCORES, accuracy, mean_score
+from graft_trainer.evaluation.scores import SCORES, accuracy, standard_error, task_scores
 from graft_trainer.evaluation.subject import Meter, Subject, tokenised
 from graft_trainer.evaluation.suites import Task
-from graft_trainer.model.loss import log_likelihoods
+from graft_trainer.model.loss import log_likelihoods, loss_of
 
 log = logging.getLogger(__name__)
 MEASURED_AT_ONCE = 8  # examples in a batch for likelihoods, at least; halved each time memory runs out
@@ -41,7 +42,8 @@ class Measured:
 
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
-    size: int = 0  # number of tasks, if only the measurement shows it (lm-eval)
+    size: int = 0  # number of tasks
+    errors: dict[str, float] = field(default_factory=dict)  # standard errors of the metrics, where the spread is known
 
 
 def measure(
@@ -53,7 +55,9 @@ def measure(
     for step in (_generation, _calls, _losses, _choices):
         meter.again()
         step(subject, questions, tasks, measured, max(batch, MEASURED_AT_ONCE), meter)
-    return Measured({name: measured.metrics[name] for name in questions.metrics}, measured.answers)
+    metrics: dict[str, float] = {name: measured.metrics[name] for name in questions.metrics}
+    errors = {name: error for name, error in measured.errors.items() if name in metrics}
+    return Measured(metrics, measured.answers, len(tasks), errors)
 
 
 def _generation(
@@ -66,7 +70,11 @@ def _generation(
     longest = [_longest(subject, questions, task) for task in tasks]
     measured.answers = generate(subject, prompts, longest, meter)
     rights = [task.answers for task in tasks]
-    measured.metrics |= {name: round(mean_score(name, measured.answers, rights), 4) for name in wanted}
+    for name in wanted:
+        values = task_scores(name, measured.answers, rights)
+        measured.metrics[name] = round(statistics.fmean(values), 4)
+        if (error := standard_error(values)) is not None:
+            measured.errors[name] = error
 
 
 def _calls(
@@ -95,9 +103,11 @@ def _losses(
         return
     examples = [one for task in tasks for one in tokenised(task.example(earlier=questions.whole), subject)]
     found = log_likelihoods(subject.model, examples, subject.pad, batch, meter)
-    loss = -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
+    loss, error = loss_of(found)
     values = {"loss": round(loss, 5), "perplexity": round(math.exp(min(loss, 700.0)), 5)}
     measured.metrics |= {name: values[name] for name in wanted}
+    if error is not None:
+        measured.errors |= {"loss": error, "perplexity": error * values["perplexity"]}  # by the derivative of exp
 
 
 def _choices(

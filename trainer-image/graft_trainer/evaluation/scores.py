@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import math
 import re
+import statistics
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -62,11 +64,15 @@ SCORES: dict[str, Callable[[], Score]] = {
 }
 
 
-def mean_score(metric: str, answers: Sequence[str], expected: Sequence[Sequence[str]]) -> float:
-    """Return the mean of the metric over all answers. Each answer gets its best score over the right answers."""
+def task_scores(metric: str, answers: Sequence[str], expected: Sequence[Sequence[str]]) -> list[float]:
+    """Return the metric of each answer: its best score over the right answers."""
     score = SCORES[metric]()
-    best = (max(score(answer, right) for right in rights) for answer, rights in zip(answers, expected, strict=True))
-    return sum(best) / len(answers)
+    return [max(score(answer, right) for right in rights) for answer, rights in zip(answers, expected, strict=True)]
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of some values, None for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def accuracy(likelihoods: Sequence[Sequence[float]], right: Sequence[int]) -> float:

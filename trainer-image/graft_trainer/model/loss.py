@@ -1,5 +1,6 @@
 """The loss of a set of tokens, in nats: per example, as a mean over one process, and as a mean over all ranks."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,8 +59,21 @@ def _sums(model: Any, inputs: dict[str, torch.Tensor], task: str) -> list[float]
 
 def mean_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, meter: Steps | None = None) -> float:
     """Return the cross entropy over all tokens that the loss covers, in nats per token."""
-    found = log_likelihoods(model, examples, pad, batch, meter)
-    return -sum(value for value, _ in found) / max(1, sum(tokens for _, tokens in found))
+    return loss_of(log_likelihoods(model, examples, pad, batch, meter))[0]
+
+
+def loss_of(found: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """Return the cross entropy in nats per token, and its standard error, None for fewer than two examples.
+
+    `found`: log_likelihoods(). Examples are independent, the tokens of one are not. So the error is that of a ratio of two
+    sums over the examples (Cochran 1977, 2.11).
+    """
+    tokens = max(1, sum(count for _, count in found))
+    loss = -sum(value for value, _ in found) / tokens
+    if len(found) < 2:
+        return loss, None
+    squares = sum((-value - loss * count) ** 2 for value, count in found)
+    return loss, math.sqrt(squares * len(found) / (len(found) - 1)) / tokens
 
 
 def shared_loss(model: Any, examples: Sequence[Tokenised], pad: int, batch: int, go_on: Callable[[], None]) -> float:

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 
 from graft.artifacts.layout import split_s3_uri
-from graft.artifacts.manifest import Manifest
+from graft.artifacts.manifest import PEOPLE_FILES, Manifest
 from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS, SourceError, pvc_path
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import CHUNK, Report, S3Store
@@ -99,7 +99,7 @@ def tell(name: str) -> Report:
 
 
 def fetch_version(store: S3Store, uri: str, digest: str, folder: Path) -> Manifest:
-    """Copy a published version without its report to `folder` and verify every digest. Return its manifest.
+    """Copy a published version without the files for people to `folder` and verify every digest. Return its manifest.
 
     Raises InvalidArtifact or StoreError.
     """
@@ -108,7 +108,7 @@ def fetch_version(store: S3Store, uri: str, digest: str, folder: Path) -> Manife
     manifest, _ = read_manifest(store, prefix, digest, bucket)
     folder.mkdir(parents=True)
     for file in manifest.files:
-        if file.name.startswith("report."):
+        if file.name in PEOPLE_FILES:
             continue
         path, stored = folder / file.name, store.head(prefix + file.name, bucket)
         if stored.size != file.size:

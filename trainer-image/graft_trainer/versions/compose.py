@@ -31,7 +31,8 @@ from graft_trainer.run.download import fetch_version
 from graft_trainer.run.failures import Failure, out_of_memory
 from graft_trainer.versions.making import Made, Making, write_base_config
 from graft_trainer.versions.measuring import measured_effect
-from graft_trainer.versions.publish import SHARD, copy_tokenizer, reduce_config, write_chat_template
+from graft_trainer.versions.publish import SHARD, reduce_config
+from graft_trainer.versions.tokenizer import copy_tokenizer, write_chat_template
 
 log = logging.getLogger(__name__)
 PEFT_NAMES: dict[CompositionMethod, str] = {
@@ -61,7 +62,7 @@ def compose(making: Making, wanted: Composition) -> Made:
 
     combined = settings.adapter_dir if wanted.into == "adapter" else settings.work_dir / "combined"
     combine(base_of_shapes(base_config, name, file.task), folders, wanted, combined)
-    reduce_config(combined / "adapter_config.json", base_model.uri)
+    reduce_config(combined / "adapter_config.json", base_model)
     # The result gets the same checks as an imported adapter: its tensors fit the base model and are finite.
     config = reduced_config((combined / "adapter_config.json").read_bytes(), "the result", "lora", file.task)
     fit = check_adapter(combined, config, base_of_shapes(base_config, name, file.task), "the result", name)
@@ -79,6 +80,7 @@ def compose(making: Making, wanted: Composition) -> Made:
         stop_token_ids=sorted({token for one in manifests for token in one.stop_token_ids}),
         effect=measured_effect(making, base_model, base_config, combined) if wanted.into == "adapter" else None,
         prompt_template=manifests[0].prompt_template if len({one.prompt_template for one in manifests}) == 1 else None,
+        auto_class=served_class(load_config(base_config, name), file.task).__name__,
     )
     if wanted.into == "adapter":
         return made
@@ -91,6 +93,7 @@ def compose(making: Making, wanted: Composition) -> Made:
         composition=made.composition,
         stop_token_ids=made.stop_token_ids,
         prompt_template=made.prompt_template,
+        auto_class=made.auto_class,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.artifacts.layout import split_s3_uri
 from graft.artifacts.listing import listing
-from graft.artifacts.manifest import ALLOWED_FILES, ManifestBaseModel
+from graft.artifacts.manifest import ALLOWED_FILES, PEOPLE_FILES, ManifestBaseModel
 from graft.artifacts.manifest import SHARD as SHARD_NAME
 from graft.artifacts.sources import (
     SourceError,
@@ -32,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 from graft_trainer.model.adapterconfig import invalid, reduced_config
 from graft_trainer.model.basemodel import PICKLES, check_base_model, load_config, stored_quantization
 from graft_trainer.model.shapes import base_of_shapes, check_adapter, check_numbers
-from graft_trainer.model.wrappers import tuned_class
+from graft_trainer.model.wrappers import served_class, tuned_class
 from graft_trainer.run.failures import Failure, out_of_memory
+from graft_trainer.versions.card import base_fields
 from graft_trainer.versions.making import Made, Making, write_base_config
 from graft_trainer.versions.measuring import measured_effect
 
@@ -60,7 +61,7 @@ def _adapter(making: Making, source: str) -> Made:
     fit = check_adapter(folder, config, base, source, file.base_model.name)
     # The author's value may be a name that is valid only on the author's machine.
     config = fit.config
-    config["base_model_name_or_path"] = file.base_model.uri
+    config |= base_fields(file.base_model)
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     known = {"rank": fit.rank, "alpha": fit.alpha, "virtualTokens": fit.virtual_tokens}
     return Made(
@@ -71,6 +72,7 @@ def _adapter(making: Making, source: str) -> Made:
         imported_from=pinned,
         source_digest=digest,
         effect=measured_effect(making, _base_model(making), base_config, folder),
+        auto_class=served_class(load_config(base_config, file.base_model.name), file.task).__name__,
     )
 
 
@@ -138,9 +140,10 @@ def _whole_model(making: Making, source: str) -> Made:
         raise invalid(f"{source} is quantised", "Import the model in 16 or 32 bits.")
     _check_whole(folder, base_config, config, making, source)
     for path in sorted(folder.iterdir()):
-        if path.name in ALLOWED_FILES - {CONFIG, WEIGHTS} or SHARD_NAME.fullmatch(path.name):
+        if path.name in ALLOWED_FILES - PEOPLE_FILES - {CONFIG, WEIGHTS} or SHARD_NAME.fullmatch(path.name):
             shutil.move(path, settings.adapter_dir / path.name)
-    return Made(_base_model(making), imported_from=pinned, source_digest=digest)
+    auto_class = tuned_class(base_config, file.task).__name__
+    return Made(_base_model(making), imported_from=pinned, source_digest=digest, auto_class=auto_class)
 
 
 def _pin(making: Making, source: str) -> tuple[str, str | None]:

@@ -14,12 +14,14 @@ from graft.artifacts.manifest import Manifest, ManifestJob
 from graft.artifacts.storage import StoreError
 from graft.contracts.job import VersionFile
 from graft.contracts.progress import Reason
+from graft.report.card import render_card
 
 from graft_trainer.run.earlier import find_manifest
 from graft_trainer.run.failures import Failure, store_failure
 from graft_trainer.run.progress import now
 from graft_trainer.run.run import open_store, read_message
 from graft_trainer.run.settings import Settings
+from graft_trainer.versions.card import add_card
 from graft_trainer.versions.making import Made, Making
 
 log = logging.getLogger(__name__)
@@ -83,8 +85,13 @@ def taken(making: Making) -> Failure:
 
 def publish(making: Making, made: Made) -> str:
     """Publish the files in settings.adapter_dir. Return the manifest's digest."""
-    job = making.file
-    files = {path.name: path for path in sorted(making.settings.adapter_dir.iterdir())}
+    # Imported here because it imports torch.
+    from graft_trainer.versions.tokenizer import add_tokenizer_of_base
+
+    job, folder = making.file, making.settings.adapter_dir
+    if job.method != "full":
+        add_tokenizer_of_base(making, made)
+    files = {path.name: path for path in sorted(folder.iterdir())}
     parents = [item.model_dump() for item in made.parents]
     origin = [made.composition, parents, made.imported_from, made.source_digest]
     manifest = Manifest(
@@ -111,6 +118,8 @@ def publish(making: Making, made: Made) -> str:
         effect=made.effect,
         created_at=now(),
     )
+    card = render_card(manifest, license_=job.base_model.license, auto_class=made.auto_class)
+    manifest = add_card(manifest, card, files, folder)
     try:
         _, done = publishing.stage(making.store, making.prefix, files, manifest)
     except StoreError as error:

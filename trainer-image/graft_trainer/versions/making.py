@@ -32,7 +32,7 @@ class Making:
         output = self.file.output
         return adapter_prefix(self.file.tenant, output.adapter, output.version)
 
-    def fetch(self, uri: str, digest: str | None, folder: Path, what: str) -> Path:
+    def fetch(self, uri: str, digest: str | None, folder: Path, what: str, *, weights: bool = True) -> Path:
         """Return the folder with a model's files. They are downloaded to `folder`, unless a volume has them.
 
         The log tells the progress of `what`. Raises SourceError, and OSError if the disk is full.
@@ -46,6 +46,7 @@ class Making:
             hf_endpoint=self.file.hf_endpoint,
             hf_token=self.settings.hf_token(),
             report=tell(what),
+            weights=weights,
         )
 
 
@@ -64,6 +65,7 @@ class Made:
     imported_from: str | None = None
     source_digest: str | None = None
     effect: Effect | None = None
+    auto_class: str | None = None  # the class of transformers that holds the base model
 
 
 def write_base_config(making: Making) -> Path:

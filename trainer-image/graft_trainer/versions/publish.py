@@ -5,27 +5,28 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from graft.artifacts import publishing, versions
-from graft.artifacts.manifest import PROCESSOR_FILES, TOKENIZER_FILES, Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.storage import StoreError
 from graft.contracts.job import JobFile
-from graft.controltokens import read_texts
-from graft.prompttemplates import as_chat_template
+from graft.contracts.message import BaseModelRef
+from graft.report.card import render_card
 
 from graft_trainer.evaluation.evaluate import Evaluated
 from graft_trainer.evaluation.generate import stop_tokens
 from graft_trainer.model.adapterfiles import rename_modules
 from graft_trainer.model.basemodel import load_config
 from graft_trainer.model.methods import as_published, cast_parameters
-from graft_trainer.model.wrappers import serving_names
+from graft_trainer.model.wrappers import served_class, serving_names, tuned_class
 from graft_trainer.run.failures import Failure, store_failure
 from graft_trainer.run.progress import now
 from graft_trainer.run.run import Run
 from graft_trainer.train import Trained
+from graft_trainer.versions.card import add_card, base_fields
 from graft_trainer.versions.effect import measure_effect
 from graft_trainer.versions.report import finite, write_report
+from graft_trainer.versions.tokenizer import add_tokenizer, copy_tokenizer, write_chat_template
 
 log = logging.getLogger(__name__)
 SHARD = "5GB"  # largest file of a whole model's weights
@@ -41,13 +42,24 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
     effect = measure_effect(trained)  # before the weights are converted for the files
     folder = run.settings.adapter_dir
     shutil.rmtree(folder, ignore_errors=True)
-    save(trained, run.job.base_model.uri, folder)
-    if trained.method == "full" and (template := prompt_template(run.job)):
+    save(trained, run.job.base_model, folder)
+    template = prompt_template(run.job)
+    if trained.method != "full":
+        add_tokenizer(trained.folder, folder, trained.tokenizer, template)
+    elif template is not None:
         write_chat_template(folder, template, trained.tokenizer)
-    write_report(run, trained, evaluated, folder)
+    document = write_report(run, trained, evaluated, folder)
 
     files = {path.name: path for path in sorted(folder.iterdir())}
     manifest = describe(run, trained, evaluated, files).model_copy(update={"effect": effect})
+    card = render_card(
+        manifest,
+        license_=run.job.base_model.license,
+        auto_class=auto_class(trained),
+        datasets=[source.uri for source in (run.job.dataset.train, run.job.dataset.eval) if source is not None],
+        report=document,
+    )
+    manifest = add_card(manifest, card, files, folder)
     try:
         winner, digest = publishing.stage(run.store, run.version_prefix, files, manifest)
     except StoreError as error:
@@ -69,22 +81,20 @@ def prompt_template(job: JobFile) -> str | None:
     return job.dataset.templates[0] if job.dataset.templates else None
 
 
-def write_chat_template(folder: Path, template: str, tokenizer: Any) -> None:
-    """Write the template of a dataset's prompts as the chat template of a whole model. A server adds no token to a chat,
-    so the template writes the bos_token if the tokenizer adds it before a text."""
-    first = read_texts(tokenizer, ["x"])[0][0]
-    bos = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
-    (folder / "chat_template.jinja").write_text(as_chat_template(template, bos=bos), encoding="utf-8")
+def auto_class(trained: Trained) -> str:
+    """Return the class of transformers that loads the model as it was saved."""
+    choose = tuned_class if trained.method == "full" else served_class
+    return str(choose(load_config(trained.folder, str(trained.folder)), trained.task).__name__)
 
 
-def save(trained: Trained, base_model_uri: str, folder: Path) -> None:
+def save(trained: Trained, base_model: BaseModelRef, folder: Path) -> None:
     """Write the trained weights in the formats of peft and transformers: an adapter, or a whole model with its
     tokenizer."""
     model = trained.model
     if trained.method != "full":
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         name_as_served(trained, folder)
-        reduce_config(folder / "adapter_config.json", base_model_uri)
+        reduce_config(folder / "adapter_config.json", base_model)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return
     cast_parameters(model, trained.stored)
@@ -105,17 +115,10 @@ def name_as_served(trained: Trained, folder: Path) -> None:
         rename_modules(folder, names.outward, map(names.outward, model.base_model.targeted_module_names))
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of the tokenizer, and of a multimodal model's processor, from one model's folder to another's."""
-    for name in TOKENIZER_FILES | PROCESSOR_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def reduce_config(path: Path, base_model_uri: str) -> None:
+def reduce_config(path: Path, base_model: BaseModelRef | ManifestBaseModel) -> None:
     """Reduce adapter_config.json: no empty fields, no path of this pod, and target_modules in a fixed order."""
     config = {key: value for key, value in json.loads(path.read_text()).items() if value not in (None, {}, [])}
-    config["base_model_name_or_path"] = base_model_uri
+    config |= base_fields(base_model)
     if "prompt_tuning_init" in config:
         # The start of the vectors does not matter after training, and it names a path of this pod.
         config["prompt_tuning_init"] = "RANDOM"

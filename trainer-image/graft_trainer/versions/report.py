@@ -31,11 +31,8 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
 
-def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> list[str]:
-    """Analyse the model and write both reports into `folder`, beside the version's weights.
-
-    Return the names of the files.
-    """
+def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Report:
+    """Analyse the model and write both reports into `folder`, beside the version's weights. Return the document."""
     started = time.monotonic()
     analysis = analyse(trained)
     seconds = trained.seconds | {"evaluate": evaluated.seconds, "analyse": time.monotonic() - started}
@@ -45,7 +42,7 @@ def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path)
     text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(render_job(document), encoding="utf-8")
-    return [REPORT_JSON, REPORT_HTML]
+    return document
 
 
 def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Report:
@@ -87,6 +84,7 @@ def report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Re
             missing=evaluated.missing,
         ),
         metrics=finite(evaluated.metrics),
+        precision=evaluated.precision,
         samples=evaluated.samples
         + [{"suite": suite.name} | sample for suite in evaluated.suites for sample in suite.samples[:SUITE_SAMPLES]],
         loss_curve=loss_curve(trained, evaluated),

@@ -183,7 +183,7 @@ def observe(
             "target_modules": checked.target_modules,
             "stop_token_ids": checked.stop_token_ids or None,
             "prompt_template": checked.prompt_template,
-            "size_bytes": checked.size_bytes,
+            "size_bytes": checked.served_bytes,
             "metrics": checked.metrics,
             "score": score(checked.metrics),
             "verified_at": now(),

@@ -58,7 +58,15 @@ def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | 
     uri = model.spec.source
     if model.status.revision:
         uri = f"{uri.partition('@')[0]}@{model.status.revision}"
-    return Base(BaseModelRef(name=name, uri=uri, digest=model.status.digest, version=model.spec.version), model)
+    facts = model.status.facts
+    ref = BaseModelRef(
+        name=name,
+        uri=uri,
+        digest=model.status.digest,
+        version=model.spec.version,
+        license=facts.license if facts is not None else None,
+    )
+    return Base(ref, model)
 
 
 async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | Trouble:

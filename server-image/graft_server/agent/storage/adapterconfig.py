@@ -4,7 +4,7 @@ from typing import Any
 
 from graft.artifacts import adapterconfig
 from graft.artifacts.adapterconfig import AdapterConfigError, RankTooHigh
-from graft.artifacts.sources import CONFIG_LIMITS, TOKENIZER_LIMITS
+from graft.artifacts.sources import CONFIG_LIMITS
 from graft.bounded import OutOfBounds, parse_json
 
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
@@ -36,15 +36,9 @@ def reduced_config(data: bytes, manifest_rank: int | None, max_rank: int) -> dic
     return adapterconfig.reduced(config)
 
 
-def check_tokenizer_config(data: bytes) -> None:
-    """Raise ConfigRejected if tokenizer_config.json names code to run."""
-    if _document("tokenizer_config.json", data).get("auto_map"):
-        raise ConfigRejected("tokenizer_config.json: auto_map names code to run")
-
-
 def _document(name: str, data: bytes) -> dict[str, Any]:
     try:
-        document = parse_json(data, TOKENIZER_LIMITS if name == "tokenizer_config.json" else CONFIG_LIMITS, name)
+        document = parse_json(data, CONFIG_LIMITS, name)
     except OutOfBounds as error:
         raise ConfigRejected(f"{name} is not JSON that an adapter needs: {error}") from error
     if not isinstance(document, dict):

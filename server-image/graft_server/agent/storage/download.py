@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graft.artifacts.layout import split_s3_uri
-from graft.artifacts.manifest import ADAPTER_FILES, TOKENIZER_FILES, Effect, Manifest, ManifestFile
+from graft.artifacts.manifest import ADAPTER_FILES, Effect, Manifest, ManifestFile
 from graft.artifacts.sources import CONFIG_LIMITS
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact, read_manifest
@@ -26,17 +26,13 @@ from graft.contracts.agent import WantedAdapter
 
 from graft_server.agent.decisions.decide import OUR_NAME
 from graft_server.agent.decisions.reasons import AdapterError, AdapterReason
-from graft_server.agent.storage.adapterconfig import check_tokenizer_config, reduced_config
+from graft_server.agent.storage.adapterconfig import reduced_config
 from graft_server.agent.storage.folders import EFFECT_FILE, Folders, write
 from graft_server.agent.storage.objects import READ_BYTES, Objects, code_of, corrupted, explained, interrupted
 from graft_server.agent.storage.weights import check_weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-# The other files of a version are for people, or for engines that serve a whole model.
-NEEDED = ADAPTER_FILES | TOKENIZER_FILES
-OTHER_LIMIT = 64 * 1024 * 1024  # bytes; a tokenizer of 250,000 tokens has 20 MB
 PROGRESS_BYTES = 1024 * 1024
 RESUMES = 3  # limit of resumes in a row that transferred less than PROGRESS_BYTES
 PAUSE_SECONDS = (0.1, 0.4)  # before an interrupted transfer resumes
@@ -100,11 +96,11 @@ def inspect(open_store: Callable[[], Objects], adapter: WantedAdapter, max_rank:
             AdapterReason.RANK_TOO_HIGH,
             f"rank {manifest.rank} is above the deployment's limit {max_rank}: raise limits.maxLoraRank",
         )
-    files = tuple(file for file in manifest.files if file.name in NEEDED)
+    # The other files of a version are for people, and for programs that load it without Graft. Engines have the
+    # tokenizer of the base model.
+    files = tuple(file for file in manifest.files if file.name in ADAPTER_FILES)
     for file in files:
-        limit = {CONFIG: CONFIG_LIMITS.size, TOKENIZER_CONFIG: CONFIG_LIMITS.size, WEIGHTS: max_bytes}.get(
-            file.name, OTHER_LIMIT
-        )
+        limit = {CONFIG: CONFIG_LIMITS.size, WEIGHTS: max_bytes}[file.name]
         if file.size > limit:
             raise AdapterError(AdapterReason.TOO_LARGE, f"{file.name} has {file.size} bytes; the limit is {limit}")
     version = Version(adapter, bucket, prefix, manifest.rank, max_rank, files, manifest.effect)
@@ -238,8 +234,6 @@ def finish(folders: Folders, version: Version) -> None:
     folder = folders.partial(name)
     with _as_adapter_error(name):
         config = reduced_config((folder / CONFIG).read_bytes(), version.rank, version.max_rank)
-        if (folder / TOKENIZER_CONFIG).exists():
-            check_tokenizer_config((folder / TOKENIZER_CONFIG).read_bytes())
         check_weights(folder / WEIGHTS, version.max_rank)
         write(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
         if version.effect is not None:

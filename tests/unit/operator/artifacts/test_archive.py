@@ -72,10 +72,10 @@ def test_verify_accepts_compressed_weights_and_reports_wrong_ones(
     key = read_keys({"a.key": generate()})
     statement = Statement("shop", "support", "1.0.0", f"s3://{store.config.bucket}/{PREFIX}", digest)
     store.put(PREFIX + SIGNATURE, document(statement, sign(key, statement)))
-    assert check(store, "shop", "support", "1.0.0", key.public).endswith("every SHA-256 verified")
+    assert check(store, "shop", "support", "1.0.0", key.public).text.endswith("every SHA-256 verified")
     archive.compress(store, PREFIX, manifest, never)
     archive.drop_originals(store, PREFIX, manifest)
-    assert check(store, "shop", "support", "1.0.0", key.public).endswith("verified; the weights are compressed")
+    assert check(store, "shop", "support", "1.0.0", key.public).text.endswith("verified; the weights are compressed")
     store.put(COPY, lzma.compress(b"other weights"))
     with pytest.raises(CliFailure, match=r"NOT what was verified: adapter_model\.safetensors has 13 bytes"):
         check(store, "shop", "support", "1.0.0", key.public)

@@ -39,7 +39,7 @@ def test_four_methods_are_shown_side_by_side(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    assert main(["compare", *files, "-o", str(page)]) == 0
+    assert main(["compare", *files, "--page", str(page)]) == 0
     text = capsys.readouterr().out
     heads, *_ = text.splitlines()
     assert heads.split("  ")[-1].strip() == "Prompt tuning" and "LoRA r=8" in heads and "Full fine-tuning" in heads
@@ -60,7 +60,7 @@ def test_four_methods_are_shown_side_by_side(
 
 
 def test_json_has_the_numbers(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *files, "--json", "-o", str(tmp_path / "page.html")]) == 0
+    assert main(["compare", *files, "-o", "json", "--page", str(tmp_path / "page.html")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["reference"] == "Full fine-tuning"
     assert [run["method"] for run in found["runs"]] == list(METHODS)
@@ -150,7 +150,7 @@ def test_an_old_report_is_compared_by_the_fields_that_it_has(
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(old_document()))
     new.write_text(json.dumps(document()))
-    assert main(["compare", str(old), str(new), "-o", str(tmp_path / "page.html")]) == 0
+    assert main(["compare", str(old), str(new), "--page", str(tmp_path / "page.html")]) == 0
     text = capsys.readouterr().out
     assert "40 s (1.00×)" in text and "80 s (2.00×)" in text
     assert "—" in text  # old reports contain no measured memory
@@ -186,7 +186,7 @@ def test_the_page_of_a_job_is_not_overwritten(
     monkeypatch.chdir(tmp_path)
     Path("report.html").write_text("the page of a job")
     assert main(["compare", *files[:2]]) == 1
-    assert "-o" in capsys.readouterr().err
+    assert "--page" in capsys.readouterr().err
     assert Path("report.html").read_text() == "the page of a job"
 
 

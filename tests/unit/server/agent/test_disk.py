@@ -105,15 +105,17 @@ async def test_only_files_that_an_engine_needs_are_downloaded(tmp_path: Path) ->
     async with serving(tmp_path) as (pod, _, _):
         config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
         files = {"adapter_config.json": json.dumps(config).encode(), WEIGHTS: safetensors("a")}
-        a = pod.store.publish("a", files={**files, "report.html": b"<html>", "tokenizer.json": b"{}"})
+        a = pod.store.publish(
+            "a", files={**files, "report.html": b"<html>", "README.md": b"# a", "tokenizer.json": b"{}"}
+        )
         pod.want(a)
         await pod.state(a, "Loaded")
         there = {path.name for path in (pod.dir / a.engine_name).iterdir()}
-        assert there == {*files, "tokenizer.json", "manifest.digest"}
+        assert there == {*files, "manifest.digest"}
 
 
 def entries(**sizes: int) -> list[ManifestFile]:
-    names = {"config": "adapter_config.json", "weights": WEIGHTS, "tokenizer": "tokenizer.json"}
+    names = {"config": "adapter_config.json", "weights": WEIGHTS}
     return [ManifestFile(name=names[name], size=size, sha256="0" * 64) for name, size in sizes.items()]
 
 
@@ -122,7 +124,6 @@ def entries(**sizes: int) -> list[ManifestFile]:
     [
         ({"files": entries(config=10, weights=17 << 30)}, "TooLarge", "adapter_model.safetensors has"),
         ({"files": entries(config=2 * MIB, weights=10)}, "TooLarge", "adapter_config.json has"),
-        ({"files": entries(config=10, weights=10, tokenizer=65 * MIB)}, "TooLarge", "tokenizer.json has"),
         ({"rejected": ["accuracy 0.1 is below 0.5"]}, "NotServable", "rejected by its gates"),
         ({"method": "full"}, "ManifestInvalid", "model.safetensors"),
         ({"schema_version": 2}, "ManifestInvalid", "upgrade Graft"),

@@ -135,7 +135,7 @@ def test_each_method_lowers_the_loss_and_its_published_version_loads_again(
     if "qlora" not in method:  # its base model is quantized to 4 bits
         assert torch.allclose(before, logits(AUTO[task].from_pretrained(bases[task]), batch), atol=1e-4)
 
-    save(trained, "s3://bucket/models/tiny", tmp_path / "version")
+    save(trained, run.job.base_model, tmp_path / "version")
     manifest = describe(run, trained, Evaluated({}), {path.name: path for path in (tmp_path / "version").iterdir()})
     assert (manifest.task, manifest.method) == (task, method.split()[0])
     assert manifest.rank == (8 if "lora" in method else None)
@@ -182,7 +182,7 @@ def test_a_version_says_which_tokens_end_its_answers(tmp_path: Path, method: str
     run, _, trained = learn(tmp_path, base, "causal", {method: {}})
     eos, end = trained.tokenizer.convert_tokens_to_ids(["</s>", "<|system|>"])
     folder = tmp_path / "version"
-    save(trained, "s3://bucket/models/tiny", folder)
+    save(trained, run.job.base_model, folder)
     manifest = describe(run, trained, Evaluated({}), {path.name: path for path in folder.iterdir()})
     assert manifest.stop_token_ids == [eos, end]
     if method == "full":
@@ -201,13 +201,11 @@ def test_the_template_of_the_prompts_goes_with_the_version(tmp_path: Path, metho
     publish(run, train_prepared(run), Evaluated({}))
     manifest = Manifest.model_validate_json(store.kept[PREFIX + "manifest.json"])
     assert manifest.prompt_template == "Q: {instruction}\nA: "
-    assert (PREFIX + "chat_template.jinja" in store.kept) == (method == "full")
-    if method == "full":
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.chat_template = store.kept[PREFIX + "chat_template.jinja"].decode()
-        asked = [{"role": "user", "content": "And snow?"}]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        assert prompt == "Q: And snow?\nA: "
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = store.kept[PREFIX + "chat_template.jinja"].decode()
+    asked = [{"role": "user", "content": "And snow?"}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt == "Q: And snow?\nA: "
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -223,7 +221,7 @@ def test_biases_are_trained_published_and_left_out_of_the_baseline(
     plain = AUTO["causal"].from_pretrained(base, dtype=trained.model.dtype)
     with trained.base_model() as baseline:
         assert torch.allclose(logits(baseline, batch), logits(plain, batch), atol=1e-4)
-    save(trained, "s3://bucket/models/tiny", tmp_path / "version")
+    save(trained, run.job.base_model, tmp_path / "version")
     again = load_published(tmp_path / "version", base, "causal")
     learned = again.base_model.model.model.layers[0].self_attn.q_proj.bias
     assert not torch.allclose(learned, plain.model.layers[0].self_attn.q_proj.bias.float(), atol=1e-3)
@@ -241,8 +239,8 @@ def test_virtual_tokens_start_as_the_embeddings_of_the_init_text(bases: dict[str
 
 def test_a_published_prompt_contains_no_path_of_the_pod(bases: dict[str, Path], tmp_path: Path) -> None:
     method = METHODS["promptTuning from a text"]
-    _, _, trained = learn(tmp_path, bases["seq2seq"], "seq2seq", method, maxSteps=1)
-    save(trained, "s3://bucket/models/tiny", tmp_path / "version")
+    run, _, trained = learn(tmp_path, bases["seq2seq"], "seq2seq", method, maxSteps=1)
+    save(trained, run.job.base_model, tmp_path / "version")
     config = json.loads((tmp_path / "version/adapter_config.json").read_text())
     assert str(tmp_path) not in json.dumps(config)
     assert (config["peft_type"], config["num_virtual_tokens"], config["prompt_tuning_init"]) == (

@@ -83,9 +83,11 @@ def test_cat_is_the_exact_weighted_sum_for_all_ranks_modules_and_scales(
     ]
     assert manifest.composition == {"method": "cat", "majoritySign": "total", "seed": 0, "into": "adapter"}
     assert manifest.target_modules == ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
-    assert {item.name for item in manifest.files} == {"adapter_config.json", "adapter_model.safetensors"}
+    tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {item.name for item in manifest.files} == adapter | tokenizer | {"README.md"}
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == BASE and str(tmp_path) not in json.dumps(config)
+    assert config["base_model_name_or_path"] == "./tiny" and str(tmp_path) not in json.dumps(config)
     # The agent accepts it as well.
     assert agent_config((folder / "adapter_config.json").read_bytes(), manifest.rank, 64)["r"] == 20
     check_weights(folder / "adapter_model.safetensors", 64)

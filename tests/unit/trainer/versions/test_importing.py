@@ -85,7 +85,9 @@ def test_an_adapter_is_published_with_a_config_of_known_keys(
 
     folder = download(store, tmp_path / "result")
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert "surprise" not in config and config["base_model_name_or_path"] == BASE and config["inference_mode"] is True
+    assert (
+        "surprise" not in config and config["base_model_name_or_path"] == "./tiny" and config["inference_mode"] is True
+    )
     assert (folder / "adapter_model.safetensors").read_bytes() == (theirs / "adapter_model.safetensors").read_bytes()
     found, expected = deltas(base, folder), deltas(base, theirs)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -206,7 +208,9 @@ def test_a_full_model_is_imported(base: Path, store: MemoryStore, tmp_path: Path
     manifest = imported(tmp_path, store, theirs, method="full")
     assert (manifest.method, manifest.imported_from) == ("full", SOURCE)
     names = {item.name for item in manifest.files}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "README.md" not in names
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    card = store.kept["team-a/adapters/both/1.0.0/README.md"].decode()
+    assert "mine" not in card and f"imported it from `{SOURCE}`" in card
 
 
 def test_a_full_model_of_other_shapes_or_another_type_is_refused(

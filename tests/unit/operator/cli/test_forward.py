@@ -1,0 +1,178 @@
+"""Ports that are forwarded to Services, and versions that are pulled through them from a real S3 server."""
+
+import base64
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from graft.artifacts import archive, signing
+from graft.artifacts.layout import MANIFEST, SIGNATURE, s3_uri
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob, digest
+from graft.artifacts.signing import Statement
+from graft.artifacts.store import S3Store
+from graft.artifacts.versions import describe_files
+from graft.cli.failure import CliFailure
+from graft.cli.forward import ServiceAddress, reachable, service_of
+from graft.cli.pull import pull
+from graft.cli.reports import opened_store
+from worlds.buckets import empty_bucket, publish
+
+PREFIX = "shop/adapters/support/1.0.0/"
+KEYS = signing.read_keys({"a.key": signing.generate()})
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://graft-store.graft-system.svc:7070", ServiceAddress("graft-system", "graft-store", 7070)),
+        ("http://store.team.svc.cluster.local/x", ServiceAddress("team", "store", 80)),
+        ("https://store.team.svc", ServiceAddress("team", "store", 443)),
+        ("https://s3.eu-central-1.amazonaws.com", None),
+        ("http://10.0.0.1:9000", None),
+        ("", None),
+    ],
+)
+def test_the_service_that_a_url_names(url: str, expected: ServiceAddress | None) -> None:
+    assert service_of(url) == expected
+
+
+class Cluster:
+    """A cluster whose only Service is the store. It counts the connections to its pod."""
+
+    def __init__(self, store: S3Store, tls: bool = False) -> None:
+        self.store, self.tls = store, tls
+        self.opened: list[tuple[str, str, int]] = []
+
+    def secret(self, namespace: str, name: str) -> dict[str, str]:
+        config = self.store.config
+        data = {
+            "endpoint": f"http{'s' if self.tls else ''}://graft-store.graft-system.svc:7070",
+            "bucket": config.bucket,
+            "region": config.region,
+            "access-key-id": config.access_key_id,
+            "secret-access-key": config.secret_access_key,
+        }
+        return {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+
+    def pod_behind(self, namespace: str, service: str, port: int) -> tuple[str, int]:
+        assert (namespace, service, port) == ("graft-system", "graft-store", 7070)
+        return "graft-store-0", 7071
+
+    def connect(self, namespace: str, pod: str, port: int) -> socket.socket:
+        self.opened.append((namespace, pod, port))
+        address = urlsplit(self.store.config.endpoint)
+        assert address.hostname and address.port
+        return socket.create_connection((address.hostname, address.port))
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[S3Store]:
+    with empty_bucket() as store:
+        yield store
+
+
+@pytest.fixture
+def version(store: S3Store, tmp_path: Path) -> Manifest:
+    """A published and signed version with weights of 9 MB."""
+    for item in list(store.objects("shop/")):
+        store.delete(item.key)
+    files = {}
+    for name, data in {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": os.urandom(9 << 20),
+        "README.md": b"# x",
+    }.items():
+        files[name] = tmp_path / f"source-{name}"
+        files[name].write_bytes(data)
+    manifest = Manifest(
+        adapter="support", version="1.0.0", method="lora", recipe="r", hyperparameters={},
+        base_model=ManifestBaseModel(name="tiny", uri="s3://bucket/models/tiny"),
+        job=ManifestJob(name="j", namespace="shop", uid="u", attempt="0"),
+        files=describe_files(files), created_at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    publish(store, PREFIX, files, manifest)
+    sign(store)
+    return manifest
+
+
+def sign(store: S3Store) -> None:
+    statement = Statement(
+        "shop", "support", "1.0.0", s3_uri(store.config.bucket, PREFIX), digest(store.get(PREFIX + MANIFEST))
+    )
+    store.put(PREFIX + SIGNATURE, signing.document(statement, signing.sign(KEYS, statement)))
+
+
+def pulled(cluster: Cluster, folder: Path, trusted: dict[str, bytes] | None = None) -> Any:
+    with opened_store(cluster, "shop", None) as store:  # type: ignore[arg-type]
+        return pull(store, "shop", "support", "1.0.0", dict(KEYS.public) if trusted is None else trusted, folder)
+
+
+def test_a_version_is_pulled_through_a_forwarded_port(store: S3Store, version: Manifest, tmp_path: Path) -> None:
+    cluster = Cluster(store)
+    done = pulled(cluster, tmp_path / "support")
+    assert set(cluster.opened) == {("graft-system", "graft-store-0", 7071)}
+    assert {path.name for path in (tmp_path / "support").iterdir()} == {
+        *(file.name for file in version.files),
+        MANIFEST,
+        SIGNATURE,
+    }
+    assert (tmp_path / "support/adapter_model.safetensors").stat().st_size == 9 << 20
+    assert done.verified.key_id == KEYS.key_id and f"folder: {tmp_path / 'support'}" in done.text
+    with pytest.raises(CliFailure, match="exists"):
+        pulled(cluster, tmp_path / "support")
+
+
+def test_compressed_weights_are_decompressed(store: S3Store, version: Manifest, tmp_path: Path) -> None:
+    expected = store.get(PREFIX + "adapter_model.safetensors", most=10 << 20)
+    archive.compress(store, PREFIX, version, lambda: False)
+    archive.drop_originals(store, PREFIX, version)
+    pulled(Cluster(store), tmp_path / "support")
+    assert (tmp_path / "support/adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("change", ["weights", "longer", "manifest", "signature", "key", "missing"])
+def test_a_version_that_is_not_what_was_signed_leaves_no_folder(
+    store: S3Store, version: Manifest, tmp_path: Path, change: str
+) -> None:
+    match change:
+        case "weights":
+            store.put(PREFIX + "README.md", b"# y")
+        case "longer":
+            store.put(PREFIX + "README.md", b"# xx")
+        case "manifest":
+            store.put(PREFIX + MANIFEST, store.get(PREFIX + MANIFEST) + b" ")
+        case "signature":
+            store.put(PREFIX + SIGNATURE, b"{}")
+        case "missing":
+            store.delete(PREFIX + "README.md")
+    with pytest.raises(CliFailure) as caught:
+        pulled(Cluster(store), tmp_path / "support", {} if change == "key" else None)
+    assert "support 1.0.0 in shop" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("support")] == []
+
+
+def test_no_port_is_forwarded_to_a_store_that_uses_tls(store: S3Store) -> None:
+    with pytest.raises(CliFailure, match="because it uses TLS"), opened_store(Cluster(store, tls=True), "shop", None):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_url_that_is_reachable_is_used_as_it_is(store: S3Store) -> None:
+    cluster = Cluster(store)
+    for url in ("http://10.0.0.1:9000", "https://s3.example.com"):
+        with reachable(cluster, url) as found:  # type: ignore[arg-type]
+            assert found == url
+    assert cluster.opened == []
+
+
+def test_connections_end_with_the_command(store: S3Store) -> None:
+    cluster = Cluster(store)
+    with reachable(cluster, "http://graft-store.graft-system.svc:7070") as url:  # type: ignore[arg-type]
+        address = urlsplit(url)
+        assert address.port
+        socket.create_connection(("127.0.0.1", address.port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", address.port))

@@ -114,6 +114,7 @@ def build(
     with locked("images"):
         if exists(tag) and label(tag, "graft.inputs") == inputs:
             return tag
+        before = _image_id(tag)
         log = LOGS / f"image-{tag.rpartition('/')[2].replace(':', '-')}.log"
         log.unlink(missing_ok=True)
         cache = CACHE / "uv"
@@ -128,6 +129,9 @@ def build(
             command += ["--build-arg", f"{name}={value}"]
         with step(f"building {tag}"):
             run([*command, REPOSITORY], log, f"building {tag}")
+        if before and before != _image_id(tag):
+            # Otherwise each change of the code leaves layers on the disk. If another image needs it, buildah refuses.
+            output(["buildah", "rmi", before], check=False)
         return tag
 
 

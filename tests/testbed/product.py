@@ -19,6 +19,7 @@ def build() -> None:
     packages.install(packages.NODE)
     base = images.pinned(BASE_IMAGE or images.build_base())
     given = {"BASE_IMAGE": base}
+    learning = given | {"GPU": "0"}  # the testbed's node has none
     code = ("operator/graft",)
     images.build(
         TAGS["operator"],
@@ -34,16 +35,16 @@ def build() -> None:
     images.build(
         TAGS["ml"],
         "trainer-image/Dockerfile",
-        ("requirements/ml.txt", "requirements/uv.txt"),
+        ("requirements/ml.txt", "requirements/uv.txt", "requirements/gpu-only.txt"),
         base=base,
         target="ml",
-        arguments=given,
+        arguments=learning,
     )
     ml = images.pinned(TAGS["ml"])
     images.build(
         TAGS["trainer"], "trainer-image/Dockerfile",
-        ("requirements/trainer.txt", "requirements/uv.txt", *code, "trainer-image/graft_trainer"),
-        base=ml, target="trainer", arguments=given | {"COMPILER": ""},
+        ("requirements/trainer.txt", "requirements/uv.txt", "requirements/gpu-only.txt", *code, "trainer-image/graft_trainer"),
+        base=ml, target="trainer", arguments=learning | {"COMPILER": ""},
     )  # fmt: skip
     images.build(
         TAGS["engine"],

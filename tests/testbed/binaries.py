@@ -4,6 +4,7 @@ Each is built from a Go module once and kept in the cache folder.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,21 @@ SOURCES = {
     ),
     "kwok": ("kwok", "sigs.k8s.io/kwok/cmd/kwok"),
 }
+HELM = "v4.0.5"
+_VERSION = "k8s.io/component-base/version"
+_NUMBERS = ("chart/common.k8sVersion", "chart/v2/lint/rules.k8sVersion")
+# name -> symbols that the linker sets. A program that is built as a dependency does not know its version.
+STAMPS = {
+    "helm": {
+        "helm.sh/helm/v4/internal/version.version": HELM,
+        "helm.sh/helm/v4/internal/version.kubeClientVersionMajor": "1",
+        "helm.sh/helm/v4/internal/version.kubeClientVersionMinor": "34",
+        # `helm template` and `helm lint` take this version for the cluster's.
+        **{f"helm.sh/helm/v4/pkg/{name}Major": "1" for name in _NUMBERS},
+        **{f"helm.sh/helm/v4/pkg/{name}Minor": "34" for name in _NUMBERS},
+    },
+}
+KUBE_STAMPS = {f"{_VERSION}.gitVersion": KUBERNETES, f"{_VERSION}.gitMajor": "1", f"{_VERSION}.gitMinor": "34"}
 LINKS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")
 
 
@@ -35,8 +51,9 @@ def _go() -> str:
     return found
 
 
-def _key(module: str) -> str:
+def _key(module: str, stamps: dict[str, str]) -> str:
     hasher = hashlib.sha256(KUBERNETES.encode())
+    hasher.update(json.dumps(stamps).encode() if stamps else b"")
     for path in sorted((GO / module).rglob("*")):
         if path.is_file():
             hasher.update(path.relative_to(GO).as_posix().encode() + path.read_bytes())
@@ -48,7 +65,7 @@ def binary(name: str) -> Path:
     link = name if name in LINKS else None
     source = "kube" if link else name
     module, package = SOURCES[source]
-    folder = CACHE / "bin" / f"{module}-{_key(module)}"
+    folder = CACHE / "bin" / f"{module}-{_key(module, STAMPS.get(source, {}))}"
     path = folder / source
     if not path.exists():
         with locked(f"build-{module}"):
@@ -69,8 +86,8 @@ def _build(name: str, module: str, package: str, path: Path) -> None:
     log = CACHE / "logs" / f"build-{name}.log"
     log.unlink(missing_ok=True)
     say(f"    building {name} (log: {log}). The first build of kube takes about 10 minutes on two cores.")
-    version = "k8s.io/component-base/version"
-    flags = f"-s -w -X {version}.gitVersion={KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor=34"
+    stamps = KUBE_STAMPS | STAMPS.get(name, {})
+    flags = " ".join(["-s -w", *(f"-X {symbol}={value}" for symbol, value in stamps.items())])
     partial = path.with_name(f"{name}.partial")
     run(
         [_go(), "build", "-v", "-trimpath", "-buildvcs=false", "-ldflags", flags, "-o", partial, package],

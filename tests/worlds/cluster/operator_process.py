@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 from graft.api.meta import GPU
-from testbed.binaries import KUBERNETES, binary
+from testbed.binaries import binary
 from testbed.controlplane import ControlPlane, free_port
 from testbed.objectstore import S3Server
 from testbed.shell import REPOSITORY, output, tail, wait_for
@@ -127,7 +127,6 @@ SETTINGS = {
 def from_chart(kinds: Collection[str], **values: str) -> list[Object]:
     """Return the chart's objects of some kinds, without those of hooks. `values`: path with __ instead of dots -> value."""
     chart = REPOSITORY / "charts/graft"
-    # --kube-version: without a cluster, helm uses the Kubernetes version that was set at its build. Our build sets none.
     options = [f"--set={path.replace('__', '.')}={value}" for path, value in values.items()]
     command = [
         binary("helm"),
@@ -136,8 +135,6 @@ def from_chart(kinds: Collection[str], **values: str) -> list[Object]:
         chart,
         "--namespace",
         SYSTEM,
-        "--kube-version",
-        KUBERNETES,
         *options,
     ]
     rendered = output(command)

@@ -78,7 +78,8 @@ bench-serve: venv binaries ## compare serving with its references; results are r
 	PYTHONPATH=tests $(PY) -m benchmarks.serve
 
 bench-operator: binaries ## compare the operator with a bare client and with one LIST; goals are in build/bench/operator.json (QUICK=1)
-	PYTHONPATH=tests $(PY) -m benchmarks.operator $(if $(QUICK),--quick)
+	@tests/venv.sh $(LIGHT) requirements/operator.txt
+	OPERATOR_PYTHON=$(LIGHT)/bin/python PYTHONPATH=tests $(PY) -m benchmarks.operator $(if $(QUICK),--quick)
 
 soak: SOAK_MINUTES ?= 60
 soak: binaries ## churn for an hour, and check that memory, connections, watches and the time to a Job stay flat (SOAK_MINUTES=5)

@@ -13,7 +13,7 @@ from benchmarks.train.results import show
 
 PARTS = ("burst", "kept", "isolation")
 QUICK = {"rounds": 1, "jobs": 60, "kept": 1000, "lives": 10, "idle": 10}
-WHOLE = {"rounds": 5, "jobs": 400, "kept": 10_000, "lives": 1000, "idle": 60}
+WHOLE = {"rounds": 5, "jobs": 400, "kept": 10_000, "lives": 200, "idle": 60}
 TEXTS = {
     "rounds": "rounds of each comparison",
     "jobs": "jobs of one burst",
@@ -38,7 +38,7 @@ def main() -> int:
     options = {name: getattr(arguments, name) or size for name, size in sizes.items()}
     began, goals = time.monotonic(), list[Goal]()
     for part in arguments.parts or PARTS:
-        print(f"==> {part}", flush=True)
+        print(f"==> {part} (after {time.monotonic() - began:.0f} s)", flush=True)
         goals += importlib.import_module(f"benchmarks.operator.{part}").measure(options)
         save(goals, options, began)  # what was measured so far is kept if a later part fails
     show("operator", [(goal.name, goal.line()) for goal in goals])

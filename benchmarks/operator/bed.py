@@ -188,13 +188,15 @@ class BenchTenant(Tenant):
 @contextmanager
 def bed(nodes: int = 2) -> Iterator[Bed]:
     """Start a cluster, a store and the operator. Stop and delete them afterwards."""
-    with control_plane(audited=True) as plane, s3_server() as s3:
+    with control_plane(audited=True) as plane, s3_server(keep_alive=True) as s3:
         add_nodes(plane, nodes)
         plane.kubectl("apply", "-f", str(REPOSITORY / "crds"))
         plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(REPOSITORY / "crds"))
         api = Api(plane.server, plane.state / "pki")
         operator = new_operator(plane.state, install_rights(plane, api), s3)
         operator.environment = {}  # as in a pod
+        # With the packages of its image. The tests have more, and some of them cost the operator's start a second.
+        operator.python = os.environ.get("OPERATOR_PYTHON", sys.executable)
         operator.start()
         found = Bed(plane, api, s3, operator, Audit(plane.audit_log))
         try:

@@ -15,7 +15,7 @@ from testbed.shell import tail, wait_for
 from benchmarks.operator.bed import Bed, Cost, bed, counts, module
 from benchmarks.operator.copies import fill
 from benchmarks.operator.goals import Goal
-from benchmarks.operator.lives import LIVES, batch
+from benchmarks.operator.lives import LIVES, VERSIONS, batch
 from benchmarks.operator.wire import Arrivals, Wire
 
 FEW = 100  # kept jobs of the small cluster
@@ -35,7 +35,7 @@ def measure(options: dict[str, int]) -> list[Goal]:
         batch(small, 0, 1)
         for made, number in ((small, FEW), (large, options["kept"])):
             made.operator.stop()
-            fill(made, number)
+            fill(made, number, max(number // VERSIONS, 1))
         small.operator.start()
         _say(f"{options['kept']} kept jobs")
         goals += _restarts(large, options["rounds"])
@@ -124,7 +124,6 @@ def _restart(made: Bed, number: int) -> dict[str, float]:
             return healthy, seen[0] if seen else time.monotonic()
 
     healthy, seen = asyncio.run(run())
-    made.delete_job(LIVES, f"meanwhile-{number}")
     converged = made.settled(GAP, reads=True) - began
     requests = made.audit.take()
     now, most = made.cost.memory()
@@ -133,6 +132,8 @@ def _restart(made: Bed, number: int) -> dict[str, float]:
         "reads": sum(not one.writes for one in requests), "writes": sum(one.writes for one in requests),
         "memory": now, "peak": most, "cpu": made.cost.cpu(),
     }  # fmt: skip
+    made.delete_job(LIVES, f"meanwhile-{number}")  # the garbage collector's time is not the operator's
+    made.settled(GAP, reads=True)
     _say("restart: " + ", ".join(f"{what} {value:.1f}" for what, value in found.items()))
     return found
 

@@ -25,6 +25,7 @@ class S3Server:
     port: int
     access_key: str
     secret_key: str
+    keep_alive: bool = False  # whether connections stay open after an answer, as those of S3 do
 
     @property
     def endpoint(self) -> str:
@@ -41,7 +42,7 @@ class S3Server:
         self.processes.start(
             "versitygw",
             [binary("versitygw"), "--port", f"127.0.0.1:{self.port}", "--health", "/health", "--quiet", "--iam-dir",
-             self.state / "iam", "posix", "--sidecar", self.state / "sidecar", self.state / "data"],
+             self.state / "iam", *(["--keep-alive"] if self.keep_alive else []), "posix", "--sidecar", self.state / "sidecar", self.state / "data"],
             env={"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key},
         )  # fmt: skip
         wait_for(self._answers, 20, "the S3 server answers", lambda: tail(self.state / "logs/versitygw.log"))
@@ -83,10 +84,10 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
+def s3_server(*, keep_alive: bool = False) -> Iterator[S3Server]:
     """Run a server with its own folder during the block. Delete both afterwards."""
     state = Path(tempfile.mkdtemp(prefix="graft-s3-"))
-    server = S3Server(state, free_port(), "root", secrets.token_hex(16))
+    server = S3Server(state, free_port(), "root", secrets.token_hex(16), keep_alive)
     try:
         server.start()
         yield server

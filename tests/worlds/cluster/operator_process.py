@@ -37,6 +37,7 @@ class OperatorProcess:
     secret_dir: Path
     health_port: int = field(default_factory=free_port)
     metrics_port: int = field(default_factory=free_port)
+    python: str = sys.executable
     process: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"GRAFT_KEYS_SECONDS": "1"})
     settings: Object = field(default_factory=lambda: SETTINGS)
@@ -55,7 +56,7 @@ class OperatorProcess:
         assert self.process is None
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "graft"],
+                [self.python, "-m", "graft"],
                 env=os.environ | self.variables(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
 

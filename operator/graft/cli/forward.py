@@ -1,9 +1,14 @@
-"""Forward a local port to a Service through the API server, with the user's kubeconfig, as `kubectl port-forward` does."""
+"""Forward a local port to a Service through the API server, with the user's kubeconfig, as `kubectl port-forward` does.
+
+The protocol is v4.channel.k8s.io: the first byte of a frame is its channel, 0 for data and 1 for an error. The first frame of
+each channel has the number of the port.
+"""
 
 import re
 import selectors
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +20,14 @@ from urllib.parse import urlsplit
 from graft.cli.failure import CliFailure
 
 if TYPE_CHECKING:
+    from websocket import WebSocket
+
     from graft.cli.cluster import Cluster
 
 SERVICE = re.compile(r"([a-z0-9-]+)\.([a-z0-9-]+)\.svc(?:\.[a-z0-9.-]+)?")
 PORTS = {"http": 80, "https": 443}
-PIECE = 256 * 1024  # bytes
+PIECE = 64 * 1024  # bytes
+DATA = b"\0"  # the channel
 
 
 @dataclass(frozen=True)
@@ -87,18 +95,40 @@ class _Connection(socketserver.BaseRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        with closing(self.server.open()) as far, suppress(OSError):
+        with closing(self.server.open()) as far:
             pump(self.request, far)
 
 
-def pump(near: socket.socket, far: Any) -> None:
-    """Copy bytes in both directions until one end closes the connection."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(near, selectors.EVENT_READ, far)
-        selector.register(far, selectors.EVENT_READ, near)
+def pump(near: socket.socket, far: "WebSocket") -> None:
+    """Copy bytes in both directions until one end closes the connection. No piece is read before the last one is written, so a
+    fast sender waits for a slow reader. Raises CliFailure if the pod refuses the connection."""
+    from websocket import ABNF, WebSocketException
+
+    begun, sock = set[int](), far.sock
+    if sock is None:
+        return
+    with selectors.DefaultSelector() as selector, suppress(OSError, WebSocketException):
+        selector.register(near, selectors.EVENT_READ)
+        selector.register(sock, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
-                data = key.fileobj.recv(PIECE)  # type: ignore[union-attr]
+            ready = {key.fileobj for key, _ in selector.select()}
+            if near in ready:
+                data = near.recv(PIECE)
                 if not data:
                     return
-                key.data.sendall(data)
+                far.send(DATA + data, ABNF.OPCODE_BINARY)
+            while sock in ready:
+                opcode, frame = far.recv_data_frame(True)
+                if opcode == ABNF.OPCODE_CLOSE:
+                    return
+                if opcode == ABNF.OPCODE_BINARY and frame.data:
+                    channel, data = frame.data[0], frame.data[1:]
+                    if channel not in begun:
+                        begun.add(channel)
+                    elif channel != DATA[0]:
+                        raise CliFailure(data.decode(errors="replace"), "Check the pods of the Service.")
+                    else:
+                        near.sendall(data)
+                # TLS may have decrypted more than one frame, which the selector does not see.
+                if not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+                    break

@@ -3,8 +3,10 @@
 import base64
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,9 +18,10 @@ from graft.artifacts.signing import Statement
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files
 from graft.cli.failure import CliFailure
-from graft.cli.forward import ServiceAddress, reachable, service_of
+from graft.cli.forward import ServiceAddress, pump, reachable, service_of
 from graft.cli.pull import pull
 from graft.cli.reports import opened_store
+from websocket import ABNF
 from worlds.buckets import empty_bucket, publish
 
 PREFIX = "shop/adapters/support/1.0.0/"
@@ -62,11 +65,31 @@ class Cluster:
         assert (namespace, service, port) == ("graft-system", "graft-store", 7070)
         return "graft-store-0", 7071
 
-    def connect(self, namespace: str, pod: str, port: int) -> socket.socket:
+    def connect(self, namespace: str, pod: str, port: int) -> "Far":
         self.opened.append((namespace, pod, port))
         address = urlsplit(self.store.config.endpoint)
         assert address.hostname and address.port
-        return socket.create_connection((address.hostname, address.port))
+        return Far(socket.create_connection((address.hostname, address.port)), port)
+
+
+class Far:
+    """A connection to a pod as the API server gives it: data in frames with a channel, after the number of the port."""
+
+    def __init__(self, sock: socket.socket, port: int, refused: bytes = b"") -> None:
+        self.sock = sock
+        begin = struct.pack("<H", port)
+        self._first = [b"\0" + begin, b"\1" + begin, *([b"\1" + refused] if refused else [])]
+
+    def recv_data_frame(self, control: bool) -> tuple[int, SimpleNamespace]:
+        data = self._first.pop(0) if self._first else b"\0" + self.sock.recv(30_000)
+        return ABNF.OPCODE_CLOSE if data == b"\0" else ABNF.OPCODE_BINARY, SimpleNamespace(data=data)
+
+    def send(self, data: bytes, opcode: int) -> None:
+        assert opcode == ABNF.OPCODE_BINARY and data[0] == 0
+        self.sock.sendall(data[1:])
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +181,15 @@ def test_a_version_that_is_not_what_was_signed_leaves_no_folder(
 def test_no_port_is_forwarded_to_a_store_that_uses_tls(store: S3Store) -> None:
     with pytest.raises(CliFailure, match="because it uses TLS"), opened_store(Cluster(store, tls=True), "shop", None):  # type: ignore[arg-type]
         pass
+
+
+def test_a_port_that_the_pod_refuses_is_reported() -> None:
+    near, client = socket.socketpair()
+    far, server = socket.socketpair()
+    with near, client, far, server:
+        server.sendall(b"x")  # readable, as a frame would be
+        with pytest.raises(CliFailure, match="connection refused"):
+            pump(near, Far(far, 7071, b"dial tcp4 127.0.0.1:7071: connection refused"))  # type: ignore[arg-type]
 
 
 def test_a_url_that_is_reachable_is_used_as_it_is(store: S3Store) -> None:

@@ -94,6 +94,7 @@ async def _start_operator() -> None:
     operator.ctx, operator.cache = ctx, cache
     operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
     ctx.wake = _wake_known
+    _show_health(cache, operator.queue)
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
     if election is None:
         metrics.LEADER.set(1)
@@ -107,6 +108,17 @@ async def _start_operator() -> None:
         await asyncio.wait_for(cache.synced(), LISTED_AFTER)
     except TimeoutError:
         log.warning("not everything is listed after %.0f s, the operator continues: %s", LISTED_AFTER, cache.missing())
+
+
+def _show_health(cache: Cache, queue: Queue) -> None:
+    """Let the metrics show whether the queue, the watches and the tasks keep up. The metrics' server reads them in a thread
+    of its own."""
+    loop = asyncio.get_running_loop()
+    metrics.QUEUE_LENGTH.set_function(lambda: len(queue.waiting()))
+    metrics.QUEUE_AGE.set_function(lambda: max(queue.waiting(), default=0.0))
+    metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
+    for key in cache.ages():
+        metrics.WATCH_AGE.labels(key).set_function(lambda key=key: cache.ages()[key])
 
 
 async def _candidate(config: Settings) -> Election | None:

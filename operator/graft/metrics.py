@@ -14,3 +14,9 @@ LEADER = Gauge("graft_leader", "1 if this operator holds the Lease, or if there 
 LIFECYCLE = Counter("graft_adapter_lifecycle_total", "Versions that were archived, restored or pruned.", ["action"])
 WATCH_EVENTS = Counter("graft_watch_events_total", "Watch events, by kind of object.", ["kind"])
 WATCH_RESTARTS = Counter("graft_watch_restarts_total", "Watches that ended with an error.", ["kind"])
+WATCH_AGE = Gauge(
+    "graft_watch_age_seconds", "Seconds since the API server last answered the watch of a kind.", ["kind"]
+)
+QUEUE_LENGTH = Gauge("graft_queue_length", "Resources that wait for their reconcile.")
+QUEUE_AGE = Gauge("graft_queue_age_seconds", "Seconds for which the resource that waits longest has waited.")
+TASKS = Gauge("graft_asyncio_tasks", "Tasks of the operator's event loop.")

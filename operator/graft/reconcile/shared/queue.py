@@ -51,6 +51,7 @@ class Queue:
         self._resync = resync
         self._known: dict[Group, set[str]] = {}
         self._returning, self._now, self._later = Lane(), Lane(), Lane()
+        self._since: dict[Key, float] = {}  # when each waiting resource began to wait (time.monotonic)
         self._again: dict[Key, bool] = {}  # woken while it is reconciled -> whether that can wait
         self._failures: dict[Key, int] = {}  # in sequence
         self._not_before: dict[Key, float] = {}  # of failing resources: events must not cause a hot loop
@@ -74,6 +75,11 @@ class Queue:
         """Return the keys of the resources of a kind that are reconciled."""
         groups = [(kind, namespace)] if namespace is not None else [group for group in self._known if group[0] == kind]
         return [(*group, name) for group in groups for name in self._known.get(group, ())]
+
+    def waiting(self) -> list[float]:
+        """Return for how many seconds each resource has waited for its reconcile. Any thread may call this."""
+        now = time.monotonic()
+        return [now - since for since in list(self._since.values())]
 
     def wake(self, kind: str, namespace: str, name: str, *, later: bool = False) -> None:
         """Reconcile a resource soon. `later`: nobody waits for it, so what users have changed runs first."""
@@ -101,7 +107,7 @@ class Queue:
         metrics.RESOURCES.labels(kind).dec()
         self._now.discard(key)
         self._later.discard(key)
-        for state in (self._again, self._failures, self._not_before, self._due, self.busy):
+        for state in (self._again, self._failures, self._not_before, self._due, self._since, self.busy):
             state.pop(key, None)
         if key in self._tasks:
             self._tasks[key].cancel()
@@ -110,6 +116,7 @@ class Queue:
         """Stop all reconciles. Nothing is reconciled afterwards."""
         self._known.clear()
         self._now, self._later = Lane(), Lane()
+        self._since.clear()
         self._again.clear()
         self._due.clear()
         if self._alarm is not None:
@@ -122,6 +129,7 @@ class Queue:
     def _ready(self, key: Key, later: bool) -> None:
         """Let a resource wait for a place."""
         self._due.pop(key, None)
+        self._since.setdefault(key, time.monotonic())
         if later and key not in self._now:
             self._later.add(key)
         else:
@@ -206,6 +214,7 @@ class Queue:
             await asyncio.shield(grant)  # parallel parts of a reconcile may wait for it
 
     def _begin(self, key: Key) -> None:
+        self._since.pop(key, None)
         place = self._places[key] = Place(lambda: self._leave(key), lambda: self._come_back(key))
         task = self._tasks[key] = asyncio.create_task(self._work(key, place), name="/".join(key))
         # Unlike a block `finally`, this runs even if the task is cancelled before it starts.

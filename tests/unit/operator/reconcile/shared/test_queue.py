@@ -192,3 +192,20 @@ async def test_timers_of_resources_that_events_wake_do_not_add_up() -> None:
         assert len(queue._timers) < 100
     finally:
         await queue.stop()
+
+
+async def test_the_queue_shows_how_long_resources_wait() -> None:
+    gate = Gate()
+    queue = Queue({"Adapter": gate})
+    try:
+        for number in range(EACH + 2):
+            queue.wake("Adapter", "shop", f"support-{number}")
+        await turn()
+        assert len(queue.waiting()) == 2 and min(queue.waiting()) >= 0
+        queue.forget("Adapter", "shop", f"support-{EACH}")
+        assert len(queue.waiting()) == 1
+        gate.open.set()
+        await turn()
+        assert queue.waiting() == []
+    finally:
+        await queue.stop()

@@ -162,12 +162,8 @@ class Bed:
     @contextmanager
     def hanging_store(self) -> Iterator[None]:
         """Stop the store's process during the block: connections stay open, and nothing answers."""
-        pid = int(json.loads((self.s3.state / "processes.json").read_text())["versitygw"]["pid"])
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with self.s3.silent():
             yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
 
 class BenchTenant(Tenant):
@@ -183,6 +179,16 @@ class BenchTenant(Tenant):
         if found is None:
             found = self.__dict__["_store"] = super().tenant_store()
         return found
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process during the block: its connections stay open, and it does not answer."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

@@ -1,17 +1,19 @@
 """Churn for a long time, and check that nothing grows: `python -m benchmarks.operator.soak --minutes 60`.
 
-Users create, change and delete jobs and deployments beside 1,000 kept jobs. In the first half the operator is killed
-again and again, and all the time it is cut off from the cluster now and then. Its memory, its file descriptors and the
-age of its watches are sampled every few seconds, and the time from the creation of a job to its Job at each job. A line
-is fitted to the samples of the second half, in which the operator is not killed. Its rise must stay below a bound. The
-result is build/bench/soak.json.
+Users create, change and delete jobs and deployments beside 1,000 kept jobs. During the warm-up, the first third, the
+operator is killed again and again. Later, and until the end, the operator, the API server or the store does not answer
+for some seconds, one after the other. The operator's own metrics are sampled every few seconds, and the time from the
+creation of a job to its Job at each job.
+
+The samples after the warm-up, all of one process, are judged in blocks. A block's value is its median, so short peaks
+do not count. The growth is the slope of Theil and Sen over the blocks times the judged time. The upper end of its 95 %
+interval must stay below a bound: so a leak fails the run, and so does noise that could hide one. The result is
+build/bench/soak.json.
 """
 
 import argparse
-import json
 import os
 import random
-import signal
 import statistics
 import sys
 import threading
@@ -19,12 +21,13 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import AbstractContextManager
 
+from scipy.stats import theilslopes
 from testbed.shell import Failed, meanwhile, tail
 from worlds.cluster.fleet import Fleet
 
-from benchmarks.operator.bed import Bed, bed
+from benchmarks.operator.bed import Bed, bed, stopped
 from benchmarks.operator.copies import fill
 from benchmarks.operator.goals import Goal, verdicts
 from benchmarks.operator.lives import LIVES, batch, play
@@ -32,11 +35,24 @@ from benchmarks.train.results import show, write
 
 KEPT = 1000  # jobs
 CHURNING = 4  # users at the same time
+THINKING = 1.0  # seconds between two actions of a user
 EVERY = 2.0  # seconds between two samples
-CUT = (5.0, 20.0)  # seconds for which the operator is cut off
-SETTLING = 60.0  # seconds of the second half at most that are not judged: caches fill
+SILENCE = (5.0, 15.0)  # seconds for which a part does not answer
+PAUSE = 30.0  # seconds between two silences
 SEED = 7
-WATCH_AGE, START = 150.0, 60.0  # seconds; bookmarks come about every minute
+BLOCKS = 20  # of the judged time
+FEWEST = 8  # blocks with samples
+# name of the metric -> what is shown, and by how much its blocks may grow: a share of their median, or an amount.
+GROWTH = {
+    "process_resident_memory_bytes": ("memory, MiB", 0.08, 0.0),
+    "process_open_fds": ("file descriptors", 0.1, 5.0),
+    "graft_asyncio_tasks": ("tasks", 0.1, 10.0),
+    "graft_watch_age_seconds": ("watch age, s", 0.0, 60.0),
+    "graft_queue_age_seconds": ("queue age, s", 0.0, 2.0),
+}
+MIB = 2**20
+# Seconds. Bookmarks come about every minute. A silent store may hold a reconcile until its deadline.
+MOST = {"watch age, s": 150.0, "queue age, s": 60.0, "create to Job, s": 60.0}
 
 
 class Samples:
@@ -48,36 +64,40 @@ class Samples:
         self.began = time.monotonic()
 
     def take(self) -> None:
-        """Take one sample, unless the operator is down."""
-        process = self._made.operator.process
-        if process is None:
-            return
+        """Take one sample, unless the operator does not answer."""
+        port = self._made.operator.metrics_port
         try:
-            values = {
-                "memory, MiB": self._made.cost.memory()[0],
-                "file descriptors": float(sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())),
-                "watch age, s": max(self._ages().values(), default=0.0),
-            }
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                lines = answer.read().decode().splitlines()
         except OSError:
-            return  # it was killed meanwhile, it is cut off, or its probe fails
-        for what, value in values.items():
-            self.add(what, value)
-
-    def _ages(self) -> dict[str, float]:
-        """Return the ages of the watches, from the operator's probe: kind -> seconds since the last sign of life."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._made.operator.health_port}/healthz", timeout=5) as answer:
-            return dict(json.load(answer)["watches"])
+            return  # it was killed, or it is stopped
+        values = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+        for metric, (what, _, _) in GROWTH.items():
+            found = [float(value) for name, _, value in values if name.partition("{")[0] == metric]
+            self.add(what, max(found) / (MIB if metric.endswith("_bytes") else 1))
 
     def add(self, what: str, value: float) -> None:
         self.found.setdefault(what, []).append((time.monotonic() - self.began, value))
 
-    def growth(self, what: str, since: float) -> tuple[float, float]:
-        """Return by how much the fitted line rises from `since` to the end, and the median."""
-        samples = [(at, value) for at, value in self.found.get(what, []) if at >= since]
-        if len(samples) < 3:
-            raise Failed(f"only {len(samples)} samples of {what}")
-        slope = statistics.linear_regression(*zip(*samples, strict=True)).slope
-        return slope * (samples[-1][0] - since), statistics.median(value for _, value in samples)
+    def since(self, what: str, began: float) -> list[tuple[float, float]]:
+        return [(at, value) for at, value in self.found.get(what, []) if at >= began]
+
+
+def growth(samples: list[tuple[float, float]], began: float, ended: float) -> tuple[float, float, float, float]:
+    """Return the growth from `began` to `ended` with the ends of its 95 % interval, and the median of all blocks.
+
+    A block has the median of its samples. Raises Failed if too few blocks have samples.
+    """
+    width = (ended - began) / BLOCKS
+    blocks: dict[int, list[float]] = {}
+    for at, value in samples:
+        blocks.setdefault(int((at - began) // width), []).append(value)
+    if len(blocks) < FEWEST:
+        raise Failed(f"only {len(blocks)} of {BLOCKS} parts of the judged time have samples: the soak was too short")
+    values = [statistics.median(values) for _, values in sorted(blocks.items())]
+    slope, _, low, high = theilslopes(values, [width * (number + 0.5) for number in sorted(blocks)], 0.95)
+    span = ended - began
+    return float(slope) * span, float(low) * span, float(high) * span, statistics.median(values)
 
 
 class Churn:
@@ -98,7 +118,8 @@ class Churn:
             count += 1
             action = chance.choice(actions)
             action(f"{tenant.name}/job-{count}")
-            self.done[action.__name__.strip("_")] = self.done.get(action.__name__.strip("_"), 0) + 1
+            self._count(action.__name__.strip("_"))
+            self.over.wait(THINKING)
 
     def _queued(self, key: str) -> None:
         """A job that waits for a queue, and is deleted."""
@@ -145,32 +166,42 @@ class Churn:
         job = f"kept-{self._chance.randrange(KEPT - 1):05d}"
         self.made.api.patch("FineTuneJob", LIVES, job, {"metadata": {"annotations": {"note": key}}})
 
-    def storms(self, minutes: float) -> None:
-        """Kill the operator in the first half, and cut it off all the time. Return at the end."""
-        began, half = time.monotonic(), minutes * 30
-        while (passed := time.monotonic() - began) < 2 * half:
-            if passed < half and self._chance.random() < 0.5:
-                self.made.operator.kill9()
-                self.made.operator.start()
-                self.done["kills"] = self.done.get("kills", 0) + 1
-            else:
-                self._cut_off(self._chance.uniform(*CUT))
-                self.done["cuts"] = self.done.get("cuts", 0) + 1
-            self.over.wait(min(max(half / 8, 10.0), max(2 * half - (time.monotonic() - began), 0.1)))
+    def storms(self, seconds: float, warm: float) -> None:
+        """Kill the operator during the warm-up, and silence the parts until the end."""
+        began = time.monotonic()
+        parts = [self._cut_off, self._silent_server, self.made.hanging_store]
+        kills = max(1, int(warm / 60))
+        for number in range(kills):
+            self.made.operator.kill9()
+            self.made.operator.start()
+            self._count("kill9")
+            self.over.wait(max(began + warm * (number + 1) / kills - time.monotonic(), 0.1))
+        number = 0
+        while (left := began + seconds - time.monotonic()) > SILENCE[1]:
+            part = parts[number % len(parts)]
+            number += 1
+            with part():
+                self.over.wait(self._chance.uniform(*SILENCE))
+            self._count(part.__name__.strip("_"))
+            self.over.wait(min(PAUSE, left))
 
-    def _cut_off(self, seconds: float) -> None:
-        """Stop the operator's process for some time: watches lag, and connections break."""
+    def _count(self, what: str) -> None:
+        self.done[what] = self.done.get(what, 0) + 1
+
+    def _cut_off(self) -> AbstractContextManager[None]:
+        """Stop the operator's process: its watches lag, and the servers may close its connections."""
         process = self.made.operator.process
         assert process is not None
-        process.send_signal(signal.SIGSTOP)
-        try:
-            self.over.wait(seconds)
-        finally:
-            process.send_signal(signal.SIGCONT)
+        return stopped(process.pid)
+
+    def _silent_server(self) -> AbstractContextManager[None]:
+        """Stop the API server's process: for everybody, connections stay open and nothing answers."""
+        return stopped(self.made.plane.processes.pid("kube-apiserver"))
 
 
 def soak(minutes: float) -> list[Goal]:
     """Churn for some minutes. Return the goals."""
+    seconds, warm = minutes * 60, minutes * 20
     with bed() as made:
         batch(made, 0, 1)
         fill(made, KEPT)
@@ -181,29 +212,26 @@ def soak(minutes: float) -> list[Goal]:
         with meanwhile(lambda _: samples.take(), EVERY), ThreadPoolExecutor(CHURNING) as users:
             running = [users.submit(churn.user, number) for number in range(CHURNING)]
             try:
-                churn.storms(minutes)
+                churn.storms(seconds, warm)
             finally:
+                ended = time.monotonic() - samples.began
                 churn.over.set()
             for each in running:
                 each.result()
         errors = made.operator.log.read_text(errors="replace").count('"level": "error"')
-        return _judge(samples, minutes * 60, churn.done, errors)
+        return _judge(samples, warm, ended, churn.done, errors)
 
 
-def _judge(samples: Samples, seconds: float, done: dict[str, int], errors: int) -> list[Goal]:
-    since = seconds / 2 + min(SETTLING, seconds / 8)
+def _judge(samples: Samples, began: float, ended: float, done: dict[str, int], errors: int) -> list[Goal]:
     goals = []
-    for what, share, least in (("memory, MiB", 0.1, 8.0), ("file descriptors", 0.1, 10.0)):
-        growth, middle = samples.growth(what, since)
-        bound = max(share * middle, least)
-        goals.append(
-            Goal(f"growth of {what}", growth, bound, detail={"median": middle, "samples": samples.found[what]})
-        )
-    for what, bound in (("create to Job, s", START), ("watch age, s", WATCH_AGE)):
-        growth, _ = samples.growth(what, since)
-        late = [value for at, value in samples.found[what] if at >= since]
-        goals.append(Goal(f"most {what}", max(late), bound, detail={"samples": samples.found[what]}))
-        goals.append(Goal(f"growth of {what}", growth, bound / 2))
+    for what, share, least in GROWTH.values():
+        found = samples.since(what, began)
+        rise, low, high, middle = growth(found, began, ended)
+        detail = {"growth": rise, "95 % from": low, "median": middle, "samples": samples.found[what]}
+        goals.append(Goal(f"growth of {what}, upper end", high, max(share * middle, least), detail=detail))
+    for what, bound in MOST.items():
+        found = samples.since(what, began)
+        goals.append(Goal(f"most {what}", max(value for _, value in found), bound, detail={"samples": found}))
     goals.append(Goal("errors in the operator's log", errors))
     goals.append(Goal("actions", sum(done.values()), 1, least=True, detail=dict(done)))
     return goals
@@ -215,8 +243,16 @@ def main() -> int:
     minutes = parser.parse_args().minutes
     goals = soak(minutes)
     write("soak", {"minutes": minutes, "load": os.getloadavg(), "goals": verdicts(goals)})
-    show(f"soak of {minutes:g} minutes", [(goal.name, goal.line()) for goal in goals])
+    show(f"soak of {minutes:g} minutes", [(goal.name, _line(goal)) for goal in goals])
     return 0 if all(goal.met is not False for goal in goals) else 1
+
+
+def _line(goal: Goal) -> str:
+    """Return the goal's line, with the growth itself and the median."""
+    if "median" not in goal.detail:
+        return goal.line()
+    shown = {what: f"{goal.detail[what]:.3g}" for what in ("growth", "95 % from", "median")}
+    return goal.line() + "".join(f", {what} {value}" for what, value in shown.items())
 
 
 if __name__ == "__main__":

@@ -53,10 +53,14 @@ class Processes:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps(self._read() | {name: entry}, indent=1))
 
+    def pid(self, name: str) -> int:
+        """Return the id of a process that runs."""
+        self.require(name)
+        return int(self._read()[name]["pid"])
+
     def signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a process that runs."""
-        self.require(name)
-        os.kill(int(self._read()[name]["pid"]), number)
+        os.kill(self.pid(name), number)
 
     def start_again(self, name: str) -> None:
         """Start a program that was killed, with the same command."""

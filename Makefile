@@ -82,7 +82,7 @@ bench-operator: binaries ## compare the operator with a bare client and with one
 	OPERATOR_PYTHON=$(LIGHT)/bin/python PYTHONPATH=tests $(PY) -m benchmarks.operator $(if $(QUICK),--quick)
 
 soak: SOAK_MINUTES ?= 60
-soak: binaries ## churn for an hour, and check that memory, connections, watches and the time to a Job stay flat (SOAK_MINUTES=5)
+soak: binaries ## churn for an hour, and check that memory, file descriptors, tasks, watches and the queue stay flat (SOAK_MINUTES=15)
 	PYTHONPATH=tests $(PY) -m benchmarks.operator.soak --minutes $(SOAK_MINUTES)
 
 images: venv ## build the images, and write their bills of materials and digests to build/sbom

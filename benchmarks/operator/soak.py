@@ -40,7 +40,8 @@ EVERY = 2.0  # seconds between two samples
 SILENCE = (5.0, 15.0)  # seconds for which a part does not answer
 PAUSE = 30.0  # seconds between two silences
 SEED = 7
-BLOCKS = 20  # of the judged time
+BLOCKS = 20  # of the judged time, at most
+SHORTEST = 60.0  # seconds of a block: bookmarks come about every minute, and the age of a watch rises in between
 FEWEST = 8  # blocks with samples
 # name of the metric -> what is shown, and by how much its blocks may grow: a share of their median, or an amount.
 GROWTH = {
@@ -51,7 +52,7 @@ GROWTH = {
     "graft_queue_age_seconds": ("queue age, s", 0.0, 2.0),
 }
 MIB = 2**20
-# Seconds. Bookmarks come about every minute. A silent store may hold a reconcile until its deadline.
+# Seconds. A silent store may hold a reconcile until its deadline.
 MOST = {"watch age, s": 150.0, "queue age, s": 60.0, "create to Job, s": 60.0}
 
 
@@ -88,12 +89,12 @@ def growth(samples: list[tuple[float, float]], began: float, ended: float) -> tu
 
     A block has the median of its samples. Raises Failed if too few blocks have samples.
     """
-    width = (ended - began) / BLOCKS
+    width = max((ended - began) / BLOCKS, SHORTEST)
     blocks: dict[int, list[float]] = {}
     for at, value in samples:
         blocks.setdefault(int((at - began) // width), []).append(value)
     if len(blocks) < FEWEST:
-        raise Failed(f"only {len(blocks)} of {BLOCKS} parts of the judged time have samples: the soak was too short")
+        raise Failed(f"only {len(blocks)} blocks of {width:.0f} s have samples: the soak was too short")
     values = [statistics.median(values) for _, values in sorted(blocks.items())]
     slope, _, low, high = theilslopes(values, [width * (number + 0.5) for number in sorted(blocks)], 0.95)
     span = ended - began
@@ -239,7 +240,7 @@ def _judge(samples: Samples, began: float, ended: float, done: dict[str, int], e
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=60, help="at least 15")
     minutes = parser.parse_args().minutes
     goals = soak(minutes)
     write("soak", {"minutes": minutes, "load": os.getloadavg(), "goals": verdicts(goals)})

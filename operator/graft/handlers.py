@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import kopf
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, start_http_server
 
 from graft import metrics, wakes
 from graft.artifacts.storage import StorageConfig, StoreError
@@ -24,6 +24,7 @@ from graft.cache.cache import Cache, Change, Source
 from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, KubeError
 from graft.lease import Election
+from graft.metrics.resources import Resources
 from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, signing
 from graft.reconcile.adapterdeployment import adapterdeployment, callers, orphans
@@ -35,6 +36,7 @@ from graft.reconcile.shared.onboarding import Requests
 from graft.reconcile.shared.queue import Queue
 from graft.settings import Settings
 from graft.settings import load as load_settings
+from graft.status import REASONS
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Operator:
         self.errands: set[asyncio.Task[None]] = set()  # short work that events cause
         self.requests = Requests()
         self.cache: Cache | None = None
+        self.resources = Resources(REASONS, shown=lambda: self.leads)
         self.started = False  # whether it has begun to reconcile what exists
 
 
@@ -117,8 +120,9 @@ def _show_health(cache: Cache, queue: Queue) -> None:
     metrics.QUEUE_LENGTH.set_function(lambda: len(queue.waiting()))
     metrics.QUEUE_AGE.set_function(lambda: max(queue.waiting(), default=0.0))
     metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
-    for key in cache.ages():
-        metrics.WATCH_AGE.labels(key).set_function(lambda key=key: cache.ages()[key])
+    REGISTRY.register(operator.resources)
+    for key in cache.informers:
+        metrics.WATCH_AGE.labels(key).set_function(partial(cache.age, key))
 
 
 async def _candidate(config: Settings) -> Election | None:
@@ -199,6 +203,8 @@ def changed(source: Source, change: Change) -> None:
         return
     if source.kind == "Namespace":
         _note_namespace(ctx, change)
+    if change.kind in RECONCILERS:
+        operator.resources.note(change.kind, change.place, change.old, change.new)
     if not operator.started:
         return  # everything is reconciled when it has been listed, and this operator leads
     if change.kind in RECONCILERS:
@@ -230,6 +236,8 @@ def _note_namespace(ctx: Context, change: Change) -> None:
     """Note whether a namespace asks for its storage key. Revoke the key of a namespace that was deleted."""
     deleted = change.after is None
     operator.requests.note({"type": "DELETED" if deleted else "MODIFIED", "object": change.new or change.old})
+    if deleted:
+        operator.resources.forget(change.place[1])
     if deleted and operator.leads:
         _later(_revoke(ctx), "keys of a deleted namespace")
 

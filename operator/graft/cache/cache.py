@@ -126,10 +126,13 @@ class Cache:
         """Wait until every kind was listed once."""
         await asyncio.gather(*(informer.synced.wait() for informer in self.informers.values()))
 
+    def age(self, key: str) -> float:
+        """Return the seconds since the API server last answered the watch of a source."""
+        return time.monotonic() - self.informers[key].seen
+
     def ages(self) -> dict[str, float]:
         """Return the seconds since the API server last answered each watch."""
-        now = time.monotonic()
-        return {key: now - item.seen for key, item in self.informers.items()}
+        return {key: self.age(key) for key in self.informers}
 
     def missing(self) -> Sequence[str]:
         """Return the sources whose first list has not arrived."""

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from sys import intern
 from typing import Any
 
@@ -36,7 +37,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Change:
-    """One object that was created, changed or deleted. The object is parsed only if it is asked for."""
+    """One object that was created, changed or deleted. It is parsed once, and only if it is asked for: do not change it."""
 
     kind: str
     place: Place
@@ -49,11 +50,11 @@ class Change:
         held = self.after or self.before
         return held.uid if held is not None else ""
 
-    @property
+    @cached_property
     def old(self) -> Manifest | None:
         return None if self.before is None else self.unpack(self.before)
 
-    @property
+    @cached_property
     def new(self) -> Manifest | None:
         return None if self.after is None else self.unpack(self.after)
 

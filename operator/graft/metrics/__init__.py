@@ -1,4 +1,4 @@
-"""The operator's Prometheus metrics."""
+"""The operator's Prometheus metrics: what it does, and its own health. What it knows of the resources is in resources.py."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from scipy.stats import theilslopes
-from testbed.shell import Failed, meanwhile, tail
+from testbed.shell import Failed, meanwhile, tail, wait_for
 from worlds.cluster.fleet import Fleet
 
-from benchmarks.operator.bed import Bed, bed, stopped
+from benchmarks.operator.bed import PATIENCE, Bed, bed, stopped
 from benchmarks.operator.copies import fill
 from benchmarks.operator.goals import Goal, verdicts
 from benchmarks.operator.lives import LIVES, batch, play
@@ -174,7 +174,8 @@ class Churn:
         kills = max(1, int(warm / 60))
         for number in range(kills):
             self.made.operator.kill9()
-            self.made.operator.start()
+            self.made.operator.launch()
+            wait_for(self.made.operator.healthy, PATIENCE, "it is healthy again", lambda: tail(self.made.operator.log))
             self._count("kill9")
             self.over.wait(max(began + warm * (number + 1) / kills - time.monotonic(), 0.1))
         number = 0

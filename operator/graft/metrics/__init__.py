@@ -1,7 +1,14 @@
-"""The operator's Prometheus metrics: what it does, and its own health. What it knows of the resources is in resources.py."""
+"""The operator's Prometheus metrics: what it does, and its own health. resources.py has those of the resources.
 
-from prometheus_client import Counter, Gauge, Histogram
+It knows no reconciler and sends no request.
+"""
 
+from prometheus_client import Counter, Gauge, Histogram, Info
+
+from graft import __version__
+
+BUILD = Info("graft_build", "The version.")
+BUILD.info({"component": "operator", "version": __version__})
 RECONCILES = Counter("graft_reconciles_total", "Reconciles of a resource.", ["kind", "outcome"])
 RECONCILE_SECONDS = Histogram(
     "graft_reconcile_seconds",

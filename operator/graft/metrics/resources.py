@@ -20,7 +20,11 @@ STAGES = (
     "Succeeded", "Failed", "Rejected",
 )  # fmt: skip
 RUNNING = frozenset({"Preparing", "Training", "Evaluating", "Publishing"})
-OUTCOMES = {"Succeeded": "succeeded", "Rejected": "rejected"}  # stage -> outcome; of all other jobs that ended: failed
+OUTCOMES = {
+    "Succeeded": "succeeded",
+    "Rejected": "rejected",
+    "Failed": "failed",
+}  # stage of a job that ended -> outcome
 ENDS = ("True", "False")  # status of Succeeded
 ATTEMPTS = ("Completed", "Preempted")  # reasons of attempts that are no reasons of jobs
 OTHER = "Other"  # of a value that no version of the operator has written
@@ -88,7 +92,8 @@ class Resources(Collector):
         self._conditions: Counts = Counter()  # kind, namespace, type, status, reason
         self._stages: Counts = Counter()  # namespace, stage
         self._running: dict[Place, Running] = {}
-        self._ended: Counts = Counter()  # namespace, outcome, reason
+        self._ended: Counts = Counter()  # namespace, outcome
+        self._failures: Counts = Counter()  # namespace, reason
         self._attempts: Counts = Counter()  # namespace, reason
         self._gpus = GpuClock(clock)
 
@@ -103,7 +108,7 @@ class Resources(Collector):
     def forget(self, namespace: str) -> None:
         """Remove the counters of a namespace that no longer exists."""
         with self._lock:
-            for counts in (self._ended, self._attempts):
+            for counts in (self._ended, self._failures, self._attempts):
                 for key in [key for key in counts if key[0] == namespace]:
                     del counts[key]
             self._gpus.seconds.pop(namespace, None)
@@ -112,6 +117,8 @@ class Resources(Collector):
         namespace = place[0]
         self._count(self._stages, [(namespace, _stage(old))] if old is not None else [], -1)
         self._count(self._stages, [(namespace, _stage(new))] if new is not None else [], 1)
+        for outcome in OUTCOMES.values():  # a series must begin with 0, or Prometheus does not see that it increased
+            self._ended.setdefault((namespace, outcome), 0)
         self._gpus.set(place, _gpus(new))
         found = _running(new)
         if found is None:
@@ -122,7 +129,9 @@ class Resources(Collector):
             return
         truth, reason = _succeeded(new)
         if _succeeded(old)[0] not in ENDS and truth in ENDS:
-            self._ended[namespace, OUTCOMES.get(_stage(new), "failed"), self._reason(JOB, "Succeeded", reason)] += 1
+            self._ended[namespace, OUTCOMES.get(_stage(new), "failed")] += 1
+            if truth == "False":
+                self._failures[namespace, self._reason(JOB, "Succeeded", reason)] += 1
         known = _ended_attempts(old)
         for pod, why in _ended_attempts(new).items():
             if pod not in known:
@@ -186,32 +195,21 @@ class Resources(Collector):
     def _counters(self) -> Iterator[Metric]:
         yield _gauge("graft_job_gpus", "GPUs that pods of FineTuneJobs hold.", [NAMESPACE], self._gpus.held().items())
         seconds = [((namespace,), value) for namespace, value in self._gpus.seconds.items()]
-        yield _counter(
-            "graft_job_gpu_seconds",
-            "Seconds for which pods of FineTuneJobs held a GPU, for each GPU.",
-            [NAMESPACE],
-            seconds,
-        )
-        yield _counter(
-            "graft_jobs_ended", "FineTuneJobs that ended.", [NAMESPACE, "outcome", "reason"], self._ended.items()
-        )
-        yield _counter(
-            "graft_job_attempts_ended",
-            "Pods of FineTuneJobs that ended.",
-            [NAMESPACE, "reason"],
-            self._attempts.items(),
-        )
+        by_reason = [NAMESPACE, "reason"]
+        for name, text, labels, values in (
+            ("graft_job_gpu_seconds", "Seconds for which pods of jobs held a GPU, for each GPU.", [NAMESPACE], seconds),
+            ("graft_jobs_ended", "FineTuneJobs that ended.", [NAMESPACE, "outcome"], self._ended.items()),
+            ("graft_job_failures", "FineTuneJobs that failed or were rejected.", by_reason, self._failures.items()),
+            ("graft_job_attempts_ended", "Pods of FineTuneJobs that ended.", by_reason, self._attempts.items()),
+        ):
+            family = CounterMetricFamily(name, text, labels=labels)
+            for key, value in values:
+                family.add_metric(key, value)
+            yield family
 
 
 def _gauge(name: str, text: str, labels: list[str], values: Values) -> Metric:
     family = GaugeMetricFamily(name, text, labels=labels)
-    for key, value in values:
-        family.add_metric(key, value)
-    return family
-
-
-def _counter(name: str, text: str, labels: list[str], values: Values) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
     for key, value in values:
         family.add_metric(key, value)
     return family

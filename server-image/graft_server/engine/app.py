@@ -266,7 +266,7 @@ class Server:
         async with await self._generator.start(body) as answers:
             readers = self._call_readers(body, len(answers.sequences))
             if body.stream:
-                return await _stream(request, answers, shapes, readers, body.include_usage)
+                return await _stream(request, answers, shapes, readers, body)
             choices = [_piece(answers, index) for index in range(len(answers.sequences))]
             async for index, output in answers:
                 _extend(choices[index], output)
@@ -305,7 +305,7 @@ async def _stream(
     answers: Answers,
     shapes: Shapes,
     readers: Sequence[CallsOfChoice],
-    include_usage: bool,
+    body: ChatRequest | CompletionRequest,
 ) -> web.StreamResponse:
     """Write server-sent events. The status is sent with the first event: an earlier failure gets an error status."""
     response = web.StreamResponse(
@@ -328,8 +328,9 @@ async def _stream(
             if readers:
                 readers[index].split(piece)
             if piece.text or piece.logprobs or piece.finish_reason:
-                await send(shapes.chunk(index, piece))
-        if include_usage:
+                counts = usage(answers.prompt_tokens, answers.completion_tokens) if body.continuous_usage else None
+                await send(shapes.chunk(index, piece) | {"usage": counts})
+        if body.include_usage:
             await send(shapes.counts(usage(answers.prompt_tokens, answers.completion_tokens)))
     except ApiError as error:
         if not response.prepared:

@@ -114,9 +114,11 @@ class UnloadLoraRequest(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """The options of a stream. `include_usage` requests a last chunk with the token counts."""
+    """The options of a stream, as in vLLM. `include_usage` requests a last chunk with the token counts, and
+    `continuous_usage_stats` the counts until now in each chunk before it."""
 
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class GenerationRequest(BaseModel):
@@ -168,6 +170,11 @@ class GenerationRequest(BaseModel):
     def include_usage(self) -> bool:
         """Return whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Return whether each chunk of a stream has the token counts until now."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class TextPart(BaseModel):

@@ -48,11 +48,13 @@ IGNORED = frozenset({
 
 def for_engine(payload: Mapping[str, Any], target: RouteTarget, path: str) -> dict[str, Any]:
     """Return the request for the engine: with its name of the model, the tokens that end the version's answers, and the
-    template of the version's prompts.
+    template of the version's prompts. It asks for the counts of tokens.
 
-    An engine knows only those of the base model.
+    An engine knows only the tokens and the template of the base model.
     """
     made = {**payload, "model": target.engine_model}
+    if payload.get("stream"):  # the gateway counts tokens, also those of a stream that its client ends early
+        made["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     if target.stop_token_ids and not payload.get("ignore_eos"):
         made["stop_token_ids"] = sorted({*(payload.get("stop_token_ids") or ()), *target.stop_token_ids})
     if target.prompt_template is not None and path == CHAT:

@@ -5,9 +5,10 @@ series of their own. The other models share the series of `<namespace>/*`.
 """
 
 from collections import Counter as Count
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from graft import __version__
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 UNKNOWN = ""
@@ -22,6 +23,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
+        ProcessCollector(registry=registry)
+        Info("graft_build", "The version.", registry=registry).info({"component": "gateway", "version": __version__})
         self._named: set[str] = set()
         self._of_namespace: Count[str] = Count()
         self.requests = Counter(
@@ -42,6 +45,12 @@ class Metrics:
             "Seconds from a request's arrival to the first byte of the answer.",
             ["model"],
             buckets=BUCKETS,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "graft_gateway_tokens",
+            "Tokens by model, its namespace, and type: prompt or completion. Each step of a sequence counts.",
+            ["model", "model_namespace", "type"],
             registry=registry,
         )
         self.in_flight = Gauge("graft_gateway_in_flight", "Requests that wait or are answered now.", registry=registry)
@@ -70,6 +79,13 @@ class Metrics:
             registry=registry,
         )
 
+    def count_tokens(self, model: str, used: Mapping[str, int]) -> None:
+        """Count the tokens of an answer. `used`: prompt_tokens and completion_tokens, by the engine's count."""
+        label, namespace = self.label(model), model.partition("/")[0]
+        for kind in ("prompt", "completion"):
+            if count := used.get(f"{kind}_tokens"):
+                self.tokens.labels(label, namespace, kind).inc(count)
+
     def label(self, model: str) -> str:
         """Return the value of the label `model` for a model that exists."""
         namespace = model.partition("/")[0]
@@ -87,7 +103,7 @@ class Metrics:
         for model in gone[:FORGOTTEN_AT_ONCE]:
             self._named.discard(model)
             self._of_namespace[model.partition("/")[0]] -= 1
-            for metric in (self.requests, self.seconds, self.first_byte, self.held):
+            for metric in (self.requests, self.seconds, self.first_byte, self.held, self.tokens):
                 metric.remove_by_labels({"model": model})
 
     def text(self) -> bytes:

@@ -107,6 +107,7 @@ class Sending:
 
     response: web.StreamResponse
     rewriter: StreamRewriter
+    words: Words
 
 
 class Proxy:
@@ -143,6 +144,9 @@ class Proxy:
             await call.sending.response.write(call.sending.rewriter.gap() + error_event(error.body))
             await call.sending.response.write_eof()
             return call.sending.response
+        finally:
+            if call.sending is not None:
+                self._metrics.count_tokens(call.model.name, call.sending.words.used)
 
     async def _answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
         tried: set[str] = set()
@@ -276,13 +280,15 @@ class Proxy:
             raise timed_out(call.model.name, STOPPED_SENDING) from error
         except (aiohttp.ClientError, OSError) as error:
             raise Elsewhere("broken", "the connection to the replica broke before its answer was complete") from error
+        words = call.words
         try:
             if len(body) <= SMALL:
-                body = rewrite_answer(body, call.words, self._limits)
+                body = rewrite_answer(body, words, self._limits)
             else:
-                body = await in_thread(self._rewriting, rewrite_answer, body, call.words, self._limits)
+                body = await in_thread(self._rewriting, rewrite_answer, body, words, self._limits)
         except OutOfBounds as error:
             raise upstream_broke(str(error)) from error
+        self._metrics.count_tokens(call.model.name, words.used)
         if call.for_client:
             self._metrics.first_byte.labels(self._metrics.label(call.model.name)).observe(time.monotonic() - call.began)
         return web.Response(
@@ -346,7 +352,8 @@ class Proxy:
         response.content_type = "text/event-stream"
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # else nginx in front of the gateway buffers the stream
-        return Sending(response, StreamRewriter(call.words, repeatable=call.repeatable))
+        words, asked = call.words, call.payload.get("stream_options")
+        return Sending(response, StreamRewriter(words, repeatable=call.repeatable, asked=asked), words)
 
 
 @lru_cache(4096)

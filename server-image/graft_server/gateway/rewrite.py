@@ -6,6 +6,7 @@ that was already passed on.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from graft.bounded import Limits, OutOfBounds, parse_json
@@ -27,13 +28,16 @@ class Words:
         self.model = model
         self.graft = graft
         self.spent = spent or {}
+        self.used: dict[str, int] = {}  # the engine's newest counts of this answer's tokens, without earlier steps
 
     def rename(self, event: dict[str, Any]) -> None:
-        """Set the client's model name, and add the tokens of earlier steps to `usage`."""
+        """Set the client's model name, note the tokens in `usage`, and add those of earlier steps to it."""
         event["model"] = self.model
         usage = event.get("usage")
-        if self.spent and isinstance(usage, dict):
-            event["usage"] = add_usage(usage, self.spent)
+        if isinstance(usage, dict):
+            self.used = {name: token_count(usage.get(name)) for name in TOKENS}
+            if self.spent:
+                event["usage"] = add_usage(usage, self.spent)
 
 
 def add_usage(usage: dict[str, Any], spent: dict[str, int]) -> dict[str, Any]:
@@ -63,12 +67,16 @@ class Differs(Exception):
 class StreamRewriter:
     """The rewriter of one stream of server-sent events. It passes each line on as soon as the line is complete.
 
-    `repeatable`: another replica may continue the stream, so its text is kept.
+    `repeatable`: another replica may continue the stream, so its text is kept. `asked`: the stream_options of the
+    client. The engine always counts tokens, so counts that the client has not asked for are removed.
     """
 
-    def __init__(self, words: Words, *, repeatable: bool = True) -> None:
+    def __init__(self, words: Words, *, repeatable: bool = True, asked: Mapping[str, Any] | None = None) -> None:
         self._words = words
         self._repeatable = repeatable
+        asked = asked or {}
+        self._counts_at_end = bool(asked.get("include_usage"))
+        self._counts_always = self._counts_at_end and bool(asked.get("continuous_usage_stats"))
         self._rest = b""
         self._first = True
         self._passing = False  # inside a line longer than LINE_LIMIT
@@ -146,6 +154,12 @@ class StreamRewriter:
             self._dropped = True
             return None
         self._words.rename(event)
+        if isinstance(event.get("usage"), dict):
+            if not event.get("choices") and not self._counts_at_end:
+                self._dropped = True
+                return None
+            if event.get("choices") and not self._counts_always:
+                del event["usage"]
         if self._first:
             self._first = False
             event["graft"] = self._words.graft

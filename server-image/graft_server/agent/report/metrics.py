@@ -4,8 +4,9 @@ from collections import Counter as Count
 from collections.abc import Iterable
 from typing import get_args
 
+from graft import __version__
 from graft.contracts.agent import AdapterState, ResidentAdapter
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 STATES = get_args(AdapterState)
 
@@ -15,9 +16,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        Info("graft_build", "The version.", registry=self.registry).info({"component": "agent", "version": __version__})
         self.load_seconds = Histogram(
             "graft_agent_adapter_load_seconds",
-            "Seconds by stage: download, load, and all from the decision to download until the engine has the adapter.",
+            "Seconds by stage: download, load, and all from the decision to download until the engine answers with the adapter.",
             ["stage"],
             buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320),
             registry=self.registry,

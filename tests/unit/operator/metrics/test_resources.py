@@ -71,12 +71,12 @@ def test_the_series_of_a_job_go_when_it_has_ended_and_when_it_is_deleted() -> No
         cluster.job(name, **RUNS)
     cluster.job("tune", stage="Succeeded", conditions=succeeded("True", "Published"))
     assert cluster.value("graft_job_progress", **TUNE) is None
-    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="succeeded", reason="Published") == 1
+    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="succeeded") == 1
     cluster.delete("other")
     assert cluster.series("graft_job_progress") == 0
     cluster.delete("tune")
     assert cluster.series("graft_jobs") == cluster.series("graft_conditions") == 0
-    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="succeeded", reason="Published") == 1
+    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="succeeded") == 1
 
 
 def test_conditions_are_counted_by_kind_namespace_and_reason() -> None:
@@ -94,14 +94,17 @@ def test_conditions_are_counted_by_kind_namespace_and_reason() -> None:
 def test_what_ended_before_the_start_is_not_counted_again() -> None:
     cluster = Cluster()
     cluster.job("tune", stage="Failed", conditions=succeeded("False", "DatasetInvalid"))
-    assert cluster.series("graft_jobs_ended_total") == 0
+    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="failed") == 0
     cluster.job("tune", stage="Training", conditions=succeeded("Unknown", "Training"))  # spec.restarts was raised
     cluster.job("tune", stage="Failed", conditions=succeeded("False", "OutOfMemory"))
     cluster.job("tune", ttl="changed")
-    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="failed", reason="OutOfMemory") == 1
+    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="failed") == 1
+    assert cluster.value("graft_job_failures_total", **SHOP, reason="OutOfMemory") == 1
+    assert cluster.value("graft_job_failures_total", **SHOP, reason="DatasetInvalid") is None
     cluster.job("gated", stage="Evaluating", conditions=succeeded("Unknown", "Evaluating"))
     cluster.job("gated", stage="Rejected", conditions=succeeded("False", "GateFailed"))
-    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="rejected", reason="GateFailed") == 1
+    assert cluster.value("graft_jobs_ended_total", **SHOP, outcome="rejected") == 1
+    assert cluster.value("graft_job_failures_total", **SHOP, reason="GateFailed") == 1
 
 
 def test_attempts_are_counted_by_reason() -> None:

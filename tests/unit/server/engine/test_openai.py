@@ -124,6 +124,14 @@ async def test_a_stream_of_several_answers_ends_with_the_usage(api: Api) -> None
     assert texts == [one["text"] for one in whole["choices"]]
 
 
+async def test_each_chunk_of_a_stream_has_the_usage_until_then_if_it_is_asked_for(api: Api) -> None:
+    ask = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last = await api.stream("/v1/completions", **ask, stream_options=options)
+    assert [event["usage"]["completion_tokens"] for event in [*events, last]] == [1, 2, 3, 3]
+    assert {event["usage"]["prompt_tokens"] for event in [*events, last]} == {5}
+
+
 async def test_other_requests_continue_while_an_evicted_adapter_is_read_again(base: Path, tmp_path: Path) -> None:
     """The disk is slow. Only the request for the evicted adapter waits for it. Finally, all requests are answered."""
     async with running(base, max_loras=2, max_cpu_loras=2) as api:

@@ -59,7 +59,8 @@ def breaks_after(made: World, count: int, other: list[str], chat: bool) -> list[
 
 @asynccontextmanager
 async def asking(made: World, chat: bool, **fields: Any) -> Any:
-    body = {"model": MODEL, "stream": True, **({"messages": []} if chat else {"prompt": "x"}), **fields}
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": MODEL, **asked, **({"messages": []} if chat else {"prompt": "x"}), **fields}
     async with made.post(body, "/v1/chat/completions" if chat else "/v1/completions") as response:
         assert response.status == 200
         yield response

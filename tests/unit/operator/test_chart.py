@@ -48,7 +48,11 @@ EVERYTHING = {
         "metricsFrom": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}],
         "storeFrom": [{"podSelector": {"matchLabels": {"app": "upload"}}}],
     },
-    "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    "metrics": {
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "rules": {"enabled": True, "labels": {"release": "prometheus"}},
+        "dashboard": {"enabled": True},
+    },
 }
 
 
@@ -431,6 +435,16 @@ def test_optional_parts_render(template: Any) -> None:
         assert [port["name"] for item in services for port in item["spec"]["ports"]] == [
             monitor["spec"]["endpoints"][0]["port"]
         ]
+
+
+def test_the_alerts_and_the_dashboard_are_those_of_the_files(template: Any) -> None:
+    rules = find(template(EVERYTHING), "PrometheusRule", "graft")
+    assert rules["spec"] == yaml.safe_load((CHART / "monitoring/rules.yaml").read_text())
+    assert rules["metadata"]["labels"]["release"] == "prometheus"
+    dashboard = find(template(EVERYTHING), "ConfigMap", "graft-dashboard")
+    assert dashboard["data"]["graft.json"] == (CHART / "monitoring/dashboard.json").read_text()
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert not {"PrometheusRule", "ServiceMonitor"} & {item["kind"] for item in template({})}
 
 
 def test_every_service_and_network_policy_selects_one_workload(template: Any) -> None:

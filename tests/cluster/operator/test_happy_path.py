@@ -2,6 +2,7 @@
 
 from worlds.cluster.api import Object
 from worlds.cluster.fleet import Fleet
+from worlds.cluster.operator_process import OperatorProcess
 from worlds.cluster.tenant import BASE, Tenant
 
 
@@ -17,7 +18,8 @@ def test_a_base_model_is_pinned_and_its_facts_are_read(tenant: Tenant) -> None:
     assert found["conditions"][0]["reason"] == "Resolved"
 
 
-def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
+def test_a_job_becomes_a_verified_adapter(tenant: Tenant, running: OperatorProcess) -> None:
+    own = f'resource_namespace="{tenant.name}"'
     tenant.job("first")
     pod = tenant.running_pod("first")
     training = tenant.get("Job", "first")
@@ -32,6 +34,9 @@ def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
     status = tenant.status("FineTuneJob", "first")
     assert (status["stage"], status["lossText"], status["etaText"]) == ("Training", "1.2345", "3m20s")
     assert (status["progress"]["step"], status["progress"]["totalSteps"]) == (30, 60)
+    assert running.metric("graft_job_progress", own, 'finetunejob="first"') == 0.5
+    assert running.metric("graft_job_loss", own, 'finetunejob="first"') == 1.2345
+    assert running.metric("graft_jobs", own, 'stage="Training"') == 1
 
     tenant.publish_as_trainer("first", pod)
     tenant.end_pod(pod)
@@ -40,11 +45,17 @@ def test_a_job_becomes_a_verified_adapter(tenant: Tenant) -> None:
     status = tenant.status("FineTuneJob", "first")
     assert status["stage"] == "Succeeded" and status["completionTime"] and "etaText" not in status
     assert [attempt["reason"] for attempt in status["attempts"]] == ["Completed"]
+    tenant.wait(lambda: running.metric("graft_jobs", own, 'stage="Succeeded"') == 1, "the metrics show its end")
+    assert running.metric("graft_jobs_ended_total", own, 'outcome="succeeded"') == 1
+    assert running.metric("graft_job_attempts_ended_total", own, 'reason="Completed"') == 1
+    assert running.metric("graft_job_progress", own) == 0  # its own series is gone
 
     adapter = tenant.get("Adapter", "support-1.0.0")
     assert adapter["status"]["stage"] == "Ready" and adapter["status"]["score"] == "exactMatch 0.12 -> 0.91"
     assert adapter["spec"]["artifact"]["uri"] == f"s3://graft/{tenant.name}/adapters/support/1.0.0/"
     tenant.until_events("first", "Published")
+    ready = (own, 'kind="Adapter"', 'type="Ready"', 'status="True"', 'reason="Verified"')
+    assert running.metric("graft_conditions", *ready) == 1
 
 
 def test_an_adapter_is_served(tenant: Tenant) -> None:

@@ -108,11 +108,12 @@ class OperatorProcess:
     def kill9(self) -> None:
         self.end(signal.SIGKILL)
 
-    def metric(self, name: str) -> float:
-        """Return the sum of all series of a metric."""
+    def metric(self, name: str, *labels: str) -> float:
+        """Return the sum of the series of a metric that have all these labels, each as in `stage="Training"`."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        of_name = [line.rpartition(" ") for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        return sum(float(value) for series, _, value in of_name if all(label in series for label in labels))
 
 
 SETTINGS = {

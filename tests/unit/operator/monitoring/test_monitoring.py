@@ -13,7 +13,7 @@ from graft.metrics.resources import STAGES
 from graft.status import REASONS
 from testbed import packages
 from testbed.shell import REPOSITORY
-from worlds.metrics import PARTS, exposed, samples
+from worlds.monitoring.exposed import PARTS, exposed, samples
 
 HERE = Path(__file__).parent
 MONITORING = REPOSITORY / "charts/graft/monitoring"

@@ -101,7 +101,7 @@ def cluster_with_product() -> tuple[Cluster, Access]:
 def measure(access: Access, rounds: int) -> dict[str, Any]:
     """Measure the job and the script in turn. Return the results. Round 0 does not count, because the node uses the
     image for the first time."""
-    secret = access.get("secret", "graft-store-root", SYSTEM)["data"]
+    secret = access.get("secret", "graft-store-key", SYSTEM)["data"]
     key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))
     ready: list[Applied] = []
     script: list[float] = []

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any
 
+from graft.contracts.addresses import IPV4_ANY, host_port
+
 LOG_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -45,7 +47,9 @@ def run() -> None:
 
     from graft import handlers  # noqa: F401 - registers with kopf
 
-    address = os.environ.get("GRAFT_LIVENESS", "http://0.0.0.0:8080/healthz")
+    # The kubelet probes the pod's first address, of either family.
+    listening = host_port(os.environ.get("POD_IP", IPV4_ANY), 8080)
+    address = os.environ.get("GRAFT_LIVENESS", f"http://{listening}/healthz")
     # standalone: the chart runs one replica with the strategy Recreate. kopf's peering is not a lease, and every write
     # is safe to repeat.
     kopf.run(clusterwide=True, standalone=True, liveness_endpoint=address)

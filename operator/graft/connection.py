@@ -62,7 +62,7 @@ async def connect() -> Any:
 def proxy_of(host: str) -> str | None:
     """Return the proxy that HTTPS_PROXY or HTTP_PROXY names for a URL, or None. NO_PROXY names exceptions."""
     address = urlsplit(host)
-    if urllib.request.proxy_bypass(address.netloc):
+    if urllib.request.proxy_bypass(address.hostname or ""):
         return None
     return urllib.request.getproxies().get(address.scheme)
 

@@ -21,6 +21,7 @@ from graft import metrics, wakes
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 from graft.cache.cache import Cache, Change, Source
+from graft.contracts.addresses import any_address
 from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, KubeError
 from graft.lease import Election
@@ -29,7 +30,7 @@ from graft.reconcile import basemodel
 from graft.reconcile.adapter import adapter, signing
 from graft.reconcile.adapterdeployment import adapterdeployment, callers, orphans
 from graft.reconcile.finetunejob import finetunejob
-from graft.reconcile.shared import access, storerights
+from graft.reconcile.shared import access, storekey, storerights
 from graft.reconcile.shared.admission import admit
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.onboarding import Requests
@@ -82,8 +83,9 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
 
 
 async def _start_operator() -> None:
-    config = load_settings()
-    storage = StorageConfig.from_dir(os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR))
+    # Pods of a cluster have the families of the operator's own pod.
+    config = load_settings().model_copy(update={"ipv6": ":" in os.environ.get("POD_IPS", "")})
+    storage = await _storage(config)
     election = await _candidate(config)
     may_write = election.fence.may_write if election is not None else lambda: True
     store = await asyncio.to_thread(partial(S3Store, storage, may_write=may_write))
@@ -98,7 +100,7 @@ async def _start_operator() -> None:
     operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
     ctx.wake = _wake_known
     _show_health(cache, operator.queue)
-    start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)))
+    start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)), any_address())
     if election is None:
         metrics.LEADER.set(1)
         await _lead(ctx, cache, operator.queue)
@@ -123,6 +125,20 @@ def _show_health(cache: Cache, queue: Queue) -> None:
     REGISTRY.register(operator.resources)
     for key in cache.informers:
         metrics.WATCH_AGE.labels(key).set_function(partial(cache.age, key))
+
+
+async def _storage(config: Settings) -> StorageConfig:
+    """Return the store's address and the operator's key. The key of the embedded store is in the Secret that GRAFT_STORE_KEY
+    names, which the operator creates."""
+    folder, secret = os.environ.get("GRAFT_STORAGE_DIR", STORAGE_DIR), os.environ.get("GRAFT_STORE_KEY")
+    if not secret:
+        return StorageConfig.from_dir(folder)
+    # A connection of its own: a standby needs the key, too, and two operators create the same Secret only once.
+    kube = await Kube.connect()
+    try:
+        return StorageConfig.from_dir(folder, await storekey.root_key(kube, config.namespace, secret))
+    finally:
+        await kube.close()
 
 
 async def _candidate(config: Settings) -> Election | None:

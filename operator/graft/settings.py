@@ -37,6 +37,9 @@ class Storage(_Part):
     create_bucket: bool = False
     endpoint: str = ""  # the endpoint for pods; if empty, the operator's own
     admin_url: str = ""  # the identity service; if empty, the store's endpoint
+    # The audience of the tokens with which pods assume the role in their Secret. If empty, Secrets have keys.
+    web_identity_audience: str = ""
+    sts_endpoint: str = ""  # for the NetworkPolicies; if empty, AWS's
 
 
 class Signing(_Part):
@@ -54,6 +57,7 @@ class Network(_Part):
     dns_servers: list[str] = Field(default_factory=lambda: ["169.254.20.10/32"])
     egress: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyEgressRules
     metrics_from: list[dict[str, Any]] = Field(default_factory=list)  # NetworkPolicyPeers; if empty, no pod
+    proxies: list[str] = Field(default_factory=list)  # URLs of the proxies that pods send their requests to
     closed: list[str] = Field(default_factory=list)  # CIDRs that are closed besides the clouds' metadata addresses
 
 
@@ -140,7 +144,9 @@ class Settings(_Part):
     allowed: Allowed = Field(default_factory=Allowed)
     training_pods: PlatformTemplate = Field(default_factory=PlatformTemplate)
     serving_pods: PlatformTemplate = Field(default_factory=PlatformTemplate)
+    serving_account_annotations: dict[str, str] = Field(default_factory=dict)  # of the agents' service accounts
     run_as_user: int | None = 65532  # None: the cluster chooses the user, as OpenShift does
+    ipv6: bool = False  # whether pods have IPv6 addresses; the operator sees it from its own
     vllm_int4: bool = False  # whether the image of vLLM can load 4-bit weights (bitsandbytes)
     prometheus_url: str = ""  # KEDA reads the gateway's metrics from this Prometheus; if empty, KEDA cannot
     engine_tls: bool = False  # whether engines listen with TLS

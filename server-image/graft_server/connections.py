@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from graft.contracts.addresses import IPV6_ANY, any_address, host_port
 
 LINGER_SECONDS = 5.0  # to read the rest of a refused body, so that the client sees the answer
 MAX_HEADERS = 64
@@ -325,7 +326,7 @@ class GuardedSite(web.BaseSite):
     def name(self) -> str:
         """Return the URL on which it listens."""
         host, port = self._address
-        return f"{'https' if self._ssl_context else 'http'}://{host or '0.0.0.0'}:{port}"  # noqa: S104
+        return f"{'https' if self._ssl_context else 'http'}://{host_port(host or any_address(), port)}"
 
     async def start(self) -> None:
         """Listen."""
@@ -336,7 +337,8 @@ class GuardedSite(web.BaseSite):
         host, port = self._address
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Guard(self._connections, server),
-            host,
+            # asyncio makes a socket for `::` that refuses IPv4. None listens for all families that the kernel has.
+            None if host == IPV6_ANY else host,
             port,
             backlog=self._backlog,
             ssl=self._ssl_context,

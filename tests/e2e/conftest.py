@@ -14,6 +14,8 @@ from testbed.cluster import Cluster
 from testbed.quickstart import Access
 from worlds.cluster import flows
 
+# As on OpenShift: a user that no image knows, from the range of a namespace.
+USER = 1000680000
 SCRAPER = {"podSelector": {"matchLabels": {"app": "scraper"}}}
 
 
@@ -41,9 +43,16 @@ def access(cluster: Cluster) -> Access:
     found.kubectl("apply", "-f", str(quickstart.QUICKSTART / "00-namespace.yaml"))
     flows.apply(found, system, flows.default_deny(quickstart.SYSTEM), flows.default_deny(quickstart.SHOP))
     values = {"metricsFrom": [SCRAPER], "closed": [cluster.network.pods, cluster.network.pods_ipv6]}
-    quickstart.install(found, [*demo.testbed_values(), "--set-json", f"networkPolicy={json.dumps(values)}"])
+    more = ["--set-json", f"networkPolicy={json.dumps(values)}", "--set", f"podSecurity.runAsUser={USER}"]
+    quickstart.install(found, [*demo.testbed_values(), *more])
     quickstart.upload(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def user() -> int:
+    """Return the user of all pods. Engines have the next one."""
+    return USER
 
 
 @pytest.hookimpl(wrapper=True)

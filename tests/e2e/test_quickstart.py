@@ -12,7 +12,7 @@ import yaml
 from testbed import quickstart
 from testbed.cluster import Cluster
 from testbed.quickstart import SHOP, Access
-from testbed.shell import wait_for
+from testbed.shell import CACHE, run, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2700)]
 QUESTIONS = 20
@@ -68,6 +68,21 @@ def test_the_gateway_streams_and_names_the_adapter_that_answers(access: Access) 
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[0].removeprefix("data: "))["model"] == f"{SHOP}/support"
     assert len(lines) > 3
+
+
+def test_the_installation_passes_its_own_test(access: Access) -> None:
+    log = CACHE / "logs" / "helm-test.log"
+    log.unlink(missing_ok=True)
+    command = [access.helm_path, "--kubeconfig", access.kubeconfig, "test", "graft", "-n", quickstart.SYSTEM, "--logs"]
+    run(command, log, "helm test")
+    assert "the gateway answers" in log.read_text()
+
+
+def test_every_container_runs_as_a_user_that_its_image_does_not_know(access: Access, user: int) -> None:
+    (pod, *_) = serving_pods(access)
+    for container, wanted in (("agent", user), ("engine", user + 1)):
+        asked = ["python", "-c", "import os; print(os.getuid())"]
+        assert access.kubectl("exec", "-n", SHOP, pod, "-c", container, "--", *asked).strip() == str(wanted)
 
 
 def test_a_second_adapter_is_attached_without_a_restart(access: Access, tmp_path: Path) -> None:

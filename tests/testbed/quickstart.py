@@ -116,7 +116,7 @@ def explain(access: Access, namespace: str) -> str:
 @contextlib.contextmanager
 def opened_store(access: Access) -> Iterator[S3Store]:
     """Open the cluster's object store with the root key, through a forwarded port."""
-    secret = access.get("secret", "graft-store-root", SYSTEM)["data"]
+    secret = access.get("secret", "graft-store-key", SYSTEM)["data"]
     key, value = (base64.b64decode(secret[name]).decode() for name in ("access-key-id", "secret-access-key"))
     with access.forward("graft-store", 7070) as endpoint:
         yield S3Store(

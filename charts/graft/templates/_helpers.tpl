@@ -48,12 +48,15 @@ imagePullSecrets:
 {{- end -}}
 {{- end -}}
 
-{{/* Pod Security `restricted`. fsGroup makes mounted Secrets and volumes readable for the user. */}}
+{{/* Pod Security `restricted`. fsGroup makes mounted Secrets and volumes readable for the user. Without a fixed user, the cluster sets
+both, as OpenShift does. */}}
 {{- define "graft.podSecurityContext" -}}
 runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-fsGroup: 65532
+{{- if .Values.podSecurity.fixedUser }}
+runAsUser: {{ int64 .Values.podSecurity.runAsUser }}
+runAsGroup: {{ int64 .Values.podSecurity.runAsUser }}
+fsGroup: {{ int64 .Values.podSecurity.runAsUser }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
@@ -64,6 +67,81 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
+{{- end -}}
+
+{{/* What proxy and trustedCA add to the environment of every container, here and in the pods that the operator creates. The proxy is
+not used inside the cluster. */}}
+{{- define "graft.networkEnv" -}}
+{{- with .Values.proxy }}
+{{- if or .httpProxy .httpsProxy }}
+{{- with .httpProxy }}
+- name: HTTP_PROXY
+  value: {{ . | quote }}
+{{- end }}
+{{- with .httpsProxy }}
+- name: HTTPS_PROXY
+  value: {{ . | quote }}
+{{- end }}
+- name: NO_PROXY
+  value: {{ concat (list "localhost" "127.0.0.1" "::1" ".svc" ".cluster.local" "$(KUBERNETES_SERVICE_HOST)") (.noProxy | default list) | join "," | quote }}
+{{- end }}
+{{- end }}
+{{- if .Values.trustedCA.configMap }}
+{{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "AWS_CA_BUNDLE" }}
+- name: {{ . }}
+  value: /etc/graft-ca/ca.crt
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "graft.networkMounts" -}}
+{{- if .Values.trustedCA.configMap }}
+- {name: trusted-ca, mountPath: /etc/graft-ca, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "graft.networkVolumes" -}}
+{{- with .Values.trustedCA.configMap }}
+- name: trusted-ca
+  configMap:
+    name: {{ . }}
+    items:
+      - {key: {{ $.Values.trustedCA.key }}, path: ca.crt}
+{{- end }}
+{{- end -}}
+
+{{/* What the values add to a container and its pod: of all components, and of one. Argument: list of the component's values and root. */}}
+{{- define "graft.env" -}}
+{{- include "graft.networkEnv" (index . 1) }}
+{{- with (index . 0).env }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "graft.volumeMounts" -}}
+{{- include "graft.networkMounts" (index . 1) }}
+{{- with (index . 0).volumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "graft.volumes" -}}
+{{- include "graft.networkVolumes" (index . 1) }}
+{{- with (index . 0).volumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* The template of the operator's own pods, with proxy and trustedCA, as JSON. Argument: list of podTemplate and root. */}}
+{{- define "graft.podTemplate" -}}
+{{- $own := index . 0 | default dict | deepCopy -}}
+{{- $root := index . 1 -}}
+{{- range $field, $name := dict "env" "graft.networkEnv" "volumeMounts" "graft.networkMounts" "volumes" "graft.networkVolumes" -}}
+{{- with include $name $root | trim -}}
+{{- $_ := set $own $field (concat (get $own $field | default list) (fromYamlArray .)) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $own -}}
 {{- end -}}
 
 {{/* The scheduling fields of a pod. Argument: the component's values. */}}
@@ -82,6 +160,21 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
+{{/* The spread of a component's pods: its values, else over nodes if possible. Argument: list of component, its values and root. */}}
+{{- define "graft.spread" -}}
+{{- $values := index . 1 -}}
+{{- if $values.topologySpreadConstraints -}}
+topologySpreadConstraints: {{- toYaml $values.topologySpreadConstraints | nindent 2 }}
+{{- else -}}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "graft.selectorLabels" (list (index . 0) (index . 2)) | nindent 8 }}
+{{- end -}}
+{{- end -}}
+
 {{/* The S3 endpoint. Pods of every namespace can reach it at this address. */}}
 {{- define "graft.storeEndpoint" -}}
 {{- if .Values.objectStore.embedded.enabled -}}
@@ -93,12 +186,14 @@ priorityClassName: {{ . }}
 
 {{/* The name of the Secret with the operator's key of the object store. */}}
 {{- define "graft.storeSecret" -}}
-{{- if not .Values.objectStore.embedded.enabled -}}
+{{- if and (not .Values.objectStore.embedded.enabled) (eq .Values.objectStore.credentials "webIdentity") -}}
+{{- .Values.objectStore.external.existingSecret -}}
+{{- else if not .Values.objectStore.embedded.enabled -}}
 {{- required "objectStore.external.existingSecret is needed when objectStore.embedded.enabled is false: set it to the name of a Secret with the keys access-key-id and secret-access-key" .Values.objectStore.external.existingSecret -}}
 {{- else if .Values.objectStore.embedded.existingSecret -}}
 {{- .Values.objectStore.embedded.existingSecret -}}
 {{- else -}}
-{{- include "graft.fullname" . }}-store-root
+{{- include "graft.fullname" . }}-store-key
 {{- end -}}
 {{- end -}}
 
@@ -106,7 +201,8 @@ priorityClassName: {{ . }}
 {{- default (printf "http://%s-gateway.%s.svc:%v" (include "graft.fullname" .) .Release.Namespace .Values.gateway.service.port) .Values.gateway.url -}}
 {{- end -}}
 
-{{/* The environment of every Python container: nothing is imported from its working folder or from HOME. */}}
+{{/* The environment of every Python container: nothing is imported from its working folder or from HOME. kopf asks for the user's name, and
+fails for a user that the image's /etc/passwd does not list, unless the environment has it. */}}
 {{- define "graft.pythonEnv" -}}
 - name: PYTHONSAFEPATH
   value: "1"
@@ -114,6 +210,10 @@ priorityClassName: {{ . }}
   value: "1"
 - name: HOME
   value: /tmp
+- name: USER
+  value: graft
+- name: LOGNAME
+  value: graft
 {{- end -}}
 
 {{/* NetworkPolicyPeers: all addresses except clouds' metadata, link-local addresses and networkPolicy.closed. */}}
@@ -173,7 +273,7 @@ cluster, and the namespace of a Service. A Service's pods may listen on another 
 {{- define "graft.urlEgress" -}}
 {{- $ports := list 443 -}}
 {{- $namespaces := list -}}
-{{- range $address := (list .Values.objectStore.external.endpoint .Values.objectStore.external.adminUrl .Values.huggingface.endpoint) -}}
+{{- range $address := (list .Values.objectStore.external.endpoint .Values.objectStore.external.adminUrl .Values.objectStore.webIdentity.stsEndpoint .Values.huggingface.endpoint .Values.proxy.httpProxy .Values.proxy.httpsProxy) -}}
 {{- if $address -}}
 {{- $url := urlParse $address -}}
 {{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "http" | ternary "80" "443") | int -}}

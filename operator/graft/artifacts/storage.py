@@ -1,16 +1,27 @@
 """The object store's address and key, the errors of its calls, and their retries.
 
-The credentials come from a mounted Secret, one file per key, never from the environment.
+The credentials come from a mounted Secret, one file per key, never from the environment. Or a token of the pod's service
+account is exchanged for temporary ones (AssumeRoleWithWebIdentity), as in AWS's IRSA.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+import boto3
+import botocore.session
+from botocore.config import Config
+from botocore.credentials import (
+    AssumeRoleWithWebIdentityCredentialFetcher,
+    CredentialProvider,
+    CredentialResolver,
+    DeferredRefreshableCredentials,
+)
 from botocore.exceptions import ClientError
+from botocore.utils import FileWebIdentityTokenLoader
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,14 +55,23 @@ class StorageConfig:
     secret_access_key: str
     session_token: str | None = None
     ca_file: str | None = None
+    # Without a key: the role of the cloud that the pod assumes with the token of its service account.
+    role_arn: str | None = None
+    token_file: str | None = None
+    sts_endpoint: str | None = None  # None: AWS's endpoint of the region
 
     @classmethod
-    def from_dir(cls, folder: str | Path) -> "StorageConfig":
+    def from_dir(cls, folder: str | Path, given: Mapping[str, str] | None = None) -> "StorageConfig":
         """Read a mounted Secret: files endpoint, region, bucket, prefix, access-key-id, secret-access-key[,
-        session-token, ca.crt]."""
+        session-token, ca.crt]. Or role-arn[, sts-endpoint] and token instead of a key.
+
+        `given` has entries that are not in the folder.
+        """
         root = Path(folder)
 
         def text(name: str, default: str | None = None) -> str:
+            if given is not None and name in given:
+                return given[name]
             path = root / name
             if not path.exists():
                 if default is None:
@@ -59,17 +79,70 @@ class StorageConfig:
                 return default
             return path.read_text().strip()
 
-        ca = root / "ca.crt"
+        ca, role, token = root / "ca.crt", text("role-arn", ""), root / "token"
+        if role and not token.exists():
+            raise StoreError(
+                "denied",
+                "the storage Secret has role-arn, but the pod has no token for it. Set objectStore.credentials: webIdentity in the "
+                "chart's values, or give a key",
+            )
         return cls(
             endpoint=text("endpoint", ""),
             region=text("region", "us-east-1"),
             bucket=text("bucket"),
             prefix=text("prefix", ""),
-            access_key_id=text("access-key-id"),
-            secret_access_key=text("secret-access-key"),
+            access_key_id=text("access-key-id", "" if role else None),
+            secret_access_key=text("secret-access-key", "" if role else None),
             session_token=text("session-token", "") or None,
             ca_file=str(ca) if ca.exists() and ca.stat().st_size else None,
+            role_arn=role or None,
+            token_file=str(token) if role else None,
+            sts_endpoint=text("sts-endpoint", "") or None,
         )
+
+
+class _Role(CredentialProvider):
+    """The only provider of a session: temporary keys for a role, which botocore renews before they expire."""
+
+    METHOD = "assume-role-with-web-identity"
+
+    def __init__(self, fetch: Callable[[], Any]) -> None:
+        super().__init__()
+        self._fetch = fetch
+
+    def load(self) -> Any:
+        return DeferredRefreshableCredentials(method=self.METHOD, refresh_using=self._fetch)
+
+
+def client_of(storage: StorageConfig, config: Config) -> Any:
+    """Return a client of S3 with the key of `storage`, or with temporary keys for its role, which are renewed in time."""
+    maker: Any = boto3  # its shared session keeps what it has read about S3
+    key: dict[str, str | None] = {
+        "aws_access_key_id": storage.access_key_id,
+        "aws_secret_access_key": storage.secret_access_key,
+        "aws_session_token": storage.session_token,
+    }
+    if storage.role_arn is not None and storage.token_file is not None:
+        session = botocore.session.Session()
+
+        def sts(service: str, **more: Any) -> Any:
+            return session.create_client(service, storage.region, endpoint_url=storage.sts_endpoint, **more)
+
+        fetcher = AssumeRoleWithWebIdentityCredentialFetcher(
+            client_creator=sts,
+            web_identity_token_loader=FileWebIdentityTokenLoader(storage.token_file),
+            role_arn=storage.role_arn,
+        )
+        session.register_component("credential_provider", CredentialResolver([_Role(fetcher.fetch_credentials)]))
+        maker, key = boto3.Session(botocore_session=session), {}
+    return maker.client(
+        "s3",
+        endpoint_url=storage.endpoint or None,
+        region_name=storage.region,
+        verify=storage.ca_file,
+        config=config,
+        **key,
+    )
 
 
 def trouble_of(error: ClientError) -> Trouble:
@@ -82,7 +155,7 @@ def trouble_of(error: ClientError) -> Trouble:
         return "full"
     if status == 412 or code in {"PreconditionFailed", "ConditionalRequestConflict"}:
         return "exists"
-    if status in {401, 403} and code not in EXPIRED:
+    if (status in {401, 403} and code not in EXPIRED) or code == "InvalidIdentityToken":
         return "denied"
     return "unavailable"
 

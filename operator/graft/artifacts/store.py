@@ -15,11 +15,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from graft.artifacts.storage import StorageConfig, StoreError, patiently, trouble_of
+from graft.artifacts.storage import StorageConfig, StoreError, client_of, patiently, trouble_of
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -104,14 +103,8 @@ class S3Store:
         self.config = config
         self.may_write = may_write
         self.patience = patience
-        self.client: Any = boto3.client(
-            "s3",
-            endpoint_url=config.endpoint or None,
-            region_name=config.region,
-            aws_access_key_id=config.access_key_id,
-            aws_secret_access_key=config.secret_access_key,
-            aws_session_token=config.session_token,
-            verify=config.ca_file,
+        self.client: Any = client_of(
+            config,
             config=Config(
                 retries={"mode": "standard", "max_attempts": attempts},
                 connect_timeout=min(5, timeout),

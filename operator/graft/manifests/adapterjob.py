@@ -186,7 +186,6 @@ def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: R
             {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
         ],
         "resources": needs.wire(),
-        "terminationMessagePolicy": "File",
         "volumeMounts": [
             {"name": "job", "mountPath": JOB_FILE, "subPath": "job.json", "readOnly": True},
             *STORAGE_MOUNTS,
@@ -202,7 +201,7 @@ def job(adapter: Adapter, base_model: BaseModelRef, settings: Settings, needs: R
         "containers": [container],
         "volumes": [
             {"name": "job", "configMap": {"name": job_name(adapter)}},
-            storage_volume(),
+            storage_volume(settings),
             huggingface_volume(),
             {"name": "work", "emptyDir": {}},
             tmp_volume(command(adapter)),

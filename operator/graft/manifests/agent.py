@@ -5,12 +5,15 @@ from graft.api import AdapterDeployment
 from graft.contracts.agent import WANTED_KEY, Wanted
 from graft.manifests.metadata import Manifest, child
 from graft.manifests.serving import agent_account, residency_name, wanted_name
+from graft.settings import Settings
 
 
-def service_account(deployment: AdapterDeployment) -> Manifest:
-    return child("v1", "ServiceAccount", agent_account(deployment), deployment, "agent") | {
-        "automountServiceAccountToken": False
-    }
+def service_account(deployment: AdapterDeployment, settings: Settings) -> Manifest:
+    """Return the service account of the agents. Its annotations are the platform's: a spec cannot ask for a role."""
+    account = child("v1", "ServiceAccount", agent_account(deployment), deployment, "agent")
+    if settings.serving_account_annotations:
+        account["metadata"]["annotations"] = settings.serving_account_annotations
+    return account | {"automountServiceAccountToken": False}
 
 
 def role(deployment: AdapterDeployment) -> Manifest:

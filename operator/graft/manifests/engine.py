@@ -3,6 +3,7 @@
 from graft.api import AdapterDeployment
 from graft.api.deploymentstatus import ServingSizing
 from graft.api.meta import GPU
+from graft.contracts.addresses import IPV4_ANY, IPV6_ANY
 from graft.contracts.mounts import (
     CALLERS_FILE,
     CERTIFICATE_FILE,
@@ -64,8 +65,10 @@ def _engine_arguments(
     arguments = [
         "--served-model-name",
         deployment.spec.base_model,
+        # The gateway connects from other pods. The engine answers only callers with a key. `::` listens for both families,
+        # and a kernel without IPv6 does not know it.
         "--host",
-        "0.0.0.0",  # noqa: S104 - the gateway connects from other pods; the engine answers only callers with a key
+        IPV6_ANY if settings.ipv6 else IPV4_ANY,
         "--port",
         str(ENGINE_PORT),
         "--max-loras",

@@ -94,7 +94,8 @@ def egress(settings: Settings, *, api_server: bool = False) -> list[Manifest]:
     """
     ports: set[int] = {HTTPS}
     services: list[Manifest] = []
-    for url in filter(None, (settings.storage.endpoint, settings.huggingface_endpoint)):
+    urls = (settings.storage.endpoint, settings.storage.sts_endpoint, settings.huggingface_endpoint)
+    for url in filter(None, (*urls, *settings.network.proxies)):
         port, namespace, inside = _target(url)
         if not inside:
             ports.add(port)

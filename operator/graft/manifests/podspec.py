@@ -34,7 +34,13 @@ def container_defaults(name: str, *, user: int | None = None) -> Manifest:
     Without `user`, the container has the pod's user.
     """
     identity = {} if user is None else {"runAsUser": user, "runAsGroup": user}
-    return {"name": name, "workingDir": "/", "securityContext": CONTAINER_SECURITY | identity}
+    return {
+        "name": name,
+        "workingDir": "/",
+        "securityContext": CONTAINER_SECURITY | identity,
+        # A container that does not write why it ended leaves the end of its log.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
 
 
 def pod_security(settings: Settings) -> Manifest:
@@ -97,8 +103,16 @@ def container_resources(resources: Resources | None) -> Manifest:
     return resources.wire()
 
 
-def storage_volume() -> Manifest:
-    return {"name": "storage", "secret": {"secretName": STORAGE_SECRET, "defaultMode": 0o440}}
+TOKEN_SECONDS = 3600  # until the kubelet has replaced a token
+
+
+def storage_volume(settings: Settings) -> Manifest:
+    """Return the volume with the namespace's key, or with its role and the pod's own token for it."""
+    if not (audience := settings.storage.web_identity_audience):
+        return {"name": "storage", "secret": {"secretName": STORAGE_SECRET, "defaultMode": 0o440}}
+    token = {"audience": audience, "expirationSeconds": TOKEN_SECONDS, "path": "token"}
+    sources = [{"secret": {"name": STORAGE_SECRET}}, {"serviceAccountToken": token}]
+    return {"name": "storage", "projected": {"defaultMode": 0o440, "sources": sources}}
 
 
 def huggingface_volume() -> Manifest:

@@ -35,6 +35,8 @@ EXIT_SECONDS = 10  # for the processes to exit after the last request
 NODE, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/zone"
 MODELS_DIR = "/models"
 BASE_MODEL = "graft.dev/base-model"  # annotation of a pod: the BaseModelRef that it was created with
+# Amazon EKS gives the role of a service account to every container, except to these. The engine must have no credentials.
+SKIP_CONTAINERS = "eks.amazonaws.com/skip-containers"
 VOLUME_SPARE = 256 << 20  # bytes added to the adapters' volume: the kubelet evicts a pod that exceeds its volume
 PROGRESS_SECONDS = 2400  # slightly more than the engine's startup limit
 SPREAD_SECONDS = 15  # between two replicas of a rollout, to load the adapters of a removed replica on others
@@ -199,7 +201,7 @@ def serving_deployment(
     limits = deployment.spec.limits
     init: list[Manifest] = []
     volumes: list[Manifest] = [
-        storage_volume(),
+        storage_volume(settings),
         huggingface_volume(),
         {"name": "models", "emptyDir": {}},
         {
@@ -232,11 +234,11 @@ def serving_deployment(
     explicit = deployment.spec.resources
     gpus = explicit.gpus() if explicit is not None else sizing.gpus
     manifest = child("apps/v1", "Deployment", serving_name(deployment), deployment, "serving")
+    notes = {BASE_MODEL: base_model.json_text()}
+    if settings.serving_account_annotations:
+        notes[SKIP_CONTAINERS] = "engine"
     template = {
-        "metadata": {
-            "labels": labels(deployment, "serving"),
-            "annotations": {BASE_MODEL: base_model.json_text()},
-        },
+        "metadata": {"labels": labels(deployment, "serving"), "annotations": notes},
         "spec": {
             **pod_defaults(settings, _placement(deployment, sizing), gpus=gpus),
             "serviceAccountName": agent_account(deployment),

@@ -210,7 +210,7 @@ def preflight_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings
     So all errors that `prepare` finds are found before the cluster reserves a GPU for the run. And the facts about the
     data are known when placement chooses the GPUs.
     """
-    volumes, mounts = _volumes(job, base_model)
+    volumes, mounts = _volumes(job, base_model, settings)
     pod = {
         # It tolerates the taints of GPU nodes, because the spec's nodeSelector may require the nodes of the run's own
         # pods.
@@ -231,7 +231,7 @@ def training_job(job: FineTuneJob, base_model: BaseModelRef, settings: Settings,
 
     Several pods make it an Indexed Job.
     """
-    volumes, mounts = _volumes(job, base_model)
+    volumes, mounts = _volumes(job, base_model, settings)
     volumes += [tmp_volume("prepare"), tmp_volume("train")]
     if shape.several:
         # Processes exchange tensors through shared memory. A container's default is only 64 MB.
@@ -284,7 +284,7 @@ def _job(job: FineTuneJob, name: str, component: str, pod: Manifest, settings: S
     return manifest | {"spec": body}
 
 
-def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest], list[Manifest]]:
+def _volumes(job: FineTuneJob, base_model: BaseModelRef, settings: Settings) -> tuple[list[Manifest], list[Manifest]]:
     """Return volumes and mounts of every container that reads the job's data. /tmp is not one of them: each container
     has its own."""
     data_volumes, data_mounts = mounted_volumes([base_model.uri] + [uri for _, uri in data_uris(job)])
@@ -296,7 +296,7 @@ def _volumes(job: FineTuneJob, base_model: BaseModelRef) -> tuple[list[Manifest]
     ]
     volumes: list[Manifest] = [
         {"name": "job", "configMap": {"name": job_file_name(job)}},
-        storage_volume(),
+        storage_volume(settings),
         huggingface_volume(),
         {"name": "work", "emptyDir": {}},
         *data_volumes,
@@ -317,6 +317,5 @@ def _container(name: str, command: str, settings: Settings, mounts: list[Manifes
             {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"},
         ],
         "resources": needs,
-        "terminationMessagePolicy": "File",
         "volumeMounts": [*mounts, tmp_mount(name)],
     }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
+from graft.contracts.addresses import host_port
 from graft.contracts.job import RENDEZVOUS_PORT, Pods
 from graft.contracts.progress import Reason
 
@@ -269,7 +270,7 @@ def _reach(host: str, port: int, deadline: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise _alone(f"cannot connect to the first pod at {host}:{port}: {error}") from error
+                raise _alone(f"cannot connect to the first pod at {host_port(host, port)}: {error}") from error
         time.sleep(0.5)
 
 

@@ -27,7 +27,7 @@ from graft.reconcile.adapter.versions import matches, parse
 from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, keep, refusal
+from graft.reconcile.shared.jobs import condition_of, keep, not_started, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.publishing import COPYING, Copying
 from graft.reconcile.shared.publishing import published as published_by
@@ -79,7 +79,7 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
         await _keep(ctx, adapter)
     made = created_by(children, await ctx.cache.list("Pod", namespace, labels))
     own = sorted(made, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-    refused = await refusal(ctx, namespace, children[0]["metadata"]["uid"]) if not own else None
+    refused = await (not_started(ctx, own) if own else refusal(ctx, namespace, children[0]["metadata"]["uid"]))
     return observe(adapter, children[0], own, refused)
 
 
@@ -299,7 +299,8 @@ def published(adapter: Adapter, digest: str, bucket: str) -> Step:
 
 
 def observe(adapter: Adapter, child: Manifest, own: list[Manifest], refused: str | None) -> Step:
-    """Return the step of a version whose Job exists and has published nothing so far (PURE)."""
+    """Return the step of a version whose Job exists and has published nothing so far (PURE). `refused`: why there is no pod,
+    or why its containers do not start."""
     name = "ComposeFailed" if adapter.spec.compose is not None else "ImportFailed"
     ending = next((end for pod in reversed(own) if (end := pods.ending(pod)) is not None), None)
     for type_ in ("Failed", "FailureTarget"):
@@ -319,7 +320,7 @@ def observe(adapter: Adapter, child: Manifest, own: list[Manifest], refused: str
     newest = own[-1]
     if pods.phase(newest) == "Failed" and ending is not None:
         return working(adapter, f"pod {pods.name(newest)} failed, and another attempt follows: {_told(ending)}")
-    return working(adapter, pods.waiting_message(newest) or f"the pod of the Job is {pods.name(newest)}")
+    return working(adapter, pods.waiting_message(newest) or refused or f"the pod of the Job is {pods.name(newest)}")
 
 
 def failure_reason(adapter: Adapter, reason: str) -> str:

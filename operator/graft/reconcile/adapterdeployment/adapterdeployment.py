@@ -34,6 +34,7 @@ from graft.reconcile.adapterdeployment.placing import place_engine
 from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.reconcile.shared.jobs import not_started
 from graft.reconcile.shared.ownership import of_deployment
 from graft.reconcile.shared.stored import valid
 from graft.status import find
@@ -121,6 +122,7 @@ async def _gather(ctx: Context, spec: AdapterDeployment) -> World:
             world.sizing = placed
     world.scale = await autoscaling.decide(ctx, spec, world.sizing, world.deployment)
     world.pods = of_deployment(found_pods, sets, deployment, spec.metadata.uid)
+    world.not_started = await not_started(ctx, world.pods)
     world.wanted = _parse(Wanted, wanted, WANTED_KEY)
     world.routes = _parse(Routes, routes, ROUTES_KEY)
     world.findable = covers(wanted, agent_manifests.wanted_identity(spec)) and covers(
@@ -180,7 +182,7 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble
             f"Deployment {serving_name(spec)} exists and does not belong to this AdapterDeployment. Delete that Deployment",
         )
     children = [
-        agent_manifests.service_account(spec),
+        agent_manifests.service_account(spec, ctx.settings),
         agent_manifests.role(spec),
         agent_manifests.role_binding(spec),
         agent_manifests.residency_config_map(spec),

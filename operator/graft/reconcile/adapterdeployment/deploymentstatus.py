@@ -13,6 +13,7 @@ from graft.api.deploymentstatus import (
 )
 from graft.api.meta import Condition
 from graft.artifacts.layout import tenant_of
+from graft.contracts.addresses import host_port
 from graft.contracts.agent import Residency, ResidentAdapter, Wanted, WantedAdapter
 from graft.contracts.gateway import Routes
 from graft.contracts.message import BaseModelRef, cut
@@ -41,6 +42,7 @@ class World:
     held: str | None = None  # why `base_model` is not `current`
     deployment: Manifest | None = None
     pods: list[Manifest] = field(default_factory=list)
+    not_started: str | None = None  # why the node does not start the containers of a pod
     residency: dict[str, Residency] = field(default_factory=dict)
     wanted: Wanted | None = None
     routes: Routes | None = None
@@ -61,7 +63,7 @@ class World:
         return [
             serving.ReplicaView(
                 pod=pods.name(pod),
-                address=f"{ip}:{ENGINE_PORT}" if (ip := pod.get("status", {}).get("podIP")) else "",
+                address=host_port(ip, ENGINE_PORT) if (ip := pod.get("status", {}).get("podIP")) else "",
                 ready=pods.is_ready(pod),
                 residency=_own(self.residency.get(pods.name(pod)), pod),
                 tls=has_tls(pod),
@@ -88,7 +90,7 @@ def why_unavailable(world: World) -> str | None:
     if world.trouble is not None and not world.pods:
         return world.trouble.message
     stuck = [message for pod in world.pods if (message := pods.waiting_message(pod)) is not None]
-    return stuck[0] if stuck else "its replicas are starting"
+    return stuck[0] if stuck else world.not_started or "its replicas are starting"
 
 
 def observe(world: World, gateway_url: str) -> tuple[AdapterDeploymentStatus, list[Condition]]:
@@ -332,7 +334,8 @@ def _given_up(world: World) -> bool:
 
 def _why_not_ready(world: World) -> str:
     stuck = [message for pod in world.pods if (message := pods.waiting_message(pod)) is not None]
-    return f": {stuck[0]}" if stuck else ""
+    why = stuck[0] if stuck else world.not_started
+    return f": {why}" if why else ""
 
 
 def _rolled_out(world: World) -> bool:

@@ -57,7 +57,7 @@ from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import job_file_of, keep, refusal
+from graft.reconcile.shared.jobs import job_file_of, keep, not_started, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import find, seconds_left
@@ -111,7 +111,8 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if succeeded is not None and succeeded.status != "Unknown":
         return None
     later = ctx.backoff.left(job.metadata.uid, job.metadata.generation) if world.delayed is not None else None
-    polls = [pause, later, SOON if polled(world) else None, None if repaired else WAITING]
+    coming = any(pods.creating(pod) for pod in world.pods)  # only an Event would say what is wrong
+    polls = [pause, later, SOON if polled(world) else None, WAITING if coming or not repaired else None]
     return min((item for item in polls if item is not None), default=None)
 
 
@@ -128,6 +129,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     if not world.pods:
         world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
+        world.refusal = await not_started(ctx, world.pods)
         world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]), must=world.passed)
     resolved = job.status.resolved
     trained = not world.preflight and job_condition(world, "Complete") is not None

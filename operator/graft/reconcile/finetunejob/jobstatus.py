@@ -46,7 +46,7 @@ class World:
     publish_trouble: str | None = None  # why `published` is None
     copying: bool = False  # the operator copies the staged files to the version's folder
     delayed: str | None = None  # why the operator will read or publish the staged files later
-    refusal: str | None = None  # why the Job could not create its pod
+    refusal: str | None = None  # why the Job could not create its pod, or the node does not start its containers
     adapter: Adapter | None = None
 
     @property
@@ -220,7 +220,7 @@ def _succeeded(world: World) -> Condition:
             "Retrying",
             f"pod {pods.name(newest)} failed, and another attempt follows: {text}",
         )
-    stuck = pods.waiting_message(newest)
+    stuck = pods.waiting_message(newest) or world.refusal
     if stuck is not None:
         return condition(KIND, "Succeeded", "Unknown", "Pending", stuck)
     if pods.completed(newest, "train") or (pods.phase(newest) == "Succeeded" and not world.preflight):

@@ -17,7 +17,9 @@ from graft.manifests.adapter import storage_secret
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
-SECRET_KEYS = {"endpoint", "region", "bucket", "prefix", "access-key-id", "secret-access-key"}
+KEY = {"access-key-id", "secret-access-key"}
+SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
+ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,14 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     try:
         keys, ours = await _credentials(ctx, namespace)
         if ctx.identity is None or not ours:
-            return _incomplete(namespace, keys)
+            return _incomplete(ctx, namespace, keys)
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
         async with ctx.locks.hold("credentials"):  # only one reconcile at a time changes the users of the store
             keys, ours = await _credentials(ctx, namespace)  # another reconcile may have issued the key meanwhile
             if not ours:
-                return _incomplete(namespace, keys)
+                return _incomplete(ctx, namespace, keys)
             known = tenant in ctx.issued or tenant in await ctx.store_calls.run("", ctx.identity.tenants)
             if not (known and keys >= SECRET_KEYS):
                 config = await ctx.store_calls.run("", ctx.identity.issue, tenant)
@@ -131,14 +133,16 @@ async def _credentials(ctx: Context, namespace: str) -> tuple[set[str], bool]:
     return set(secret.get("data") or {}), ours
 
 
-def _incomplete(namespace: str, keys: set[str]) -> Trouble | None:
+def _incomplete(ctx: Context, namespace: str, keys: set[str]) -> Trouble | None:
     """Return what is missing in a Secret that the operator does not manage, or None if it is complete (PURE)."""
-    missing = ", ".join(sorted(SECRET_KEYS - keys))
+    roles = bool(ctx.settings.storage.web_identity_audience)
+    missing = ", ".join(sorted((ROLE_KEYS if roles and not keys >= KEY else SECRET_KEYS) - keys))
     if not missing:
         return None
+    what = "the ARN of a role" if roles else "a storage key"
     return Trouble(
         "CredentialsMissing",
-        f"Secret {STORAGE_SECRET} in namespace {namespace} is missing or incomplete. Create it with a storage key that is "
+        f"Secret {STORAGE_SECRET} in namespace {namespace} is missing or incomplete. Create it with {what} that is "
         f"limited to the prefix {tenant_of(namespace)}/. Missing entries: {missing}",
     )
 

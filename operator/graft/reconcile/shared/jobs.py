@@ -6,7 +6,9 @@ from typing import Any
 from graft.bounded import OutOfBounds
 from graft.contracts.job import JobFile
 from graft.kube import KubeError, Manifest
+from graft.reconcile.shared import pods
 from graft.reconcile.shared.context import Context
+from graft.status import seconds_left
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,26 @@ async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
         return None  # the message is only a hint, so the reconcile continues without it
     refused = [item["message"] for item in events if item.get("reason") == "FailedCreate"]
     return str(refused[-1]) if refused else None
+
+
+# What the kubelet reports only in Events about a pod whose containers it cannot start.
+NOT_STARTED = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
+MOUNT_SECONDS = 15  # seconds that a healthy node may take
+
+
+async def not_started(ctx: Context, found: list[Manifest]) -> str | None:
+    """Return why the node does not start the containers of the newest pod, or None: a volume, a Secret, a ConfigMap or
+    the network is missing."""
+    newest = next((pod for pod in reversed(found) if pods.creating(pod)), None)
+    if newest is None or seconds_left(newest["metadata"]["creationTimestamp"], MOUNT_SECONDS) > 0:
+        return None
+    meta = newest["metadata"]
+    try:
+        events = await ctx.kube.events_of(meta["namespace"], meta["uid"])
+    except KubeError:
+        return None  # as above
+    said = [str(item.get("message", "")) for item in events if item.get("reason") in NOT_STARTED]
+    return f"pod {pods.name(newest)} does not start: {said[-1][:500]}" if said else None
 
 
 async def keep(ctx: Context, namespace: str, *needed: Manifest) -> bool:

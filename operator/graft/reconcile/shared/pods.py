@@ -90,7 +90,22 @@ def waiting_message(pod: Pod) -> str | None:
             ending = _ending(item.get("lastState", {}).get("terminated") or {}, item["name"])
             detail = ending.text if ending else waiting.get("message", "")
             return f"container {item['name']} of pod {name(pod)}: {waiting['reason']}: {detail}".strip(": ")
+        # Between two pauses of CrashLoopBackOff the container runs, and looks as if it only started.
+        if item.get("restartCount", 0) and not item.get("ready"):
+            ending = _ending(item.get("lastState", {}).get("terminated") or {}, item["name"])
+            if ending is not None:
+                return f"container {item['name']} of pod {name(pod)} was restarted {item['restartCount']} times: {ending.text}"
     return None
+
+
+def creating(pod: Pod) -> bool:
+    """Return whether the pod is on a node, and no container has started: the node mounts volumes and creates the network.
+
+    A pod whose volume does not exist stays so, and its status does not say why.
+    """
+    found = statuses(pod)
+    waiting = [item.get("state", {}).get("waiting", {}).get("reason") for item in found]
+    return bool(found) and set(waiting) <= {"ContainerCreating", "PodInitializing"} and phase(pod) == "Pending"
 
 
 def index(pod: Pod) -> int:

@@ -79,7 +79,7 @@ def build(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         ],
     )
     return [
-        agent.service_account(deployment),
+        agent.service_account(deployment, SETTINGS),
         agent.role(deployment),
         agent.role_binding(deployment),
         agent.wanted_config_map(deployment, wanted),
@@ -126,6 +126,8 @@ def test_every_pod_meets_pod_security_restricted(name: str) -> None:
             assert security["allowPrivilegeEscalation"] is False
             assert security["readOnlyRootFilesystem"] is True
             assert security["capabilities"] == {"drop": ["ALL"]}
+            # What ended a container is shown in conditions.
+            assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
             assert not [item for item in container["env"] if "secret" in str(item).lower()], (
                 "secrets are mounted as files"
             )
@@ -238,3 +240,61 @@ def test_a_run_of_several_pods_has_host_names_whatever_its_name(name: str) -> No
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", label) and len(label) <= 63, label
     assert training.first_host(job) == f"{made['metadata']['name']}-0.{service}.shop.svc"
     assert made["spec"]["template"]["spec"]["subdomain"] == service
+
+
+def all_pods(settings: Settings) -> list[dict[str, Any]]:
+    """Return a training and a serving pod template with other settings."""
+    job = FineTuneJob.model_validate(yaml.safe_load((GOLDEN / "input" / "finetunejob-lora.yaml").read_text()))
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
+    deployment = AdapterDeployment.model_validate(manifest)
+    training_pod = training.training_job(job, BASES["tiny"], settings, training.Shape())
+    serving_pod = serving.serving_deployment(deployment, BASES["tiny"], settings, sizing(deployment), 1)
+    return [item["spec"]["template"] for item in (training_pod, serving_pod)]
+
+
+def test_without_a_fixed_user_the_cluster_chooses_one() -> None:
+    for pod in all_pods(SETTINGS.model_copy(update={"run_as_user": None})):
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & set(re.findall(r"'(\w+)'", str(pod)))
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    (_, serving_pod) = all_pods(SETTINGS.model_copy(update={"run_as_user": 1000680000}))
+    (engine,) = serving_pod["spec"]["containers"]
+    assert serving_pod["spec"]["securityContext"]["runAsUser"] == 1000680000
+    assert engine["securityContext"]["runAsUser"] == 1000680001
+
+
+def test_with_roles_of_a_cloud_only_containers_that_read_the_store_have_a_token() -> None:
+    storage = SETTINGS.storage.model_copy(update={"web_identity_audience": "sts.amazonaws.com"})
+    for pod in all_pods(SETTINGS.model_copy(update={"storage": storage})):
+        (volume,) = (item for item in pod["spec"]["volumes"] if item["name"] == "storage")
+        secret, token = volume["projected"]["sources"]
+        assert secret == {"secret": {"name": "graft-storage"}}
+        assert token["serviceAccountToken"]["audience"] == "sts.amazonaws.com"
+        for container in [*pod["spec"]["initContainers"], *pod["spec"]["containers"]]:
+            mounted = any(mount["name"] == "storage" for mount in container["volumeMounts"])
+            assert mounted is (container["name"] != "engine")
+
+
+def test_annotations_of_service_accounts_are_the_platforms_and_leave_the_engine_out() -> None:
+    settings = SETTINGS.model_copy(update={"serving_account_annotations": {"eks.amazonaws.com/role-arn": "arn"}})
+    manifest = yaml.safe_load((GOLDEN / "input" / "adapterdeployment-transformers.yaml").read_text())
+    account = agent.service_account(AdapterDeployment.model_validate(manifest), settings)
+    assert account["metadata"]["annotations"] == {"eks.amazonaws.com/role-arn": "arn"}
+    (_, serving_pod) = all_pods(settings)
+    assert serving_pod["metadata"]["annotations"]["eks.amazonaws.com/skip-containers"] == "engine"
+
+
+def test_a_proxy_has_a_way_through_the_network_policies() -> None:
+    proxies = SETTINGS.network.model_copy(
+        update={"proxies": ["http://proxy.example.com:3128", "http://squid.net.svc:80"]}
+    )
+    rules = network.egress(SETTINGS.model_copy(update={"network": proxies}))
+    assert any({"protocol": "TCP", "port": 3128} in rule.get("ports", []) for rule in rules)
+    assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "net"}}} in [
+        peer for rule in rules for peer in rule.get("to", [])
+    ]
+
+
+def test_engines_listen_for_both_families_if_pods_have_both() -> None:
+    for ipv6, host in ((True, "::"), (False, "0.0.0.0")):
+        (_, pod) = all_pods(SETTINGS.model_copy(update={"ipv6": ipv6}))
+        assert dict(pairwise(pod["spec"]["containers"][0]["command"]))["--host"] == host

@@ -1,10 +1,14 @@
 """What the operator reads from pods: why a pod waits and why it ended."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from graft.reconcile.shared.context import Context
+from graft.reconcile.shared.jobs import not_started
 from graft.reconcile.shared.ownership import of_deployment
 from graft.reconcile.shared.pods import ending, is_ready, waiting_message
+from worlds.reconciling import SETTINGS, MemoryKube
 
 
 def pod(**status: Any) -> dict[str, Any]:
@@ -86,3 +90,45 @@ def test_only_pods_of_the_deployments_own_replicasets_serve() -> None:
     assert of_deployment(mine + others, [*sets, owned("foreign-set", "other")], deployment, "owner") == mine
     assert of_deployment(mine, sets, owned("deployment", "other"), "owner") == []
     assert of_deployment(mine, sets, None, "owner") == []
+
+
+def test_a_container_that_runs_again_shows_its_last_words() -> None:
+    """Between two pauses of CrashLoopBackOff, an engine that ends again and again looks as if it only started."""
+    ended_before = {"exitCode": 1, "message": "ValueError: no such dtype", "reason": "Error"}
+    again = {"name": "engine", "state": {"running": {}}, "lastState": {"terminated": ended_before}, "restartCount": 3}
+    told = waiting_message(pod(phase="Running", containerStatuses=[again | {"ready": False}])) or ""
+    assert "container engine of pod p was restarted 3 times" in told and "ValueError: no such dtype" in told
+    assert waiting_message(pod(phase="Running", containerStatuses=[again | {"ready": True}])) is None
+
+
+class Events(MemoryKube):
+    """Answers with the Events of one pod."""
+
+    def __init__(self, *found: tuple[str, str]) -> None:
+        super().__init__()
+        self.found, self.asked = found, 0
+
+    async def events_of(self, namespace: str, uid: str) -> list[dict[str, Any]]:
+        self.asked += 1
+        return [{"reason": reason, "message": message} for reason, message in self.found]
+
+
+def created(seconds_ago: int, waiting: str = "ContainerCreating") -> dict[str, Any]:
+    at = datetime.now(UTC) - timedelta(seconds=seconds_ago)
+    found = pod(phase="Pending", containerStatuses=[{"name": "train", "state": {"waiting": {"reason": waiting}}}])
+    found["metadata"] |= {"namespace": "shop", "uid": "u", "creationTimestamp": at.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    return found
+
+
+async def test_a_volume_that_does_not_exist_is_named() -> None:
+    """The pod's status says ContainerCreating for ever. Only an Event names the ConfigMap."""
+    missing = 'MountVolume.SetUp failed for volume "configmap-0": configmap "texts" not found'
+    kube = Events(("Scheduled", "assigned"), ("FailedMount", missing))
+    ctx = Context(kube, SETTINGS, None, None)  # type: ignore[arg-type]
+    assert await not_started(ctx, [created(60)]) == f"pod p does not start: {missing}"
+    assert await not_started(ctx, [created(60, "PodInitializing")]) is not None
+    assert kube.asked == 2
+    for healthy in (created(2), created(60, "ImagePullBackOff")):  # a node takes some seconds
+        assert await not_started(ctx, [healthy]) is None
+    assert await not_started(ctx, []) is None
+    assert kube.asked == 2, "nothing is asked about pods that start"

@@ -30,12 +30,13 @@ T = TypeVar("T")
 EXPIRED = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed", "TokenRefreshRequired"}
 )
-Trouble = Literal["missing", "denied", "full", "exists", "large", "unavailable"]
+Trouble = Literal["missing", "bucket", "denied", "full", "exists", "large", "unavailable"]
 
 
 class StoreError(Exception):
-    """A call to the store failed. `trouble` says why: missing, denied, full, exists, large (the object has more bytes than
-    its reader accepts), or unavailable (a retry may succeed). `answered` is False if the store sent no answer at all."""
+    """A call to the store failed. `trouble` says why: missing (the object), bucket (it does not exist, so nothing is known
+    about its objects), denied, full, exists, large (the object has more bytes than its reader accepts), or unavailable (a
+    retry may succeed). `answered` is False if the store sent no answer at all."""
 
     def __init__(self, trouble: Trouble, message: str, *, answered: bool = True) -> None:
         super().__init__(message)
@@ -149,7 +150,9 @@ def trouble_of(error: ClientError) -> Trouble:
     """Return the trouble that the store's error answer describes (PURE)."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code in {"NoSuchKey", "NoSuchBucket", "NotFound", "404"} or status == 404:
+    if code == "NoSuchBucket":
+        return "bucket"
+    if code in {"NoSuchKey", "NotFound", "404"} or status == 404:  # a HEAD has no code, so it may be the bucket, too
         return "missing"
     if code in {"QuotaExceeded", "XMinioStorageFull", "EntityTooLarge", "InsufficientStorage"} or status == 507:
         return "full"

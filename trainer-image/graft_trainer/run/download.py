@@ -148,7 +148,7 @@ def _from_s3(uri: str, target: Path, field: str, store: S3Store) -> str:
         store.download(item, target, bucket, report=tell(field))
         return "sha256:" + file_sha256(target)
     except StoreError as error:
-        if error.trouble == "missing":
+        if error.trouble in {"missing", "bucket"}:
             raise _missing(field, uri, f"the object does not exist ({error})") from error
         if error.trouble == "denied":
             raise _missing(

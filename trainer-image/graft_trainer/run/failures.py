@@ -195,7 +195,7 @@ def store_failure(error: StoreError, *, publishing: bool = False) -> Termination
                 message=f"The version is already published: {message}",
                 remedy="Create the job again with another spec.output.version, or with auto. Published versions never change.",
             )
-        case "missing":
+        case "missing" | "bucket":
             return Termination(
                 reason=Reason.STORAGE_DENIED,
                 message=f"The bucket or object does not exist: {message}",

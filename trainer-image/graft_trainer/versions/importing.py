@@ -223,6 +223,6 @@ def _source_errors(source: str) -> Iterator[None]:
             ) from error
         raise invalid(f"{source} cannot be read: {error}", WHERE) from error
     except StoreError as error:
-        if error.trouble in {"missing", "denied"}:
+        if error.trouble in {"missing", "bucket", "denied"}:
             raise invalid(f"{source} cannot be read with this namespace's key: {error}", WHERE) from error
         raise

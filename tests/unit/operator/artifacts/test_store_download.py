@@ -191,7 +191,8 @@ def test_an_empty_object_is_downloaded(config: StorageConfig, tmp_path: Path) ->
 def test_a_missing_or_forbidden_object_fails_without_retries(config: StorageConfig, tmp_path: Path) -> None:
     gone = ObjectInfo("models/none", 5, "etag")
     wrong = dataclasses.replace(config, secret_access_key="not-it")
-    for opened, trouble in ((config, "missing"), (wrong, "denied")):
+    nowhere = dataclasses.replace(config, bucket="another")
+    for opened, trouble in ((config, "missing"), (wrong, "denied"), (nowhere, "bucket")):
         with pytest.raises(StoreError) as caught:
             S3Store(opened, patience=60).download(gone, tmp_path / "file")
         assert caught.value.trouble == trouble

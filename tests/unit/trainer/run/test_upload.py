@@ -107,7 +107,7 @@ def test_an_error_in_the_upload_process_is_raised_in_the_training_process(
     assert denied.value.trouble == "denied"
     with pytest.raises(StoreError, match="NoSuchBucket") as missing:
         upload_apart(S3Store(dataclasses.replace(storage, bucket="another")), "runs/part", path)
-    assert missing.value.trouble == "missing"
+    assert missing.value.trouble == "bucket"
 
 
 def test_a_killed_upload_process_is_a_failed_upload_and_shows_no_secret(silent: socket.socket, tmp_path: Path) -> None:

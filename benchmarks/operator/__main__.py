@@ -11,7 +11,7 @@ import time
 from benchmarks.operator.goals import Goal, save
 from benchmarks.train.results import show
 
-PARTS = ("burst", "kept", "isolation")
+PARTS = ("burst", "kept", "isolation", "handover")
 QUICK = {"rounds": 1, "jobs": 60, "kept": 1000, "lives": 10, "idle": 10}
 WHOLE = {"rounds": 5, "jobs": 400, "kept": 10_000, "lives": 200, "idle": 60}
 TEXTS = {

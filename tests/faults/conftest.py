@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("recovery after strikes")
     late = sum(item.ratio > 1 for item in hit)
     terminalreporter.write_line(f"{len(hit)} phases; {late} took more than twice the undisturbed time and a restart")
+    middle = statistics.median(item.ratio for item in hit)
+    terminalreporter.write_line(
+        f"seconds / (2 x undisturbed + restart): median {middle:.2f}, largest {hit[0].ratio:.2f}"
+    )
     for item in hit[:10]:
         times = f"{item.seconds:.1f} s, undisturbed {item.undisturbed:.1f} s, restart {item.restart:.1f} s"
         terminalreporter.write_line(f"{item.ratio:.2f}  {item.phase}: {times}  {item.struck}")

@@ -50,10 +50,37 @@ def test_the_operator_survives_an_outage_of_the_api_server(bed: Bed, killed: boo
     assert bed.operator.process is not None and bed.operator.process.poll() is None, "the operator was not restarted"
 
 
+AWAY = {"hanging": Fault(hang_at=0), "refusing": Fault(status=503, code="ServiceUnavailable")}
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(10, marks=pytest.mark.seconds(75)), pytest.param(300, marks=pytest.mark.seconds(450))],
+)
+@pytest.mark.parametrize("how", AWAY)
+@pytest.mark.timeout(1200)
+def test_the_operator_survives_an_outage_of_the_store(bed: Bed, how: str, seconds: int) -> None:
+    """The store is gone before a job has its credentials, and again when its training is complete."""
+    life = bed.new_life()
+    life.patience = 180
+
+    def outage(step: str) -> None:
+        if step in {"created", "published"}:
+            bed.at_store.inject(AWAY[how])
+            time.sleep(seconds if step == "published" else 10)
+            bed.at_store.lift()
+
+    life.at = outage
+    bed.run(life, ["tune", "serve"])
+    bed.silent(life)
+    assert bed.operator.process is not None and bed.operator.process.poll() is None, "the operator was not restarted"
+
+
 STORE = {
     "slow down": [Fault(**{**vars(SLOW_DOWN), "times": 4})],
     "expired token": [Fault(**{**vars(EXPIRED_TOKEN), "times": 3})],
     "denied": [Fault(status=403, code="AccessDenied", times=3)],
+    "no bucket": [Fault(status=404, code="NoSuchBucket", times=4)],
     "server errors": [Fault(status=500, code="InternalError", times=4)],
     "slow": [Fault(latency=0.5)],
     "truncated": [Fault(match="adapter_model", cut_at=100, times=3)],

@@ -23,7 +23,8 @@ def version_of(bed: Bed) -> str:
 @pytest.mark.seconds(25)
 def test_a_restarted_operator_that_sees_an_old_state_harms_no_new_job(bed: Bed) -> None:
     """A job is deleted and created again. Then the operator starts with lists in which the first job still exists."""
-    tenant = bed.new_life().tenant
+    life = bed.new_life()
+    tenant = life.tenant
     tenant.job("twice")
     tenant.running_pod("twice")
     old = version_of(bed)
@@ -42,6 +43,7 @@ def test_a_restarted_operator_that_sees_an_old_state_harms_no_new_job(bed: Bed) 
     bed.at_api.open()
     assert tenant.running_pod("twice") == pod and tenant.get("Job", "twice")["metadata"]["uid"] == job
     # It may have applied the children under the first job's name and owner. It applies them again when it sees the second job.
+    bed.silent(life)
     tenant.wait(
         lambda: owners(tenant, "twice-job") == [tenant.get("FineTuneJob", "twice")["metadata"]["uid"]],
         "its file is mended",

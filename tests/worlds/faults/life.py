@@ -9,6 +9,7 @@ from graft.contracts.progress import Reason
 
 from worlds.cluster.fleet import Fleet
 from worlds.cluster.tenant import Tenant
+from worlds.faults.snapshot import CHILDREN
 
 STEPS = ("created", "preflight", "training", "published", "deployed")  # see Life.at
 PATIENCE = 90  # seconds; the operator may be restarted, or wait after errors, in each phase
@@ -83,6 +84,13 @@ class Life:
             for name in names:
                 tenant.gone(kind, name, self.patience)
         tenant.wait(lambda: not tenant.api.list("Pod", tenant.name), "the pods are deleted", self.patience)
+        # Kubernetes deletes the children some time after their owners.
+        tenant.wait(lambda: not self._owned(), "the children are deleted", self.patience, lambda: str(self._owned()))
+
+    def _owned(self) -> list[str]:
+        api, namespace = self.tenant.api, self.tenant.name
+        found = [(kind, item["metadata"]) for kind in CHILDREN for item in api.list(kind, namespace)]
+        return [f"{kind} {metadata['name']}" for kind, metadata in found if metadata.get("ownerReferences")]
 
     def _pod(self, job: str, *, preflight: bool = False) -> str:
         tenant = self.tenant

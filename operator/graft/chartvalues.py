@@ -27,7 +27,7 @@ COMMON = {
     "volumeMounts": "Mounts of the volumes, as in a pod.",
     "interval": "Time between two scrapes.",
 }
-_KEY = re.compile(r"^( *)([A-Za-z][A-Za-z0-9]*):(?: +(.*))?$")
+_KEY = re.compile(r"^( *)([A-Za-z][A-Za-z0-9_]*):(?: +(.*))?$")
 
 
 def _comments(text: str) -> dict[str, str]:

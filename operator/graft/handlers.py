@@ -97,7 +97,8 @@ async def _start_operator() -> None:
     ctx = Context(kube, config, store, await storerights.open_identity(kube, config, brief), brief, cache=cache)
     ctx.elected = election is not None
     operator.ctx, operator.cache = ctx, cache
-    operator.queue = Queue({kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()})
+    reconcilers = {kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()}
+    operator.queue = Queue(reconcilers, over=partial(wakes.is_over, objects=cache.objects))
     ctx.wake = _wake_known
     _show_health(cache, operator.queue)
     start_http_server(int(os.environ.get("GRAFT_METRICS_PORT", METRICS_PORT)), any_address())
@@ -224,12 +225,12 @@ def changed(source: Source, change: Change) -> None:
     if not operator.started:
         return  # everything is reconciled when it has been listed, and this operator leads
     if change.kind in RECONCILERS:
-        _own(ctx, queue, change)
+        _own(ctx, queue, cache, change)
     for key in wakes.concerned(source, change, cache.objects, ctx.settings.namespace):
-        queue.wake(*key)
+        queue.wake(*key, after=wakes.patience(source, key[0]))
 
 
-def _own(ctx: Context, queue: Queue, change: Change) -> None:
+def _own(ctx: Context, queue: Queue, cache: Cache, change: Change) -> None:
     """Reconcile a resource of ours that changed, or forget it."""
     key = (change.kind, *change.place)
     before, after = change.before, change.after
@@ -242,10 +243,11 @@ def _own(ctx: Context, queue: Queue, change: Change) -> None:
             _later(storerights.model_deleted(ctx), "rights on a deleted model")
     if after is None:
         queue.forget(*key)
-    elif change.kind != "FineTuneJob" or after.facts.active or key in queue.busy:
+    elif wakes.is_over(key, cache.objects):
+        if key not in queue.busy:  # else the queue forgets it after the reconcile
+            queue.forget(*key)
+    elif key not in queue.busy or not wakes.is_echo(change):
         queue.wake(*key)
-    else:
-        queue.forget(*key)  # it has ended
 
 
 def _note_namespace(ctx: Context, change: Change) -> None:

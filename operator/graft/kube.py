@@ -237,7 +237,7 @@ class Kube:
 
     def _told(self, kind: str, answer: Manifest) -> Manifest:
         """Pass on what the API server answered about one object."""
-        self.answered(kind, answer)
+        self.answered(kind, _slim(answer))
         return answer
 
     async def create(self, manifest: Manifest) -> None:

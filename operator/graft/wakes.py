@@ -14,8 +14,9 @@ from graft.kube import Manifest
 from graft.manifests.adapter import JOB_UID
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter import retention, versions
+from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapterdeployment import scaling
-from graft.reconcile.finetunejob.facts import adapter_label, facts_of, output_adapter, version_of
+from graft.reconcile.finetunejob.facts import facts_of, output_adapter
 from graft.reconcile.shared.ownership import Key, claimed_owner
 
 # ScaledObjects are not followed, because the kind may not exist in the cluster. The next reconcile corrects them.
@@ -36,6 +37,11 @@ CHILDREN = (
 RUNS = {"Job", "Pod"}  # of these, events have the whole object: each change is read
 OWNERS = {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment"}
 DEMAND = "demand"
+# Kinds whose reconcile says by what it returns whether another one follows, so its own writes wake it not again.
+STEADY = {"FineTuneJob", "Adapter"}
+# Seconds in which changes of the children of a job, or of its Adapter, cause one reconcile. The Job controller itself
+# gathers the changes of pods for 1 s.
+BATCH = 0.2
 # What siblings and users of a version do not depend on.
 OWN_STATUS = {"usedBy", "lastUsedTime", "observedGeneration", "compatibility", "prunedAfter", "conditions"}
 
@@ -72,6 +78,27 @@ def belongs(source: Source, item: Manifest, operator_namespace: str) -> bool:
     return claimed_owner(source.kind, item, operator_namespace) is not None
 
 
+def is_over(key: Key, objects: Callable[[str], Objects]) -> bool:
+    """Return whether a resource is a job that has ended and needs no further reconcile."""
+    kind, namespace, name = key
+    if kind != "FineTuneJob":
+        return False
+    facts = objects(kind).facts((namespace, name))
+    return facts is not None and not facts.active
+
+
+def is_echo(change: Change) -> bool:
+    """Return whether a change leaves as it is what a user asks for: the spec, and whether the resource shall exist.
+
+    The API server then keeps the generation. While a resource is reconciled, such a change is what its reconcile has
+    written.
+    """
+    before, after = change.before, change.after
+    if change.kind not in STEADY or before is None or after is None:
+        return False
+    return (before.uid, before.generation) == (after.uid, after.generation)
+
+
 def first(objects: Callable[[str], Objects]) -> list[Key]:
     """Return what is reconciled after a start, the most urgent first. Jobs that have ended are left out."""
     return [
@@ -92,6 +119,13 @@ def jobs(objects: Callable[[str], Objects], base_model: str | None = None) -> li
     ]
 
 
+def patience(source: Source, kind: str) -> float:
+    """Return the seconds for which further changes may arrive before a resource of a kind that one concerns is
+    reconciled. Routes follow the pods of a deployment at once."""
+    of_job = kind == "FineTuneJob" and source.kind == "Adapter"
+    return BATCH if of_job or (source.kind in CHILDREN and kind != "AdapterDeployment") else 0.0
+
+
 def concerned(source: Source, change: Change, objects: Callable[[str], Objects], operator_namespace: str) -> list[Key]:
     """Return the other resources that are reconciled when an object changes."""
     if source.name == DEMAND:
@@ -104,7 +138,8 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
         return jobs(objects, name) + _all(objects, "AdapterDeployment") + _all(objects, "Adapter")
     if source.kind == "Adapter" and _differ(old, new, _for_others):
         found = [item for item in (old, new) if item is not None]
-        return [key for item in found for key in _related(item, namespace, name, objects)]
+        users = [key for item in found for key in _related(item, namespace, objects)]
+        return users + _siblings(change, objects)
     if source.kind == "AdapterDeployment":
         before, after = (held.facts if held is not None else frozenset() for held in (change.before, change.after))
         # Also versions that the deployment no longer names or uses: the targets of rollbacks depend on them.
@@ -112,12 +147,12 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
     return []
 
 
-def _related(raw: Manifest, namespace: str, name: str, objects: Callable[[str], Objects]) -> list[Key]:
-    """Return whom a version concerns: its job, its siblings, its parents, and the deployments that name its adapter."""
+def _related(raw: Manifest, namespace: str, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return whom a version concerns: its job, its parents, and the deployments that name its adapter."""
     job = str(((raw.get("spec") or {}).get("job") or {}).get("name") or "")
-    made = JOB_UID in (raw["metadata"].get("labels") or {}) and objects("FineTuneJob").get(namespace, job) is not None
-    adapter = str(raw["spec"].get("adapter"))  # the newest version, and the target of a rollback, may have changed
-    siblings = [key for key in _versions(objects, namespace, {adapter}) if key[2] != name]
+    facts = objects("FineTuneJob").facts((namespace, job)) if JOB_UID in (raw["metadata"].get("labels") or {}) else None
+    made = facts is not None and facts.active
+    adapter = str(raw["spec"].get("adapter"))
     # A parent that a composition waits for may be Archived. Its reconcile restores it.
     parents = {ref.partition("@")[0] for ref in retention.composing([raw]) if "@" in ref}
     deployments = objects("AdapterDeployment")
@@ -126,7 +161,23 @@ def _related(raw: Manifest, namespace: str, name: str, objects: Callable[[str], 
         for place in deployments.places(namespace)
         if adapter in adapters_in(deployments.facts(place) or frozenset())
     ]
-    return [("FineTuneJob", namespace, job)] * made + siblings + _versions(objects, namespace, parents) + users
+    return [("FineTuneJob", namespace, job)] * made + _versions(objects, namespace, parents) + users
+
+
+def _siblings(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return the other versions of the adapter whose next step may depend on a version.
+
+    Which version is the newest, and which would be the target of a rollback, decides about versions with a retention
+    policy, and about those whose files are compressed. Other versions depend on no sibling.
+    """
+    held, namespace = objects("Adapter"), change.place[0]
+    states = [item for item in (change.before, change.after) if item is not None]
+    found = []
+    for adapter in {item.group for item in states if item.group}:
+        places = [place for place in held.places(namespace, group=adapter) if place != change.place]
+        policy = any(facts.policy for facts in [*map(held.facts, places), *(item.facts for item in states)])
+        found += [("Adapter", *place) for place in places if policy or held.facts(place).waits]
+    return found
 
 
 def _owner(change: Change, objects: Callable[[str], Objects], operator_namespace: str) -> list[Key]:
@@ -134,9 +185,9 @@ def _owner(change: Change, objects: Callable[[str], Objects], operator_namespace
     claimed = claimed_owner(change.kind, child, operator_namespace) if child is not None else None
     if claimed is None or change.kind == "ReplicaSet":
         return []
-    (kind, namespace, name), uid = claimed
-    held = objects(kind).get(namespace, name) if kind in OWNERS else None
-    return [(kind, namespace, name)] if held is not None and held.uid == uid else []
+    key, uid = claimed
+    held = objects(key[0]).get(*key[1:]) if key[0] in OWNERS else None
+    return [key] if held is not None and held.uid == uid and not is_over(key, objects) else []
 
 
 def _demanded(change: Change, objects: Callable[[str], Objects]) -> list[Key]:

@@ -24,11 +24,14 @@ Place = tuple[str, str]  # namespace ("" for kinds without namespaces) and name
 class Held:
     """One object: its version, the values that are found without parsing it, and its compressed JSON."""
 
-    __slots__ = ("data", "facts", "group", "owner", "uid", "version")
+    __slots__ = ("data", "facts", "generation", "group", "owner", "uid", "version")
 
-    def __init__(self, version: int, uid: str, owner: str, group: str, facts: Any, data: bytes) -> None:
+    def __init__(
+        self, version: int, uid: str, generation: int, owner: str, group: str, facts: Any, data: bytes
+    ) -> None:
         self.version = version
         self.uid = uid
+        self.generation = generation
         self.owner = owner
         self.group = group
         self.facts = facts
@@ -135,6 +138,7 @@ class Objects:
         held = Held(
             version,
             intern(str(metadata.get("uid", ""))),
+            int(metadata.get("generation") or 0),
             intern(str((metadata.get("labels") or {}).get(OWNER_UID, ""))),
             intern(self._group(item)) if self._group is not None else "",
             self._facts(item) if self._facts is not None else None,

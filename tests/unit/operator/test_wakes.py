@@ -1,5 +1,6 @@
 """Which resources are reconciled when something changes, and which after a start."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,10 +73,10 @@ class World:
 
 @pytest.fixture
 def world() -> World:
-    """Return some versions of three adapters."""
+    """Return some versions of three adapters. The adapter `support` has a retention policy."""
     found = World()
     for name in ("support-1.0.0", "support-2.0.0", "sales-1.0.0", "support-desk-1.0.0", "both-1.0.0"):
-        found.adapter(name)
+        found.adapter(name, {"retention": {"keep": 1}} if name == "support-1.0.0" else None)
     return found
 
 
@@ -109,7 +110,7 @@ def test_a_restored_version_is_woken_again_when_it_is_resolved(world: World) -> 
 @pytest.mark.parametrize("text", ["a-1.2.²", "a-1.2." + "9" * 5000, "-", "@", ""])
 def test_an_invalid_reference_does_not_keep_other_resources_from_being_woken(world: World, text: str) -> None:
     world.deployment("chat", "support@^1", text)
-    assert world.adapter("support-1.0.0", stage="Ready") == {"support-2.0.0", "chat"}
+    assert world.adapter("support-2.0.0", stage="Ready") == {"support-1.0.0", "chat"}
 
 
 def test_an_adapter_wakes_the_deployments_that_refer_to_it(world: World) -> None:
@@ -117,20 +118,34 @@ def test_an_adapter_wakes_the_deployments_that_refer_to_it(world: World) -> None
     world.deployment("counter", "sales@latest", adapters=[{"resolved": "both-1.0.0"}])
     assert world.adapter("sales-1.0.0", stage="Ready") == {"counter"}
     assert world.adapter("both-1.0.0", stage="Ready") == {"counter"}
-    assert world.adapter("support-1.0.0", stage="Ready") == {"support-2.0.0", "chat"}
+    assert world.adapter("support-2.0.0", stage="Ready") == {"support-1.0.0", "chat"}
     world.remove("AdapterDeployment", "chat")
-    assert world.adapter("support-1.0.0", stage="Archived") == {"support-2.0.0"}
+    assert world.adapter("support-2.0.0", stage="Archived") == {"support-1.0.0"}
 
 
 def test_siblings_are_woken_only_by_what_concerns_them(world: World) -> None:
-    world.adapter("support-1.0.0", conditions=[READY])
+    world.adapter("support-2.0.0", conditions=[READY])
     in_use = {"type": "InUse", "status": "True", "reason": "Served", "message": "served by chat"}
     used = {"usedBy": ["chat"], "lastUsedTime": "2026-01-01T00:00:00Z"}
-    assert world.adapter("support-1.0.0", conditions=[READY, in_use], **used) == {"support-2.0.0"}
-    assert world.adapter("support-1.0.0", conditions=[READY, in_use], compatibility=[], **used) == set()
+    assert world.adapter("support-2.0.0", conditions=[READY, in_use], **used) == {"support-1.0.0"}
+    assert world.adapter("support-2.0.0", conditions=[READY, in_use], compatibility=[], **used) == set()
     archived = {"type": "Ready", "status": "False", "reason": "Archived", "message": "unused"}
-    assert world.adapter("support-1.0.0", conditions=[archived, in_use], **used) == {"support-2.0.0"}
-    assert world.remove("Adapter", "support-1.0.0") == {"support-2.0.0"}
+    assert world.adapter("support-2.0.0", conditions=[archived, in_use], **used) == {"support-1.0.0"}
+    assert world.remove("Adapter", "support-2.0.0") == {"support-1.0.0"}
+
+
+def test_without_a_retention_policy_only_siblings_that_wait_for_a_version_are_woken(world: World) -> None:
+    retained = {"type": "Retained", "status": "True", "reason": "Kept", "message": "kept"}
+    archived = {"type": "Ready", "status": "False", "reason": "Archived", "message": "unused"}
+    world.adapter("sales-1.1.0", conditions=[READY])
+    world.adapter("sales-1.2.0", conditions=[archived])
+    world.adapter("sales-1.3.0", conditions=[READY, retained])
+    assert world.adapter("sales-2.0.0", conditions=[READY]) == {"sales-1.2.0", "sales-1.3.0"}
+    policy = {"retention": {"keep": 1}}
+    everything = {"sales-1.0.0", "sales-1.1.0", "sales-1.2.0", "sales-1.3.0"}
+    assert world.adapter("sales-2.0.0", policy, conditions=[READY]) == everything
+    assert world.adapter("sales-2.0.0", conditions=[READY]) == everything  # the policy was removed
+    assert world.remove("Adapter", "sales-2.0.0") == {"sales-1.2.0", "sales-1.3.0"}
 
 
 def test_a_base_model_wakes_jobs_that_use_it_and_have_not_ended(world: World) -> None:
@@ -159,6 +174,49 @@ def test_after_a_start_jobs_that_have_ended_are_not_reconciled(world: World) -> 
     jobs = [name for kind, _, name in found if kind == "FineTuneJob"]
     assert sorted(jobs) == ["deleted", "expires", "new", "restarts", "waits"]
     assert next(kind for kind, _, _ in found) == "AdapterDeployment" and found[-1][0] == "Adapter"
+
+
+def test_what_a_reconcile_writes_does_not_wake_it_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[tuple[str, str, str]] = []
+    queue = Queue({})
+    monkeypatch.setattr(queue, "wake", lambda *key, **_: woken.append(key))
+    monkeypatch.setattr(handlers.operator, "started", True)
+    monkeypatch.setattr(handlers.operator, "queue", queue)
+    monkeypatch.setattr(handlers.operator, "cache", world)
+    monkeypatch.setattr(handlers.operator, "ctx", SimpleNamespace(settings=SimpleNamespace(namespace=SYSTEM)))
+
+    def wakes_itself(name: str, generation: int, *conditions: Object) -> bool:
+        world.version += 1
+        metadata = {"name": name, "namespace": "shop", "uid": "u", "resourceVersion": str(world.version)}
+        metadata |= {"generation": generation, "finalizers": [FINALIZER]}
+        item = {"metadata": metadata, "spec": {}, "status": {"conditions": list(conditions)}}
+        change = world.held["FineTuneJob"].put(item)
+        assert change is not None
+        woken.clear()
+        handlers.changed(SOURCES["FineTuneJob"], change)
+        return ("FineTuneJob", "shop", name) in woken
+
+    assert wakes_itself("tune", 1)
+    queue.busy["FineTuneJob", "shop", "tune"] = 0.0
+    assert not wakes_itself("tune", 1, {"type": "Succeeded", "status": "Unknown", "reason": "Training", "message": "m"})
+    assert wakes_itself("tune", 2)  # a user has changed the spec meanwhile
+    queue.busy.clear()
+    assert wakes_itself("tune", 2)  # somebody else has written the status
+    assert not wakes_itself("tune", 2, ENDED)
+
+
+def test_a_job_that_has_ended_is_not_reconciled_for_its_children(world: World) -> None:
+    reference = {"kind": "FineTuneJob", "name": "tune", "uid": "uid-tune", "controller": True}
+    labels = {"graft.dev/owner-kind": "FineTuneJob", "graft.dev/owner": "tune", "graft.dev/owner-uid": "uid-tune"}
+    own = {"labels": labels, "ownerReferences": [reference]}
+    of_job = {"labels": {"graft.dev/adapter": "sales", "graft.dev/job-uid": "uid-tune"}}
+    made = {"adapter": "sales", "version": "3.0.0", "job": {"name": "tune"}}
+    world.job("tune")
+    assert world.put("Job", "tune", metadata=own) == {"tune"}
+    assert world.put("Adapter", "sales-3.0.0", made, metadata=of_job) == {"tune"}
+    world.job("tune", ENDED)
+    assert world.put("Job", "tune", metadata=own) == set()
+    assert world.put("Adapter", "sales-3.0.0", made, metadata=of_job, status={"stage": "Ready"}) == set()
 
 
 def test_a_child_wakes_its_owner_only(world: World) -> None:

@@ -109,7 +109,8 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         longest = backoff.OUTAGE if verdict.reason == "StorageUnavailable" else backoff.LAST
         return ctx.backoff.failed(adapter.metadata.uid, adapter.metadata.generation, longest)
     ctx.backoff.forget(adapter.metadata.uid)
-    return None
+    # A policy is applied by the next reconcile, which reads this verdict.
+    return 0 if adapter.status.pruned_after or await lifecycle.has_policy(ctx, adapter) else None
 
 
 def _pause(ctx: Context, adapter: Adapter) -> float:

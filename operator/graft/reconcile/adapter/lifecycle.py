@@ -27,6 +27,7 @@ from graft.manifests.adapter import ADAPTER_LABEL
 from graft.metrics import LIFECYCLE
 from graft.reconcile.adapter import retention, verification
 from graft.reconcile.adapter.compatibility import compatible_bases
+from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapter.retention import Plan
 from graft.reconcile.shared.context import WAITING, Context
 from graft.reconcile.shared.jobs import job_file_of
@@ -84,12 +85,19 @@ def use(adapter: Adapter, used_by: list[str]) -> dict[str, Any]:
     return {"used_by": used_by, "last_used_time": now() if changed else adapter.status.last_used_time}
 
 
+async def has_policy(ctx: Context, adapter: Adapter) -> bool:
+    """Return whether a version of the adapter has a retention policy. Without one, a version stays as it is."""
+    meta = adapter.metadata
+    siblings = await ctx.cache.facts(KIND, meta.namespace, adapter.spec.adapter, adapter_label, version_of)
+    return any(item.policy for item in siblings)
+
+
 async def follow(look: Look, verdict: Condition) -> float | None:
     """Keep, compress or delete a version whose verdict is final.
 
     Return the seconds until the next reconcile, or None.
     """
-    plan = await _plan(look)
+    plan = await _plan(look) if await has_policy(look.ctx, look.adapter) else KEEP
     if plan.action == "prune":
         await _prune(look, verdict, plan)
         return None

@@ -1,9 +1,8 @@
-"""What the starts of other jobs, and of the operator, must know of FineTuneJobs and Adapters without parsing them (PURE)."""
+"""What the starts of other jobs, and of the operator, must know of a FineTuneJob without parsing it (PURE)."""
 
 from typing import NamedTuple
 
 from graft.kube import Manifest
-from graft.manifests.adapter import ADAPTER_LABEL, RECIPE
 from graft.manifests.metadata import FINALIZER
 from graft.reconcile.adapter.versions import Known
 from graft.reconcile.shared.jobs import condition_of
@@ -21,18 +20,6 @@ class JobFacts(NamedTuple):
 def output_adapter(raw: Manifest) -> str:
     """Return the adapter that a job publishes. "" if the stored job has none."""
     return str(((raw.get("spec") or {}).get("output") or {}).get("adapter") or "")
-
-
-def adapter_label(raw: Manifest) -> str:
-    """Return the adapter of a version, by the label with which versions are listed."""
-    return str((raw["metadata"].get("labels") or {}).get(ADAPTER_LABEL) or "")
-
-
-def version_of(raw: Manifest) -> Known:
-    """Return the version that an Adapter is."""
-    spec = raw.get("spec") or {}
-    recipe = (raw["metadata"].get("annotations") or {}).get(RECIPE)
-    return Known(str(spec.get("version") or ""), recipe, str(spec.get("baseModel") or ""))
 
 
 def facts_of(raw: Manifest) -> JobFacts:

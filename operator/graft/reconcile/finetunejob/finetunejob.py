@@ -109,7 +109,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     pause = await ctx.write_status(raw, status, observed, hurry=world.delayed is not None)
     succeeded = find(observed, "Succeeded")
     if succeeded is not None and succeeded.status != "Unknown":
-        return None
+        return 0  # it may have a TTL, or a restart that was asked for meanwhile; else the queue forgets it
     later = ctx.backoff.left(job.metadata.uid, job.metadata.generation) if world.delayed is not None else None
     coming = any(pods.creating(pod) for pod in world.pods)  # only an Event would say what is wrong
     polls = [pause, later, SOON if polled(world) else None, WAITING if coming or not repaired else None]

@@ -4,24 +4,68 @@ Two jobs of one adapter never get the same number, and a number that is publishe
 is its reservation.
 """
 
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
 from graft.api import FineTuneJob
 from graft.api.finetunejob import Resolved, Sizing
 from graft.contracts.message import BaseModelRef
 from graft.kube import Manifest
 from graft.reconcile.adapter import versions
-from graft.reconcile.finetunejob.facts import JobFacts, adapter_label, facts_of, output_adapter, version_of
+from graft.reconcile.adapter.facts import VersionFacts, adapter_label, version_of
+from graft.reconcile.finetunejob.facts import JobFacts, facts_of, output_adapter
 from graft.reconcile.finetunejob.jobstatus import KIND, NO_POD, plan_of
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.context import Context
 from graft.status import condition
 
 
+class Needed:
+    """What the pods of a job need, written while the version is reserved. No pod reads it before the Job exists."""
+
+    def __init__(self, put: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+        """`put` writes it for a version."""
+        self._put = put
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, version: str) -> None:
+        self._task = asyncio.create_task(self._put(version), name="what pods need")
+
+    async def written(self) -> None:
+        """Wait until it is written. Raises KubeError."""
+        if self._task is not None:
+            await self._task
+
+    @asynccontextmanager
+    async def or_stopped(self) -> AsyncIterator[None]:
+        """Let nothing be written any more when the block has failed: the next attempt may choose another version."""
+        try:
+            yield
+        except BaseException as error:
+            if self._task is not None:
+                if isinstance(error, asyncio.CancelledError):
+                    self._task.cancel()
+                await asyncio.wait([self._task])
+            raise
+
+
 async def reserve_version(
-    ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, sizing: Sizing | None
+    ctx: Context,
+    raw: Manifest,
+    job: FineTuneJob,
+    base_model: BaseModelRef,
+    sizing: Sizing | None,
+    chosen: Callable[[str], None] = lambda version: None,
 ) -> str | Trouble:
-    """Return the version that this job publishes. It is written to the status before anything uses it."""
+    """Return the version that this job publishes. It is written to the status before a pod uses it.
+
+    `chosen` is called with the version before it is written.
+    """
     resolved = job.status.resolved
     if resolved is not None and resolved.version is not None and not await _taken(ctx, job, resolved.version):
+        chosen(resolved.version)
         if sizing != job.status.sizing:  # the lengths of the data are known by now, or the nodes have changed
             status = job.status.model_copy(update={"sizing": sizing})
             await ctx.write_status(raw, status, job.status.conditions)
@@ -52,7 +96,8 @@ async def reserve_version(
         # As long as the Job has no pod, nothing else is to say. So the next write is that of a change.
         condition(KIND, "Succeeded", "Unknown", "Pending", NO_POD),
     ]
-    # Only for the job that was read: nothing may use a version that its status does not have.
+    chosen(version)
+    # Only for the job that was read: no pod may use a version that its status does not have.
     await ctx.write_status(raw, status, observed, unchanged=True)
     return version
 
@@ -71,8 +116,8 @@ async def _taken(ctx: Context, job: FineTuneJob, version: str) -> bool:
 async def _known_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:
     """Return the versions of the adapter that are published, or reserved by another job."""
     namespace, adapter = job.metadata.namespace, job.spec.output.adapter
-    known: list[versions.Known] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
-    return known + await _reserved_versions(ctx, job)
+    known: list[VersionFacts] = await ctx.cache.facts("Adapter", namespace, adapter, adapter_label, version_of)
+    return [item.known for item in known] + await _reserved_versions(ctx, job)
 
 
 async def _reserved_versions(ctx: Context, job: FineTuneJob) -> list[versions.Known]:

@@ -18,7 +18,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from graft import metrics
 from graft.kube import KubeError
@@ -46,13 +46,21 @@ CONFLICT = 409  # HTTP status of a write that is based on an outdated resourceVe
 class Queue:
     """The resources that one operator reconciles, and when."""
 
-    def __init__(self, reconcilers: dict[str, Reconcile], resync: float = RESYNC) -> None:
+    def __init__(
+        self,
+        reconcilers: Mapping[str, Reconcile],
+        resync: float = RESYNC,
+        over: Callable[[Key], bool] = lambda key: False,
+    ) -> None:
+        """`over`: whether a resource needs no further reconcile. It is asked after each reconcile that did not fail."""
         self._reconcilers = reconcilers
+        self._over = over
         self._resync = resync
         self._known: dict[Group, set[str]] = {}
         self._returning, self._now, self._later = Lane(), Lane(), Lane()
         self._since: dict[Key, float] = {}  # when each waiting resource began to wait (time.monotonic)
-        self._again: dict[Key, bool] = {}  # woken while it is reconciled -> whether that can wait
+        # Woken while it is reconciled -> the time of the next reconcile, and whether it can wait.
+        self._again: dict[Key, tuple[float, bool]] = {}
         self._failures: dict[Key, int] = {}  # in sequence
         self._not_before: dict[Key, float] = {}  # of failing resources: events must not cause a hot loop
         self._due: dict[Key, tuple[float, bool]] = {}  # time of the next reconcile, and whether it can wait
@@ -81,15 +89,21 @@ class Queue:
         now = time.monotonic()
         return [now - since for since in list(self._since.values())]
 
-    def wake(self, kind: str, namespace: str, name: str, *, later: bool = False) -> None:
-        """Reconcile a resource soon. `later`: nobody waits for it, so what users have changed runs first."""
+    def wake(self, kind: str, namespace: str, name: str, *, later: bool = False, after: float = 0.0) -> None:
+        """Reconcile a resource soon. `later`: nobody waits for it, so what users have changed runs first. `after`: seconds
+        in which further wake-ups cause no other reconcile."""
         key = (kind, namespace, name)
         if key not in self:
             self._known.setdefault(key[:2], set()).add(name)
             metrics.RESOURCES.labels(kind).inc()
+        now = time.monotonic()
+        earliest = max(self._not_before.get(key, 0.0), now + after)
         if key in self._tasks:
-            self._again[key] = later and self._again.get(key, True)
-        elif (earliest := self._not_before.get(key, 0.0)) > time.monotonic():
+            due, waits = self._again.get(key, (earliest, later))
+            self._again[key] = min(earliest, due), later and waits
+        elif earliest > now:
+            if key in self._now or key in self._later:
+                return  # it is reconciled before that
             due, waits = self._due.get(key, (earliest, later))
             self._at(key, min(earliest, due), later and waits)
         else:
@@ -234,7 +248,11 @@ class Queue:
         if not self._away[key[:2]]:
             del self._away[key[:2]]
         if key in self:  # a cancelled resource may have been created again meanwhile
-            self._plan(key, *((0.0, False) if task.cancelled() else task.result()))
+            pause, failed = (0.0, False) if task.cancelled() else task.result()
+            if not task.cancelled() and not failed and self._over(key):
+                self.forget(*key)
+            else:
+                self._plan(key, pause, failed)
         self._dispatch()
 
     def _plan(self, key: Key, pause: float, failed: bool) -> None:
@@ -242,9 +260,10 @@ class Queue:
         self._not_before.pop(key, None)
         if failed:
             self._not_before[key] = now + min(pause, BACKOFF_FIRST)
-        woken = self._again.pop(key, None)
-        if woken is not None:
-            self._ready(key, woken) if not failed else self._at(key, self._not_before[key], woken)
+        again, later = self._again.pop(key, (None, False))
+        if again is not None:
+            again = max(again, self._not_before.get(key, 0.0))
+            self._ready(key, later) if again <= now else self._at(key, again, later)
         elif pause <= 0:
             self._ready(key, later=False)  # the next step of the same change
         else:

@@ -209,3 +209,62 @@ async def test_the_queue_shows_how_long_resources_wait() -> None:
         assert queue.waiting() == []
     finally:
         await queue.stop()
+
+
+async def test_changes_of_children_within_a_moment_cause_one_reconcile() -> None:
+    begun: list[float] = []
+    clock = asyncio.get_running_loop()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def reconcile(namespace: str, name: str) -> float | None:
+        begun.append(clock.time())
+        (second if first.is_set() else first).set()
+        await asyncio.sleep(0.01 if len(begun) == 1 else 0)
+        return None
+
+    queue = Queue({"FineTuneJob": reconcile})
+    try:
+        queue.wake("FineTuneJob", "shop", "tune")
+        await first.wait()
+        for _ in range(5):  # some arrive while it is reconciled, some later
+            queue.wake("FineTuneJob", "shop", "tune", after=0.1)
+            await asyncio.sleep(0.005)
+        await asyncio.wait_for(second.wait(), 5)
+        assert len(begun) == 2 and begun[1] - begun[0] > 0.09
+        queue.wake("FineTuneJob", "shop", "tune", after=60)
+        queue.wake("FineTuneJob", "shop", "tune")  # its user changes it
+        await turn()
+        assert len(begun) == 3
+    finally:
+        await queue.stop()
+
+
+async def test_a_resource_that_is_over_leaves_the_queue_after_its_reconcile() -> None:
+    over: set[str] = set()
+    retried = asyncio.Event()
+
+    async def reconcile(namespace: str, name: str) -> float | None:
+        if name == "fails" and name not in over:
+            over.add(name)
+            raise ValueError
+        over.add(name)
+        if name == "fails":
+            retried.set()
+        return None
+
+    queue = Queue({"FineTuneJob": reconcile}, over=lambda key: key[2] in over)
+    try:
+        queue.wake("FineTuneJob", "shop", "ends")
+        queue.wake("FineTuneJob", "shop", "fails")
+        await turn()
+        assert queue.keys("FineTuneJob") == [("FineTuneJob", "shop", "fails")] and len(queue._due) == 1
+        queue.wake("FineTuneJob", "shop", "ends")  # it is restarted
+        over.clear()
+        assert ("FineTuneJob", "shop", "ends") in queue
+        over.update({"ends", "fails"})
+        await asyncio.wait_for(retried.wait(), 5)
+        await turn()
+        assert queue.keys("FineTuneJob") == []
+    finally:
+        await queue.stop()
+    assert not queue._due and not queue._failures

@@ -213,7 +213,7 @@ class MemoryStore:
     def upload(self, key: str, path: Path) -> None:
         self.put(key, path.read_bytes())
 
-    def copy(self, source: str, key: str) -> None:
+    def copy(self, source: str, key: str, size: int) -> None:
         self.put(key, self.get(source))
 
     def delete(self, key: str) -> None:

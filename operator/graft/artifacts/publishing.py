@@ -81,15 +81,17 @@ def staged(store: S3Store, tenant: str, uid: str) -> tuple[Manifest, bytes] | No
 
 def publish_staged(
     store: S3Store, tenant: str, prefix: str, manifest: Manifest, claim: bytes, stopped: Callable[[], bool]
-) -> None:
-    """Copy the staged files to the version's folder, then write the manifest, then delete the staged files.
+) -> bytes:
+    """Copy the staged files to the version's folder, then write the manifest, then delete the staged files. Return the
+    manifest in the version's folder.
 
     It may be repeated. A manifest that is already there stays. Raises InvalidArtifact if a staged file is missing or has
     another size than the manifest says; StoreError; Interrupted. The digests are checked later, where the pods cannot
     change the files any more.
     """
     source = staging_prefix(tenant, manifest)
-    if _get(store, prefix + MANIFEST) is None:
+    published = _get(store, prefix + MANIFEST)
+    if published is None:
         for file in manifest.files:
             if stopped():
                 raise Interrupted
@@ -101,10 +103,11 @@ def publish_staged(
                 raise InvalidArtifact("FileMissing", f"{file.name} is not among the files of the run") from error
             if size != file.size:
                 raise InvalidArtifact("DigestMismatch", f"{file.name} has {size} bytes, the manifest says {file.size}")
-            store.copy(source + file.name, prefix + file.name)
-        _put_first(store, prefix + MANIFEST, claim)
+            store.copy(source + file.name, prefix + file.name, size)
+        published = _put_first(store, prefix + MANIFEST, claim)
     for file in manifest.files:
         store.delete(source + file.name)
+    return published
 
 
 def _get(store: S3Store, key: str) -> bytes | None:

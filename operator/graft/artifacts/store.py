@@ -27,6 +27,7 @@ Report = Callable[[int, int], None]  # bytes done, bytes in all
 PATIENCE = 180.0  # seconds for which a pod retries while the store is unavailable
 CHUNK = 8 * 1024 * 1024  # bytes
 PART = 32 * 1024 * 1024  # bytes in a part of a streamed upload; S3 allows 10,000 parts of at least 5 MiB
+ONE_COPY = 64 * 1024 * 1024  # bytes that one request copies; larger objects are copied in parallel parts
 RANGE = 16 * 1024 * 1024  # bytes in a range of a download; if a connection breaks, only its range is downloaded again
 STREAMS = 8  # parallel connections of a download
 CONNECTIONS = 32  # that are kept for the next request
@@ -226,9 +227,12 @@ class S3Store:
                 self._call("abort_multipart_upload", key, UploadId=item["UploadId"])
 
     @retried
-    def copy(self, source: str, key: str) -> None:
-        """Copy an object of any size within the store. A large object is copied in parts."""
+    def copy(self, source: str, key: str, size: int) -> None:
+        """Copy an object of `size` bytes within the store. A large object is copied in parts."""
         bucket = self.config.bucket
+        if size <= ONE_COPY:  # boto's copy would ask for the size again, and start three thread pools
+            self._call("copy_object", key, CopySource={"Bucket": bucket, "Key": source})
+            return
         try:
             self.client.copy({"Bucket": bucket, "Key": source}, bucket, key)
         except ClientError as error:

@@ -52,8 +52,13 @@ def read_manifest(
     actual = digest(data)
     if expected_digest is not None and actual != expected_digest:
         raise InvalidArtifact("DigestMismatch", f"manifest.json has the digest {actual}, expected {expected_digest}")
+    return parsed(data)
+
+
+def parsed(data: bytes) -> tuple[Manifest, str]:
+    """Return the manifest in these bytes and its digest. Raises InvalidArtifact."""
     try:
-        return Manifest.read(data), actual
+        return Manifest.read(data), digest(data)
     except OutOfBounds as error:
         raise InvalidArtifact("ManifestInvalid", str(error)) from error
 

@@ -280,7 +280,7 @@ async def test_the_agent_loads_only_versions_that_the_operator_signed(tenant: Te
         # An attacker copies the version inside the tenant's own prefix and edits the wanted ConfigMap to name the copy.
         prefix = real.uri.removeprefix("s3://graft/")
         for item in list(tenant.store.objects(prefix)):
-            tenant.store.copy(item.key, item.key.replace("/1.0.0/", "/6.6.6/"))
+            tenant.store.copy(item.key, item.key.replace("/1.0.0/", "/6.6.6/"), item.size)
         elsewhere = real.model_copy(update={"uri": real.uri.replace("/1.0.0/", "/6.6.6/")})
         pod.want(elsewhere)
         assert (await pod.state(elsewhere, "Failed")).reason == "SignatureInvalid"

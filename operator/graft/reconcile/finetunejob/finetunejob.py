@@ -17,10 +17,7 @@ from graft.api.finetunejob import Sizing
 from graft.api.meta import Condition
 from graft.artifacts import layout
 from graft.artifacts.storage import StoreError
-from graft.artifacts.store import S3Store
-from graft.bounded import OutOfBounds
 from graft.contracts.job import CurrentVersion, JobFile
-from graft.contracts.progress import Progress
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapter as adapter_manifests
 from graft.manifests.metadata import FINALIZER, OWNER_UID
@@ -38,6 +35,7 @@ from graft.manifests.training import (
     training_job,
 )
 from graft.reconcile.adapter import versions
+from graft.reconcile.finetunejob import reports
 from graft.reconcile.finetunejob.jobstatus import (
     KIND,
     World,
@@ -52,10 +50,18 @@ from graft.reconcile.finetunejob.jobstatus import (
 )
 from graft.reconcile.finetunejob.placing import place
 from graft.reconcile.finetunejob.published import read_published
-from graft.reconcile.finetunejob.reservation import reserve_version
+from graft.reconcile.finetunejob.reservation import Needed, reserve_version
 from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
-from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.access import (
+    Base,
+    Entries,
+    Trouble,
+    ensure_credentials,
+    gather_base_model,
+    not_bound,
+    peek,
+)
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import job_file_of, keep, not_started, refusal
 from graft.reconcile.shared.ownership import created_by
@@ -73,10 +79,12 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return await _clean_up(ctx, raw, job)
     ended = find(job.status.conditions, "Succeeded")
     over = ended is not None and ended.status != "Unknown"
-    claimed = await ctx.claim(raw, {} if over else _labels(job))
+    new = FINALIZER not in job.metadata.finalizers
+    # A user waits for the start of a new job, so its namespace's Secret is read meanwhile.
+    claim = ctx.claim(raw, {} if over else _labels(job))
+    claimed, secret = await asyncio.gather(claim, peek(ctx, namespace)) if new else (await claim, None)
     if claimed is None:
         return None
-    new = FINALIZER not in job.metadata.finalizers
     if claimed is not raw:
         raw, job = claimed, FineTuneJob.model_validate(claimed)
     if ended is not None and over:
@@ -92,7 +100,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
             status, observed = suspended(job, await _sizing(ctx, job))
             await ctx.write_status(raw, status, observed)
             return None
-        trouble = await _start(ctx, raw, world)
+        trouble = await _start(ctx, raw, world, secret)
         if trouble is not None:
             raw = (
                 await ctx.cache.get(KIND, namespace, name) or raw
@@ -109,6 +117,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     pause = await ctx.write_status(raw, status, observed, hurry=world.delayed is not None)
     succeeded = find(observed, "Succeeded")
     if succeeded is not None and succeeded.status != "Unknown":
+        reports.forget(ctx, job)
         return 0  # it may have a TTL, or a restart that was asked for meanwhile; else the queue forgets it
     later = ctx.backoff.left(job.metadata.uid, job.metadata.generation) if world.delayed is not None else None
     coming = any(pods.creating(pod) for pod in world.pods)  # only an Event would say what is wrong
@@ -130,7 +139,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
         world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
         world.refusal = await not_started(ctx, world.pods)
-        world.progress = await _read_progress(ctx, job, pods.name(world.main_pods[-1]), must=world.passed)
+        world.progress = await reports.read(ctx, job, world.main_pods[-1], must=world.passed)
     resolved = job.status.resolved
     trained = not world.preflight and job_condition(world, "Complete") is not None
     if trained and resolved is not None and resolved.version is not None:
@@ -154,8 +163,9 @@ async def _steer(ctx: Context, world: World) -> bool:
     live = await ctx.cache.get("ConfigMap", namespace, job_file_name(job))
     restored = await _restore_file(ctx, job, nodes) if live is None else None
     kept = await keep(ctx, namespace, *([restored] if restored is not None else []), *_network(ctx, job, nodes))
-    halvings, file = memory_failures(world), job_file_of(live or restored)
-    if halvings and file is not None and file.halvings < halvings:
+    halvings = memory_failures(world)
+    file = job_file_of(live or restored) if halvings else None
+    if file is not None and file.halvings < halvings:
         kept &= await keep(ctx, namespace, config_map(job, file.model_copy(update={"halvings": halvings})))
     return kept
 
@@ -172,25 +182,14 @@ async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | N
     return None
 
 
-async def _read_progress(ctx: Context, job: FineTuneJob, attempt: str, *, must: bool) -> Progress | None:
-    prefix = layout.attempt_prefix(layout.tenant_of(job.metadata.namespace), job.metadata.uid, attempt)
-    try:
-        return await ctx.stored(job.metadata.namespace, _fetch_progress, prefix + layout.PROGRESS)
-    except (StoreError, OutOfBounds) as error:
-        if must and isinstance(error, StoreError) and error.trouble not in {"missing", "large"}:
-            raise  # the caller copies the facts in it only once, so the reconcile must be retried
-        return None  # not written yet, not readable now, or out of bounds: the pod's status is enough
+async def _start(ctx: Context, raw: Manifest, world: World, secret: Entries | None) -> Trouble | None:
+    """Resolve what the spec leaves open and create the next Job. Return what the job waits for, or None.
 
-
-def _fetch_progress(store: S3Store, key: str) -> Progress:
-    return Progress.read(store.get(key, most=Progress.limits.size))
-
-
-async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
-    """Resolve what the spec leaves open and create the next Job. Return what the job waits for, or None."""
+    `secret`: what was read of the namespace's Secret a moment ago.
+    """
     job, namespace = world.job, world.job.metadata.namespace
     base, trouble = await asyncio.gather(
-        gather_base_model(ctx, job.spec.base_model, namespace), ensure_credentials(ctx, namespace)
+        gather_base_model(ctx, job.spec.base_model, namespace), ensure_credentials(ctx, namespace, secret)
     )
     if isinstance(base, Trouble):
         return base
@@ -204,9 +203,10 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
     if isinstance(placed, Trouble):
         return placed
     shape, sizing = placed
+    needed = Needed(lambda version: _put(ctx, job, base, version, shape))
     try:
-        async with ctx.locks.hold("version", namespace, job.spec.output.adapter):
-            version = await reserve_version(ctx, raw, job, base.ref, sizing)
+        async with ctx.locks.hold("version", namespace, job.spec.output.adapter), needed.or_stopped():
+            version = await reserve_version(ctx, raw, job, base.ref, sizing, needed.begin)
     except StoreError as error:
         return Trouble(
             "StorageUnavailable",
@@ -214,10 +214,8 @@ async def _start(ctx: Context, raw: Manifest, world: World) -> Trouble | None:
         )
     if isinstance(version, Trouble):
         return version
-    file = await _job_file(ctx, job, base, version, shape)
     try:
-        # Before the Job, so that no pod runs without its NetworkPolicy.
-        await ctx.kube.put(config_map(job, file), *_network(ctx, job, shape.nodes))
+        await needed.written()  # before the Job, so that no pod runs without its NetworkPolicy
         if shape.gpus and not job.status.checked:
             await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
         else:
@@ -251,6 +249,11 @@ async def _sizing(ctx: Context, job: FineTuneJob) -> Sizing | None:
 def _network(ctx: Context, job: FineTuneJob, nodes: int) -> list[Manifest]:
     """Return the manifests of what the pods of a run need in the network (PURE)."""
     return [training_policy(job, ctx.settings), *([peers_service(job)] if nodes > 1 else [])]
+
+
+async def _put(ctx: Context, job: FineTuneJob, base: Base, version: str, shape: Shape) -> None:
+    file = await _job_file(ctx, job, base, version, shape)
+    await ctx.kube.put(config_map(job, file), *_network(ctx, job, shape.nodes))
 
 
 async def _job_file(ctx: Context, job: FineTuneJob, base: Base, version: str, shape: Shape) -> JobFile:

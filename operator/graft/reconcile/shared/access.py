@@ -17,6 +17,7 @@ from graft.manifests.adapter import storage_secret
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
+Entries = tuple[set[str], bool]  # names of the entries of a Secret, and whether the operator may replace it
 KEY = {"access-key-id", "secret-access-key"}
 SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
 ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
@@ -90,22 +91,22 @@ def reserved(namespace: str, why: str) -> Trouble:
     )
 
 
-async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
+async def ensure_credentials(ctx: Context, namespace: str, entries: Entries | None = None) -> Trouble | None:
     """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed.
 
-    Return what is missing, or None.
+    `entries`: what `read_secret` returned a moment ago. Return what is missing, or None.
     """
     if (why := why_reserved(namespace)) is not None:
         return reserved(namespace, why)
     try:
-        keys, ours = await _credentials(ctx, namespace)
+        keys, ours = entries or await read_secret(ctx, namespace)
         if ctx.identity is None or not ours:
             return _incomplete(ctx, namespace, keys)
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
         async with ctx.locks.hold("credentials"):  # only one reconcile at a time changes the users of the store
-            keys, ours = await _credentials(ctx, namespace)  # another reconcile may have issued the key meanwhile
+            keys, ours = await read_secret(ctx, namespace)  # another reconcile may have issued the key meanwhile
             if not ours:
                 return _incomplete(ctx, namespace, keys)
             known = tenant in ctx.issued or tenant in await ctx.store_calls.run("", ctx.identity.tenants)
@@ -124,8 +125,16 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     return None
 
 
-async def _credentials(ctx: Context, namespace: str) -> tuple[set[str], bool]:
-    """Return the entries of the Secret graft-storage, and whether the operator may create or replace the Secret."""
+async def peek(ctx: Context, namespace: str) -> Entries | None:
+    """Return what `ensure_credentials` is going to need of the Secret. None after an error, which it then reports."""
+    try:
+        return await read_secret(ctx, namespace)
+    except KubeError:
+        return None
+
+
+async def read_secret(ctx: Context, namespace: str) -> Entries:
+    """Return the names of the entries of the Secret graft-storage, and whether the operator may create or replace the Secret."""
     secret = await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
     if secret is None:
         return set(), True

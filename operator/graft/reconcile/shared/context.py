@@ -69,6 +69,9 @@ class Context:
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
     folders: Folders = field(default_factory=Folders)
+    reports: dict[str, Any] = field(
+        default_factory=dict
+    )  # UID of a job -> what its pods reported last, see finetunejob
     news: News = field(init=False)
     undeclared: Undeclared = field(default_factory=Undeclared)
     written: dict[str, float] = field(default_factory=dict)  # UID -> time.monotonic() of the last write of its status

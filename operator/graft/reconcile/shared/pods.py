@@ -71,6 +71,18 @@ def running(pod: Pod, container: str) -> bool:
     return any(item["name"] == container and "running" in item.get("state", {}) for item in statuses(pod))
 
 
+def started(pod: Pod) -> bool:
+    """Return whether a container of the pod has started, so that the pod may have written something."""
+    if phase(pod) != "Pending":
+        return True
+    return any("waiting" not in item.get("state", {"waiting": {}}) or item.get("lastState") for item in statuses(pod))
+
+
+def ended(pod: Pod) -> bool:
+    """Return whether the pod has ended, so that it writes nothing more."""
+    return phase(pod) in {"Succeeded", "Failed"}
+
+
 def completed(pod: Pod, container: str) -> bool:
     """Return whether a container has ended with exit code 0."""
     return any(

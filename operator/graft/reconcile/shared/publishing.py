@@ -10,7 +10,7 @@ from graft.artifacts import layout
 from graft.artifacts.manifest import Manifest as AdapterManifest
 from graft.artifacts.publishing import publish_staged, staged
 from graft.artifacts.storage import StoreError
-from graft.artifacts.versions import InvalidArtifact, read_manifest
+from graft.artifacts.versions import InvalidArtifact, parsed, read_manifest
 from graft.reconcile.shared.context import Context
 
 WHAT = "publish"  # the kind of transfer
@@ -26,22 +26,32 @@ async def published(
     If the resource's Job has staged the version, start to publish it. Return "copying" until that is done; then the
     resource is reconciled again. Raises StoreError, and InvalidArtifact for files that cannot be published.
     """
-    tenant = layout.tenant_of(resource.metadata.namespace)
+    namespace = resource.metadata.namespace
+    tenant = layout.tenant_of(namespace)
     prefix = layout.adapter_prefix(tenant, adapter, version)
+    if (known := ctx.folders.manifest(namespace, adapter, version)) is not None:
+        return known
+    copied = ctx.transfers.find(resource.metadata.uid)
+    if copied is not None and copied.what == WHAT and not copied.interrupted:
+        if not copied.done:
+            return "copying"
+        ctx.transfers.forget(resource.metadata.uid)
+        published = parsed(copied.result())
+        ctx.folders.forget(namespace, adapter)
+        ctx.folders.found(namespace, adapter, version, *published)
+        return published
     try:
-        return await ctx.stored(resource.metadata.namespace, read_manifest, prefix, None)
+        found: tuple[AdapterManifest, str] = await ctx.stored(namespace, read_manifest, prefix, None)
+        ctx.folders.found(namespace, adapter, version, *found)
+        return found
     except StoreError as error:
         if error.trouble != "missing":
             raise
-    found = await ctx.stored(resource.metadata.namespace, staged, tenant, resource.metadata.uid)
-    if found is None:
+    attempt = await ctx.stored(namespace, staged, tenant, resource.metadata.uid)
+    if attempt is None:
         return None
-    manifest, claim = found
+    manifest, claim = attempt
     if (manifest.adapter, manifest.version) != (adapter, version):
         raise InvalidArtifact("ManifestMismatch", f"the staged files are for {manifest.adapter} {manifest.version}")
-    copied = ctx.transfer(resource, WHAT, publish_staged, ctx.store, tenant, prefix, manifest, claim)
-    if copied is None:
-        return "copying"
-    copied.result()
-    ctx.folders.forget(resource.metadata.namespace, adapter)
-    return await ctx.stored(resource.metadata.namespace, read_manifest, prefix, None)
+    ctx.transfer(resource, WHAT, publish_staged, ctx.store, tenant, prefix, manifest, claim)
+    return "copying"

@@ -26,7 +26,8 @@ def test_who_does_not_lead_changes_nothing_in_the_store(server: S3Server) -> Non
     leads = False
     writes: list[Callable[[], object]] = [
         lambda: store.put(KEY, b"new"),
-        lambda: store.copy(KEY, "adapters/shop/a/1.0.0/copy"),
+        lambda: store.copy(KEY, "adapters/shop/a/1.0.0/copy", 2),
+        lambda: store.copy(KEY, "adapters/shop/a/1.0.0/copy", 2**30),
         lambda: store.delete(KEY),
         lambda: store.delete_prefix("adapters/shop/"),
         lambda: identity._admin("/create-user", "<Account/>"),

@@ -6,13 +6,15 @@ from typing import Any, get_args
 import pytest
 from botocore.exceptions import ClientError
 from graft.api import FineTuneJob
+from graft.artifacts import layout
 from graft.artifacts.storage import StoreError, Trouble, trouble_of
 from graft.reconcile.finetunejob import restart
 from graft.reconcile.finetunejob.jobstatus import World, observe
 from graft.reconcile.finetunejob.published import read_published
 from graft.reconcile.shared.context import SOON, Context
+from graft.reconcile.shared.folders import FRESH
 from graft.status import find
-from worlds.reconciling import MemoryKube, MemoryStore, context
+from worlds.reconciling import MemoryKube, MemoryStore, context, publish
 
 COMPLETE = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
 STATUS = {
@@ -117,3 +119,19 @@ async def test_a_job_that_waited_says_again_what_it_will_publish() -> None:
     accepted = find(observed, "Accepted")
     assert accepted is not None
     assert accepted.message == "the job will publish support 1.0.0, tuned on s3://graft/models/tiny"
+
+
+async def test_a_published_manifest_is_read_once_until_the_operator_changes_the_versions() -> None:
+    raw, store = job(), MemoryStore()
+    prefix = layout.adapter_prefix("shop", "support", "1.0.0")
+    publish(store, prefix)
+    ctx = context(MemoryKube(raw), store)
+    for _ in range(3):  # until its Adapter is verified, events of other objects wake the job
+        assert (await succeeded(ctx, raw)).reason == "Publishing"
+    assert len(store.requests) == 1
+    ctx.folders.forget("shop", "support")  # a version was published or deleted
+    await succeeded(ctx, raw)
+    assert len(store.requests) == 2
+    ctx.folders._clock = lambda: time.monotonic() + 2 * FRESH
+    await succeeded(ctx, raw)
+    assert len(store.requests) == 3

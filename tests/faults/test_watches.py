@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Iterator
 
 import pytest
 from testbed.faults import Fault
@@ -72,6 +73,11 @@ def late(waiting: Waiting) -> Verdict:
     return Verdict.HOLD if waiting.age < 2 else Verdict.PASS
 
 
+def repeated(waiting: Waiting) -> Verdict:
+    """Show everything twice, the second time after something newer."""
+    return Verdict.AGAIN
+
+
 class Shuffled:
     """A gate that lets some events pass after the next event of their watch."""
 
@@ -85,8 +91,8 @@ class Shuffled:
 
 
 @pytest.mark.seconds(35)
-@pytest.mark.parametrize("gate", [unobserved, late], ids=["unobserved", "late"])
-def test_events_that_are_missing_or_late_change_nothing(bed: Bed, gate: Gate) -> None:
+@pytest.mark.parametrize("gate", [unobserved, late, repeated], ids=["unobserved", "late", "repeated"])
+def test_events_that_are_missing_or_late_or_repeated_change_nothing(bed: Bed, gate: Gate) -> None:
     life = bed.new_life()
     bed.at_api.gate(gate)
     bed.run(life, SERVED)
@@ -140,15 +146,37 @@ def test_watches_that_end_and_lists_that_fail_change_nothing(bed: Bed) -> None:
     bed.silent(life)
 
 
-@pytest.mark.seconds(600)
-@pytest.mark.timeout(1800)
-def test_half_open_watches_are_noticed(bed: Bed) -> None:
+@pytest.fixture
+def attentive(bed: Bed) -> Iterator[Bed]:
+    """Return an operator that opens a watch again after 6 s without a byte, instead of 100 s."""
+    bed.operator.environment["GRAFT_WATCH_SILENCE"] = "6"
+    bed.measure_restart()
+    yield bed
+    del bed.operator.environment["GRAFT_WATCH_SILENCE"]
+    bed.operator.clock = 0
+
+
+@pytest.mark.seconds(70)
+@pytest.mark.parametrize("skew", [0.0, 600.0, -600.0], ids=["", "clock ahead", "clock behind"])
+def test_half_open_watches_are_noticed(attentive: Bed, skew: float) -> None:
     """The connections of all watches stay open, and no byte comes any more."""
+    bed = attentive
+    bed.operator.clock = skew
+    bed.measure_restart()
     life = bed.new_life()
-    life.patience = 400
+    bed.run(life, ["tune"])
+    bed.run(life, ["serve", "roll"], lambda phase: bed.at_api.half_open())
+    bed.silent(life)
+
+
+@pytest.mark.seconds(270)
+@pytest.mark.timeout(900)
+def test_half_open_watches_are_noticed_with_the_release_s_limit(bed: Bed) -> None:
+    life = bed.new_life()
+    life.patience = 200
     bed.run(life, ["tune"])
     bed.at_api.half_open()
-    bed.run(life, ["serve", "roll"])
+    bed.run(life, ["serve"])
     bed.silent(life)
 
 

@@ -23,6 +23,9 @@ from graft.kube import Kube, KubeError, Manifest
 log = logging.getLogger(__name__)
 
 PAUSE_FIRST, PAUSE_LAST = 0.5, 30.0  # seconds until a failed list or watch is repeated
+PAUSE_LISTED = 5.0  # seconds; the longest pause while lists succeed, unless they take long
+LIST_SHARE = 0.1  # of the time; no more of it is spent with lists that watches need again and again
+BUSY = {429, 503}  # the API server refuses a watch whose version it may still have
 BROKEN = (KubeError, WrongAnswer, aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError)
 
 
@@ -65,6 +68,40 @@ class Receiver(Protocol):
         """Note that the versions of the API server have become smaller."""
 
 
+class Pause:
+    """How long an informer waits before it asks again (PURE). Times are in seconds, of one clock.
+
+    The pause doubles with each failure. While lists fail, it grows to PAUSE_LAST, as in client-go. While lists succeed and
+    only watches fail, the pause is how late users see a change. So it grows only to PAUSE_LISTED, or to ten times what
+    the list took: a large list is not repeated often, and neither is one of a slow API server.
+    """
+
+    def __init__(self) -> None:
+        self._next, self._longest = PAUSE_FIRST, PAUSE_LAST
+        self._trusted = 0.0  # from when on an event shows that no more lists are needed
+
+    def listing(self) -> None:
+        """Note that everything is listed now. It may fail."""
+        self._longest = PAUSE_LAST
+
+    def listed(self, began: float, now: float) -> None:
+        """Note that the list has arrived."""
+        least = (now - began) / LIST_SHARE
+        self._longest = min(max(PAUSE_LISTED, least), PAUSE_LAST)
+        self._trusted = now + least
+
+    def received(self, now: float) -> None:
+        """Note that a watch works. After a list that took long, it must have worked for longer."""
+        if now >= self._trusted:
+            self._next = PAUSE_FIRST
+
+    def seconds(self) -> float:
+        """Return the seconds until the next attempt, without jitter."""
+        found = min(self._next, self._longest)
+        self._next = min(found * 2, PAUSE_LAST)
+        return found
+
+
 class Informer:
     """The list and the watch of one source."""
 
@@ -74,30 +111,31 @@ class Informer:
         self._receiver = receiver
         self._version = ""  # at which the watch continues; "" if everything must be listed
         self._latest = 0
+        self._pause = Pause()
         self.synced = asyncio.Event()
         self.seen = time.monotonic()  # when the API server last answered, for the probe
 
     async def run(self) -> None:
         """List and watch without end."""
-        pause = PAUSE_FIRST
         while True:
             try:
                 if not self._version:
                     await self._list()
                 if await self._watch():
-                    pause = PAUSE_FIRST
                     continue
             except BROKEN as error:
                 metrics.WATCH_RESTARTS.labels(self.source.key).inc()
-                refused = isinstance(error, KubeError) and error.status != 0
-                if refused or not isinstance(error, KubeError | aiohttp.ClientError | TimeoutError | OSError):
+                if outdated(error):
                     self._version = ""
-                log.info("the watch of %s ended and is opened again: %s", self.source.key, error)
-            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-            pause = min(pause * 2, PAUSE_LAST)
+                log.info(
+                    "the watch of %s ended and is opened again: %s", self.source.key, error or type(error).__name__
+                )
+            await asyncio.sleep(self._pause.seconds() * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
 
     async def _list(self) -> None:
         source, places, version = self.source, set[Place](), ""
+        began = time.monotonic()
+        self._pause.listing()
         async for page in self._kube.pages(
             source.kind, labels=source.labels, only=source.only, metadata_only=not source.listed
         ):
@@ -111,6 +149,7 @@ class Informer:
                 self._receiver.received(item, whole=source.listed)
             self.seen = time.monotonic()
         self._receiver.listed(places, int(version))
+        self._pause.listed(began, time.monotonic())
         self._advance(version)
         self.synced.set()
 
@@ -130,9 +169,17 @@ class Informer:
             elif event["type"] != "BOOKMARK":
                 self._receiver.received(found, whole=source.watched)
             self._advance(found["metadata"]["resourceVersion"])
+            self._pause.received(self.seen)
         self.seen = time.monotonic()
         return alive
 
     def _advance(self, version: str) -> None:
         self._latest = max(self._latest, int(version))
         self._version = str(self._latest)
+
+
+def outdated(error: Exception) -> bool:
+    """Return whether everything must be listed after this error, because a watch may not continue at its version (PURE)."""
+    if isinstance(error, KubeError):
+        return error.status not in {0, *BUSY}
+    return not isinstance(error, aiohttp.ClientError | TimeoutError | OSError)

@@ -57,6 +57,7 @@ class Verdict(Enum):
     DROP = "drop"
     HOLD = "hold"  # it waits, and the later events of this watch behind it, until the verdict is another
     BEHIND = "behind"  # it comes after the next event of this watch
+    AGAIN = "again"  # it comes now, and once more after the next event of this watch
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class ApiProxy(FaultyProxy):
                 behind = line
             elif verdict is not Verdict.DROP:
                 await response.write(line + behind)
-                behind = b""
+                behind = line if verdict is Verdict.AGAIN else b""
         await response.write(stream.last)
 
 

@@ -19,37 +19,46 @@ Copying = Literal["copying"]
 
 
 async def published(
-    ctx: Context, resource: Resource, adapter: str, version: str
+    ctx: Context, resource: Resource, adapter: str, version: str, *, taken: bool = False
 ) -> tuple[AdapterManifest, str] | Copying | None:
     """Return the manifest in the version's folder and its digest. None if there is none, and nothing is staged.
 
-    If the resource's Job has staged the version, start to publish it. Return "copying" until that is done; then the
-    resource is reconciled again. Raises StoreError, and InvalidArtifact for files that cannot be published.
+    If the resource's Job has staged the version, start to publish it. Return "copying" until that is done, with the
+    deletion of the staged files; then the resource is reconciled again. An operator that was killed meanwhile starts
+    again. `taken`: the resource has the version already, so all that is done. Raises StoreError, and InvalidArtifact for
+    files that cannot be published.
     """
-    namespace = resource.metadata.namespace
+    namespace, uid = resource.metadata.namespace, resource.metadata.uid
     tenant = layout.tenant_of(namespace)
     prefix = layout.adapter_prefix(tenant, adapter, version)
     if (known := ctx.folders.manifest(namespace, adapter, version)) is not None:
         return known
-    copied = ctx.transfers.find(resource.metadata.uid)
+    copied = ctx.transfers.find(uid)
     if copied is not None and copied.what == WHAT and not copied.interrupted:
         if not copied.done:
             return "copying"
-        ctx.transfers.forget(resource.metadata.uid)
+        ctx.transfers.forget(uid)
         published = parsed(copied.result())
         ctx.folders.forget(namespace, adapter)
         ctx.folders.found(namespace, adapter, version, *published)
         return published
+    there: tuple[AdapterManifest, str] | None = None
     try:
-        found: tuple[AdapterManifest, str] = await ctx.stored(namespace, read_manifest, prefix, None)
-        ctx.folders.found(namespace, adapter, version, *found)
-        return found
+        there = await ctx.stored(namespace, read_manifest, prefix, None)
     except StoreError as error:
         if error.trouble != "missing":
             raise
-    attempt = await ctx.stored(namespace, staged, tenant, resource.metadata.uid)
+    attempt = None
+    if there is None or not (taken or there[0].job.uid != uid):
+        try:
+            attempt = await ctx.stored(namespace, staged, tenant, uid)
+        except InvalidArtifact:
+            if there is None:
+                raise
     if attempt is None:
-        return None
+        if there is not None:
+            ctx.folders.found(namespace, adapter, version, *there)
+        return there
     manifest, claim = attempt
     if (manifest.adapter, manifest.version) != (adapter, version):
         raise InvalidArtifact("ManifestMismatch", f"the staged files are for {manifest.adapter} {manifest.version}")

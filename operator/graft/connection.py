@@ -70,11 +70,11 @@ def proxy_of(host: str) -> str | None:
 class Connection:
     """Requests to one API server. `api` is the official async client's ApiClient.
 
-    `may_write` is asked before each request that changes something.
+    `write_seconds` is asked before each request that changes something: for how long it may take. 0: it is not sent.
     """
 
-    def __init__(self, api: Any, may_write: Callable[[], bool] = lambda: True) -> None:
-        self._api, self._may_write = api, may_write
+    def __init__(self, api: Any, write_seconds: Callable[[], float] = lambda: TIMEOUT) -> None:
+        self._api, self._write_seconds = api, write_seconds
 
     async def close(self) -> None:
         await self._api.close()
@@ -96,8 +96,10 @@ class Connection:
         deadline = time.monotonic() + PATIENCE
         for attempt in range(1, ATTEMPTS + 1):
             left = min(TIMEOUT, deadline - time.monotonic())
-            if method != "GET" and not self._may_write():
-                raise KubeError(0, "NotLeading", f"{method} {path}: another operator leads now")
+            if method != "GET":
+                left = min(left, self._write_seconds())
+                if left <= 0:
+                    raise KubeError(0, "NotLeading", f"{method} {path}: another operator leads now")
             try:
                 status, headers, data = await self._once(method, path, body, query, content_type, accept, left)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -157,7 +159,8 @@ class Connection:
             header_params={"Accept": accept},
             auth_settings=["BearerToken"],
         )
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, connect=CONNECT, sock_read=SILENCE)
+        silence = float(os.environ.get("GRAFT_WATCH_SILENCE", SILENCE))
+        timeout = aiohttp.ClientTimeout(total=seconds + 30, connect=CONNECT, sock_read=silence)
         response = await self._api.call_api(*serialized, _request_timeout=timeout)
         async with response.response as raw:
             if raw.status != 200:

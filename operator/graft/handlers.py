@@ -21,6 +21,7 @@ from graft import metrics, wakes
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 from graft.cache.cache import Cache, Change, Source
+from graft.connection import TIMEOUT
 from graft.contracts.addresses import any_address
 from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, KubeError
@@ -88,10 +89,11 @@ async def _start_operator() -> None:
     storage = await _storage(config)
     election = await _candidate(config)
     may_write = election.fence.may_write if election is not None else lambda: True
+    write_seconds = election.fence.seconds if election is not None else lambda: TIMEOUT
     store = await asyncio.to_thread(partial(S3Store, storage, may_write=may_write))
     # A reconcile is retried, so its own calls need not be patient.
     brief = await asyncio.to_thread(partial(S3Store, storage, attempts=2, timeout=BRIEF, may_write=may_write))
-    kube = await Kube.connect(may_write)
+    kube = await Kube.connect(write_seconds)
     place = config.namespace
     cache = Cache(kube, wakes.sources(place), lambda source, item: wakes.belongs(source, item, place), changed)
     ctx = Context(kube, config, store, await storerights.open_identity(kube, config, brief), brief, cache=cache)
@@ -181,11 +183,14 @@ async def _lead(ctx: Context, cache: Cache, queue: Queue) -> None:
 
 
 async def _begin(cache: Cache, queue: Queue) -> None:
-    """Reconcile what exists, once everything has been listed: a reconcile must not miss what is not listed yet."""
+    """Reconcile what exists, once everything has been listed: a reconcile must not miss what is not listed yet.
+
+    What users have created or changed while no operator worked does not wait for all the rest.
+    """
     await cache.synced()
     operator.started = True
     for key in wakes.first(cache.objects):
-        queue.wake(*key, later=True)
+        queue.wake(*key, later=not wakes.unseen(cache.objects, key))
     await asyncio.Event().wait()
 
 

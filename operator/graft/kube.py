@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from graft import connection
 from graft.applied import contents, covers, stamped
-from graft.connection import JSON, TOO_LARGE, Connection, KubeError
+from graft.connection import JSON, TIMEOUT, TOO_LARGE, Connection, KubeError
 from graft.kinds import (
     KINDS,
     METADATA_LISTS,
@@ -51,8 +51,8 @@ class Page(NamedTuple):
 class Kube:
     """The objects of one API server."""
 
-    def __init__(self, api: Any, may_write: Callable[[], bool] = lambda: True) -> None:
-        self._connection = Connection(api, may_write)
+    def __init__(self, api: Any, write_seconds: Callable[[], float] = lambda: TIMEOUT) -> None:
+        self._connection = Connection(api, write_seconds)
         # The cache sets both. It takes the answer of each read and write, and `ensure` reads the live objects from it.
         self.answered: Callable[[str, Manifest], None] = lambda kind, answer: None
         self.live: Callable[[str, str | None, str], Awaitable[Manifest | None]] = self.get
@@ -60,9 +60,9 @@ class Kube:
         self._unlike: dict[str, str] = {}
 
     @classmethod
-    async def connect(cls, may_write: Callable[[], bool] = lambda: True) -> "Kube":
-        """Connect with the pod's service account, or with KUBECONFIG outside a cluster. `may_write`: see Connection."""
-        return cls(await connection.connect(), may_write)
+    async def connect(cls, write_seconds: Callable[[], float] = lambda: TIMEOUT) -> "Kube":
+        """Connect with the pod's service account, or with KUBECONFIG outside a cluster. `write_seconds`: see Connection."""
+        return cls(await connection.connect(), write_seconds)
 
     async def close(self) -> None:
         await self._connection.close()
@@ -264,26 +264,19 @@ class Kube:
         uid: str,
         status: Manifest,
         *,
-        resource_version: str | None = None,
+        resource_version: str,
     ) -> None:
-        """Replace the status fields that this operator owns. A resource that was deleted, or created again with another
-        UID, is left unchanged.
+        """Replace the status fields that this operator owns.
 
-        With `resource_version`, the resource must still have it. Raises KubeError with status 404 or 409 if it is
-        deleted or changed, so that nothing is based on a status that was not written.
+        Raises KubeError with status 404 or 409 if the resource was deleted, created again with another UID, or changed
+        since `resource_version`.
         """
-        metadata = {"name": name, "uid": uid} | ({"namespace": namespace} if namespace else {})
-        if resource_version is not None:
-            metadata["resourceVersion"] = resource_version
+        metadata = {"name": name, "uid": uid, "resourceVersion": resource_version}
+        metadata |= {"namespace": namespace} if namespace else {}
         body = {"apiVersion": api_version, "kind": kind, "metadata": metadata, "status": status}
         path = KINDS[kind].path(namespace, name, "status")
-        try:
-            query = {"fieldManager": FIELD_MANAGER, "force": "true"}
-            self._told(kind, await self.request("PATCH", path, body, query, "application/apply-patch+yaml"))
-        except KubeError as error:
-            if error.status not in {404, 409} or resource_version is not None:
-                raise
-            log.debug("cannot write the status of %s %s/%s: %s", kind, namespace, name, error)
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        self._told(kind, await self.request("PATCH", path, body, query, "application/apply-patch+yaml"))
 
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Manifest) -> Manifest | None:
         """Send a JSON merge patch. Return the object as it is then, or None if it does not exist."""

@@ -6,7 +6,6 @@ process or the machine is suspended. This module does not know what the leader d
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -50,6 +49,10 @@ class Fence:
         """Return whether this operator holds the Lease and nobody else can have taken it."""
         return self._clock() < self._until
 
+    def seconds(self) -> float:
+        """Return for how long a write that begins now may take, 0 if none may begin. Nobody else has taken the Lease then."""
+        return self._until + DURATION - DEADLINE - self._clock() if self.may_write() else 0.0
+
 
 class Election:
     """One candidate for a Lease. `kube` must be a connection that the fence does not close."""
@@ -59,7 +62,6 @@ class Election:
         self.fence = Fence(clock)
         self.generation = 0  # leaseTransitions of the Lease while this candidate holds it
         self._kube, self._namespace, self._name, self._clock = kube, namespace, name, clock
-        self._leads = False
         self._live: Manifest | None = None  # as this candidate has written it
         self._seen = ("", 0.0)  # resourceVersion of another holder's Lease, and when it was seen first
 
@@ -71,7 +73,6 @@ class Election:
                     if await self._take():
                         log.info("this operator leads", extra={"generation": self.generation})
                         metrics.LEADER.set(1)
-                        self._leads = True
                         return
             except (KubeError, TimeoutError) as error:
                 log.warning("cannot take the Lease %s, retrying: %s", self._name, error or "no answer")
@@ -90,7 +91,6 @@ class Election:
             if not held:
                 break
         self.fence.close()
-        self._leads = False
         metrics.LEADER.set(0)
         log.error("this operator lost the Lease %s and ends", self._name)
 
@@ -98,11 +98,16 @@ class Election:
         """Write no more, and let another candidate take the Lease at once."""
         self.fence.close()
         metrics.LEADER.set(0)
-        leads, self._leads = self._leads, False
-        if leads:
-            with contextlib.suppress(KubeError, TimeoutError):  # then the Lease expires
-                async with asyncio.timeout(RETRY):
-                    await self._write(self.generation, self._live, holder="")
+        try:
+            async with asyncio.timeout(DEADLINE / 2):
+                # Not `self._live`: an attempt to take or to renew may have arrived whose answer was lost by a cancellation.
+                live = await self._kube.get(KIND, self._namespace, self._name)
+                spec = (live or {}).get("spec") or {}
+                if spec.get("holderIdentity") == self.identity:
+                    await self._write(int(spec.get("leaseTransitions") or 0), live, holder="")
+                    log.info("released the Lease %s", self._name)
+        except (KubeError, TimeoutError) as error:
+            log.warning("cannot release the Lease %s, it expires: %s", self._name, error or "no answer")
 
     async def _take(self) -> bool:
         """Take the Lease if nobody holds it, or if its holder has not renewed it."""

@@ -109,6 +109,15 @@ def first(objects: Callable[[str], Objects]) -> list[Key]:
     ]
 
 
+def unseen(objects: Callable[[str], Objects], key: Key) -> bool:
+    """Return whether no operator has reconciled the present spec of a resource: a user waits for that."""
+    held = objects(key[0]).get(key[1], key[2])
+    if held is None:
+        return False
+    raw = objects(key[0]).unpack(held)
+    return bool((raw.get("status") or {}).get("observedGeneration") != raw["metadata"].get("generation"))
+
+
 def jobs(objects: Callable[[str], Objects], base_model: str | None = None) -> list[Key]:
     """Return the jobs that have not ended. `base_model`: only those that use it."""
     held = objects("FineTuneJob")

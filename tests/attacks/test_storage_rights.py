@@ -21,6 +21,7 @@ from graft.reconcile.shared import publishing
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.storerights import allow_models, readers
 from testbed.objectstore import S3Server, s3_server
+from worlds.buckets import issue
 from worlds.reconciling import SETTINGS, MemoryKube, Object
 
 
@@ -77,12 +78,12 @@ def test_two_installations_on_one_store_never_touch_each_others_users(server: S3
     one = VersityIdentity(ours, server.endpoint, "cluster-1/graft-system")
     two = VersityIdentity(theirs, server.endpoint, "cluster-2/graft-system")
     same_bucket = VersityIdentity(ours, server.endpoint, "cluster-3/graft-system")
-    keys = {tenant: two.issue(tenant) for tenant in ("shop", "desk")}
-    first = same_bucket.issue("shop")
+    keys = {tenant: issue(two, tenant) for tenant in ("shop", "desk")}
+    first = issue(same_bucket, "shop")
     assert one.tenants() == set()  # so nothing of the others is ever taken for an orphan
-    one.issue("shop")
-    renewed = one.issue("shop")
-    one.issue("other")
+    issue(one, "shop")
+    renewed = issue(one, "shop")
+    issue(one, "other")
     one.revoke("desk")
     one.revoke("shop")
     assert one.tenants() == {"other"}
@@ -101,7 +102,7 @@ def test_users_that_nobody_recorded_are_never_deleted(server: S3Server) -> None:
     )
     assert "billing" not in identity.tenants()
     identity.revoke("billing")
-    identity.issue("billing")
+    issue(identity, "billing")
     identity.revoke("billing")
     assert "graft-billing" in identity.users()
 
@@ -112,12 +113,15 @@ def test_a_key_of_an_older_version_goes_on_working_and_is_taken_over(server: S3S
     identity = VersityIdentity(store, server.endpoint, "cluster-1/graft-system", models=None)
     key = legacy(store, identity, "upgraded")
     store.put("models/tiny/config.json", b"{}")
-    assert identity.tenants() == {"upgraded"}
-    identity.issue("newcomer")
+    assert identity.tenants() == {"upgraded"} and identity.has_key("upgraded")
+    drawn = identity.draw("newcomer")
+    assert not identity.has_key("newcomer")
+    identity.accept("newcomer", drawn)
+    assert identity.has_key("newcomer")
     identity.allow({"models/tiny/": None})
     assert works(key, "upgraded") and opened(key).get("models/tiny/config.json") == b"{}"
     assert "graft-upgraded" in identity.users()
-    new = identity.issue("upgraded")
+    new = issue(identity, "upgraded")
     assert works(new, "upgraded") and not works(key, "upgraded")
     assert "graft-upgraded" not in identity.users()
     identity.revoke("upgraded")
@@ -142,7 +146,7 @@ def test_the_operators_own_user_is_never_deleted(server: S3Server) -> None:
     identity = VersityIdentity(store, server.endpoint, "1")
     identity._store = S3Store(replace(store.config, access_key_id="root"))
     identity.revoke("root")
-    identity.issue("shop")
+    issue(identity, "shop")
     assert identity.tenants() == {"shop"}
 
 
@@ -162,7 +166,7 @@ async def test_a_restricted_model_is_restricted_in_storage(server: S3Server) -> 
     for folder in ("open", "secret", "secret-too", "forgotten"):
         store.put(f"models/{folder}/config.json", b"{}")
     identity = VersityIdentity(store, server.endpoint, "1", models=None)
-    shop, desk = opened(identity.issue("shop")), opened(identity.issue("desk"))
+    shop, desk = opened(issue(identity, "shop")), opened(issue(identity, "desk"))
     secret = model("secret", f"s3://{name}/models/secret", ["shop"])
     kube = MemoryKube(model("open", f"s3://{name}/models/open/"), secret)
     ctx = Context(kube, SETTINGS, store, identity)  # type: ignore[arg-type]
@@ -175,7 +179,7 @@ async def test_a_restricted_model_is_restricted_in_storage(server: S3Server) -> 
     for prefix in ("models/secret/", "models/", "models", "models/s", ""):
         denied(lambda prefix=prefix: list(desk.objects(prefix)))
     denied(shop.put, "models/secret/config.json", b"mine")
-    late = opened(identity.issue("late"))
+    late = opened(issue(identity, "late"))
     denied(late.get, "models/secret/config.json")
     assert late.get("models/open/config.json") == b"{}"
 
@@ -293,7 +297,7 @@ async def test_a_pods_key_cannot_touch_a_published_version(server: S3Server, tmp
     """
     store = bucket(server, "ours")
     identity = VersityIdentity(store, server.endpoint, "1", models={})
-    pod, rival = opened(identity.issue("shop")), opened(identity.issue("rival"))
+    pod, rival = opened(issue(identity, "shop")), opened(issue(identity, "rival"))
     stage(pod, PREFIX, *version(tmp_path))
     ctx = Context(MemoryKube(), SETTINGS, store, None)  # type: ignore[arg-type]
     manifest, _ = await until_published(ctx, job_of())
@@ -354,7 +358,7 @@ async def test_a_forged_claim_makes_the_operator_copy_nothing(
 async def test_what_is_staged_is_checked_where_the_pod_cannot_change_it(server: S3Server, tmp_path: Path) -> None:
     """A pod replaces a staged file by another one of the same size -> the version is copied and then fails verification."""
     store = bucket(server, "ours")
-    pod = opened(VersityIdentity(store, server.endpoint, "1", models={}).issue("shop"))
+    pod = opened(issue(VersityIdentity(store, server.endpoint, "1", models={}), "shop"))
     files, manifest = version(tmp_path)
     stage(pod, PREFIX, files, manifest)
     size = files["adapter_model.safetensors"].stat().st_size

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.manifest import Manifest
 from graft.artifacts.publishing import publish_staged, stage, staged
 from graft.artifacts.storage import StorageConfig
@@ -18,6 +19,13 @@ def empty_bucket() -> Iterator[S3Store]:
         store = S3Store(StorageConfig.from_dir(server.secret_dir("bucket")))
         store.create_bucket()
         yield store
+
+
+def issue(identity: VersityIdentity, tenant: str) -> StorageConfig:
+    """Return a key of a tenant that works."""
+    key = identity.draw(tenant)
+    identity.accept(tenant, key)
+    return key
 
 
 def publish(store: S3Store, prefix: str, files: Mapping[str, Path], manifest: Manifest) -> str:

@@ -72,9 +72,9 @@ class MemoryKube:
         uid: str,
         status: Object,
         *,
-        resource_version: str | None = None,
+        resource_version: str,
     ) -> None:
-        if resource_version not in {None, self.objects[kind, namespace, name]["metadata"].get("resourceVersion")}:
+        if resource_version != (self.objects[kind, namespace, name]["metadata"].get("resourceVersion") or ""):
             raise KubeError(409, "Conflict", "the object has been modified")
         self.objects[kind, namespace, name]["status"] = status
 
@@ -189,6 +189,13 @@ class MemoryStore:
     def put(self, key: str, data: bytes, **_: Any) -> None:
         self.requests.append(("put", key))
         self.objects_[key] = data
+
+    def copy(self, source: str, key: str) -> None:
+        self.put(key, self._find("copy", source, None))
+
+    def delete(self, key: str) -> None:
+        self.requests.append(("delete", key))
+        self.objects_.pop(key, None)
 
 
 def context(kube: MemoryKube, store: MemoryStore) -> Context:

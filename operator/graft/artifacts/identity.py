@@ -72,31 +72,45 @@ class VersityIdentity:
             else urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=10))
         )
 
-    def issue(self, tenant: str) -> StorageConfig:
-        """Create a new key for a tenant and return its configuration. An older key of the tenant stops working."""
-        user, secret = self._user(tenant), secrets.token_urlsafe(30)
+    def draw(self, tenant: str) -> StorageConfig:
+        """Return a new key for a tenant, which works after `accept`. An older key of the tenant stops working.
+
+        In between, the caller keeps the key where the tenant reads it. If anything ends there, the tenant has no user, and
+        the next caller draws again. So no user outlives the only copy of its secret.
+        """
         with self._lock:
             self._remove(tenant)
-            self._admin(
-                "/create-user",
-                f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>",
-            )
-            self._write(self._recorded() | {tenant: user})
         own = self._store.config
         return StorageConfig(
             endpoint=own.endpoint,
             region=own.region,
             bucket=own.bucket,
             prefix=tenant_prefix(tenant),
-            access_key_id=user,
-            secret_access_key=secret,
+            access_key_id=self._user(tenant),
+            secret_access_key=secrets.token_urlsafe(30),
             ca_file=own.ca_file,
         )
+
+    def accept(self, tenant: str, key: StorageConfig) -> None:
+        """Let a key that was drawn for a tenant work."""
+        user, secret = key.access_key_id, key.secret_access_key
+        with self._lock:
+            self._admin(
+                "/create-user",
+                f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>",
+            )
+            self._write(self._recorded() | {tenant: user})
 
     def revoke(self, tenant: str) -> None:
         """Delete a tenant's key. It is no error if the tenant has none."""
         with self._lock:
             self._remove(tenant)
+
+    def has_key(self, tenant: str) -> bool:
+        """Return whether a tenant has a key that was accepted: a user, and its rights."""
+        user = self._recorded().get(tenant)
+        allowed = [item for item in self._policy().get("Statement", []) if user in _principals(item)]
+        return any(str(item.get("Sid", "")).endswith(f"Own{tenant}") for item in allowed)
 
     def tenants(self) -> set[str]:
         """Return the tenants that have a key of this installation."""

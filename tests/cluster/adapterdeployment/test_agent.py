@@ -22,6 +22,7 @@ from graft_server.agent.storage.objects import Storage
 from testbed.faults import EXPIRED_TOKEN, SLOW_DOWN, Fault, FaultyProxy, faulty_proxy
 from testbed.objectstore import S3Server
 from worlds.agent import Pod, serving
+from worlds.buckets import issue
 from worlds.serving import MemoryStore, eventually
 
 BUCKET = "bucket"
@@ -222,7 +223,7 @@ async def test_renewed_credentials_need_no_restart(
     tmp_path: Path, s3: S3Server, bucket: S3Store, proxy: FaultyProxy
 ) -> None:
     identity = VersityIdentity(bucket, s3.endpoint)
-    key = identity.issue("team-a")
+    key = issue(identity, "team-a")
     async with rig(tmp_path, bucket, proxy) as (made, first):
         write_secret(
             made.secret, access_key_id=key.access_key_id, secret_access_key=key.secret_access_key, prefix=key.prefix
@@ -231,7 +232,7 @@ async def test_renewed_credentials_need_no_restart(
         made.pod.want(first, second)
         await made.pod.state(second, "Loaded")  # downloaded with the new key
 
-        renewed = identity.issue("team-a")  # the old key stops working
+        renewed = issue(identity, "team-a")  # the old key stops working
         made.pod.want(first, second, third)
         await made.told(third, "CredentialsInvalid")
         assert "key of the storage Secret" in str(made.pod.one(third).message)  # type: ignore[union-attr]

@@ -1,5 +1,6 @@
 """Requests to the API server: bounded in time, and through the proxy that the environment names."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -111,7 +112,7 @@ async def test_who_does_not_lead_reads_and_writes_nothing() -> None:
         return web.json_response({})
 
     async with serving(answer) as address:
-        opened = Connection(client.ApiClient(client.Configuration(host=address)), lambda: leads)
+        opened = Connection(client.ApiClient(client.Configuration(host=address)), lambda: 8.0 if leads else 0.0)
         try:
             await opened.answer("POST", "/api", {})
             leads = False
@@ -122,6 +123,30 @@ async def test_who_does_not_lead_reads_and_writes_nothing() -> None:
         finally:
             await opened.close()
     assert asked == ["POST", "GET"]
+
+
+async def test_a_write_that_hangs_ends_before_another_operator_may_lead() -> None:
+    """The API server accepts the connection and does not answer. A read may take longer."""
+    left, arrived = [0.3], list[str]()
+    silent = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        arrived.append((await reader.readline()).decode().split()[0])
+        await silent.wait()
+        writer.close()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    address = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+    opened = Connection(client.ApiClient(client.Configuration(host=address)), lambda: left.pop() if left else 0.0)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KubeError, match="another operator leads"):  # instead of a second attempt
+            await opened.answer("PATCH", "/api", {})
+    finally:
+        silent.set()
+        await opened.close()
+        server.close()
+    assert arrived == ["PATCH"] and time.monotonic() - began < 5
 
 
 async def test_a_field_that_the_schema_does_not_have_is_refused_once() -> None:

@@ -109,6 +109,25 @@ async def test_the_holder_stops_writing_before_another_may_take_the_lease(monkey
     assert await second._take()
 
 
+@pytest.mark.parametrize("moment", ["taking", "renewing", "taken by another"])
+async def test_a_release_counts_what_arrived_although_its_answer_was_lost(moment: str) -> None:
+    """The task is cancelled by SIGTERM while a request is on its way, and the API server has done what it asks."""
+    server, clock = Server(), Clock()
+    first, second = candidate(server, clock), candidate(server, clock)
+    if moment != "taking":
+        await first.acquire()
+    known = first._live
+    await first._write(1, known)
+    first._live = known
+    if moment == "taken by another":
+        assert server.live is not None
+        server.live["spec"]["holderIdentity"] = second.identity
+    await first.release()
+    assert server.live is not None and not first.fence.may_write()
+    assert server.live["spec"]["holderIdentity"] == (second.identity if moment == "taken by another" else "")
+    assert await candidate(server, clock)._take() is (moment != "taken by another")
+
+
 def test_a_process_that_was_frozen_may_not_write_when_it_goes_on() -> None:
     clock = Clock()
     fence = Fence(clock)
@@ -116,4 +135,15 @@ def test_a_process_that_was_frozen_may_not_write_when_it_goes_on() -> None:
     fence.open(clock.now + DEADLINE)
     assert fence.may_write()
     clock.now += DURATION  # the clock runs while the process is stopped
-    assert not fence.may_write()
+    assert not fence.may_write() and fence.seconds() == 0
+
+
+def test_a_write_has_ended_when_another_candidate_may_take_the_lease() -> None:
+    clock = Clock()
+    fence, renewed = Fence(clock), clock.now
+    fence.open(renewed + DEADLINE)
+    for later in (0.0, 1.0, DEADLINE - 0.1):
+        clock.now = renewed + later
+        assert clock.now + fence.seconds() == pytest.approx(renewed + DURATION)
+    clock.now = renewed + DEADLINE
+    assert fence.seconds() == 0

@@ -219,6 +219,19 @@ def test_a_job_that_has_ended_is_not_reconciled_for_its_children(world: World) -
     assert world.put("Adapter", "sales-3.0.0", made, metadata=of_job, status={"stage": "Ready"}) == set()
 
 
+def test_after_a_start_what_users_have_changed_meanwhile_comes_first(world: World) -> None:
+    """A job that was created while no operator worked does not wait for a thousand that run."""
+    for name, generation, status in (
+        ("new", 1, {}), ("runs", 1, {"observedGeneration": 1}), ("suspended", 2, {"observedGeneration": 1}),
+    ):  # fmt: skip
+        world.put("FineTuneJob", name, metadata={"generation": generation}, status=status)
+    keys = wakes.first(world.objects)
+    assert {name for kind, _, name in keys if kind == "FineTuneJob"} == {"new", "runs", "suspended"}
+    found = {key[2] for key in keys if wakes.unseen(world.objects, key)}
+    assert found == {"new", "suspended"}
+    assert not wakes.unseen(world.objects, ("FineTuneJob", "shop", "deleted"))
+
+
 def test_a_child_wakes_its_owner_only(world: World) -> None:
     world.job("tune")
     reference = {"kind": "FineTuneJob", "name": "tune", "uid": "uid-tune", "controller": True}

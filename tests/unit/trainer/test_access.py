@@ -15,6 +15,7 @@ from graft.artifacts.store import S3Store
 from graft.contracts.progress import EXIT_CODES, Reason
 from testbed.objectstore import S3Server, s3_server
 from testbed.quickstart import MODEL, QUICKSTART
+from worlds.buckets import issue
 from worlds.trainer import make_job
 
 RUN_FOLDER = "team-a/runs/uid-1/"
@@ -42,7 +43,7 @@ def root(server: S3Server) -> S3Store:
 
 @pytest.fixture(scope="module")
 def tenant(root: S3Store, server: S3Server) -> StorageConfig:
-    return VersityIdentity(root, server.endpoint).issue("team-a")
+    return issue(VersityIdentity(root, server.endpoint), "team-a")
 
 
 def prepared(folder: Path, key: StorageConfig) -> subprocess.CompletedProcess[str]:

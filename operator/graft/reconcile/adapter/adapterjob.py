@@ -25,7 +25,7 @@ from graft.manifests import adapterjob as manifests
 from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter.versions import matches, parse
 from graft.reconcile.shared import pods, scheduling
-from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, refusal_of
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import condition_of, keep, not_started, refusal
 from graft.reconcile.shared.ownership import created_by
@@ -107,11 +107,9 @@ async def _start(ctx: Context, adapter: Adapter) -> Step:
     try:
         await _create(ctx, adapter, base, adapters)
     except KubeError as error:
-        if error.status == 403 and "quota" not in str(error):
-            return waiting(adapter, Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})"))
-        if error.status in {403, 409, 422}:
-            return waiting(adapter, Trouble("CreationFailed", f"cannot create the Job, the operator retries: {error}"))
-        raise
+        if (refusal := refusal_of(ctx, namespace, "the Job", error)) is None:
+            raise
+        return waiting(adapter, refusal)
     return working(adapter, "the operator has created the Job")
 
 

@@ -32,8 +32,9 @@ from graft.reconcile.adapterdeployment import assignment, autoscaling, basechang
 from graft.reconcile.adapterdeployment.deploymentstatus import KIND, World, observe, why_unavailable
 from graft.reconcile.adapterdeployment.placing import place_engine
 from graft.reconcile.shared import pods, scheduling
-from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, not_bound
+from graft.reconcile.shared.access import Trouble, ensure_credentials, gather_base_model, refusal_of
 from graft.reconcile.shared.context import SOON, WAITING, Context
+from graft.reconcile.shared.ending import delete_routes
 from graft.reconcile.shared.jobs import not_started
 from graft.reconcile.shared.ownership import of_deployment
 from graft.reconcile.shared.stored import valid
@@ -52,7 +53,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     spec = AdapterDeployment.model_validate(raw)
     if spec.metadata.deletion_timestamp:
         # The routes are deleted first. The pods are then deleted with their owner, and finish their running requests.
-        await ctx.kube.delete("ConfigMap", ctx.settings.namespace, routes_name(spec))
+        await delete_routes(ctx, spec)
         await autoscaling.forget(ctx, spec)
         await ctx.remove_finalizer(spec, KIND)
         return None
@@ -168,9 +169,9 @@ async def _scale(ctx: Context, world: World) -> None:
     try:
         await autoscaling.scale(ctx, world.spec, world.scale, live)
     except KubeError as error:
-        if error.status != 403:
+        if (refused := refusal_of(ctx, world.spec.metadata.namespace, "the replicas", error)) is None:
             raise
-        world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, world.spec.metadata.namespace))
+        world.trouble = world.trouble or refused
 
 
 async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble | None:
@@ -193,13 +194,9 @@ async def _apply_pods(ctx: Context, world: World, base: BaseModelRef) -> Trouble
         await ctx.kube.ensure(*children)
         world.unscaled = await autoscaling.apply_guards(ctx, spec)
     except KubeError as error:
-        if error.status == 403 and "quota" not in str(error):
-            return Trouble("NamespaceNotBound", f"{not_bound(ctx, spec.metadata.namespace)} ({error})")
-        if error.status in {403, 409, 422}:
-            return Trouble(
-                "CreationFailed", f"cannot create the children of the deployment, the operator retries: {error}"
-            )
-        raise
+        if (refused := refusal_of(ctx, spec.metadata.namespace, "the children of the deployment", error)) is None:
+            raise
+        return refused
     return None
 
 
@@ -254,7 +251,7 @@ async def _apply_adapters(ctx: Context, world: World) -> None:
         try:
             await ctx.kube.apply(agent_manifests.wanted_config_map(spec, wanted))
         except KubeError as error:
-            if error.status != 403:
+            if (refused := refusal_of(ctx, spec.metadata.namespace, "the ConfigMap of the agents", error)) is None:
                 raise
-            world.trouble = world.trouble or Trouble("NamespaceNotBound", not_bound(ctx, spec.metadata.namespace))
+            world.trouble = world.trouble or refused
     world.wanted = wanted

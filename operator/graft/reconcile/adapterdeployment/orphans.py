@@ -10,8 +10,8 @@ from graft.api.meta import Resource
 from graft.contracts.gateway import ROUTES_COMPONENT
 from graft.kube import KubeError, Manifest
 from graft.manifests.metadata import COMPONENT, OWNER_UID
-from graft.manifests.routes import routes_name
 from graft.reconcile.shared.context import Context
+from graft.reconcile.shared.ending import delete_routes
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +20,7 @@ async def deleted(ctx: Context, body: Manifest) -> None:
     """Delete the routes of one deployment that was deleted. If this fails, the housekeeping does it later."""
     resource = Resource.model_validate(body)
     try:
-        found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, routes_name(resource))
-        if found is not None and _owner(found) == resource.metadata.uid:
-            await _delete(ctx, found)
+        await delete_routes(ctx, resource)
     except KubeError as error:
         log.warning("cannot delete the routes of a deleted AdapterDeployment, the housekeeping retries: %s", error)
 

@@ -49,7 +49,7 @@ from graft.reconcile.finetunejob.jobstatus import (
     waiting,
 )
 from graft.reconcile.finetunejob.placing import place
-from graft.reconcile.finetunejob.published import read_published
+from graft.reconcile.finetunejob.published import read_published, register
 from graft.reconcile.finetunejob.reservation import Needed, reserve_version
 from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
@@ -59,8 +59,8 @@ from graft.reconcile.shared.access import (
     Trouble,
     ensure_credentials,
     gather_base_model,
-    not_bound,
     peek,
+    refusal_of,
 )
 from graft.reconcile.shared.context import SOON, WAITING, Context
 from graft.reconcile.shared.jobs import job_file_of, keep, not_started, refusal
@@ -111,8 +111,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         return SOON
     repaired = not world.children or world.over or await _steer(ctx, world)
     if world.published is not None and world.adapter is None:
-        manifest, digest = world.published
-        await ctx.kube.apply(adapter_manifests.adapter(job, manifest, digest, ctx.store.config.bucket))
+        await register(ctx, world)
     status, observed = observe(world)
     pause = await ctx.write_status(raw, status, observed, hurry=world.delayed is not None)
     succeeded = find(observed, "Succeeded")
@@ -157,7 +156,8 @@ async def _steer(ctx: Context, world: World) -> bool:
     namespace = job.metadata.namespace
     # With a queue, Kueue alone suspends and resumes the Job.
     if job.spec.queue is None and bool(child["spec"].get("suspend")) != job.spec.suspend:
-        await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], {"spec": {"suspend": job.spec.suspend}})
+        patch = {"metadata": {"uid": child["metadata"]["uid"]}, "spec": {"suspend": job.spec.suspend}}
+        await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], patch)
         child["spec"]["suspend"] = job.spec.suspend
     nodes = int(child["spec"].get("completions") or 1)
     live = await ctx.cache.get("ConfigMap", namespace, job_file_name(job))
@@ -221,15 +221,13 @@ async def _start(ctx: Context, raw: Manifest, world: World, secret: Entries | No
         else:
             await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
     except KubeError as error:
-        if error.status == 403 and "quota" not in str(error):
-            return Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})")
-        if error.status in {403, 409, 422}:
-            for child in world.children if error.status == 403 else []:
-                # A quota may allow only one Job. If the preflight Job is deleted, only the log of its pod is lost.
-                uid = child["metadata"]["uid"]
-                await ctx.kube.delete("Job", namespace, child["metadata"]["name"], uid, "Background")
-            return Trouble("CreationFailed", f"cannot create the children of the job, the operator retries: {error}")
-        raise
+        if (refused := refusal_of(ctx, namespace, "the children of the job", error)) is None:
+            raise
+        for child in world.children if error.status == 403 and "quota" in str(error) else []:
+            # A quota may allow only one Job. If the preflight Job is deleted, only the log of its pod is lost.
+            uid = child["metadata"]["uid"]
+            await ctx.kube.delete("Job", namespace, child["metadata"]["name"], uid, "Background")
+        return refused
     return None
 
 

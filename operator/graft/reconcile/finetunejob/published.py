@@ -1,10 +1,13 @@
-"""Find out from the store what a FineTuneJob has published."""
+"""Find out from the store what a FineTuneJob has published, and create its Adapter."""
 
 from graft.artifacts import layout
 from graft.artifacts.storage import StoreError
 from graft.artifacts.versions import InvalidArtifact
+from graft.kube import KubeError
+from graft.manifests.adapter import adapter
 from graft.reconcile.finetunejob.jobstatus import World
 from graft.reconcile.shared import backoff, publishing
+from graft.reconcile.shared.access import refusal_of
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
@@ -25,10 +28,10 @@ async def read_published(ctx: Context, world: World, version: str) -> None:
         told = find(job.status.conditions, "Succeeded")
         world.delayed = told.message if told is not None else "the operator retries"
         return
-    adapter = job.spec.output.adapter
-    prefix = layout.adapter_prefix(layout.tenant_of(job.metadata.namespace), adapter, version)
+    name = job.spec.output.adapter
+    prefix = layout.adapter_prefix(layout.tenant_of(job.metadata.namespace), name, version)
     try:
-        found = await publishing.published(ctx, job, adapter, version)
+        found = await publishing.published(ctx, job, name, version, taken=world.adapter is not None)
     except InvalidArtifact as error:
         world.publish_trouble = str(error)
         return
@@ -45,7 +48,24 @@ async def read_published(ctx: Context, world: World, version: str) -> None:
     manifest, _ = found
     if manifest.job.uid != job.metadata.uid:
         world.publish_trouble = f"another job, {manifest.job.name}, has written {prefix}manifest.json. Create the job again with another spec.output.version"
-    elif (manifest.adapter, manifest.version) != (adapter, version):
-        world.publish_trouble = f"{prefix}manifest.json is for {manifest.adapter} {manifest.version}, but the job publishes {adapter} {version}. Create the job again with another spec.output.version"
+    elif (manifest.adapter, manifest.version) != (name, version):
+        world.publish_trouble = f"{prefix}manifest.json is for {manifest.adapter} {manifest.version}, but the job publishes {name} {version}. Create the job again with another spec.output.version"
     else:
         world.published = found
+
+
+async def register(ctx: Context, world: World) -> None:
+    """Create the Adapter of the published version.
+
+    If a quota or an admission policy refuses it, set world.delayed: the version is kept, and the operator retries.
+    """
+    assert world.published is not None  # noqa: S101
+    job, (manifest, digest) = world.job, world.published
+    try:
+        await ctx.kube.apply(adapter(job, manifest, digest, ctx.store.config.bucket))
+    except KubeError as error:
+        refused = refusal_of(ctx, job.metadata.namespace, "the Adapter of the published version", error)
+        if refused is None:
+            raise
+        ctx.backoff.failed(job.metadata.uid, job.metadata.generation, backoff.OUTAGE)
+        world.delayed = refused.message

@@ -3,6 +3,7 @@
 It does not know any kind's life cycle.
 """
 
+import re
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -17,10 +18,19 @@ from graft.manifests.adapter import storage_secret
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
-Entries = tuple[set[str], bool]  # names of the entries of a Secret, and whether the operator may replace it
+# Names of the entries of a Secret, whether the operator may create or replace it, and its version if it exists.
+Entries = tuple[set[str], bool, str | None]
 KEY = {"access-key-id", "secret-access-key"}
 SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
 ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
+
+
+# In the message of a 403: the operator lacks the right itself, or the right to give it to an agent. Any other 403 comes
+# from an admission plugin, such as a ResourceQuota.
+# https://github.com/kubernetes/apiserver/blob/master/pkg/endpoints/handlers/responsewriters/errors.go
+RIGHTS = re.compile(r'User "[^"]*" cannot |attempting to grant RBAC permissions')
+# The namespace or the kind does not exist, or the API server cannot answer now.
+PASSING = frozenset({401, 404, 408, 410, 429})
 
 
 @dataclass(frozen=True)
@@ -99,29 +109,33 @@ async def ensure_credentials(ctx: Context, namespace: str, entries: Entries | No
     if (why := why_reserved(namespace)) is not None:
         return reserved(namespace, why)
     try:
-        keys, ours = entries or await read_secret(ctx, namespace)
+        keys, ours, _ = entries or await read_secret(ctx, namespace)
         if ctx.identity is None or not ours:
             return _incomplete(ctx, namespace, keys)
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
         async with ctx.locks.hold("credentials"):  # only one reconcile at a time changes the users of the store
-            keys, ours = await read_secret(ctx, namespace)  # another reconcile may have issued the key meanwhile
+            # Another reconcile may have issued the key meanwhile.
+            keys, ours, version = await read_secret(ctx, namespace)
             if not ours:
                 return _incomplete(ctx, namespace, keys)
-            known = tenant in ctx.issued or tenant in await ctx.store_calls.run("", ctx.identity.tenants)
+            known = tenant in ctx.issued or await ctx.store_calls.run("", ctx.identity.has_key, tenant)
             if not (known and keys >= SECRET_KEYS):
-                config = await ctx.store_calls.run("", ctx.identity.issue, tenant)
-                await ctx.kube.apply(storage_secret(namespace, _for_pods(ctx, config)))
+                key = await ctx.store_calls.run("", ctx.identity.draw, tenant)
+                await _keep(ctx, namespace, key, version)
+                await ctx.store_calls.run("", ctx.identity.accept, tenant, key)
             ctx.issued.add(tenant)
     except StoreError as error:
         return Trouble(
             "StorageUnavailable", f"cannot issue a storage key for namespace {namespace}, the operator retries: {error}"
         )
     except KubeError as error:
-        if error.status == 403:
-            return Trouble("NamespaceNotBound", not_bound(ctx, namespace))
-        raise
+        if error.status == 409:
+            raise  # another writer was first: what it has written is read again
+        if (refused := refusal_of(ctx, namespace, f"Secret {STORAGE_SECRET}", error)) is None:
+            raise
+        return refused
     return None
 
 
@@ -134,12 +148,25 @@ async def peek(ctx: Context, namespace: str) -> Entries | None:
 
 
 async def read_secret(ctx: Context, namespace: str) -> Entries:
-    """Return the names of the entries of the Secret graft-storage, and whether the operator may create or replace the Secret."""
+    """Return what `Entries` says of the Secret graft-storage."""
     secret = await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
     if secret is None:
-        return set(), True
+        return set(), True, None
     ours = secret["metadata"].get("labels", {}).get("app.kubernetes.io/managed-by") == "graft"
-    return set(secret.get("data") or {}), ours
+    return set(secret.get("data") or {}), ours, secret["metadata"].get("resourceVersion")
+
+
+async def _keep(ctx: Context, namespace: str, key: StorageConfig, version: str | None) -> None:
+    """Write the Secret graft-storage over the state with this version; None: there is none yet.
+
+    Raises KubeError with status 409 if another operator has written it: its key counts, and this one is not accepted.
+    """
+    manifest = storage_secret(namespace, _for_pods(ctx, key))
+    if version is None:
+        await ctx.kube.create(manifest)
+    else:
+        manifest["metadata"]["resourceVersion"] = version
+        await ctx.kube.apply(manifest)
 
 
 def _incomplete(ctx: Context, namespace: str, keys: set[str]) -> Trouble | None:
@@ -159,6 +186,19 @@ def _incomplete(ctx: Context, namespace: str, keys: set[str]) -> Trouble | None:
 def _for_pods(ctx: Context, config: StorageConfig) -> StorageConfig:
     endpoint = ctx.settings.storage.endpoint or config.endpoint
     return StorageConfig(**(config.__dict__ | {"endpoint": endpoint}))
+
+
+def refusal_of(ctx: Context, namespace: str, what: str, error: KubeError) -> Trouble | None:
+    """Return why the API server refuses to create or change a child, or None if it only cannot do so now (PURE).
+
+    `what`: the child. Admission webhooks refuse with 400 unless they choose another status, policies with 422, quotas
+    with 403.
+    """
+    if error.status == 403 and RIGHTS.search(str(error)):
+        return Trouble("NamespaceNotBound", f"{not_bound(ctx, namespace)} ({error})")
+    if 400 <= error.status < 500 and error.status not in PASSING:
+        return Trouble("CreationFailed", f"cannot create {what}, the operator retries: {error}")
+    return None
 
 
 def not_bound(ctx: Context, namespace: str) -> str:

@@ -12,7 +12,6 @@ from graft.api.meta import Condition, Resource, Status
 from graft.artifacts.layout import why_reserved
 from graft.contracts.message import first_problem
 from graft.kube import Manifest
-from graft.manifests.routes import routes_name
 from graft.reconcile.shared import ending
 from graft.reconcile.shared.access import Trouble, reserved
 from graft.reconcile.shared.context import SOON, WAITING, Context
@@ -76,7 +75,7 @@ async def _refuse(ctx: Context, kind: str, raw: Manifest, trouble: Trouble) -> f
     type_, stage = REFUSED[kind]
     if resource.metadata.deletion_timestamp:
         if kind == "AdapterDeployment":
-            await ctx.kube.delete("ConfigMap", ctx.settings.namespace, routes_name(resource))
+            await ending.delete_routes(ctx, resource)
         if not ctx.transfers.forget(resource.metadata.uid):
             return SOON
         left = await ending.end_jobs(ctx, resource) if kind in {"FineTuneJob", "Adapter"} else None

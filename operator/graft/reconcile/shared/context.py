@@ -134,8 +134,9 @@ class Context:
         Without `hurry`, a status with the same stage, reasons and generation is written at the earliest GATHER seconds
         after the last one. Return the seconds until then, or None if nothing is left to write.
 
-        With `unchanged`, the resource must still be the one that was read. Raises KubeError with status 404 or 409 if
-        it is not. If several operators run, KubeError with status 409 is raised without `unchanged`, too.
+        Raises KubeError with status 409 if the resource has changed since it was read: its status is the memory of its
+        reconciles, so one that was computed from an older status must not replace it. If the resource was deleted,
+        nothing happens, or with `unchanged`, KubeError with status 404 is raised.
         """
         metadata = raw["metadata"]
         generation, uid = metadata.get("generation", 0), metadata["uid"]
@@ -158,12 +159,11 @@ class Context:
         found = transitions(raw, old, merged, at)
         await self.news.report(item for item in found if item.settled)
         try:
-            # Of several operators, a former leader must not replace what its successor has written.
             await self.undeclared.apply(
                 raw["kind"], after,
                 lambda part: self.kube.apply_status(
                     raw["kind"], raw["apiVersion"], metadata.get("namespace"), metadata["name"], uid, part,
-                    resource_version=metadata["resourceVersion"] if unchanged or self.elected else None,
+                    resource_version=str(metadata.get("resourceVersion") or ""),
                 ),
             )  # fmt: skip
         except KubeError as error:

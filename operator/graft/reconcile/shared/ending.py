@@ -1,4 +1,4 @@
-"""Stop the Jobs of a resource. Its pods end before their files are deleted, so that no pod still writes."""
+"""Stop the Jobs and the routes of a resource. Its pods end before their files are deleted, so that no pod still writes."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,6 +8,7 @@ from graft.artifacts.archive import Interrupted
 from graft.artifacts.store import S3Store
 from graft.kube import KubeError
 from graft.manifests.metadata import OWNER_UID
+from graft.manifests.routes import routes_name
 from graft.reconcile.shared.access import Trouble, not_bound
 from graft.reconcile.shared.context import SOON, Context
 from graft.reconcile.shared.ownership import is_pod_of
@@ -50,6 +51,13 @@ def _delete(store: S3Store, prefixes: Sequence[str], stopped: Callable[[], bool]
         store.delete_prefix(prefix, stopped)
         if stopped():
             raise Interrupted
+
+
+async def delete_routes(ctx: Context, deployment: Resource) -> None:
+    """Delete the routes of an AdapterDeployment, and not those of one that was created again under its name."""
+    found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, routes_name(deployment))
+    if found is not None and (found["metadata"].get("labels") or {}).get(OWNER_UID) == deployment.metadata.uid:
+        await ctx.kube.delete("ConfigMap", ctx.settings.namespace, found["metadata"]["name"], found["metadata"]["uid"])
 
 
 async def end_jobs(ctx: Context, resource: Resource) -> float | Trouble | None:

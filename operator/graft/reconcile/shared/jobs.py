@@ -7,6 +7,7 @@ from graft.bounded import OutOfBounds
 from graft.contracts.job import JobFile
 from graft.kube import KubeError, Manifest
 from graft.reconcile.shared import pods
+from graft.reconcile.shared.access import refusal_of
 from graft.reconcile.shared.context import Context
 from graft.status import seconds_left
 
@@ -66,12 +67,13 @@ async def not_started(ctx: Context, found: list[Manifest]) -> str | None:
 async def keep(ctx: Context, namespace: str, *needed: Manifest) -> bool:
     """Create or repair the objects that the pods of a running Job need.
 
-    Return False in a namespace that is no longer bound: nothing can be repaired there. The run continues as it is.
+    Return False in a namespace that is no longer bound, or whose policies refuse them: nothing can be repaired there. The
+    run continues as it is.
     """
     try:
         await ctx.kube.ensure(*needed)
     except KubeError as error:
-        if error.status != 403:
+        if refusal_of(ctx, namespace, "the children of a running Job", error) is None:
             raise
         log.info("cannot repair the children of a running Job in namespace %s: %s", namespace, error)
         return False

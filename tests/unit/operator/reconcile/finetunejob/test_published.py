@@ -8,9 +8,10 @@ from botocore.exceptions import ClientError
 from graft.api import FineTuneJob
 from graft.artifacts import layout
 from graft.artifacts.storage import StoreError, Trouble, trouble_of
+from graft.kube import KubeError
 from graft.reconcile.finetunejob import restart
 from graft.reconcile.finetunejob.jobstatus import World, observe
-from graft.reconcile.finetunejob.published import read_published
+from graft.reconcile.finetunejob.published import read_published, register
 from graft.reconcile.shared.context import SOON, Context
 from graft.reconcile.shared.folders import FRESH
 from graft.status import find
@@ -135,3 +136,30 @@ async def test_a_published_manifest_is_read_once_until_the_operator_changes_the_
     ctx.folders._clock = lambda: time.monotonic() + 2 * FRESH
     await succeeded(ctx, raw)
     assert len(store.requests) == 3
+
+
+async def test_a_version_whose_adapter_is_refused_is_kept_and_the_user_sees_why() -> None:
+    """A quota of Adapters, or an admission webhook. When it allows the Adapter, the operator creates it."""
+    raw, refusing = job(), ['admission webhook "w" denied the request: no more Adapters']
+    store, kube, created = MemoryStore(), MemoryKube(raw), []
+
+    async def apply(manifest: dict[str, Any]) -> None:
+        if refusing:
+            raise KubeError(400, "BadRequest", refusing[0])
+        created.append(manifest["metadata"]["name"])
+
+    kube.apply = apply  # type: ignore[attr-defined]
+    ctx = context(kube, store)
+    publish(store, "shop/adapters/support/1.0.0/")
+    world = World(
+        FineTuneJob.model_validate(raw), children=[COMPLETE | {"metadata": {"name": "j", "labels": {}}, "spec": {}}]
+    )
+    await read_published(ctx, world, "1.0.0")
+    await register(ctx, world)
+    waits = find(observe(world)[1], "Succeeded")
+    assert waits is not None and (waits.status, waits.reason) == ("Unknown", "Publishing")
+    assert refusing[0] in waits.message and "the operator retries" in waits.message
+    assert 0 < ctx.backoff.left("u", 1) <= 60
+    refusing.clear()
+    await register(ctx, world)
+    assert created == ["support-1.0.0"]

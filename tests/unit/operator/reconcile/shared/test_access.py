@@ -6,9 +6,11 @@ import pytest
 from graft.api import BaseModel
 from graft.artifacts.storage import StorageConfig
 from graft.contracts.mounts import STORAGE_SECRET
+from graft.kube import KubeError
 from graft.reconcile.shared.access import SECRET_KEYS, Trouble, base_model_of, ensure_credentials
 from graft.reconcile.shared.context import Context
 from graft.settings import Images, Settings
+from worlds.reconciling import Killed
 
 SETTINGS = Settings(
     namespace="graft-system", images=Images(trainer="r/t:1", engine="r/e:1", agent="r/a:1", vllm="r/v:1")
@@ -21,12 +23,19 @@ class Kube:
     def __init__(self, *secrets: dict[str, Any] | None) -> None:
         self.secrets = list(secrets)
         self.applied: list[dict[str, Any]] = []
+        self.taken = False
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
         assert (kind, name) == ("Secret", STORAGE_SECRET)
         return self.secrets.pop(0) if len(self.secrets) > 1 else self.secrets[0]
 
     async def apply(self, manifest: dict[str, Any]) -> None:
+        assert manifest["metadata"]["resourceVersion"] == "7"
+        self.applied.append(manifest)
+
+    async def create(self, manifest: dict[str, Any]) -> None:
+        if self.taken:
+            raise KubeError(409, "AlreadyExists", "another operator has created it")
         self.applied.append(manifest)
 
 
@@ -37,12 +46,15 @@ class Identity:
         self.known = set(tenants)
         self.asked = 0
 
-    def tenants(self) -> set[str]:
+    def has_key(self, tenant: str) -> bool:
         self.asked += 1
-        return set(self.known)
+        return tenant in self.known
 
-    def issue(self, tenant: str) -> StorageConfig:
+    def accept(self, tenant: str, key: StorageConfig) -> None:
         self.known.add(tenant)
+
+    def draw(self, tenant: str) -> StorageConfig:
+        self.known.discard(tenant)
         return StorageConfig(
             endpoint="http://s3",
             region="r",
@@ -55,7 +67,10 @@ class Identity:
 
 def secret(*, ours: bool, without: str = "") -> dict[str, Any]:
     labels = {"app.kubernetes.io/managed-by": "graft"} if ours else {}
-    return {"metadata": {"labels": labels}, "data": dict.fromkeys(SECRET_KEYS - {without}, "eA==")}
+    return {
+        "metadata": {"labels": labels, "resourceVersion": "7"},
+        "data": dict.fromkeys(SECRET_KEYS - {without}, "eA=="),
+    }
 
 
 def context(kube: Kube, identity: Identity | None) -> Context:
@@ -75,6 +90,31 @@ async def test_a_key_that_the_store_does_not_know_is_issued_again() -> None:
     kube, identity = Kube(secret(ours=True)), Identity()
     assert await ensure_credentials(context(kube, identity), "shop") is None
     assert len(kube.applied) == 1
+
+
+async def test_of_two_operators_that_draw_a_key_the_one_that_writes_the_secret_has_it_accepted() -> None:
+    kube, identity = Kube(None), Identity()
+    kube.taken = True
+    with pytest.raises(KubeError):
+        await ensure_credentials(context(kube, identity), "shop")
+    assert kube.applied == [] and identity.known == set()
+
+
+@pytest.mark.parametrize("there", [None, secret(ours=True), secret(ours=True, without="bucket")])
+async def test_an_operator_that_is_killed_before_the_key_works_draws_another_one(there: dict[str, Any] | None) -> None:
+    """The Secret is written, and the store does not know the key. The next operator must not trust the Secret."""
+    kube, identity = Kube(there), Identity()
+
+    def killed(tenant: str, key: StorageConfig) -> None:
+        raise Killed
+
+    identity.accept, accept = killed, identity.accept  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        await ensure_credentials(context(kube, identity), "shop")
+    identity.accept = accept  # type: ignore[method-assign]
+    kube.secrets = [secret(ours=True)]
+    assert await ensure_credentials(context(kube, identity), "shop") is None
+    assert len(kube.applied) == 2 and identity.known == {"shop"}
 
 
 async def test_a_secret_that_a_user_created_meanwhile_is_not_overwritten() -> None:

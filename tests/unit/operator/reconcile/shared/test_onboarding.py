@@ -31,15 +31,20 @@ class Store:
     async def get(self, kind: str, namespace: str, name: str) -> None:
         if namespace not in self.bound:
             self.refused.set()
-            raise KubeError(403, "Forbidden", "forbidden")
+            raise KubeError(
+                403, "Forbidden", f'secrets is forbidden: User "graft" cannot get resource "secrets" in "{namespace}"'
+            )
 
-    async def apply(self, manifest: dict[str, Any]) -> None:
+    async def create(self, manifest: dict[str, Any]) -> None:
         self.issued.append(manifest["metadata"]["namespace"])
 
-    def tenants(self) -> set[str]:
-        return set()
+    def has_key(self, tenant: str) -> bool:
+        return False
 
-    def issue(self, tenant: str) -> Any:
+    def accept(self, tenant: str, key: Any) -> None:
+        pass
+
+    def draw(self, tenant: str) -> Any:
         from graft.artifacts.storage import StorageConfig
 
         return StorageConfig("http://s3", "r", "graft", f"{tenant}/", "k", "s")

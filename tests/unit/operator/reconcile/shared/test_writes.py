@@ -1,5 +1,6 @@
 """What a reconcile writes to the API server, and what a crash between two writes leaves."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -100,6 +101,18 @@ async def test_a_status_that_could_not_be_written_is_no_repetition() -> None:
     kube.apply_status = apply  # type: ignore[method-assign]
     await write(ctx, raw, "False", "OutOfMemory")
     assert list(kube.named.values()) == ["OutOfMemory"] and kube.writes.count("count") == 0
+
+
+async def test_a_status_computed_from_an_older_one_replaces_nothing() -> None:
+    """Another operator has written meanwhile. What it knows, for example the length of the data, would be lost."""
+    raw = job()
+    ctx, _ = world(raw)
+    stale = copy.deepcopy(raw)
+    await write(ctx, raw, "Unknown", "Training")
+    raw["metadata"]["resourceVersion"] = "8"
+    with pytest.raises(KubeError) as refused:
+        await write(ctx, stale, "Unknown", "Pending")
+    assert refused.value.status == 409 and raw["status"]["stage"] == "Training"
 
 
 async def test_a_transition_that_repeats_is_counted_in_one_event() -> None:

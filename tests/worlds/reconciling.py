@@ -190,7 +190,7 @@ class MemoryStore:
         self.requests.append(("put", key))
         self.objects_[key] = data
 
-    def copy(self, source: str, key: str) -> None:
+    def copy(self, source: str, key: str, size: int) -> None:
         self.put(key, self._find("copy", source, None))
 
     def delete(self, key: str) -> None:

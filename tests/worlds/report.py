@@ -54,8 +54,13 @@ def document(method: str = "lora", **changes: Any) -> dict[str, Any]:
             "fewShot/exactMatch": 0.3, "faq/f1": 0.6, "base/faq/f1": 0.5, "general/loss": 2.0, "base/general/loss": 1.8,
             "forgetting/general": 0.2,
         },
+        "precision": {
+            "exactMatch": {"n": 60}, "base/exactMatch": {"n": 60}, "fewShot/exactMatch": {"n": 60},
+            "evalLoss": {"n": 60, "standardError": 0.01}, "faq/f1": {"n": 40, "standardError": 0.05},
+        },
+        "weights": {"adapter_model.safetensors": "ab" * 32},
         "samples": [{"prompt": "Which team?", "expected": "The light lab.", "answer": "The light lab.", "base/answer": "No."}],
-        "lossCurve": [{"step": step, "loss": 2.0 / step, "learningRate": 1e-4} for step in range(1, 20, 2)]
+        "lossCurve": [{"step": step, "loss": 2.0 / step, "learningRate": 1e-4, "gradNorm": 3.0 / step} for step in range(1, 20, 2)]
         + [{"step": step, "evalLoss": 2.2 / step} for step in (10, 20)],
         "tokens": 1200,
         "seconds": {"load": 2.0, "train": times[method], "evaluate": 5.0},
@@ -73,7 +78,7 @@ def document(method: str = "lora", **changes: Any) -> dict[str, Any]:
             },
             "latency": {"variants": latency, "runs": 5, "promptTokens": 20, "newTokens": 16},
         },
-        "environment": {"python": "3.11", "device": "x86_64", "packages": {"torch": "2.15.0"}},
+        "environment": {"python": "3.11", "device": "NVIDIA H200", "deviceMemoryBytes": 151_000_000_000, "worldSize": 2, "packages": {"torch": "2.15.0"}},
         "createdAt": "2026-01-02T03:04:05Z",
     }  # fmt: skip
     return fields | changes

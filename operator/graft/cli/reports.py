@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.artifacts.layout import adapter_prefix, tenant_of
+from graft.artifacts.layout import MANIFEST, adapter_prefix, tenant_of
+from graft.artifacts.manifest import LIMITS, digest
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 from graft.bounded import OutOfBounds
@@ -139,9 +140,12 @@ def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> It
 
 
 def _fetch(store: S3Store, namespace: str, version: Version) -> Report:
-    key = adapter_prefix(tenant_of(namespace), version.adapter, version.version) + REPORT
+    """Return the report of a version, with the digest of its manifest."""
+    prefix = adapter_prefix(tenant_of(namespace), version.adapter, version.version)
+    key = prefix + REPORT
     try:
         data = store.get(key, most=Report.limits.size)
+        manifest = store.get(prefix + MANIFEST, most=LIMITS.size)
     except StoreError as error:
         remedies = {
             "missing": f"{version.adapter} {version.version} was deleted, or it was imported: imported versions have no report.",
@@ -153,4 +157,4 @@ def _fetch(store: S3Store, namespace: str, version: Version) -> Report:
             "and name those."
         )
         raise CliFailure(f"cannot read {key}: {error}", remedies.get(error.trouble, unreachable)) from error
-    return parse(data, key)
+    return parse(data, key).model_copy(update={"digest": digest(manifest)})

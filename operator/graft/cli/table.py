@@ -26,6 +26,7 @@ def report_as_text(report: Report) -> str:
     rejected = report.evaluation.rejected
     head = f"{report.adapter} {report.version}: {wording.method(report.method)} of {report.base_model.name}, "
     head += "rejected by its gates" if rejected else "published"
+    head += f"\n{report.digest}" if report.digest else ""
     found = [*scores.scores_of(report), *scores.scores_of(report, "forgetting")]
     subjects = scores.subjects_of(found)
     lines = [["", *subjects.values(), "95 % interval", "n"]]

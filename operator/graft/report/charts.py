@@ -57,6 +57,25 @@ def lines(
         return inline(figure, title)
 
 
+def panels(series: Mapping[str, Points], *, title: str, x: str) -> Markup:
+    """Draw lines side by side, each over an integer x and with a scale of its own. The name of a line is its title."""
+    with mpl.rc_context(STYLE):
+        figure, columns = new_figure(len(series), height=2.2)
+        for number, (axes, (name, points)) in enumerate(zip(columns, series.items(), strict=True)):
+            axes.plot(
+                [at for at, _ in points],
+                [value for _, value in points],
+                color=COLOURS[number],
+                marker="o" if len(points) <= 40 else None,
+                markersize=3,
+            )
+            axes.set(xlabel=x, title=name)
+            axes.set_ylim(bottom=0)
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return inline(figure, title)
+
+
 def bars(
     groups: Sequence[str],
     series: Mapping[str, Sequence[float | None]],
@@ -67,10 +86,11 @@ def bars(
     words: Callable[[float], str] = "{:.3g}".format,
     colours: Mapping[str, str] | None = None,
     log: bool = False,
+    intervals: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
 ) -> Markup:
     """Draw horizontal bars: one group per name, and in it one bar per series.
 
-    `words` formats the value at its end. None: no bar.
+    `words` formats the value at its end. None: no bar. `intervals`: from where to where a line over each bar goes.
     """
     with mpl.rc_context(STYLE):
         thickness = 0.8 / len(series)
@@ -86,9 +106,15 @@ def bars(
             }
             colour = colours[name] if colours else COLOURS[number % len(COLOURS)]
             axes.barh(list(known), list(known.values()), thickness * 0.88, label=name, color=colour)
-            for place, value in known.items():
+            ends = (intervals or {}).get(name) or [None] * len(values)
+            over = [end for end, value in zip(ends, values, strict=True) if value is not None]
+            for (place, value), end in zip(known.items(), over, strict=True):
+                if end is not None:
+                    axes.plot(end, (place, place), color=INK, linewidth=1, marker="|", markersize=5)
+                    largest = max(largest, end[1])
                 text = f"{100 * value:.1f} %" if share else words(value)
-                axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+                right = max(value, end[1]) if end is not None else value
+                axes.annotate(text, (right, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.set_xlim(0, 1.13 if share else (largest or 1) * 1.15)

@@ -70,7 +70,8 @@ class Environment(Message):
 
     python: str = ""
     packages: dict[str, str] = Field(default_factory=dict)
-    device: str = ""
+    device: str = ""  # name of the GPU, or of the CPU if there is no GPU
+    device_memory_bytes: int | None = None  # of one GPU
     threads: int | None = None
     world_size: int = 1
     image: str = ""
@@ -183,6 +184,10 @@ class Report(Message):
     resources: Resources = Field(default_factory=Resources)
     analysis: Analysis | None = None
     environment: Environment = Field(default_factory=Environment)
+    weights: dict[str, str] = Field(default_factory=dict)  # name of each file with weights -> its SHA-256 in hex
+    # sha256:… of manifest.json. The manifest has the digest of report.json, so the file itself cannot contain it. The command
+    # line adds it to what it shows.
+    digest: str | None = None
     created_at: str = ""
 
     @field_validator("schema_version")

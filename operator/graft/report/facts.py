@@ -105,13 +105,24 @@ def provenance(report: Report) -> Rows:
         ("job", f"{report.job.namespace}/{report.job.name}"),
         ("job's UID", report.job.uid),
         ("last attempt", report.job.attempt),
-        ("device", environment.device),
+        ("digest of the version", report.digest or ""),
+        *((f"SHA-256 of {name}", digest) for name, digest in report.weights.items()),
+        ("hardware", hardware(report)),
         ("processes", str(environment.world_size) if environment.world_size > 1 else ""),
         ("CPU threads", str(environment.threads or "")),
         ("trainer image", environment.image),
         ("Python", environment.python),
         ("packages", ", ".join(f"{name} {version}" for name, version in environment.packages.items())),
     ]
+
+
+def hardware(report: Report) -> str:
+    """Return the devices of the run as text, such as 2 x NVIDIA H200 with 141 GB each."""
+    environment = report.environment
+    memory = environment.device_memory_bytes  # only GPUs have it. Several processes on CPUs are not several CPUs
+    count = f"{environment.world_size} x " if environment.world_size > 1 and memory else ""
+    each = f" with {wording.size(memory)}{' each' if count else ''}" if memory else ""
+    return f"{count}{environment.device}{each}" if environment.device else ""
 
 
 def gate_text(gate: Gate) -> str:

@@ -25,6 +25,7 @@ SUBJECT_COLOURS = {
     "few-shot": COLOURS[1],
     "base model": COLOURS[5],
 }
+LOGARITHMIC = 10  # a loss curve whose largest value is this many times its smallest is flat on a linear axis
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 VARIANTS = {"base": "base model", "tuned": "this version", "merged": "this version, merged"}
 
@@ -45,6 +46,7 @@ def render_job(document: dict[str, Any] | Report) -> str:
         tiles=facts.tiles(report),
         curves=loss_curves(report),
         loss=loss_figure(report),
+        rates=rate_figure(report),
         records=[defaultdict(lambda: None, record) for record in report.loss_curve],
         task=task,
         task_figure=score_figure(task, f"of {report.adapter} {report.version}"),
@@ -62,6 +64,7 @@ def render_job(document: dict[str, Any] | Report) -> str:
         variants=VARIANTS,
         soft_prompt=report.method == "promptTuning",
         answers=ANSWERS,
+        hardware=facts.hardware(report),
         dataset=facts.dataset(report),
         provenance=facts.provenance(report),
     )
@@ -101,7 +104,25 @@ def loss_figure(report: Report) -> Markup | None:
     title = (
         f"{name.capitalize()} loss from {first[1]:.3g} at step {first[0]:.0f} to {last[1]:.3g} at step {last[0]:.0f}"
     )
-    return charts.lines(curves, title=title, x="step", y="loss (nats per token)", dashed=["held out"])
+    values = [value for series in curves.values() for _, value in series]
+    log = min(values) > 0 and max(values) / min(values) > LOGARITHMIC
+    y = f"loss (nats per token{', log axis' if log else ''})"
+    return charts.lines(curves, title=title, x="step", y=y, dashed=["held out"], log=log)
+
+
+def rate_figure(report: Report) -> Markup | None:
+    """Draw the learning rate and the gradient norm over the steps. Reports of an older Graft have no norm."""
+    named = {"learning rate": "learningRate", "gradient norm": "gradNorm"}
+    curves = {
+        name: [(record["step"], record[field]) for record in report.loss_curve if field in record and "step" in record]
+        for name, field in named.items()
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
+    norms = [value for _, value in curves.get("gradient norm", [])]
+    top = f". The largest gradient norm is {max(norms):.3g}" if norms else ""
+    return charts.panels(curves, title=f"{' and '.join(curves).capitalize()} by step{top}", x="step")
 
 
 def score_figure(found: list[scores.Score], whose: str) -> list[Markup]:
@@ -113,11 +134,18 @@ def score_figure(found: list[scores.Score], whose: str) -> list[Markup]:
             continue
         who = dict(reversed(scores.subjects_of(chosen).items()))
         series = {name: [score.values.get(key) for score in chosen] for key, name in who.items()}
+        spread = {name: [score.interval(key) for score in chosen] for key, name in who.items()}
         title = f"{'Scores' if share else 'Losses'} {whose}"
         x = "higher is better" if share else "lower is better" if all(s.lower_is_better for s in chosen) else ""
         figures.append(
             charts.bars(
-                [score.name for score in chosen], series, title=title, x=x, share=share, colours=SUBJECT_COLOURS
+                [score.name for score in chosen],
+                series,
+                title=title,
+                x=x,
+                share=share,
+                colours=SUBJECT_COLOURS,
+                intervals=spread,
             )
         )
     return figures

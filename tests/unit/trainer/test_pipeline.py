@@ -114,7 +114,16 @@ def test_the_adapter_answers_what_the_base_model_cannot_answer(published: tuple[
         "expected": "It is blue.",
         "answer": "It is blue.",
         "base/answer": report["samples"][0]["base/answer"],
+        "metric": "exactMatch",
+        "score": "1",
+        "missed": "0 of 6",
     }
+    assert report["precision"]["exactMatch"]["n"] == report["precision"]["base/evalLoss"]["n"] == 6
+    assert report["precision"]["evalLoss"]["standardError"] > 0
+    assert all(record["gradNorm"] > 0 for record in report["lossCurve"] if "loss" in record)
+    weights = store.kept[PREFIX + "adapter_model.safetensors"]
+    assert report["weights"] == {"adapter_model.safetensors": hashlib.sha256(weights).hexdigest()}
+    assert report["environment"]["device"] not in ("", "x86_64"), "the name of the CPU, not its architecture"
     assert report["dataset"]["heldOut"] == 6 and report["lossCurve"][-1]["step"] == 100
 
 

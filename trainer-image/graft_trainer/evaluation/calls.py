@@ -41,8 +41,8 @@ def format_of(tasks: Sequence[Task], tokenizer: Any) -> str | None:
     return parser_for(rendered) if rendered else None
 
 
-def call_accuracy(answers: Sequence[str], tasks: Sequence[Task], tokenizer: Any) -> float:
-    """Return the share of the answers whose calls equal the right ones: names, arguments and order.
+def call_scores(answers: Sequence[str], tasks: Sequence[Task], tokenizer: Any) -> list[float]:
+    """Return 1 for each answer whose calls equal the right ones (names, arguments and order), else 0.
 
     Raises UnknownFormat.
     """
@@ -50,7 +50,7 @@ def call_accuracy(answers: Sequence[str], tasks: Sequence[Task], tokenizer: Any)
     if name is None:
         raise UnknownFormat
     found = [PARSERS[name].parse(answer).calls for answer in answers]
-    return sum(same_calls(calls, task.calls) for calls, task in zip(found, tasks, strict=True)) / len(tasks)
+    return [float(same_calls(calls, task.calls)) for calls, task in zip(found, tasks, strict=True)]
 
 
 def written(calls: Sequence[Call]) -> str:

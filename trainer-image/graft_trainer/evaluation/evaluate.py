@@ -264,13 +264,24 @@ def _result(item: _Set, suite: Suite) -> SuiteResult:
 
 
 def _samples(item: _Set) -> list[dict[str, str]]:
+    """Return SAMPLES answers, the worst first: they show what is still to be done."""
     if "adapter" not in item.found or not item.found["adapter"].answers:
         return []
-    return [
-        {"prompt": task.question, "expected": "\n".join(filter(None, (task.answers[0], written(task.calls))))}
-        | {prefixed(who, "answer"): found.answers[index] for who, found in item.found.items()}
-        for index, task in enumerate(item.questions.tasks[:SAMPLES])
-    ]
+    graded, tasks, found = item.found["adapter"].graded, item.questions.tasks, []
+    worst = sorted(range(len(tasks)), key=lambda index: graded.values[index] if graded else 0)
+    for index in worst[:SAMPLES]:
+        right = "\n".join(filter(None, (tasks[index].answers[0], written(tasks[index].calls))))
+        sample = {"prompt": tasks[index].question, "expected": right}
+        sample |= {prefixed(who, "answer"): one.answers[index] for who, one in item.found.items()}
+        if graded is not None:
+            missed = sum(value == 0 for value in graded.values)
+            sample |= {
+                "metric": graded.metric,
+                "score": f"{graded.values[index]:.4g}",
+                "missed": f"{missed} of {len(tasks)}",
+            }
+        found.append(sample)
+    return found
 
 
 def _forgetting(suites: Sequence[SuiteResult]) -> dict[str, float]:

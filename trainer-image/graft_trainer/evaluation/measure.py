@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from graft.api.evaluation import Metric
 
 from graft_trainer.data.tokens import prompt_ids
-from graft_trainer.evaluation.calls import METRIC, call_accuracy
+from graft_trainer.evaluation.calls import METRIC, call_scores
 from graft_trainer.evaluation.few_shot import Shot, put_before
 from graft_trainer.evaluation.generate import at_most, generate
 from graft_trainer.evaluation.scores import SCORES, accuracy, standard_error, task_scores
@@ -36,6 +36,14 @@ class Questions:
     whole: bool = False  # the loss covers all answers of a conversation, as in training, not only the last
 
 
+@dataclass(frozen=True)
+class Graded:
+    """The first metric of the answers, and its value for each answer in the tasks' order, from 0 to 1."""
+
+    metric: str
+    values: list[float]
+
+
 @dataclass
 class Measured:
     """The scores of a model: the metrics by name, and its answers in the tasks' order if any were generated."""
@@ -43,6 +51,7 @@ class Measured:
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     size: int = 0  # number of tasks
+    graded: Graded | None = None
     errors: dict[str, float] = field(default_factory=dict)  # standard errors of the metrics, where the spread is known
 
 
@@ -57,7 +66,7 @@ def measure(
         step(subject, questions, tasks, measured, max(batch, MEASURED_AT_ONCE), meter)
     metrics: dict[str, float] = {name: measured.metrics[name] for name in questions.metrics}
     errors = {name: error for name, error in measured.errors.items() if name in metrics}
-    return Measured(metrics, measured.answers, len(tasks), errors)
+    return Measured(metrics, measured.answers, len(tasks), measured.graded, errors)
 
 
 def _generation(
@@ -73,6 +82,8 @@ def _generation(
     for name in wanted:
         values = task_scores(name, measured.answers, rights)
         measured.metrics[name] = round(statistics.fmean(values), 4)
+        if name == wanted[0]:
+            measured.graded = Graded(name, values)
         if (error := standard_error(values)) is not None:
             measured.errors[name] = error
 
@@ -84,8 +95,9 @@ def _calls(
         return
     prompts = [prompt_ids(task.example(), subject.tokenizer, subject.task) for task in tasks]
     measured.answers = generate(subject, prompts, [questions.max_new_tokens] * len(tasks), meter, special_tokens=True)
-    found = call_accuracy(measured.answers, questions.tasks, subject.tokenizer)
-    measured.metrics[METRIC] = round(found, 4)
+    values = call_scores(measured.answers, questions.tasks, subject.tokenizer)
+    measured.metrics[METRIC] = round(statistics.fmean(values), 4)
+    measured.graded = Graded(METRIC, values)
 
 
 def _longest(subject: Subject, questions: Questions, task: Task) -> int:

@@ -132,6 +132,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 f"{self.resolved.learning_rate / 10:g}, or raise spec.training.warmupRatio.",
             )
         record = {"step": step, "loss": round(loss, 5), "learningRate": rate}
+        if math.isfinite(norm := float(logs.get("grad_norm", math.nan))):
+            record["gradNorm"] = float(f"{norm:.5g}")  # of the step's gradients before they are clipped
         self.curve.append(record)
         self._event(**record)
         self.progress.update(step=step, loss=round(loss, 5))

@@ -4,10 +4,11 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from graft.artifacts import publishing, versions
-from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
+from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestFile, ManifestJob
 from graft.artifacts.storage import StoreError
 from graft.contracts.job import JobFile
 from graft.contracts.message import BaseModelRef
@@ -48,10 +49,12 @@ def publish(run: Run, trained: Trained, evaluated: Evaluated) -> tuple[Manifest,
         add_tokenizer(trained.folder, folder, trained.tokenizer, template)
     elif template is not None:
         write_chat_template(folder, template, trained.tokenizer)
-    document = write_report(run, trained, evaluated, folder)
+    weights = versions.describe_files({path.name: path for path in folder.glob("*.safetensors")})
+    document = write_report(run, trained, evaluated, folder, weights)
 
     files = {path.name: path for path in sorted(folder.iterdir())}
-    manifest = describe(run, trained, evaluated, files).model_copy(update={"effect": effect})
+    others = versions.describe_files({name: path for name, path in files.items() if not name.endswith(".safetensors")})
+    manifest = describe(run, trained, evaluated, [*weights, *others]).model_copy(update={"effect": effect})
     card = render_card(
         manifest,
         license_=run.job.base_model.license,
@@ -129,7 +132,7 @@ def reduce_config(path: Path, base_model: BaseModelRef | ManifestBaseModel) -> N
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, Path]) -> Manifest:
+def describe(run: Run, trained: Trained, evaluated: Evaluated, files: Iterable[ManifestFile]) -> Manifest:
     """Return the manifest: what the version is, from what it was made, and the digest of every file."""
     job = run.job
     return Manifest(
@@ -148,7 +151,7 @@ def describe(run: Run, trained: Trained, evaluated: Evaluated, files: dict[str, 
         prompt_template=prompt_template(job),
         rejected=evaluated.rejected,
         target_modules=trained.targets,
-        files=versions.describe_files(files),
+        files=sorted(files, key=lambda file: file.name),
         image=job.trainer_image,
         created_at=now(),
     )

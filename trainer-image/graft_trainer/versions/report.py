@@ -3,11 +3,13 @@
 import math
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from graft.artifacts.manifest import ManifestFile
 from graft.report.document import (
     DatasetUse,
     Environment,
@@ -31,13 +33,22 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
 
-def write_report(run: Run, trained: Trained, evaluated: Evaluated, folder: Path) -> Report:
-    """Analyse the model and write both reports into `folder`, beside the version's weights. Return the document."""
+def write_report(
+    run: Run, trained: Trained, evaluated: Evaluated, folder: Path, weights: Sequence[ManifestFile] = ()
+) -> Report:
+    """Analyse the model and write both reports into `folder`, beside the version's weights. Return the document.
+
+    `weights`: the files with weights, with their digests.
+    """
     started = time.monotonic()
     analysis = analyse(trained)
     seconds = trained.seconds | {"evaluate": evaluated.seconds, "analyse": time.monotonic() - started}
     document = report(run, trained, evaluated, folder).model_copy(
-        update={"analysis": analysis, "seconds": {name: round(value, 2) for name, value in seconds.items()}}
+        update={
+            "analysis": analysis,
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "weights": {file.name: file.sha256 for file in weights},
+        }
     )
     text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
@@ -148,11 +159,20 @@ def environment(run: Run, trained: Trained) -> Environment:
     return Environment(
         python=platform.python_version(),
         packages=packages,
-        device=torch.cuda.get_device_name(0) if gpu else platform.machine(),
+        device=torch.cuda.get_device_name(0) if gpu else cpu_name(),
+        device_memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else None,
         threads=torch.get_num_threads(),
         world_size=run.progress.state.world_size or 1,
         image=run.job.trainer_image,
     )
+
+
+def cpu_name() -> str:
+    """Return the name of the CPU, or its architecture if the kernel does not know the name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.machine()
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

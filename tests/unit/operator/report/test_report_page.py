@@ -173,3 +173,46 @@ def test_an_update_of_zeros_is_no_error() -> None:
 def test_a_report_of_a_later_version_is_refused() -> None:
     with pytest.raises(ValidationError, match="upgrade Graft"):
         render_job(document(schemaVersion=3))
+
+
+def test_scores_have_n_and_an_interval_and_old_reports_have_none(html: str) -> None:
+    text = Page(html).text
+    assert "69.3 to 88.9 %" in text  # Wilson, 0.81 of 60
+    assert "0.1804 to 0.2196" in text and "50.2 to 69.8 %" in text
+    old = Page(render_job(old_document())).text
+    assert " to 7" not in old and "Small figures" not in old
+
+
+def test_the_worst_answers_are_marked() -> None:
+    answers = [
+        {"prompt": "a", "expected": "b", "answer": "c", "metric": "exactMatch", "score": "0", "missed": "1 of 2"}
+    ]
+    answers += [
+        answers[0] | {"answer": "b", "score": "1"},
+        answers[0] | {"metric": "f1", "score": "0.42", "suite": "faq"},
+    ]
+    page = Page(render_job(document(samples=answers)))
+    marks = [(attributes["class"] or "").split() for attributes in page.named("article")]
+    assert marks == [["sample", "missed"], ["sample"], ["sample"]]
+    for words in (
+        "✗ missed: exactMatch 0. In all, 1 of 2 answers were missed",
+        "✓ right",
+        "partly right: f1 0.42",
+        "answers of faq",
+    ):
+        assert words in page.text
+
+
+def test_a_loss_that_falls_far_has_a_log_axis() -> None:
+    flat = [{"step": step, "loss": 2.0 - step / 20} for step in range(1, 20)]
+    assert "log axis" in render_job(document()) and "log axis" not in render_job(document(lossCurve=flat))
+
+
+def test_the_page_shows_rates_norms_hardware_and_digests(html: str) -> None:
+    page = Page(html)
+    labels = [figure["aria-label"] for figure in page.named("svg")]
+    assert "Learning rate and gradient norm by step. The largest gradient norm is 3" in labels
+    assert "2 x NVIDIA H200 with 151 GB each" in page.text
+    assert f"SHA-256 of adapter_model.safetensors{'ab' * 32}" in page.text.replace("\n", "")
+    assert "digest of the version" not in page.text  # the manifest has the digest of this page
+    assert "sha256:own" in Page(render_job(document(digest="sha256:own"))).text

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from graft_trainer.data.example import Example
 from graft_trainer.evaluation.calls import (
     UnknownFormat,
     advise,
-    call_accuracy,
+    call_scores,
     check_calls,
     format_of,
     unreadable_calls,
@@ -94,9 +95,9 @@ def test_answers_are_right_if_names_arguments_and_order_are_equal() -> None:
         (["", "f(a=0)"], 0.0),
         ([right[0].replace('"f"', '"g"'), right[1].replace("0", '"0"')], 0.0),
     ):
-        assert call_accuracy(answers, tasks(*LINES), tokenizer) == share
+        assert fmean(call_scores(answers, tasks(*LINES), tokenizer)) == share
     with pytest.raises(UnknownFormat, match="hermes, llama3_json"):
-        call_accuracy(right, tasks(*LINES), make_tokenizer(STRANGE))
+        call_scores(right, tasks(*LINES), make_tokenizer(STRANGE))
 
 
 def test_a_suite_of_calls_has_its_own_metrics() -> None:

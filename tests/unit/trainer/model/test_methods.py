@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from graft.artifacts.manifest import Manifest
+from graft.artifacts.manifest import Manifest, ManifestFile
+from graft.artifacts.versions import describe_files
 from graft.contracts.progress import Reason
 from graft_server.engine.model import load_base_model as load_served
 from graft_server.engine.settings import Settings
@@ -64,6 +65,10 @@ TRAINED = {
     ("seq2seq", "lora with embeddings"): T5_LORA + 2 * 8 * (262 + 64),
     ("seq2seq", "qlora"): T5_LORA,
 }
+
+
+def described(folder: Path) -> list[ManifestFile]:
+    return describe_files({path.name: path for path in folder.iterdir()})
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +141,7 @@ def test_each_method_lowers_the_loss_and_its_published_version_loads_again(
         assert torch.allclose(before, logits(AUTO[task].from_pretrained(bases[task]), batch), atol=1e-4)
 
     save(trained, run.job.base_model, tmp_path / "version")
-    manifest = describe(run, trained, Evaluated({}), {path.name: path for path in (tmp_path / "version").iterdir()})
+    manifest = describe(run, trained, Evaluated({}), described(tmp_path / "version"))
     assert (manifest.task, manifest.method) == (task, method.split()[0])
     assert manifest.rank == (8 if "lora" in method else None)
     again = load_published(tmp_path / "version", bases[task], task)
@@ -183,7 +188,7 @@ def test_a_version_says_which_tokens_end_its_answers(tmp_path: Path, method: str
     eos, end = trained.tokenizer.convert_tokens_to_ids(["</s>", "<|system|>"])
     folder = tmp_path / "version"
     save(trained, run.job.base_model, folder)
-    manifest = describe(run, trained, Evaluated({}), {path.name: path for path in folder.iterdir()})
+    manifest = describe(run, trained, Evaluated({}), described(folder))
     assert manifest.stop_token_ids == [eos, end]
     if method == "full":
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [eos, end]

@@ -133,7 +133,7 @@ def _bare_object(kind: str, item: Object) -> Object:
         "Job": "batch/v1",
         "ConfigMap": "v1",
         "NetworkPolicy": "networking.k8s.io/v1",
-        "Event": "events.k8s.io/v1",
+        "Event": "v1",
     }
     found = item | {"apiVersion": version[kind], "kind": kind, "metadata": metadata}
     found.pop("status", None)

@@ -133,7 +133,7 @@ KINDS: dict[str, Kind] = {
     "ServiceAccount": Kind("v1", "serviceaccounts"),
     "Namespace": Kind("v1", "namespaces", namespaced=False),
     "Lease": Kind("coordination.k8s.io/v1", "leases"),
-    "Event": Kind("events.k8s.io/v1", "events"),
+    "Event": Kind("v1", "events"),
     "Role": Kind("rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": Kind("rbac.authorization.k8s.io/v1", "rolebindings"),
     "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),

@@ -308,20 +308,25 @@ class Kube:
         metadata = regarding["metadata"]
         namespace = metadata.get("namespace") or "default"
         body = {
-            "apiVersion": "events.k8s.io/v1",
+            # Not events.k8s.io/v1, which refuses lastTimestamp: kubectl describe and --sort-by=.lastTimestamp sort by it.
+            "apiVersion": "v1",
             "kind": "Event",
             "metadata": {"name": name, "namespace": namespace},
             "eventTime": _micro(at),
-            "reportingController": "graft.dev/operator",
+            "firstTimestamp": at,
+            "lastTimestamp": at,
+            "source": {"component": "graft.dev/operator"},
+            "reportingComponent": "graft.dev/operator",
             "reportingInstance": os.environ.get("HOSTNAME", "graft-operator")[:128],
             "action": "Reconcile",
             "reason": reason,
-            "note": message[:1000],
+            "message": message[:1000],
             "type": "Warning" if warning else "Normal",
-            "regarding": {
+            "involvedObject": {
                 "apiVersion": regarding["apiVersion"],
                 "kind": regarding["kind"],
                 "name": metadata["name"],
+                # The API server refuses an Event outside the namespace of its object. Cluster-wide objects have none.
                 "namespace": metadata.get("namespace"),
                 "uid": metadata.get("uid"),
             },
@@ -336,8 +341,9 @@ class Kube:
         """Write how often an Event has happened, and when for the last time. Without the Event, nothing happens."""
         namespace = regarding["metadata"].get("namespace") or "default"
         series = {"count": count, "lastObservedTime": _micro(at)}
+        patch = {"series": series, "count": count, "lastTimestamp": at}
         try:
-            await self.merge_patch("Event", namespace, name, {"series": series})
+            await self.merge_patch("Event", namespace, name, patch)
         except KubeError as error:
             log.warning("cannot count the Event %s: %s", name, error)
 

@@ -203,6 +203,45 @@ def merge(old: Iterable[Condition], new: Iterable[Condition], generation: int, a
     return merged
 
 
+# The conditions of kstatus (https://github.com/kubernetes-sigs/cli-utils, pkg/kstatus), which Flux waits for. They are only
+# there while they are True, and have the reason and the message of the condition that they follow from.
+RECONCILING, STALLED = "Reconciling", "Stalled"
+KSTATUS = frozenset({RECONCILING, STALLED})
+ABSENT = {"Archived", "Restoring"}  # an Adapter that is not Ready, and neither works nor fails
+RETRIED = {"SourceUnavailable"}  # a BaseModel that is not Ready, and becomes it without a change of its spec
+
+
+def with_kstatus(observed: Iterable[Condition]) -> list[Condition]:
+    """Return the conditions of a resource with those of kstatus (PURE)."""
+    own = [item for item in observed if item.type not in KSTATUS]
+    found = next((pair for pair in map(_kstatus, own) if pair and pair[0] == STALLED), None)
+    found = found or next((pair for pair in map(_kstatus, own) if pair), None)
+    if found is None:
+        return own
+    type_, cause = found
+    return [*own, cause.model_copy(update={"type": type_, "status": "True"})]
+
+
+def _kstatus(item: Condition) -> tuple[str, Condition] | None:
+    """Return the condition of kstatus that follows from one condition, and that condition."""
+    match item.type, item.status:
+        case (("Succeeded" | "Ready"), "Unknown"):
+            return RECONCILING, item
+        case "Succeeded", "False":
+            return STALLED, item
+        case "Ready", "False" if item.reason not in ABSENT:
+            return (RECONCILING if item.reason in RETRIED else STALLED), item
+        case "Degraded", "True" if item.reason != "NotAccepted":
+            return STALLED, item
+        case "Accepted", "False":
+            return RECONCILING, item
+        case "Available", "False" if item.reason != "ScaledToZero":
+            return RECONCILING, item
+        case "Progressing", "True":
+            return RECONCILING, item
+    return None
+
+
 def find(conditions: Iterable[Condition], type_: str) -> Condition | None:
     """Return the condition of a type, or None if there is none."""
     return next((item for item in conditions if item.type == type_), None)
@@ -211,7 +250,7 @@ def find(conditions: Iterable[Condition], type_: str) -> Condition | None:
 def transitions(old: Iterable[Condition], new: Iterable[Condition]) -> list[Condition]:
     """Return the conditions whose status or reason changed. Each one becomes an Event."""
     before = {item.type: (item.status, item.reason) for item in old}
-    return [item for item in new if before.get(item.type) != (item.status, item.reason)]
+    return [item for item in new if item.type not in KSTATUS and before.get(item.type) != (item.status, item.reason)]
 
 
 def duration(seconds: float) -> str:

@@ -147,8 +147,8 @@ class FineTuneJobSpec(Placement):
         default=None,
         ge=0,
         le=LONGEST,
-        description="The job is deleted this many seconds after it ended. The Adapter stays. Never deleted when absent. May be "
-        "changed at any time.",
+        description="The job is deleted this many seconds after it ended. The Adapter stays. Never deleted when absent, or when "
+        "Argo CD or Flux applies the job: they would create it again, and it would train again. May be changed at any time.",
     )
 
 

@@ -1,10 +1,11 @@
-"""Argo CD's health checks in examples/argocd, run by the Lua version that Argo CD embeds (5.1) on resources in each stage."""
+"""The health of resources in each stage as GitOps tools see it: by Argo CD's checks in examples/argocd, run by the Lua version
+that Argo CD embeds (5.1), and by the rules of kstatus, which Flux uses."""
 
 from typing import Any
 
 import pytest
 import yaml
-from graft.status import REASONS, condition, merge
+from graft.status import REASONS, condition, merge, transitions, with_kstatus
 from lupa import lua51
 from testbed.shell import REPOSITORY
 
@@ -76,3 +77,53 @@ def test_the_message_is_the_condition_s() -> None:
 
 def test_each_kind_has_a_check() -> None:
     assert set(CHECKS) == {KEY + kind for kind in REASONS}
+
+
+# What kstatus should see where Argo CD sees this. It has no word for a suspended resource.
+OF_KSTATUS = {"Healthy": "Current", "Degraded": "Failed", "Progressing": "InProgress", "Suspended": "InProgress"}
+
+
+def kstatus(resource: dict[str, Any]) -> str:
+    """Return the status of a custom resource by kstatus' rules (cli-utils v0.37, pkg/kstatus/status: checkGenericProperties
+    and checkReadyCondition)."""
+    status = resource.get("status") or {}
+    if "observedGeneration" in status and status["observedGeneration"] != resource["metadata"]["generation"]:
+        return "InProgress"
+    found = {item["type"]: item["status"] for item in status.get("conditions", [])}
+    if found.get("Reconciling") == "True":
+        return "InProgress"
+    if found.get("Stalled") == "True":
+        return "Failed"
+    return "InProgress" if found.get("Ready", "True") != "True" else "Current"
+
+
+@pytest.mark.parametrize(("kind", "type_", "status", "reason", "expected"), CASES)
+def test_kstatus_sees_the_same(kind: str, type_: str, status: Any, reason: str, expected: str) -> None:
+    seen = with_kstatus([condition(kind, type_, status, reason, "what happened")])
+    conditions = [item.wire() for item in merge([], seen, 1, "2026-11-30T00:00:00Z")]
+    resource = {"metadata": {"generation": 1}, "status": {"observedGeneration": 1, "conditions": conditions}}
+    wanted = "Current" if reason == "ScaledToZero" else OF_KSTATUS[expected]
+    if (kind, reason) == ("AdapterDeployment", "NotAccepted"):  # Degraded alone. Its cause is in Accepted
+        conditions += [
+            item.wire() for item in with_kstatus([condition(kind, "Accepted", "False", "AdapterMissing", "x")])
+        ]
+    assert kstatus(resource) == wanted
+    assert kstatus(resource | {"metadata": {"generation": 2}}) == "InProgress"
+
+
+def test_the_conditions_of_kstatus_follow_the_others_and_are_no_events() -> None:
+    failed = condition("FineTuneJob", "Succeeded", "False", "OutOfMemory", "one example needs 9 GiB")
+    seen = with_kstatus([failed])
+    assert [(item.type, item.status, item.reason, item.message) for item in seen[1:]] == [
+        ("Stalled", "True", "OutOfMemory", "one example needs 9 GiB")
+    ]
+    assert with_kstatus(seen) == seen  # a status that is written again keeps them
+    done = condition("FineTuneJob", "Succeeded", "True", "Published", "done")
+    assert with_kstatus([done, *seen[1:]]) == [done]
+    assert transitions([], seen) == [failed]
+
+
+def test_a_deployment_that_cannot_load_an_adapter_is_stalled_although_it_rolls_out() -> None:
+    rolling = condition("AdapterDeployment", "Progressing", "True", "RollingOut", "pods start")
+    wrong = condition("AdapterDeployment", "Degraded", "True", "AdapterFailed", "DigestMismatch")
+    assert with_kstatus([rolling, wrong])[-1].type == "Stalled"

@@ -68,6 +68,16 @@ from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import find, seconds_left
 
+# The annotation and labels by which Argo CD and Flux find what they applied.
+GITOPS = frozenset(
+    {
+        "argocd.argoproj.io/tracking-id",
+        "argocd.argoproj.io/instance",
+        "kustomize.toolkit.fluxcd.io/name",
+        "helm.toolkit.fluxcd.io/name",
+    }
+)
+
 
 async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     """Reconcile one FineTuneJob. Return the seconds until the next reconcile, or None to wait for an event."""
@@ -170,10 +180,16 @@ async def _steer(ctx: Context, world: World) -> bool:
     return kept
 
 
+def of_gitops(job: FineTuneJob) -> bool:
+    """Return whether a tool applies the job from Git (PURE). The tool would create a deleted job again, which would train
+    again."""
+    return bool(GITOPS & {*job.metadata.annotations, *job.metadata.labels})
+
+
 async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | None:
     """Delete a job that ended ttlSecondsAfterFinished ago. Return the seconds until then, or None."""
     ttl = job.spec.ttl_seconds_after_finished
-    if ttl is None:
+    if ttl is None or of_gitops(job):
         return None
     left = seconds_left(ended.last_transition_time, ttl)
     if left > 0:

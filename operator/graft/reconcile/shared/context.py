@@ -143,7 +143,7 @@ class Context:
         before = raw.get("status") or {}
         old = [Condition.model_validate(item) for item in before.get("conditions", [])]
         at = conditions.now()
-        merged = conditions.merge(old, observed, generation, at)
+        merged = conditions.merge(old, conditions.with_kstatus(observed), generation, at)
         new = status.model_copy(update={"conditions": merged, "observed_generation": generation})
         after = new.model_dump(mode="json", by_alias=True, exclude_none=True)
         if before in (after, self.undeclared.without(raw["kind"], after)):

@@ -35,7 +35,7 @@ def build() -> None:
     images.build(
         TAGS["ml"],
         "trainer-image/Dockerfile",
-        ("requirements/ml.txt", "requirements/uv.txt", "requirements/gpu-only.txt"),
+        ("requirements/ml.txt", "requirements/uv.txt", "trainer-image/gpu-only.txt"),
         base=base,
         target="ml",
         arguments=learning,
@@ -43,7 +43,7 @@ def build() -> None:
     ml = images.pinned(TAGS["ml"])
     images.build(
         TAGS["trainer"], "trainer-image/Dockerfile",
-        ("requirements/trainer.txt", "requirements/uv.txt", "requirements/gpu-only.txt", *code, "trainer-image/graft_trainer"),
+        ("requirements/trainer.txt", "requirements/uv.txt", "trainer-image/gpu-only.txt", *code, "trainer-image/graft_trainer"),
         base=ml, target="trainer", arguments=learning | {"COMPILER": ""},
     )  # fmt: skip
     images.build(

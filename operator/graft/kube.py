@@ -237,7 +237,8 @@ class Kube:
 
     def _told(self, kind: str, answer: Manifest) -> Manifest:
         """Pass on what the API server answered about one object."""
-        self.answered(kind, _slim(answer))
+        # Who owns spec.replicas of a Deployment is in its managedFields.
+        self.answered(kind, answer if kind == "Deployment" else _slim(answer))
         return answer
 
     async def create(self, manifest: Manifest) -> None:

@@ -196,9 +196,9 @@ BREAKS: list[tuple[str, Spec, str]] = [
             ),
         )
     ),
-    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--trust-remote-code"]}, "'--trust-remote-code' is refused"),
-    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--seed"]}, "'--seed' is refused"),
-    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--enforce-eager=1"]}, "'--enforce-eager' is refused"),
+    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--trust-remote-code"]}, "--trust-remote-code is refused"),
+    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--seed"]}, "--seed is refused"),
+    ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--enforce-eager=1"]}, "--enforce-eager is refused"),
     ("Adapter", COMPOSED | {"job": {"name": "a", "uid": "b"}}, "job is allowed only with artifact"),
     (
         "AdapterDeployment",

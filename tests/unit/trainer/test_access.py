@@ -104,11 +104,11 @@ def test_prepare_fails_if_the_key_cannot_write_versions(tmp_path: Path, root: S3
     assert not (tmp_path / "work/dataset").exists()
 
 
-def test_a_missing_bucket_is_reported_as_missing(root: S3Store, server: S3Server) -> None:
+def test_a_missing_bucket_is_told_from_a_missing_object(root: S3Store, server: S3Server) -> None:
     folder = server.secret_dir("none")
     try:
         with pytest.raises(StoreError) as caught:
             S3Store(StorageConfig.from_dir(folder)).check_write(CLAIM)
     finally:
         shutil.rmtree(folder)
-    assert caught.value.trouble == "missing"
+    assert caught.value.trouble == "bucket"

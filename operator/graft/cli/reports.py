@@ -148,6 +148,7 @@ def _fetch(store: S3Store, namespace: str, version: Version) -> Report:
         manifest = store.get(prefix + MANIFEST, most=LIMITS.size)
     except StoreError as error:
         remedies = {
+            "bucket": "Check the entry bucket of the Secret graft-storage, and that --endpoint is the store that has it.",
             "missing": f"{version.adapter} {version.version} was deleted, or it was imported: imported versions have no report.",
             "denied": f"The key in the Secret {STORAGE_SECRET} may not read this object. Ask the platform team.",
             "large": "Graft's trainer writes smaller reports. Check who may write to the bucket.",

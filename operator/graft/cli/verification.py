@@ -100,6 +100,7 @@ def explained(what: str) -> Iterator[None]:
         raise CliFailure(f"{what}: {error}", SAFE) from error
     except StoreError as error:
         remedies = {
+            "bucket": "Check the entry bucket of the Secret graft-storage, and that --endpoint is the store that has it.",
             "missing": "A version has a signature only after its Adapter is Ready. Check it: kubectl get adapters -o wide",
             "denied": "The key in the Secret graft-storage may not read this version. Ask the platform team.",
             "large": SAFE,

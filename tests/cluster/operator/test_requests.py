@@ -25,7 +25,12 @@ def test_a_life_makes_few_writes_and_a_finished_job_none(tenant: Tenant, plane: 
 
     settled(tenant)
     begin = len(since(0))
-    tenant.trained("first")
+    tenant.job("first", "support")
+    pod = tenant.running_pod("first")
+    tenant.until("FineTuneJob", "first", "Succeeded", "Training")  # a person sees each stage of a life
+    tenant.publish_as_trainer("first", pod, 8)
+    tenant.end_pod(pod)
+    tenant.until("FineTuneJob", "first", "Succeeded", "Published")
     tenant.until_events("first", "Training", "Published")
     settled(tenant)
     made = since(begin)

@@ -116,7 +116,7 @@ def test_a_key_of_an_older_version_goes_on_working_and_is_taken_over(server: S3S
     assert identity.tenants() == {"upgraded"} and identity.has_key("upgraded")
     drawn = identity.draw("newcomer")
     assert not identity.has_key("newcomer")
-    identity.accept("newcomer", drawn)
+    identity.accept("newcomer", drawn.secret_access_key)
     assert identity.has_key("newcomer")
     identity.allow({"models/tiny/": None})
     assert works(key, "upgraded") and opened(key).get("models/tiny/config.json") == b"{}"
@@ -229,7 +229,7 @@ async def test_a_base_model_in_a_namespaces_part_is_read_for_that_namespace_only
         kube = MemoryKube(raw, {"kind": "Namespace", "metadata": {"name": "shop"}})
         ctx = Context(kube, SETTINGS, Untouchable(), None)  # type: ignore[arg-type]
         await basemodel.reconcile(ctx, "", "stolen")
-        (ready,) = raw["status"]["conditions"]
+        (ready,) = (item for item in raw["status"]["conditions"] if item["type"] == "Ready")
         assert ready["reason"] == "SourceInvalid", ready
         assert set(raw["status"]) <= {"conditions", "stage", "observedGeneration"}
 
@@ -310,7 +310,7 @@ async def test_a_pods_key_cannot_touch_a_published_version(server: S3Server, tmp
     for key in keys:
         denied(pod.put, key, b"mine")
         denied(lambda key=key: pod.put(key, b"mine", if_absent=True))
-        denied(pod.copy, f"{RUN}mine", key)
+        denied(pod.copy, f"{RUN}mine", key, len(b"mine"))
         denied(pod.check_write, key)
         denied(lambda key=key: pod.upload_stream(key, [b"mine"]))
         denied(pod.delete, key)

@@ -22,9 +22,10 @@ def empty_bucket() -> Iterator[S3Store]:
 
 
 def issue(identity: VersityIdentity, tenant: str) -> StorageConfig:
-    """Return a key of a tenant that works."""
+    """Return a new key of a tenant that works. An older one of the tenant stops working."""
+    identity.revoke(tenant)
     key = identity.draw(tenant)
-    identity.accept(tenant, key)
+    identity.accept(tenant, key.secret_access_key)
     return key
 
 

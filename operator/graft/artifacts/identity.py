@@ -19,6 +19,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
+from xml.sax.saxutils import escape
 
 import urllib3
 from botocore.auth import S3SigV4Auth
@@ -73,32 +74,27 @@ class VersityIdentity:
         )
 
     def draw(self, tenant: str) -> StorageConfig:
-        """Return a new key for a tenant, which works after `accept`. An older key of the tenant stops working.
-
-        In between, the caller keeps the key where the tenant reads it. If anything ends there, the tenant has no user, and
-        the next caller draws again. So no user outlives the only copy of its secret.
-        """
-        with self._lock:
-            self._remove(tenant)
+        """Return a new key for a tenant, which works after `accept`."""
         own = self._store.config
         return StorageConfig(
             endpoint=own.endpoint,
             region=own.region,
             bucket=own.bucket,
             prefix=tenant_prefix(tenant),
-            access_key_id=self._user(tenant),
+            access_key_id=self.user(tenant),
             secret_access_key=secrets.token_urlsafe(30),
             ca_file=own.ca_file,
         )
 
-    def accept(self, tenant: str, key: StorageConfig) -> None:
-        """Let a key that was drawn for a tenant work."""
-        user, secret = key.access_key_id, key.secret_access_key
+    def accept(self, tenant: str, secret: str) -> None:
+        """Let the key with this secret work, which the tenant can read by now. A user that exists keeps its secret."""
+        user = self.user(tenant)
         with self._lock:
-            self._admin(
-                "/create-user",
-                f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>",
-            )
+            if user not in self.users():
+                self._admin(
+                    "/create-user",
+                    f"<Account><Access>{user}</Access><Secret>{escape(secret)}</Secret><Role>user</Role></Account>",
+                )
             self._write(self._recorded() | {tenant: user})
 
     def revoke(self, tenant: str) -> None:
@@ -127,12 +123,13 @@ class VersityIdentity:
         root = ET.fromstring(self._admin(USERS) or b"<none/>")  # noqa: S314 - our own store's answer
         return {element.text or "" for element in root.iter() if element.tag.rpartition("}")[2] == "Access"}
 
-    def _user(self, tenant: str) -> str:
+    def user(self, tenant: str) -> str:
+        """Return the name of a tenant's user, which is also the ID of its key."""
         return f"{USER_PREFIX}{self._id}-{tenant}"
 
     def _recorded(self) -> dict[str, str]:
         """Return the users of this installation by tenant: by their names, or because this bucket's policy records them."""
-        there, prefix = self.users(), self._user("")
+        there, prefix = self.users(), self.user("")
         named = {user.removeprefix(prefix): user for user in there if user.startswith(prefix)}
         return recorded(self._policy(), MARK + self._id, there) | named
 
@@ -142,8 +139,8 @@ class VersityIdentity:
         before = records.pop(tenant, None)
         self._write(records)
         there = self.users()
-        for user in sorted({self._user(tenant), before or ""} & there - {self._store.config.access_key_id}):
-            if user != self._user(tenant) and (other := self._named_elsewhere(user)) is not None:
+        for user in sorted({self.user(tenant), before or ""} & there - {self._store.config.access_key_id}):
+            if user != self.user(tenant) and (other := self._named_elsewhere(user)) is not None:
                 # Its name does not say which installation made it.
                 log.warning(
                     "the user %s lost its rights here and stays, because the policy of bucket %s names it", user, other

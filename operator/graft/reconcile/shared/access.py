@@ -3,23 +3,25 @@
 It does not know any kind's life cycle.
 """
 
+import base64
 import re
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from graft.api import BaseModel
+from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.layout import USER_PREFIX, tenant_of, why_reserved
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.contracts.message import BaseModelRef
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError
 from graft.manifests.adapter import storage_secret
+from graft.manifests.metadata import Manifest
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
-# Names of the entries of a Secret, whether the operator may create or replace it, and its version if it exists.
-Entries = tuple[set[str], bool, str | None]
+Entries = tuple[set[str], bool]  # names of the entries of a Secret, and whether the operator may create or replace it
 KEY = {"access-key-id", "secret-access-key"}
 SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
 ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
@@ -109,22 +111,18 @@ async def ensure_credentials(ctx: Context, namespace: str, entries: Entries | No
     if (why := why_reserved(namespace)) is not None:
         return reserved(namespace, why)
     try:
-        keys, ours, _ = entries or await read_secret(ctx, namespace)
+        keys, ours = entries or _entries(await _secret(ctx, namespace))
         if ctx.identity is None or not ours:
             return _incomplete(ctx, namespace, keys)
         tenant = tenant_of(namespace)
         if keys >= SECRET_KEYS and tenant in ctx.issued:
             return None
         async with ctx.locks.hold("credentials"):  # only one reconcile at a time changes the users of the store
-            # Another reconcile may have issued the key meanwhile.
-            keys, ours, version = await read_secret(ctx, namespace)
+            secret = await _secret(ctx, namespace)  # another reconcile may have issued the key meanwhile
+            keys, ours = _entries(secret)
             if not ours:
                 return _incomplete(ctx, namespace, keys)
-            known = tenant in ctx.issued or await ctx.store_calls.run("", ctx.identity.has_key, tenant)
-            if not (known and keys >= SECRET_KEYS):
-                key = await ctx.store_calls.run("", ctx.identity.draw, tenant)
-                await _keep(ctx, namespace, key, version)
-                await ctx.store_calls.run("", ctx.identity.accept, tenant, key)
+            await _issue(ctx, ctx.identity, namespace, secret)
             ctx.issued.add(tenant)
     except StoreError as error:
         return Trouble(
@@ -139,27 +137,65 @@ async def ensure_credentials(ctx: Context, namespace: str, entries: Entries | No
     return None
 
 
+async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret: Manifest | None) -> None:
+    """Make sure that the Secret has a key and that the store accepts it.
+
+    The Secret comes first, over the state that was read, and the store accepts the key that the Secret has. So of two
+    operators, and of an operator that was killed and its successor, both accept the same key.
+    """
+    tenant = tenant_of(namespace)
+    known = tenant in ctx.issued or await ctx.store_calls.run("", identity.has_key, tenant)
+    if known and _entries(secret)[0] >= SECRET_KEYS:
+        return
+    key = _key(secret, identity.user(tenant))
+    if key is None:
+        if known:  # the Secret was deleted or damaged: the key that it had must not work any more
+            await ctx.store_calls.run("", identity.revoke, tenant)
+        drawn = await ctx.store_calls.run("", identity.draw, tenant)
+        await _keep(ctx, namespace, drawn, (secret or {}).get("metadata", {}).get("resourceVersion"))
+        key = drawn.secret_access_key
+    await ctx.store_calls.run("", identity.accept, tenant, key)
+
+
 async def peek(ctx: Context, namespace: str) -> Entries | None:
     """Return what `ensure_credentials` is going to need of the Secret. None after an error, which it then reports."""
     try:
-        return await read_secret(ctx, namespace)
+        return _entries(await _secret(ctx, namespace))
     except KubeError:
         return None
 
 
-async def read_secret(ctx: Context, namespace: str) -> Entries:
-    """Return what `Entries` says of the Secret graft-storage."""
-    secret = await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
+async def _secret(ctx: Context, namespace: str) -> Manifest | None:
+    return await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
+
+
+def _entries(secret: Manifest | None) -> Entries:
+    """Return what `Entries` says of the Secret graft-storage (PURE)."""
     if secret is None:
-        return set(), True, None
+        return set(), True
     ours = secret["metadata"].get("labels", {}).get("app.kubernetes.io/managed-by") == "graft"
-    return set(secret.get("data") or {}), ours, secret["metadata"].get("resourceVersion")
+    return set(secret.get("data") or {}), ours
+
+
+def _key(secret: Manifest | None, user: str) -> str | None:
+    """Return the secret key of a complete Secret graft-storage, or None (PURE).
+
+    Whoever may edit the Secret could name the user of another tenant there. Such a key is not taken.
+    """
+    data = (secret or {}).get("data") or {}
+    if not set(data) >= SECRET_KEYS:
+        return None
+    try:
+        name, key = (base64.b64decode(data[entry], validate=True).decode() for entry in sorted(KEY))
+    except ValueError:
+        return None
+    return key if name == user and 16 <= len(key) <= 128 and key.isprintable() else None
 
 
 async def _keep(ctx: Context, namespace: str, key: StorageConfig, version: str | None) -> None:
     """Write the Secret graft-storage over the state with this version; None: there is none yet.
 
-    Raises KubeError with status 409 if another operator has written it: its key counts, and this one is not accepted.
+    Raises KubeError with status 409 if another operator has written it: its key counts.
     """
     manifest = storage_secret(namespace, _for_pods(ctx, key))
     if version is None:

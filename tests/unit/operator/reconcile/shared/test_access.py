@@ -1,5 +1,6 @@
 """The storage key of a namespace: who owns its Secret, and when the operator issues a key."""
 
+import base64
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from worlds.reconciling import Killed
 SETTINGS = Settings(
     namespace="graft-system", images=Images(trainer="r/t:1", engine="r/e:1", agent="r/a:1", vllm="r/v:1")
 )
+
+
+OLD, NEW = "o" * 40, "n" * 40
 
 
 class Kube:
@@ -40,36 +44,42 @@ class Kube:
 
 
 class Identity:
-    """The identity service of the store."""
+    """The identity service of the store: the secret key of each tenant's user."""
 
     def __init__(self, *tenants: str) -> None:
-        self.known = set(tenants)
+        self.known = dict.fromkeys(tenants, OLD)
         self.asked = 0
+
+    def user(self, tenant: str) -> str:
+        return f"graft-id-{tenant}"
 
     def has_key(self, tenant: str) -> bool:
         self.asked += 1
         return tenant in self.known
 
-    def accept(self, tenant: str, key: StorageConfig) -> None:
-        self.known.add(tenant)
+    def accept(self, tenant: str, secret: str) -> None:
+        self.known.setdefault(tenant, secret)
+
+    def revoke(self, tenant: str) -> None:
+        self.known.pop(tenant, None)
 
     def draw(self, tenant: str) -> StorageConfig:
-        self.known.discard(tenant)
         return StorageConfig(
             endpoint="http://s3",
             region="r",
             bucket="graft",
             prefix=f"{tenant}/",
-            access_key_id="k",
-            secret_access_key="s",
+            access_key_id=self.user(tenant),
+            secret_access_key=NEW,
         )
 
 
-def secret(*, ours: bool, without: str = "") -> dict[str, Any]:
+def secret(*, ours: bool, without: str = "", user: str = "graft-id-shop", key: str = OLD) -> dict[str, Any]:
     labels = {"app.kubernetes.io/managed-by": "graft"} if ours else {}
+    entries = dict.fromkeys(SECRET_KEYS - {without}, "x") | {"access-key-id": user, "secret-access-key": key}
     return {
         "metadata": {"labels": labels, "resourceVersion": "7"},
-        "data": dict.fromkeys(SECRET_KEYS - {without}, "eA=="),
+        "data": {name: base64.b64encode(text.encode()).decode() for name, text in entries.items()},
     }
 
 
@@ -78,18 +88,35 @@ def context(kube: Kube, identity: Identity | None) -> Context:
 
 
 async def test_a_key_is_issued_once() -> None:
-    kube, identity = Kube(None, None, secret(ours=True)), Identity()
+    kube, identity = Kube(None, None, secret(ours=True, key=NEW)), Identity()
     ctx = context(kube, identity)
     for _ in range(3):
         assert await ensure_credentials(ctx, "shop") is None
-    assert [item["metadata"]["namespace"] for item in kube.applied] == ["shop"] and identity.known == {"shop"}
+    assert [item["metadata"]["namespace"] for item in kube.applied] == ["shop"] and identity.known == {"shop": NEW}
     assert identity.asked == 1
 
 
-async def test_a_key_that_the_store_does_not_know_is_issued_again() -> None:
+async def test_the_store_accepts_the_key_of_a_secret_that_it_does_not_know() -> None:
+    """An operator was killed between the two, another one is between them now, or the store was restored."""
     kube, identity = Kube(secret(ours=True)), Identity()
     assert await ensure_credentials(context(kube, identity), "shop") is None
-    assert len(kube.applied) == 1
+    assert kube.applied == [] and identity.known == {"shop": OLD}
+
+
+@pytest.mark.parametrize(
+    "forged", [{"user": "graft-id-victim"}, {"user": "root"}, {"key": "short"}, {"key": "\n" * 40}]
+)
+async def test_what_a_tenant_has_written_into_the_secret_is_not_accepted(forged: dict[str, str]) -> None:
+    kube, identity = Kube(secret(ours=True, **forged)), Identity()
+    assert await ensure_credentials(context(kube, identity), "shop") is None
+    assert len(kube.applied) == 1 and identity.known == {"shop": NEW}
+
+
+@pytest.mark.parametrize("there", [None, secret(ours=True, without="bucket")])
+async def test_a_key_whose_secret_was_lost_stops_working(there: dict[str, Any] | None) -> None:
+    kube, identity = Kube(there), Identity("shop")
+    assert await ensure_credentials(context(kube, identity), "shop") is None
+    assert len(kube.applied) == 1 and identity.known == {"shop": NEW}
 
 
 async def test_of_two_operators_that_draw_a_key_the_one_that_writes_the_secret_has_it_accepted() -> None:
@@ -97,30 +124,28 @@ async def test_of_two_operators_that_draw_a_key_the_one_that_writes_the_secret_h
     kube.taken = True
     with pytest.raises(KubeError):
         await ensure_credentials(context(kube, identity), "shop")
-    assert kube.applied == [] and identity.known == set()
+    assert kube.applied == [] and identity.known == {}
 
 
-@pytest.mark.parametrize("there", [None, secret(ours=True), secret(ours=True, without="bucket")])
-async def test_an_operator_that_is_killed_before_the_key_works_draws_another_one(there: dict[str, Any] | None) -> None:
-    """The Secret is written, and the store does not know the key. The next operator must not trust the Secret."""
-    kube, identity = Kube(there), Identity()
+async def test_an_operator_that_is_killed_before_the_key_works_has_a_successor_that_accepts_it() -> None:
+    kube, identity = Kube(None), Identity()
 
-    def killed(tenant: str, key: StorageConfig) -> None:
+    def killed(tenant: str, secret: str) -> None:
         raise Killed
 
     identity.accept, accept = killed, identity.accept  # type: ignore[method-assign]
     with pytest.raises(Killed):
         await ensure_credentials(context(kube, identity), "shop")
     identity.accept = accept  # type: ignore[method-assign]
-    kube.secrets = [secret(ours=True)]
+    kube.secrets = [secret(ours=True, key=NEW)]
     assert await ensure_credentials(context(kube, identity), "shop") is None
-    assert len(kube.applied) == 2 and identity.known == {"shop"}
+    assert len(kube.applied) == 1 and identity.known == {"shop": NEW}
 
 
 async def test_a_secret_that_a_user_created_meanwhile_is_not_overwritten() -> None:
     kube, identity = Kube(None, secret(ours=False)), Identity()
     assert await ensure_credentials(context(kube, identity), "shop") is None
-    assert kube.applied == [] and identity.known == set()
+    assert kube.applied == [] and identity.known == {}
 
 
 @pytest.mark.parametrize("identity", [None, Identity()])

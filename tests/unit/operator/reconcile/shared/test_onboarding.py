@@ -41,7 +41,10 @@ class Store:
     def has_key(self, tenant: str) -> bool:
         return False
 
-    def accept(self, tenant: str, key: Any) -> None:
+    def user(self, tenant: str) -> str:
+        return f"graft-id-{tenant}"
+
+    def accept(self, tenant: str, secret: str) -> None:
         pass
 
     def draw(self, tenant: str) -> Any:

@@ -110,7 +110,7 @@ async def _plan(made: Bed, wire: Wire) -> Object:
         for kind in ("ConfigMap", "NetworkPolicy", "Job")
         for item in made.api.list(kind, "one", f"graft.dev/owner-uid={uid}")
     ]
-    events = [item for item in made.api.list("Event", "one") if item["regarding"].get("uid") == uid]
+    events = [item for item in made.api.list("Event", "one") if item["involvedObject"].get("uid") == uid]
     status = made.api.get("FineTuneJob", "one", TEMPLATE)["status"]  # type: ignore[index]
     await wire.delete_jobs("one")
     steps = [

@@ -49,7 +49,7 @@ async def published(
         if error.trouble != "missing":
             raise
     attempt = None
-    if there is None or not (taken or there[0].job.uid != uid):
+    if there is None or (not taken and there[0].job.uid == uid):
         try:
             attempt = await ctx.stored(namespace, staged, tenant, uid)
         except InvalidArtifact:

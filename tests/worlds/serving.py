@@ -50,6 +50,12 @@ async def listening(app: web.Application, port: int = 0, **options: Any) -> Asyn
         await runner.cleanup()
 
 
+def break_off(request: web.Request) -> None:
+    """Break the connection of a request off, as a server that dies does."""
+    assert request.transport is not None
+    request.transport.abort()
+
+
 class FakeKube:
     """An API server with the ConfigMaps of one namespace: LIST, WATCH, GET and server-side apply.
 
@@ -353,8 +359,7 @@ class FakeEngine:
         self.adapters[name] = path
         if name in self.forget_answer:
             self.forget_answer.remove(name)
-            assert request.transport is not None
-            request.transport.abort()
+            break_off(request)
         return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 
     async def _unload(self, request: web.Request) -> web.Response:

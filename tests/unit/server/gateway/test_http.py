@@ -17,7 +17,7 @@ from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY
 from graft.prompttemplates import as_chat_template
 from worlds.gateway import ENGINE_MODEL, GRAFT, MODEL, chunk, closed_port, events, refused, sse, table, world
-from worlds.serving import FakeEngine, FakeKube, eventually, listening
+from worlds.serving import FakeEngine, FakeKube, break_off, eventually, listening
 
 
 async def test_an_answer_names_the_model_of_the_client() -> None:
@@ -96,8 +96,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
             async with sse(request) as response:
                 await response.write(chunk("a") + b'data: {"half')
                 await asyncio.sleep(0.05)
-                assert request.transport is not None
-                request.transport.abort()
+                break_off(request)
             return response
 
         for engine in made.engines:
@@ -142,12 +141,11 @@ async def test_another_replica_takes_over_before_the_first_byte(how: str) -> Non
                 return made.engines[0].error(
                     404, f"The model `{ENGINE_MODEL}` does not exist.", "NotFoundError", "model"
                 )
-            assert request.transport is not None
             if how == "broken":
                 async with sse(request) as response:
-                    request.transport.abort()
+                    break_off(request)
                     return response
-            request.transport.abort()
+            break_off(request)
             raise ConnectionResetError
 
         made.engines[0].answer = fail

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from graft_server.gateway.rewrite import Differs, StreamRewriter, Words
 from worlds.gateway import ENGINE_MODEL, GRAFT, MODEL, World, events, sse, world
+from worlds.serving import break_off
 
 PIECES = ["Hel", "lo ", "the", "re."]
 USAGE = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}}
@@ -46,8 +47,7 @@ def breaks_after(made: World, count: int, other: list[str], chat: bool) -> list[
             for data in spoken(PIECES if first else other, chat)[: count if first else None]:
                 await response.write(data)
             if first:
-                assert request.transport is not None
-                request.transport.abort()
+                break_off(request)
             else:
                 await response.write(b"data: [DONE]\n\n")
         return response

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from worlds.engine import BASE, make_base, running
 from worlds.gateway import MODEL, World, events, sse, table, world
-from worlds.serving import eventually
+from worlds.serving import break_off, eventually
 
 COUNTS = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 
@@ -98,8 +98,7 @@ async def test_a_stream_that_another_replica_continues_is_counted_once() -> None
             async with sse(request) as response:
                 await response.write(event("a", counts(6)))
                 await asyncio.sleep(0.05)
-                assert request.transport is not None
-                request.transport.abort()
+                break_off(request)
             return response
 
         for engine in made.engines:

@@ -17,7 +17,6 @@ from benchmarks.operator.bed import Bed, bed
 from benchmarks.operator.goals import Goal
 from benchmarks.operator.wire import Arrivals, Wire
 
-LEAST_ROUNDS = 5
 STEP = 0.5  # seconds between two jobs
 CALM = 10.0  # seconds of a comparison without a hand-over
 LONGEST = 60.0  # seconds
@@ -83,7 +82,7 @@ def measure(options: dict[str, int]) -> list[Goal]:
         candidates = Candidates(made)
         try:
             candidates.start(2)
-            found = asyncio.run(_rounds(candidates, max(options["rounds"], LEAST_ROUNDS)))
+            found = asyncio.run(_rounds(candidates, options["rounds"]))
         finally:
             for one in candidates.running:
                 one.kill9()

@@ -185,12 +185,13 @@ async def _lead(ctx: Context, cache: Cache, queue: Queue) -> None:
 async def _begin(cache: Cache, queue: Queue) -> None:
     """Reconcile what exists, once everything has been listed: a reconcile must not miss what is not listed yet.
 
-    What users have created or changed while no operator worked does not wait for all the rest.
+    What users have created or changed while no operator worked does not wait for all the rest, and neither does a job
+    whose first reconcile the end of the last operator has cut off.
     """
     await cache.synced()
     operator.started = True
     for key in wakes.first(cache.objects):
-        queue.wake(*key, later=not wakes.unseen(cache.objects, key))
+        queue.wake(*key, later=not wakes.awaited(cache.objects, key))
     await asyncio.Event().wait()
 
 

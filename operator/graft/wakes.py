@@ -109,12 +109,18 @@ def first(objects: Callable[[str], Objects]) -> list[Key]:
     ]
 
 
-def unseen(objects: Callable[[str], Objects], key: Key) -> bool:
-    """Return whether no operator has reconciled the present spec of a resource: a user waits for that."""
-    held = objects(key[0]).get(key[1], key[2])
+def awaited(objects: Callable[[str], Objects], key: Key) -> bool:
+    """Return whether a user waits for the first result of a resource.
+
+    No operator has reconciled its present spec, or the reconcile that would have made its first Job was cut off.
+    """
+    kind, namespace, name = key
+    held = objects(kind).get(namespace, name)
     if held is None:
         return False
-    raw = objects(key[0]).unpack(held)
+    if kind == "FineTuneJob" and held.facts.active and not objects("Job").places(owner=held.uid):
+        return True
+    raw = objects(kind).unpack(held)
     return bool((raw.get("status") or {}).get("observedGeneration") != raw["metadata"].get("generation"))
 
 

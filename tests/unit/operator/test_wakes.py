@@ -220,16 +220,20 @@ def test_a_job_that_has_ended_is_not_reconciled_for_its_children(world: World) -
 
 
 def test_after_a_start_what_users_have_changed_meanwhile_comes_first(world: World) -> None:
-    """A job that was created while no operator worked does not wait for a thousand that run."""
+    """A job that was created while no operator worked, or whose first reconcile was cut off after its status, does not
+    wait for a thousand that run."""
     for name, generation, status in (
         ("new", 1, {}), ("runs", 1, {"observedGeneration": 1}), ("suspended", 2, {"observedGeneration": 1}),
+        ("cut", 1, {"observedGeneration": 1}),
     ):  # fmt: skip
         world.put("FineTuneJob", name, metadata={"generation": generation}, status=status)
+    for name in ("runs", "suspended"):
+        world.put("Job", name, metadata={"uid": f"uid-{name}-job", "labels": {"graft.dev/owner-uid": f"uid-{name}"}})
     keys = wakes.first(world.objects)
-    assert {name for kind, _, name in keys if kind == "FineTuneJob"} == {"new", "runs", "suspended"}
-    found = {key[2] for key in keys if wakes.unseen(world.objects, key)}
-    assert found == {"new", "suspended"}
-    assert not wakes.unseen(world.objects, ("FineTuneJob", "shop", "deleted"))
+    assert {name for kind, _, name in keys if kind == "FineTuneJob"} == {"new", "runs", "suspended", "cut"}
+    found = {key[2] for key in keys if wakes.awaited(world.objects, key)}
+    assert found == {"new", "suspended", "cut"}
+    assert not wakes.awaited(world.objects, ("FineTuneJob", "shop", "deleted"))
 
 
 def test_a_child_wakes_its_owner_only(world: World) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -76,18 +75,18 @@ class OperatorProcess:
         assert self.process is not None and self.process.poll() is None, (
             f"the operator ended unexpectedly. The last lines of its log:\n{tail(self.log)}"
         )
-        return self._probe() is not None
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz", timeout=5):
+                return True
+        except OSError:
+            return False
 
     def leads(self) -> bool:
-        """Return whether the operator answers that it leads."""
-        return bool((self._probe() or {}).get("leads"))
-
-    def _probe(self) -> Object | None:
+        """Return whether the operator says that it leads. Its probe repeats an answer for some seconds, its metric does not."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz", timeout=5) as answer:
-                return dict(json.loads(answer.read()))
-        except (urllib.error.URLError, OSError):
-            return None
+            return self.metric("graft_leader") == 1
+        except OSError:
+            return False  # it does not answer yet
 
     def end(self, number: signal.Signals) -> None:
         """Send a signal to the operator and wait until it ends."""

@@ -135,13 +135,7 @@ def observe(
             condition(KIND, "Ready", "False", reason, str(found))
         ]
     facts = ModelFacts.model_validate(facts_of(found.config, found.license, found.size_bytes).wire() | given)
-    if facts.task is not None and facts.task != model.spec.task:
-        text = (
-            f"spec.task is {model.spec.task}, but config.json describes a {facts.task} model"
-            f"{f' ({facts.architecture})' if facts.architecture else ''}. Set spec.task: {facts.task}"
-        )
-        status = before.model_copy(update={"stage": "Unavailable", "facts": facts})
-        return status, [condition(KIND, "Ready", "False", "SourceInvalid", text)]
+    # What was found is reported in any case. So the status does not depend on what the spec was before.
     status = before.model_copy(
         update={
             "stage": "Ready",
@@ -152,6 +146,14 @@ def observe(
             "facts": facts,
         }
     )
+    if facts.task is not None and facts.task != model.spec.task:
+        text = (
+            f"spec.task is {model.spec.task}, but config.json describes a {facts.task} model"
+            f"{f' ({facts.architecture})' if facts.architecture else ''}. Set spec.task: {facts.task}"
+        )
+        return status.model_copy(update={"stage": "Unavailable"}), [
+            condition(KIND, "Ready", "False", "SourceInvalid", text)
+        ]
     identity = found.revision or found.digest or ""
     what = f"{model.spec.source} resolves to {identity}"
     if found.latest is not None and found.latest != found.revision:

@@ -79,6 +79,24 @@ def test_nothing_of_an_earlier_source_stays_in_the_status() -> None:
     assert conditions[0].reason == "NotInspected"
 
 
+def test_a_model_whose_task_becomes_wrong_has_the_status_of_a_fresh_one() -> None:
+    """A changed one kept source, digest and size, and a fresh one had none of them."""
+    found = Description("sha256:a", None, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, 8)
+    plain = model("s3://graft/models/tiny")
+    wrong = plain.model_copy(update={"spec": plain.spec.model_copy(update={"task": "seq2seq"})})
+    good, _ = observe(plain, found)
+    fresh = observe(wrong, found)
+    assert observe(wrong.model_copy(update={"status": good}), found) == fresh
+    assert (fresh[0].stage, fresh[0].source, fresh[0].digest, fresh[0].size_bytes) == (
+        "Unavailable",
+        "s3://graft/models/tiny",
+        "sha256:a",
+        8,
+    )
+    assert [item.reason for item in fresh[1]] == ["SourceInvalid"]
+    assert observe(plain.model_copy(update={"status": fresh[0]}), found)[0] == good
+
+
 def test_a_commit_that_the_hub_has_deleted_is_named(hub: Hub) -> None:
     hub.heads = {COMMIT: ""}
     with pytest.raises(SourceError, match="does not exist"):

@@ -11,14 +11,14 @@ from worlds.fields.schema import Field, Schema, Spec, fields, put, spec_of
 from worlds.fields.values import minimal, valid
 from worlds.reconciling import MemoryStore, publish
 
-NAMESPACE = "shop"
+NAMESPACE = "fields"
 JOB: Spec = {
     "baseModel": "tiny",
-    "dataset": {"train": {"uri": "s3://graft/shop/datasets/train.jsonl"}},
+    "dataset": {"train": {"uri": f"s3://graft/{NAMESPACE}/datasets/train.jsonl"}},
     "method": {"lora": {}},
     "output": {"adapter": "support"},
 }
-DATA = "s3://graft/shop/datasets/more.jsonl"
+DATA = f"s3://graft/{NAMESPACE}/datasets/more.jsonl"
 SUITE: Spec = {"name": "cases", "uri": DATA}
 HARNESS: Spec = {"name": "cases", "lmEval": {"task": "own", "definition": DATA, "data": DATA}}
 VERSION: Spec = {"adapter": "support", "version": "2.0.0", "baseModel": "tiny", "method": "lora"}
@@ -67,7 +67,7 @@ SPECS: dict[str, list[Spec]] = {
         VERSION | {"compose": {"parents": PARENTS, "method": "svd"}},
         VERSION | {"compose": {"parents": PARENTS, "method": "dareTies", "density": 0.5}},
         VERSION | {"compose": {"parents": PARENTS, "into": "base"}, "method": "full"},
-        VERSION | {"import": {"uri": "s3://graft/shop/imports/one/"}},
+        VERSION | {"import": {"uri": f"s3://graft/{NAMESPACE}/imports/one/"}},
     ],
     "AdapterDeployment": [
         DEPLOYMENT,

@@ -20,7 +20,8 @@ import yaml
 
 from graft import chartvalues, remedies
 from graft.api import GROUP, VERSION, Resource, adapter, adapterdeployment, basemodel, engineargs, finetunejob
-from graft.api.meta import SENTENCES
+from graft.api.patterns import SENTENCES
+from graft.fieldtexts import explained, type_text
 from graft.manifests import network
 from graft.status import REASONS
 
@@ -40,6 +41,7 @@ SAME = (
     "maximum",
 )  # fmt: skip
 INT32_MAX = 2**31 - 1
+IS_AMOUNT = "type(self) == int ? self >= 0 : isQuantity(self) && !self.startsWith('-')"
 
 JsonObject = dict[str, Any]
 
@@ -56,7 +58,8 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
     if "description" in node:
         out["description"] = " ".join(node["description"].split())
     if node.get("x-kubernetes-int-or-string"):
-        return out | {key: value for key, value in node.items() if key != "title" and value is not None}
+        out |= {key: value for key, value in node.items() if key != "title" and value is not None}
+        return _with_sentence(out) if defaults else out
     if "const" in node:
         node["enum"] = [node["const"]]
     out |= {key: node[key] for key in SAME if key in node}
@@ -68,11 +71,8 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
     if defaults and node.get("default") is not None:
         out["default"] = node["default"]
     out |= {key: value for key, value in node.items() if key.startswith("x-kubernetes-")}
-    if defaults and out.get("pattern") in SENTENCES:
-        # The API server would answer with the pattern, of which a URI's has 200 characters.
-        pattern = out.pop("pattern")
-        own = {"rule": f"self.matches(r'{pattern}')", "message": SENTENCES[pattern]}
-        out["x-kubernetes-validations"] = [own, *out.get("x-kubernetes-validations", [])]
+    if defaults:
+        out = _with_sentence(out)
     if "items" in node:
         out["items"] = structural(node["items"], definitions, defaults=defaults)
     if isinstance(
@@ -88,6 +88,18 @@ def structural(node: JsonObject, definitions: JsonObject, *, defaults: bool) -> 
         if required:
             out["required"] = list(required)
     return out
+
+
+def _with_sentence(schema: JsonObject) -> JsonObject:
+    """Return a schema with a CEL rule instead of its pattern. The API server would answer with the pattern, of which a URI's
+    has 200 characters. Raises KeyError for a pattern without a sentence."""
+    if "pattern" not in schema:
+        return schema
+    pattern = schema["pattern"]
+    # Kubernetes before 1.34 estimates an amount with 3 MB. A regular expression over it would cost too much.
+    matches = IS_AMOUNT if schema.get("x-kubernetes-int-or-string") else f"self.matches(r'{pattern}')"
+    rules = [{"rule": matches, "message": SENTENCES[pattern]}, *schema.get("x-kubernetes-validations", [])]
+    return {key: value for key, value in schema.items() if key != "pattern"} | {"x-kubernetes-validations": rules}
 
 
 def _plain(node: JsonObject, definitions: JsonObject) -> JsonObject:
@@ -205,11 +217,17 @@ def custom_resource_definition(module: ModuleType) -> JsonObject:
                         for name, kind, path, priority in crd["columns"]
                     ],
                     "subresources": subresources,
-                    "schema": {"openAPIV3Schema": _schema(module)},
+                    "schema": {"openAPIV3Schema": _with_facts(_schema(module))},
                 }
             ],
         },
     }
+
+
+def _with_facts(schema: JsonObject) -> JsonObject:
+    """Return the schema of a kind whose spec names defaults and limits in its descriptions. Nobody writes a status by hand."""
+    properties = schema["properties"]
+    return schema | {"properties": properties | {"spec": explained(properties["spec"])}}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -218,30 +236,6 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
-
-
-def _type_text(schema: JsonObject) -> str:
-    """Return the type and its limits, for the reference."""
-    if "enum" in schema:
-        return " \\| ".join(f"`{value}`" for value in schema["enum"])
-    if schema.get("x-kubernetes-int-or-string"):
-        return "quantity"
-    if schema["type"] == "array":
-        return f"list of {_type_text(schema['items'])}" + _limits(schema, "minItems", "maxItems", " items")
-    if "additionalProperties" in schema:
-        return f"map to {_type_text(schema['additionalProperties'])}"
-    if schema["type"] == "string":
-        return str(schema.get("format", "string")) + _limits(schema, "minLength", "maxLength", " characters")
-    return str(schema["type"]) + _limits(schema, "minimum", "maximum", "")
-
-
-def _limits(schema: JsonObject, low: str, high: str, unit: str) -> str:
-    parts = []
-    if low in schema:
-        parts.append((">" if schema.get("exclusiveMinimum") else "≥") + f" {schema[low]}")
-    if high in schema:
-        parts.append(("<" if schema.get("exclusiveMaximum") else "≤") + f" {schema[high]}")
-    return f", {' and '.join(parts)}{unit}" if parts else ""
 
 
 def _cell(text: str) -> str:
@@ -264,7 +258,7 @@ def _rows(schema: JsonObject, path: str) -> list[str]:
             default = f"`{json.dumps(child['default'])}`"
         else:
             default = ""
-        rows.append(f"| `{field}` | {_type_text(child)} | {default} | {_cell(child['description'])} |")
+        rows.append(f"| `{field}` | {type_text(child)} | {default} | {_cell(child['description'])} |")
         rows += _rows(child, field)
         rows += _rows(child.get("items", {}), field + "[]")
     return rows

@@ -16,6 +16,8 @@ from aiohttp import web
 from graft import connection, crdgen
 from graft.__main__ import JsonFormatter
 from graft.api import FineTuneJob
+from graft.api.adapterdeployment import EngineLimits
+from graft.api.meta import Resources
 from graft.artifacts.layout import in_tenants_part
 from graft.cache.cache import Source, essential
 from graft.kinds import KINDS, ImpossibleName, selector
@@ -302,6 +304,7 @@ FREE = {
     "BaseModel.spec.facts.license",
     "FineTuneJob.spec.dataset.templates[]",
     "FineTuneJob.spec.method.promptTuning.initText",
+    "AdapterDeployment.spec.chatTemplate",  # its pattern keeps names of files out
     # Their keys have patterns and lists. tests/attacks/test_pod_templates.py has what a value may not do.
     *(
         f"{kind}.spec.podTemplate.{path}"
@@ -667,3 +670,11 @@ def test_one_invalid_resource_among_many() -> None:
     """One stored resource is invalid -> the others of its namespace are still reconciled."""
     bad = JOB | {"spec": JOB["spec"] | {"baseModel": "../x"}}
     assert [item.metadata.name for item in valid(FineTuneJob, [JOB, bad, JOB])] == ["tune", "tune"]
+
+
+def test_an_amount_that_no_number_holds() -> None:
+    """An amount is 1e999, which Kubernetes accepts -> it counts as Kubernetes' largest amount, and no reconcile fails."""
+    largest = 2**63 - 1024  # the largest number below 2**63 with 53 bits
+    limits = EngineLimits.model_validate({"adapterBytesPerReplica": "1e999"})
+    assert limits.adapter_bytes == largest
+    assert Resources.model_validate({"limits": {"nvidia.com/gpu": "1e999"}}).gpus() == largest

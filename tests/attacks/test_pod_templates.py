@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from graft.api import AdapterDeployment, FineTuneJob
-from graft.api.adapterdeployment import CHAT_TEMPLATE
 from graft.api.deploymentstatus import ServingSizing
-from graft.api.engineargs import ENGINE_ARG, REFUSED, SWITCHES, VALUES
+from graft.api.engineargs import REFUSED, SWITCHES, VALUES
 from graft.api.meta import Placement
-from graft.api.podtemplate import ENV_NAME, MOUNTS, RESERVED_ANNOTATION, RESERVED_ENV, RESERVED_LABEL, PodTemplate
+from graft.api.patterns import CHAT_TEMPLATE, ENGINE_ARG, ENV_NAME, MOUNTS
+from graft.api.podtemplate import RESERVED_ANNOTATION, RESERVED_ENV, RESERVED_LABEL, PodTemplate
 from graft.contracts.message import BaseModelRef
 from graft.manifests.podtemplate import both, merge
 from graft.manifests.scaling import autoscaler

@@ -5,21 +5,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.api.composition import Compose, Import
-from graft.api.meta import (
-    ARTIFACT_URI,
-    DNS_LABEL,
-    DNS_NAME,
-    SEMVER,
-    SHA256,
-    SHA256_LENGTH,
-    UID,
-    VERSION_RANGE,
-    Conditions,
-    Resource,
-    Schema,
-    Status,
-    rules,
-)
+from graft.api.meta import Conditions, Resource, Schema, Status, rules
+from graft.api.patterns import ARTIFACT_URI, DNS_LABEL, DNS_NAME, SEMVER, SHA256, SHA256_LENGTH, UID, VERSION_RANGE
 from graft.api.recipe import MethodName
 from graft.api.retention import Retention
 

@@ -5,31 +5,27 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.api.deploymentstatus import AdapterDeploymentStatus
-from graft.api.engineargs import ENGINE_ARG, ENGINE_ARGS_RULES
-from graft.api.meta import (
+from graft.api.engineargs import ENGINE_ARGS_RULES
+from graft.api.meta import AMOUNT, Placement, Resource, Resources, Schema, rules
+from graft.api.patterns import (
     ADAPTER_REF,
+    CHAT_TEMPLATE,
     DNS_LABEL,
     DNS_NAME,
-    QUANTITY,
-    QUANTITY_LENGTH,
-    Placement,
-    Resource,
-    Resources,
-    Schema,
-    rules,
+    ENGINE_ARG,
+    MODEL_NAME,
+    PARSER_NAME,
+    PROMETHEUS_URL,
 )
 from graft.api.podtemplate import PodTemplate
 from graft.api.quantity import quantity
-
-# A template always has a block. A text without one could be read as the path of a file.
-CHAT_TEMPLATE = r"\{[{%]"
 
 
 class Route(Schema):
     """One model name that clients use: `<namespace>/<model>`."""
 
     model: str = Field(
-        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+        pattern=MODEL_NAME,
         max_length=63,
         description="Second part of the model name. Clients send <namespace>/<model> in the field model.",
     )
@@ -84,12 +80,7 @@ class EngineLimits(Schema):
         default=None,
         description="Total size of the adapters on one replica, for example 20Gi. The volume that holds them is limited "
         "accordingly. No limit when absent.",
-        json_schema_extra={
-            "anyOf": [{"type": "integer"}, {"type": "string"}],
-            "x-kubernetes-int-or-string": True,
-            "pattern": QUANTITY,
-            "maxLength": QUANTITY_LENGTH,
-        },
+        json_schema_extra=AMOUNT,
     )
 
     @property
@@ -137,7 +128,7 @@ class Autoscaling(Schema):
     )
     prometheus_url: str | None = Field(
         default=None,
-        pattern=r"^https?://[^\s]+$",
+        pattern=PROMETHEUS_URL,
         max_length=512,
         description="Deprecated and ignored. The platform team names the Prometheus in the chart's value "
         "autoscaling.prometheusUrl. Remove the field.",
@@ -178,7 +169,7 @@ class AdapterDeploymentSpec(Placement):
     )
     tool_call_parser: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?$",
+        pattern=PARSER_NAME,
         max_length=64,
         description="Name of vLLM's parser that turns the answers of this base model into tool_calls, for example hermes (Qwen), "
         "llama3_json or mistral. The engine transformers has hermes, llama3_json, llama4_json and mistral. When absent, "
@@ -300,8 +291,8 @@ CRD: dict[str, Any] = {
             "adapters: name each adapter once",
         ),
         (
-            "!has(self.limits) || !has(self.limits.adapterBytesPerReplica) || "
-            "quantity(string(self.limits.adapterBytesPerReplica)).compareTo(quantity('1Mi')) >= 0",
+            "!has(self.limits) || !has(self.limits.adapterBytesPerReplica) || !isQuantity(string(self.limits.adapterBytesPerReplica))"
+            " || quantity(string(self.limits.adapterBytesPerReplica)).compareTo(quantity('1Mi')) >= 0",
             "limits.adapterBytesPerReplica must be at least 1Mi",
         ),
         (

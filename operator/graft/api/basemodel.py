@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from graft.api.meta import DNS_LABEL, MODEL_URI, SEMVER, Conditions, Resource, Schema, Status, rules
-
-CLASS_NAME = r"^[A-Za-z_][A-Za-z0-9_.]*$"
+from graft.api.meta import Conditions, Resource, Schema, Status, rules
+from graft.api.patterns import CLASS_NAME, DNS_LABEL, MODEL_URI, SEMVER
 
 
 class ModelFacts(Schema):

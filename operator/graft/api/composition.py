@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from graft.api.meta import ADAPTER_REF, IMPORT_URI, Placement, Resources, Schema, rules
+from graft.api.meta import Placement, Resources, Schema, rules
+from graft.api.patterns import ADAPTER_REF, IMPORT_URI
 
 # The trainer maps these names to those of peft (combination_type of add_weighted_adapter).
 CompositionMethod = Literal[

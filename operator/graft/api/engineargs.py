@@ -88,8 +88,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-ENGINE_ARG = r"^--[a-z0-9]+(-[a-z0-9]+)*(=[^\x00-\x1f\x7f]*)?$"
-
 
 def _cel(flags: tuple[str, ...]) -> str:
     return "[" + ", ".join(f"'--{flag}'" for flag in flags) + "]"

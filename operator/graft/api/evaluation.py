@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from graft.api.meta import DATASET_URI, DNS_LABEL, Schema, rules
+from graft.api.meta import Schema, rules
+from graft.api.patterns import DATASET_URI, DNS_LABEL, METRIC_NAME, TASK_NAME
 
 Metric = Literal[
     "exactMatch", "f1", "rouge1", "rouge2", "rougeL", "loss", "perplexity", "accuracy", "toolCallAccuracy"
 ]  # fmt: skip
-METRIC_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.,:+/-]*$"
 Baseline = Literal["zeroShot", "fewShot"]
 
 
@@ -17,7 +17,7 @@ class LmEval(Schema):
     """A task of EleutherAI's lm-evaluation-harness."""
 
     task: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$",
+        pattern=TASK_NAME,
         max_length=128,
         description="Name of the task, for example arc_easy. Its data is downloaded from the Hugging Face endpoint.",
     )

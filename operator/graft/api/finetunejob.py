@@ -6,20 +6,8 @@ from pydantic import Field
 
 from graft.api.adapter import DeletionPolicy
 from graft.api.evaluation import Evaluation
-from graft.api.meta import (
-    DNS_LABEL,
-    DNS_NAME,
-    NEW_VERSION,
-    SEMVER,
-    VERSION_RANGE,
-    Conditions,
-    Placement,
-    Resource,
-    Resources,
-    Schema,
-    Status,
-    rules,
-)
+from graft.api.meta import Conditions, Placement, Resource, Resources, Schema, Status, rules
+from graft.api.patterns import DNS_LABEL, DNS_NAME, NEW_VERSION, SEMVER, VERSION_RANGE
 from graft.api.podtemplate import PodTemplate
 from graft.api.recipe import Dataset, Method, Training
 from graft.api.retention import Retention

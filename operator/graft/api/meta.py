@@ -11,61 +11,21 @@ from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHa
 from pydantic import BaseModel as PydanticModel
 from pydantic.alias_generators import to_camel
 
+from graft.api.patterns import (
+    DNS_NAME_OR_EMPTY,
+    LABEL_KEY,
+    LABEL_KEY_OR_EMPTY,
+    LABEL_VALUE,
+    QUANTITY,
+    QUANTITY_LENGTH,
+    SENTENCES,
+)
 from graft.api.quantity import quantity
 
 GROUP = "graft.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 GPU = "nvidia.com/gpu"  # resource name of the device plugin, and key of the usual taint
-
-
-# Patterns of names. A name becomes part of a path, a label or a file's name, so no other characters are allowed.
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"  # at most 63 characters
-DNS_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"  # at most 253 characters
-# At most 253 characters, so that the part before the / is short enough, too.
-LABEL_KEY = (
-    r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
-    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
-)
-LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"  # at most 63 characters
-UID = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
-SEMVER = r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)$"
-# The part after the @ in an entry of AdapterDeployment.spec.adapters, except `latest`.
-VERSION_RANGE = r"^\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2}$"
-SHA256 = r"^sha256:[0-9a-f]{64}$"
-SHA256_LENGTH = 71  # characters
-KEY_NAME = r"^[^\x00-\x1f\x7f]+$"  # a key in a file of the user: any text without control characters
-
-# Patterns of URIs. No part of a path may be .., which would lead out of the folder.
-_PART = r"([^/\s.][^/\s]*|\.([^/\s.][^/\s]*)?|\.\.[^/\s]+)"
-_PATH = rf"{_PART}(/+{_PART})*"
-_HF_PART = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?"
-_HF = rf"{_HF_PART}/{_HF_PART}(@{_HF_PART}(/{_HF_PART})*)?"
-_CLAIM = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-_BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-MODEL_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}(/+({_PATH}/*)?)?)$"
-DATASET_URI = rf"^(hf://datasets/{_HF}/{_PATH}|s3://{_BUCKET}/[^\s]+|pvc://{_CLAIM}/+{_PATH}|configMap://{_CLAIM}/[A-Za-z0-9._-]+)$"
-IMPORT_URI = rf"^(hf://{_HF}|s3://{_BUCKET}/[^\s]+/)$"
-ARTIFACT_URI = r"^s3://[^/\s]+/[^\s]+/$"
-# A version to publish, and an entry of AdapterDeployment.spec.adapters.
-NEW_VERSION = r"^auto$|" + SEMVER
-ADAPTER_REF = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?@(latest|\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2})$"
-
-# What a value must be, for users who do not read regular expressions.
-SENTENCES = {
-    DNS_LABEL: "must be a name of lower-case letters, digits and -, which starts and ends with a letter or digit",
-    DNS_NAME: "must be a name of lower-case letters, digits, - and ., which starts and ends with a letter or digit",
-    SEMVER: "must be a version of three numbers, for example 1.4.2",
-    NEW_VERSION: "must be auto or a version of three numbers, for example 1.4.2",
-    VERSION_RANGE: "must be a version or a range of versions, for example 1.4.2, 1.4, ^1.4 or 2",
-    ADAPTER_REF: "must be <adapter>@<version>, for example support@latest, support@1.4.2 or support@^1",
-    MODEL_URI: "must be hf://<org>/<name>[@<revision>], s3://<bucket>/<folder> or pvc://<claim>[/<folder>], without spaces and ..",
-    DATASET_URI: "must be hf://datasets/<org>/<name>[@<revision>]/<file>, s3://<bucket>/<file>, pvc://<claim>/<file> or "
-    "configMap://<name>/<key>, without spaces and ..",
-    IMPORT_URI: "must be hf://<org>/<name>[@<revision>] or s3://<bucket>/<folder>/ with a / at the end, without spaces",
-    ARTIFACT_URI: "must be s3://<bucket>/<folder>/ with a / at the end, without spaces",
-    SHA256: "must be sha256: and 64 hexadecimal digits",
-}
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -160,24 +120,20 @@ Conditions = Annotated[
     ),
 ]
 
-# No amount is negative. Kubernetes accepts only whole exponents, although the pattern of its own schema allows others.
-QUANTITY = r"^\+?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"
-
-QUANTITY_LENGTH = 32  # characters
+# The schema of one amount: a number, or a text such as 500m or 4Gi.
+AMOUNT: dict[str, Any] = {
+    "anyOf": [{"type": "integer"}, {"type": "string"}],
+    "x-kubernetes-int-or-string": True,
+    "pattern": QUANTITY,
+    "maxLength": QUANTITY_LENGTH,
+}
 
 Quantities = Annotated[
     dict[str, str | int],
     Field(
-        max_length=32,
+        max_length=7,  # with more, the rules cost too much for Kubernetes before 1.34
         description="Amounts by resource name, as in a container: cpu, memory, ephemeral-storage, nvidia.com/gpu.",
-        json_schema_extra={
-            "additionalProperties": {
-                "anyOf": [{"type": "integer"}, {"type": "string"}],
-                "x-kubernetes-int-or-string": True,
-                "pattern": QUANTITY,
-                "maxLength": QUANTITY_LENGTH,
-            }
-        },
+        json_schema_extra={"additionalProperties": AMOUNT},
     ),
 ]
 
@@ -185,20 +141,37 @@ Quantities = Annotated[
 # Kubernetes's own checks of a container's resources (k8s.io/kubernetes/pkg/apis/core/validation). Without them, the API
 # server accepts the spec and refuses the pods.
 _KNOWN = "k in ['cpu', 'memory', 'ephemeral-storage']"
-_LIMIT, _REQUEST = "quantity(string(self.limits[k]))", "quantity(string(self.requests[k]))"
+_LIMIT, _REQUEST = "self.limits[k]", "self.requests[k]"
+
+
+def _compared(operator: str) -> str:
+    """Return the CEL expression that compares the request and the limit of `k`.
+
+    A value that is no amount passes: it has a rule of its own, and an error here would hide that rule's message. Texts are
+    not made of numbers first, because Kubernetes before 1.34 estimates each such step with 3 MB.
+    """
+    return (
+        f"(type({_LIMIT}) == int ? "
+        f"(type({_REQUEST}) == int ? {_REQUEST} {operator} {_LIMIT} : "
+        f"!isQuantity({_REQUEST}) || sign(quantity({_REQUEST}).sub({_LIMIT})) {operator} 0) : "
+        f"!isQuantity({_LIMIT}) || (type({_REQUEST}) == int ? 0 {operator} sign(quantity({_LIMIT}).sub({_REQUEST})) : "
+        f"!isQuantity({_REQUEST}) || quantity({_REQUEST}).compareTo(quantity({_LIMIT})) {operator} 0))"
+    )
+
+
 RESOURCE_RULES = rules(
     (
-        "!has(self.requests) || !has(self.limits) || "
-        f"self.requests.all(k, !(k in self.limits) || {_REQUEST}.compareTo({_LIMIT}) <= 0)",
+        f"!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || {_compared('<=')})",
         "resources: a request must not be above the limit of the same name",
     ),
     (
         f"!has(self.requests) || self.requests.all(k, {_KNOWN} || "
-        f"(has(self.limits) && k in self.limits && {_REQUEST}.compareTo({_LIMIT}) == 0))",
+        f"(has(self.limits) && k in self.limits && {_compared('==')}))",
         "resources: devices such as nvidia.com/gpu belong to limits. If requests names one too, the amounts must be equal",
     ),
     (
-        f"!has(self.limits) || self.limits.all(k, {_KNOWN} || {_LIMIT}.isInteger())",
+        f"!has(self.limits) || self.limits.all(k, {_KNOWN} || type({_LIMIT}) == int || !isQuantity({_LIMIT}) || "
+        f"quantity({_LIMIT}).isInteger())",
         "resources: the amount of a device such as nvidia.com/gpu must be a whole number",
     ),
 )
@@ -225,7 +198,7 @@ class Toleration(Schema):
 
     key: str | None = Field(
         default=None,
-        pattern=rf"^$|{LABEL_KEY}",
+        pattern=LABEL_KEY_OR_EMPTY,
         max_length=253,
         description="Key of the taint. If it is empty and operator is Exists, every key matches.",
     )
@@ -267,19 +240,30 @@ class Toleration(Schema):
 GPU_TOLERATION = Toleration(key=GPU, operator="Exists", effect="NoSchedule")
 
 
-def _label_key(text: str) -> str:
+def label_key(text: str) -> str:
+    """Return the key of a label. Raises ValueError if it has another form."""
     if len(text) > 253 or re.fullmatch(LABEL_KEY, text) is None:
-        raise ValueError("a key must be the key of a label, for example topology.kubernetes.io/zone")
+        raise ValueError(f"a key {SENTENCES[LABEL_KEY]}")
     return text
+
+
+def label_keys(field: str) -> dict[str, Any]:
+    """Return the rule for the keys of a map of labels."""
+    return rules((f"self.all(k, k.matches(r'{LABEL_KEY}'))", f"{field}: a key {SENTENCES[LABEL_KEY]}"))
 
 
 class Placement(Schema):
     """Which nodes the pods may run on."""
 
     node_selector: (
-        dict[Annotated[str, AfterValidator(_label_key)], Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)]]
+        dict[Annotated[str, AfterValidator(label_key)], Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)]]
         | None
-    ) = Field(default=None, max_length=32, description="Labels that a node must have to run the pods.")
+    ) = Field(
+        default=None,
+        max_length=32,
+        description="Labels that a node must have to run the pods.",
+        json_schema_extra=label_keys("nodeSelector"),
+    )
     tolerations: list[Toleration] | None = Field(
         default=None,
         max_length=64,
@@ -289,14 +273,14 @@ class Placement(Schema):
     )
     priority_class_name: str | None = Field(
         default=None,
-        pattern=rf"^$|{DNS_NAME}",
+        pattern=DNS_NAME_OR_EMPTY,
         max_length=253,
         description="Name of the pods' PriorityClass. The platform team lists the allowed ones in the chart's value "
         "tenants.allowedPriorityClasses. By default there are none. The cluster's default when absent.",
     )
     runtime_class_name: str | None = Field(
         default=None,
-        pattern=rf"^$|{DNS_NAME}",
+        pattern=DNS_NAME_OR_EMPTY,
         max_length=253,
         description="Name of the pods' RuntimeClass, for example nvidia. The platform team lists the allowed ones in the chart's "
         "value tenants.allowedRuntimeClasses. By default this is only nvidia. The node's default runtime when absent.",

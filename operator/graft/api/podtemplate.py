@@ -5,12 +5,12 @@ docs/security.md#pod-templates gives the reasons. The chart's values `training.p
 the same type, with more in it: see PlatformTemplate in graft.settings.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from graft.api.meta import DNS_LABEL, DNS_NAME, LABEL_KEY, LABEL_VALUE, QUANTITY, QUANTITY_LENGTH, Schema, rules
+from graft.api.meta import AMOUNT, Schema, label_key, label_keys, rules
+from graft.api.patterns import DNS_LABEL, DNS_NAME, ENV_NAME, LABEL_KEY, LABEL_VALUE, MOUNTS
 
 # Labels of these domains select pods: Kubernetes's controllers, Graft's NetworkPolicies and Services, Kueue.
 RESERVED_LABEL = r"^(([^/]*\.)?(kubernetes\.io|(x-)?k8s\.io|graft\.dev)/.*|job-name|controller-uid|pod-template-hash)$"
@@ -19,7 +19,6 @@ RESERVED_ANNOTATION = (
 )
 # Names of variables that lead a program to another file, host, plugin or secret, and those that Graft, the cloud's SDKs
 # and container runtimes read. NVIDIA_VISIBLE_DEVICES, for example, gives a container all GPUs of its node.
-ENV_NAME = r"^[A-Z][A-Z0-9_]*$"
 RESERVED_ENV = (
     r"^(GRAFT|AWS|HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|DATASETS|VLLM|KUBERNETES|POD|PYTHON[A-Z]*|LD|NVIDIA|OPENSSL|GLIBC"
     r"|MALLOC|XDG|RAY|TORCHELASTIC)_.*$"
@@ -29,9 +28,7 @@ RESERVED_ENV = (
     r"|^(PYTHON[A-Z0-9]*|HOME|USER|LOGNAME|SHELL|TMP|TMPDIR|TEMP|ENV|BASH_ENV|IFS|CC|CXX|CFLAGS|LDFLAGS|RANK|WORLD_SIZE|LOCAL_RANK"
     r"|LOCAL_WORLD_SIZE|GROUP_RANK|LOCPATH|SSLKEYLOGFILE|OPENBLAS_CORETYPE)$"
 )
-MOUNTS = r"^/mnt/volumes/[a-z0-9]([-a-z0-9_.]*[a-z0-9])?$"
 
-_KEY_OF_LABEL = "must be the key of a label, for example example.com/team"
 EXPRESSION_RULES = (
     (
         "self.operator in ['In', 'NotIn'] ? has(self.values) && self.values.size() > 0 : "
@@ -42,13 +39,7 @@ EXPRESSION_RULES = (
 )
 
 
-def _key(text: str) -> str:
-    if len(text) > 253 or re.fullmatch(LABEL_KEY, text) is None:
-        raise ValueError(f"a key {_KEY_OF_LABEL}")
-    return text
-
-
-LabelKey = Annotated[str, AfterValidator(_key)]
+LabelKey = Annotated[str, AfterValidator(label_key)]
 LabelValue = Annotated[str, Field(pattern=LABEL_VALUE, max_length=63)]
 ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
 
@@ -87,7 +78,10 @@ class LabelSelector(Schema):
     """Which pods are selected by their labels."""
 
     match_labels: dict[LabelKey, LabelValue] | None = Field(
-        default=None, max_length=16, description="Labels that a pod must have."
+        default=None,
+        max_length=16,
+        description="Labels that a pod must have.",
+        json_schema_extra=label_keys("matchLabels"),
     )
     match_expressions: list[LabelExpression] | None = Field(
         default=None, max_length=8, description="Further requirements.", json_schema_extra=ATOMIC
@@ -222,12 +216,7 @@ class EmptyDir(Schema):
     size_limit: str | int | None = Field(
         default=None,
         description="Largest size, for example 1Gi.",
-        json_schema_extra={
-            "anyOf": [{"type": "integer"}, {"type": "string"}],
-            "x-kubernetes-int-or-string": True,
-            "pattern": QUANTITY,
-            "maxLength": QUANTITY_LENGTH,
-        },
+        json_schema_extra=AMOUNT,
     )
 
 

@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from graft.api.meta import DATASET_URI, KEY_NAME, Schema, rules
-
-MODULE_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$"
+from graft.api.meta import Schema, rules
+from graft.api.patterns import DATASET_URI, KEY_NAME, MODULE_NAME
 
 
 class Columns(Schema):

@@ -3,8 +3,8 @@
 from pydantic import Field
 
 from graft.api.meta import Schema, rules
+from graft.api.patterns import DURATION
 
-DURATION = r"^[1-9][0-9]{0,5}[smhd]$"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

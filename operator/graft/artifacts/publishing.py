@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from graft.api.meta import DNS_NAME
+from graft.api.patterns import DNS_NAME
 from graft.artifacts.archive import Interrupted
 from graft.artifacts.layout import MANIFEST, attempt_prefix, run_prefix
 from graft.artifacts.manifest import LIMITS, Manifest, digest

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from graft.api.meta import SENTENCES
+from graft.api.patterns import SENTENCES
 from graft.bounded import Limits, OutOfBounds, parse_json
 
 MOST = 2**53  # a larger integer changes when a reader converts it to a float, as JavaScript and jq do

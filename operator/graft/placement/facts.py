@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from graft.api.basemodel import CLASS_NAME, ModelFacts
+from graft.api.basemodel import ModelFacts
+from graft.api.patterns import CLASS_NAME
 from graft.placement.blocks import FactsMissing, geometry, matrices
 
 Config = dict[str, Any]

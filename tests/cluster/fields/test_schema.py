@@ -1,17 +1,23 @@
 """Every value that the schema allows is accepted by the API server, and every other one is refused with a message."""
 
 import itertools
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from graft import crdgen
 from graft.api.finetunejob import MUTABLE
-from worlds.cluster.api import ALL_KINDS, Api, Refused
+from graft.api.patterns import QUANTITY, SENTENCES
+from testbed.controlplane import ControlPlane
+from worlds.cluster.api import ALL_KINDS, APPLY, Api, Refused
 from worlds.fields.hints import BREAKS, NAMESPACE, SPECS, VERSION, fields_of, values, with_value
+from worlds.fields.patterns import missing
 from worlds.fields.sample import ALL, sample
-from worlds.fields.schema import KINDS, Field, Spec, rules, schema_of
+from worlds.fields.schema import KINDS, Field, Schema, Spec, rules, schema_of
 from worlds.fields.tries import Tried, dropped, dry_run, manifest
-from worlds.fields.values import wrong
+from worlds.fields.values import pattern_of, wrong
 
 JSON_PATCH = "application/json-patch+json"
 IMMUTABLE = ("the spec is immutable", "a published version never changes", "baseModel is immutable")
@@ -22,6 +28,7 @@ CHANGEABLE = {
     "Adapter": ["baseVersions", "deletionPolicy", "retention"],
     "AdapterDeployment": [str(field) for field in fields_of("AdapterDeployment") if str(field) != "baseModel"],
 }
+BARE = re.compile(r"should match|regular expression|\^\(|\[a-z")
 NAMES = {"BaseModel": 63, "FineTuneJob": 50, "AdapterDeployment": 45}
 
 
@@ -45,6 +52,45 @@ def test_a_refusal_names_the_field_or_the_rule(tried: dict[str, Tried], kind: st
     for of, field, value, message in tried[kind].refused:
         name = next(part for part in reversed(field.path) if part not in {"[]", "{}"})
         assert name in message or any(rule in message for rule in told), f"{of} {field}={value!r:.60}: {message}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_of_the_wrong_form_is_answered_with_a_sentence(namespaced: Api, kind: str) -> None:
+    """Of every field, not of a sample: a bare regular expression is no help for a user."""
+    texts = [(field, form) for field in fields_of(kind) if (form := sentence(field.schema)) is not None]
+    assert texts
+    for field, (wrong_text, said) in texts:
+        with pytest.raises(Refused) as error:
+            dry_run(namespaced, manifest(kind, with_value(kind, SPECS[kind][0], field, wrong_text)))
+        assert said in str(error.value), f"{field}={wrong_text!r}: {error.value}"
+        assert not BARE.search(str(error.value)), f"{field}={wrong_text!r}: {error.value}"
+
+
+def sentence(schema: Schema) -> tuple[str, str] | None:
+    """Return a text of the wrong form and what the API server must say, or None if a field takes any text."""
+    pattern = QUANTITY if schema.get("x-kubernetes-int-or-string") else pattern_of(schema)
+    return None if pattern is None else (missing(pattern, schema["maxLength"])[-1], SENTENCES[pattern])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_older_api_servers_accept_the_rules(api: Api, kind: str) -> None:
+    """Kubernetes before 1.34 ignores maxLength of an amount when it estimates the cost of rules (kubernetes#132837)."""
+    older = json.loads(json.dumps(crdgen.custom_resource_definition(KINDS[kind])), object_hook=without_length_of_amount)
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/"
+    api.call("PATCH", f"{path}{older['metadata']['name']}?fieldManager=older&force=true&dryRun=All", older, APPLY)
+
+
+def without_length_of_amount(schema: Schema) -> Schema:
+    amount = schema.get("x-kubernetes-int-or-string")
+    return {key: value for key, value in schema.items() if not (amount and key == "maxLength")}
+
+
+@pytest.mark.parametrize(("kind", "field"), [("finetunejob", "method.lora.rank"), ("adapterdeployment", "replicas")])
+def test_explain_shows_the_default_and_the_limits(plane: ControlPlane, kind: str, field: str) -> None:
+    shown = " ".join(plane.kubectl("explain", f"{kind}.spec.{field}").split())
+    assert {"method.lora.rank": "Default: 16. From 1 to 512.", "replicas": "Default: 1. From 0 to 1000."}[
+        field
+    ] in shown
 
 
 @pytest.mark.parametrize("kind", KINDS)

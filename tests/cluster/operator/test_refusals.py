@@ -31,7 +31,10 @@ DIGEST = "sha256:" + "0" * 64
         ),
         ({"training": {"epochs": -1}}, "spec.training.epochs"),
         ({"output": {"adapter": "support", "version": "v1"}}, "spec.output.version"),
-        ({"resources": {"limits": {"memory": "lots"}}}, "spec.resources.limits.memory"),
+        (
+            {"resources": {"limits": {"memory": "lots"}}},
+            'spec.resources.limits[memory]: Invalid value: "": must be an amount',
+        ),
     ],
 )
 def test_an_invalid_job_is_refused(tenant: Tenant, plane: ControlPlane, change: dict[str, Any], words: str) -> None:

@@ -1,5 +1,6 @@
 """The generated CRDs: the committed files match the models, and they have the form that the API server accepts."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,11 @@ from graft.status import REASONS
 
 CRDS = {module.CRD["kind"]: crdgen.custom_resource_definition(module) for module in crdgen.KINDS}
 INTEGER_FORMATS = {"int32", "int64"}
+# What a number counts or measures. A number without a unit is named for what it is: a factor, a share, a rate.
+UNITS = re.compile(
+    r"\b([Nn]umber|[Ss]econds?|tokens?|percent|[Ss]teps?|[Ee]xamples|lines|[Mm]icro-batch(es)?|[Rr]equests|times|places|value"
+    r"|Share|[Ss]cale|Factor|Rank|rank|probability|rate|decay|norm|term|Seed|Weight|[Ww]idth|metric)\b"
+)
 KEYWORDS = {
     "additionalProperties",
     "default",
@@ -92,6 +98,31 @@ def test_every_field_is_described(kind: str) -> None:
         if not child.get("description") and f"{path}.{name}" not in {".apiVersion", ".kind", ".metadata"}
     ]
     assert bare == []
+
+
+@pytest.mark.parametrize("kind", CRDS)
+def test_the_description_of_a_field_names_its_default_and_its_limits(kind: str) -> None:
+    """`kubectl explain` shows nothing else of them."""
+    named = 0
+    for path, node in nodes(at(kind, "spec"), "spec"):
+        facts = [node.get(word) for word in ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems")]
+        facts += [node.get("maxProperties"), node.get("default") or None]
+        for fact in facts:
+            if fact is not None and "description" in node:
+                text = json.dumps(fact).strip('"')
+                assert re.search(rf"(^|\W){re.escape(text)}(\W|$)", node["description"]), f"{kind} {path}: {text}"
+                named += 1
+    assert named > 3
+
+
+@pytest.mark.parametrize("kind", CRDS)
+def test_the_description_of_a_number_names_its_unit(kind: str) -> None:
+    unnamed = [
+        path
+        for path, node in nodes(at(kind, "spec"), "spec")
+        if node.get("type") in {"integer", "number"} and not UNITS.search(node["description"])
+    ]
+    assert unnamed == []
 
 
 @pytest.mark.parametrize("kind", CRDS)

@@ -177,11 +177,16 @@ BREAKS: list[tuple[str, Spec, str]] = [
         "value is not allowed with operator",
     ),
     ("FineTuneJob", JOB | {"tolerations": [{"key": "a", "tolerationSeconds": 5}]}, "only with effect NoExecute"),
+    ("FineTuneJob", JOB | {"nodeSelector": {"not a key": "a"}}, "nodeSelector: a key must be the key of a label"),
     *(
         ("FineTuneJob", JOB | {"podTemplate": wrong}, words)
         for wrong, words in (
             ({"labels": {"graft.dev/owner-uid": "a"}}, "podTemplate.labels: a key must be"),
             ({"labels": {"not a key": "a"}}, "podTemplate.labels: a key must be"),
+            (
+                {"topologySpreadConstraints": [SPREAD | {"labelSelector": {"matchLabels": {"not a key": "a"}}}]},
+                "matchLabels: a key must be the key of a label",
+            ),
             ({"annotations": {"graft.dev/base-model": "a"}}, "podTemplate.annotations: a key must have"),
             ({"env": [{"name": "AWS_PROFILE"}]}, "this name is reserved"),
             ({"volumes": [{"name": "a"}]}, "give exactly one of emptyDir"),

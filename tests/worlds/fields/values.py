@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from graft.api.patterns import QUANTITY
+
 from worlds.fields.patterns import matching, missing, too_long
 from worlds.fields.schema import KEY, Schema
 
@@ -17,7 +19,7 @@ def valid(schema: Schema) -> list[Any]:
     if "enum" in schema:
         return list(schema["enum"])
     if schema.get("x-kubernetes-int-or-string"):
-        return [1, *matching(schema["pattern"], schema.get("maxLength"))]
+        return [1, *matching(QUANTITY, schema.get("maxLength"))]
     kind = schema["type"]
     if kind == "boolean":
         return [True, False]
@@ -117,17 +119,17 @@ def _objects(schema: Schema) -> list[Any]:
 
 
 def pattern_of(schema: Schema) -> str | None:
-    """Return the regular expression of a text: the keyword, or the CEL rule that replaces it."""
+    """Return the regular expression of a text, from the CEL rule that stands for it."""
     for rule in schema.get("x-kubernetes-validations", []):
         if found := MATCHES.fullmatch(rule["rule"]):
             return found[1]
-    return schema.get("pattern")
+    return None
 
 
 def wrong(schema: Schema) -> list[Any]:
     """Return values that the schema refuses: of another type, beyond each edge, outside of the enum."""
     if schema.get("x-kubernetes-int-or-string"):
-        return [True, 1.5, {}, *missing(schema["pattern"]), "1" * (schema["maxLength"] + 1)]
+        return [True, 1.5, {}, -1, "-1", *missing(QUANTITY), "1" * (schema["maxLength"] + 1)]
     kind = schema["type"]
     other = {
         "string": [7, True, ["a"], {}],

@@ -1,33 +1,25 @@
-"""Forward a local port to a Service through the API server, with the user's kubeconfig, as `kubectl port-forward` does.
-
-The protocol is v4.channel.k8s.io: the first byte of a frame is its channel, 0 for data and 1 for an error. The first frame of
-each channel has the number of the port.
-"""
+"""Forward a local port to a Service through the API server, with the user's kubeconfig, as `kubectl port-forward` does."""
 
 import re
-import selectors
 import socket
 import socketserver
 import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from graft.cli.failure import CliFailure
+from graft.cli.podstream import PodStream, Stream, TlsStream, pump
 
 if TYPE_CHECKING:
-    from websocket import WebSocket
-
     from graft.cli.cluster import Cluster
 
 SERVICE = re.compile(r"([a-z0-9-]+)\.([a-z0-9-]+)\.svc(?:\.[a-z0-9.-]+)?")
 PORTS = {"http": 80, "https": 443}
-PIECE = 64 * 1024  # bytes
-DATA = b"\0"  # the channel
 
 
 @dataclass(frozen=True)
@@ -47,27 +39,49 @@ def service_of(url: str) -> ServiceAddress | None:
 
 
 @contextmanager
-def reachable(cluster: "Cluster", url: str) -> Iterator[str]:
-    """Yield a URL that reaches `url` from here. If it names a Service and its name has no address here, a port is
-    forwarded during the block."""
-    service = service_of(url)
-    if service is None or _known(urlsplit(url).hostname or ""):
+def reachable(cluster: "Cluster", url: str, ca_file: str | None = None) -> Iterator[str]:
+    """Yield a URL that reaches `url` from here. If it names a Service and its name has no address here, a port is forwarded
+    during the block.
+
+    For https:, TLS ends in this process: the certificate is checked for the Service's name, by the CAs of `ca_file` or of this
+    machine. The forwarded port itself has no TLS and is on the loopback interface.
+    """
+    host, service = urlsplit(url).hostname or "", service_of(url)
+    if service is None or _known(host):
         yield url
         return
-    if url.startswith("https:"):  # the certificate is for the Service's name, not for this machine
-        raise CliFailure(
-            f"{url} is reachable only inside the cluster, and no port can be forwarded to it because it uses TLS",
-            "Run the command in a pod, or give a URL of the store that is reachable from here with --endpoint.",
-        )
     pod, port = cluster.pod_behind(service.namespace, service.name, service.port)
-    cluster.connect(service.namespace, pod, port).close()  # raises CliFailure if it is not allowed
-    with _Server(cluster, service.namespace, pod, port) as server:
+    context = _context(ca_file) if url.startswith("https:") else None
+
+    def connect() -> Stream:
+        stream = PodStream(cluster.connect(service.namespace, pod, port))
+        return stream if context is None else TlsStream(stream, context, host)
+
+    try:
+        connect().close()  # raises CliFailure if it is not allowed
+    except (ssl.SSLError, ConnectionError) as error:
+        raise CliFailure(
+            f"no TLS connection to {url}: {error}",
+            "If a private CA signed its certificate, ask your platform team to put the CA into the entry ca.crt of the Secret "
+            "graft-storage. The certificate must have the name of the Service, as the URL has it.",
+        ) from error
+    with _Server(connect) as server:
         thread = threading.Thread(target=server.serve_forever, name="forward", daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
+
+
+def _context(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError as error:
+        raise CliFailure(
+            f"the CA of the object store cannot be read: {error}",
+            "Correct the entry ca.crt of the Secret graft-storage: it has certificates in PEM form.",
+        ) from error
 
 
 def _known(host: str) -> bool:
@@ -83,9 +97,9 @@ class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, cluster: "Cluster", namespace: str, pod: str, port: int) -> None:
+    def __init__(self, connect: Callable[[], Stream]) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
-        self.open: Callable[[], Any] = lambda: cluster.connect(namespace, pod, port)
+        self.open = connect
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         print(f"a connection to the pod failed: {sys.exception()}", file=sys.stderr)
@@ -97,38 +111,3 @@ class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with closing(self.server.open()) as far:
             pump(self.request, far)
-
-
-def pump(near: socket.socket, far: "WebSocket") -> None:
-    """Copy bytes in both directions until one end closes the connection. No piece is read before the last one is written, so a
-    fast sender waits for a slow reader. Raises CliFailure if the pod refuses the connection."""
-    from websocket import ABNF, WebSocketException
-
-    begun, sock = set[int](), far.sock
-    if sock is None:
-        return
-    with selectors.DefaultSelector() as selector, suppress(OSError, WebSocketException):
-        selector.register(near, selectors.EVENT_READ)
-        selector.register(sock, selectors.EVENT_READ)
-        while True:
-            ready = {key.fileobj for key, _ in selector.select()}
-            if near in ready:
-                data = near.recv(PIECE)
-                if not data:
-                    return
-                far.send(DATA + data, ABNF.OPCODE_BINARY)
-            while sock in ready:
-                opcode, frame = far.recv_data_frame(True)
-                if opcode == ABNF.OPCODE_CLOSE:
-                    return
-                if opcode == ABNF.OPCODE_BINARY and frame.data:
-                    channel, data = frame.data[0], frame.data[1:]
-                    if channel not in begun:
-                        begun.add(channel)
-                    elif channel != DATA[0]:
-                        raise CliFailure(data.decode(errors="replace"), "Check the pods of the Service.")
-                    else:
-                        near.sendall(data)
-                # TLS may have decrypted more than one frame, which the selector does not see.
-                if not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
-                    break

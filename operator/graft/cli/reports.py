@@ -130,7 +130,7 @@ def opened_store(cluster: "Cluster", namespace: str, endpoint: str | None) -> It
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # 0700: it holds the key
         try:
             config = storage_config(cluster.secret(namespace, STORAGE_SECRET), folder, endpoint)
-            config = replace(config, endpoint=stack.enter_context(reachable(cluster, config.endpoint)))
+            config = replace(config, endpoint=stack.enter_context(reachable(cluster, config.endpoint, config.ca_file)))
             store = S3Store(config, attempts=2)
         except (StoreError, ValueError) as error:
             raise CliFailure(

@@ -59,37 +59,6 @@ def test_as_a_plugin_it_has_the_name_that_the_user_types(
     assert "usage: kubectl graft" in capsys.readouterr().out
 
 
-def complete(words: str, shell: str = "bash") -> list[str]:
-    """Return what bash proposes for the last of some words."""
-    typed = words.split(" ")
-    script = (
-        f"source <({sys.executable} -m graft.cli completion bash); COMP_WORDS=({' '.join(repr(word) for word in typed)}); "
-        f'COMP_CWORD={len(typed) - 1}; _graft; echo "${{COMPREPLY[@]}}"'
-    )
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return done.stdout.split()
-
-
-def test_bash_completes_commands_options_and_values() -> None:
-    assert complete("graft ver") == ["verify"]
-    assert complete("graft verify --k") == ["--key"]
-    assert complete("graft report -o ") == ["text", "json", "yaml"]
-    assert complete("graft completion f") == ["fish"]
-    assert complete("graft report my") == []  # bash completes names of files then
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_the_other_shells_know_every_command_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    for name in COMMANDS:
-        assert name in script
-    for option in ("--follow", "--page", "--key") if shell == "zsh" else ("-l follow", "-l page", "-l key"):
-        assert option in script
-    assert script.count("'") % 2 == 0
-
-
 def test_the_report_of_a_run_is_printed_for_people_and_programs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,13 @@
 import base64
 import os
 import socket
+import socketserver
+import ssl
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +23,11 @@ from graft.artifacts.signing import Statement
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files
 from graft.cli.failure import CliFailure
-from graft.cli.forward import ServiceAddress, pump, reachable, service_of
+from graft.cli.forward import ServiceAddress, reachable, service_of
+from graft.cli.podstream import PodStream, pump
 from graft.cli.pull import pull
 from graft.cli.reports import opened_store
+from testbed.pki import authority, certificate
 from websocket import ABNF
 from worlds.buckets import empty_bucket, publish
 
@@ -43,21 +50,28 @@ def test_the_service_that_a_url_names(url: str, expected: ServiceAddress | None)
     assert service_of(url) == expected
 
 
-class Cluster:
-    """A cluster whose only Service is the store. It counts the connections to its pod."""
+SERVICE = "graft-store.graft-system.svc"
 
-    def __init__(self, store: S3Store, tls: bool = False) -> None:
-        self.store, self.tls = store, tls
+
+class Cluster:
+    """A cluster whose only Service is the store. It counts the connections to its pod. `address`: that of the pod's port.
+    `ca`: the store has TLS, and the Secret has this CA, or none if it is empty."""
+
+    def __init__(self, store: S3Store, address: tuple[str, int] | None = None, ca: bytes | None = None) -> None:
+        self.store, self.ca = store, ca
+        parts = urlsplit(store.config.endpoint)
+        self.address = address or (parts.hostname, parts.port)
         self.opened: list[tuple[str, str, int]] = []
 
     def secret(self, namespace: str, name: str) -> dict[str, str]:
         config = self.store.config
         data = {
-            "endpoint": f"http{'s' if self.tls else ''}://graft-store.graft-system.svc:7070",
+            "endpoint": f"{'http' if self.ca is None else 'https'}://{SERVICE}:7070",
             "bucket": config.bucket,
             "region": config.region,
             "access-key-id": config.access_key_id,
             "secret-access-key": config.secret_access_key,
+            "ca.crt": (self.ca or b"").decode(),
         }
         return {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
 
@@ -67,13 +81,13 @@ class Cluster:
 
     def connect(self, namespace: str, pod: str, port: int) -> "Far":
         self.opened.append((namespace, pod, port))
-        address = urlsplit(self.store.config.endpoint)
-        assert address.hostname and address.port
-        return Far(socket.create_connection((address.hostname, address.port)), port)
+        return Far(socket.create_connection(self.address), port)
 
 
 class Far:
     """A connection to a pod as the API server gives it: data in frames with a channel, after the number of the port."""
+
+    piece = 30_000  # bytes in a frame: more than one TLS record
 
     def __init__(self, sock: socket.socket, port: int, refused: bytes = b"") -> None:
         self.sock = sock
@@ -81,7 +95,7 @@ class Far:
         self._first = [b"\0" + begin, b"\1" + begin, *([b"\1" + refused] if refused else [])]
 
     def recv_data_frame(self, control: bool) -> tuple[int, SimpleNamespace]:
-        data = self._first.pop(0) if self._first else b"\0" + self.sock.recv(30_000)
+        data = self._first.pop(0) if self._first else b"\0" + self.sock.recv(self.piece)
         return ABNF.OPCODE_CLOSE if data == b"\0" else ABNF.OPCODE_BINARY, SimpleNamespace(data=data)
 
     def send(self, data: bytes, opcode: int) -> None:
@@ -178,9 +192,75 @@ def test_a_version_that_is_not_what_was_signed_leaves_no_folder(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("support")] == []
 
 
-def test_no_port_is_forwarded_to_a_store_that_uses_tls(store: S3Store) -> None:
-    with pytest.raises(CliFailure, match="because it uses TLS"), opened_store(Cluster(store, tls=True), "shop", None):  # type: ignore[arg-type]
+@dataclass
+class Front:
+    """A server that ends TLS in front of the store."""
+
+    address: tuple[str, int]
+    ca: bytes
+
+
+@pytest.fixture(scope="module", params=[SERVICE, "store.example.com"])
+def front(store: S3Store, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Front]:
+    """Run a server whose certificate has the name of the Service, or another one, by a private CA."""
+    folder = tmp_path_factory.mktemp("pki")
+    authority(folder)
+    certificate(folder, "store", "/CN=store", (request.param,))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "store.crt", folder / "store.key")
+    behind = urlsplit(store.config.endpoint)
+
+    class Connection(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                suppress(OSError),
+                context.wrap_socket(self.request, server_side=True) as near,
+                socket.create_connection((behind.hostname, behind.port)) as far,  # type: ignore[arg-type]
+            ):
+                threading.Thread(target=copied, args=(far, near), daemon=True).start()
+                copied(near, far)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Front(server.server_address, (folder / "ca.crt").read_bytes())  # type: ignore[arg-type]
+        server.shutdown()
+
+
+def copied(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("front", [SERVICE], indirect=True)
+def test_a_version_is_pulled_from_a_service_with_tls(
+    store: S3Store, version: Manifest, tmp_path: Path, front: Front
+) -> None:
+    """The certificate is that of the Service, by the CA in the Secret."""
+    pulled(Cluster(store, front.address, front.ca), tmp_path / "support")
+    expected = store.get(PREFIX + "adapter_model.safetensors", most=10 << 20)
+    assert (tmp_path / "support/adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("ca", ["right", "absent", "no certificate"])
+@pytest.mark.parametrize("front", [SERVICE, "store.example.com"], indirect=True)
+def test_a_certificate_that_is_not_trusted_is_refused_with_a_remedy(
+    store: S3Store, front: Front, ca: str, request: pytest.FixtureRequest
+) -> None:
+    """A CA is missing, or the certificate has another name."""
+    name = request.node.callspec.params["front"]
+    cluster = Cluster(store, front.address, {"right": front.ca, "absent": b"", "no certificate": b"# none"}[ca])
+    if (name, ca) == (SERVICE, "right"):
+        with opened_store(cluster, "shop", None) as found:  # type: ignore[arg-type]
+            assert list(found.objects("nothing/")) == []
+        return
+    with pytest.raises(CliFailure) as caught, opened_store(cluster, "shop", None):  # type: ignore[arg-type]
         pass
+    assert "entry ca.crt of the Secret graft-storage" in caught.value.remedy
+    if (name, ca) == ("store.example.com", "right"):
+        assert "Hostname mismatch" in str(caught.value)
 
 
 def test_a_port_that_the_pod_refuses_is_reported() -> None:
@@ -189,7 +269,8 @@ def test_a_port_that_the_pod_refuses_is_reported() -> None:
     with near, client, far, server:
         server.sendall(b"x")  # readable, as a frame would be
         with pytest.raises(CliFailure, match="connection refused"):
-            pump(near, Far(far, 7071, b"dial tcp4 127.0.0.1:7071: connection refused"))  # type: ignore[arg-type]
+            refused = Far(far, 7071, b"dial tcp4 127.0.0.1:7071: connection refused")
+            pump(near, PodStream(refused))  # type: ignore[arg-type]
 
 
 def test_a_url_that_is_reachable_is_used_as_it_is(store: S3Store) -> None:

@@ -12,7 +12,11 @@ PLUGIN = "kubectl-graft"
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Return the exit code: 0, or 1 after a message on standard error."""
     program = "kubectl graft" if Path(sys.argv[0]).name == PLUGIN else "graft"
-    arguments = parser(program).parse_args(argv)
+    known = parser(program)
+    arguments = known.parse_args(argv)
+    if arguments.command is None:
+        known.print_help()
+        return 0
     try:
         arguments.run(arguments)
     except CliFailure as failure:

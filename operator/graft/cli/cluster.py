@@ -2,9 +2,12 @@
 connections to pods."""
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import ws_client
@@ -26,16 +29,23 @@ class Cluster:
 
     def __init__(self, context: str | None) -> None:
         try:
-            contexts, current = config.list_kube_config_contexts()
-            if context is not None:
-                current = next((item for item in contexts if item["name"] == context), None)
-            self._api = config.new_client_from_config(context=context)
-        except config.ConfigException as error:
+            with login_errors() as errors:
+                contexts, current = config.list_kube_config_contexts()
+                if context is not None:
+                    current = next((item for item in contexts if item["name"] == context), None)
+                self._api = config.new_client_from_config(context=context)
+            if errors:  # without a token, the API server would only answer 401
+                raise CliFailure(
+                    f"cannot log in to the cluster: {errors[0]}",
+                    "The kubeconfig names a program or file for the login. Check it with: kubectl auth whoami",
+                )
+            self.namespace: str = ((current or {}).get("context") or {}).get("namespace") or "default"
+        # The library checks no types: a damaged file ends in one of the last three.
+        except (config.ConfigException, yaml.YAMLError, OSError, AttributeError, TypeError, ValueError) as error:
             raise CliFailure(
-                f"cannot use the kubeconfig: {error}",
-                "Set KUBECONFIG or --context, or name report.json files instead of jobs.",
+                f"cannot use the kubeconfig: {' '.join(str(error).split())}",
+                "Set KUBECONFIG or --context. Commands that show reports also take report.json files, without a cluster.",
             ) from error
-        self.namespace: str = ((current or {}).get("context") or {}).get("namespace") or "default"
         self._core = client.CoreV1Api(self._api)
 
     def job(self, namespace: str, name: str) -> dict[str, Any]:
@@ -137,7 +147,9 @@ class Cluster:
         except WebSocketBadStatusException as error:
             raise _refused(where, PORTFORWARD.format(namespace), error.status_code, _text(error.resp_body)) from error
         except (WebSocketException, OSError) as error:
-            raise CliFailure(f"cannot {where}: {error}", "Check the kubeconfig's server and your network.") from error
+            raise CliFailure(
+                f"cannot {where}: {cause(error)}", "Check the kubeconfig's server and your network."
+            ) from error
 
     def _ask(self, what: str, right: str, call: Any, *place: Any, **options: Any) -> Any:
         """Send a request. `what` it does, and which `right` it needs, are for the message of a CliFailure."""
@@ -146,9 +158,39 @@ class Cluster:
         except ApiException as error:
             raise _refused(what, right, error.status, _text(error.body) or f"{error.status} {error.reason}") from error
         except (HTTPError, OSError) as error:
+            server = self._api.configuration.host
             raise CliFailure(
-                f"the cluster does not answer: {error}", "Check the kubeconfig's server and your network."
+                f"the cluster {server} does not answer: {cause(error)}",
+                "Check the kubeconfig's server and your network.",
             ) from error
+
+
+@contextmanager
+def login_errors() -> Iterator[list[str]]:
+    """Yield the errors that the library logs during the block. It logs a login that failed, and goes on without."""
+    errors: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    handler, root = Collector(logging.ERROR), logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield errors
+    finally:
+        root.removeHandler(handler)
+
+
+def cause(error: BaseException) -> str:
+    """Return what an error of the network comes from, without the retries and objects around it (PURE)."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        reason = getattr(inner, "reason", None)
+        inner = reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
+    return str(error)
 
 
 def _refused(what: str, right: str, status: int, message: str) -> CliFailure:

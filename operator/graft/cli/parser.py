@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,13 +53,13 @@ def parser(program: str = "graft") -> argparse.ArgumentParser:
         epilog="The commands use your kubeconfig. If a Service is reachable only inside the cluster, they forward a port to it.",
     )
     root.add_argument("--version", action="version", version=f"graft {__version__}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, text: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
             help=text,
-            description=description,
+            description=textwrap.fill(description, 80),
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -39,6 +39,7 @@ REMEDIES: dict[str, str] = {
     "DeadlineExceeded": "Raise `activeDeadlineSeconds` and `restarts` in one patch. The job resumes from its newest checkpoint; see [training.md](training.md#a-job-that-failed).",
     "DigestMismatch": "Find out who changed the files. Restore them, save the Adapter's YAML, delete the Adapter (with `deletionPolicy: Retain`) and apply it again. The operator does not repeat this check by itself.",
     "DoesNotFit": "Choose one of the changes that the message names: another method or quantization, smaller limits, other GPUs, or your own `resources`. See [placement.md](placement.md).",
+    "EngineImageMissing": "Set `images.vllm.repository` in the chart's values. Or serve on CPUs: set `engine: transformers`, and remove GPUs from `resources`. Pods that run stay as they are.",
     "EngineArgsUnknown": "Remove `engineArgs`, which are flags of vLLM, or set `engine: vllm`. Pods that run stay as they are.",
     "FileMissing": "Restore the file. The operator checks again by itself, at least every 5 minutes.",
     "GateFailed": "Read the report: it shows the scores beside the gates. Change the data or the recipe in a new job; see [evaluation.md](evaluation.md#gates-and-what-rejected-means).",

@@ -139,6 +139,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
             "StorageUnavailable": "The object store did not answer. The operator retries.",
             "DoesNotFit": "No GPU of this cluster has as much memory as the estimate requires, or the image of vLLM cannot load the quantization. The message says what would fit.",
+            "EngineImageMissing": "The deployment needs vLLM, because of spec.engine or of GPUs in spec.resources, and the chart's values name no image of it.",
             "ToolCallParserUnknown": "The engine transformers has no parser with the name in spec.toolCallParser. The message names its parsers.",
             "EngineArgsUnknown": "spec.engineArgs are flags of vLLM, and the deployment has the engine transformers.",
             "AutoscalerMissing": "autoscaling.provider is keda, but KEDA is not installed. The number of replicas stays as it is.",

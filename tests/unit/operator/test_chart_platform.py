@@ -62,6 +62,13 @@ def test_two_renderings_without_a_cluster_are_equal_and_hold_no_key(template: Te
     } in rules
 
 
+def test_without_vllm_only_its_image_may_be_left_out(template: Template, helm: str, tmp_path: Path) -> None:
+    assert settings(template()).images.vllm.startswith("docker.io/vllm/vllm-openai:")
+    assert settings(template({"images": {"vllm": {"repository": ""}}})).images.vllm == ""
+    refused = run(helm, "template", "graft", str(CHART), values={"images": {"agent": {"repository": ""}}}, tmp=tmp_path)
+    assert refused.returncode != 0 and "/images/agent/repository" in refused.stderr
+
+
 def test_an_existing_key_is_mounted_and_nothing_is_created(template: Template) -> None:
     made = template({"objectStore": {"embedded": {"existingSecret": "mine"}}})
     operator = pods(made)["graft-operator"]

@@ -18,7 +18,20 @@ async def place_engine(ctx: Context, deployment: AdapterDeployment, base: Base) 
     sizing = await _sizing(ctx, deployment, base)
     if isinstance(sizing, Trouble):
         return sizing
-    return unknown_parser(deployment, sizing) or unknown_args(deployment, sizing) or sizing
+    missing = missing_image(sizing, ctx.settings.images.vllm)
+    return missing or unknown_parser(deployment, sizing) or unknown_args(deployment, sizing) or sizing
+
+
+def missing_image(sizing: ServingSizing, image: str) -> Trouble | None:
+    """Return the trouble if the replicas need vLLM and this installation has no image of it."""
+    if image or sizing.engine != "vllm":
+        return None
+    return Trouble(
+        "EngineImageMissing",
+        "the deployment needs the engine vllm, and this installation has no image of it. Ask your platform team to set "
+        "images.vllm.repository in the values of Graft's chart. Or serve on CPUs: set spec.engine to transformers, and "
+        "remove GPUs from spec.resources",
+    )
 
 
 def unknown_parser(deployment: AdapterDeployment, sizing: ServingSizing) -> Trouble | None:

@@ -8,7 +8,7 @@ from graft.api.meta import Condition
 from graft.contracts.agent import Residency, ResidentAdapter
 from graft.reconcile.adapterdeployment import assignment, scaling
 from graft.reconcile.adapterdeployment.deploymentstatus import World, observe
-from graft.reconcile.adapterdeployment.placing import unknown_parser
+from graft.reconcile.adapterdeployment.placing import missing_image, unknown_parser
 from graft.reconcile.adapterdeployment.serving import plan_routes, plan_wanted, resolve, wanted_adapter
 from graft.reconcile.shared.access import Trouble
 from graft.status import find, merge
@@ -186,3 +186,15 @@ def test_a_parser_that_the_engine_lacks_is_named_with_those_that_it_has() -> Non
     assert unknown_parser(unknown, vllm) is None, "vLLM has more parsers"
     assert unknown_parser(deployment(toolCallParser="hermes"), transformers) is None
     assert unknown_parser(deployment(), transformers) is None
+
+
+def test_without_an_image_of_vllm_the_message_says_what_to_set() -> None:
+    vllm = ServingSizing(engine="vllm")
+    trouble = missing_image(vllm, "")
+    assert trouble is not None
+    _, conditions = seen(world([], [], trouble=trouble))
+    accepted = conditions["Accepted"]
+    assert (accepted.status, accepted.reason) == ("False", "EngineImageMissing")
+    assert "images.vllm.repository" in accepted.message and "spec.engine to transformers" in accepted.message
+    assert missing_image(vllm, "vllm:1") is None
+    assert missing_image(ServingSizing(engine="transformers"), "") is None

@@ -1,6 +1,7 @@
 """Build the objects of a FineTuneJob: the ConfigMap with job.json, the Jobs, and for several pods the Service that
 connects them."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,7 @@ from graft.settings import Settings, Spot
 # Components: the pods of the run, and the pod that checks the job before them.
 TRAINING, PREFLIGHT = "training", "preflight"
 METHOD_LABEL = "graft.dev/method"
+JOB_FILE_DIGEST = "graft.dev/job-file"  # annotation: the SHA-256 of job.json, which shows a change by hand
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 GRACE_SECONDS = 120  # seconds for the last checkpoint; clouds give spot nodes 30 to 120 seconds
@@ -136,7 +138,17 @@ def job_file(
 
 def config_map(job: FineTuneJob, file: JobFile) -> Manifest:
     """Return the ConfigMap that holds job.json."""
-    return child("v1", "ConfigMap", job_file_name(job), job, TRAINING) | {"data": {"job.json": file.json_text()}}
+    text = file.json_text()
+    made = child("v1", "ConfigMap", job_file_name(job), job, TRAINING) | {"data": {"job.json": text}}
+    made["metadata"]["annotations"] = {JOB_FILE_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    return made
+
+
+def is_edited(live: Manifest) -> bool:
+    """Return whether job.json is not as it was written. A ConfigMap of an earlier release does not say how it was."""
+    written = (live["metadata"].get("annotations") or {}).get(JOB_FILE_DIGEST)
+    text = str((live.get("data") or {}).get("job.json"))
+    return written not in {None, hashlib.sha256(text.encode()).hexdigest()}
 
 
 def peers_service(job: FineTuneJob) -> Manifest:

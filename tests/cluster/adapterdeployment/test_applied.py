@@ -192,7 +192,7 @@ def test_what_is_deleted_or_changed_by_hand_comes_back_at_once(pair: Tenant) -> 
         kind, _, rest = child.partition("-")
         pair.api.delete(kind, pair.name, f"edited{'-' if rest else ''}{rest}")
         # The resync comes after minutes.
-        pair.wait(lambda child=child: child in children(pair, "edited"), f"{child} is there again", 15)
+        pair.wait(lambda child=child: child in children(pair, "edited"), f"{child} is there again", 10)
     opened = {"spec": {"ingress": [{}], "podSelector": {"matchLabels": {"a": "b"}}}}
     pair.api.patch("NetworkPolicy", pair.name, "edited-serving", opened)
     more = {"subjects": [{"kind": "ServiceAccount", "name": "someone", "namespace": pair.name}]}
@@ -201,7 +201,7 @@ def test_what_is_deleted_or_changed_by_hand_comes_back_at_once(pair: Tenant) -> 
     pair.wait(
         lambda: children(pair, "edited") == wanted,
         "the changes by hand are repaired",
-        15,
+        10,
         explain=lambda: json.dumps(children(pair, "edited")),
     )
 

@@ -27,6 +27,7 @@ from graft.manifests.training import (
     Shape,
     config_map,
     data_uris,
+    is_edited,
     is_preflight,
     job_file,
     job_file_name,
@@ -171,8 +172,12 @@ async def _steer(ctx: Context, world: World) -> bool:
         child["spec"]["suspend"] = job.spec.suspend
     nodes = int(child["spec"].get("completions") or 1)
     live = await ctx.cache.get("ConfigMap", namespace, job_file_name(job))
+    if live is not None and is_edited(live):
+        live = None
     restored = await _restore_file(ctx, job, nodes) if live is None else None
     kept = await keep(ctx, namespace, *([restored] if restored is not None else []), *_network(ctx, job, nodes))
+    if world.refusal is not None:  # the pod may wait for the Secret, of which the operator sees no deletion
+        kept &= await ensure_credentials(ctx, namespace) is None
     halvings = memory_failures(world)
     file = job_file_of(live or restored) if halvings else None
     if file is not None and file.halvings < halvings:

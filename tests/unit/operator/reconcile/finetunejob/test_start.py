@@ -1,11 +1,13 @@
 """The writes between a new FineTuneJob and its Job, and an operator that is killed before any of them."""
 
 import copy
+from typing import Any
 
 import pytest
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError
 from graft.manifests.metadata import FINALIZER
+from graft.reconcile.finetunejob import finetunejob
 from graft.reconcile.finetunejob.finetunejob import reconcile
 from graft.reconcile.shared.access import SECRET_KEYS
 from worlds.reconciling import Killed, MemoryStore, MortalKube, Object, context
@@ -82,3 +84,28 @@ async def test_a_job_that_cannot_be_created_keeps_its_version() -> None:
     status = kube.objects["FineTuneJob", "shop", "j"]["status"]
     assert {item["reason"] for item in status["conditions"]} == {"CreationFailed", "Waiting"}
     assert status["resolved"]["version"] == "1.0.0"
+
+
+async def test_the_secret_is_made_again_when_pods_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator may not watch Secrets. It looks at the Secret when no pod starts."""
+    kube, checked = world(), list[str]()
+    ctx = context(kube, MemoryStore())
+    await reconcile(ctx, "shop", "j")
+    kube.objects["Job", "shop", "j"]["metadata"]["uid"] = "c"
+
+    async def not_started(*_: Any) -> str:
+        return 'pod p does not start: secret "graft-storage" not found'
+
+    async def ensure_credentials(_: Any, namespace: str, *__: Any) -> None:
+        checked.append(namespace)
+
+    async def nothing(*_: Any) -> None:
+        """Find no reason."""
+
+    monkeypatch.setattr(finetunejob, "ensure_credentials", ensure_credentials)
+    monkeypatch.setattr(finetunejob, "refusal", nothing)
+    await reconcile(ctx, "shop", "j")
+    assert checked == []
+    monkeypatch.setattr(finetunejob, "refusal", not_started)
+    await reconcile(ctx, "shop", "j")
+    assert checked == ["shop"]

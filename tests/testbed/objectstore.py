@@ -4,12 +4,15 @@ import contextlib
 import secrets
 import shutil
 import signal
+import ssl
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from graft.contracts.addresses import host_port
 
 from testbed.binaries import binary
 from testbed.controlplane import free_port
@@ -26,10 +29,12 @@ class S3Server:
     access_key: str
     secret_key: str
     keep_alive: bool = False  # whether connections stay open after an answer, as those of S3 do
+    address: str = "127.0.0.1"
+    tls: Path | None = None  # the folder with server.crt, server.key and ca.crt, for HTTPS
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{host_port(self.address, self.port)}"
 
     @property
     def processes(self) -> Processes:
@@ -41,8 +46,8 @@ class S3Server:
             (self.state / folder).mkdir(exist_ok=True)
         self.processes.start(
             "versitygw",
-            [binary("versitygw"), "--port", f"127.0.0.1:{self.port}", "--health", "/health", "--quiet", "--iam-dir",
-             self.state / "iam", *(["--keep-alive"] if self.keep_alive else []), "posix", "--sidecar", self.state / "sidecar", self.state / "data"],
+            [binary("versitygw"), "--port", host_port(self.address, self.port), "--health", "/health", "--quiet", "--iam-dir",
+             self.state / "iam", *(["--keep-alive"] if self.keep_alive else []), *self._certificate(), "posix", "--sidecar", self.state / "sidecar", self.state / "data"],
             env={"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key},
         )  # fmt: skip
         wait_for(self._answers, 20, "the S3 server answers", lambda: tail(self.state / "logs/versitygw.log"))
@@ -59,9 +64,13 @@ class S3Server:
         finally:
             self.processes.signal("versitygw", signal.SIGCONT)
 
+    def _certificate(self) -> list[str | Path]:
+        return ["--cert", self.tls / "server.crt", "--key", self.tls / "server.key"] if self.tls else []
+
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.endpoint}/health", timeout=2) as answer:
+            trust = ssl.create_default_context(cafile=self.tls / "ca.crt") if self.tls else None
+            with urllib.request.urlopen(f"{self.endpoint}/health", timeout=2, context=trust) as answer:
                 return int(answer.status) == 200
         except (urllib.error.URLError, OSError):
             return False

@@ -26,6 +26,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError
+from botocore.utils import get_environ_proxies
 
 from graft.artifacts.layout import MODELS_PREFIX, USER_PREFIX, VERSIONS, tenant_prefix
 from graft.artifacts.storage import StorageConfig, StoreError, Trouble
@@ -66,12 +67,10 @@ class VersityIdentity:
         self._id = installation_id(store.config.bucket, installation)
         self._models = models
         self._lock = threading.Lock()  # one writer of users and policy, even if a reconcile was ended meanwhile
-        ca = store.config.ca_file
-        self._http = (
-            urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=10), ca_certs=ca)
-            if ca
-            else urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=10))
-        )
+        how: dict[str, Any] = {"timeout": urllib3.Timeout(connect=5, read=10), "ca_certs": store.config.ca_file}
+        # As boto3 does for the store. urllib3 does not read the environment.
+        proxy = get_environ_proxies(self._admin_url).get(self._admin_url.partition("://")[0])
+        self._http = urllib3.ProxyManager(proxy, **how) if proxy else urllib3.PoolManager(**how)
 
     def draw(self, tenant: str) -> StorageConfig:
         """Return a new key for a tenant, which works after `accept`."""

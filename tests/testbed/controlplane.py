@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from graft.contracts.addresses import host_port
 
 from testbed import packages, pki
 from testbed.binaries import binary, kubectl
@@ -16,6 +19,7 @@ from testbed.shell import tail, wait_for
 
 SERVICE_CIDR = "10.96.0.0/16"
 KUBERNETES_IP = "10.96.0.1"
+SERVICE_CIDR_IPV6 = "fd00:10:96::/112"
 # The API server records each request of a service account outside of kube-system when it has answered the request.
 AUDITED = {
     "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived", "ResponseStarted"],
@@ -53,7 +57,7 @@ class ControlPlane:
 
     @property
     def server(self) -> str:
-        return f"https://{self.address}:{self.api_port}"
+        return f"https://{host_port(self.address, self.api_port)}"
 
     @property
     def audit_log(self) -> Path:
@@ -146,11 +150,11 @@ class ControlPlane:
 
 
 @contextlib.contextmanager
-def control_plane(*, audited: bool = False) -> Iterator[ControlPlane]:
-    """Run a control plane with its own state folder during the block. Delete both afterwards."""
+def control_plane(**fields: Any) -> Iterator[ControlPlane]:
+    """Run a control plane with its own state folder during the block. Delete both afterwards. `fields`: of ControlPlane."""
     packages.install(packages.CONTROL_PLANE)
     state = Path(tempfile.mkdtemp(prefix="graft-controlplane-"))
-    plane = ControlPlane(state, audited=audited)
+    plane = ControlPlane(state, **fields)
     try:
         plane.start()
         yield plane

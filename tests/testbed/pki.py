@@ -19,7 +19,7 @@ def authority(folder: Path) -> None:
 def certificate(folder: Path, name: str, subject: str, addresses: tuple[str, ...] = ()) -> None:
     """Write <name>.crt and <name>.key for servers and clients, signed by the authority."""
     request, extensions = folder / f"{name}.csr", folder / f"{name}.ext"
-    names = [f"{'IP' if item[0].isdigit() else 'DNS'}:{item}" for item in addresses]
+    names = [f"{'IP' if item[0].isdigit() or ':' in item else 'DNS'}:{item}" for item in addresses]
     lines = ["extendedKeyUsage=serverAuth,clientAuth", *([f"subjectAltName={','.join(names)}"] if names else [])]
     extensions.write_text("\n".join(lines) + "\n")
     _openssl(

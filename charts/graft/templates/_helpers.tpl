@@ -192,8 +192,28 @@ topologySpreadConstraints:
 {{- required "objectStore.external.existingSecret is needed when objectStore.embedded.enabled is false: set it to the name of a Secret with the keys access-key-id and secret-access-key" .Values.objectStore.external.existingSecret -}}
 {{- else if .Values.objectStore.embedded.existingSecret -}}
 {{- .Values.objectStore.embedded.existingSecret -}}
+{{- else if include "graft.earlierStoreKey" . -}}
+{{- include "graft.fullname" . }}-store-root
 {{- else -}}
 {{- include "graft.fullname" . }}-store-key
+{{- end -}}
+{{- end -}}
+
+{{/* The entries of the Secret with the root key that an earlier chart made in this release, as JSON, or nothing. An upgrade keeps it,
+because people upload with this key. Without a cluster there is none. */}}
+{{- define "graft.earlierStoreKey" -}}
+{{- if and .Values.objectStore.embedded.enabled (not .Values.objectStore.embedded.existingSecret) -}}
+{{- $found := lookup "v1" "Secret" .Release.Namespace (printf "%s-store-root" (include "graft.fullname" .)) -}}
+{{- if and $found (eq (dig "metadata" "annotations" "meta.helm.sh/release-name" "" $found) .Release.Name) -}}
+{{- toJson $found.data -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Not empty if the operator creates the Secret with the root key of the embedded store. */}}
+{{- define "graft.createsStoreKey" -}}
+{{- if and .Values.objectStore.embedded.enabled (not .Values.objectStore.embedded.existingSecret) (not (include "graft.earlierStoreKey" .)) -}}
+true
 {{- end -}}
 {{- end -}}
 

@@ -11,7 +11,11 @@ Object = dict[str, Any]
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
-ALL_KINDS = KINDS | {"ReplicaSet": Kind("apps/v1", "replicasets"), "CoreEvent": Kind("v1", "events")}
+ALL_KINDS = KINDS | {
+    "ReplicaSet": Kind("apps/v1", "replicasets"),
+    "CoreEvent": Kind("v1", "events"),
+    "StatefulSet": Kind("apps/v1", "statefulsets"),
+}
 
 
 class Refused(Exception):

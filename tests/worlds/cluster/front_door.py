@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from worlds.cluster.api import Api
 from worlds.cluster.operator_process import SYSTEM
 
 
+class _IPv6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -40,7 +45,7 @@ class _Answers(BaseHTTPRequestHandler):
 @contextmanager
 def engine(address: str, port: int) -> Iterator[None]:
     """Run an engine on a loopback address, in place of the engine of a pod."""
-    server = ThreadingHTTPServer((address, port), _Answers)
+    server = (_IPv6 if ":" in address else ThreadingHTTPServer)((address, port), _Answers)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

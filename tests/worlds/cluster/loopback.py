@@ -39,7 +39,7 @@ HEARTBEAT = 10.0  # seconds
 LOOK_EVERY = 0.2  # seconds
 PROBE_EVERY = 0.5  # seconds; the pods' own probes have longer periods, but the order of events is the same
 
-# program, arguments, environment, log -> process id
+# program, arguments, environment with the container's IMAGE, log -> process id
 Start = Callable[[str, list[str], dict[str, str], Path], int]
 
 
@@ -108,10 +108,10 @@ class LoopbackPod:
         )
         identity = {"POD_NAME": self.name, "POD_NAMESPACE": self.namespace, "POD_UID": uid}
         self._pause = containers["engine"]["lifecycle"]["preStop"]["sleep"]["seconds"]
-        self.agent = Container(lambda: start("agent", agent, identity, folder / "agent.log"))
-        self.engine = Container(
-            lambda: start("engine", engine, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, folder / "engine.log")
-        )
+        image = {name: {"IMAGE": item["image"]} for name, item in containers.items()}
+        updating = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        self.agent = Container(lambda: start("agent", agent, identity | image["agent"], folder / "agent.log"))
+        self.engine = Container(lambda: start("engine", engine, updating | image["engine"], folder / "engine.log"))
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 

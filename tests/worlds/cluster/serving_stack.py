@@ -8,15 +8,17 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from graft.artifacts import layout, sources
 from graft.artifacts.manifest import Effect, Manifest, ManifestBaseModel, ManifestJob
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import describe_files
+from graft.contracts.addresses import host_port
 from graft.contracts.mounts import GATEWAY_PORT
 from testbed.controlplane import ControlPlane
 from testbed.shell import REPOSITORY, tail, wait_for
@@ -96,16 +98,18 @@ def write_kubeconfig(plane: ControlPlane, path: Path, token: str) -> Path:
 
 
 @contextmanager
-def gateway(plane: ControlPlane, api: Api, folder: Path, address: str) -> Iterator[str]:
+def gateway(
+    plane: ControlPlane, api: Api, folder: Path, address: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
     """Run the gateway as a process with the chart's rights. Yield its URL."""
     kubeconfig = write_kubeconfig(plane, folder / "gateway.kubeconfig", api.token(SYSTEM, "graft-gateway"))
     log = folder / "gateway.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "graft_server.gateway", "--namespace", SYSTEM, "--listen-address", address],
-            env=os.environ | {"KUBECONFIG": str(kubeconfig)}, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            env={**os.environ, "KUBECONFIG": str(kubeconfig), **environment}, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    url = f"http://{address}:{GATEWAY_PORT}"
+    url = f"http://{host_port(address, GATEWAY_PORT)}"
 
     def ready() -> bool:
         assert process.poll() is None, f"the gateway ended unexpectedly. The last lines of its log:\n{tail(log)}"

@@ -57,6 +57,12 @@ def containers(pod: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "PYTHONSTARTUP", "PATH", "HOME", "NVIDIA_VISIBLE_DEVICES", "HTTPS_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
         "KUBERNETES_SERVICE_HOST", "VLLM_PLUGINS", "VLLM_SERVER_DEV_MODE", "NCCL_NET_PLUGIN", "CUDA_INJECTION64_PATH", "TRITON_CACHE_DIR",
         "OPENSSL_CONF", "OMP_TOOL_LIBRARIES", "CC", "BASH_ENV", "TMPDIR", "MASTER_ADDR", "WORLD_SIZE", "SSLKEYLOGFILE", "POD_NAME",
+        "MATPLOTLIBRC", "MPLBACKEND", "MPLCONFIGDIR", "NLTK_DATA",
+        # glibc removes these for programs with more rights than their caller (sysdeps/generic/unsecvars.h): they open files, or
+        # lead names of hosts elsewhere. LOCALDOMAIN would make the store's name one of another domain.
+        "GCONV_PATH", "GETCONF_DIR", "GLIBC_TUNABLES", "HOSTALIASES", "LD_AUDIT", "LD_DEBUG", "LD_PROFILE", "LOCALDOMAIN", "LOCPATH",
+        "MALLOC_ARENA_MAX", "NIS_PATH", "NLSPATH", "RESOLV_ADD_TRIM_DOMAINS", "RESOLV_HOST_CONF", "RESOLV_MULTI",
+        "RESOLV_OVERRIDE_TRIM_DOMAINS", "RESOLV_SPOOF_CHECK", "RES_OPTIONS", "TZDIR",
     ],
 )  # fmt: skip
 def test_a_variable_that_leads_a_program_elsewhere_is_reserved(name: str) -> None:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from graft.cli.failure import CliFailure
+from graft.cli.output import safe
 from graft.cli.parser import parser
 
 PLUGIN = "kubectl-graft"
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except CliFailure as failure:
-        print(f"{program}: {failure}\n{failure.remedy}", file=sys.stderr)
+        print(safe(f"{program}: {failure}\n{failure.remedy}"), file=sys.stderr)
         return 1
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "graft":
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130  # as a shell reports SIGINT
     except BrokenPipeError:  # the reader of a pipe, such as head, has ended
         sys.stderr.close()
         return 1

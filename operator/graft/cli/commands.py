@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graft.artifacts.store import S3Store
 from graft.cli.failure import CliFailure
-from graft.cli.output import show
+from graft.cli.output import safe, show
 from graft.cli.reports import opened_store, read_reports
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run_examples(arguments: argparse.Namespace) -> None:
         raise CliFailure(
             f"the report of {arguments.job} shows no examples", "It was written by an older Graft. Run the job again."
         )
-    print("\n\n".join(found))
+    print(safe("\n\n".join(found)))
 
 
 def run_logs(arguments: argparse.Namespace) -> None:

@@ -42,12 +42,18 @@ def pull(store: S3Store, namespace: str, adapter: str, version: str, trusted: di
         raise CliFailure(f"{folder} exists", "It is not overwritten. Give another folder with --to.")
     prefix = adapter_prefix(tenant_of(namespace), adapter, version)
     partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists() or partial.is_symlink():
+        raise CliFailure(
+            f"{partial} exists", "A download may have been killed. Remove it, or give another folder with --to."
+        )
+    made = False
     try:
         with explained(f"{adapter} {version} in {namespace}"):
             found, manifest = verified_manifest(store, namespace, adapter, version, trusted)
             _check_room(manifest, folder)
-            partial.mkdir(parents=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            made = True
             for file in manifest.files:
                 _download(store, prefix, file, partial / file.name)
             for name, data in ((MANIFEST, found.manifest), (SIGNATURE, found.signature)):
@@ -56,7 +62,8 @@ def pull(store: S3Store, namespace: str, adapter: str, version: str, trusted: di
     except OSError as error:
         raise CliFailure(f"cannot write {folder}: {error}", "Give another folder with --to.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if made:
+            shutil.rmtree(partial, ignore_errors=True)
     return Pulled(found, folder)
 
 

@@ -6,6 +6,7 @@ interrupted.
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
 LISTED_AFTER = 20.0  # seconds; the operator also starts if a kind cannot be listed
 METRICS_PORT = 9090
+KOPF_AGAIN = 5.0  # seconds until kopf repeats a request that failed
 BRIEF = 4.0  # seconds for an answer of the store to a short call, which is sent at most twice
 
 RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] = {
@@ -80,6 +82,8 @@ async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
     settings.posting.enabled = False
     settings.scanning.disabled = True  # kopf watches nothing: no kinds, and no namespaces
     settings.networking.request_timeout = 30
+    # kopf asks once which kinds exist, and ends the operator if that fails in the end. Nothing depends on the answer.
+    settings.networking.error_backoffs = itertools.repeat(KOPF_AGAIN)
     await _start_operator()
 
 

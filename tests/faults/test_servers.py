@@ -4,6 +4,7 @@ import time
 
 import pytest
 from testbed.faults import EXPIRED_TOKEN, SLOW_DOWN, Fault
+from testbed.shell import wait_for
 from worlds.faults.bed import Bed
 
 BUSY = Fault(match="apply ", status=429, code="TooManyRequests", retry_after=1, times=10)
@@ -48,6 +49,26 @@ def test_the_operator_survives_an_outage_of_the_api_server(bed: Bed, killed: boo
     bed.run(life, ["tune", "serve"])
     bed.silent(life)
     assert bed.operator.process is not None and bed.operator.process.poll() is None, "the operator was not restarted"
+
+
+@pytest.mark.seconds(65)
+def test_an_operator_that_has_just_started_survives_a_long_outage(bed: Bed) -> None:
+    """kopf's own request at the start fails for so long that kopf by default gives up, and ends the process."""
+    bed.operator.kill9()
+    before = bed.at_api.count(frozenset({"list"}), "admissionregistration")
+    bed.at_api.inject(Fault(match="admissionregistration", status=503, code="ServiceUnavailable", times=10))
+    bed.healthy()
+    life = bed.new_life()
+    bed.run(life, ["tune"])  # the operator works meanwhile
+    process = bed.operator.process
+    assert process is not None
+
+    def asked() -> bool:
+        assert process.poll() is None, "the operator has ended"
+        return bed.at_api.count(frozenset({"list"}), "admissionregistration") - before > 10
+
+    wait_for(asked, 120, "the request has succeeded in the end")
+    bed.silent(life)
 
 
 AWAY = {"hanging": Fault(hang_at=0), "refusing": Fault(status=503, code="ServiceUnavailable")}

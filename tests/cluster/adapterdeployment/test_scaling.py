@@ -199,9 +199,12 @@ def test_an_idle_deployment_scales_to_zero_and_the_next_request_wakes_it(tenant:
 
 def test_a_restarted_operator_wakes_a_deployment_that_was_requested_meanwhile(tenant: Tenant, running: Any) -> None:
     fleet = Fleet(tenant, "chat")
-    fleet.deploy([], routes=[{"model": "base"}], autoscaling={"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 20})
+    scaling = {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 5}
+    fleet.deploy([], routes=[{"model": "base"}], autoscaling=scaling)
     fleet.pods(1)
     fleet.until("Available", "Asleep", timeout=90)
+    fleet.change(autoscaling=scaling | {"idleSeconds": 60})  # the request still counts after the restart
+    fleet.until("Available", "Asleep")
     running.kill9()
     with front_door(tenant.api, "gw-2", hold_seconds=5.0) as door:
         answer = door.ask(f"{tenant.name}/base")

@@ -169,6 +169,13 @@ def condition(resource: dict[str, Any], type_: str) -> dict[str, Any]:
     return dict(found[0]) if found else {}
 
 
+def progress_line(name: str, status: dict[str, Any]) -> str:
+    """Return the stage of a job, and what is known of its progress (PURE)."""
+    known = {"progressText": "", "lossText": "loss ", "etaText": "time left "}
+    parts = [f"{word}{status[field]}" for field, word in known.items() if status.get(field)]
+    return "  ".join([f"    {name}: {status.get('stage', 'waits for the operator')}", *parts])
+
+
 def follow(access: Access, name: str = "support", timeout: float = 900) -> dict[str, Any]:
     """Show a job's progress in one line until it ends. Return the job. Raises Failed with its reason if it failed."""
     deadline, shown, told = time.monotonic() + timeout, "", 0.0
@@ -176,8 +183,8 @@ def follow(access: Access, name: str = "support", timeout: float = 900) -> dict[
     while True:
         job = access.get("finetunejob", name)
         status, ended = job.get("status", {}), condition(job, "Succeeded")
-        line = f"    {name}: {status.get('stage', '-')}  {status.get('progressText', '')}  loss {status.get('lossText', '-')}  ETA {status.get('etaText', '-')}"
-        if line != shown and (live or time.monotonic() - told > 5 or status.get("stage") not in shown):
+        line = progress_line(name, status)
+        if line != shown and (live or time.monotonic() - told > 15 or status.get("stage", "") not in shown):
             print(f"\r{line:<90}" if live else line, end="" if live else "\n", flush=True)
             shown, told = line, time.monotonic()
         if ended.get("status") == "True":

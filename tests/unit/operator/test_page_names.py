@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from graft.api.finetunejob import MUTABLE
 from graft.cli.parser import parser
 from graft.crdgen import KINDS, custom_resource_definition
 from testbed.shell import REPOSITORY
@@ -181,3 +182,9 @@ def test_the_pages_that_messages_name_exist() -> None:
     for page, anchor, source in sorted(named, key=str):
         assert (REPOSITORY / page).exists(), f"{source} names {page}"
         assert anchor is None or anchor in anchors(REPOSITORY / page), f"{source} names {page}#{anchor}"
+
+
+def test_the_fields_of_a_job_that_may_be_changed_are_listed() -> None:
+    text = (REPOSITORY / "docs/concepts.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| `FineTuneJob` |"))
+    assert set(INLINE.findall(row.split("|")[5])) == set(MUTABLE)

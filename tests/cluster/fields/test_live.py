@@ -18,6 +18,7 @@ from worlds.fields.sample import ALL, sample
 from worlds.fields.schema import Spec
 from worlds.fields.tries import Accepted, Tried, try_fields
 
+pytestmark = pytest.mark.timeout(3600)  # all values of a kind, on a busy machine
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 JSON_PATCH = "application/json-patch+json"
 DEPLOYMENTS, MODELS, JOBS, VERSIONS = 4, 2, 1, 1  # changes of a sample

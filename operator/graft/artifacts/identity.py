@@ -90,10 +90,10 @@ class VersityIdentity:
         user = self.user(tenant)
         with self._lock:
             if user not in self.users():
-                self._admin(
-                    "/create-user",
-                    f"<Account><Access>{user}</Access><Secret>{escape(secret)}</Secret><Role>user</Role></Account>",
+                account = (
+                    f"<Account><Access>{user}</Access><Secret>{escape(secret)}</Secret><Role>user</Role></Account>"
                 )
+                self._admin("/create-user", account, done=409)
             self._write(self._recorded() | {tenant: user})
 
     def revoke(self, tenant: str) -> None:
@@ -145,7 +145,7 @@ class VersityIdentity:
                     "the user %s lost its rights here and stays, because the policy of bucket %s names it", user, other
                 )
                 continue
-            self._admin(f"/delete-user?access={quote(user)}")
+            self._admin(f"/delete-user?access={quote(user)}", done=404)
 
     def _named_elsewhere(self, user: str) -> str | None:
         """Return another bucket of the store whose policy names the user, or None."""
@@ -199,28 +199,33 @@ class VersityIdentity:
             raise _unavailable(error, f"cannot read the bucket policy of {bucket}") from error
         return dict(json.loads(answer["Policy"]))
 
-    def _admin(self, path: str, body: str = "") -> bytes:
-        if path != USERS and not self._store.may_write():
-            raise StoreError("unavailable", "another operator leads now, so this one writes nothing")
-        own = self._store.config
-        request = AWSRequest(method="PATCH", url=self._admin_url + path, data=body.encode())
-        S3SigV4Auth(Credentials(own.access_key_id, own.secret_access_key), "s3", own.region).add_auth(request)
-        prepared = request.prepare()
+    def _admin(self, path: str, body: str = "", done: int = 200) -> bytes:
+        """Call the identity service. `done`: the status that it answers if the change was made before."""
         try:
-            answer = self._http.request(
-                "PATCH", prepared.url, headers=dict(prepared.headers), body=body.encode(), retries=2
-            )
+            try:
+                answer = self._send(path, body)
+            except urllib3.exceptions.ProtocolError:  # the connection broke off, so the change may have been made
+                answer = self._send(path, body)
         except urllib3.exceptions.HTTPError as error:
             raise StoreError(
                 "unavailable", f"cannot call the identity service {self._admin_url}: {error}", answered=False
             ) from error
-        if answer.status >= 300:
+        if answer.status >= 300 and answer.status != done:
             trouble: Trouble = "denied" if answer.status in {401, 403} else "unavailable"
             raise StoreError(
                 trouble,
                 f"the identity service answered {answer.status} to {path.split('?')[0]}: {answer.data[:300]!r}",
             )
         return answer.data
+
+    def _send(self, path: str, body: str) -> urllib3.BaseHTTPResponse:
+        if path != USERS and not self._store.may_write():
+            raise StoreError("unavailable", "another operator leads now, so this one writes nothing")
+        own = self._store.config
+        request = AWSRequest(method="PATCH", url=self._admin_url + path, data=body.encode())
+        S3SigV4Auth(Credentials(own.access_key_id, own.secret_access_key), "s3", own.region).add_auth(request)
+        prepared = request.prepare()
+        return self._http.request("PATCH", prepared.url, headers=dict(prepared.headers), body=body.encode(), retries=2)
 
 
 def _unavailable(error: Exception, what: str) -> StoreError:

@@ -101,7 +101,7 @@ def explained(what: str) -> Iterator[None]:
     except StoreError as error:
         remedies = {
             "bucket": "Check the entry bucket of the Secret graft-storage, and that --endpoint is the store that has it.",
-            "missing": "A version has a signature only after its Adapter is Ready. Check it: kubectl get adapters -o wide",
+            "missing": f"Somebody has deleted it from the store. {SAFE}",
             "denied": "The key in the Secret graft-storage may not read this version. Ask the platform team.",
             "large": SAFE,
         }
@@ -114,10 +114,18 @@ def verified_manifest(
 ) -> tuple[Verified, Manifest]:
     """Check the signature of a version's manifest. Return the facts about the version, and its manifest.
 
-    Raises SignatureInvalid, InvalidArtifact, OutOfBounds and StoreError.
+    Raises SignatureInvalid, InvalidArtifact, OutOfBounds, StoreError and, for a version without a signature, CliFailure.
     """
     prefix = adapter_prefix(tenant_of(namespace), adapter, version)
-    data = store.get(prefix + SIGNATURE, most=SIGNATURE_LIMITS.size)
+    try:
+        data = store.get(prefix + SIGNATURE, most=SIGNATURE_LIMITS.size)
+    except StoreError as error:
+        if error.trouble != "missing":
+            raise
+        raise CliFailure(
+            f"the store has no signed version {adapter} {version} of {namespace}",
+            "A version has a signature only after its Adapter is Ready. Check it: kubectl get adapters -o wide",
+        ) from error
     signature = read_as(AdapterSignature, data, SIGNATURE_LIMITS, SIGNATURE)
     content = store.get(prefix + MANIFEST, most=LIMITS.size)
     uri = s3_uri(store.config.bucket, prefix)

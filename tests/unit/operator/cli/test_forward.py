@@ -192,6 +192,13 @@ def test_a_version_that_is_not_what_was_signed_leaves_no_folder(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("support")] == []
 
 
+def test_a_version_that_does_not_exist_is_named(store: S3Store, version: Manifest, tmp_path: Path) -> None:
+    store.delete(PREFIX + SIGNATURE)
+    with pytest.raises(CliFailure, match=r"the store has no signed version support 1\.0\.0 of shop") as caught:
+        pulled(Cluster(store), tmp_path / "support")
+    assert "kubectl get adapters" in caught.value.remedy
+
+
 @dataclass
 class Front:
     """A server that ends TLS in front of the store."""

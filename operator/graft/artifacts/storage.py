@@ -163,6 +163,13 @@ def trouble_of(error: ClientError) -> Trouble:
     return "unavailable"
 
 
+def refused(what: str, error: ClientError) -> StoreError:
+    """Return the error for an error answer of the store about `what`, without the words of the library (PURE)."""
+    found = error.response.get("Error", {})
+    said = ": ".join(str(part) for part in (found.get("Code"), found.get("Message")) if part)
+    return StoreError(trouble_of(error), f"{what}: the store answered {error.operation_name} with {said or 'an error'}")
+
+
 def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
     """Call `call`, and retry while the store is unavailable, until `patience` seconds after the first such error.
 

@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from graft.artifacts.storage import StorageConfig, StoreError, client_of, patiently, trouble_of
+from graft.artifacts.storage import StorageConfig, StoreError, client_of, patiently, refused, trouble_of
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -127,7 +127,7 @@ class S3Store:
         try:
             return getattr(self.client, operation)(Bucket=bucket, Key=key, **arguments)
         except ClientError as error:
-            raise StoreError(trouble_of(error), f"s3://{bucket}/{key}: {error}") from error
+            raise refused(f"s3://{bucket}/{key}", error) from error
         except BotoCoreError as error:
             raise _silent(f"s3://{bucket}/{key}", error) from error
 
@@ -137,11 +137,11 @@ class S3Store:
             self.client.head_bucket(Bucket=self.config.bucket)
         except ClientError as error:
             if trouble_of(error) != "missing":
-                raise StoreError(trouble_of(error), f"bucket {self.config.bucket}: {error}") from error
+                raise refused(f"bucket {self.config.bucket}", error) from error
             try:
                 self.client.create_bucket(Bucket=self.config.bucket)
-            except ClientError as refused:
-                raise StoreError(trouble_of(refused), f"bucket {self.config.bucket}: {refused}") from refused
+            except ClientError as second:
+                raise refused(f"bucket {self.config.bucket}", second) from second
         except BotoCoreError as error:
             raise _silent(f"bucket {self.config.bucket}", error) from error
 
@@ -186,11 +186,12 @@ class S3Store:
         try:
             self.client.upload_file(str(path), self.config.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
         except ClientError as error:
-            raise StoreError(trouble_of(error), f"{key}: {error}") from error
+            raise refused(key, error) from error
         except Exception as error:  # S3UploadFailedError wraps a ClientError in its message only
             cause = error.__cause__ or error.__context__
-            trouble = trouble_of(cause) if isinstance(cause, ClientError) else "unavailable"
-            raise StoreError(trouble, f"{key}: {error}") from error
+            if isinstance(cause, ClientError):
+                raise refused(key, cause) from error
+            raise StoreError("unavailable", f"{key}: {error}") from error
 
     def upload_stream(self, key: str, chunks: Iterable[bytes]) -> None:
         """Write an object of any size from a stream of bytes, in parts with checksums.
@@ -219,7 +220,7 @@ class S3Store:
         except ClientError as error:
             if trouble_of(error) == "denied":
                 return  # a key that may write may lack the right to list uploads; the bucket's own rules remove them
-            raise StoreError(trouble_of(error), f"uploads to {key}: {error}") from error
+            raise refused(f"uploads to {key}", error) from error
         except BotoCoreError as error:
             raise _silent(f"uploads to {key}", error) from error
         for item in found:
@@ -236,7 +237,7 @@ class S3Store:
         try:
             self.client.copy({"Bucket": bucket, "Key": source}, bucket, key)
         except ClientError as error:
-            raise StoreError(trouble_of(error), f"copying {source} to s3://{bucket}/{key}: {error}") from error
+            raise refused(f"copying {source} to s3://{bucket}/{key}", error) from error
         except BotoCoreError as error:
             raise _silent(f"copying {source} to s3://{bucket}/{key}", error) from error
 
@@ -359,7 +360,7 @@ class S3Store:
         try:
             return dict(self.client.list_objects_v2(Bucket=bucket, **query))
         except ClientError as error:
-            raise StoreError(trouble_of(error), f"listing s3://{bucket}/{query['Prefix']}: {error}") from error
+            raise refused(f"listing s3://{bucket}/{query['Prefix']}", error) from error
         except BotoCoreError as error:
             raise _silent(f"listing s3://{bucket}/{query['Prefix']}", error) from error
 

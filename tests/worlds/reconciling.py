@@ -79,10 +79,10 @@ class MemoryKube:
         self.objects[kind, namespace, name]["status"] = status
 
     async def merge_patch(self, kind: str, namespace: str | None, name: str, patch: Object) -> Object:
-        found = self.objects[kind, namespace, name]
-        labels = found["metadata"].get("labels", {}) | patch["metadata"].pop("labels", {})
-        found["metadata"].update(patch["metadata"] | {"labels": labels})
-        return found
+        metadata = self.objects[kind, namespace, name]["metadata"]
+        merged = {part: metadata.get(part, {}) | patch["metadata"].pop(part, {}) for part in ("labels", "annotations")}
+        metadata.update(patch["metadata"] | merged)
+        return self.objects[kind, namespace, name]
 
     async def event(self, regarding: Object, name: str, reason: str, message: str, at: str, *, warning: bool) -> None:
         self.events.append((reason, message))
@@ -96,7 +96,8 @@ class Killed(BaseException):
 
 
 class MortalKube(MemoryKube):
-    """`writes` holds every write in order. The operator is killed before the write with the number `killed`.
+    """`writes` holds every write in order. The operator is killed before the write with the number `killed`, and writes
+    nothing until `start`.
 
     `named`: the Events by name, with the reason or how often it happened.
     """
@@ -109,9 +110,15 @@ class MortalKube(MemoryKube):
 
     def _write(self, what: str) -> None:
         if len(self.writes) == self.killed:
-            self.killed = None
             raise Killed
         self.writes.append(what)
+
+    def start(self) -> None:
+        """Start the operator again. It is not killed any more."""
+        self.killed = None
+
+    async def events_of(self, namespace: str, uid: str) -> list[Object]:
+        return []
 
     async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
         return copy.deepcopy(await super().get(kind, namespace, name))  # a reconcile knows only what it has read

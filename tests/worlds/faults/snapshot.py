@@ -20,6 +20,9 @@ CHILDREN = (
 # The API server and other controllers write these. `resourceVersion` and `generation` count writes, and a write that is
 # repeated after a crash is no fault.
 METADATA = ("labels", "annotations", "finalizers")
+# They reserve the version of a job that starts at its first reconcile. The version of one that had to wait is reserved in
+# its status, and so is it in the end for both.
+RESERVATION = {"graft.dev/version", "graft.dev/recipe"}
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 SIGNATURE = re.compile(r"[A-Za-z0-9+/]{86}==")
@@ -57,6 +60,7 @@ def _of_pod(pod: Object) -> str:
 def _seen(item: Object) -> Object:
     metadata = item["metadata"]
     found: Object = {key: metadata.get(key) or {} for key in METADATA}
+    found["annotations"] = {key: text for key, text in found["annotations"].items() if key not in RESERVATION}
     found["owners"] = metadata.get("ownerReferences") or []
     if item["kind"] == "Secret":
         return found | {"keys": sorted(item.get("data") or {})}

@@ -1,11 +1,17 @@
 """What the starts of other jobs, and of the operator, must know of a FineTuneJob without parsing it (PURE)."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from graft.kube import Manifest
 from graft.manifests.metadata import FINALIZER
-from graft.reconcile.adapter.versions import Known
+from graft.reconcile.adapter.versions import Known, parse
 from graft.reconcile.shared.jobs import condition_of
+
+# The version that a new job publishes, and the digest of its recipe, until its status says so. Users may edit annotations,
+# so they count for no longer.
+CLAIMED_VERSION = "graft.dev/version"
+CLAIMED_RECIPE = "graft.dev/recipe"
 
 
 class JobFacts(NamedTuple):
@@ -28,11 +34,20 @@ def facts_of(raw: Manifest) -> JobFacts:
     base_model = str(spec.get("baseModel") or "")
     resolved = status.get("resolved") or {}
     ended = condition_of(raw, "Succeeded").get("status")
+    annotations = raw["metadata"].get("annotations") or {}
     reserves = None
     if resolved.get("version") and ended != "False":
         # A failed job publishes nothing more, and storage lists what it has published.
         reserves = Known(resolved["version"], resolved.get("recipe"), base_model)
+    elif (claimed := claimed_version(annotations, recorded=bool(status))) is not None:
+        reserves = Known(claimed, annotations.get(CLAIMED_RECIPE), base_model)
     return JobFacts(raw["metadata"]["uid"], is_active(raw, ended), base_model, reserves)
+
+
+def claimed_version(annotations: Mapping[str, str], *, recorded: bool) -> str | None:
+    """Return the version that the annotations of a job reserve. `recorded`: whether the job has a status, which counts then."""
+    version = annotations.get(CLAIMED_VERSION, "")
+    return version if not recorded and parse(version) is not None else None
 
 
 def is_active(raw: Manifest, ended: str | None) -> bool:

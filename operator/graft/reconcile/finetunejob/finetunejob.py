@@ -10,8 +10,6 @@ resource's UID, the manifest by its path and the job's UID in it. After a job ha
 only two things can happen. It is deleted after its TTL. Or it is restarted, if it failed and spec.restarts is raised.
 """
 
-import asyncio
-
 from graft.api import Adapter, FineTuneJob
 from graft.api.finetunejob import Sizing
 from graft.api.meta import Condition
@@ -51,16 +49,14 @@ from graft.reconcile.finetunejob.jobstatus import (
 )
 from graft.reconcile.finetunejob.placing import place
 from graft.reconcile.finetunejob.published import read_published, register
-from graft.reconcile.finetunejob.reservation import Needed, reserve_version
+from graft.reconcile.finetunejob.reservation import Needed, Write, claim_version, reserve_version
 from graft.reconcile.finetunejob.restart import restart, to_restart
 from graft.reconcile.shared import ending, pods, scheduling
 from graft.reconcile.shared.access import (
     Base,
-    Entries,
     Trouble,
     ensure_credentials,
     gather_base_model,
-    peek,
     refusal_of,
 )
 from graft.reconcile.shared.context import SOON, WAITING, Context
@@ -68,6 +64,7 @@ from graft.reconcile.shared.jobs import job_file_of, keep, not_started, refusal
 from graft.reconcile.shared.ownership import created_by
 from graft.reconcile.shared.stored import valid
 from graft.status import find, seconds_left
+from graft.work.together import together
 
 # The annotation and labels by which Argo CD and Flux find what they applied.
 GITOPS = frozenset(
@@ -91,33 +88,34 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     ended = find(job.status.conditions, "Succeeded")
     over = ended is not None and ended.status != "Unknown"
     new = FINALIZER not in job.metadata.finalizers
-    # A user waits for the start of a new job, so its namespace's Secret is read meanwhile.
-    claim = ctx.claim(raw, {} if over else _labels(job))
-    claimed, secret = await asyncio.gather(claim, peek(ctx, namespace)) if new else (await claim, None)
-    if claimed is None:
-        return None
-    if claimed is not raw:
-        raw, job = claimed, FineTuneJob.model_validate(claimed)
+    starts = new and not over and not job.spec.suspend  # the start claims it, together with its version
+    if not starts:
+        claimed = await ctx.claim(raw, {} if over else _labels(job))
+        if claimed is None:
+            return None
+        if claimed is not raw:
+            raw, job = claimed, FineTuneJob.model_validate(claimed)
     if ended is not None and over:
         return await restart(ctx, raw, job) if to_restart(job, ended) else await _expire(ctx, job, ended)
 
-    # Nothing is created before the finalizer is set, so a job without it has no children.
+    # No Job is created before the finalizer is set, so a FineTuneJob without it has none.
     world = World(job) if new else await _gather(ctx, job)
     if world.passed and not job.status.checked:
         await ctx.write_status(raw, checked(world), job.status.conditions)
         return 0
-    if world.published is None and (not world.children or world.passed):
-        if job.spec.suspend:
+    unrecorded = bool(world.children) and not raw.get("status")  # the operator was stopped after it had created the Job
+    if world.published is None and (not world.children or world.passed or unrecorded):
+        if job.spec.suspend and not unrecorded:
             status, observed = suspended(job, await _sizing(ctx, job))
             await ctx.write_status(raw, status, observed)
             return None
-        trouble = await _start(ctx, raw, world, secret)
+        trouble = await _start(ctx, raw, world, starts)
         if trouble is not None:
-            raw = (
-                await ctx.cache.get(KIND, namespace, name) or raw
-            )  # it may have reserved its version before the trouble
-            status, observed = waiting(FineTuneJob.model_validate(raw), trouble)
-            await ctx.write_status(raw, status, observed)
+            # It may have reserved its version before the trouble.
+            present = await ctx.claim(await ctx.cache.get(KIND, namespace, name) or raw, _labels(job))
+            if present is not None:
+                status, observed = waiting(FineTuneJob.model_validate(present), trouble)
+                await ctx.write_status(present, status, observed)
             return WAITING
         return SOON
     repaired = not world.children or world.over or await _steer(ctx, world)
@@ -146,7 +144,8 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     found = [pod for pod in own if is_preflight(pod) == world.preflight]
     world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
     if not world.pods:
-        world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
+        if not world.children[0]["spec"].get("suspend"):
+            world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])
     else:
         world.refusal = await not_started(ctx, world.pods)
         world.progress = await reports.read(ctx, job, world.main_pods[-1], must=world.passed)
@@ -203,22 +202,20 @@ async def _expire(ctx: Context, job: FineTuneJob, ended: Condition) -> float | N
     return None
 
 
-async def _start(ctx: Context, raw: Manifest, world: World, secret: Entries | None) -> Trouble | None:
+async def _start(ctx: Context, raw: Manifest, world: World, new: bool) -> Trouble | None:
     """Resolve what the spec leaves open and create the next Job. Return what the job waits for, or None.
 
-    `secret`: what was read of the namespace's Secret a moment ago.
+    `new`: the job has no finalizer yet.
     """
     job, namespace = world.job, world.job.metadata.namespace
-    base, trouble = await asyncio.gather(
-        gather_base_model(ctx, job.spec.base_model, namespace), ensure_credentials(ctx, namespace, secret)
-    )
+    base = await gather_base_model(ctx, job.spec.base_model, namespace)
     if isinstance(base, Trouble):
         return base
     if (outside := outside_namespace(job, ctx.store.config.bucket)) is not None:
         return outside
     if (refused := scheduling.forbidden(job.spec, ctx.settings.allowed, template=job.spec.pod_template)) is not None:
         return refused
-    if trouble is not None:
+    if not new and (trouble := await ensure_credentials(ctx, namespace)) is not None:
         return trouble
     placed = await place(ctx, job, base)
     if isinstance(placed, Trouble):
@@ -227,20 +224,27 @@ async def _start(ctx: Context, raw: Manifest, world: World, secret: Entries | No
     needed = Needed(lambda version: _put(ctx, job, base, version, shape))
     try:
         async with ctx.locks.hold("version", namespace, job.spec.output.adapter), needed.or_stopped():
-            version = await reserve_version(ctx, raw, job, base.ref, sizing, needed.begin)
+            reserved: Write | str | Trouble
+            if new:  # a user waits for its start
+                reserved = await claim_version(ctx, raw, job, base.ref, sizing, _labels(job), needed.begin)
+            else:
+                reserved = await reserve_version(ctx, raw, job, base.ref, sizing, needed.begin)
     except StoreError as error:
         return Trouble(
             "StorageUnavailable",
             f"cannot list the versions of {job.spec.output.adapter} in storage, the operator retries: {error}",
         )
-    if isinstance(version, Trouble):
-        return version
+    if isinstance(reserved, Trouble):
+        return reserved
+    preflight = shape.gpus and not job.status.checked
+    child = (
+        preflight_job(job, base.ref, ctx.settings) if preflight else training_job(job, base.ref, ctx.settings, shape)
+    )
     try:
-        await needed.written()  # before the Job, so that no pod runs without its NetworkPolicy
-        if shape.gpus and not job.status.checked:
-            await ctx.kube.create(preflight_job(job, base.ref, ctx.settings))
-        else:
-            await ctx.kube.create(training_job(job, base.ref, ctx.settings, shape))
+        # Before the Job: no pod runs without its NetworkPolicy.
+        if (trouble := await needed.written()) is not None:
+            return trouble
+        await together(ctx.kube.create(child), *([reserved()] if callable(reserved) else []))
     except KubeError as error:
         if (refused := refusal_of(ctx, namespace, "the children of the job", error)) is None:
             raise
@@ -270,9 +274,12 @@ def _network(ctx: Context, job: FineTuneJob, nodes: int) -> list[Manifest]:
     return [training_policy(job, ctx.settings), *([peers_service(job)] if nodes > 1 else [])]
 
 
-async def _put(ctx: Context, job: FineTuneJob, base: Base, version: str, shape: Shape) -> None:
+async def _put(ctx: Context, job: FineTuneJob, base: Base, version: str, shape: Shape) -> Trouble | None:
+    """Write what the pods of a job need. Return what is missing in the namespace, or None."""
     file = await _job_file(ctx, job, base, version, shape)
-    await ctx.kube.put(config_map(job, file), *_network(ctx, job, shape.nodes))
+    put = ctx.kube.put(config_map(job, file), *_network(ctx, job, shape.nodes))
+    trouble, _ = await together(ensure_credentials(ctx, job.metadata.namespace), put)
+    return trouble
 
 
 async def _job_file(ctx: Context, job: FineTuneJob, base: Base, version: str, shape: Shape) -> JobFile:

@@ -1,42 +1,50 @@
 """Reserve the version that a FineTuneJob publishes.
 
 Two jobs of one adapter never get the same number, and a number that is published is not used again. The status of a job
-is its reservation.
+is its reservation. As long as a new job has no status, annotations are: they are written together with its finalizer.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from graft.api import FineTuneJob
 from graft.api.finetunejob import Resolved, Sizing
 from graft.contracts.message import BaseModelRef
-from graft.kube import Manifest
+from graft.kube import KubeError, Manifest
 from graft.reconcile.adapter import versions
 from graft.reconcile.adapter.facts import VersionFacts, adapter_label, version_of
-from graft.reconcile.finetunejob.facts import JobFacts, facts_of, output_adapter
+from graft.reconcile.finetunejob.facts import (
+    CLAIMED_RECIPE,
+    CLAIMED_VERSION,
+    JobFacts,
+    claimed_version,
+    facts_of,
+    output_adapter,
+)
 from graft.reconcile.finetunejob.jobstatus import KIND, NO_POD, plan_of
 from graft.reconcile.shared.access import Trouble
 from graft.reconcile.shared.context import Context
 from graft.status import condition
 
+Write: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+
 
 class Needed:
     """What the pods of a job need, written while the version is reserved. No pod reads it before the Job exists."""
 
-    def __init__(self, put: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-        """`put` writes it for a version."""
+    def __init__(self, put: Callable[[str], Coroutine[Any, Any, Trouble | None]]) -> None:
+        """`put` writes it for a version. It returns what is missing in the namespace."""
         self._put = put
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[Trouble | None] | None = None
 
     def begin(self, version: str) -> None:
         self._task = asyncio.create_task(self._put(version), name="what pods need")
 
-    async def written(self) -> None:
-        """Wait until it is written. Raises KubeError."""
-        if self._task is not None:
-            await self._task
+    async def written(self) -> Trouble | None:
+        """Wait until it is written. Return what is missing in the namespace, or None. Raises KubeError."""
+        return None if self._task is None else await self._task
 
     @asynccontextmanager
     async def or_stopped(self) -> AsyncIterator[None]:
@@ -70,22 +78,45 @@ async def reserve_version(
             status = job.status.model_copy(update={"sizing": sizing})
             await ctx.write_status(raw, status, job.status.conditions)
         return resolved.version
-    known = await _known_versions(ctx, job)
-    recipe = versions.recipe(job.spec)
-    version = job.spec.output.version
-    if version == "auto":
-        known += await _stored_versions(ctx, job)
-        version = versions.next_version(known, recipe, job.spec.base_model)
-    elif any(item.version == version and item.base_model is not None for item in known):
-        adapter = job.spec.output.adapter
-        return Trouble(
-            "VersionExists",
-            f"version {version} of {adapter} is already published, or another job has reserved it. Create the job again with "
-            "another spec.output.version, or with auto",
-        )
+    claimed = claimed_version(job.metadata.annotations, recorded=bool(raw.get("status")))
+    version = await _choose(ctx, job, claimed)
+    if not isinstance(version, Trouble):
+        chosen(version)
+        await _record(ctx, raw, job, base_model, version, sizing)
+    return version
+
+
+async def claim_version(
+    ctx: Context,
+    raw: Manifest,
+    job: FineTuneJob,
+    base_model: BaseModelRef,
+    sizing: Sizing | None,
+    labels: dict[str, str],
+    chosen: Callable[[str], None],
+) -> Write | Trouble:
+    """Reserve the version of a new job by the write that sets its finalizer and these labels.
+
+    So its Job may be created after one write of the FineTuneJob. Return the write of its status, which may be made at
+    the same time. `chosen` is called with the version before it is written.
+    """
+    version = await _choose(ctx, job)
+    if isinstance(version, Trouble):
+        return version
+    chosen(version)
+    claimed = await ctx.claim(raw, labels, {CLAIMED_VERSION: version, CLAIMED_RECIPE: versions.recipe(job.spec)})
+    if claimed is None:
+        raise KubeError(404, "NotFound", f"{KIND} {job.metadata.name} was deleted before its start")
+    return lambda: _record(ctx, claimed, job, base_model, version, sizing)
+
+
+async def _record(
+    ctx: Context, raw: Manifest, job: FineTuneJob, base_model: BaseModelRef, version: str, sizing: Sizing | None
+) -> None:
+    """Write the version that a job publishes to its status. Raises KubeError if the job has changed since it was read."""
     reserved = Resolved(
         version=version,
-        recipe=recipe,
+        recipe=versions.recipe(job.spec),
         base_model_uri=base_model.uri,
         base_model_digest=base_model.digest or base_model.uri,
     )
@@ -96,9 +127,27 @@ async def reserve_version(
         # As long as the Job has no pod, nothing else is to say. So the next write is that of a change.
         condition(KIND, "Succeeded", "Unknown", "Pending", NO_POD),
     ]
-    chosen(version)
     # Only for the job that was read: no pod may use a version that its status does not have.
     await ctx.write_status(raw, status, observed, unchanged=True)
+
+
+async def _choose(ctx: Context, job: FineTuneJob, claimed: str | None = None) -> str | Trouble:
+    """Return a version that no other job has reserved, and that is not published. `claimed`: by an operator that was
+    stopped before it wrote the status."""
+    known = await _known_versions(ctx, job)
+    version = job.spec.output.version
+    if version == "auto":
+        known += await _stored_versions(ctx, job)
+        if claimed is not None and all(item.version != claimed for item in known):
+            return claimed
+        return versions.next_version(known, versions.recipe(job.spec), job.spec.base_model)
+    if any(item.version == version and item.base_model is not None for item in known):
+        adapter = job.spec.output.adapter
+        return Trouble(
+            "VersionExists",
+            f"version {version} of {adapter} is already published, or another job has reserved it. Create the job again with "
+            "another spec.output.version, or with auto",
+        )
     return version
 
 

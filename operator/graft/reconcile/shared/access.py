@@ -5,6 +5,7 @@ It does not know any kind's life cycle.
 
 import base64
 import re
+import time
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -21,9 +22,9 @@ from graft.manifests.metadata import Manifest
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
-Entries = tuple[set[str], bool]  # names of the entries of a Secret, and whether the operator may create or replace it
 KEY = {"access-key-id", "secret-access-key"}
 SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
+COMPLETE = 0.25  # seconds in which a complete Secret is not read again: many jobs may start at once
 ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
 
 
@@ -103,15 +104,24 @@ def reserved(namespace: str, why: str) -> Trouble:
     )
 
 
-async def ensure_credentials(ctx: Context, namespace: str, entries: Entries | None = None) -> Trouble | None:
+async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed.
 
-    `entries`: what `read_secret` returned a moment ago. Return what is missing, or None.
+    A Secret that was complete a moment ago is not read again. Return what is missing, or None.
     """
     if (why := why_reserved(namespace)) is not None:
         return reserved(namespace, why)
+    if time.monotonic() - ctx.complete.get(namespace, -COMPLETE) < COMPLETE:
+        return None
+    trouble = await _ensure_credentials(ctx, namespace)
+    if trouble is None:
+        ctx.complete[namespace] = time.monotonic()
+    return trouble
+
+
+async def _ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     try:
-        keys, ours = entries or _entries(await _secret(ctx, namespace))
+        keys, ours = _entries(await _secret(ctx, namespace))
         if ctx.identity is None or not ours:
             return _incomplete(ctx, namespace, keys)
         tenant = tenant_of(namespace)
@@ -157,20 +167,12 @@ async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret
     await ctx.store_calls.run("", identity.accept, tenant, key)
 
 
-async def peek(ctx: Context, namespace: str) -> Entries | None:
-    """Return what `ensure_credentials` is going to need of the Secret. None after an error, which it then reports."""
-    try:
-        return _entries(await _secret(ctx, namespace))
-    except KubeError:
-        return None
-
-
 async def _secret(ctx: Context, namespace: str) -> Manifest | None:
     return await ctx.kube.get("Secret", namespace, STORAGE_SECRET)
 
 
-def _entries(secret: Manifest | None) -> Entries:
-    """Return what `Entries` says of the Secret graft-storage (PURE)."""
+def _entries(secret: Manifest | None) -> tuple[set[str], bool]:
+    """Return the names of the entries of a Secret, and whether the operator may create or replace it (PURE)."""
     if secret is None:
         return set(), True
     ours = secret["metadata"].get("labels", {}).get("app.kubernetes.io/managed-by") == "graft"

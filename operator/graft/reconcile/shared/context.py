@@ -68,6 +68,7 @@ class Context:
     )  # reconcile a resource soon; see Queue.wake
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
+    complete: dict[str, float] = field(default_factory=dict)  # namespace -> when its Secret was found complete
     folders: Folders = field(default_factory=Folders)
     reports: dict[str, Any] = field(
         default_factory=dict
@@ -176,17 +177,20 @@ class Context:
         self.written[uid] = time.monotonic()
         return None
 
-    async def claim(self, raw: Manifest, labels: dict[str, str]) -> Manifest | None:
-        """Set the finalizer, so that a deletion waits for the clean-up, and these labels, in one write.
+    async def claim(
+        self, raw: Manifest, labels: dict[str, str], annotations: dict[str, str] | None = None
+    ) -> Manifest | None:
+        """Set the finalizer, so that a deletion waits for the clean-up, and these labels and annotations, in one write.
 
-        Return the resource as it is then, or None if it is deleted meanwhile. If it has both already, or is being
+        Return the resource as it is then, or None if it is deleted meanwhile. If it has all of them already, or is being
         deleted, nothing is written.
         """
         metadata = raw["metadata"]
-        finalizers, present = metadata.get("finalizers") or [], metadata.get("labels") or {}
-        if metadata.get("deletionTimestamp") or (FINALIZER in finalizers and labels.items() <= present.items()):
+        finalizers, named = metadata.get("finalizers") or [], {"labels": labels, "annotations": annotations or {}}
+        present = all(part.items() <= (metadata.get(name) or {}).items() for name, part in named.items())
+        if metadata.get("deletionTimestamp") or (FINALIZER in finalizers and present):
             return raw
-        wanted = {"labels": labels, "finalizers": list(dict.fromkeys([*finalizers, FINALIZER]))}
+        wanted = named | {"finalizers": list(dict.fromkeys([*finalizers, FINALIZER]))}
         version = {"resourceVersion": metadata.get("resourceVersion"), "uid": metadata["uid"]}
         patch = {"metadata": wanted | version}
         return await self.kube.merge_patch(raw["kind"], metadata.get("namespace"), metadata["name"], patch)

@@ -16,7 +16,7 @@ READY = {
     "type": "Ready", "status": "True", "reason": "Resolved", "message": "m", "observedGeneration": 1,
     "lastTransitionTime": "2026-01-01T00:00:00Z",
 }  # fmt: skip
-WRITES = ["patch", "status", "ConfigMap j-job", "NetworkPolicy j-training", "Job j"]
+WRITES = ["patch", "ConfigMap j-job", "NetworkPolicy j-training", "Job j", "status"]
 
 
 def world() -> MortalKube:
@@ -66,10 +66,12 @@ async def test_a_kill_before_any_write_changes_nothing(killed: int) -> None:
         try:
             await reconcile(context(kube, MemoryStore()), "shop", "j")
         except Killed:
+            kube.start()
             continue
         break
     assert end(kube) == end(calm)
-    assert kube.writes.count("Job j") == 1 and kube.writes.count("patch") == 1
+    # A Job without its status is asked for again. The API server refuses the second one of the name.
+    assert kube.writes.count("Job j") == 1 + (killed == WRITES.index("status")) and kube.writes.count("patch") == 1
 
 
 async def test_a_job_that_cannot_be_created_keeps_its_version() -> None:
@@ -109,3 +111,52 @@ async def test_the_secret_is_made_again_when_pods_do_not_start(monkeypatch: pyte
     monkeypatch.setattr(finetunejob, "refusal", not_started)
     await reconcile(ctx, "shop", "j")
     assert checked == ["shop"]
+
+
+async def test_no_other_job_gets_the_version_of_a_job_whose_status_is_not_written_yet() -> None:
+    kube = world()
+    kube.killed = WRITES.index("Job j")
+    with pytest.raises(Killed):
+        await reconcile(context(kube, MemoryStore()), "shop", "j")
+    kube.start()
+    other = copy.deepcopy(world().objects["FineTuneJob", "shop", "j"])
+    other["metadata"] |= {"name": "other", "uid": "other"}
+    kube.objects["FineTuneJob", "shop", "other"] = other
+    for name in ("other", "j"):
+        await reconcile(context(kube, MemoryStore()), "shop", name)
+    published = [kube.objects["FineTuneJob", "shop", name]["status"]["resolved"]["version"] for name in ("j", "other")]
+    assert published == ["1.0.0", "1.0.1"]  # the same recipe: its digest is known, too
+
+
+@pytest.mark.parametrize("version", ["7.0.0", "../1", "", "1.0.0\n"])
+async def test_a_version_that_a_user_writes_as_an_annotation_does_not_count(version: str) -> None:
+    kube = world()
+    kube.objects["FineTuneJob", "shop", "j"]["metadata"]["annotations"] = {"graft.dev/version": version}
+    await reconcile(context(kube, MemoryStore()), "shop", "j")
+    job = kube.objects["FineTuneJob", "shop", "j"]
+    assert job["status"]["resolved"]["version"] == job["metadata"]["annotations"]["graft.dev/version"] == "1.0.0"
+
+
+async def test_an_annotation_does_not_count_once_there_is_a_status() -> None:
+    kube = world()
+    await reconcile(context(kube, MemoryStore()), "shop", "j")
+    kube.objects["FineTuneJob", "shop", "j"]["metadata"]["annotations"]["graft.dev/version"] = "7.0.0"
+    other = copy.deepcopy(world().objects["FineTuneJob", "shop", "j"])
+    other["metadata"] |= {"name": "other", "uid": "other"}
+    kube.objects["FineTuneJob", "shop", "other"] = other
+    await reconcile(context(kube, MemoryStore()), "shop", "other")
+    assert other["status"]["resolved"]["version"] == "1.0.1"
+
+
+async def test_a_job_whose_suspension_was_asked_for_after_its_job_was_created_keeps_its_version() -> None:
+    """The operator was killed between the Job and the status."""
+    kube = world()
+    kube.killed = WRITES.index("status")
+    with pytest.raises(Killed):
+        await reconcile(context(kube, MemoryStore()), "shop", "j")
+    kube.start()
+    kube.objects["FineTuneJob", "shop", "j"]["spec"]["suspend"] = True
+    for _ in range(2):
+        await reconcile(context(kube, MemoryStore()), "shop", "j")
+    assert kube.objects["FineTuneJob", "shop", "j"]["status"]["resolved"]["version"] == "1.0.0"
+    assert kube.objects["Job", "shop", "j"]["spec"]["suspend"] is True

@@ -60,6 +60,7 @@ async def test_an_event_of_an_end_survives_a_kill_and_is_not_repeated(killed: in
     kube.killed = killed
     with pytest.raises(Killed):
         await write(ctx, raw, "True", "Published")
+    kube.start()
     restarted = context(kube, MemoryStore())
     await write(restarted, raw, "True", "Published")
     assert list(kube.named.values()) == ["Published"]

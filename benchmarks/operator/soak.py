@@ -30,7 +30,7 @@ from worlds.cluster.fleet import Fleet
 from benchmarks.operator.bed import PATIENCE, Bed, bed, stopped
 from benchmarks.operator.copies import fill
 from benchmarks.operator.goals import Goal, verdicts
-from benchmarks.operator.lives import LIVES, batch, play
+from benchmarks.operator.lives import LIVES, VERSIONS, batch, play
 from benchmarks.train.results import show, write
 
 KEPT = 1000  # jobs
@@ -207,7 +207,7 @@ def soak(minutes: float) -> list[Goal]:
     seconds, warm = minutes * 60, minutes * 20
     with bed() as made:
         batch(made, 0, 1)
-        fill(made, KEPT)
+        fill(made, KEPT, KEPT // VERSIONS)
         for number in range(CHURNING):
             play(made.tenant(f"user-{number}"), "first", "support")
         samples = Samples(made)

@@ -61,7 +61,8 @@ def test_the_first_dataset_can_be_uploaded_before_the_first_job(tenant: Tenant) 
     assert tenant.api.get("Secret", tenant.name, "graft-storage") is None
     tenant.api.patch("Namespace", None, tenant.name, {"metadata": {"labels": {"graft.dev/credentials": "issue"}}})
     tenant.wait(lambda: tenant.api.get("Secret", tenant.name, "graft-storage"), "the namespace has a key")
-    tenant.tenant_store().put(f"{tenant.name}/datasets/train.jsonl", b"{}")
+    store = tenant.tenant_store()
+    tenant.wait(lambda: works(store, f"{tenant.name}/datasets/train.jsonl"), "the store accepts the key")
 
 
 def test_a_key_is_mounted_as_a_file_and_never_set_as_a_variable(tenant: Tenant) -> None:

@@ -18,7 +18,7 @@ def published_by(bed: Bed, tenant: Tenant) -> str:
     return str(json.loads(manifest)["job"]["attempt"])
 
 
-@pytest.mark.seconds(25)
+@pytest.mark.seconds(15)
 def test_a_preemption_while_the_operator_is_killed_costs_no_retry(bed: Bed) -> None:
     tenant = bed.new_life().tenant
     tenant.job("moved", retries=0)
@@ -36,7 +36,7 @@ def test_a_preemption_while_the_operator_is_killed_costs_no_retry(bed: Bed) -> N
     assert len(tenant.api.list("Job", tenant.name)) == 1
 
 
-@pytest.mark.seconds(90)
+@pytest.mark.seconds(15)
 @pytest.mark.parametrize("lost_is_first", [False, True])
 def test_of_two_pods_that_run_at_once_the_first_publishes(bed: Bed, lost_is_first: bool) -> None:
     """The node is cut off, its pod is deleted by force, and another pod starts. The lost pod still writes to the store."""
@@ -62,7 +62,7 @@ def test_of_two_pods_that_run_at_once_the_first_publishes(bed: Bed, lost_is_firs
     assert not [item.key for item in bed.store.objects(f"{tenant.name}/runs/") if "/version/" in item.key]
 
 
-@pytest.mark.seconds(200)
+@pytest.mark.seconds(60)
 def test_a_job_continues_on_another_node_when_its_node_is_deleted(bed: Bed) -> None:
     tenant = bed.new_life().tenant
     tenant.job("moved")

@@ -76,7 +76,7 @@ AWAY = {"hanging": Fault(hang_at=0), "refusing": Fault(status=503, code="Service
 
 @pytest.mark.parametrize(
     "seconds",
-    [pytest.param(10, marks=pytest.mark.seconds(75)), pytest.param(300, marks=pytest.mark.seconds(450))],
+    [pytest.param(10, marks=pytest.mark.seconds(60)), pytest.param(300, marks=pytest.mark.seconds(400))],
 )
 @pytest.mark.parametrize("how", AWAY)
 @pytest.mark.timeout(1200)

@@ -156,7 +156,7 @@ def attentive(bed: Bed) -> Iterator[Bed]:
     bed.operator.clock = 0
 
 
-@pytest.mark.seconds(70)
+@pytest.mark.seconds(45)
 @pytest.mark.parametrize("skew", [0.0, 600.0, -600.0], ids=["", "clock ahead", "clock behind"])
 def test_half_open_watches_are_noticed(attentive: Bed, skew: float) -> None:
     """The connections of all watches stay open, and no byte comes any more."""
@@ -169,7 +169,7 @@ def test_half_open_watches_are_noticed(attentive: Bed, skew: float) -> None:
     bed.silent(life)
 
 
-@pytest.mark.seconds(270)
+@pytest.mark.seconds(130)
 @pytest.mark.timeout(900)
 def test_half_open_watches_are_noticed_with_the_release_s_limit(bed: Bed) -> None:
     life = bed.new_life()

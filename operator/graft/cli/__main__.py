@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from graft.cli.completion import proposals
 from graft.cli.failure import CliFailure
 from graft.cli.output import safe
 from graft.cli.parser import parser
@@ -39,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     return 0
+
+
+def complete() -> None:
+    """Print what kubectl's own completion proposes for `kubectl graft`: the program kubectl_complete-graft."""
+    found, files = proposals(sys.argv[1:] or [""], parser())
+    # The last line is a directive of cobra: 0 lets the shell complete names of files, 4 does not.
+    print(*found, f":{0 if files else 4}", sep="\n")
 
 
 if __name__ == "__main__":

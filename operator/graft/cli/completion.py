@@ -37,6 +37,22 @@ def script(shell: Shell, parser: argparse.ArgumentParser) -> str:
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
 
 
+def proposals(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], bool]:
+    """Return the words that may stand instead of the last one, and whether it may be the name of a file (PURE)."""
+    commands = {command.name: command for command in commands_of(parser)}
+    *before, word = words
+    if not before:
+        return [name for name in commands if name.startswith(word)], False
+    if (command := commands.get(before[0])) is None:
+        return [], False
+    if word.startswith("-"):
+        return [flag for flag in command.flags if flag.startswith(word)], False
+    last = before[-1] if before[-1].startswith("-") else ""
+    fixed = [option.choices for option in command.options if last in (option.option_strings or [""])]
+    choices = [str(choice) for options in fixed for choice in options or ()]
+    return [choice for choice in choices if choice.startswith(word)], not choices
+
+
 def _bash(commands: list[Command]) -> str:
     values = [
         (f"{command.name}:{flag}", " ".join(map(str, option.choices)))

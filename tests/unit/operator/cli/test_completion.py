@@ -3,12 +3,14 @@
 import os
 import pty
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from graft.cli.completion import SHELLS, Shell, script
 from graft.cli.parser import parser
 from testbed import packages
+from testbed.binaries import binary
 from testbed.shell import wait_for
 
 # typed words -> the words after Tab
@@ -109,3 +111,30 @@ def test_fish_completes_commands_options_and_values(scripts: dict[Shell, Path]) 
 
 def test_zsh_completes_commands_options_and_values(scripts: dict[Shell, Path]) -> None:
     assert in_zsh(scripts["zsh"], list(UNIQUE)) == list(UNIQUE.values())
+
+
+def test_kubectl_completes_the_plugin(tmp_path: Path) -> None:
+    """kubectl asks the program kubectl_complete-graft, if it has found kubectl-graft."""
+    for name in ("kubectl-graft", "kubectl_complete-graft"):
+        path = tmp_path / name
+        code = "from graft.cli.__main__ import complete; complete()"
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+        path.chmod(0o755)
+    kubectl = binary("kubectl")
+
+    def completed(*words: str) -> list[str]:
+        environment = clean(tmp_path) | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [kubectl, "__complete", "graft", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return done.stdout.splitlines()
+
+    assert completed("ver") == ["verify", ":4"]
+    assert completed("verify", "--ke") == ["--key", ":4"]
+    assert completed("report", "support", "-o", "y") == ["yaml", ":4"]
+    assert completed("pull", "support-1.0.0", "--to", "") == [":0"]

@@ -13,31 +13,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from threading import Lock
-from types import MappingProxyType
 from typing import Any
 
 
 class ForkServer:
     """The test's side: it starts this file as a process and sends it the orders."""
 
-    def __init__(
-        self,
-        kubeconfig: Path,
-        programs: tuple[str, ...] = ("engine", "agent"),
-        environment: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, kubeconfig: Path, programs: tuple[str, ...] = ("engine", "agent")) -> None:
         self._one = Lock()
         self._process = subprocess.Popen(
             [sys.executable, __file__, *programs],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "KUBECONFIG": str(kubeconfig), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            | environment,
+            env={**os.environ, "KUBECONFIG": str(kubeconfig), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
 
     def start(

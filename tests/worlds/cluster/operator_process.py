@@ -48,7 +48,7 @@ class OperatorProcess:
     def start(self) -> None:
         """Start the operator and wait until its health probe succeeds."""
         self.launch()
-        wait_for(self.healthy, 60, "the operator is healthy", lambda: tail(self.log))
+        wait_for(self.healthy, 180, "the operator is healthy", lambda: tail(self.log))
 
     def launch(self) -> None:
         """Start the operator without waiting."""

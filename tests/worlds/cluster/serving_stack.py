@@ -120,7 +120,7 @@ def gateway(
             return False
 
     try:
-        wait_for(ready, 60, "the gateway is ready", lambda: tail(log))
+        wait_for(ready, 180, "the gateway is ready", lambda: tail(log))
         yield url
     finally:
         process.terminate()

@@ -72,13 +72,13 @@ class Installation:
         tags = [f"--set=images.{name}.tag={release.tag}" for name in ("operator", "trainer", "engine", "agent")]
         allowed = json.dumps([{"key": "nvidia.com/gpu"}, {"key": TAINT}])
         self.helm(
-            "upgrade", "--install", "graft", str(release.folder / "charts/graft"), "--wait", "--timeout=60s", *tags,
+            "upgrade", "--install", "graft", str(release.folder / "charts/graft"), "--wait", "--timeout=180s", *tags,
             "--set=objectStore.embedded.persistence.enabled=false", f"--set-json=tenants.allowedTolerations={allowed}", *values,
         )  # fmt: skip
 
     def rollback(self) -> None:
         """Go back to the revision before."""
-        self.helm("rollback", "graft", "--wait", "--timeout=60s")
+        self.helm("rollback", "graft", "--wait", "--timeout=180s")
 
     def helm(self, *arguments: str) -> str:
         return output([binary("helm"), "--kubeconfig", self.plane.kubeconfig, "--namespace", SYSTEM, *arguments])

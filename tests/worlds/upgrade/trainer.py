@@ -25,7 +25,7 @@ def main(storage: str, file: str, pod: str, folder: str) -> None:
         adapter=job.output.adapter, version=job.output.version, method=job.method.name,
         base_model=ManifestBaseModel(name=job.base_model.name, uri=job.base_model.uri, digest=job.base_model.digest),
         job=ManifestJob(name=job.job.name, namespace=job.job.namespace, uid=job.job.uid, attempt=pod), recipe=job.recipe,
-        hyperparameters={}, metrics={"exactMatch": 0.9}, rank=4, target_modules=["q_proj", "v_proj"],
+        hyperparameters={}, metrics={"exactMatch": 0.9}, rank=4, target_modules=["q_proj"],
         files=describe_files(files), created_at="2026-01-01T00:00:00Z",
     )  # fmt: skip
     prefix = layout.adapter_prefix(job.tenant, job.output.adapter, job.output.version)

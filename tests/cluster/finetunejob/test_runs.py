@@ -296,7 +296,7 @@ def test_what_a_running_job_needs_comes_back_at_once(tenant: Tenant) -> None:
     tenant.running_pod("first")
     file, policy = tenant.job_file("first"), tenant.get("NetworkPolicy", "first-training")["spec"]
     tenant.api.delete("ConfigMap", tenant.name, "first-job")
-    tenant.wait(lambda: tenant.api.get("ConfigMap", tenant.name, "first-job"), "the job file is there again", 15)
+    tenant.wait(lambda: tenant.api.get("ConfigMap", tenant.name, "first-job"), "the job file is there again", 10)
     assert tenant.job_file("first") == file
     tenant.api.delete("NetworkPolicy", tenant.name, "first-training")
     tenant.wait(lambda: tenant.api.get("NetworkPolicy", tenant.name, "first-training"), "the policy is there again", 15)

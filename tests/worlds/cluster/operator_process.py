@@ -46,9 +46,13 @@ class OperatorProcess:
         return self.folder / "operator.log"
 
     def start(self) -> None:
-        """Start the operator and wait until its health probe succeeds."""
+        """Start the operator and wait until its health probe succeeds. If it does not, the process is ended."""
         self.launch()
-        wait_for(self.healthy, 180, "the operator is healthy", lambda: tail(self.log))
+        try:
+            wait_for(self.healthy, 180, "the operator is healthy", lambda: tail(self.log))
+        except BaseException:
+            self.kill9()
+            raise
 
     def launch(self) -> None:
         """Start the operator without waiting."""

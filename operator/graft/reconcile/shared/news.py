@@ -21,11 +21,12 @@ from graft.kube import Kube, Manifest
 log = logging.getLogger(__name__)
 
 # Reasons with which a condition is False although nothing is wrong. Their Events are not warnings.
-EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "Expiring", "Pruned"}
+EXPECTED = {"Complete", "ScaledToZero", "NotServed", "Archived", "Restoring", "Expiring", "Pruned", "BaseModelNotReady"}
 # Condition types and reasons for which no Event is written: the status has them, and nobody has to act.
-SILENT = {"InUse", "Needed", "Kept", "Preparing", "Publishing"}
+# NotAccepted repeats the Event of the condition Accepted.
+SILENT = {"InUse", "Needed", "Kept", "Preparing", "Publishing", "NotAccepted"}
 # Reasons that every resource has at first. Later they are news, for example when a failed job is restarted.
-FIRST = {"Resolved", "Pending", "Verifying"}
+FIRST = {"Resolved", "Pending", "Verifying", "AsExpected"}
 QUIET = 360.0  # seconds; as in client-go, a series ends when it does not repeat for so long
 MOST_WAITING = 1_000  # Events that wait to be written in the background
 MOST_RECENT = 10_000  # transitions that are remembered for their series; each costs about 500 bytes

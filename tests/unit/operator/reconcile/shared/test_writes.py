@@ -161,3 +161,23 @@ async def test_progress_is_gathered_and_a_transition_is_not() -> None:
     assert await write(ctx, raw, "Unknown", "Publishing", "14 %", hurry=False) is None
     assert kube.writes.count("status") == 4
     FineTuneJob.model_validate(raw)
+
+
+def test_a_normal_start_of_a_deployment_gives_no_warning() -> None:
+    """Everything is applied at once, so the base model is not checked yet. Its own Events say what is wrong with it."""
+
+    def events(old: list[Condition], new: list[Condition]) -> list[tuple[str, str, bool]]:
+        found = transitions(job(), old, new, "2026-11-30T00:00:00Z")
+        return [(item.condition.type, item.condition.reason, item.warning) for item in found]
+
+    kind = "AdapterDeployment"
+    waits = [
+        condition(kind, "Accepted", "False", "BaseModelNotReady", "m"),
+        condition(kind, "Available", "False", "NotAccepted", "m"),
+    ]
+    calm = condition(kind, "Degraded", "False", "AsExpected", "m")
+    wrong = condition(kind, "Degraded", "True", "NoRoom", "m")
+    assert events([], waits) == [("Accepted", "BaseModelNotReady", False)]
+    assert events(waits, [*waits, calm]) == []
+    assert events([calm], [wrong]) == [("Degraded", "NoRoom", True)]
+    assert events([wrong], [calm]) == [("Degraded", "AsExpected", False)]

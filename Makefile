@@ -47,7 +47,7 @@ test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 test-attacks: venv binaries ## run the attacks and print a table: attack -> refusal
 	$(PYTEST) tests/attacks tests/cluster/attacks
 
-test-faults: venv binaries ## every fault and every kill point (hours); `make test` tries another sample each day
+test-faults: venv binaries ## every fault and every kill point (1.5 hours); `make test` tries another sample each day
 	GRAFT_FAULTS=all $(PYTEST) -s tests/faults
 
 test-cluster: venv binaries ## the operator against a real API server and a real S3 server

@@ -60,7 +60,7 @@ def test_a_deletion_during_the_creation_leaves_nothing(bed: Bed, seed: random.Ra
         deleted_at(bed, number, killed=killed)
 
 
-@pytest.mark.seconds(300)
+@pytest.mark.seconds(90)
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("killed", [False, True], ids=["operator lives", "operator is killed"])
 def test_a_deletion_at_each_request_of_the_creation_leaves_nothing(bed: Bed, killed: bool) -> None:

@@ -75,8 +75,12 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def accepted(api: Api, kind: str, names: tuple[str, ...], count: int) -> list[Accepted]:
-    """Return accepted values of the fields below some fields: all of them, or a sample of `count`."""
-    chosen = [field for field in fields_of(kind) if field.path[0] in names]
+    """Return accepted values of the fields below some fields: all of them, or a sample of `count`.
+
+    Of podTemplate, only its own fields: what is below them is tried on deployments, which have the same schema.
+    """
+    below = [field for field in fields_of(kind) if field.path[0] in names]
+    chosen = [field for field in below if field.path[0] != "podTemplate" or len(field.path) <= 2]
     return sample(try_fields(api, kind, sample(chosen, count, f"live {kind}")).accepted, count, f"live {kind}")
 
 

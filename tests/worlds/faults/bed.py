@@ -202,7 +202,7 @@ class Bed:
 
     def calm(self) -> None:
         """End all faults. The next test begins with a healthy operator."""
-        self._strike = None
+        self.spare()
         self.struck = ""
         self.at_api.lift()
         self.at_store.lift()
@@ -218,6 +218,10 @@ class Bed:
     def meet(self, number: int, act: Callable[[], None]) -> None:
         """Do something just before the mutating request with this number is forwarded."""
         self.struck, self._count, self._strike_at, self._strike = "", 0, number, act
+
+    def spare(self) -> None:
+        """Strike no request any more, if the number was not reached."""
+        self._strike = None
 
     def _at_api(self, method: str, path: str, body: bytes) -> Strike | None:
         if method not in MUTATING or self._about.encode() not in path.encode() + body:

@@ -6,6 +6,7 @@ import re
 from graft.applied import APPLIED
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.scaling import SCALED_AT
+from graft.manifests.training import JOB_FILE_DIGEST
 
 from worlds.cluster.api import Object
 from worlds.cluster.operator_process import SYSTEM
@@ -27,6 +28,7 @@ CHILDREN = (
 OWN = re.compile(r'\\"gatewayKeys\\":\[[^]]*\]|\\"createdAt\\":\\"[^"]*\\"')
 POD, ADDRESS = re.compile(r"\bNAME-[a-z0-9]+-[a-z0-9]{5}\b"), re.compile(r"\b\d+(?:\.\d+){3}:\d+\b")
 # In the metadata and the spec of a Job: set by the API server and the Job controller.
+DIGESTS = {APPLIED, SCALED_AT, JOB_FILE_DIGEST}  # annotations: of what has the names of its resource, and a time
 CONTROLLERS = re.compile(r'"(?:batch\.kubernetes\.io/|)(?:controller-uid|job-name)": "[^"]*",? ?')
 
 
@@ -56,7 +58,7 @@ def _wanted(item: Object, owner: Object) -> Object:
     """Return what is wanted of one child, with UID and NAME instead of those of its owner."""
     meta, name = item["metadata"], owner["metadata"]["name"]
     notes = {key: text for key, text in (meta.get("annotations") or {}).items() if key.startswith("graft.dev/")}
-    notes = {key: text for key, text in notes.items() if key not in {APPLIED, SCALED_AT}}
+    notes = {key: text for key, text in notes.items() if key not in DIGESTS}
     shown = {"labels": meta.get("labels"), "annotations": notes, "owners": meta.get("ownerReferences")}
     rest = {key: value for key, value in item.items() if key not in {"metadata", "status"}}
     text = json.dumps({"metadata": shown} | rest).replace(owner["metadata"]["uid"], "UID")

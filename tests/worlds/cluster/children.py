@@ -27,8 +27,8 @@ CHILDREN = (
 # In the JSON text of a ConfigMap: each deployment has keys of its own, and each job its time.
 OWN = re.compile(r'\\"gatewayKeys\\":\[[^]]*\]|\\"createdAt\\":\\"[^"]*\\"')
 POD, ADDRESS = re.compile(r"\bNAME-[a-z0-9]+-[a-z0-9]{5}\b"), re.compile(r"\b\d+(?:\.\d+){3}:\d+\b")
-# In the metadata and the spec of a Job: set by the API server and the Job controller.
 DIGESTS = {APPLIED, SCALED_AT, JOB_FILE_DIGEST}  # annotations: of what has the names of its resource, and a time
+# In the metadata and the spec of a Job: set by the API server and the Job controller.
 CONTROLLERS = re.compile(r'"(?:batch\.kubernetes\.io/|)(?:controller-uid|job-name)": "[^"]*",? ?')
 
 

@@ -198,7 +198,9 @@ def _siblings(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
 def _owner(change: Change, objects: Callable[[str], Objects], operator_namespace: str) -> list[Key]:
     child = change.new or change.old
     claimed = claimed_owner(change.kind, child, operator_namespace) if child is not None else None
-    if claimed is None or change.kind == "ReplicaSet":
+    # A ReplicaSet decides which pods count, by its existence only. What changes in it, its Deployment or its pods tell.
+    uids = {held.uid if held is not None else "" for held in (change.before, change.after)}
+    if claimed is None or (change.kind == "ReplicaSet" and len(uids) == 1):
         return []
     key, uid = claimed
     held = objects(key[0]).get(*key[1:]) if key[0] in OWNERS else None

@@ -249,6 +249,19 @@ def test_a_child_wakes_its_owner_only(world: World) -> None:
     assert world.put("ConfigMap", "noise", metadata={"labels": labels}) == set()
 
 
+def test_a_new_replica_set_wakes_its_deployment(world: World) -> None:
+    """Its pods count from then on. After interrupted watches they may be known before it is."""
+    world.deployment("chat", "support@latest")
+    reference = {"kind": "Deployment", "name": "chat-serving", "uid": "uid-serving", "controller": True}
+    labels = {
+        "graft.dev/owner-kind": "AdapterDeployment", "graft.dev/owner": "chat", "graft.dev/owner-uid": "uid-chat",
+    }  # fmt: skip
+    own = {"labels": labels, "ownerReferences": [reference]}
+    assert world.put("ReplicaSet", "chat-serving-1", metadata=own) == {"chat"}
+    assert world.put("ReplicaSet", "chat-serving-1", metadata=own) == set()  # its Deployment changes, too
+    assert world.remove("ReplicaSet", "chat-serving-1") == {"chat"}
+
+
 def test_work_that_ends_after_a_deletion_starts_no_reconcile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     woken: list[tuple[str, str, str]] = []
     queue = Queue({})

@@ -27,8 +27,7 @@ from graft.reconcile.adapter.versions import matches, parse
 from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, refusal_of
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, keep, not_started, refusal
-from graft.reconcile.shared.ownership import created_by
+from graft.reconcile.shared.jobs import condition_of, keep, not_started, pods_of, refusal
 from graft.reconcile.shared.publishing import COPYING, Copying
 from graft.reconcile.shared.publishing import published as published_by
 from graft.reconcile.shared.stored import valid
@@ -77,8 +76,7 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
         return await _start(ctx, adapter)
     if not ended:
         await _keep(ctx, adapter)
-    made = created_by(children, await ctx.cache.list("Pod", namespace, labels))
-    own = sorted(made, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+    own = await pods_of(ctx, namespace, adapter.metadata.uid, children)
     refused = await (not_started(ctx, own) if own else refusal(ctx, namespace, children[0]["metadata"]["uid"]))
     return observe(adapter, children[0], own, refused)
 

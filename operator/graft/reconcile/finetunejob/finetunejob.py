@@ -60,8 +60,7 @@ from graft.reconcile.shared.access import (
     refusal_of,
 )
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import job_file_of, keep, not_started, refusal
-from graft.reconcile.shared.ownership import created_by
+from graft.reconcile.shared.jobs import job_file_of, keep, not_started, pods_of, refusal
 from graft.reconcile.shared.stored import valid
 from graft.status import find, seconds_left
 from graft.work.together import together
@@ -140,9 +139,7 @@ async def _gather(ctx: Context, job: FineTuneJob) -> World:
     world.children = [child for child in jobs if not is_preflight(child)] or jobs
     if not world.children:
         return world
-    own = created_by(jobs, await ctx.cache.list("Pod", namespace, labels))
-    found = [pod for pod in own if is_preflight(pod) == world.preflight]
-    world.pods = sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
+    world.pods = await pods_of(ctx, namespace, job.metadata.uid, world.children)
     if not world.pods:
         if not world.children[0]["spec"].get("suspend"):
             world.refusal = await refusal(ctx, namespace, world.children[0]["metadata"]["uid"])

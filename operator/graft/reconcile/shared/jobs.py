@@ -1,4 +1,4 @@
-"""Read what Kubernetes reports about a Job: its conditions, and why it could not create its pod. Repair what its pods need."""
+"""Read what Kubernetes reports about a Job: its conditions, its pods, and why it could not create one. Repair what its pods need."""
 
 import logging
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 from graft.bounded import OutOfBounds
 from graft.contracts.job import JobFile
 from graft.kube import KubeError, Manifest
+from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.shared import pods
 from graft.reconcile.shared.access import refusal_of
 from graft.reconcile.shared.context import Context
+from graft.reconcile.shared.ownership import created_by
 from graft.status import seconds_left
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,27 @@ async def refusal(ctx: Context, namespace: str, job_uid: str) -> str | None:
         return None  # the message is only a hint, so the reconcile continues without it
     refused = [item["message"] for item in events if item.get("reason") == "FailedCreate"]
     return str(refused[-1]) if refused else None
+
+
+async def pods_of(ctx: Context, namespace: str, uid: str, jobs: list[Manifest]) -> list[Manifest]:
+    """Return the pods of Jobs whose owner has this UID, oldest first.
+
+    The events of Jobs and of pods have no common order. So if a Job has ended and a pod of it seems to run, or none is
+    known, the pods are read from the API server: what is written now about the end is not corrected later.
+    """
+    labels = {OWNER_UID: uid}
+    found = created_by(jobs, await ctx.cache.list("Pod", namespace, labels))
+    if any(_has_ended(job) and not _told(created_by([job], found)) for job in jobs):
+        found = created_by(jobs, await ctx.cache.fresh("Pod", namespace, labels))
+    return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+
+def _has_ended(job: Manifest) -> bool:
+    return any(condition_of(job, type_).get("status") == "True" for type_ in ("Complete", "Failed"))
+
+
+def _told(found: list[Manifest]) -> bool:
+    return bool(found) and all(map(pods.ended, found))
 
 
 # What the kubelet reports only in Events about a pod whose containers it cannot start.

@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 
 from scipy.stats import theilslopes
 from testbed.shell import Failed, meanwhile, tail, wait_for
+from worlds.cluster.api import Refused
 from worlds.cluster.fleet import Fleet
 
 from benchmarks.operator.bed import PATIENCE, Bed, bed, stopped
@@ -110,6 +111,7 @@ class Churn:
         self._samples = samples
         self.over = threading.Event()
         self.done: dict[str, int] = {}
+        self.failed: list[str] = []
         self._chance = random.Random(SEED)
 
     def user(self, number: int) -> None:
@@ -118,9 +120,14 @@ class Churn:
         actions: list[Callable[[str], None]] = [self._queued, self._trained, self._deployed, self._kept]
         while not self.over.is_set():
             count += 1
-            action = chance.choice(actions)
-            action(f"{tenant.name}/job-{count}")
-            self._count(action.__name__.strip("_"))
+            action, key = chance.choice(actions), f"{tenant.name}/job-{count}"
+            try:
+                action(key)
+            except (Failed, Refused, AssertionError) as error:  # the others go on, and the samples are judged
+                self.failed.append(f"{action.__name__.strip('_')} {key} at {time.strftime('%H:%M:%S')}: {error}")
+                print(f"FAILED: {self.failed[-1]}", flush=True)
+            else:
+                self._count(action.__name__.strip("_"))
             self.over.wait(THINKING)
 
     def _queued(self, key: str) -> None:
@@ -222,10 +229,10 @@ def soak(minutes: float) -> list[Goal]:
             for each in running:
                 each.result()
         errors = made.operator.log.read_text(errors="replace").count('"level": "error"')
-        return _judge(samples, warm, ended, churn.done, errors)
+        return _judge(samples, warm, ended, churn, errors)
 
 
-def _judge(samples: Samples, began: float, ended: float, done: dict[str, int], errors: int) -> list[Goal]:
+def _judge(samples: Samples, began: float, ended: float, churn: Churn, errors: int) -> list[Goal]:
     goals = []
     for what, share, least in GROWTH.values():
         found = samples.since(what, began)
@@ -236,7 +243,8 @@ def _judge(samples: Samples, began: float, ended: float, done: dict[str, int], e
         found = samples.since(what, began)
         goals.append(Goal(f"most {what}", max(value for _, value in found), bound, detail={"samples": found}))
     goals.append(Goal("errors in the operator's log", errors))
-    goals.append(Goal("actions", sum(done.values()), 1, least=True, detail=dict(done)))
+    goals.append(Goal("actions", sum(churn.done.values()), 1, least=True, detail=dict(churn.done)))
+    goals.append(Goal("failed actions", len(churn.failed), 0, detail={"all": churn.failed}))
     return goals
 
 

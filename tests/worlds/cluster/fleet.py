@@ -45,7 +45,11 @@ class Fleet:
             found = [pod for pod in self.tenant.pods(owner) if not pod["metadata"].get("deletionTimestamp")]
             return [pod for pod in found if pod.get("status", {}).get("phase") == "Running"]
 
-        self.tenant.wait(lambda: len(alive()) == count, f"{count} pods of {self.name} run", 120)
+        def explain() -> str:
+            found = [(pod["metadata"]["name"], pod.get("status")) for pod in self.tenant.pods(owner)]
+            return f"{self.status()}\npods: {found}"
+
+        self.tenant.wait(lambda: len(alive()) == count, f"{count} pods of {self.name} run", 120, explain)
         return alive()
 
     def wanted(self) -> Wanted:

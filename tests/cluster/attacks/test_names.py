@@ -91,7 +91,7 @@ def test_a_base_model_that_is_a_path(tenant: Tenant, plane: ControlPlane, name: 
     [
         ({"priorityClassName": "a/b"}, "spec.priorityClassName"),
         ({"runtimeClassName": "a b"}, "spec.runtimeClassName"),
-        ({"nodeSelector": {"zone": "a,b=c"}}, "spec.nodeSelector.zone"),
+        ({"nodeSelector": {"zone": "a,b=c"}}, "spec.nodeSelector"),
         ({"nodeSelector": {f"k{i}": "v" for i in range(33)}}, "spec.nodeSelector"),
         ({"tolerations": [{"key": "a b"}]}, "spec.tolerations[0].key"),
         ({"dataset": {"train": {"uri": "pvc://data/../../etc/passwd"}}}, "spec.dataset.train.uri"),

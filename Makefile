@@ -38,8 +38,8 @@ lint: venv ## ruff, mypy --strict, import-linter, and a check that the CRDs and 
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" lint-imports
 	$(PY) -m graft.crdgen --check
 
-test: lint binaries ## lint and every test suite; the last line is pytest's summary
-	$(PYTEST) tests/unit tests/attacks tests/cluster tests/faults tests/e2e
+test: lint binaries ## lint, then every test suite side by side (build/tests/); the last line is the summary
+	@$(PY) tests/suites.py
 
 test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 	$(PYTEST) tests/unit

@@ -3,9 +3,9 @@
 It does not know any kind's life cycle.
 """
 
+import asyncio
 import base64
 import re
-import time
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -24,7 +24,6 @@ from graft.status import find
 
 KEY = {"access-key-id", "secret-access-key"}
 SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
-COMPLETE = 0.25  # seconds in which a complete Secret is not read again: many jobs may start at once
 ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
 
 
@@ -107,21 +106,12 @@ def reserved(namespace: str, why: str) -> Trouble:
 async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed.
 
-    A Secret that was complete a moment ago is not read again. Return what is missing, or None.
+    Return what is missing, or None.
     """
     if (why := why_reserved(namespace)) is not None:
         return reserved(namespace, why)
-    if time.monotonic() - ctx.complete.get(namespace, -COMPLETE) < COMPLETE:
-        return None
-    trouble = await _ensure_credentials(ctx, namespace)
-    if trouble is None:
-        ctx.complete[namespace] = time.monotonic()
-    return trouble
-
-
-async def _ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     try:
-        keys, ours = _entries(await _secret(ctx, namespace))
+        keys, ours = _entries(await _read_once(ctx, namespace))
         if ctx.identity is None or not ours:
             return _incomplete(ctx, namespace, keys)
         tenant = tenant_of(namespace)
@@ -165,6 +155,15 @@ async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret
         await _keep(ctx, namespace, drawn, (secret or {}).get("metadata", {}).get("resourceVersion"))
         key = drawn.secret_access_key
     await ctx.store_calls.run("", identity.accept, tenant, key)
+
+
+async def _read_once(ctx: Context, namespace: str) -> Manifest | None:
+    """Return the Secret. Many jobs of a namespace may start at once: they share a read that is under way."""
+    reading = ctx.reading.get(namespace)
+    if reading is None:
+        reading = ctx.reading[namespace] = asyncio.ensure_future(_secret(ctx, namespace))
+        reading.add_done_callback(lambda _: ctx.reading.pop(namespace, None))
+    return await asyncio.shield(reading)
 
 
 async def _secret(ctx: Context, namespace: str) -> Manifest | None:

@@ -68,7 +68,7 @@ class Context:
     )  # reconcile a resource soon; see Queue.wake
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
-    complete: dict[str, float] = field(default_factory=dict)  # namespace -> when its Secret was found complete
+    reading: dict[str, asyncio.Future[Manifest | None]] = field(default_factory=dict)  # namespace -> read of its Secret
     folders: Folders = field(default_factory=Folders)
     reports: dict[str, Any] = field(
         default_factory=dict

@@ -1,5 +1,6 @@
 """The storage key of a namespace: who owns its Secret, and when the operator issues a key."""
 
+import asyncio
 import base64
 from typing import Any
 
@@ -94,6 +95,24 @@ async def test_a_key_is_issued_once() -> None:
         assert await ensure_credentials(ctx, "shop") is None
     assert [item["metadata"]["namespace"] for item in kube.applied] == ["shop"] and identity.known == {"shop": NEW}
     assert identity.asked == 1
+
+
+async def test_jobs_that_start_at_once_share_one_read_and_later_ones_see_a_deletion() -> None:
+    class Slow(Kube):
+        reads = 0
+
+        async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+            self.reads += 1
+            await asyncio.sleep(0)
+            return await super().get(kind, namespace, name)
+
+    kube = Slow(secret(ours=False))
+    ctx = context(kube, None)
+    assert await asyncio.gather(*(ensure_credentials(ctx, "shop") for _ in range(5))) == [None] * 5
+    assert kube.reads == 1 and not ctx.reading
+    kube.secrets = [None]
+    trouble = await ensure_credentials(ctx, "shop")
+    assert trouble is not None and trouble.reason == "CredentialsMissing" and kube.reads == 2
 
 
 async def test_the_store_accepts_the_key_of_a_secret_that_it_does_not_know() -> None:

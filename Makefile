@@ -5,7 +5,8 @@ VENV := .venv
 LIGHT := build/venv-demo
 PY := $(VENV)/bin/python
 # The twenty slowest tests say where the time goes.
-PYTEST := $(PY) -m pytest --durations=20 --durations-min=1
+SLOWEST := --durations=20 --durations-min=1
+PYTEST := $(PY) -m pytest $(SLOWEST)
 export PYTHONUNBUFFERED := 1
 # By default, waiting threads of torch run in a busy loop and slow down other processes. The suites start many processes on few cores.
 export OMP_WAIT_POLICY := PASSIVE
@@ -39,7 +40,7 @@ lint: venv ## ruff, mypy --strict, import-linter, and a check that the CRDs and 
 	$(PY) -m graft.crdgen --check
 
 test: lint binaries ## lint, then every test suite side by side (build/tests/); the last line is the summary
-	@$(PY) tests/suites.py
+	@$(PY) tests/suites.py $(SLOWEST)
 
 test-unit: venv binaries ## pure code, builders, trainer, engine, agent, gateway
 	$(PYTEST) tests/unit

@@ -1,7 +1,8 @@
 """Run the test suites side by side, and print their output and one summary: `make test`.
 
 Most tests of the clusters wait for something, so another suite uses the cores meanwhile. Each suite is a pytest process
-of its own. The last line is `N passed, N failed`; a test that ends with an error has failed.
+of its own; the arguments are options for each of them. The last line is `N passed, N failed`; a test that ends with an
+error has failed.
 """
 
 import os
@@ -19,8 +20,6 @@ SUITES = {
 }
 FOLDER = Path("build/tests")
 EVERY = 60.0  # seconds between two lines of progress
-# The twenty slowest tests of each suite say where the time goes.
-OPTIONS = ["--durations=20", "--durations-min=1", "-o", "junit_logging=no"]
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Suite:
 def start(name: str, paths: list[str]) -> Suite:
     (FOLDER / f"{name}.xml").unlink(missing_ok=True)
     with (FOLDER / f"{name}.log").open("wb") as log:
-        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--junitxml={FOLDER / name}.xml", *paths]
+        command = [sys.executable, "-m", "pytest", *sys.argv[1:], f"--junitxml={FOLDER / name}.xml", *paths]
         return Suite(name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL))
 
 

@@ -40,6 +40,14 @@ def world() -> MortalKube:
     return MortalKube(job, model, secret)
 
 
+def add_another(kube: MortalKube) -> Object:
+    """Create and return the job `other`, with the same spec."""
+    job = copy.deepcopy(world().objects["FineTuneJob", "shop", "j"])
+    job["metadata"] |= {"name": "other", "uid": "other"}
+    kube.objects["FineTuneJob", "shop", "other"] = job
+    return job
+
+
 def end(kube: MortalKube) -> Object:
     """What a user sees, without times."""
     state = {"/".join(map(str, key)): copy.deepcopy(item) for key, item in kube.objects.items()}
@@ -119,9 +127,7 @@ async def test_no_other_job_gets_the_version_of_a_job_whose_status_is_not_writte
     with pytest.raises(Killed):
         await reconcile(context(kube, MemoryStore()), "shop", "j")
     kube.start()
-    other = copy.deepcopy(world().objects["FineTuneJob", "shop", "j"])
-    other["metadata"] |= {"name": "other", "uid": "other"}
-    kube.objects["FineTuneJob", "shop", "other"] = other
+    add_another(kube)
     for name in ("other", "j"):
         await reconcile(context(kube, MemoryStore()), "shop", name)
     published = [kube.objects["FineTuneJob", "shop", name]["status"]["resolved"]["version"] for name in ("j", "other")]
@@ -141,9 +147,7 @@ async def test_an_annotation_does_not_count_once_there_is_a_status() -> None:
     kube = world()
     await reconcile(context(kube, MemoryStore()), "shop", "j")
     kube.objects["FineTuneJob", "shop", "j"]["metadata"]["annotations"]["graft.dev/version"] = "7.0.0"
-    other = copy.deepcopy(world().objects["FineTuneJob", "shop", "j"])
-    other["metadata"] |= {"name": "other", "uid": "other"}
-    kube.objects["FineTuneJob", "shop", "other"] = other
+    other = add_another(kube)
     await reconcile(context(kube, MemoryStore()), "shop", "other")
     assert other["status"]["resolved"]["version"] == "1.0.1"
 

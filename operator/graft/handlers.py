@@ -28,7 +28,7 @@ from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, KubeError
 from graft.lease import Election
 from graft.metrics.resources import Resources
-from graft.reconcile import basemodel
+from graft.reconcile import basemodel, tenant
 from graft.reconcile.adapter import adapter, signing
 from graft.reconcile.adapterdeployment import adapterdeployment, callers, orphans
 from graft.reconcile.finetunejob import finetunejob
@@ -54,6 +54,7 @@ RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] =
     "FineTuneJob": finetunejob.reconcile,
     "Adapter": adapter.reconcile,
     "AdapterDeployment": adapterdeployment.reconcile,
+    "Tenant": tenant.reconcile,
 }
 
 

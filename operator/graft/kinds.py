@@ -119,6 +119,7 @@ def _what(kind: str, namespace: str | None, name: str | None) -> str:
 
 KINDS: dict[str, Kind] = {
     "BaseModel": Kind("graft.dev/v1alpha1", "basemodels", namespaced=False),
+    "Tenant": Kind("graft.dev/v1alpha1", "tenants", namespaced=False),
     "FineTuneJob": Kind("graft.dev/v1alpha1", "finetunejobs"),
     "Adapter": Kind("graft.dev/v1alpha1", "adapters"),
     "AdapterDeployment": Kind("graft.dev/v1alpha1", "adapterdeployments"),

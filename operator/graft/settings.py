@@ -155,6 +155,11 @@ class Settings(_Part):
     huggingface_endpoint: str | None = None
     operator_service_account: str = "graft-operator"
     tenant_cluster_role: str = "graft-tenant"
+    tenants_enabled: bool = False  # whether the operator has the rights that Tenants need
+    # role of a member of a Tenant -> the ClusterRole that has its rights
+    member_cluster_roles: dict[str, str] = Field(
+        default_factory=lambda: {"view": "graft-view", "edit": "graft-edit", "admin": "graft-admin"}
+    )
 
 
 def load(path: str | None = None) -> Settings:

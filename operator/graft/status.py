@@ -26,6 +26,18 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "SourceChanged": "The source has changed since it was resolved. A revision of a hub stays pinned to its commit. Files in object storage are replaced: running jobs keep the old digest, and fail if they still have to download the files.",
         },
     },
+    "Tenant": {
+        "Ready": {
+            "AsExpected": "Every namespace of the tenant has what the spec says.",
+            "NamespaceMissing": "A namespace in spec.namespaces.names does not exist yet. The others have what the spec says.",
+            "NamespaceClaimed": "Another, older Tenant has a namespace that this one asks for. The others have what the spec says.",
+            "NamespaceNotBound": "The operator may not write in a namespace, because the RoleBinding to graft-tenant is missing.",
+            "NamespaceReserved": "A namespace in spec.namespaces.names cannot belong to a team: it is Kubernetes' own, the operator's, or its name is reserved.",
+            "TenantsDisabled": "The operator has no rights for Tenants. No Tenant has an effect.",
+            "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
+            "CreationFailed": "The API server refused to create or change an object in a namespace. The operator retries.",
+        },
+    },
     "FineTuneJob": {
         "Accepted": {
             "Resolved": "The base model, the version and the credentials are available.",

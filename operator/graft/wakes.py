@@ -16,6 +16,7 @@ from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter import retention, versions
 from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapterdeployment import scaling
+from graft.reconcile.claims import claim_of
 from graft.reconcile.finetunejob.facts import facts_of, output_adapter
 from graft.reconcile.shared.ownership import Key, claimed_owner
 
@@ -35,7 +36,7 @@ CHILDREN = (
     "HorizontalPodAutoscaler",
 )
 RUNS = {"Job", "Pod"}  # of these, events have the whole object: each change is read
-OWNERS = {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment"}
+OWNERS = {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment", "Tenant"}
 DEMAND = "demand"
 # Kinds whose reconcile says by what it returns whether another one follows, so its own writes wake it not again.
 STEADY = {"FineTuneJob", "Adapter"}
@@ -62,7 +63,9 @@ def sources(operator_namespace: str) -> list[Source]:
         Source("Adapter", group=adapter_label, facts=version_of),
         Source("AdapterDeployment", facts=deployment_says),
         Source("Node"),
-        Source("Namespace", listed=False, watched=False),
+        Source("Tenant", facts=claim_of, optional=True),  # CustomResourceDefinitions of an earlier version lack it
+        # Tenants select namespaces by label. Few users may write a namespace.
+        Source("Namespace", listed=False, watched=False, every_label=True),
         *(Source(kind, labels={OWNER_UID: None}, listed=False, watched=kind in RUNS) for kind in CHILDREN),
         # Any user can set labels on a ConfigMap. Only this one, in the operator's namespace, counts.
         Source("ConfigMap", name=DEMAND, only=(operator_namespace, DEMAND_CONFIGMAP)),
@@ -103,6 +106,7 @@ def first(objects: Callable[[str], Objects]) -> list[Key]:
     """Return what is reconciled after a start, the most urgent first. Jobs that have ended are left out."""
     return [
         *_all(objects, "BaseModel"),
+        *_all(objects, "Tenant"),
         *_all(objects, "AdapterDeployment"),
         *jobs(objects),
         *_all(objects, "Adapter"),
@@ -149,6 +153,10 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
         return _owner(change, objects, operator_namespace)
     old, new = change.old, change.new
     namespace, name = change.place
+    if source.kind == "Namespace" and _differ(old, new, _for_tenants):
+        return _asking(objects, name, (old, new))
+    if source.kind == "Tenant" and _differ(old, new, _for_rivals):
+        return _rivals(change, objects)
     if source.kind == "BaseModel" and _differ(old, new, _contents):
         return jobs(objects, name) + _all(objects, "AdapterDeployment") + _all(objects, "Adapter")
     if source.kind == "Adapter" and _differ(old, new, _for_others):
@@ -160,6 +168,29 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
         # Also versions that the deployment no longer names or uses: the targets of rollbacks depend on them.
         return _versions(objects, namespace, adapters_in(before ^ after))
     return []
+
+
+def _asking(objects: Callable[[str], Objects], name: str, states: Iterable[Manifest | None]) -> list[Key]:
+    """Return the Tenants that ask for a namespace, by its name or by its labels before or after a change."""
+    labels = [item["metadata"].get("labels") or {} for item in states if item is not None]
+    held = objects("Tenant")
+    return [
+        ("Tenant", *place) for place in held.places() if any(held.facts(place).covers(name, found) for found in labels)
+    ]
+
+
+def _rivals(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return the other Tenants that ask for a namespace that a Tenant asks for, or has asked for until now."""
+    claims = [held.facts for held in (change.before, change.after) if held is not None]
+    namespaces = objects("Namespace")
+    rivals: dict[Key, None] = {}
+    for _, name in namespaces.places():
+        held = namespaces.get(None, name)
+        raw = namespaces.unpack(held) if held is not None else None
+        labels = ((raw or {}).get("metadata") or {}).get("labels") or {}
+        if any(claim.covers(name, labels) for claim in claims):
+            rivals |= dict.fromkeys(_asking(objects, name, (raw,)))
+    return [key for key in rivals if key[1:] != change.place]
 
 
 def _related(raw: Manifest, namespace: str, objects: Callable[[str], Objects]) -> list[Key]:
@@ -240,6 +271,17 @@ def _differ(old: Manifest | None, new: Manifest | None, part: Callable[[Manifest
 
 def _contents(raw: Manifest) -> tuple[Any, ...]:
     return raw.get("spec"), raw.get("status"), raw["metadata"].get("deletionTimestamp")
+
+
+def _for_tenants(raw: Manifest) -> tuple[Any, ...]:
+    """Return the part of a namespace on which its Tenant depends."""
+    metadata = raw["metadata"]
+    return metadata.get("labels"), metadata.get("uid"), metadata.get("deletionTimestamp")
+
+
+def _for_rivals(raw: Manifest) -> tuple[Any, ...]:
+    """Return the part of a Tenant on which other Tenants depend."""
+    return (raw.get("spec") or {}).get("namespaces"), raw["metadata"].get("uid")
 
 
 def _for_others(raw: Manifest) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from graft.api.adapterdeployment import AdapterDeployment
 from graft.api.basemodel import BaseModel
 from graft.api.finetunejob import FineTuneJob
 from graft.api.meta import API_VERSION, GROUP, VERSION, Condition, Resource
+from graft.api.tenant import Tenant
 
 __all__ = [
     "API_VERSION",
@@ -19,4 +20,5 @@ __all__ = [
     "Condition",
     "FineTuneJob",
     "Resource",
+    "Tenant",
 ]

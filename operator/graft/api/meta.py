@@ -102,7 +102,7 @@ class ObjectMeta(PydanticModel):
 
 
 class Resource(PydanticModel):
-    """Base of the four kinds: metadata, next to a typed spec and status."""
+    """Base of all kinds: metadata, next to a typed spec and status."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="ignore", hide_input_in_errors=True

@@ -23,6 +23,9 @@ SHA256 = r"^sha256:[0-9a-f]{64}$"
 SHA256_LENGTH = 71  # characters
 KEY_NAME = r"^[^\x00-\x1f\x7f]+$"  # a key in a file of the user: any text without control characters
 
+# Of a user or a group, as the cluster's authentication names them. Spaces at the edges would make two names look alike.
+SUBJECT = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"
+
 # Patterns of URIs. No part of a path may be .., which would lead out of the folder.
 _PART = r"([^/\s.][^/\s]*|\.([^/\s.][^/\s]*)?|\.\.[^/\s]+)"
 _PATH = rf"{_PART}(/+{_PART})*"
@@ -67,6 +70,7 @@ SENTENCES = {
     LABEL_KEY: _LABEL_KEY,
     LABEL_KEY_OR_EMPTY: f"{_LABEL_KEY}. Leave the field out for every key",
     LABEL_VALUE: "must be the value of a label: letters, digits, -, _ and ., which starts and ends with a letter or digit",
+    SUBJECT: "must be the name of a user or a group, without line breaks, and without spaces at its beginning and end",
     UID: "must be the UID of the job: `kubectl get finetunejob <job> -o jsonpath={.metadata.uid}` prints it",
     SEMVER: "must be a version of three numbers, for example 1.4.2",
     NEW_VERSION: "must be auto or a version of three numbers, for example 1.4.2",

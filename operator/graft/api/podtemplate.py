@@ -56,7 +56,7 @@ class _Expression(Schema):
 
 
 class LabelExpression(_Expression):
-    """A requirement on a label of a pod."""
+    """A requirement on a label."""
 
     model_config = Schema.model_config | {"json_schema_extra": rules(*EXPRESSION_RULES)}
 
@@ -76,12 +76,12 @@ class NodeExpression(_Expression):
 
 
 class LabelSelector(Schema):
-    """Which pods are selected by their labels."""
+    """Which objects are selected by their labels."""
 
     match_labels: dict[LabelKey, LabelValue] | None = Field(
         default=None,
         max_length=16,
-        description="Labels that a pod must have.",
+        description="Labels that an object must have.",
         json_schema_extra=label_keys("matchLabels"),
     )
     match_expressions: list[LabelExpression] | None = Field(

@@ -47,7 +47,7 @@ class Followed:
             return
         if self.whole and not whole:
             raise ValueError(f"{self.source.key}: the whole object is needed")
-        change = self.objects.put(item if self.whole else essential(item))
+        change = self.objects.put(item if self.whole else essential(item, every_label=self.source.every_label))
         held = self.objects.get(*place)
         if not self.whole and whole and held is not None and held.version == version:
             self._bodies.put(self.source.kind, place, version, item)
@@ -257,11 +257,16 @@ class Cache:
         return await self.get(kind, namespace, name)
 
 
-def essential(item: Manifest) -> Manifest:
-    """Return the metadata by which an object's owner is found. Any user can make metadata of a megabyte (PURE)."""
+def essential(item: Manifest, *, every_label: bool = False) -> Manifest:
+    """Return the metadata by which an object's owner is found. Any user can make metadata of a megabyte (PURE).
+
+    `every_label`: with the labels of others, too. Only for a kind that few users may write.
+    """
     metadata = item["metadata"]
     kept = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp")
-    labels = {key: text for key, text in (metadata.get("labels") or {}).items() if key.startswith(KEPT_PREFIX)}
+    labels = {
+        key: text for key, text in (metadata.get("labels") or {}).items() if every_label or key.startswith(KEPT_PREFIX)
+    }
     controllers = [found for found in metadata.get("ownerReferences") or [] if found.get("controller")]
     small: dict[str, Any] = {key: metadata[key] for key in kept if key in metadata}
     return {"metadata": small | {"labels": labels, "ownerReferences": controllers[:1]}}

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 PAUSE_FIRST, PAUSE_LAST = 0.5, 30.0  # seconds until a failed list or watch is repeated
 PAUSE_LISTED = 5.0  # seconds; the longest pause while lists succeed, unless they take long
 LIST_SHARE = 0.1  # of the time; no more of it is spent with lists that watches need again and again
+ABSENT = 404  # status of a list of a kind that the API server does not know. It answers 503 until it knows all kinds
 BUSY = {429, 503}  # the API server refuses a watch whose version it may still have
 BROKEN = (KubeError, WrongAnswer, aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError)
 
@@ -34,8 +35,9 @@ class Source:
     """Which objects are followed, and how much of each.
 
     `labels`: their label selector; None as a value means any value. `only`: namespace and name of a single object.
-    `listed`, `watched`: whether lists and events have the whole objects, or only their metadata. `group`, `facts`: see
-    Objects.
+    `listed`, `watched`: whether lists and events have the whole objects, or only their metadata. `every_label`: whether all
+    labels are held of metadata, and not only Graft's. `optional`: the kind may not exist in the cluster, and has no objects
+    then. `group`, `facts`: see Objects.
     """
 
     kind: str
@@ -44,6 +46,8 @@ class Source:
     only: tuple[str, str] | None = None
     listed: bool = True
     watched: bool = True
+    every_label: bool = False
+    optional: bool = False
     group: Callable[[Manifest], str] | None = None
     facts: Callable[[Manifest], Any] | None = None
 
@@ -125,6 +129,9 @@ class Informer:
                     continue
             except BROKEN as error:
                 metrics.WATCH_RESTARTS.labels(self.source.key).inc()
+                if self.source.optional and isinstance(error, KubeError) and error.status == ABSENT:
+                    self.seen = time.monotonic()
+                    self.synced.set()
                 if outdated(error):
                     self._version = ""
                 log.info(

@@ -37,14 +37,19 @@ def owner_reference(owner: Resource) -> Manifest:
     }
 
 
-def child(api_version: str, kind: str, name: str, owner: Resource, component: str) -> Manifest:
-    """Return a child in its owner's namespace, with apiVersion, kind and metadata only."""
+def child(
+    api_version: str, kind: str, name: str, owner: Resource, component: str, *, namespace: str | None = None
+) -> Manifest:
+    """Return a child in its owner's namespace, with apiVersion, kind and metadata only.
+
+    `namespace`: of the child of an owner that has none.
+    """
     return {
         "apiVersion": api_version,
         "kind": kind,
         "metadata": {
             "name": name,
-            "namespace": owner.metadata.namespace,
+            "namespace": namespace or owner.metadata.namespace,
             "labels": labels(owner, component),
             "ownerReferences": [owner_reference(owner)],
         },

@@ -15,7 +15,7 @@ from worlds.cluster.api import ALL_KINDS, APPLY, Api, Refused
 from worlds.fields.hints import BREAKS, NAMESPACE, SPECS, VERSION, fields_of, values, with_value
 from worlds.fields.patterns import missing
 from worlds.fields.sample import ALL, sample
-from worlds.fields.schema import KINDS, Field, Schema, Spec, rules, schema_of
+from worlds.fields.schema import CLUSTER_WIDE, KINDS, Field, Schema, Spec, rules, schema_of
 from worlds.fields.tries import Tried, dropped, dry_run, manifest
 from worlds.fields.values import pattern_of, wrong
 
@@ -24,12 +24,13 @@ IMMUTABLE = ("the spec is immutable", "a published version never changes", "base
 # The fields of a spec that may be changed.
 CHANGEABLE = {
     "BaseModel": [str(field) for field in fields_of("BaseModel")],
+    "Tenant": [str(field) for field in fields_of("Tenant")],
     "FineTuneJob": list(MUTABLE),
     "Adapter": ["baseVersions", "deletionPolicy", "retention"],
     "AdapterDeployment": [str(field) for field in fields_of("AdapterDeployment") if str(field) != "baseModel"],
 }
 BARE = re.compile(r"should match|regular expression|\^\(|\[a-z")
-NAMES = {"BaseModel": 63, "FineTuneJob": 50, "AdapterDeployment": 45}
+NAMES = {"BaseModel": 63, "Tenant": 63, "FineTuneJob": 50, "AdapterDeployment": 45}
 
 
 def test_every_field_has_values() -> None:
@@ -126,6 +127,11 @@ def test_names_have_a_limit(namespaced: Api, kind: str, longest: int) -> None:
         dry_run(namespaced, manifest(kind, SPECS[kind][0], "n" * (longest + 1)))
 
 
+def test_the_name_of_a_tenant_has_no_dots(namespaced: Api) -> None:
+    with pytest.raises(Refused, match=r"metadata\.name must have no dots"):
+        dry_run(namespaced, manifest("Tenant", SPECS["Tenant"][0], "a.b"))
+
+
 def test_names_of_adapters_follow_from_their_specs(namespaced: Api) -> None:
     wrong = manifest("Adapter", SPECS["Adapter"][0])
     wrong["metadata"]["name"] = "other-2.0.0"
@@ -192,4 +198,4 @@ def _release(api: Api, live: Any) -> None:
 
 
 def test_the_namespace_of_the_dry_runs_stays_empty(namespaced: Api, tried: dict[str, Tried]) -> None:
-    assert [item for kind in KINDS if kind != "BaseModel" for item in namespaced.list(kind, NAMESPACE)] == []
+    assert [item for kind in KINDS.keys() - CLUSTER_WIDE for item in namespaced.list(kind, NAMESPACE)] == []

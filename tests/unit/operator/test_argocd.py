@@ -19,6 +19,13 @@ EXPECTED = {
         ("Ready", "False", "SourceUnavailable", "Progressing"),
         ("Ready", "False", "SourceInvalid", "Degraded"),
     ],
+    "Tenant": [
+        ("Ready", "True", "AsExpected", "Healthy"),
+        ("Ready", "Unknown", "NamespaceMissing", "Progressing"),
+        ("Ready", "Unknown", "NamespaceNotBound", "Progressing"),
+        ("Ready", "False", "NamespaceClaimed", "Degraded"),
+        ("Ready", "False", "TenantsDisabled", "Degraded"),
+    ],
     "FineTuneJob": [
         ("Succeeded", "Unknown", "Waiting", "Progressing"),
         ("Succeeded", "Unknown", "Training", "Progressing"),

@@ -172,6 +172,19 @@ def test_only_the_third_party_store_has_a_key_in_its_environment(template: Any) 
             assert not secret or name == "graft-store", name
 
 
+def test_the_operator_binds_members_of_tenants_to_three_roles_and_only_if_tenants_are_enabled(template: Any) -> None:
+    """Everything else in the roles stays as it is without Tenants."""
+    without, with_tenants = (rules(template({"tenants": {"enabled": value}})) for value in (False, True))
+    more = [rule for rule in with_tenants if rule not in without]
+    named = ["graft-view", "graft-edit", "graft-admin"]
+    bind = {"resources": ["clusterroles"], "resourceNames": named, "verbs": ["bind"]}
+    assert more == [("ClusterRole", "graft-tenant", {"apiGroups": ["rbac.authorization.k8s.io"]} | bind)]
+    assert [rule for rule in without if rule not in with_tenants] == []
+    assert not operator_settings(template()).tenants_enabled
+    settings = operator_settings(template({"tenants": {"enabled": True}}))
+    assert settings.tenants_enabled and list(settings.member_cluster_roles.values()) == named
+
+
 @pytest.mark.parametrize("values", [{}, EXTERNAL, EVERYTHING], ids=["default", "external", "everything"])
 def test_no_role_has_a_wildcard_or_reads_all_secrets_of_the_cluster(template: Any, values: Manifest) -> None:
     manifests = template(values)
@@ -181,6 +194,7 @@ def test_no_role_has_a_wildcard_or_reads_all_secrets_of_the_cluster(template: An
         if "secrets" in rule["resources"]:
             named = {
                 ("ClusterRole", "graft-tenant"): [["graft-storage"]],
+                ("ClusterRole", "graft-admin"): [["graft-storage"]],
                 ("Role", "graft-operator"): [["graft-signing"], ["graft-store-key"], [GATEWAY_KEYS]],
                 ("Role", "graft-gateway"): [[GATEWAY_KEYS]],
             }

@@ -269,7 +269,7 @@ def test_the_chart_has_what_hubs_of_charts_show() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert {"home", "icon", "keywords", "maintainers", "sources", "kubeVersion", "description"} <= chart.keys()
     kinds = {item["kind"] for item in yaml.safe_load(chart["annotations"]["artifacthub.io/crds"])}
-    assert kinds == {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment"}
+    assert kinds == {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment", "Tenant"}
     assert chart["annotations"]["artifacthub.io/license"] == "Apache-2.0"
 
 

@@ -271,3 +271,41 @@ def test_work_that_ends_after_a_deletion_starts_no_reconcile(world: World, monke
     handlers._wake_known("Adapter", "shop", "support-1.0.0")
     handlers._wake_known("Adapter", "shop", "deleted-1.0.0")
     assert woken == [("Adapter", "shop", "support-1.0.0")]
+
+
+def tenant(world: World, name: str, **namespaces: Any) -> set[str]:
+    metadata = {"creationTimestamp": "2026-01-01T00:00:00Z"}
+    return world.put("Tenant", name, {"namespaces": namespaces}, namespace="", metadata=metadata)
+
+
+def space(world: World, name: str, **labels: str) -> set[str]:
+    return world.put("Namespace", name, namespace="", metadata={"labels": labels})
+
+
+def test_a_namespace_wakes_the_tenants_that_ask_for_it_before_or_after(world: World) -> None:
+    tenant(world, "by-name", names=["shop"])
+    tenant(world, "by-label", selector={"matchLabels": {"team": "a"}})
+    assert space(world, "shop") == {"by-name"}
+    assert space(world, "shop", team="a") == {"by-name", "by-label"}
+    assert space(world, "shop", team="a") == set()  # nothing that Tenants depend on has changed
+    assert space(world, "shop", team="b") == {"by-name", "by-label"}
+    assert space(world, "other", team="b") == set()
+
+
+def test_a_tenant_wakes_those_that_ask_for_the_same_namespaces(world: World) -> None:
+    for name in ("shop", "other"):
+        space(world, name, team="a")
+    assert tenant(world, "first", names=["shop"]) == set()
+    assert tenant(world, "second", selector={"matchLabels": {"team": "a"}}) == {"first"}
+    assert tenant(world, "third", names=["other"]) == {"second"}
+    assert tenant(world, "third", names=["elsewhere"]) == {"second"}  # which may have it now
+    assert tenant(world, "third", names=["elsewhere"]) == set()
+
+
+def test_a_child_of_a_tenant_wakes_it_although_it_has_no_namespace(world: World) -> None:
+    tenant(world, "team", names=["shop"])
+    labels = {"graft.dev/owner-kind": "Tenant", "graft.dev/owner": "team", "graft.dev/owner-uid": "uid-team"}
+    owner = {"kind": "Tenant", "name": "team", "uid": "uid-team", "controller": True}
+    binding = {"uid": "b", "labels": labels, "ownerReferences": [owner]}
+    assert world.put("RoleBinding", "graft-team-view", metadata=binding) == {"team"}
+    assert world.put("RoleBinding", "other", metadata=binding | {"ownerReferences": []}) == set()

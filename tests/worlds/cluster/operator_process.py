@@ -125,6 +125,7 @@ SETTINGS = {
     "storage": {"issueCredentials": True, "createBucket": True},
     "prometheusUrl": "http://prometheus:9090",
     "gatewayUrl": "http://graft-gateway.graft-system.svc:8080",
+    "tenantsEnabled": True,
     "allowed": {"priorityClasses": ["patient"], "tolerations": [{"key": GPU}, {"key": TAINT}]},
 }
 
@@ -151,7 +152,9 @@ def install_rights(plane: ControlPlane, api: Api) -> Path:
     """Install the operator's account and roles from the chart, and nothing else of it. Return the account's kubeconfig."""
     api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}})
     manifest = plane.state / "rights.json"
-    manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": from_chart(RIGHTS)}))
+    manifest.write_text(
+        json.dumps({"apiVersion": "v1", "kind": "List", "items": from_chart(RIGHTS, tenants__enabled="true")})
+    )
     plane.kubectl("apply", "-f", str(manifest))
     path = plane.state / "operator.kubeconfig"
     cluster = {"server": plane.server, "certificate-authority": str(plane.state / "pki/ca.crt")}

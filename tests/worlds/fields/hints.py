@@ -69,6 +69,7 @@ SPECS: dict[str, list[Spec]] = {
         VERSION | {"compose": {"parents": PARENTS, "into": "base"}, "method": "full"},
         VERSION | {"import": {"uri": f"s3://graft/{NAMESPACE}/imports/one/"}},
     ],
+    "Tenant": [{"namespaces": {"names": [NAMESPACE]}}, {"namespaces": {"selector": {"matchLabels": {"zone": "a"}}}}],
     "AdapterDeployment": [
         DEPLOYMENT,
         DEPLOYMENT | {"routes": [{"model": "chat"}]},
@@ -82,6 +83,11 @@ SPECS: dict[str, list[Spec]] = {
 # Path below spec -> values that a rule or the world demands. With a *, all paths that end so. The generated values of
 # these fields are tried too, and may be refused.
 VALUES: dict[str, list[Any]] = {
+    "namespaces": [{"names": [NAMESPACE]}, {"selector": {"matchLabels": {"team": "b"}}}],
+    "namespaces.names": [[NAMESPACE], ["other"]],
+    "namespaces.names[]": [NAMESPACE, "other"],
+    "namespaces.selector": [{"matchLabels": {"team": "b"}}, EXPRESSIONS],
+    "namespaces.selector.matchLabels": [{"team": "b"}, {"team": "a", "zone": "a"}],
     "baseModel": ["tiny", "small"],
     "method": [{"lora": {}}, {"qlora": {}}, {"full": {}}, {"promptTuning": {}}],
     "evaluation.suites": [[SUITE], [SUITE, HARNESS | {"name": "other"}]],
@@ -199,6 +205,28 @@ BREAKS: list[tuple[str, Spec, str]] = [
                 {"topologySpreadConstraints": [SPREAD | {"whenUnsatisfiable": "ScheduleAnyway", "minDomains": 2}]},
                 "minDomains",
             ),
+        )
+    ),
+    ("Tenant", {"namespaces": {}}, "give names, a selector, or both"),
+    ("Tenant", {"namespaces": {"selector": {}}}, "an empty selector would match every namespace"),
+    (
+        "Tenant",
+        {"namespaces": {"names": ["a"], "selector": {"matchLabels": {}}}},
+        "an empty selector would match every",
+    ),
+    *(
+        (
+            "Tenant",
+            {"namespaces": {"names": ["a"]}, "members": [{"kind": kind, "name": name, "role": "view"}]},
+            "must be a service account",
+        )
+        for kind, name in (
+            ("Group", "system:masters"),
+            ("Group", "system:authenticated"),
+            ("Group", "system:serviceaccounts"),
+            ("Group", "system:serviceaccount:a:b"),
+            ("User", "system:anonymous"),
+            ("User", "system:serviceaccount:a"),
         )
     ),
     ("AdapterDeployment", DEPLOYMENT | {"engineArgs": ["--trust-remote-code"]}, "--trust-remote-code is refused"),

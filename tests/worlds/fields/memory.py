@@ -24,10 +24,11 @@ from graft.reconcile.basemodel import reconcile as reconcile_base_model
 from graft.reconcile.finetunejob.finetunejob import reconcile as reconcile_job
 from graft.reconcile.shared.access import SECRET_KEYS
 from graft.reconcile.shared.admission import admit
+from graft.reconcile.tenant import reconcile as reconcile_tenant
 from graft.settings import Images, Settings
 
 from worlds.fields.hints import DEPLOYMENT, JOB, NAMESPACE, PREFIX
-from worlds.fields.schema import Spec
+from worlds.fields.schema import CLUSTER_WIDE, KEY, Spec
 from worlds.fields.tries import manifest
 from worlds.placement import TINY, gpu_node, node
 from worlds.reconciling import BUCKET, MemoryKube, MemoryStore, Object, context, publish
@@ -37,6 +38,7 @@ SETTINGS = Settings(
     images=Images(trainer="t", engine="e", agent="a", vllm="v"),
     prometheus_url="http://prometheus:9090",
     vllm_int4=True,
+    tenants_enabled=True,
     huggingface_endpoint="http://127.0.0.1:9",  # nothing answers
     allowed={"priorityClasses": ["*"], "runtimeClasses": ["*"], "tolerations": [{"key": "*"}], "podAnnotations": ["*"]},  # type: ignore[arg-type]
 )
@@ -46,6 +48,7 @@ RECONCILERS = {
     "FineTuneJob": reconcile_job,
     "Adapter": reconcile_adapter,
     "AdapterDeployment": reconcile_deployment,
+    "Tenant": reconcile_tenant,
 }
 CHILDREN = (
     "Job", "ConfigMap", "Service", "NetworkPolicy", "Deployment", "ServiceAccount", "Role", "RoleBinding",
@@ -149,7 +152,7 @@ class World:
 
     async def rest(self, kind: str, name: str) -> Object:
         """Reconcile a resource until nothing changes. Return it."""
-        live = self.kube.objects[kind, None if kind == "BaseModel" else NAMESPACE, name]
+        live = self.kube.objects[kind, None if kind in CLUSTER_WIDE else NAMESPACE, name]
         uid = live["metadata"]["uid"]
         for _ in range(MOST):
             before = self._all()
@@ -263,5 +266,6 @@ def _surroundings(store: MemoryStore) -> list[Object]:
     keys["data"] = dict.fromkeys(SECRET_KEYS, "eA==")  # type: ignore[assignment]
     nodes = [node("cpu-1"), gpu_node("gpu-1", "NVIDIA-A100-SXM4-80GB", 81920, gpus=4)]
     nodes = [{"apiVersion": "v1", "kind": "Node"} | item for item in nodes]
-    spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}]
+    labels = {"zone": "a", "team": "a", KEY: "a"}
+    spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}}]
     return [*models, *adapters, keys, *nodes, *spaces]

@@ -12,6 +12,7 @@ Schema = dict[str, Any]
 Spec = dict[str, Any]
 ITEM, ENTRY = "[]", "{}"  # parts of a path: an item of a list, a value of a map
 KINDS = {module.CRD["kind"]: module for module in crdgen.KINDS}
+CLUSTER_WIDE = {kind for kind, module in KINDS.items() if module.CRD["scope"] == "Cluster"}
 KEY = "example.com/key"  # of an entry of a map
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from worlds.cluster.api import ALL_KINDS, Api, Object, Refused
 from worlds.fields import hints
 from worlds.fields.hints import NAMESPACE
-from worlds.fields.schema import Field, Spec
+from worlds.fields.schema import CLUSTER_WIDE, Field, Spec
 from worlds.fields.values import wrong
 
 
@@ -41,7 +41,7 @@ def manifest(kind: str, spec: Spec, name: str = "one", namespace: str = NAMESPAC
     named = (
         f"{spec['adapter']}-{spec['version']}" if kind == "Adapter" and {"adapter", "version"} <= spec.keys() else name
     )
-    place = {} if kind == "BaseModel" else {"namespace": namespace}
+    place = {} if kind in CLUSTER_WIDE else {"namespace": namespace}
     return {"apiVersion": "graft.dev/v1alpha1", "kind": kind, "metadata": {"name": named} | place, "spec": spec}
 
 

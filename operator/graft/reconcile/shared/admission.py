@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from graft.api import Adapter, AdapterDeployment, BaseModel, FineTuneJob
+from graft.api import Adapter, AdapterDeployment, BaseModel, FineTuneJob, Tenant
 from graft.api.meta import Condition, Resource, Status
 from graft.artifacts.layout import why_reserved
 from graft.contracts.message import first_problem
@@ -25,9 +25,10 @@ REFUSED = {
     "FineTuneJob": ("Accepted", "Waiting"),
     "Adapter": ("Ready", "Invalid"),
     "AdapterDeployment": ("Accepted", "Waiting"),
+    "Tenant": ("Ready", "Incomplete"),
 }
 SCHEMAS: dict[str, type[Resource]] = {
-    item.__name__: item for item in (BaseModel, FineTuneJob, Adapter, AdapterDeployment)
+    item.__name__: item for item in (BaseModel, FineTuneJob, Adapter, AdapterDeployment, Tenant)
 }
 
 

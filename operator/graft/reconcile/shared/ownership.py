@@ -13,6 +13,7 @@ from graft.manifests.metadata import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UI
 Key = tuple[str, str, str]  # kind, namespace, name
 PARENTS = {"Job", "ReplicaSet"}  # kinds of the controllers that create our pods
 PLACE = "graft.dev/namespace"  # on routes: the namespace of their owner
+CLUSTER_WIDE = frozenset({"Tenant"})  # owners without a namespace
 
 
 def owner_of(kind: str, child: Manifest, known: Mapping[Key, str], operator_namespace: str) -> Key | None:
@@ -27,15 +28,17 @@ def owner_of(kind: str, child: Manifest, known: Mapping[Key, str], operator_name
 def claimed_owner(kind: str, child: Manifest, operator_namespace: str) -> tuple[Key, str] | None:
     """Return the resource that a child names as its owner, with its UID. None if the child does not name it in all places.
 
-    A child is in the namespace of its owner, and its owner references name the owner. Those of a pod name a Job or a
-    ReplicaSet of the owner. Only the routes are in the operator's namespace, where owner references do not work and no
+    A child is in the namespace of its owner if that has one, and its owner references name the owner. Those of a pod name a
+    Job or a ReplicaSet of the owner. Only the routes are in the operator's namespace, where owner references do not work and no
     user may write.
     """
     metadata = child["metadata"]
     labels: dict[str, Any] = metadata.get("labels") or {}
     place = metadata.get("namespace") or ""
     routes = kind == "ConfigMap" and place == operator_namespace and labels.get(COMPONENT) == ROUTES_COMPONENT
-    key = (labels.get(OWNER_KIND, ""), labels.get(PLACE, "") if routes else place, labels.get(OWNER_NAME, ""))
+    kind_of_owner = labels.get(OWNER_KIND, "")
+    where = labels.get(PLACE, "") if routes else "" if kind_of_owner in CLUSTER_WIDE else place
+    key = (kind_of_owner, where, labels.get(OWNER_NAME, ""))
     uid = labels.get(OWNER_UID, "")
     if not all((key[0], key[2], uid)):
         return None

@@ -9,7 +9,7 @@ import pytest
 from graft import connection
 from graft.cache import informer
 from graft.cache.cache import Cache, Change, Source
-from graft.kube import Kube
+from graft.kube import Kube, KubeError
 from graft.manifests.metadata import OWNER_UID
 from worlds.cluster.apiserver import ApiServer, Object, api_server
 
@@ -288,3 +288,45 @@ async def test_without_sources_everything_is_read_from_the_api_server() -> None:
         cache = Cache(kube)
         assert await cache.get("Adapter", "shop", "a") is not None and len(await cache.list("Adapter", "shop")) == 1
         assert len(await cache.fresh("Adapter", "shop")) == 1
+
+
+async def test_all_labels_are_held_only_of_kinds_that_ask_for_it() -> None:
+    async def labelled(server: ApiServer) -> None:
+        for kind in ("Namespace", "Service"):
+            await server.change(kind, "a", metadata={"labels": {"team": "a", OWNER_UID: "u"}})
+
+    plain = Source("Service", listed=False, watched=False)
+    async with following(
+        Source("Namespace", listed=False, watched=False, every_label=True), plain, before=labelled
+    ) as seen:
+        held = {
+            kind: (await seen.cache.list(kind, metadata_only=True))[0]["metadata"]["labels"]
+            for kind in ("Namespace", "Service")
+        }
+        assert held == {"Namespace": {"team": "a", OWNER_UID: "u"}, "Service": {OWNER_UID: "u"}}
+
+
+@pytest.mark.parametrize("optional", [True, False])
+async def test_a_kind_that_the_cluster_lacks_holds_up_the_start_only_if_it_must_be_there(optional: bool) -> None:
+    class Without(Kube):
+        async def pages(self, kind: str, *arguments: Any, **named: Any) -> AsyncIterator[Any]:
+            if kind == "Tenant":
+                raise KubeError(404, "NotFound", "the server could not find the requested resource")
+            async for page in super().pages(kind, *arguments, **named):
+                yield page
+
+    async with api_server() as (_, kube):
+        kube.__class__ = Without
+        cache = Cache(kube, [Source("Adapter"), Source("Tenant", optional=optional)])
+        tasks = cache.start()
+        try:
+            async with asyncio.timeout(5):
+                await cache.informers["Adapter"].synced.wait()
+                if optional:
+                    await cache.synced()
+                    assert await cache.list("Tenant") == [] and await cache.get("Tenant", None, "a") is None
+            assert cache.missing() == ([] if optional else ["Tenant"])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,131 @@
+"""Tenant: a team, its namespaces, and its people. It is a cluster-wide resource, which the platform team writes."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from graft.api.meta import Conditions, Resource, Schema, Status, rules
+from graft.api.patterns import DNS_LABEL, SUBJECT
+from graft.api.podtemplate import LabelSelector
+
+MOST_NAMES = 500  # namespaces that spec.namespaces.names lists
+
+
+class Namespaces(Schema):
+    """Which namespaces belong to the tenant: those with one of the names, and those that the selector matches."""
+
+    names: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MOST_NAMES,
+        description="Names of namespaces. A namespace that does not exist yet belongs to the tenant when it is created.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "set",
+            "items": {"type": "string", "pattern": DNS_LABEL, "maxLength": 63},
+        },
+    )
+    selector: LabelSelector | None = Field(
+        default=None,
+        description="Labels of namespaces. Whoever may create namespaces or change their labels then decides what belongs to "
+        "the tenant. The namespaces of Kubernetes and the operator's own never match.",
+    )
+
+    model_config = Schema.model_config | {
+        "json_schema_extra": rules(
+            ("has(self.names) || has(self.selector)", "namespaces: give names, a selector, or both"),
+            (
+                "!has(self.selector) || (has(self.selector.matchLabels) && self.selector.matchLabels.size() > 0) || "
+                "(has(self.selector.matchExpressions) && self.selector.matchExpressions.size() > 0)",
+                "namespaces.selector: an empty selector would match every namespace. Name at least one label",
+            ),
+        )
+    }
+
+
+class Member(Schema):
+    """A group or a user of the tenant."""
+
+    kind: Literal["Group", "User"] = Field(description="Whether name is a group's or a user's.")
+    name: str = Field(
+        pattern=SUBJECT,
+        max_length=253,
+        description="Name of the group or user, as the cluster's authentication gives it. A service account is the User "
+        "system:serviceaccount:<namespace>:<name>.",
+    )
+    role: Literal["view", "edit", "admin"] = Field(
+        description="What the member may do in every namespace of the tenant. view: read Graft's resources. edit: also create, "
+        "change and delete jobs, versions and deployments. admin: also read the namespace's storage key, and its pods, "
+        "their logs and Events."
+    )
+
+    # All other names that begin with system: are those of Kubernetes itself, or of people whom nobody has chosen.
+    model_config = Schema.model_config | {
+        "json_schema_extra": rules(
+            (
+                "!self.name.startsWith('system:') || "
+                "(self.kind == 'User' && self.name.matches('^system:serviceaccount:[a-z0-9-]+:[a-z0-9.-]+$')) || "
+                "(self.kind == 'Group' && self.name.matches('^system:serviceaccounts:[a-z0-9-]+$'))",
+                "members: a name that begins with system: must be a service account (User "
+                "system:serviceaccount:<namespace>:<name>) or all those of a namespace (Group "
+                "system:serviceaccounts:<namespace>)",
+            ),
+        )
+    }
+
+
+class TenantSpec(Schema):
+    """Which namespaces are the tenant's, and who may do what in them."""
+
+    namespaces: Namespaces = Field(description="Namespaces of the tenant.")
+    members: list[Member] | None = Field(
+        default=None,
+        max_length=100,
+        description="Groups and users, with their role in the namespaces of the tenant. The operator keeps RoleBindings for them.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["kind", "name"]},
+    )
+
+
+class TenantStatus(Status):
+    """What the tenant has."""
+
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that the operator last handled."
+    )
+    stage: str | None = Field(default=None, description="Summary of the conditions: Ready, Waiting or Incomplete.")
+    namespaces: list[str] | None = Field(
+        default=None,
+        description="Namespaces that exist and belong to the tenant.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    conditions: Conditions
+
+
+class Tenant(Resource):
+    """A team that shares the cluster with others: its namespaces, and its people."""
+
+    spec: TenantSpec
+    status: TenantStatus = Field(default_factory=lambda: TenantStatus(conditions=[]))
+
+
+CRD = {
+    "kind": "Tenant",
+    "plural": "tenants",
+    "shortNames": ["gt"],
+    "scope": "Cluster",
+    "columns": [
+        ("Stage", "string", ".status.stage", 0),
+        ("Namespaces", "string", ".status.namespaces", 0),
+        ("Age", "date", ".metadata.creationTimestamp", 0),
+        ("Message", "string", ".status.conditions[?(@.type=='Ready')].message", 1),
+    ],
+    "rules": rules(
+        (
+            "self.metadata.name.size() <= 63",
+            "metadata.name must be at most 63 characters, because it becomes a label value",
+        ),
+        (
+            "!self.metadata.name.contains('.')",
+            "metadata.name must have no dots: name the Tenant as a namespace is named",
+        ),
+    ),
+}

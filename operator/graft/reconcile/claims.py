@@ -1,0 +1,89 @@
+"""Which namespace belongs to which Tenant (PURE).
+
+A Tenant claims namespaces by name and by label. Of several Tenants that claim a namespace, the oldest has it. This module
+does not know what a Tenant does with its namespaces.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graft.artifacts.layout import why_reserved
+
+# No workload of a team belongs in them, and a default deny there would stop the cluster.
+SYSTEM = frozenset({"kube-system", "kube-public", "kube-node-lease"})
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The namespaces that one Tenant asks for."""
+
+    tenant: str
+    since: str  # creationTimestamp of the Tenant
+    names: frozenset[str]
+    match_labels: tuple[tuple[str, str], ...]
+    expressions: tuple[tuple[str, str, frozenset[str]], ...]  # key, operator, values
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """Sorts the oldest Tenant first. Of two that were created in the same second, the names decide."""
+        return self.since, self.tenant
+
+    def covers(self, namespace: str, labels: Labels) -> bool:
+        """Return whether the Tenant asks for a namespace with this name and these labels."""
+        return namespace in self.names or self.selects(labels)
+
+    def selects(self, labels: Labels) -> bool:
+        """Return whether the selector matches. A Tenant without a selector selects nothing."""
+        if not self.match_labels and not self.expressions:
+            return False
+        return all(labels.get(key) == value for key, value in self.match_labels) and all(
+            _meets(labels, *expression) for expression in self.expressions
+        )
+
+
+def _meets(labels: Labels, key: str, operator: str, values: frozenset[str]) -> bool:
+    """Return whether labels meet one requirement, as Kubernetes' own selectors do. NotIn is met without the label, too."""
+    match operator:
+        case "In":
+            return labels.get(key) in values
+        case "NotIn":
+            return labels.get(key) not in values
+        case "Exists":
+            return key in labels
+        case "DoesNotExist":
+            return key not in labels
+    return False
+
+
+def claim_of(raw: Mapping[str, Any]) -> Claim:
+    """Return what a Tenant asks for."""
+    metadata, asked = raw["metadata"], (raw.get("spec") or {}).get("namespaces") or {}
+    selector = asked.get("selector") or {}
+    return Claim(
+        metadata["name"],
+        str(metadata.get("creationTimestamp") or ""),
+        frozenset(asked.get("names") or ()),
+        tuple(sorted((selector.get("matchLabels") or {}).items())),
+        tuple(
+            (item["key"], item["operator"], frozenset(item.get("values") or ()))
+            for item in selector.get("matchExpressions") or ()
+        ),
+    )
+
+
+def why_never(namespace: str, operator_namespace: str) -> str | None:
+    """Return why a namespace cannot belong to a Tenant, or None."""
+    if namespace in SYSTEM:
+        return "it is Kubernetes' own"
+    if namespace == operator_namespace:
+        return "the operator runs in it"
+    return why_reserved(namespace)
+
+
+def holder(claims: Iterable[Claim], namespace: str, labels: Labels, operator_namespace: str) -> Claim | None:
+    """Return the Tenant that has a namespace: the oldest one that asks for it. None: the namespace has no Tenant."""
+    if why_never(namespace, operator_namespace) is not None:
+        return None
+    return min((item for item in claims if item.covers(namespace, labels)), key=lambda item: item.age, default=None)

@@ -1,0 +1,127 @@
+"""A Tenant gives its people Graft's roles in its namespaces, and keeps them, on a real API server."""
+
+from collections.abc import Iterator
+
+import pytest
+from graft.artifacts.store import S3Store
+from worlds.cluster.api import Api
+from worlds.cluster.teams import bindings, may, ready, team, user
+from worlds.cluster.tenant import Tenant
+from worlds.cluster.tenants import bind, new_tenant
+
+
+@pytest.fixture
+def teams(tenant: Tenant) -> Iterator[list[str]]:
+    """Yield the names of two Tenants of the test. They are deleted afterwards."""
+    names = [f"{tenant.name}-{part}" for part in ("first", "second")]
+    yield names
+    for name in names:
+        tenant.api.delete("Tenant", None, name)
+
+
+def test_members_have_their_role_in_the_namespaces_and_lose_it(tenant: Tenant, calm: Tenant, teams: list[str]) -> None:
+    ada, bob, eve = (f"{person}-{tenant.name}" for person in ("ada", "bob", "eve"))
+    members = [user(ada, "admin"), user(bob, "edit"), user(eve, "view")]
+    team(tenant, teams[0], members, namespaces={"names": [tenant.name, calm.name]})
+    found = ready(tenant, teams[0], "AsExpected")
+    assert found["status"]["namespaces"] == sorted([tenant.name, calm.name]) and found["status"]["stage"] == "Ready"
+    assert bindings(calm) == {"graft-view": [ada, bob, eve], "graft-edit": [ada, bob], "graft-admin": [ada]}
+
+    people = {name: tenant.api.as_user(name) for name in (ada, bob, eve)}
+    people[bob].create(tenant.job_manifest("of-bob"))
+    assert people[eve].get("FineTuneJob", tenant.name, "of-bob") is not None
+    tenant.running_pod("of-bob")
+    reads = [
+        (may(api, "get", "secrets", tenant.name, "graft-storage"), may(api, "get", "pods/log", tenant.name))
+        for api in people.values()
+    ]
+    assert reads == [(True, True), (False, False), (False, False)]
+
+    # Bob leaves the team, Eve may write, and one of the namespaces leaves.
+    members = [user(ada, "admin"), user(eve, "edit")]
+    tenant.api.patch("Tenant", None, teams[0], {"spec": {"members": members, "namespaces": {"names": [tenant.name]}}})
+    ready(tenant, teams[0], "AsExpected", says="1 namespace,")
+    assert bindings(tenant) == {"graft-view": [ada, eve], "graft-edit": [ada, eve], "graft-admin": [ada]}
+    tenant.wait(lambda: not bindings(calm), "the namespace that left has no bindings of the Tenant")
+    assert may(people[eve], "create", "finetunejobs", tenant.name, group="graft.dev")
+    assert not may(people[bob], "get", "finetunejobs", tenant.name, group="graft.dev")
+
+    tenant.api.delete("Tenant", None, teams[0])
+    tenant.wait(lambda: not bindings(tenant), "the bindings end with the Tenant")
+    assert tenant.get("FineTuneJob", "of-bob")
+
+
+def test_what_somebody_changes_is_repaired(tenant: Tenant, teams: list[str]) -> None:
+    """An admin of the namespace deletes a binding, adds a person to it, or replaces it by one with another role."""
+    ada = f"ada-{tenant.name}"
+    team(tenant, teams[0], [user(ada, "edit")])
+    ready(tenant, teams[0], "AsExpected")
+    wanted = {"graft-edit": [ada], "graft-view": [ada]}
+    name = f"graft-{teams[0]}-edit"
+
+    def repaired(what: str) -> None:
+        tenant.wait(lambda: bindings(tenant) == wanted, f"{what} is repaired", explain=lambda: str(bindings(tenant)))
+
+    tenant.api.delete("RoleBinding", tenant.name, name)
+    repaired("a deletion")
+    more = [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": person} for person in (ada, "mallory")]
+    tenant.api.patch("RoleBinding", tenant.name, name, {"subjects": more})
+    repaired("a person")
+    live = tenant.get("RoleBinding", name)
+    tenant.api.delete("RoleBinding", tenant.name, name)
+    kept = {key: live["metadata"][key] for key in ("name", "namespace", "labels", "ownerReferences")}
+    forged = live | {"metadata": kept, "roleRef": live["roleRef"] | {"name": "cluster-admin"}, "subjects": more}
+    tenant.wait(lambda: _created(tenant.api, forged), "the binding with another role exists")
+    repaired("a role")
+    tenant.wait(lambda: tenant.get("RoleBinding", name)["roleRef"]["name"] == "graft-edit", "the role is Graft's")
+
+
+def _created(api: Api, manifest: dict[str, object]) -> bool:
+    """Create an object. The operator may create it first: delete it then, and try again."""
+    metadata = manifest["metadata"]
+    assert isinstance(metadata, dict)
+    try:
+        api.create(manifest)
+    except Exception:
+        api.delete("RoleBinding", metadata["namespace"], metadata["name"])
+        return False
+    return True
+
+
+def test_of_two_tenants_that_ask_for_a_namespace_the_older_has_it(
+    tenant: Tenant, calm: Tenant, teams: list[str]
+) -> None:
+    ada, bob = f"ada-{tenant.name}", f"bob-{tenant.name}"
+    first = team(tenant, teams[0], [user(ada, "view")])
+    ready(tenant, teams[0], "AsExpected")
+
+    def younger() -> bool:
+        made = team(tenant, teams[1], [user(bob, "view")], namespaces={"names": [tenant.name, calm.name]})
+        return bool(made["metadata"]["creationTimestamp"] >= first["metadata"]["creationTimestamp"])
+
+    assert younger()
+    found = ready(tenant, teams[1], "NamespaceClaimed", says=f"{tenant.name} belongs to Tenant {teams[0]}")
+    assert found["status"]["namespaces"] == [calm.name] and found["status"]["stage"] == "Incomplete"
+    assert "spec.namespaces" in found["condition"]["message"]
+    assert bindings(tenant) == {"graft-view": [ada]} and bindings(calm) == {"graft-view": [bob]}
+    tenant.api.patch("Tenant", None, teams[0], {"spec": {"namespaces": {"names": ["elsewhere-entirely"]}}})
+    ready(tenant, teams[1], "AsExpected")
+    ready(tenant, teams[0], "NamespaceMissing", says="elsewhere-entirely")
+    tenant.wait(lambda: bindings(tenant) == {"graft-view": [bob]}, "the namespace is the other Tenant's")
+
+
+def test_a_namespace_joins_by_its_label_when_it_is_bound(
+    api: Api, store: S3Store, tenant: Tenant, teams: list[str], request: pytest.FixtureRequest
+) -> None:
+    label = {f"team-{tenant.name}": "a"}
+    team(tenant, teams[0], [user("ada", "view")], namespaces={"selector": {"matchLabels": label}})
+    assert ready(tenant, teams[0], "AsExpected", says="0 namespaces")["status"]["namespaces"] == []
+    later = new_tenant(api, store, request)
+    api.patch("Namespace", None, later.name, {"metadata": {"labels": label}})
+    ready(tenant, teams[0], "NamespaceNotBound", says=f"kubectl create rolebinding graft -n {later.name}")
+    assert not bindings(later)
+    bind(later)
+    found = ready(tenant, teams[0], "AsExpected")
+    assert found["status"]["namespaces"] == [later.name] and bindings(later) == {"graft-view": ["ada"]}
+    api.patch("Namespace", None, later.name, {"metadata": {"labels": dict.fromkeys(label)}})
+    tenant.wait(lambda: not bindings(later), "the namespace left with its label")

@@ -1,0 +1,162 @@
+"""Which namespaces a Tenant has, and what it says about those that it does not have."""
+
+import copy
+from typing import Any
+
+import pytest
+from graft.api import Tenant
+from graft.kube import KubeError
+from graft.reconcile import tenant as tenants
+from graft.reconcile.claims import claim_of, holder, why_never
+from graft.reconcile.shared.access import Trouble
+from graft.reconcile.tenant import observe, share_of
+from worlds.fields.hints import NAMESPACE
+from worlds.fields.memory import World
+
+SYSTEM = "graft-system"
+OLD, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+SPACES = {name: {"labels": {"team": name[:1]}} for name in ("a1", "a2", "b1")}
+Object = dict[str, Any]
+
+
+def raw(name: str, since: str = OLD, members: Any = None, **namespaces: Any) -> Object:
+    metadata = {"name": name, "uid": f"uid-{name}", "creationTimestamp": since, "generation": 1}
+    spec = {"namespaces": namespaces} | ({"members": members} if members else {})
+    return {"apiVersion": "graft.dev/v1alpha1", "kind": "Tenant", "metadata": metadata, "spec": spec}
+
+
+def selecting(**labels: str) -> Object:
+    return {"selector": {"matchLabels": labels}}
+
+
+def has(name: str, *found: Object, namespaces: Any = SPACES) -> tuple[list[str], Object]:
+    share = share_of(name, map(claim_of, found), namespaces, SYSTEM)
+    return share.has, share.claimed
+
+
+def test_a_tenant_has_what_it_names_and_what_its_selector_matches() -> None:
+    assert has("a", raw("a", names=["b1"], **selecting(team="a"))) == (["a1", "a2", "b1"], {})
+    assert has("a", raw("a", names=["b1", "later"])) == (["b1"], {})
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ({"operator": "In", "values": ["a", "x"]}, ["a1", "a2"]),
+        ({"operator": "NotIn", "values": ["a"]}, ["b1", "bare"]),
+        ({"operator": "Exists"}, ["a1", "a2", "b1"]),
+        ({"operator": "DoesNotExist"}, ["bare"]),
+        ({"operator": "Later", "values": ["a"]}, []),  # of a newer version: it matches nothing
+    ],
+)
+def test_expressions_match_as_kubernetes_selectors_do(expression: Object, found: list[str]) -> None:
+    tenant = raw("a", selector={"matchExpressions": [{"key": "team"} | expression]})
+    assert has("a", tenant, namespaces=SPACES | {"bare": {}})[0] == found
+
+
+def test_an_empty_selector_of_an_older_schema_matches_nothing() -> None:
+    assert has("a", raw("a", selector={"matchLabels": {}})) == ([], {})
+
+
+@pytest.mark.parametrize("since", [NEW, OLD], ids=["younger", "of the same second"])
+def test_the_oldest_tenant_has_a_namespace_however_it_asks_for_it(since: str) -> None:
+    """A name is no stronger than a label. Of two Tenants of the same second, the name decides."""
+    first, second = raw("a", **selecting(team="a")), raw("b", since, names=["a1", "b1"])
+    assert has("a", second, first) == (["a1", "a2"], {})
+    assert has("b", second, first) == (["b1"], {"a1": "a"})
+    assert has("b", second) == (["a1", "b1"], {})
+
+
+@pytest.mark.parametrize("name", ["kube-system", "kube-public", "kube-node-lease", SYSTEM, "models", "root"])
+def test_a_namespace_of_the_cluster_or_of_graft_belongs_to_no_tenant(name: str) -> None:
+    spaces = SPACES | {name: {"labels": {"team": "a"}}}
+    share = share_of("a", [claim_of(raw("a", names=[name], **selecting(team="a")))], spaces, SYSTEM)
+    assert share.has == ["a1", "a2"] and list(share.reserved) == [name]
+    assert why_never(name, SYSTEM) and holder([claim_of(raw("a", names=[name]))], name, {}, SYSTEM) is None
+
+
+def test_a_namespace_that_is_being_deleted_is_left_alone() -> None:
+    spaces = {"a1": {"deletionTimestamp": NEW}, "a2": {}}
+    assert has("a", raw("a", names=["a1", "a2"]), namespaces=spaces) == (["a2"], {})
+
+
+def test_the_first_problem_gives_the_reason_and_the_message_has_all() -> None:
+    first = claim_of(raw("a", names=["a1"]))
+    second = raw("b", NEW, names=["a1", "b1", "later", "models"])
+    share = share_of("b", [first, claim_of(second)], SPACES, SYSTEM)
+    status, [ready, *_] = observe(Tenant.model_validate(second), share, {"b1": Trouble("NamespaceNotBound", "bind b1")})
+    assert (ready.status, ready.reason, status.stage) == ("False", "NamespaceReserved", "Incomplete")
+    for words in (
+        "models cannot belong",
+        "a1 belongs to Tenant a, which is older",
+        "bind b1",
+        "later (spec.namespaces",
+    ):
+        assert words in ready.message
+    assert status.namespaces == ["b1"]
+    share.claimed, share.reserved = {}, {}
+    _, [ready, *_] = observe(Tenant.model_validate(second), share, {})
+    assert (ready.status, ready.reason) == ("Unknown", "NamespaceMissing")
+
+
+MEMBERS = [{"kind": "Group", "name": "team", "role": "edit"}, {"kind": "User", "name": "ada", "role": "admin"}]
+
+
+async def test_members_are_bound_to_their_role_and_those_below_it() -> None:
+    world = World()
+    await world.set("Tenant", {"namespaces": {"names": [NAMESPACE]}, "members": MEMBERS})
+    bindings = {
+        item["roleRef"]["name"]: [subject["name"] for subject in item["subjects"]]
+        for name, item in world.children().items()
+    }
+    assert bindings == {"graft-view": ["team", "ada"], "graft-edit": ["team", "ada"], "graft-admin": ["ada"]}
+    await world.set("Tenant", {"namespaces": {"names": [NAMESPACE]}, "members": MEMBERS[:1]})
+    assert sorted(world.children()) == ["RoleBinding/graft-one-edit", "RoleBinding/graft-one-view"]
+    await world.set("Tenant", {"namespaces": {"names": ["other"]}, "members": MEMBERS})
+    assert world.children() == {}
+
+
+async def test_a_namespace_where_the_operator_may_not_write_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody forges a child there, or takes the operator's RoleBinding away."""
+    world = World()
+    spec = {"namespaces": {"names": [NAMESPACE]}, "members": MEMBERS}
+    await world.set("Tenant", spec)
+    child = next(item for key, item in world.kube.objects.items() if key[0] == "RoleBinding")
+    forged = copy.deepcopy(child)
+    forged["metadata"] |= {"namespace": "elsewhere", "name": "forged"}
+    world.kube.objects["RoleBinding", "elsewhere", "forged"] = forged
+
+    async def refuse(kind: str, namespace: str, name: str, *_: Any) -> None:
+        raise KubeError(403, "Forbidden", f'User "graft" cannot delete resource "rolebindings" in "{namespace}"')
+
+    monkeypatch.setattr(world.kube, "delete", refuse)
+    live = await world.set("Tenant", spec | {"members": [*MEMBERS, {"kind": "User", "name": "bob", "role": "view"}]})
+    [ready, *_] = live["status"]["conditions"]
+    assert (ready["status"], ready["reason"]) == ("Unknown", "NamespaceNotBound")
+    assert "-n elsewhere" in ready["message"] and live["status"]["namespaces"] == [NAMESPACE]
+    view = world.kube.objects["RoleBinding", NAMESPACE, "graft-one-view"]
+    assert [item["name"] for item in view["subjects"]] == ["team", "ada", "bob"]
+
+
+async def test_without_rights_for_tenants_nothing_is_done_and_the_tenant_says_so() -> None:
+    world = World()
+    spec = {"namespaces": {"names": [NAMESPACE]}, "members": MEMBERS}
+    await world.set("Tenant", spec)
+    assert world.children()
+    world.context.settings = world.context.settings.model_copy(update={"tenants_enabled": False})
+    live = await world.rest("Tenant", "one")
+    assert world.children() == {} and live["status"]["namespaces"] == []
+    [ready, *_] = live["status"]["conditions"]
+    assert ready["reason"] == "TenantsDisabled" and "tenants.enabled: true" in ready["message"]
+
+
+def test_an_object_is_ours_by_its_controller_only() -> None:
+    reference = {"kind": "Tenant", "name": "a", "uid": "u", "controller": True}
+    for references, ours in (
+        ([reference], True),
+        ([reference | {"name": "b"}], False),
+        ([reference | {"controller": False}], False),
+        ([reference | {"kind": "ConfigMap"}], False),
+        ([], False),
+    ):
+        assert tenants._is_ours({"metadata": {"ownerReferences": references}}, "a") is ours

@@ -28,7 +28,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
     },
     "Tenant": {
         "Ready": {
-            "AsExpected": "Every namespace of the tenant has what the spec says.",
+            "AsExpected": "Every namespace of the tenant is isolated, and its members have their roles there.",
             "NamespaceMissing": "A namespace in spec.namespaces.names does not exist yet. The others have what the spec says.",
             "NamespaceClaimed": "Another, older Tenant has a namespace that this one asks for. The others have what the spec says.",
             "NamespaceNotBound": "The operator may not write in a namespace, because the RoleBinding to graft-tenant is missing.",

@@ -13,14 +13,14 @@ from graft.api.meta import Condition
 from graft.api.tenant import TenantStatus
 from graft.kube import KubeError, Manifest
 from graft.manifests.metadata import OWNER_UID
-from graft.manifests.tenant import member_bindings
+from graft.manifests.tenant import POD_SECURITY, children, default_account
 from graft.reconcile.claims import Claim, claim_of, holder, why_never
 from graft.reconcile.shared.access import Trouble, refusal_of
 from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition
 
 KIND = "Tenant"
-CHILDREN = ("RoleBinding",)
+CHILDREN = ("RoleBinding", "NetworkPolicy")
 RECHECK = 300.0  # seconds until the namespaces of a complete Tenant are checked again
 AT_ONCE = 8  # namespaces whose objects are written at the same time
 NAMED = 5  # namespaces that a message names
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 class Share:
     """The namespaces of one Tenant, and those that it asks for and does not have."""
 
-    has: list[str] = field(default_factory=list)
+    has: dict[str, Manifest] = field(default_factory=dict)  # namespace -> its metadata
     claimed: dict[str, str] = field(default_factory=dict)  # namespace -> the Tenant that has it
     missing: list[str] = field(default_factory=list)
     reserved: dict[str, str] = field(default_factory=dict)  # namespace -> why it can belong to no Tenant
@@ -81,19 +81,19 @@ def share_of(name: str, claims: Iterable[Claim], namespaces: Namespaces, operato
             continue
         has = holder(claims, namespace, labels, operator_namespace)
         if has == own:
-            share.has.append(namespace)
+            share.has[namespace] = metadata
         elif has is not None:
             share.claimed[namespace] = has.tenant
     return share
 
 
-async def _keep(ctx: Context, tenant: Tenant, namespaces: list[str]) -> dict[str, Trouble]:
+async def _keep(ctx: Context, tenant: Tenant, namespaces: Namespaces) -> dict[str, Trouble]:
     """Make sure that every namespace has what the spec says. Return what is refused, by namespace."""
     limit = asyncio.Semaphore(AT_ONCE)
 
     async def one(namespace: str) -> Trouble | None:
         async with limit:
-            return await _keep_one(ctx, tenant, namespace)
+            return await _keep_one(ctx, tenant, namespaces[namespace])
 
     found = await asyncio.gather(*map(one, namespaces), return_exceptions=True)
     for error in found:
@@ -103,10 +103,15 @@ async def _keep(ctx: Context, tenant: Tenant, namespaces: list[str]) -> dict[str
     return {namespace: trouble for namespace, trouble in pairs if isinstance(trouble, Trouble)}
 
 
-async def _keep_one(ctx: Context, tenant: Tenant, namespace: str) -> Trouble | None:
-    what = "an object"
+async def _keep_one(ctx: Context, tenant: Tenant, space: Manifest) -> Trouble | None:
+    """Make sure that a namespace is isolated, and then that the members have their rights. Return what is refused."""
+    namespace = space["name"]
+    what = f"the labels of namespace {namespace}"
     try:
-        for manifest in member_bindings(tenant, namespace, ctx.settings.member_cluster_roles):
+        await _secure(ctx, space)
+        what = f"ServiceAccount default in namespace {namespace}"
+        await _disarm(ctx, namespace)
+        for manifest in children(tenant, namespace, ctx.settings.member_cluster_roles):
             what = f"{manifest['kind']} {manifest['metadata']['name']} in namespace {namespace}"
             await _ensure(ctx, tenant, manifest)
     except KubeError as error:
@@ -116,6 +121,20 @@ async def _keep_one(ctx: Context, tenant: Tenant, namespace: str) -> Trouble | N
             raise
         return refused
     return None
+
+
+async def _secure(ctx: Context, space: Manifest) -> None:
+    """Set Pod Security. The labels of the cache may be older than another writer's: the next event tells."""
+    if not POD_SECURITY.items() <= (space.get("labels") or {}).items():
+        patch = {"metadata": {"labels": dict(POD_SECURITY), "uid": space["uid"]}}
+        await ctx.kube.merge_patch("Namespace", None, space["name"], patch)
+
+
+async def _disarm(ctx: Context, namespace: str) -> None:
+    """Let the default service account give pods no token. It is read, because it is no child that the cache follows."""
+    live = await ctx.kube.get("ServiceAccount", namespace, "default")
+    if live is None or live.get("automountServiceAccountToken") is not False:
+        await ctx.kube.apply(default_account(namespace))
 
 
 async def _ensure(ctx: Context, tenant: Tenant, manifest: Manifest) -> None:
@@ -142,7 +161,7 @@ def _is_ours(live: Manifest, tenant: str) -> bool:
     )
 
 
-async def _remove_others(ctx: Context, tenant: Tenant, namespaces: list[str]) -> dict[str, Trouble]:
+async def _remove_others(ctx: Context, tenant: Tenant, namespaces: Iterable[str]) -> dict[str, Trouble]:
     """Delete the children that the spec no longer asks for: of namespaces and roles that have left.
 
     Return what is refused, by namespace. A namespace that is not bound any more holds up no other.
@@ -151,7 +170,7 @@ async def _remove_others(ctx: Context, tenant: Tenant, namespaces: list[str]) ->
     wanted = {
         (item["kind"], namespace, item["metadata"]["name"])
         for namespace in namespaces
-        for item in member_bindings(tenant, namespace, roles)
+        for item in children(tenant, namespace, roles)
     }
     uid, troubles = tenant.metadata.uid, dict[str, Trouble]()
     for kind in CHILDREN:
@@ -172,7 +191,7 @@ def observe(
     tenant: Tenant, share: Share, troubles: Mapping[str, Trouble], *, enabled: bool = True
 ) -> tuple[TenantStatus, list[Condition]]:
     """Return the status of a Tenant (PURE). The first of several problems gives the reason, and the message has all."""
-    status = tenant.status.model_copy(update={"namespaces": share.has})
+    status = tenant.status.model_copy(update={"namespaces": list(share.has)})
     if not enabled:
         text = "the operator has no rights for Tenants, so this Tenant has no effect. Set tenants.enabled: true in the chart's values"
         return _with_stage(status, "Incomplete"), [condition(KIND, "Ready", "False", "TenantsDisabled", text)]

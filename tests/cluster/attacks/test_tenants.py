@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from worlds.cluster.api import Refused
-from worlds.cluster.operator_process import ACCOUNT, SYSTEM
+from worlds.cluster.api import Api, Refused
+from worlds.cluster.operator_process import ACCOUNT, SYSTEM, from_chart
 from worlds.cluster.teams import RBAC, bindings, may, ready, refused, team, user
 from worlds.cluster.tenant import Tenant
 
@@ -97,3 +97,63 @@ def test_the_operator_binds_people_to_grafts_roles_only(tenant: Tenant) -> None:
         assert "attempting to grant" in refused(operator, "POST", path.format(tenant.name), binding(role))
     refused(operator, "POST", path.format("default"), binding("graft-view"))
     refused(operator, "PATCH", f"{TENANTS}/any", {"spec": {}}, MERGE)
+
+
+ENFORCE = "pod-security.kubernetes.io/enforce"
+RESTRICTED = {ENFORCE: "restricted", f"{ENFORCE}-version": "latest"}
+POLICIES = {
+    "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
+    "ValidatingAdmissionPolicyBinding": "validatingadmissionpolicybindings",
+}
+
+
+@pytest.fixture
+def guarded(api: Api) -> Iterator[None]:
+    """Install the chart's policy for the operator's writes to namespaces. It concerns nobody else."""
+    name = "graft-namespaces"
+    objects = [
+        item for item in from_chart(POLICIES.keys(), tenants__enabled="true") if item["metadata"]["name"] == name
+    ]
+    assert [item["kind"] for item in objects] == list(POLICIES)
+    root = "/apis/admissionregistration.k8s.io/v1"
+    for item in objects:
+        api.call("POST", f"{root}/{POLICIES[item['kind']]}", item)
+    yield
+    for plural in reversed(POLICIES.values()):
+        api.call("DELETE", f"{root}/{plural}/{name}")
+
+
+def test_the_operator_can_only_make_a_namespace_stricter(tenant: Tenant, guarded: None) -> None:
+    """Whoever has the operator's token weakens Pod Security, or changes anything else of a namespace -> refused."""
+    operator = tenant.api.as_token(tenant.api.token(SYSTEM, ACCOUNT))
+    path = f"/api/v1/namespaces/{tenant.name}"
+
+    def refusal(patch: object) -> str:
+        try:
+            operator.call("PATCH", f"{path}?dryRun=All", {"metadata": patch}, MERGE)
+        except Refused as error:
+            return str(error)
+        return ""
+
+    tenant.wait(lambda: refusal({"labels": {ENFORCE: "privileged"}}), "the policy is in force")
+    checked = tenant.api.call(
+        "GET", "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/graft-namespaces"
+    )
+    assert not checked.get("status", {}).get("typeChecking", {}).get("expressionWarnings"), checked
+    for level in ("privileged", "baseline", None):
+        assert "restricted only" in refusal({"labels": RESTRICTED | {ENFORCE: level}})
+    assert "restricted only" in refusal({"labels": RESTRICTED | {f"{ENFORCE}-version": "v1.22"}})
+    for labels in ({"team": "b"}, {"pod-security.kubernetes.io/warn": "privileged"}, {"istio-injection": "enabled"}):
+        assert "no other label" in refusal({"labels": RESTRICTED | labels})
+    for patch in ({"annotations": {"openshift.io/node-selector": "gpu"}}, {"finalizers": ["graft.dev/never"]}):
+        assert "nothing but labels" in refusal({"labels": RESTRICTED} | patch)
+    assert refusal({"labels": RESTRICTED}) == ""
+    refused(operator, "PATCH", "/api/v1/namespaces/default?dryRun=All", {"metadata": {"labels": RESTRICTED}}, MERGE)
+    refused(operator, "DELETE", path)
+    # The operator itself works under the policy.
+    tenant.api.patch("Namespace", None, tenant.name, {"metadata": {"labels": {ENFORCE: "privileged"}}})
+    team(tenant, tenant.name)
+    ready(tenant, tenant.name, "AsExpected")
+    found = tenant.api.get("Namespace", None, tenant.name)
+    tenant.api.delete("Tenant", None, tenant.name)
+    assert found is not None and found["metadata"]["labels"].items() >= RESTRICTED.items()

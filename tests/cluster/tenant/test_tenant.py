@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from graft.artifacts.store import S3Store
-from worlds.cluster.api import Api
+from worlds.cluster.api import Api, Object, Refused
 from worlds.cluster.teams import bindings, may, ready, team, user
 from worlds.cluster.tenant import Tenant
 from worlds.cluster.tenants import bind, new_tenant
@@ -76,14 +76,13 @@ def test_what_somebody_changes_is_repaired(tenant: Tenant, teams: list[str]) -> 
     tenant.wait(lambda: tenant.get("RoleBinding", name)["roleRef"]["name"] == "graft-edit", "the role is Graft's")
 
 
-def _created(api: Api, manifest: dict[str, object]) -> bool:
+def _created(api: Api, manifest: Object) -> bool:
     """Create an object. The operator may create it first: delete it then, and try again."""
-    metadata = manifest["metadata"]
-    assert isinstance(metadata, dict)
     try:
         api.create(manifest)
-    except Exception:
-        api.delete("RoleBinding", metadata["namespace"], metadata["name"])
+    except Refused as error:
+        assert error.status == 409, error
+        api.delete("RoleBinding", manifest["metadata"]["namespace"], manifest["metadata"]["name"])
         return False
     return True
 
@@ -125,3 +124,35 @@ def test_a_namespace_joins_by_its_label_when_it_is_bound(
     assert found["status"]["namespaces"] == [later.name] and bindings(later) == {"graft-view": ["ada"]}
     api.patch("Namespace", None, later.name, {"metadata": {"labels": dict.fromkeys(label)}})
     tenant.wait(lambda: not bindings(later), "the namespace left with its label")
+
+
+def test_a_namespace_is_isolated_and_stays_so(tenant: Tenant, teams: list[str]) -> None:
+    """Somebody who may do everything opens it again: the operator closes it."""
+    enforce = "pod-security.kubernetes.io/enforce"
+    tenant.api.patch("Namespace", None, tenant.name, {"metadata": {"labels": {enforce: "privileged"}}})
+    team(tenant, teams[0])
+    ready(tenant, teams[0], "AsExpected")
+
+    def secure() -> bool:
+        found = tenant.api.get("Namespace", None, tenant.name)
+        assert found is not None
+        return bool(found["metadata"]["labels"].get(enforce) == "restricted")
+
+    assert secure() and "1 namespace," in ready(tenant, teams[0], "AsExpected")["condition"]["message"]
+    root = {"name": "root", "image": "any", "securityContext": {"privileged": True}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "root", "namespace": tenant.name}}
+    with pytest.raises(Refused, match=r"violates PodSecurity \"restricted:latest\""):
+        tenant.api.create(pod | {"spec": {"containers": [root]}})
+    tenant.api.patch("Namespace", None, tenant.name, {"metadata": {"labels": {enforce: "baseline"}}})
+    tenant.wait(secure, "Pod Security is restricted again")
+
+    policy = f"graft-{teams[0]}-default-deny"
+    before = tenant.get("NetworkPolicy", policy)
+    assert before["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    tenant.api.patch("NetworkPolicy", tenant.name, policy, {"spec": {"egress": [{}], "policyTypes": ["Ingress"]}})
+    tenant.wait(lambda: tenant.get("NetworkPolicy", policy)["spec"] == before["spec"], "the policy is closed again")
+    assert tenant.get("ServiceAccount", "default")["automountServiceAccountToken"] is False
+
+    # Graft's pods meet all of it.
+    tenant.job("first")
+    assert tenant.running_pod("first")

@@ -267,5 +267,6 @@ def _surroundings(store: MemoryStore) -> list[Object]:
     nodes = [node("cpu-1"), gpu_node("gpu-1", "NVIDIA-A100-SXM4-80GB", 81920, gpus=4)]
     nodes = [{"apiVersion": "v1", "kind": "Node"} | item for item in nodes]
     labels = {"zone": "a", "team": "a", KEY: "a"}
-    spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}}]
+    meta = {"name": NAMESPACE, "uid": "uid-namespace", "labels": labels}
+    spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": meta}]
     return [*models, *adapters, keys, *nodes, *spaces]

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from graft.api import Tenant
 from graft.kube import KubeError
+from graft.manifests.metadata import OWNER_UID
+from graft.manifests.tenant import POD_SECURITY
 from graft.reconcile import tenant as tenants
 from graft.reconcile.claims import claim_of, holder, why_never
 from graft.reconcile.shared.access import Trouble
@@ -31,7 +33,7 @@ def selecting(**labels: str) -> Object:
 
 def has(name: str, *found: Object, namespaces: Any = SPACES) -> tuple[list[str], Object]:
     share = share_of(name, map(claim_of, found), namespaces, SYSTEM)
-    return share.has, share.claimed
+    return list(share.has), share.claimed
 
 
 def test_a_tenant_has_what_it_names_and_what_its_selector_matches() -> None:
@@ -71,7 +73,7 @@ def test_the_oldest_tenant_has_a_namespace_however_it_asks_for_it(since: str) ->
 def test_a_namespace_of_the_cluster_or_of_graft_belongs_to_no_tenant(name: str) -> None:
     spaces = SPACES | {name: {"labels": {"team": "a"}}}
     share = share_of("a", [claim_of(raw("a", names=[name], **selecting(team="a")))], spaces, SYSTEM)
-    assert share.has == ["a1", "a2"] and list(share.reserved) == [name]
+    assert list(share.has) == ["a1", "a2"] and list(share.reserved) == [name]
     assert why_never(name, SYSTEM) and holder([claim_of(raw("a", names=[name]))], name, {}, SYSTEM) is None
 
 
@@ -108,12 +110,40 @@ async def test_members_are_bound_to_their_role_and_those_below_it() -> None:
     bindings = {
         item["roleRef"]["name"]: [subject["name"] for subject in item["subjects"]]
         for name, item in world.children().items()
+        if name.startswith("RoleBinding/")
     }
     assert bindings == {"graft-view": ["team", "ada"], "graft-edit": ["team", "ada"], "graft-admin": ["ada"]}
     await world.set("Tenant", {"namespaces": {"names": [NAMESPACE]}, "members": MEMBERS[:1]})
-    assert sorted(world.children()) == ["RoleBinding/graft-one-edit", "RoleBinding/graft-one-view"]
+    assert sorted(world.children()) == [
+        "NetworkPolicy/graft-one-default-deny", "RoleBinding/graft-one-edit", "RoleBinding/graft-one-view",
+    ]  # fmt: skip
     await world.set("Tenant", {"namespaces": {"names": ["other"]}, "members": MEMBERS})
     assert world.children() == {}
+
+
+async def test_a_namespace_is_isolated_and_what_was_changed_is_repaired() -> None:
+    world = World()
+    space = world.kube.objects["Namespace", None, NAMESPACE]
+    space["metadata"]["labels"] |= {"pod-security.kubernetes.io/enforce": "privileged"}
+
+    def isolated() -> None:
+        assert (
+            space["metadata"]["labels"].items() >= POD_SECURITY.items() and space["metadata"]["labels"]["team"] == "a"
+        )
+        account = world.kube.objects["ServiceAccount", NAMESPACE, "default"]
+        assert account["automountServiceAccountToken"] is False and OWNER_UID not in account["metadata"].get(
+            "labels", {}
+        )
+        policy = world.children()["NetworkPolicy/graft-one-default-deny"]["spec"]
+        assert policy == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+    await world.set("Tenant", {"namespaces": {"names": [NAMESPACE]}})
+    isolated()
+    space["metadata"]["labels"] |= {"pod-security.kubernetes.io/enforce-version": "v1.22"}
+    world.kube.objects["ServiceAccount", NAMESPACE, "default"]["automountServiceAccountToken"] = True
+    del world.kube.objects["NetworkPolicy", NAMESPACE, "graft-one-default-deny"]
+    await world.rest("Tenant", "one")
+    isolated()
 
 
 async def test_a_namespace_where_the_operator_may_not_write_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,8 +250,8 @@ def _own(ctx: Context, queue: Queue, cache: Cache, change: Change) -> None:
         ctx.backoff.forget(before.uid)
         if change.kind == "AdapterDeployment" and change.old is not None:
             _later(orphans.deleted(ctx, change.old), "routes of a deleted deployment")
-        if change.kind == "BaseModel":
-            _later(storerights.model_deleted(ctx), "rights on a deleted model")
+        if change.kind in {"BaseModel", "Tenant"}:
+            _later(storerights.deleted(ctx), "rights on base models after a deletion")
     if after is None:
         queue.forget(*key)
     elif wakes.is_over(key, cache.objects):

@@ -22,7 +22,7 @@ REMEDIES: dict[str, str] = {
     "AdapterMissing": "Check the names with `kubectl get adapters`. If the version is being trained or verified, wait: the deployment continues by itself.",
     "ArtifactInvalid": "Check whether another process wrote below the namespace's prefix. Then raise `spec.restarts`, so that the job publishes again.",
     "AutoscalerMissing": "Install KEDA, or set `autoscaling.provider: hpa`. Meanwhile the pods serve, and their number does not change.",
-    "BaseModelForbidden": "Ask the platform team to add the namespace to `allowedNamespaces` of the BaseModel.",
+    "BaseModelForbidden": "Ask the platform team to add the namespace to `allowedNamespaces` of the BaseModel, or the model to `baseModels` of the Tenant. The message says which.",
     "BaseModelHeld": "The pods serve on the old files. Tune a version on the new files, or set `baseVersions`; see [lifecycle.md](lifecycle.md#when-the-files-of-a-basemodel-change).",
     "BaseModelInvalid": "Compare `spec.task` of the BaseModel with the model. Check that all files are complete. A model with its own code (`auto_map`) cannot be used.",
     "BaseModelMissing": "Create the BaseModel. Or correct `spec.baseModel` in a new resource.",

@@ -154,9 +154,10 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
     old, new = change.old, change.new
     namespace, name = change.place
     if source.kind == "Namespace" and _differ(old, new, _for_tenants):
-        return _asking(objects, name, (old, new))
-    if source.kind == "Tenant" and _differ(old, new, _for_rivals):
-        return _rivals(change, objects)
+        asking = _asking(objects, name, (old, new))
+        return asking + (_users(objects, name) if asking else [])
+    if source.kind == "Tenant":
+        return _of_tenant(change, objects)
     if source.kind == "BaseModel" and _differ(old, new, _contents):
         return jobs(objects, name) + _all(objects, "AdapterDeployment") + _all(objects, "Adapter")
     if source.kind == "Adapter" and _differ(old, new, _for_others):
@@ -179,18 +180,30 @@ def _asking(objects: Callable[[str], Objects], name: str, states: Iterable[Manif
     ]
 
 
-def _rivals(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
-    """Return the other Tenants that ask for a namespace that a Tenant asks for, or has asked for until now."""
+def _of_tenant(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return what depends on a Tenant: in the namespaces that it asks for, or has asked for until now, the other Tenants that
+    ask for them, and what uses a base model."""
     claims = [held.facts for held in (change.before, change.after) if held is not None]
+    if len(set(claims)) == 1 and len(claims) == 2:
+        return []
     namespaces = objects("Namespace")
-    rivals: dict[Key, None] = {}
+    found: dict[Key, None] = {}
     for _, name in namespaces.places():
         held = namespaces.get(None, name)
         raw = namespaces.unpack(held) if held is not None else None
         labels = ((raw or {}).get("metadata") or {}).get("labels") or {}
         if any(claim.covers(name, labels) for claim in claims):
-            rivals |= dict.fromkeys(_asking(objects, name, (raw,)))
-    return [key for key in rivals if key[1:] != change.place]
+            found |= dict.fromkeys(_asking(objects, name, (raw,)) + _users(objects, name))
+    found.pop(("Tenant", *change.place), None)
+    return list(found)
+
+
+def _users(objects: Callable[[str], Objects], namespace: str) -> list[Key]:
+    """Return what may use a base model in a namespace: jobs that have not ended, versions and deployments."""
+    jobs = objects("FineTuneJob")
+    active = [place for place in jobs.places(namespace) if jobs.facts(place).active]
+    others = [(kind, *place) for kind in ("AdapterDeployment", "Adapter") for place in objects(kind).places(namespace)]
+    return [*others, *(("FineTuneJob", *place) for place in active)]
 
 
 def _related(raw: Manifest, namespace: str, objects: Callable[[str], Objects]) -> list[Key]:
@@ -277,11 +290,6 @@ def _for_tenants(raw: Manifest) -> tuple[Any, ...]:
     """Return the part of a namespace on which its Tenant depends."""
     metadata = raw["metadata"]
     return metadata.get("labels"), metadata.get("uid"), metadata.get("deletionTimestamp")
-
-
-def _for_rivals(raw: Manifest) -> tuple[Any, ...]:
-    """Return the part of a Tenant on which other Tenants depend."""
-    return (raw.get("spec") or {}).get("namespaces"), raw["metadata"].get("uid")
 
 
 def _for_others(raw: Manifest) -> tuple[Any, ...]:

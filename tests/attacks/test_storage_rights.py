@@ -1,6 +1,7 @@
 """Keys and users of a real S3 server: what another installation of Graft, or a namespace without the right, gets."""
 
 import asyncio
+import base64
 import json
 import secrets
 from collections.abc import Callable, Iterator
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 from graft.api import FineTuneJob
-from graft.artifacts.identity import VersityIdentity, bucket_statements, installation_id
+from graft.artifacts.identity import EVERYBODY, AllBut, VersityIdentity, bucket_statements, installation_id
 from graft.artifacts.manifest import ADAPTER_FILES, Manifest
 from graft.artifacts.publishing import stage
 from graft.artifacts.storage import StorageConfig, StoreError
 from graft.artifacts.store import S3Store
 from graft.artifacts.versions import InvalidArtifact, describe_files, verify
+from graft.contracts.mounts import STORAGE_SECRET
 from graft.reconcile import basemodel
 from graft.reconcile.shared import publishing
+from graft.reconcile.shared.access import ensure_credentials
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.storerights import allow_models, readers
 from testbed.objectstore import S3Server, s3_server
@@ -56,7 +59,7 @@ def legacy(store: S3Store, identity: VersityIdentity, tenant: str) -> StorageCon
         identity._admin(
             "/create-user", f"<Account><Access>{user}</Access><Secret>{secret}</Secret><Role>user</Role></Account>"
         )
-    statements = bucket_statements(name, {tenant: user}, {"models/": None}, "Graft")
+    statements = bucket_statements(name, {tenant: user}, {"models/": EVERYBODY}, "Graft")
     statements = [item for item in statements if item["Effect"] == "Allow"]
     for item in statements:
         item["Sid"] = item["Sid"].replace("Models0", "Models")
@@ -118,7 +121,7 @@ def test_a_key_of_an_older_version_goes_on_working_and_is_taken_over(server: S3S
     assert not identity.has_key("newcomer")
     identity.accept("newcomer", drawn.secret_access_key)
     assert identity.has_key("newcomer")
-    identity.allow({"models/tiny/": None})
+    identity.allow({"models/tiny/": EVERYBODY})
     assert works(key, "upgraded") and opened(key).get("models/tiny/config.json") == b"{}"
     assert "graft-upgraded" in identity.users()
     new = issue(identity, "upgraded")
@@ -193,6 +196,69 @@ async def test_a_restricted_model_is_restricted_in_storage(server: S3Server) -> 
         denied(key.get, "models/secret/config.json")
 
 
+def team(name: str, namespaces: list[str], models: list[str] | None) -> Object:
+    spec: dict[str, Any] = {"namespaces": {"names": namespaces}} | ({"baseModels": models} if models else {})
+    metadata = {"name": name, "uid": name, "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return {"apiVersion": "graft.dev/v1alpha1", "kind": "Tenant", "metadata": metadata, "spec": spec}
+
+
+async def test_a_model_that_a_tenant_may_not_use_is_closed_in_storage(server: S3Server) -> None:
+    """A pod reads a base model that its Tenant may not use, with the key of its namespace -> the store refuses it."""
+    store = bucket(server, "ours")
+    name = store.config.bucket
+    for folder in ("open", "dear"):
+        store.put(f"models/{folder}/config.json", b"{}")
+    identity = VersityIdentity(store, server.endpoint, "1", models=None)
+    shop, desk = opened(issue(identity, "shop")), opened(issue(identity, "desk"))
+    limited = team("a", ["shop", "later"], ["open"])
+    spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": item}} for item in ("shop", "desk")]
+    models = [model(folder, f"s3://{name}/models/{folder}/") for folder in ("open", "dear")]
+    kube = MemoryKube(*models, limited, team("b", ["desk"], None), *spaces)
+    settings = SETTINGS.model_copy(update={"tenants_enabled": True})
+    ctx = Context(kube, settings, store, identity)  # type: ignore[arg-type]
+    await allow_models(ctx)
+    assert shop.get("models/open/config.json") == desk.get("models/dear/config.json") == b"{}"
+    denied(shop.get, "models/dear/config.json")
+    denied(lambda: list(shop.objects("models/dear/")))
+    late = opened(issue(identity, "late"))  # a namespace without a Tenant
+    assert late.get("models/dear/config.json") == b"{}"
+
+    # A namespace that joins the Tenant gets its key after its rights.
+    later: Object = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "later"}}
+    kube.objects["Namespace", None, "later"] = later
+    assert await ensure_credentials(ctx, "later") is None
+    secret = kube.objects["Secret", "later", STORAGE_SECRET]["data"]
+    joined = opened(StorageConfig(**issue(identity, "desk").__dict__ | {
+        "prefix": "later/", "access_key_id": base64.b64decode(secret["access-key-id"]).decode(),
+        "secret_access_key": base64.b64decode(secret["secret-access-key"]).decode(),
+    }))  # fmt: skip
+    assert joined.get("models/open/config.json") == b"{}"
+    denied(joined.get, "models/dear/config.json")
+
+    limited["spec"]["baseModels"] = ["open", "dear"]
+    await allow_models(ctx)
+    assert shop.get("models/dear/config.json") == b"{}"
+    limited["spec"]["baseModels"] = ["elsewhere"]
+    await allow_models(ctx)
+    denied(shop.get, "models/open/config.json")
+
+
+def test_the_readers_of_a_folder_are_joined_over_models_and_tenants() -> None:
+    """No attack: some Tenants may use one of two BaseModels of a folder."""
+    first, second = model("1", "s3://graft/models/a"), model("2", "s3://graft/models/a", ["x", "shop"])
+    third = model("3", "s3://graft/models/a")
+
+    def found(*models: Object, **forbidden: list[str]) -> Any:
+        return readers(models, "graft", lambda name: forbidden.get(f"of_{name}", []))["models/a/"]
+
+    assert found(first, of_1=["shop", "desk"]) == AllBut(frozenset({"shop", "desk"}))
+    assert found(second, of_2=["shop"]) == ["x"]
+    assert found(first, second, of_1=["shop", "desk"]) == AllBut(frozenset({"desk"}))
+    assert found(second, first, of_1=["shop", "desk"], of_2=["shop"]) == AllBut(frozenset({"shop", "desk"}))
+    assert found(first, third, of_1=["shop", "desk"], of_3=["desk", "x"]) == AllBut(frozenset({"desk"}))
+    assert found(first, third, of_1=["shop"], of_3=["desk"]) == EVERYBODY
+
+
 def test_a_base_model_opens_no_tenants_part() -> None:
     """A BaseModel names a tenant's files, a wildcard or a parent folder -> no key gets a right on them."""
     sources = [
@@ -213,7 +279,7 @@ def test_the_readers_of_a_folder_are_those_of_all_its_models() -> None:
         model("3", shared, ["x"]),
         model("4", shared),
     ]
-    assert readers(models, "graft") == {"models/a/": ["desk", "shop"], "models/b/": None}
+    assert readers(models, "graft") == {"models/a/": ["desk", "shop"], "models/b/": EVERYBODY}
 
 
 async def test_a_base_model_in_a_namespaces_part_is_read_for_that_namespace_only() -> None:

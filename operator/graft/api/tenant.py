@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from graft.api.meta import Conditions, Resource, Schema, Status, rules
-from graft.api.patterns import DNS_LABEL, SUBJECT
+from graft.api.patterns import DNS_LABEL, DNS_NAME, SUBJECT
 from graft.api.podtemplate import LabelSelector
 
 MOST_NAMES = 500  # namespaces that spec.namespaces.names lists
@@ -74,7 +74,7 @@ class Member(Schema):
 
 
 class TenantSpec(Schema):
-    """Which namespaces are the tenant's, and who may do what in them."""
+    """Which namespaces are the tenant's, who may do what in them, and what they may use."""
 
     namespaces: Namespaces = Field(description="Namespaces of the tenant.")
     members: list[Member] | None = Field(
@@ -82,6 +82,18 @@ class TenantSpec(Schema):
         max_length=100,
         description="Groups and users, with their role in the namespaces of the tenant. The operator keeps RoleBindings for them.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["kind", "name"]},
+    )
+
+    base_models: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1000,
+        description="Names of the BaseModels that jobs and deployments of the tenant may use. spec.allowedNamespaces of a "
+        "BaseModel must allow the namespace, too. All BaseModels when absent.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "set",
+            "items": {"type": "string", "pattern": DNS_NAME, "maxLength": 63},
+        },
     )
 
 

@@ -17,6 +17,7 @@ import secrets
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import escape
@@ -39,8 +40,20 @@ LEGACY = re.compile(rf"{MARK}(Own|Runs|List|Models)(.*)", re.DOTALL)  # Sids of 
 LEGACY_MODELS = f"{MARK}Models"
 USERS = "/list-users"  # the request that changes nothing
 POLICY_LIMIT = 20 * 1024  # bytes of a bucket policy in S3; versitygw accepts more
-ALL_MODELS: Mapping[str, Collection[str] | None] = {MODELS_PREFIX: None}
 Statement = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AllBut:
+    """All tenants except some, also those that get a key later."""
+
+    tenants: frozenset[str] = frozenset()
+
+
+# prefix of a base model -> the tenants that may read it
+Readers = Mapping[str, Collection[str] | AllBut]
+EVERYBODY = AllBut()
+ALL_MODELS: Readers = {MODELS_PREFIX: EVERYBODY}
 
 
 def installation_id(bucket: str, installation: str) -> str:
@@ -56,7 +69,7 @@ class VersityIdentity:
         store: S3Store,
         admin_url: str,
         installation: str = "",
-        models: Mapping[str, Collection[str] | None] | None = ALL_MODELS,
+        models: Readers | None = ALL_MODELS,
     ) -> None:
         """Open the identity service. `installation` names this installation uniquely among those of the store.
 
@@ -111,7 +124,7 @@ class VersityIdentity:
         """Return the tenants that have a key of this installation."""
         return set(self._recorded())
 
-    def allow(self, models: Mapping[str, Collection[str] | None]) -> None:
+    def allow(self, models: Readers) -> None:
         """Let tenants read base models. `models`: see `bucket_statements`. Nothing is written if nothing changed."""
         with self._lock:
             self._models = models
@@ -232,15 +245,13 @@ def _unavailable(error: Exception, what: str) -> StoreError:
     return StoreError("unavailable", f"{what}: {error}", answered=not isinstance(error, BotoCoreError))
 
 
-def bucket_statements(
-    bucket: str, users: Mapping[str, str], models: Mapping[str, Collection[str] | None], mark: str
-) -> list[Statement]:
+def bucket_statements(bucket: str, users: Mapping[str, str], models: Readers, mark: str) -> list[Statement]:
     """Return the policy statements of the tenants' users (PURE).
 
-    `users`: tenant -> its user. `models`: prefix of a base model -> the tenants that may read it; None: all of them.
-    `mark`: the beginning of all Sids. Each user may read and write below its own prefix, but not write below its
-    adapters/: the operator publishes. It may delete only below its runs/, and read and list the base models that its
-    tenant may use. Models with the same readers share their statements.
+    `users`: tenant -> its user. `models`: prefix of a base model -> the tenants that may read it. `mark`: the beginning of
+    all Sids. Each user may read and write below its own prefix, but not write below its adapters/: the operator publishes.
+    It may delete only below its runs/, and read and list the base models that its tenant may use. Models with the same
+    readers share their statements.
     """
     arn = f"arn:aws:s3:::{bucket}"
     statements: list[Statement] = []
@@ -261,7 +272,7 @@ def bucket_statements(
         statements.append(_allow(f"{mark}Published", own, writes, versions) | {"Effect": "Deny"})
     readers: dict[tuple[str, ...], list[str]] = {}
     for prefix, tenants in sorted(models.items()):
-        able = tuple(sorted(users if tenants is None else set(tenants) & set(users)))
+        able = tuple(sorted(set(users) - tenants.tenants if isinstance(tenants, AllBut) else set(tenants) & set(users)))
         if able:
             readers.setdefault(able, []).append(prefix)
     for number, (able, prefixes) in enumerate(sorted(readers.items())):

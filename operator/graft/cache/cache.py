@@ -186,6 +186,24 @@ class Cache:
         held = [followed.objects.get(*place) for place in followed.objects.places(namespace, group=group)]
         return [item.facts for item in held if item is not None]
 
+    async def every(self, kind: str, facts: Callable[[Manifest], Any]) -> Facts:
+        """Return the facts of all objects of a kind, which are not parsed for it. `facts`: as in the kind's Source."""
+        followed = self._ready(kind)
+        if followed is None:
+            return [facts(item) for item in await self._kube.list(kind)]
+        assert followed.source.facts is facts  # noqa: S101
+        return [followed.objects.facts(place) for place in followed.objects.places()]
+
+    async def metadata(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
+        """Return the metadata of an object, or None if it does not exist. It is not requested if the kind is followed."""
+        followed = self._ready(kind)
+        if followed is None:
+            found = await self._kube.get(kind, namespace, name)
+        else:
+            held = followed.objects.get(namespace, name)
+            found = None if held is None else followed.objects.unpack(held)
+        return None if found is None else dict(found["metadata"])
+
     async def fresh(
         self,
         kind: str,

@@ -1,7 +1,7 @@
-"""Which namespace belongs to which Tenant (PURE).
+"""Which namespace belongs to which Tenant, and what its Tenant lets it use (PURE).
 
 A Tenant claims namespaces by name and by label. Of several Tenants that claim a namespace, the oldest has it. This module
-does not know what a Tenant does with its namespaces.
+does not know what a Tenant keeps in its namespaces.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,13 +17,14 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Claim:
-    """The namespaces that one Tenant asks for."""
+    """The namespaces that one Tenant asks for, and what it lets them use."""
 
     tenant: str
     since: str  # creationTimestamp of the Tenant
     names: frozenset[str]
     match_labels: tuple[tuple[str, str], ...]
     expressions: tuple[tuple[str, str, frozenset[str]], ...]  # key, operator, values
+    base_models: frozenset[str] | None = None  # None: all
 
     @property
     def age(self) -> tuple[str, str]:
@@ -33,6 +34,10 @@ class Claim:
     def covers(self, namespace: str, labels: Labels) -> bool:
         """Return whether the Tenant asks for a namespace with this name and these labels."""
         return namespace in self.names or self.selects(labels)
+
+    def lets_use(self, base_model: str) -> bool:
+        """Return whether the Tenant may use a base model. The base model may still refuse the namespace."""
+        return self.base_models is None or base_model in self.base_models
 
     def selects(self, labels: Labels) -> bool:
         """Return whether the selector matches. A Tenant without a selector selects nothing."""
@@ -59,8 +64,9 @@ def _meets(labels: Labels, key: str, operator: str, values: frozenset[str]) -> b
 
 def claim_of(raw: Mapping[str, Any]) -> Claim:
     """Return what a Tenant asks for."""
-    metadata, asked = raw["metadata"], (raw.get("spec") or {}).get("namespaces") or {}
-    selector = asked.get("selector") or {}
+    metadata, spec = raw["metadata"], raw.get("spec") or {}
+    asked = spec.get("namespaces") or {}
+    selector, models = asked.get("selector") or {}, spec.get("baseModels")
     return Claim(
         metadata["name"],
         str(metadata.get("creationTimestamp") or ""),
@@ -70,6 +76,7 @@ def claim_of(raw: Mapping[str, Any]) -> Claim:
             (item["key"], item["operator"], frozenset(item.get("values") or ()))
             for item in selector.get("matchExpressions") or ()
         ),
+        None if models is None else frozenset(models),
     )
 
 
@@ -80,6 +87,22 @@ def why_never(namespace: str, operator_namespace: str) -> str | None:
     if namespace == operator_namespace:
         return "the operator runs in it"
     return why_reserved(namespace)
+
+
+def holders(claims: Iterable[Claim], namespaces: Mapping[str, Labels], operator_namespace: str) -> dict[str, Claim]:
+    """Return the Tenant of each namespace that has one. `namespaces`: name -> labels."""
+    by_name: dict[str, list[Claim]] = {}
+    selecting: list[Claim] = []
+    for item in claims:
+        for name in item.names:
+            by_name.setdefault(name, []).append(item)
+        if item.match_labels or item.expressions:
+            selecting.append(item)
+    found = {
+        name: holder((*by_name.get(name, ()), *selecting), name, labels, operator_namespace)
+        for name, labels in namespaces.items()
+    }
+    return {name: item for name, item in found.items() if item is not None}
 
 
 def holder(claims: Iterable[Claim], namespace: str, labels: Labels, operator_namespace: str) -> Claim | None:

@@ -11,10 +11,12 @@ from typing import TypeVar
 from graft.api import Tenant
 from graft.api.meta import Condition
 from graft.api.tenant import TenantStatus
+from graft.artifacts.storage import StoreError
 from graft.kube import KubeError, Manifest
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.tenant import POD_SECURITY, children, default_account
 from graft.reconcile.claims import Claim, claim_of, holder, why_never
+from graft.reconcile.shared import storerights
 from graft.reconcile.shared.access import Trouble, refusal_of
 from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition
@@ -22,6 +24,7 @@ from graft.status import condition
 KIND = "Tenant"
 CHILDREN = ("RoleBinding", "NetworkPolicy")
 RECHECK = 300.0  # seconds until the namespaces of a complete Tenant are checked again
+STORE = ""  # of a trouble that belongs to no namespace
 AT_ONCE = 8  # namespaces whose objects are written at the same time
 NAMED = 5  # namespaces that a message names
 INVALID = 422  # status of a write that would change the role of a RoleBinding, or add a second controller
@@ -48,11 +51,22 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     share, troubles = Share(), dict[str, Trouble]()
     if ctx.settings.tenants_enabled:
         share = await gather_share(ctx, tenant)
-        troubles = await _keep(ctx, tenant, share.has)
+        if (stored := await _limit_models(ctx)) is not None:
+            troubles[STORE] = stored
+        troubles |= await _keep(ctx, tenant, share.has)
     troubles = await _remove_others(ctx, tenant, share.has) | troubles
     status, observed = observe(tenant, share, troubles, enabled=ctx.settings.tenants_enabled)
     await ctx.write_status(raw, status, observed)
     return RECHECK if observed[0].status == "True" else WAITING
+
+
+async def _limit_models(ctx: Context) -> Trouble | None:
+    """Let the store enforce spec.baseModels. Return why that is not possible now."""
+    try:
+        await storerights.allow_models(ctx)
+    except StoreError as error:
+        return Trouble("StorageUnavailable", f"cannot set the rights on base models, the operator retries: {error}")
+    return None
 
 
 async def gather_share(ctx: Context, tenant: Tenant) -> Share:
@@ -222,7 +236,7 @@ def observe(
         return _with_stage(status, "Ready"), [condition(KIND, "Ready", "True", "AsExpected", text)]
     reason = found[0][0]
     # What others still have to do is waited for. What contradicts the spec is not.
-    waits = reason in {"NamespaceMissing", "NamespaceNotBound"}
+    waits = reason in {"NamespaceMissing", "NamespaceNotBound", "StorageUnavailable"}
     message = ". ".join(text for _, text in found)
     observed = condition(KIND, "Ready", "Unknown" if waits else "False", reason, message)
     return _with_stage(status, "Waiting" if waits else "Incomplete"), [observed]

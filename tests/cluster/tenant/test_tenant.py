@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from worlds.cluster.api import Api, Object, Refused
 from worlds.cluster.teams import bindings, may, ready, team, user
-from worlds.cluster.tenant import Tenant
+from worlds.cluster.tenant import BASE, Tenant
 from worlds.cluster.tenants import bind, new_tenant
 
 
@@ -156,3 +157,28 @@ def test_a_namespace_is_isolated_and_stays_so(tenant: Tenant, teams: list[str]) 
     # Graft's pods meet all of it.
     tenant.job("first")
     assert tenant.running_pod("first")
+
+
+def test_a_model_that_the_tenant_may_not_use_is_refused_until_it_may(tenant: Tenant, teams: list[str]) -> None:
+    team(tenant, teams[0], baseModels=["another"])
+    ready(tenant, teams[0], "AsExpected")
+    tenant.job("first")
+    waiting = tenant.until("FineTuneJob", "first", "Accepted", "BaseModelForbidden", says=f"Tenant {teams[0]}")
+    assert "spec.baseModels" in waiting["message"] and not tenant.api.list("Job", tenant.name)
+    tenant.api.patch("Tenant", None, teams[0], {"spec": {"baseModels": ["another", BASE]}})
+    tenant.until("FineTuneJob", "first", "Accepted", "Resolved")
+    tenant.running_pod("first")
+    store = tenant.tenant_store()
+    assert store.get(f"models/{BASE}/config.json")
+    tenant.api.patch("Tenant", None, teams[0], {"spec": {"baseModels": ["another"]}})
+
+    def closed() -> bool:
+        try:
+            store.get(f"models/{BASE}/config.json")
+        except StoreError as error:
+            return bool(error.trouble == "denied")
+        return False
+
+    tenant.wait(closed, "the store refuses the model")
+    tenant.api.delete("Tenant", None, teams[0])
+    tenant.wait(lambda: not closed(), "without the Tenant, the namespace reads the model as before")

@@ -15,6 +15,7 @@ SOURCES = {source.key: source for source in wakes.sources(SYSTEM)}
 READY = {"type": "Ready", "status": "True", "reason": "Verified", "message": "verified"}
 ENDED = {"type": "Succeeded", "status": "True", "reason": "Published", "message": "published"}
 Object = dict[str, Any]
+VERSIONS = ("support-1.0.0", "support-2.0.0", "sales-1.0.0", "support-desk-1.0.0", "both-1.0.0")
 
 
 class World:
@@ -75,7 +76,7 @@ class World:
 def world() -> World:
     """Return some versions of three adapters. The adapter `support` has a retention policy."""
     found = World()
-    for name in ("support-1.0.0", "support-2.0.0", "sales-1.0.0", "support-desk-1.0.0", "both-1.0.0"):
+    for name in VERSIONS:
         found.adapter(name, {"retention": {"keep": 1}} if name == "support-1.0.0" else None)
     return found
 
@@ -285,6 +286,8 @@ def space(world: World, name: str, **labels: str) -> set[str]:
 def test_a_namespace_wakes_the_tenants_that_ask_for_it_before_or_after(world: World) -> None:
     tenant(world, "by-name", names=["shop"])
     tenant(world, "by-label", selector={"matchLabels": {"team": "a"}})
+    for name in VERSIONS:
+        world.remove("Adapter", name)
     assert space(world, "shop") == {"by-name"}
     assert space(world, "shop", team="a") == {"by-name", "by-label"}
     assert space(world, "shop", team="a") == set()  # nothing that Tenants depend on has changed
@@ -295,6 +298,8 @@ def test_a_namespace_wakes_the_tenants_that_ask_for_it_before_or_after(world: Wo
 def test_a_tenant_wakes_those_that_ask_for_the_same_namespaces(world: World) -> None:
     for name in ("shop", "other"):
         space(world, name, team="a")
+    for name in VERSIONS:
+        world.remove("Adapter", name)
     assert tenant(world, "first", names=["shop"]) == set()
     assert tenant(world, "second", selector={"matchLabels": {"team": "a"}}) == {"first"}
     assert tenant(world, "third", names=["other"]) == {"second"}
@@ -309,3 +314,20 @@ def test_a_child_of_a_tenant_wakes_it_although_it_has_no_namespace(world: World)
     binding = {"uid": "b", "labels": labels, "ownerReferences": [owner]}
     assert world.put("RoleBinding", "graft-team-view", metadata=binding) == {"team"}
     assert world.put("RoleBinding", "other", metadata=binding | {"ownerReferences": []}) == set()
+
+
+def test_what_may_use_a_base_model_is_woken_with_its_tenant(world: World) -> None:
+    space(world, "shop", team="a")
+    space(world, "other", team="b")
+    world.deployment("chat", "support@^1")
+    world.job("waits")
+    world.job("done", ENDED)
+    users = {*VERSIONS, "chat", "waits"}
+    assert tenant(world, "team", names=["shop"]) == users
+    assert tenant(world, "elsewhere", names=["other"]) == set()
+    spec = {"namespaces": {"names": ["shop"]}, "baseModels": ["tiny"]}
+    metadata = {"creationTimestamp": "2026-01-01T00:00:00Z"}
+    assert world.put("Tenant", "team", spec, namespace="", metadata=metadata) == users
+    assert world.put("Tenant", "team", spec, namespace="", metadata=metadata, status={"stage": "Ready"}) == set()
+    assert tenant(world, "labels", selector={"matchLabels": {"team": "b"}}) == {"elsewhere"}
+    assert space(world, "shop", team="b") == users | {"team", "labels"}

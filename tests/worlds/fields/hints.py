@@ -84,6 +84,8 @@ SPECS: dict[str, list[Spec]] = {
 # these fields are tried too, and may be refused.
 VALUES: dict[str, list[Any]] = {
     "namespaces": [{"names": [NAMESPACE]}, {"selector": {"matchLabels": {"team": "b"}}}],
+    "baseModels": [["tiny"], ["small"]],
+    "baseModels[]": ["tiny", "small"],
     "namespaces.names": [[NAMESPACE], ["other"]],
     "namespaces.names[]": [NAMESPACE, "other"],
     "namespaces.selector": [{"matchLabels": {"team": "b"}}, EXPRESSIONS],

@@ -205,6 +205,8 @@ async def made(kind: str, spec: Spec) -> Object:
     found: Object = {"status": told(live)}
     if kind == "BaseModel":
         found["job"] = told(await world.use())
+    elif kind == "Tenant":
+        return found | world.children() | {"job": told(await world.use())}
     elif kind == "Adapter" and "artifact" in spec:
         await world.set("AdapterDeployment", DEPLOYMENT | {"adapters": [f"{spec['adapter']}@^2"]})
     elif kind == "FineTuneJob":

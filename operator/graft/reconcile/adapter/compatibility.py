@@ -9,6 +9,7 @@ from graft.api import Adapter, BaseModel
 from graft.api.adapter import CompatibleBase
 from graft.contracts.message import BaseModelRef
 from graft.reconcile.adapter.versions import matches
+from graft.reconcile.claims import Claim
 from graft.reconcile.shared.access import Base, base_model_of
 from graft.status import find
 
@@ -23,9 +24,9 @@ def fits(adapter: Adapter, base: BaseModelRef) -> bool:
     return tuned_on is None or bool(spec.base_versions and base.version and matches(spec.base_versions, base.version))
 
 
-def compatible_bases(adapter: Adapter, models: list[BaseModel]) -> list[CompatibleBase]:
-    """Return the base models that an Adapter fits now, for its status."""
-    found = [base_model_of(model.metadata.name, adapter.metadata.namespace, model) for model in models]
+def compatible_bases(adapter: Adapter, models: list[BaseModel], tenant: Claim | None) -> list[CompatibleBase]:
+    """Return the base models that an Adapter fits now, for its status. `tenant`: the one that has its namespace."""
+    found = [base_model_of(model.metadata.name, adapter.metadata.namespace, model, tenant) for model in models]
     refs = [base.ref for base in found if isinstance(base, Base)]
     fitting = sorted((ref for ref in refs if fits(adapter, ref)), key=lambda ref: ref.name)
     return [CompatibleBase(name=ref.name, version=ref.version, digest=ref.identity) for ref in fitting]

@@ -29,6 +29,7 @@ from graft.reconcile.adapter import retention, verification
 from graft.reconcile.adapter.compatibility import compatible_bases
 from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapter.retention import Plan
+from graft.reconcile.shared.access import tenant_of_namespace
 from graft.reconcile.shared.context import WAITING, Context
 from graft.reconcile.shared.jobs import job_file_of
 from graft.reconcile.shared.stored import valid
@@ -71,7 +72,8 @@ class Look:
 
 async def compatibility(ctx: Context, adapter: Adapter) -> list[CompatibleBase]:
     """Return the base models that the Adapter fits now."""
-    return compatible_bases(adapter, valid(BaseModel, await ctx.cache.list("BaseModel")))
+    tenant = await tenant_of_namespace(ctx, adapter.metadata.namespace)
+    return compatible_bases(adapter, valid(BaseModel, await ctx.cache.list("BaseModel")), tenant)
 
 
 def use(adapter: Adapter, used_by: list[str]) -> dict[str, Any]:

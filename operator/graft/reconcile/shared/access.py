@@ -19,6 +19,8 @@ from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError
 from graft.manifests.adapter import storage_secret
 from graft.manifests.metadata import Manifest
+from graft.reconcile.claims import Claim, claim_of, holder
+from graft.reconcile.shared import storerights
 from graft.reconcile.shared.context import Context
 from graft.status import find
 
@@ -51,8 +53,26 @@ class Base:
     model: BaseModel
 
 
-def base_model_of(name: str, namespace: str, model: BaseModel | None) -> Base | Trouble:
-    """Return the base model, pinned to its commit or digest, or why the namespace cannot use it now (PURE)."""
+async def tenant_of_namespace(ctx: Context, namespace: str) -> Claim | None:
+    """Return the Tenant that has a namespace, or None. While Tenants have no effect, no namespace has one."""
+    if not ctx.settings.tenants_enabled or not (claims := await ctx.cache.every("Tenant", claim_of)):
+        return None
+    metadata = await ctx.cache.metadata("Namespace", None, namespace)
+    return holder(claims, namespace, (metadata or {}).get("labels") or {}, ctx.settings.namespace)
+
+
+def base_model_of(name: str, namespace: str, model: BaseModel | None, tenant: Claim | None) -> Base | Trouble:
+    """Return the base model, pinned to its commit or digest, or why the namespace cannot use it now (PURE).
+
+    `tenant`: the Tenant that has the namespace, if there is one.
+    """
+    if tenant is not None and not tenant.lets_use(name):
+        # First, so that a team does not learn which other base models exist.
+        return Trouble(
+            "BaseModelForbidden",
+            f"Tenant {tenant.tenant}, to which namespace {namespace} belongs, may not use BaseModel {name}. Ask your platform "
+            f"team to add it to spec.baseModels of the Tenant",
+        )
     if model is None:
         return Trouble(
             "BaseModelMissing",
@@ -91,7 +111,7 @@ async def gather_base_model(ctx: Context, name: str, namespace: str) -> Base | T
         model = BaseModel.model_validate(raw) if raw else None
     except ValidationError:
         return Trouble("BaseModelNotReady", f"the schema of Graft refuses BaseModel {name}. See its condition Ready")
-    return base_model_of(name, namespace, model)
+    return base_model_of(name, namespace, model, await tenant_of_namespace(ctx, namespace))
 
 
 def reserved(namespace: str, why: str) -> Trouble:
@@ -154,6 +174,9 @@ async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret
         drawn = await ctx.store_calls.run("", identity.draw, tenant)
         await _keep(ctx, namespace, drawn, (secret or {}).get("metadata", {}).get("resourceVersion"))
         key = drawn.secret_access_key
+    if await tenant_of_namespace(ctx, namespace) is not None:
+        # The rights on base models come before the key: its Tenant may not use all of them.
+        await storerights.allow_models(ctx)
     await ctx.store_calls.run("", identity.accept, tenant, key)
 
 

@@ -9,8 +9,8 @@ from graft.kube import KubeError
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.tenant import POD_SECURITY
 from graft.reconcile import tenant as tenants
-from graft.reconcile.claims import claim_of, holder, why_never
-from graft.reconcile.shared.access import Trouble
+from graft.reconcile.claims import claim_of, holder, holders, why_never
+from graft.reconcile.shared.access import Base, Trouble, gather_base_model
 from graft.reconcile.tenant import observe, share_of
 from worlds.fields.hints import NAMESPACE
 from worlds.fields.memory import World
@@ -190,3 +190,27 @@ def test_an_object_is_ours_by_its_controller_only() -> None:
         ([], False),
     ):
         assert tenants._is_ours({"metadata": {"ownerReferences": references}}, "a") is ours
+
+
+def test_many_namespaces_are_looked_up_as_one_is() -> None:
+    claims = [claim_of(raw("a", NEW, names=["b1", "models"], **selecting(team="a"))), claim_of(raw("b", names=["a2"]))]
+    labels = {name: item["labels"] for name, item in SPACES.items()} | {"models": {}, "bare": {}}
+    found = {name: claim.tenant for name, claim in holders(claims, labels, SYSTEM).items()}
+    assert found == {"a1": "a", "a2": "b", "b1": "a"}
+    one = {name: holder(claims, name, labels[name], SYSTEM) for name in labels}
+    assert found == {name: claim.tenant for name, claim in one.items() if claim is not None}
+
+
+@pytest.mark.parametrize(("enabled", "allowed"), [(True, ["small"]), (True, None), (False, ["small"])])
+async def test_a_base_model_that_the_tenant_may_not_use_is_refused(enabled: bool, allowed: Any) -> None:
+    world = World()
+    world.context.settings = world.context.settings.model_copy(update={"tenants_enabled": enabled})
+    limits = {"baseModels": allowed} if allowed else {}
+    await world.set("Tenant", {"namespaces": {"names": [NAMESPACE]}} | limits)
+    found = await gather_base_model(world.context, "tiny", NAMESPACE)
+    assert isinstance(found, Base) is not (enabled and allowed is not None)
+    if isinstance(found, Trouble):
+        assert found.reason == "BaseModelForbidden" and "spec.baseModels of the Tenant" in found.message
+        missing = await gather_base_model(world.context, "not-there", NAMESPACE)
+        assert isinstance(missing, Trouble) and missing.reason == "BaseModelForbidden"
+    assert isinstance(await gather_base_model(world.context, "tiny", "elsewhere"), Base)

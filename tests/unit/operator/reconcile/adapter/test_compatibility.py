@@ -95,7 +95,7 @@ def test_the_status_lists_the_compatible_base_models() -> None:
         model("tiny", "sha256:new", version="1.1.0"), model("copy", "sha256:old"), model("other", "sha256:other"),
         model("secret", "sha256:old", allowedNamespaces=["elsewhere"]),
     ]  # fmt: skip
-    found = compatible_bases(adapter("1.0.0", fits="^1"), models)
+    found = compatible_bases(adapter("1.0.0", fits="^1"), models, None)
     assert [(item.name, item.version, item.digest) for item in found] == [
         ("copy", None, "sha256:old"), ("tiny", "1.1.0", "sha256:new"),
     ]  # fmt: skip

@@ -191,5 +191,5 @@ def test_a_condition_for_an_older_spec_does_not_describe_the_base_model() -> Non
             "status": {"conditions": [ready]},
         }
     )
-    found = base_model_of("tiny", "shop", model)
+    found = base_model_of("tiny", "shop", model, None)
     assert found == Trouble("BaseModelNotReady", "the operator has not checked the present spec of BaseModel tiny yet")

@@ -68,6 +68,7 @@ REMEDIES: dict[str, str] = {
     "PeerLost": "Nothing: all pods resume from the newest checkpoint, and no retry is used. `status.attempts` shows which pod ended, and why.",
     "PeersMissing": "Set `spec.queue`: Kueue admits all pods or none. Or free as many GPUs as all pods need.",
     "Pending": "Follow the message of the pod: no node fits (`kubectl describe pod`), an image cannot be pulled, or a Secret or a claim is missing.",
+    "PrefixTaken": "Delete the files below `<namespace>/` of the bucket. Or, if it is the same team, list the namespace in `spec.namespaces.inherit` of the Tenant.",
     "PrometheusMissing": "Set `autoscaling.prometheusUrl` in the chart's values, or `autoscaling.provider: hpa`. Meanwhile the pods serve, and their number does not change.",
     "Queued": "Wait for quota, or ask why with `kubectl describe workload`. If Kueue does not run, the job stays queued; see [training.md](training.md#kueue).",
     "QuotaExceeded": "Free or raise the ResourceQuota that the message names. The Job continues by itself.",

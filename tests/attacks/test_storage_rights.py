@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from graft.api import FineTuneJob
+from graft.artifacts import inheritance
 from graft.artifacts.identity import EVERYBODY, AllBut, VersityIdentity, bucket_statements, installation_id
 from graft.artifacts.manifest import ADAPTER_FILES, Manifest
 from graft.artifacts.publishing import stage
@@ -20,7 +21,7 @@ from graft.artifacts.versions import InvalidArtifact, describe_files, verify
 from graft.contracts.mounts import STORAGE_SECRET
 from graft.reconcile import basemodel
 from graft.reconcile.shared import publishing
-from graft.reconcile.shared.access import ensure_credentials
+from graft.reconcile.shared.access import Trouble, ensure_credentials, record_part, revoke_orphans
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.storerights import allow_models, readers
 from testbed.objectstore import S3Server, s3_server
@@ -211,7 +212,7 @@ async def test_a_model_that_a_tenant_may_not_use_is_closed_in_storage(server: S3
     identity = VersityIdentity(store, server.endpoint, "1", models=None)
     shop, desk = opened(issue(identity, "shop")), opened(issue(identity, "desk"))
     limited = team("a", ["shop", "later"], ["open"])
-    spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": item}} for item in ("shop", "desk")]
+    spaces = [space(item, item) for item in ("shop", "desk")]
     models = [model(folder, f"s3://{name}/models/{folder}/") for folder in ("open", "dear")]
     kube = MemoryKube(*models, limited, team("b", ["desk"], None), *spaces)
     settings = SETTINGS.model_copy(update={"tenants_enabled": True})
@@ -224,14 +225,9 @@ async def test_a_model_that_a_tenant_may_not_use_is_closed_in_storage(server: S3
     assert late.get("models/dear/config.json") == b"{}"
 
     # A namespace that joins the Tenant gets its key after its rights.
-    later: Object = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "later"}}
-    kube.objects["Namespace", None, "later"] = later
+    kube.objects["Namespace", None, "later"] = space("later", "later")
     assert await ensure_credentials(ctx, "later") is None
-    secret = kube.objects["Secret", "later", STORAGE_SECRET]["data"]
-    joined = opened(StorageConfig(**issue(identity, "desk").__dict__ | {
-        "prefix": "later/", "access_key_id": base64.b64decode(secret["access-key-id"]).decode(),
-        "secret_access_key": base64.b64decode(secret["secret-access-key"]).decode(),
-    }))  # fmt: skip
+    joined = opened_in(ctx, kube, "later")
     assert joined.get("models/open/config.json") == b"{}"
     denied(joined.get, "models/dear/config.json")
 
@@ -241,6 +237,100 @@ async def test_a_model_that_a_tenant_may_not_use_is_closed_in_storage(server: S3
     limited["spec"]["baseModels"] = ["elsewhere"]
     await allow_models(ctx)
     denied(shop.get, "models/open/config.json")
+
+
+def opened_in(ctx: Context, kube: MemoryKube, namespace: str) -> S3Store:
+    """Open the store with the key in the Secret of a namespace."""
+    entries = {
+        name: base64.b64decode(text).decode()
+        for name, text in kube.objects["Secret", namespace, STORAGE_SECRET]["data"].items()
+    }
+    own = replace(ctx.store.config, prefix=entries["prefix"], access_key_id=entries["access-key-id"])
+    return S3Store(replace(own, secret_access_key=entries["secret-access-key"]), attempts=1)
+
+
+class NamedKube(MemoryKube):
+    """An API server that also replaces Secrets."""
+
+    async def apply(self, manifest: Object) -> None:
+        await self.ensure(manifest)
+
+
+async def test_a_namespace_that_is_made_anew_gets_no_key_to_the_files_of_the_old_one(server: S3Server) -> None:
+    """A team leaves, and another one makes a namespace with the same name -> no key, until the Tenant says so."""
+    store = bucket(server, "ours")
+    identity = VersityIdentity(store, server.endpoint, "1", models={})
+    tenant = team("a", ["shop", "fresh"], None)
+    kube = NamedKube(tenant, *(space(name, f"first-{name}") for name in ("shop", "fresh", "alone")))
+    ctx = Context(kube, SETTINGS.model_copy(update={"tenants_enabled": True}), store, identity)  # type: ignore[arg-type]
+
+    async def anew(name: str, uid: str, *, noticed: bool = True) -> Trouble | None:
+        """Make a namespace anew, with or without the operator's notice of the deletion. Ask for its key."""
+        kube.objects.pop(("Secret", name, STORAGE_SECRET), None)
+        kube.objects.pop(("Namespace", None, name))
+        if noticed:
+            await revoke_orphans(ctx)
+        kube.objects["Namespace", None, name] = space(name, uid)
+        return await ensure_credentials(ctx, name)
+
+    assert await ensure_credentials(ctx, "shop") is None
+    old = opened_in(ctx, kube, "shop")
+    old.put("shop/datasets/secret.jsonl", b"{}")
+    denied(old.put, "shop/adapters/.namespace.json", b'{"namespaceUid": "second"}')
+    assert await ensure_credentials(ctx, "shop") is None
+
+    for uid, noticed in (("second", True), ("third", False)):
+        refused = await anew("shop", uid, noticed=noticed)
+        assert refused is not None and refused.reason == "PrefixTaken"
+        assert "spec.namespaces.inherit of Tenant a" in refused.message and "secret" not in refused.message
+        assert ("Secret", "shop", STORAGE_SECRET) not in kube.objects
+        denied(old.get, "shop/datasets/secret.jsonl")  # the old key does not work either
+
+    tenant["spec"]["namespaces"]["inherit"] = ["shop"]
+    assert await ensure_credentials(ctx, "shop") is None
+    assert opened_in(ctx, kube, "shop").get("shop/datasets/secret.jsonl") == b"{}"
+    del tenant["spec"]["namespaces"]["inherit"]
+    assert await ensure_credentials(ctx, "shop") is None  # it is recorded by now
+    refused = await anew("shop", "fourth")
+    assert refused is not None and refused.reason == "PrefixTaken"
+
+    # Without files there is nothing to inherit. A namespace without a Tenant works as before.
+    assert await ensure_credentials(ctx, "alone") is None
+    opened_in(ctx, kube, "alone").put("alone/datasets/a.jsonl", b"{}")
+    assert await anew("alone", "second") is None
+    assert await ensure_credentials(ctx, "fresh") is None
+    assert [item.key for item in store.objects("fresh/")] == ["fresh/adapters/.namespace.json"]
+    assert await anew("fresh", "second") is None
+
+
+async def test_a_namespace_that_joins_a_tenant_keeps_its_files(server: S3Server) -> None:
+    """No attack: it has a working key. Afterwards its Secret is deleted, to get a new key."""
+    store = bucket(server, "ours")
+    identity = VersityIdentity(store, server.endpoint, "1", models={})
+    kube = NamedKube(space("shop", "first"))
+    ctx = Context(kube, SETTINGS.model_copy(update={"tenants_enabled": True}), store, identity)  # type: ignore[arg-type]
+    assert await ensure_credentials(ctx, "shop") is None
+    opened_in(ctx, kube, "shop").put("shop/datasets/a.jsonl", b"{}")
+    kube.objects["Tenant", None, "a"] = team("a", ["shop"], None)
+    await record_part(ctx, "shop", "first")
+    del kube.objects["Secret", "shop", STORAGE_SECRET]
+    assert await ensure_credentials(ctx, "shop") is None
+    assert opened_in(ctx, kube, "shop").get("shop/datasets/a.jsonl") == b"{}"
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b"[" * 5000, b'{"namespaceUid": 7}', b"x" * 5000])
+def test_a_record_that_cannot_be_read_is_anothers(server: S3Server, record: bytes) -> None:
+    """The record of a namespace is damaged -> its files are not given away."""
+    store = bucket(server, "ours")
+    store.put("shop/adapters/.namespace.json", record)
+    store.put("shop/datasets/a.jsonl", b"{}")
+    assert not inheritance.take(store, "shop", "first", inherit=False)
+    assert inheritance.take(store, "shop", "first", inherit=True)
+    assert inheritance.take(store, "shop", "first", inherit=False)
+
+
+def space(name: str, uid: str) -> Object:
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "uid": uid}}
 
 
 def test_the_readers_of_a_folder_are_joined_over_models_and_tenants() -> None:

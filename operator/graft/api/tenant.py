@@ -30,6 +30,18 @@ class Namespaces(Schema):
         "the tenant. The namespaces of Kubernetes and the operator's own never match.",
     )
 
+    inherit: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MOST_NAMES,
+        description="Names of namespaces of the tenant that take over the files that an earlier namespace of the same name has left "
+        "in the bucket. All others get a storage key only if there are no such files.",
+        json_schema_extra={
+            "x-kubernetes-list-type": "set",
+            "items": {"type": "string", "pattern": DNS_LABEL, "maxLength": 63},
+        },
+    )
+
     model_config = Schema.model_config | {
         "json_schema_extra": rules(
             ("has(self.names) || has(self.selector)", "namespaces: give names, a selector, or both"),

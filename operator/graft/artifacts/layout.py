@@ -2,6 +2,7 @@
 
 <tenant>/adapters/<name>/<version>/   the files of a version. Only the operator writes here; manifest.json is last. It adds
                                       manifest.sig.json after it has verified all files
+<tenant>/adapters/.namespace.json     the UID of the namespace that the files belong to, of Tenants only (inheritance.py)
 <tenant>/runs/<job-uid>/<attempt>/    what one attempt of a job writes: progress.json, events.jsonl, version/ (the files
                                       to publish) and checkpoints/step-000100/rank-0000.safetensors, rank-0000.json (the
                                       receipt, last)

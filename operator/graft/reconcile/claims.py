@@ -25,6 +25,7 @@ class Claim:
     match_labels: tuple[tuple[str, str], ...]
     expressions: tuple[tuple[str, str, frozenset[str]], ...]  # key, operator, values
     base_models: frozenset[str] | None = None  # None: all
+    inherits: frozenset[str] = frozenset()  # namespaces that take over the files of an earlier one of their name
 
     @property
     def age(self) -> tuple[str, str]:
@@ -77,6 +78,7 @@ def claim_of(raw: Mapping[str, Any]) -> Claim:
             for item in selector.get("matchExpressions") or ()
         ),
         None if models is None else frozenset(models),
+        frozenset(asked.get("inherit") or ()),
     )
 
 

@@ -12,12 +12,13 @@ from graft.api import Tenant
 from graft.api.meta import Condition
 from graft.api.tenant import TenantStatus
 from graft.artifacts.storage import StoreError
+from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError, Manifest
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.tenant import POD_SECURITY, children, default_account
 from graft.reconcile.claims import Claim, claim_of, holder, why_never
 from graft.reconcile.shared import storerights
-from graft.reconcile.shared.access import Trouble, refusal_of
+from graft.reconcile.shared.access import Trouble, record_part, refusal_of
 from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition
 
@@ -123,11 +124,16 @@ async def _keep_one(ctx: Context, tenant: Tenant, space: Manifest) -> Trouble | 
     what = f"the labels of namespace {namespace}"
     try:
         await _secure(ctx, space)
+        what = f"Secret {STORAGE_SECRET} in namespace {namespace}"
+        await record_part(ctx, namespace, space["uid"])
         what = f"ServiceAccount default in namespace {namespace}"
         await _disarm(ctx, namespace)
         for manifest in children(tenant, namespace, ctx.settings.member_cluster_roles):
             what = f"{manifest['kind']} {manifest['metadata']['name']} in namespace {namespace}"
             await _ensure(ctx, tenant, manifest)
+    except StoreError as error:
+        text = f"cannot record the part of the bucket of namespace {namespace}, the operator retries: {error}"
+        return Trouble("StorageUnavailable", text)
     except KubeError as error:
         if error.status == 409:
             raise

@@ -25,6 +25,8 @@ SILENT = {
     "Adapter retention.keep": "applies to unused versions: tests/unit/operator/reconcile/adapter/test_retention.py",
     "Adapter retention.unusedFor": "as retention.keep",
     "Adapter retention.compressAfter": "as retention.keep",
+    "Tenant namespaces.inherit": "applies when a key is issued: tests/attacks/test_storage_rights.py",
+    "Tenant namespaces.inherit[]": "as namespaces.inherit",
     "AdapterDeployment autoscaling.prometheusUrl": "deprecated and ignored",
 }
 # Not installed: the API server does not know the kind.

@@ -8,7 +8,7 @@ from graft.artifacts.store import S3Store
 from worlds.cluster.api import Api, Object, Refused
 from worlds.cluster.teams import bindings, may, ready, team, user
 from worlds.cluster.tenant import BASE, Tenant
-from worlds.cluster.tenants import bind, new_tenant
+from worlds.cluster.tenants import bind, make_namespace, new_tenant
 
 
 @pytest.fixture
@@ -182,3 +182,29 @@ def test_a_model_that_the_tenant_may_not_use_is_refused_until_it_may(tenant: Ten
     tenant.wait(closed, "the store refuses the model")
     tenant.api.delete("Tenant", None, teams[0])
     tenant.wait(lambda: not closed(), "without the Tenant, the namespace reads the model as before")
+
+
+def test_a_namespace_that_is_made_anew_gets_no_key_to_the_files_of_the_old_one(
+    api: Api, store: S3Store, tenant: Tenant, teams: list[str], request: pytest.FixtureRequest
+) -> None:
+    first = new_tenant(api, store, request)
+    bind(first)
+    team(first, teams[0])
+    ready(first, teams[0], "AsExpected")
+    api.patch("Namespace", None, first.name, {"metadata": {"labels": {"graft.dev/credentials": "issue"}}})
+    first.wait(lambda: api.get("Secret", first.name, "graft-storage"), "the namespace has a key")
+    secret = f"{first.name}/datasets/secret.jsonl"
+    store.put(secret, b"{}")
+    api.delete("Namespace", None, first.name)
+    first.wait(lambda: api.get("Namespace", None, first.name) is None, "the namespace is deleted", 60)
+    ready(tenant, teams[0], "NamespaceMissing", says=first.name)
+
+    again = make_namespace(api, store, first.name)
+    bind(again)
+    again.job("first")
+    waiting = again.until("FineTuneJob", "first", "Accepted", "PrefixTaken", says=f"Tenant {teams[0]}")
+    assert "spec.namespaces.inherit" in waiting["message"]
+    assert api.get("Secret", again.name, "graft-storage") is None and not api.list("Job", again.name)
+    api.patch("Tenant", None, teams[0], {"spec": {"namespaces": {"inherit": [again.name]}}})
+    again.running_pod("first")
+    assert again.tenant_store().get(secret) == b"{}"

@@ -7,10 +7,12 @@ import asyncio
 import base64
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from pydantic import ValidationError
 
 from graft.api import BaseModel
+from graft.artifacts import inheritance
 from graft.artifacts.identity import VersityIdentity
 from graft.artifacts.layout import USER_PREFIX, tenant_of, why_reserved
 from graft.artifacts.storage import StorageConfig, StoreError
@@ -142,7 +144,8 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
             keys, ours = _entries(secret)
             if not ours:
                 return _incomplete(ctx, namespace, keys)
-            await _issue(ctx, ctx.identity, namespace, secret)
+            if (refused := await _issue(ctx, ctx.identity, namespace, secret)) is not None:
+                return refused
             ctx.issued.add(tenant)
     except StoreError as error:
         return Trouble(
@@ -157,27 +160,63 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     return None
 
 
-async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret: Manifest | None) -> None:
-    """Make sure that the Secret has a key and that the store accepts it.
+async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret: Manifest | None) -> Trouble | None:
+    """Make sure that the Secret has a key and that the store accepts it. Return why there is none, or None.
 
     The Secret comes first, over the state that was read, and the store accepts the key that the Secret has. So of two
     operators, and of an operator that was killed and its successor, both accept the same key.
     """
     tenant = tenant_of(namespace)
     known = tenant in ctx.issued or await ctx.store_calls.run("", identity.has_key, tenant)
-    if known and _entries(secret)[0] >= SECRET_KEYS:
-        return
     key = _key(secret, identity.user(tenant))
+    if (team := await tenant_of_namespace(ctx, namespace)) is not None:
+        # A namespace with the key that works is the one that has used it. It has become a Tenant's, or was restored.
+        inherit = namespace in team.inherits or (known and key is not None)
+        if (refused := await _take(ctx, team, namespace, inherit=inherit)) is not None:
+            if known:  # a key of the earlier namespace
+                await ctx.store_calls.run("", identity.revoke, tenant)
+                ctx.issued.discard(tenant)
+            return refused
+        # The rights on base models come before the key: its Tenant may not use all of them.
+        await storerights.allow_models(ctx)
+    if known and _entries(secret)[0] >= SECRET_KEYS:
+        return None
     if key is None:
         if known:  # the Secret was deleted or damaged: the key that it had must not work any more
             await ctx.store_calls.run("", identity.revoke, tenant)
         drawn = await ctx.store_calls.run("", identity.draw, tenant)
         await _keep(ctx, namespace, drawn, (secret or {}).get("metadata", {}).get("resourceVersion"))
         key = drawn.secret_access_key
-    if await tenant_of_namespace(ctx, namespace) is not None:
-        # The rights on base models come before the key: its Tenant may not use all of them.
-        await storerights.allow_models(ctx)
     await ctx.store_calls.run("", identity.accept, tenant, key)
+    return None
+
+
+async def record_part(ctx: Context, namespace: str, uid: str) -> None:
+    """Record that a namespace of a Tenant has its part of the bucket, if it has a key already: it may have joined the
+    Tenant later. Raises KubeError and StoreError."""
+    if ctx.identity is None or uid in ctx.recorded:
+        return
+    tenant = tenant_of(namespace)
+    async with ctx.locks.hold("credentials"):
+        key = _key(await _secret(ctx, namespace), ctx.identity.user(tenant))
+        if key is not None and await ctx.store_calls.run("", ctx.identity.has_key, tenant):
+            await ctx.stored("", partial(inheritance.take, inherit=True), tenant, uid)
+            ctx.recorded.add(uid)
+
+
+async def _take(ctx: Context, team: Claim, namespace: str, *, inherit: bool) -> Trouble | None:
+    """Take the namespace's part of the bucket for the namespace as it is now. Return why that is not possible, or None."""
+    found = await ctx.kube.get("Namespace", None, namespace)  # not from the cache: it may have been made anew
+    if found is None:
+        raise KubeError(404, "NotFound", f"namespace {namespace} does not exist")
+    uid, part = found["metadata"]["uid"], tenant_of(namespace)
+    if await ctx.stored("", partial(inheritance.take, inherit=inherit), part, uid):
+        return None
+    return Trouble(
+        "PrefixTaken",
+        f"the bucket has files below {part}/ that an earlier namespace of this name has left. Ask your platform team to "
+        f"delete them, or to list {namespace} in spec.namespaces.inherit of Tenant {team.tenant}",
+    )
 
 
 async def _read_once(ctx: Context, namespace: str) -> Manifest | None:

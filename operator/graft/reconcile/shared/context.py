@@ -68,6 +68,9 @@ class Context:
     )  # reconcile a resource soon; see Queue.wake
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
     issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
+    recorded: set[str] = field(
+        default_factory=set
+    )  # UIDs of the Tenants' namespaces whose part of the bucket is recorded
     reading: dict[str, asyncio.Future[Manifest | None]] = field(default_factory=dict)  # namespace -> read of its Secret
     folders: Folders = field(default_factory=Folders)
     reports: dict[str, Any] = field(

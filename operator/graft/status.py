@@ -49,6 +49,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "CredentialsMissing": "The namespace has no complete Secret graft-storage, and the operator does not create it.",
             "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
             "NamespaceReserved": "The namespace's name is reserved: its part of the bucket, or its user of the store, belongs to somebody else. Use another namespace.",
+            "QuotaExceeded": "The training jobs of the Tenant take all that spec.quotas allows, or older jobs wait before this one. The job starts by itself, the oldest first.",
+            "QuotaTooSmall": "The job needs more than spec.quotas of its Tenant allows for all jobs together.",
             "PrefixTaken": "The bucket has files that an earlier namespace of this name has left, and its Tenant does not say that they are taken over.",
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
             "StorageUnavailable": "The object store did not answer. The job waits for it.",

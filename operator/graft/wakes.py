@@ -158,6 +158,8 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
         return asking + (_users(objects, name) if asking else [])
     if source.kind == "Tenant":
         return _of_tenant(change, objects)
+    if source.kind == "FineTuneJob":
+        return _next_in_line(change, objects)
     if source.kind == "BaseModel" and _differ(old, new, _contents):
         return jobs(objects, name) + _all(objects, "AdapterDeployment") + _all(objects, "Adapter")
     if source.kind == "Adapter" and _differ(old, new, _for_others):
@@ -196,6 +198,17 @@ def _of_tenant(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
             found |= dict.fromkeys(_asking(objects, name, (raw,)) + _users(objects, name))
     found.pop(("Tenant", *change.place), None)
     return list(found)
+
+
+def _next_in_line(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
+    """Return the jobs that wait for the quota of a Tenant, if a job has ended, or no longer waits for the quota."""
+    before, after = (held.facts if held is not None else None for held in (change.before, change.after))
+    left = before is not None and not before.over and (after is None or after.over or before.waits > after.waits)
+    tenants = objects("Tenant")
+    if not left or not any(tenants.facts(place).limits_jobs for place in tenants.places()):
+        return []
+    held = objects("FineTuneJob")
+    return [("FineTuneJob", *place) for place in held.places() if place != change.place and held.facts(place).waits]
 
 
 def _users(objects: Callable[[str], Objects], namespace: str) -> list[Key]:

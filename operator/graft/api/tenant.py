@@ -85,6 +85,24 @@ class Member(Schema):
     }
 
 
+class Quotas(Schema):
+    """How much the training jobs of the tenant may take at the same time, in all its namespaces together."""
+
+    training_jobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=100_000,
+        description="Number of FineTuneJobs that have begun and not ended. Further jobs wait. A suspended job keeps its place. "
+        "Jobs with spec.queue are left to Kueue, and do not count. Any number when absent.",
+    )
+    gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Number of GPUs (nvidia.com/gpu) of these jobs. A job with more never starts. Any number when absent.",
+    )
+
+
 class TenantSpec(Schema):
     """Which namespaces are the tenant's, who may do what in them, and what they may use."""
 
@@ -107,6 +125,7 @@ class TenantSpec(Schema):
             "items": {"type": "string", "pattern": DNS_NAME, "maxLength": 63},
         },
     )
+    quotas: Quotas | None = Field(default=None, description="Limits of the training jobs. None when absent.")
 
 
 class TenantStatus(Status):

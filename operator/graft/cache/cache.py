@@ -186,13 +186,13 @@ class Cache:
         held = [followed.objects.get(*place) for place in followed.objects.places(namespace, group=group)]
         return [item.facts for item in held if item is not None]
 
-    async def every(self, kind: str, facts: Callable[[Manifest], Any]) -> Facts:
+    async def every(self, kind: str, facts: Callable[[Manifest], Any], namespace: str | None = None) -> Facts:
         """Return the facts of all objects of a kind, which are not parsed for it. `facts`: as in the kind's Source."""
         followed = self._ready(kind)
         if followed is None:
-            return [facts(item) for item in await self._kube.list(kind)]
+            return [facts(item) for item in await self._kube.list(kind, namespace)]
         assert followed.source.facts is facts  # noqa: S101
-        return [followed.objects.facts(place) for place in followed.objects.places()]
+        return [followed.objects.facts(place) for place in followed.objects.places(namespace)]
 
     async def metadata(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
         """Return the metadata of an object, or None if it does not exist. It is not requested if the kind is followed."""

@@ -25,6 +25,8 @@ class Claim:
     match_labels: tuple[tuple[str, str], ...]
     expressions: tuple[tuple[str, str, frozenset[str]], ...]  # key, operator, values
     base_models: frozenset[str] | None = None  # None: all
+    training_jobs: int | None = None  # at the same time; None: any number
+    gpus: int | None = None  # of the training jobs together; None: any number
     inherits: frozenset[str] = frozenset()  # namespaces that take over the files of an earlier one of their name
 
     @property
@@ -35,6 +37,11 @@ class Claim:
     def covers(self, namespace: str, labels: Labels) -> bool:
         """Return whether the Tenant asks for a namespace with this name and these labels."""
         return namespace in self.names or self.selects(labels)
+
+    @property
+    def limits_jobs(self) -> bool:
+        """Whether the Tenant has a quota for training jobs."""
+        return self.training_jobs is not None or self.gpus is not None
 
     def lets_use(self, base_model: str) -> bool:
         """Return whether the Tenant may use a base model. The base model may still refuse the namespace."""
@@ -67,7 +74,7 @@ def claim_of(raw: Mapping[str, Any]) -> Claim:
     """Return what a Tenant asks for."""
     metadata, spec = raw["metadata"], raw.get("spec") or {}
     asked = spec.get("namespaces") or {}
-    selector, models = asked.get("selector") or {}, spec.get("baseModels")
+    selector, models, quotas = asked.get("selector") or {}, spec.get("baseModels"), spec.get("quotas") or {}
     return Claim(
         metadata["name"],
         str(metadata.get("creationTimestamp") or ""),
@@ -78,6 +85,8 @@ def claim_of(raw: Mapping[str, Any]) -> Claim:
             for item in selector.get("matchExpressions") or ()
         ),
         None if models is None else frozenset(models),
+        quotas.get("trainingJobs"),
+        quotas.get("gpus"),
         frozenset(asked.get("inherit") or ()),
     )
 

@@ -208,3 +208,33 @@ def test_a_namespace_that_is_made_anew_gets_no_key_to_the_files_of_the_old_one(
     api.patch("Tenant", None, teams[0], {"spec": {"namespaces": {"inherit": [again.name]}}})
     again.running_pod("first")
     assert again.tenant_store().get(secret) == b"{}"
+
+
+def test_a_job_above_the_quota_waits_and_starts_when_there_is_room(
+    tenant: Tenant, calm: Tenant, teams: list[str]
+) -> None:
+    """The quota is that of all namespaces of the Tenant, and the oldest job starts first."""
+    team(tenant, teams[0], namespaces={"names": [tenant.name, calm.name]}, quotas={"trainingJobs": 1, "gpus": 0})
+    ready(tenant, teams[0], "AsExpected")
+    tenant.job("first")
+    pod = tenant.running_pod("first")
+    calm.job("second")
+    calm.until("FineTuneJob", "second", "Accepted", "QuotaExceeded", says="uses 1 of 1 training jobs")
+    tenant.job("third", "other")
+    tenant.until("FineTuneJob", "third", "Accepted", "QuotaExceeded", says="1 older jobs wait before this one")
+    tenant.job("greedy", "greedy", resources={"limits": {"nvidia.com/gpu": 1}})
+    tenant.until("FineTuneJob", "greedy", "Accepted", "QuotaTooSmall", says="needs 1 GPUs")
+    assert not calm.api.list("Job", calm.name)
+
+    # A suspended job keeps its place: it would take more than the quota when it resumes.
+    tenant.api.patch("FineTuneJob", tenant.name, "first", {"spec": {"suspend": True}})
+    tenant.until("FineTuneJob", "first", "Succeeded", "Suspended")
+    calm.until("FineTuneJob", "second", "Accepted", "QuotaExceeded")
+    tenant.api.patch("FineTuneJob", tenant.name, "first", {"spec": {"suspend": False}})
+    pod = tenant.running_pod("first", (pod,))
+    tenant.publish_as_trainer("first", pod)
+    tenant.end_pod(pod)
+    calm.running_pod("second")
+    tenant.until("FineTuneJob", "third", "Accepted", "QuotaExceeded", says="uses 1 of 1")
+    calm.api.delete("FineTuneJob", calm.name, "second")
+    tenant.running_pod("third")

@@ -331,3 +331,21 @@ def test_what_may_use_a_base_model_is_woken_with_its_tenant(world: World) -> Non
     assert world.put("Tenant", "team", spec, namespace="", metadata=metadata, status={"stage": "Ready"}) == set()
     assert tenant(world, "labels", selector={"matchLabels": {"team": "b"}}) == {"elsewhere"}
     assert space(world, "shop", team="b") == users | {"team", "labels"}
+
+
+def test_the_end_of_a_job_wakes_those_that_wait_for_a_quota(world: World) -> None:
+    line = {"type": "Accepted", "status": "False", "reason": "QuotaExceeded", "message": "full"}
+    running = {"type": "Succeeded", "status": "Unknown", "reason": "Training", "message": "trains"}
+    tenant(world, "team", names=["shop"])
+    for name in ("first", "second"):
+        world.job(name, line)
+    world.job("runs", running)
+    assert world.job("runs", ENDED) == set()  # no Tenant has a quota
+    spec = {"namespaces": {"names": ["shop"]}, "quotas": {"trainingJobs": 1}}
+    world.put("Tenant", "team", spec, namespace="", metadata={"creationTimestamp": "2026-01-01T00:00:00Z"})
+    world.job("more", running)
+    assert world.job("more", running, suspend=True) == set()
+    assert world.job("more", ENDED) == {"first", "second"}
+    assert world.job("first", running) == {"second"}  # there may be room for another one
+    assert world.remove("FineTuneJob", "first") == {"second"}
+    assert world.remove("FineTuneJob", "more") == set()

@@ -12,15 +12,24 @@ from graft.reconcile.shared.jobs import condition_of
 # so they count for no longer.
 CLAIMED_VERSION = "graft.dev/version"
 CLAIMED_RECIPE = "graft.dev/recipe"
+QUOTA_EXCEEDED = "QuotaExceeded"  # reason of Accepted while a job waits for the quota of its Tenant
 
 
 class JobFacts(NamedTuple):
-    """The facts of one job. `reserves`: the version that it publishes, None if it publishes nothing more."""
+    """The facts of one job. `reserves`: the version that it publishes, None if it publishes nothing more.
+
+    `over`: it has ended. `waits`: for the quota of its Tenant. `kueue`: a queue of Kueue decides when it starts.
+    """
 
     uid: str
     active: bool  # whether a reconcile may have something to do
     base_model: str
     reserves: Known | None
+    name: str = ""
+    since: str = ""  # creationTimestamp
+    over: bool = False
+    waits: bool = False
+    kueue: bool = False
 
 
 def output_adapter(raw: Manifest) -> str:
@@ -41,7 +50,18 @@ def facts_of(raw: Manifest) -> JobFacts:
         reserves = Known(resolved["version"], resolved.get("recipe"), base_model)
     elif (claimed := claimed_version(annotations, recorded=bool(status))) is not None:
         reserves = Known(claimed, annotations.get(CLAIMED_RECIPE), base_model)
-    return JobFacts(raw["metadata"]["uid"], is_active(raw, ended), base_model, reserves)
+    over, metadata = ended in {"True", "False"}, raw["metadata"]
+    return JobFacts(
+        metadata["uid"],
+        is_active(raw, ended),
+        base_model,
+        reserves,
+        metadata["name"],
+        str(metadata.get("creationTimestamp") or ""),
+        over,
+        not over and condition_of(raw, "Accepted").get("reason") == QUOTA_EXCEEDED,
+        bool(spec.get("queue")),
+    )
 
 
 def claimed_version(annotations: Mapping[str, str], *, recorded: bool) -> str | None:

@@ -34,7 +34,7 @@ from graft.manifests.training import (
     training_job,
 )
 from graft.reconcile.adapter import versions
-from graft.reconcile.finetunejob import reports
+from graft.reconcile.finetunejob import quota, reports
 from graft.reconcile.finetunejob.jobstatus import (
     KIND,
     World,
@@ -217,6 +217,18 @@ async def _start(ctx: Context, raw: Manifest, world: World, new: bool) -> Troubl
     placed = await place(ctx, job, base)
     if isinstance(placed, Trouble):
         return placed
+    preflight = bool(placed[0].gpus and not job.status.checked)
+    if world.children and not world.passed:  # it has begun: the operator was stopped after it had created the Job
+        return await _create(ctx, raw, world, base, placed, new, preflight)
+    async with quota.kept(ctx, job, placed[0].gpus * placed[0].nodes, preflight=preflight) as exceeded:
+        return exceeded or await _create(ctx, raw, world, base, placed, new, preflight)
+
+
+async def _create(
+    ctx: Context, raw: Manifest, world: World, base: Base, placed: tuple[Shape, Sizing], new: bool, preflight: bool
+) -> Trouble | None:
+    """Reserve the version and create the next Job, with what its pods need. Return what the job waits for, or None."""
+    job, namespace = world.job, world.job.metadata.namespace
     shape, sizing = placed
     needed = Needed(lambda version: _put(ctx, job, base, version, shape))
     try:
@@ -233,7 +245,6 @@ async def _start(ctx: Context, raw: Manifest, world: World, new: bool) -> Troubl
         )
     if isinstance(reserved, Trouble):
         return reserved
-    preflight = shape.gpus and not job.status.checked
     child = (
         preflight_job(job, base.ref, ctx.settings) if preflight else training_job(job, base.ref, ctx.settings, shape)
     )

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from worlds.cluster.api import Api, Refused
 from worlds.cluster.operator_process import ACCOUNT, SYSTEM, from_chart
-from worlds.cluster.teams import RBAC, bindings, may, ready, refused, team, user
 from worlds.cluster.tenant import Tenant
+from worlds.cluster.tenants import RBAC, bindings, may, ready, refused, team, user
 
 TENANTS = "/apis/graft.dev/v1alpha1/tenants"
 MERGE = "application/merge-patch+json"

@@ -6,9 +6,8 @@ import pytest
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from worlds.cluster.api import Api, Object, Refused
-from worlds.cluster.teams import bindings, may, ready, team, user
 from worlds.cluster.tenant import BASE, Tenant
-from worlds.cluster.tenants import bind, make_namespace, new_tenant
+from worlds.cluster.tenants import bind, bindings, make_namespace, may, new_tenant, ready, team, user
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from graft.api import GROUP, VERSION
-from graft.artifacts.identity import bucket_statements
+from graft.artifacts.identity import EVERYBODY, bucket_statements
 from graft.crdgen import KINDS
 from testbed.shell import REPOSITORY
 
@@ -38,7 +38,7 @@ def test_the_manifests_of_a_page_are_valid(page: Path) -> None:
 
 def test_the_policy_of_a_namespace_allows_what_an_issued_key_may_do() -> None:
     _, tenant = (json.loads(text)["Statement"] for text in blocks(REPOSITORY / "docs" / "iam.md", "json"))
-    issued = bucket_statements("my-bucket", {"team-a": "user"}, {"models/qwen2.5-7b/": None}, "Graft")
+    issued = bucket_statements("my-bucket", {"team-a": "user"}, {"models/qwen2.5-7b/": EVERYBODY}, "Graft")
 
     def rights(statements: list[dict]) -> set[tuple[str, str, str]]:  # type: ignore[type-arg]
         return {

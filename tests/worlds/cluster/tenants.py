@@ -1,4 +1,5 @@
-"""The actions of an administrator in a test: create base models and namespaces, and bind the namespaces to the operator."""
+"""The actions of an administrator in a test: create base models, namespaces and Tenants, bind namespaces to the operator, and ask
+what a person may do."""
 
 import itertools
 import json
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from graft.artifacts.store import S3Store
 
-from worlds.cluster.api import Api
+from worlds.cluster.api import Api, Object, Refused
 from worlds.cluster.operator_process import ACCOUNT, BUCKET, SYSTEM
 from worlds.cluster.tenant import API, Tenant
 
@@ -18,6 +19,7 @@ CONFIG = {
     "tie_word_embeddings": True, "max_position_embeddings": 512, "dtype": "float32",
 }  # fmt: skip
 NUMBERS = itertools.count(1)
+RBAC = "rbac.authorization.k8s.io"
 
 
 def make_base_model(api: Api, store: S3Store, name: str, **spec: Any) -> str:
@@ -50,3 +52,64 @@ def bind(tenant: Tenant) -> None:
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "graft-tenant"},
         "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": SYSTEM}],
     })  # fmt: skip
+
+
+def team(tenant: Tenant, name: str, members: Any = None, **spec: Any) -> Object:
+    """Create the Tenant resource of a team. Without `namespaces` in the spec, it has the namespace of the test."""
+    spec = {"namespaces": {"names": [tenant.name]}} | spec | ({"members": members} if members else {})
+    return tenant.api.create({"apiVersion": API, "kind": "Tenant", "metadata": {"name": name}, "spec": spec})
+
+
+def user(name: str, role: str) -> Object:
+    return {"kind": "User", "name": name, "role": role}
+
+
+def ready(tenant: Tenant, name: str, reason: str, *, says: str = "") -> Object:
+    """Wait until the condition Ready of a Tenant has a reason for its present spec. Return the Tenant."""
+    seen: Object = {}
+
+    def there() -> bool:
+        found = tenant.api.get("Tenant", None, name)
+        assert found is not None
+        for item in found.get("status", {}).get("conditions", []):
+            if item["type"] == "Ready" and item["observedGeneration"] == found["metadata"]["generation"]:
+                seen.update(found, condition=item)
+                return bool(item["reason"] == reason and says in item["message"])
+        return False
+
+    tenant.wait(there, f"Tenant {name} has reason {reason} {says}", explain=lambda: str(seen.get("condition")))
+    return seen
+
+
+def bindings(tenant: Tenant) -> dict[str, list[str]]:
+    """Return the people of the namespace's RoleBindings that a Tenant owns: ClusterRole -> names of its subjects."""
+    found = {}
+    for item in tenant.api.list("RoleBinding", tenant.name):
+        owners = item["metadata"].get("ownerReferences") or []
+        if any(owner["kind"] == "Tenant" for owner in owners):
+            found[item["roleRef"]["name"]] = [subject["name"] for subject in item.get("subjects") or []]
+    return found
+
+
+def may(api: Api, verb: str, resource: str, namespace: str | None = None, name: str = "", group: str = "") -> bool:
+    """Ask the API server whether an identity may do something."""
+    resource, _, subresource = resource.partition("/")
+    asked = {"verb": verb, "group": group, "resource": resource, "subresource": subresource, "name": name}
+    asked |= {"namespace": namespace} if namespace else {}
+    body = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": asked},
+    }
+    answer = api.call("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body)
+    return bool(answer["status"]["allowed"])
+
+
+def refused(api: Api, method: str, path: str, body: Any = None, content_type: str = "application/json") -> str:
+    """Send a request that the API server must forbid. Return its answer."""
+    try:
+        api.text(method, path, body, content_type)
+    except Refused as error:
+        assert error.status == 403, error
+        return str(error)
+    raise AssertionError(f"{method} {path} is allowed")

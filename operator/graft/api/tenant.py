@@ -155,6 +155,8 @@ CRD = {
     "plural": "tenants",
     "shortNames": ["gt"],
     "scope": "Cluster",
+    # Not in the category graft: whoever may read everything else would get an error from `kubectl get graft`.
+    "categories": [],
     "columns": [
         ("Stage", "string", ".status.stage", 0),
         ("Namespaces", "string", ".status.namespaces", 0),

@@ -74,7 +74,7 @@ async def gather_share(ctx: Context, tenant: Tenant) -> Share:
     """Read all namespaces and Tenants. Return which namespaces a Tenant has."""
     found = await ctx.cache.list("Namespace", metadata_only=True)
     namespaces = {item["metadata"]["name"]: item["metadata"] for item in found}
-    claims = [claim_of(item) for item in await ctx.cache.list(KIND)]
+    claims = await ctx.cache.every(KIND, claim_of)
     return share_of(tenant.metadata.name, claims, namespaces, ctx.settings.namespace)
 
 

@@ -25,7 +25,9 @@ def default_deny(tenant: Tenant, namespace: str) -> Manifest:
     """Return the policy by which no pod sends or receives anything. Graft's own policies open what Graft's pods need."""
     name = f"graft-{tenant.metadata.name}-default-deny"
     made = child("networking.k8s.io/v1", "NetworkPolicy", name, tenant, "isolation", namespace=namespace)
-    return made | {"spec": {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}}
+    # The empty lists are applied, too: rules that somebody adds are removed.
+    closed: Manifest = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"], "ingress": [], "egress": []}
+    return made | {"spec": closed}
 
 
 def default_account(namespace: str) -> Manifest:

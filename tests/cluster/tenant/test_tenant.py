@@ -149,8 +149,11 @@ def test_a_namespace_is_isolated_and_stays_so(tenant: Tenant, teams: list[str]) 
     policy = f"graft-{teams[0]}-default-deny"
     before = tenant.get("NetworkPolicy", policy)
     assert before["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    tenant.api.patch("NetworkPolicy", tenant.name, policy, {"spec": {"egress": [{}], "policyTypes": ["Ingress"]}})
-    tenant.wait(lambda: tenant.get("NetworkPolicy", policy)["spec"] == before["spec"], "the policy is closed again")
+    for opened in (
+        {"egress": [{}], "ingress": [{}]}, {"policyTypes": ["Ingress"]}, {"podSelector": {"matchLabels": {"a": "b"}}},
+    ):  # fmt: skip
+        tenant.api.patch("NetworkPolicy", tenant.name, policy, {"spec": opened})
+        tenant.wait(lambda: tenant.get("NetworkPolicy", policy)["spec"] == before["spec"], f"{opened} is closed again")
     assert tenant.get("ServiceAccount", "default")["automountServiceAccountToken"] is False
 
     # Graft's pods meet all of it.

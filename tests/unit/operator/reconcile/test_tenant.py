@@ -135,7 +135,7 @@ async def test_a_namespace_is_isolated_and_what_was_changed_is_repaired() -> Non
             "labels", {}
         )
         policy = world.children()["NetworkPolicy/graft-one-default-deny"]["spec"]
-        assert policy == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+        assert policy == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"], "ingress": [], "egress": []}
 
     await world.set("Tenant", {"namespaces": {"names": [NAMESPACE]}})
     isolated()

@@ -402,7 +402,7 @@ class Untouchable:
 def test_the_policy_grows_slowly_and_models_with_the_same_readers_share_statements() -> None:
     """A platform has 22 namespaces and 30 models -> its policy stays below the 20 KiB that S3 allows."""
     users = {f"team-{number:02d}": f"graft-{installation_id('graft', 'x')}-team-{number:02d}" for number in range(22)}
-    models: dict[str, Any] = {f"models/m{number:02d}/": None for number in range(20)}
+    models: dict[str, Any] = {f"models/m{number:02d}/": EVERYBODY for number in range(20)}
     models |= {f"models/r{number:02d}/": ["team-01", "team-02"] for number in range(10)}
     statements = bucket_statements("graft", users, models, "Graft" + installation_id("graft", "x"))
     assert len(statements) == 3 * 22 + 1 + 4

@@ -89,6 +89,7 @@ VALUES: dict[str, list[Any]] = {
     "namespaces.names": [[NAMESPACE], ["other"]],
     "namespaces.names[]": [NAMESPACE, "other"],
     "namespaces.selector": [{"matchLabels": {"team": "b"}}, EXPRESSIONS],
+    "namespaces.selector.matchExpressions[].key": ["zone", "other"],
     "namespaces.selector.matchLabels": [{"team": "b"}, {"team": "a", "zone": "a"}],
     "baseModel": ["tiny", "small"],
     "method": [{"lora": {}}, {"qlora": {}}, {"full": {}}, {"promptTuning": {}}],

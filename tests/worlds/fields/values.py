@@ -84,7 +84,12 @@ def distinct(schema: Schema, count: int) -> list[Any]:
     items, keys = schema["items"], schema.get("x-kubernetes-list-map-keys", [])
     if items.get("type") == "object":
         first = minimal(items)
-        names = {key: _names(items["properties"][key], count) for key in keys}
+        # One key of several may be an enum. The others tell the items apart.
+        schemas = {key: items["properties"][key] for key in keys}
+        names = {
+            key: found["enum"][:1] * count if "enum" in found else _names(found, count)
+            for key, found in schemas.items()
+        }
         return (
             [first | {key: texts[number] for key, texts in names.items()} for number in range(count)]
             if keys

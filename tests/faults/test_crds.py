@@ -19,6 +19,7 @@ NEWEST = {
     "adapters": ("stopTokenIds", "promptTemplate", "compatibility", "storedBytes"),
     "adapterdeployments": ("sizing", "replicaStatus", "adaptersText"),
     "basemodels": ("sizeBytes",),
+    "tenants": ("namespaces",),
 }  # fmt: skip
 
 

@@ -102,18 +102,25 @@ def why_never(namespace: str, operator_namespace: str) -> str | None:
 
 def holders(claims: Iterable[Claim], namespaces: Mapping[str, Labels], operator_namespace: str) -> dict[str, Claim]:
     """Return the Tenant of each namespace that has one. `namespaces`: name -> labels."""
+    # By what a namespace must have: a platform may have thousands of namespaces and hundreds of Tenants.
     by_name: dict[str, list[Claim]] = {}
-    selecting: list[Claim] = []
+    by_label: dict[tuple[str, str], list[Claim]] = {}
+    others: list[Claim] = []
     for item in claims:
         for name in item.names:
             by_name.setdefault(name, []).append(item)
-        if item.match_labels or item.expressions:
-            selecting.append(item)
-    found = {
-        name: holder((*by_name.get(name, ()), *selecting), name, labels, operator_namespace)
-        for name, labels in namespaces.items()
-    }
-    return {name: item for name, item in found.items() if item is not None}
+        if item.match_labels:
+            by_label.setdefault(item.match_labels[0], []).append(item)
+        elif item.expressions:
+            others.append(item)
+    found: dict[str, Claim] = {}
+    for name, labels in namespaces.items():
+        asking = [*by_name.get(name, ()), *others]
+        for pair in labels.items():
+            asking += by_label.get(pair, ())
+        if asking and (has := holder(asking, name, labels, operator_namespace)) is not None:
+            found[name] = has
+    return found
 
 
 def holder(claims: Iterable[Claim], namespace: str, labels: Labels, operator_namespace: str) -> Claim | None:

@@ -193,10 +193,16 @@ def test_an_object_is_ours_by_its_controller_only() -> None:
 
 
 def test_many_namespaces_are_looked_up_as_one_is() -> None:
-    claims = [claim_of(raw("a", NEW, names=["b1", "models"], **selecting(team="a"))), claim_of(raw("b", names=["a2"]))]
-    labels = {name: item["labels"] for name, item in SPACES.items()} | {"models": {}, "bare": {}}
+    expression = {"matchExpressions": [{"key": "team", "operator": "DoesNotExist"}]}
+    claims = [
+        claim_of(raw("a", NEW, names=["b1", "models"], **selecting(team="a"))),
+        claim_of(raw("b", names=["a2"])),
+        claim_of(raw("c", NEW, selector=expression | {"matchLabels": {"tier": "1"}})),
+        claim_of(raw("d", NEW, selector=expression)),
+    ]
+    labels = {name: item["labels"] for name, item in SPACES.items()} | {"models": {}, "bare": {}, "tier": {"tier": "1"}}
     found = {name: claim.tenant for name, claim in holders(claims, labels, SYSTEM).items()}
-    assert found == {"a1": "a", "a2": "b", "b1": "a"}
+    assert found == {"a1": "a", "a2": "b", "b1": "a", "bare": "d", "tier": "c"}
     one = {name: holder(claims, name, labels[name], SYSTEM) for name in labels}
     assert found == {name: claim.tenant for name, claim in one.items() if claim is not None}
 

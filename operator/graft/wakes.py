@@ -16,7 +16,7 @@ from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter import retention, versions
 from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapterdeployment import scaling
-from graft.reconcile.claims import claim_of
+from graft.reconcile.claims import Space, claim_of, space_of
 from graft.reconcile.finetunejob.facts import facts_of, output_adapter
 from graft.reconcile.shared.ownership import Key, claimed_owner
 
@@ -65,7 +65,7 @@ def sources(operator_namespace: str) -> list[Source]:
         Source("Node"),
         Source("Tenant", facts=claim_of, optional=True),  # CustomResourceDefinitions of an earlier version lack it
         # Tenants select namespaces by label. Few users may write a namespace.
-        Source("Namespace", listed=False, watched=False, every_label=True),
+        Source("Namespace", listed=False, watched=False, every_label=True, facts=space_of),
         *(Source(kind, labels={OWNER_UID: None}, listed=False, watched=kind in RUNS) for kind in CHILDREN),
         # Any user can set labels on a ConfigMap. Only this one, in the operator's namespace, counts.
         Source("ConfigMap", name=DEMAND, only=(operator_namespace, DEMAND_CONFIGMAP)),
@@ -153,8 +153,8 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
         return _owner(change, objects, operator_namespace)
     old, new = change.old, change.new
     namespace, name = change.place
-    if source.kind == "Namespace" and _differ(old, new, _for_tenants):
-        asking = _asking(objects, name, (old, new))
+    if source.kind == "Namespace":
+        asking = _asking(objects, *(held.facts for held in (change.before, change.after) if held is not None))
         return asking + (_users(objects, name) if asking else [])
     if source.kind == "Tenant":
         return _of_tenant(change, objects)
@@ -173,12 +173,17 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
     return []
 
 
-def _asking(objects: Callable[[str], Objects], name: str, states: Iterable[Manifest | None]) -> list[Key]:
-    """Return the Tenants that ask for a namespace, by its name or by its labels before or after a change."""
-    labels = [item["metadata"].get("labels") or {} for item in states if item is not None]
+def _asking(objects: Callable[[str], Objects], *states: Space) -> list[Key]:
+    """Return the Tenants that ask for a namespace, by its name or by its labels, before or after a change. None if nothing
+    has changed on which a Tenant depends."""
+    if len(states) == 2 and states[0] == states[1]:
+        return []
     held = objects("Tenant")
+    claims = {place: held.facts(place) for place in held.places()}
     return [
-        ("Tenant", *place) for place in held.places() if any(held.facts(place).covers(name, found) for found in labels)
+        ("Tenant", *place)
+        for place, claim in claims.items()
+        if any(claim.covers(state.name, state.labels) for state in states)
     ]
 
 
@@ -190,12 +195,10 @@ def _of_tenant(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
         return []
     namespaces = objects("Namespace")
     found: dict[Key, None] = {}
-    for _, name in namespaces.places():
-        held = namespaces.get(None, name)
-        raw = namespaces.unpack(held) if held is not None else None
-        labels = ((raw or {}).get("metadata") or {}).get("labels") or {}
-        if any(claim.covers(name, labels) for claim in claims):
-            found |= dict.fromkeys(_asking(objects, name, (raw,)) + _users(objects, name))
+    for place in namespaces.places():
+        space = namespaces.facts(place)
+        if any(claim.covers(space.name, space.labels) for claim in claims):
+            found |= dict.fromkeys(_asking(objects, space) + _users(objects, space.name))
     found.pop(("Tenant", *change.place), None)
     return list(found)
 
@@ -297,12 +300,6 @@ def _differ(old: Manifest | None, new: Manifest | None, part: Callable[[Manifest
 
 def _contents(raw: Manifest) -> tuple[Any, ...]:
     return raw.get("spec"), raw.get("status"), raw["metadata"].get("deletionTimestamp")
-
-
-def _for_tenants(raw: Manifest) -> tuple[Any, ...]:
-    """Return the part of a namespace on which its Tenant depends."""
-    metadata = raw["metadata"]
-    return metadata.get("labels"), metadata.get("uid"), metadata.get("deletionTimestamp")
 
 
 def _for_others(raw: Manifest) -> tuple[Any, ...]:

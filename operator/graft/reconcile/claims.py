@@ -6,13 +6,30 @@ does not know what a Tenant keeps in its namespaces.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from graft.artifacts.layout import why_reserved
 
 # No workload of a team belongs in them, and a default deny there would stop the cluster.
 SYSTEM = frozenset({"kube-system", "kube-public", "kube-node-lease"})
 Labels = Mapping[str, str]
+
+
+class Space(NamedTuple):
+    """What a Tenant must know of a namespace."""
+
+    name: str
+    uid: str
+    labels: Labels
+    leaving: bool  # it is being deleted
+
+
+def space_of(raw: Mapping[str, Any]) -> Space:
+    """Return the facts of a namespace."""
+    metadata = raw["metadata"]
+    return Space(
+        metadata["name"], metadata.get("uid", ""), metadata.get("labels") or {}, bool(metadata.get("deletionTimestamp"))
+    )
 
 
 @dataclass(frozen=True)
@@ -100,8 +117,8 @@ def why_never(namespace: str, operator_namespace: str) -> str | None:
     return why_reserved(namespace)
 
 
-def holders(claims: Iterable[Claim], namespaces: Mapping[str, Labels], operator_namespace: str) -> dict[str, Claim]:
-    """Return the Tenant of each namespace that has one. `namespaces`: name -> labels."""
+def holders(claims: Iterable[Claim], spaces: Iterable[Space], operator_namespace: str) -> dict[str, Claim]:
+    """Return the Tenant of each namespace that has one."""
     # By what a namespace must have: a platform may have thousands of namespaces and hundreds of Tenants.
     by_name: dict[str, list[Claim]] = {}
     by_label: dict[tuple[str, str], list[Claim]] = {}
@@ -114,7 +131,7 @@ def holders(claims: Iterable[Claim], namespaces: Mapping[str, Labels], operator_
         elif item.expressions:
             others.append(item)
     found: dict[str, Claim] = {}
-    for name, labels in namespaces.items():
+    for name, _, labels, _ in spaces:
         asking = [*by_name.get(name, ()), *others]
         for pair in labels.items():
             asking += by_label.get(pair, ())

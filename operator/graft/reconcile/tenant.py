@@ -16,7 +16,7 @@ from graft.contracts.mounts import STORAGE_SECRET
 from graft.kube import KubeError, Manifest
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.tenant import POD_SECURITY, children, default_account
-from graft.reconcile.claims import Claim, claim_of, holder, why_never
+from graft.reconcile.claims import Claim, Space, claim_of, holder, space_of, why_never
 from graft.reconcile.shared import storerights
 from graft.reconcile.shared.access import Trouble, record_part, refusal_of
 from graft.reconcile.shared.context import WAITING, Context
@@ -29,7 +29,6 @@ STORE = ""  # of a trouble that belongs to no namespace
 AT_ONCE = 8  # namespaces whose objects are written at the same time
 NAMED = 5  # namespaces that a message names
 INVALID = 422  # status of a write that would change the role of a RoleBinding, or add a second controller
-Namespaces = Mapping[str, Manifest]  # name -> metadata of a namespace that exists
 Value = TypeVar("Value")
 
 
@@ -37,7 +36,7 @@ Value = TypeVar("Value")
 class Share:
     """The namespaces of one Tenant, and those that it asks for and does not have."""
 
-    has: dict[str, Manifest] = field(default_factory=dict)  # namespace -> its metadata
+    has: dict[str, Space] = field(default_factory=dict)  # by name
     claimed: dict[str, str] = field(default_factory=dict)  # namespace -> the Tenant that has it
     missing: list[str] = field(default_factory=list)
     reserved: dict[str, str] = field(default_factory=dict)  # namespace -> why it can belong to no Tenant
@@ -72,37 +71,35 @@ async def _limit_models(ctx: Context) -> Trouble | None:
 
 async def gather_share(ctx: Context, tenant: Tenant) -> Share:
     """Read all namespaces and Tenants. Return which namespaces a Tenant has."""
-    found = await ctx.cache.list("Namespace", metadata_only=True)
-    namespaces = {item["metadata"]["name"]: item["metadata"] for item in found}
+    spaces = await ctx.cache.every("Namespace", space_of)
     claims = await ctx.cache.every(KIND, claim_of)
-    return share_of(tenant.metadata.name, claims, namespaces, ctx.settings.namespace)
+    return share_of(tenant.metadata.name, claims, spaces, ctx.settings.namespace)
 
 
-def share_of(name: str, claims: Iterable[Claim], namespaces: Namespaces, operator_namespace: str) -> Share:
+def share_of(name: str, claims: Iterable[Claim], spaces: Iterable[Space], operator_namespace: str) -> Share:
     """Return which namespaces a Tenant has (PURE)."""
     claims = list(claims)
     own = next((item for item in claims if item.tenant == name), None)
-    share = Share()
+    share, there = Share(), {item.name: item for item in spaces}
     if own is None:
         return share
     for namespace in sorted(own.names):
         if (why := why_never(namespace, operator_namespace)) is not None:
             share.reserved[namespace] = why
-        elif namespace not in namespaces:
+        elif namespace not in there:
             share.missing.append(namespace)
-    for namespace, metadata in sorted(namespaces.items()):
-        labels = metadata.get("labels") or {}
-        if metadata.get("deletionTimestamp") or not own.covers(namespace, labels):
+    for namespace, space in sorted(there.items()):
+        if space.leaving or not own.covers(namespace, space.labels):
             continue
-        has = holder(claims, namespace, labels, operator_namespace)
+        has = holder(claims, namespace, space.labels, operator_namespace)
         if has == own:
-            share.has[namespace] = metadata
+            share.has[namespace] = space
         elif has is not None:
             share.claimed[namespace] = has.tenant
     return share
 
 
-async def _keep(ctx: Context, tenant: Tenant, namespaces: Namespaces) -> dict[str, Trouble]:
+async def _keep(ctx: Context, tenant: Tenant, namespaces: Mapping[str, Space]) -> dict[str, Trouble]:
     """Make sure that every namespace has what the spec says. Return what is refused, by namespace."""
     limit = asyncio.Semaphore(AT_ONCE)
 
@@ -118,14 +115,14 @@ async def _keep(ctx: Context, tenant: Tenant, namespaces: Namespaces) -> dict[st
     return {namespace: trouble for namespace, trouble in pairs if isinstance(trouble, Trouble)}
 
 
-async def _keep_one(ctx: Context, tenant: Tenant, space: Manifest) -> Trouble | None:
+async def _keep_one(ctx: Context, tenant: Tenant, space: Space) -> Trouble | None:
     """Make sure that a namespace is isolated, and then that the members have their rights. Return what is refused."""
-    namespace = space["name"]
+    namespace = space.name
     what = f"the labels of namespace {namespace}"
     try:
         await _secure(ctx, space)
         what = f"Secret {STORAGE_SECRET} in namespace {namespace}"
-        await record_part(ctx, namespace, space["uid"])
+        await record_part(ctx, namespace, space.uid)
         what = f"ServiceAccount default in namespace {namespace}"
         await _disarm(ctx, namespace)
         for manifest in children(tenant, namespace, ctx.settings.member_cluster_roles):
@@ -143,11 +140,11 @@ async def _keep_one(ctx: Context, tenant: Tenant, space: Manifest) -> Trouble | 
     return None
 
 
-async def _secure(ctx: Context, space: Manifest) -> None:
+async def _secure(ctx: Context, space: Space) -> None:
     """Set Pod Security. The labels of the cache may be older than another writer's: the next event tells."""
-    if not POD_SECURITY.items() <= (space.get("labels") or {}).items():
-        patch = {"metadata": {"labels": dict(POD_SECURITY), "uid": space["uid"]}}
-        await ctx.kube.merge_patch("Namespace", None, space["name"], patch)
+    if not POD_SECURITY.items() <= space.labels.items():
+        patch = {"metadata": {"labels": dict(POD_SECURITY), "uid": space.uid}}
+        await ctx.kube.merge_patch("Namespace", None, space.name, patch)
 
 
 async def _disarm(ctx: Context, namespace: str) -> None:

@@ -13,7 +13,7 @@ from graft.api.meta import GPU
 from graft.api.quantity import quantity
 from graft.kube import Manifest
 from graft.manifests.metadata import OWNER_UID
-from graft.reconcile.claims import Claim, claim_of, holder
+from graft.reconcile.claims import Claim, Space, claim_of, holder, space_of
 from graft.reconcile.finetunejob.facts import JobFacts, facts_of
 from graft.reconcile.finetunejob.jobstatus import KIND
 from graft.reconcile.shared.access import Trouble, tenant_of_namespace
@@ -88,10 +88,10 @@ async def _usage(ctx: Context, tenant: Claim, job: FineTuneJob) -> Usage:
 async def _namespaces(ctx: Context, tenant: Claim) -> Iterable[str]:
     """Return the namespaces that a Tenant has."""
     claims = await ctx.cache.every("Tenant", claim_of)
-    found = [item["metadata"] for item in await ctx.cache.list("Namespace", metadata_only=True)]
-    asked = [item for item in found if tenant.covers(item["name"], item.get("labels") or {})]
+    spaces: list[Space] = await ctx.cache.every("Namespace", space_of)
+    asked = [item for item in spaces if tenant.covers(item.name, item.labels)]
     of = ctx.settings.namespace
-    return [item["name"] for item in asked if holder(claims, item["name"], item.get("labels") or {}, of) == tenant]
+    return [item.name for item in asked if holder(claims, item.name, item.labels, of) == tenant]
 
 
 def gpus_of(child: Manifest) -> int:

@@ -13,7 +13,7 @@ from graft.artifacts.identity import AllBut, Readers, VersityIdentity
 from graft.artifacts.storage import StoreError
 from graft.artifacts.store import S3Store
 from graft.kube import Kube, KubeError, Manifest
-from graft.reconcile.claims import Claim, claim_of, holders
+from graft.reconcile.claims import Claim, claim_of, holders, space_of
 from graft.reconcile.shared.context import Context
 from graft.settings import Settings
 
@@ -102,9 +102,7 @@ async def _limited(ctx: Context) -> dict[str, Claim]:
     claims = await ctx.cache.every("Tenant", claim_of) if ctx.settings.tenants_enabled else []
     if all(claim.base_models is None for claim in claims):
         return {}
-    found = [item["metadata"] for item in await ctx.cache.list("Namespace", metadata_only=True)]
-    namespaces = {metadata["name"]: metadata.get("labels") or {} for metadata in found}
-    held = holders(claims, namespaces, ctx.settings.namespace)
+    held = holders(claims, await ctx.cache.every("Namespace", space_of), ctx.settings.namespace)
     return {name: claim for name, claim in held.items() if claim.base_models is not None}
 
 

@@ -9,7 +9,7 @@ from graft.kube import KubeError
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.tenant import POD_SECURITY
 from graft.reconcile import tenant as tenants
-from graft.reconcile.claims import claim_of, holder, holders, why_never
+from graft.reconcile.claims import Space, claim_of, holder, holders, space_of, why_never
 from graft.reconcile.shared.access import Base, Trouble, gather_base_model
 from graft.reconcile.tenant import observe, share_of
 from worlds.fields.hints import NAMESPACE
@@ -31,8 +31,12 @@ def selecting(**labels: str) -> Object:
     return {"selector": {"matchLabels": labels}}
 
 
+def spaces(namespaces: Any) -> list[Space]:
+    return [space_of({"metadata": {"name": name, **metadata}}) for name, metadata in namespaces.items()]
+
+
 def has(name: str, *found: Object, namespaces: Any = SPACES) -> tuple[list[str], Object]:
-    share = share_of(name, map(claim_of, found), namespaces, SYSTEM)
+    share = share_of(name, map(claim_of, found), spaces(namespaces), SYSTEM)
     return list(share.has), share.claimed
 
 
@@ -71,21 +75,21 @@ def test_the_oldest_tenant_has_a_namespace_however_it_asks_for_it(since: str) ->
 
 @pytest.mark.parametrize("name", ["kube-system", "kube-public", "kube-node-lease", SYSTEM, "models", "root"])
 def test_a_namespace_of_the_cluster_or_of_graft_belongs_to_no_tenant(name: str) -> None:
-    spaces = SPACES | {name: {"labels": {"team": "a"}}}
-    share = share_of("a", [claim_of(raw("a", names=[name], **selecting(team="a")))], spaces, SYSTEM)
+    there = spaces(SPACES | {name: {"labels": {"team": "a"}}})
+    share = share_of("a", [claim_of(raw("a", names=[name], **selecting(team="a")))], there, SYSTEM)
     assert list(share.has) == ["a1", "a2"] and list(share.reserved) == [name]
     assert why_never(name, SYSTEM) and holder([claim_of(raw("a", names=[name]))], name, {}, SYSTEM) is None
 
 
 def test_a_namespace_that_is_being_deleted_is_left_alone() -> None:
-    spaces = {"a1": {"deletionTimestamp": NEW}, "a2": {}}
-    assert has("a", raw("a", names=["a1", "a2"]), namespaces=spaces) == (["a2"], {})
+    leaving = {"a1": {"deletionTimestamp": NEW}, "a2": {}}
+    assert has("a", raw("a", names=["a1", "a2"]), namespaces=leaving) == (["a2"], {})
 
 
 def test_the_first_problem_gives_the_reason_and_the_message_has_all() -> None:
     first = claim_of(raw("a", names=["a1"]))
     second = raw("b", NEW, names=["a1", "b1", "later", "models"])
-    share = share_of("b", [first, claim_of(second)], SPACES, SYSTEM)
+    share = share_of("b", [first, claim_of(second)], spaces(SPACES), SYSTEM)
     status, [ready, *_] = observe(Tenant.model_validate(second), share, {"b1": Trouble("NamespaceNotBound", "bind b1")})
     assert (ready.status, ready.reason, status.stage) == ("False", "NamespaceReserved", "Incomplete")
     for words in (
@@ -201,7 +205,8 @@ def test_many_namespaces_are_looked_up_as_one_is() -> None:
         claim_of(raw("d", NEW, selector=expression)),
     ]
     labels = {name: item["labels"] for name, item in SPACES.items()} | {"models": {}, "bare": {}, "tier": {"tier": "1"}}
-    found = {name: claim.tenant for name, claim in holders(claims, labels, SYSTEM).items()}
+    there = spaces({name: {"labels": item} for name, item in labels.items()})
+    found = {name: claim.tenant for name, claim in holders(claims, there, SYSTEM).items()}
     assert found == {"a1": "a", "a2": "b", "b1": "a", "bare": "d", "tier": "c"}
     one = {name: holder(claims, name, labels[name], SYSTEM) for name in labels}
     assert found == {name: claim.tenant for name, claim in one.items() if claim is not None}

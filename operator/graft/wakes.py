@@ -16,7 +16,7 @@ from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter import retention, versions
 from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapterdeployment import scaling
-from graft.reconcile.claims import Space, claim_of, space_of
+from graft.reconcile.claims import Claim, Space, claim_of, holder, space_of
 from graft.reconcile.finetunejob.facts import facts_of, output_adapter
 from graft.reconcile.shared.ownership import Key, claimed_owner
 
@@ -159,7 +159,7 @@ def concerned(source: Source, change: Change, objects: Callable[[str], Objects],
     if source.kind == "Tenant":
         return _of_tenant(change, objects)
     if source.kind == "FineTuneJob":
-        return _next_in_line(change, objects)
+        return _next_in_line(change, objects, operator_namespace)
     if source.kind == "BaseModel" and _differ(old, new, _contents):
         return jobs(objects, name) + _all(objects, "AdapterDeployment") + _all(objects, "Adapter")
     if source.kind == "Adapter" and _differ(old, new, _for_others):
@@ -203,15 +203,31 @@ def _of_tenant(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
     return list(found)
 
 
-def _next_in_line(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
-    """Return the jobs that wait for the quota of a Tenant, if a job has ended, or no longer waits for the quota."""
+def _next_in_line(change: Change, objects: Callable[[str], Objects], operator_namespace: str) -> list[Key]:
+    """Return the job that is next in the line for a Tenant's quota, if a job has ended or has left the line.
+
+    When it starts, it leaves the line, too, so the one after it is next. Thousands of jobs may wait.
+    """
     before, after = (held.facts if held is not None else None for held in (change.before, change.after))
     left = before is not None and not before.over and (after is None or after.over or before.waits > after.waits)
-    tenants = objects("Tenant")
-    if not left or not any(tenants.facts(place).limits_jobs for place in tenants.places()):
+    tenants, spaces, held = objects("Tenant"), objects("Namespace"), objects("FineTuneJob")
+    claims = [tenants.facts(place) for place in tenants.places()] if left else []
+    if not any(claim.limits_jobs for claim in claims):
         return []
-    held = objects("FineTuneJob")
-    return [("FineTuneJob", *place) for place in held.places() if place != change.place and held.facts(place).waits]
+    of: dict[str, Claim | None] = {}
+
+    def tenant(namespace: str) -> Claim | None:
+        if namespace not in of:
+            space = spaces.facts(("", namespace))
+            of[namespace] = holder(claims, namespace, space.labels if space else {}, operator_namespace)
+        return of[namespace]
+
+    mine = tenant(change.place[0])
+    if mine is None or not mine.limits_jobs:
+        return []
+    line = {place: facts for place in held.places() if (facts := held.facts(place)).waits and tenant(place[0]) == mine}
+    line.pop(change.place, None)
+    return [("FineTuneJob", *place) for place in sorted(line, key=lambda place: line[place].turn)[:1]]
 
 
 def _users(objects: Callable[[str], Objects], namespace: str) -> list[Key]:

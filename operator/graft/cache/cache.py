@@ -194,6 +194,11 @@ class Cache:
         assert followed.source.facts is facts  # noqa: S101
         return [followed.objects.facts(place) for place in followed.objects.places(namespace)]
 
+    def may_have_children(self, kind: str, owner: str) -> bool:
+        """Return whether objects of a kind may exist that carry the label of this owner, a UID. No request is sent."""
+        followed = self._ready(kind)
+        return followed is None or bool(followed.objects.places(owner=owner))
+
     async def metadata(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
         """Return the metadata of an object, or None if it does not exist. It is not requested if the kind is followed."""
         followed = self._ready(kind)

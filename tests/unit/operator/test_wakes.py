@@ -337,7 +337,8 @@ def test_the_end_of_a_job_wakes_those_that_wait_for_a_quota(world: World) -> Non
     line = {"type": "Accepted", "status": "False", "reason": "QuotaExceeded", "message": "full"}
     running = {"type": "Succeeded", "status": "Unknown", "reason": "Training", "message": "trains"}
     tenant(world, "team", names=["shop"])
-    for name in ("first", "second"):
+    space(world, "shop")
+    for name in ("second", "first"):  # of the same second, so their names decide
         world.job(name, line)
     world.job("runs", running)
     assert world.job("runs", ENDED) == set()  # no Tenant has a quota
@@ -345,7 +346,12 @@ def test_the_end_of_a_job_wakes_those_that_wait_for_a_quota(world: World) -> Non
     world.put("Tenant", "team", spec, namespace="", metadata={"creationTimestamp": "2026-01-01T00:00:00Z"})
     world.job("more", running)
     assert world.job("more", running, suspend=True) == set()
-    assert world.job("more", ENDED) == {"first", "second"}
+    assert world.job("more", ENDED) == {"first"}
     assert world.job("first", running) == {"second"}  # there may be room for another one
     assert world.remove("FineTuneJob", "first") == {"second"}
     assert world.remove("FineTuneJob", "more") == set()
+    # The line of another Tenant does not move.
+    space(world, "elsewhere")
+    world.put("Tenant", "other", {"namespaces": {"names": ["elsewhere"]}, "quotas": {"gpus": 1}}, namespace="")
+    world.put("FineTuneJob", "theirs", {}, "elsewhere", status={"conditions": [running]})
+    assert world.put("FineTuneJob", "theirs", {}, "elsewhere", status={"conditions": [ENDED]}) == set()

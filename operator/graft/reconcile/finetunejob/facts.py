@@ -31,6 +31,11 @@ class JobFacts(NamedTuple):
     waits: bool = False
     kueue: bool = False
 
+    @property
+    def turn(self) -> tuple[str, str, str]:
+        """Sorts the jobs that wait for a quota: the oldest first."""
+        return self.since, self.name, self.uid
+
 
 def output_adapter(raw: Manifest) -> str:
     """Return the adapter that a job publishes. "" if the stored job has none."""

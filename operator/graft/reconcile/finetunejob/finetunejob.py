@@ -35,6 +35,7 @@ from graft.manifests.training import (
 )
 from graft.reconcile.adapter import versions
 from graft.reconcile.finetunejob import quota, reports
+from graft.reconcile.finetunejob.facts import QUOTA_EXCEEDED
 from graft.reconcile.finetunejob.jobstatus import (
     KIND,
     World,
@@ -115,7 +116,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
             if present is not None:
                 status, observed = waiting(FineTuneJob.model_validate(present), trouble)
                 await ctx.write_status(present, status, observed)
-            return WAITING
+            return quota.IN_LINE if trouble.reason == QUOTA_EXCEEDED else WAITING
         return SOON
     repaired = not world.children or world.over or await _steer(ctx, world)
     if world.published is not None and world.adapter is None:

@@ -20,6 +20,9 @@ from graft.reconcile.shared.access import Trouble, tenant_of_namespace
 from graft.reconcile.shared.context import Context
 from graft.reconcile.shared.jobs import condition_of
 
+# Seconds until a job in the line is reconciled again without an event. The end of another job wakes the next one.
+IN_LINE = 60.0
+
 
 class Usage(NamedTuple):
     """What the other jobs of a Tenant take."""
@@ -69,14 +72,16 @@ def exceeded(tenant: Claim, usage: Usage, gpus: int, *, preflight: bool) -> Trou
 
 async def _usage(ctx: Context, tenant: Claim, job: FineTuneJob) -> Usage:
     """Read what the other jobs in all namespaces of a Tenant take."""
-    own = job.metadata.creation_timestamp or "", job.metadata.name, job.metadata.uid
+    own = (job.metadata.creation_timestamp or "", job.metadata.name, job.metadata.uid)  # its turn
     jobs = gpus = before = 0
     for namespace in await _namespaces(ctx, tenant):
         found: list[JobFacts] = await ctx.cache.every(KIND, facts_of, namespace)
         for other in found:
             if other.uid == job.metadata.uid or other.over or other.kueue:
                 continue
-            before += other.waits and (other.since, other.name, other.uid) < own
+            before += other.waits and other.turn < own
+            if not ctx.cache.may_have_children("Job", other.uid):  # of most jobs that wait
+                continue
             labels = {OWNER_UID: other.uid}
             children = await ctx.cache.list("Job", namespace, labels, owner=other.uid)
             held = [child for child in children if not _is_over(child)]

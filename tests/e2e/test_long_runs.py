@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from graft.contracts.mounts import STORAGE_SECRET
 from testbed import quickstart
 from testbed.quickstart import SHOP, Access
 from testbed.shell import wait_for
@@ -72,6 +73,19 @@ def evict(access: Access, pod: str) -> None:
     )  # fmt: skip
 
 
+def replace_key(access: Access) -> None:
+    """Delete the namespace's key while a job runs. Wait until there is another one, which the kubelet writes into the pod."""
+    secret = lambda: access.get("secret", STORAGE_SECRET).get("metadata", {}).get("uid")  # noqa: E731
+    old = secret()
+    access.kubectl("delete", "secret", STORAGE_SECRET, "-n", SHOP)
+    wait_for(
+        lambda: secret() not in {None, old},
+        10,
+        "the namespace has another key",
+        lambda: quickstart.explain(access, SHOP),
+    )
+
+
 def until_step(access: Access, name: str, least: int) -> None:
     wait_for(
         lambda: step(access, name) >= least, 300, f"{name} is at step {least}", lambda: quickstart.explain(access, SHOP)
@@ -79,10 +93,14 @@ def until_step(access: Access, name: str, least: int) -> None:
 
 
 def test_an_evicted_and_suspended_run_has_the_same_losses_as_an_undisturbed_one(shop: Access, tmp_path: Path) -> None:
+    """Only the key of the undisturbed run is replaced. Its pod goes on with the new one."""
     recipe = {"maxSteps": 160, "gradientAccumulationSteps": 2, "saveSteps": 20}
     method = {"lora": {"rank": 8, "dropout": 0.1}}
     submit(shop, tmp_path, "calm", recipe, method=method)
-    quickstart.follow(shop, "calm")
+    until_step(shop, "calm", 5)
+    replace_key(shop)
+    attempts = quickstart.follow(shop, "calm")["status"]["attempts"]
+    assert [item["reason"] for item in attempts] == ["Completed"]
     submit(shop, tmp_path, "stormy", recipe, method=method, spot=True, retries=0)
     for least in (25, 70):
         until_step(shop, "stormy", least)

@@ -1,5 +1,6 @@
 """Buckets in tests: an empty one of a real S3 server, and versions that are published at once."""
 
+import base64
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from graft.artifacts.manifest import Manifest
 from graft.artifacts.publishing import publish_staged, stage, staged
 from graft.artifacts.storage import StorageConfig
 from graft.artifacts.store import S3Store
+from graft.manifests.adapter import storage_secret
 from testbed.objectstore import s3_server
 
 
@@ -27,6 +29,12 @@ def issue(identity: VersityIdentity, tenant: str) -> StorageConfig:
     key = identity.draw(tenant)
     identity.accept(tenant, key.secret_access_key)
     return key
+
+
+def mount(key: StorageConfig, folder: Path) -> None:
+    """Write a key as the kubelet mounts the Secret that has it."""
+    for name, value in storage_secret("any", key)["data"].items():
+        (folder / name).write_bytes(base64.b64decode(value))
 
 
 def publish(store: S3Store, prefix: str, files: Mapping[str, Path], manifest: Manifest) -> str:

@@ -30,18 +30,26 @@ T = TypeVar("T")
 EXPIRED = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed", "TokenRefreshRequired"}
 )
+# The store does not know the key, or the key has another secret there: somebody has replaced it.
+REPLACED = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch"})
 Trouble = Literal["missing", "bucket", "denied", "full", "exists", "large", "unavailable"]
 
 
 class StoreError(Exception):
     """A call to the store failed. `trouble` says why: missing (the object), bucket (it does not exist, so nothing is known
     about its objects), denied, full, exists, large (the object has more bytes than its reader accepts), or unavailable (a
-    retry may succeed). `answered` is False if the store sent no answer at all."""
+    retry may succeed). `answered` is False if the store sent no answer at all. `code`: S3's code of the error, or ""."""
 
-    def __init__(self, trouble: Trouble, message: str, *, answered: bool = True) -> None:
+    def __init__(self, trouble: Trouble, message: str, *, answered: bool = True, code: str = "") -> None:
         super().__init__(message)
         self.trouble = trouble
         self.answered = answered
+        self.code = code
+
+
+def unavailable(error: StoreError) -> bool:
+    """Return whether a retry of the call may succeed (PURE)."""
+    return error.trouble == "unavailable"
 
 
 @dataclass(frozen=True)
@@ -167,11 +175,17 @@ def refused(what: str, error: ClientError) -> StoreError:
     """Return the error for an error answer of the store about `what`, without the words of the library (PURE)."""
     found = error.response.get("Error", {})
     said = ": ".join(str(part) for part in (found.get("Code"), found.get("Message")) if part)
-    return StoreError(trouble_of(error), f"{what}: the store answered {error.operation_name} with {said or 'an error'}")
+    text = f"{what}: the store answered {error.operation_name} with {said or 'an error'}"
+    return StoreError(trouble_of(error), text, code=str(found.get("Code") or ""))
 
 
-def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], object] = time.sleep) -> T:
-    """Call `call`, and retry while the store is unavailable, until `patience` seconds after the first such error.
+def patiently(
+    call: Callable[[], T],
+    patience: float,
+    pause: Callable[[float], object] = time.sleep,
+    passes: Callable[[StoreError], bool] = unavailable,
+) -> T:
+    """Call `call`, and retry while the error `passes`, until `patience` seconds after the first such error.
 
     The pauses between retries grow from 1 s to 15 s. Raises the error of the last call.
     """
@@ -182,8 +196,9 @@ def patiently(call: Callable[[], T], patience: float, pause: Callable[[float], o
         except StoreError as error:
             now = time.monotonic()
             deadline = now + patience if deadline is None else deadline
-            if error.trouble != "unavailable" or now + seconds > deadline:
+            if not passes(error) or now + seconds > deadline:
                 raise
-            log.warning("the store is unavailable, retrying in %.0f s: %s", seconds, error)
+            what = "is unavailable" if unavailable(error) else "refuses the key, which may be replaced just now"
+            log.warning("the store %s, retrying in %.0f s: %s", what, seconds, error)
         pause(seconds)
         seconds = min(2 * seconds, 15.0)

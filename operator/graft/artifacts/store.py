@@ -18,7 +18,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from graft.artifacts.storage import StorageConfig, StoreError, client_of, patiently, refused, trouble_of
+from graft.artifacts.access import Access
+from graft.artifacts.storage import StorageConfig, StoreError, patiently, refused, trouble_of
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -41,12 +42,14 @@ def _silent(what: str, error: BotoCoreError) -> StoreError:
 
 
 def retried(method: Callable[Concatenate["S3Store", P], T]) -> Callable[Concatenate["S3Store", P], T]:
-    """Retry a method of S3Store while the store is unavailable, for the store's own `patience`. Only this and
-    `download` retry."""
+    """Retry a method of S3Store while its error may pass, for the store's own `patience`. Only this and `download`
+    retry."""
 
     @wraps(method)
     def call(store: "S3Store", /, *arguments: P.args, **named: P.kwargs) -> T:
-        return patiently(lambda: method(store, *arguments, **named), store.patience)
+        found = patiently(lambda: method(store, *arguments, **named), store.patience, passes=store.access.passes)
+        store.access.accepted = True
+        return found
 
     return call
 
@@ -96,27 +99,34 @@ class S3Store:
         timeout: float = 20,
         patience: float = 0.0,
         may_write: Callable[[], bool] = lambda: True,
+        folder: Path | None = None,
+        accepted: bool = False,
     ) -> None:
         """Open the bucket of `config`. botocore applies `attempts` and `timeout` (seconds) to each request.
 
-        `may_write` is asked before each request that changes something, so also between the parts of a copy.
+        `may_write` is asked before each request that changes something, so also between the parts of a copy. `folder`
+        and `accepted`: see Access.
         """
-        self.config = config
         self.may_write = may_write
         self.patience = patience
-        self.client: Any = client_of(
-            config,
-            config=Config(
-                retries={"mode": "standard", "max_attempts": attempts},
-                connect_timeout=min(5, timeout),
-                read_timeout=timeout,
-                max_pool_connections=CONNECTIONS,
-                s3={"addressing_style": "path"},
-                signature_version="s3v4",
-            ),
+        how = Config(
+            retries={"mode": "standard", "max_attempts": attempts},
+            connect_timeout=min(5, timeout),
+            read_timeout=timeout,
+            max_pool_connections=CONNECTIONS,
+            s3={"addressing_style": "path"},
+            signature_version="s3v4",
         )
+        self.access = Access(config, how, self._before_send, folder, accepted=accepted)
 
-        self.client.meta.events.register("before-send.s3", self._before_send)
+    @property
+    def config(self) -> StorageConfig:
+        """Return the address and the key that are used now."""
+        return self.access.config
+
+    @property
+    def client(self) -> Any:
+        return self.access.client
 
     def _before_send(self, request: Any, **_: Any) -> None:
         if request.method not in {"GET", "HEAD"} and not self.may_write():
@@ -274,7 +284,8 @@ class S3Store:
                 report(done, item.size)
 
         def take(start: int) -> None:
-            patiently(lambda: self._take(item, bucket, partial, start, stopped, came), self.patience, stopped.wait)
+            call, passes = lambda: self._take(item, bucket, partial, start, stopped, came), self.access.passes
+            patiently(call, self.patience, stopped.wait, passes)
 
         pool = ThreadPoolExecutor(STREAMS, "download")
         try:

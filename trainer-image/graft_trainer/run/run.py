@@ -92,7 +92,7 @@ def open_store(settings: Settings) -> S3Store:
     """Open the store of the mounted Secret. Each of its calls is retried for settings.storage_patience seconds."""
     storage = StorageConfig.from_dir(settings.storage_dir)
     try:
-        return S3Store(storage, patience=settings.storage_patience)
+        return S3Store(storage, patience=settings.storage_patience, folder=settings.storage_dir)
     except ValueError as error:  # botocore raises it for an endpoint that is not a URL
         raise Failure(
             Reason.STORAGE_DENIED,
@@ -112,6 +112,6 @@ def open_run(settings: Settings, store: S3Store, job: JobFile, *, write_now: boo
         state = Progress(attempt=settings.attempt, stage="Preparing", updated_at=now())
         store.put(prefix + PROGRESS, state.json_text().encode())
     # Progress does not wait for a slow store: the next upload replaces what was not sent.
-    uploads = S3Store(store.config, attempts=2, timeout=5)
+    uploads = S3Store(store.config, attempts=2, timeout=5, folder=store.access.folder)
     reporter = ProgressReporter(uploads, prefix, settings.attempt, interval=settings.progress_interval, silent=silent)
     return Run(job, settings, store, reporter, partial(upload_beside, store), halvings=job.halvings)

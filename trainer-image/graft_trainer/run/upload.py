@@ -35,7 +35,13 @@ def upload_apart(store: S3Store, key: str, path: Path) -> None:
     read, write = os.pipe()
     with os.fdopen(read) as theirs, os.fdopen(write, "w") as ours:
         # The key goes through a pipe, so that it is in no argument and in no environment variable.
-        print(json.dumps({"config": asdict(store.config), "patience": store.patience}), file=ours, flush=True)
+        settings = {
+            "config": asdict(store.config),
+            "patience": store.patience,
+            "folder": str(store.access.folder or ""),
+            "accepted": store.access.accepted,
+        }
+        print(json.dumps(settings), file=ours, flush=True)
         done = subprocess.run(
             command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -62,7 +68,12 @@ def main(key: str, path: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
     settings = json.loads(sys.stdin.readline())
-    store = S3Store(StorageConfig(**settings["config"]), patience=settings["patience"])
+    store = S3Store(
+        StorageConfig(**settings["config"]),
+        patience=settings["patience"],
+        folder=Path(settings["folder"]) if settings["folder"] else None,
+        accepted=settings["accepted"],
+    )
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         store.upload(key, Path(path))

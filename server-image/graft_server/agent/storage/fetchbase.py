@@ -95,7 +95,8 @@ def _fetch(options: argparse.Namespace) -> Path:
     uri, digest, target = options.uri, options.digest, options.target
     store = None
     if uri.startswith("s3://"):
-        store = S3Store(StorageConfig.from_dir(options.storage_dir), patience=PATIENCE)
+        folder = options.storage_dir
+        store = S3Store(StorageConfig.from_dir(folder), patience=PATIENCE, folder=folder)
     if uri.startswith("hf://"):
         if digest:
             uri = f"hf://{split_hf_uri(uri)[0]}@{digest}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, get_session, hf_hub_download, set_client_factory, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, set_client_factory, snapshot_download
 
 from graft.bounded import Limits, OutOfBounds, check_json
 
@@ -75,5 +75,7 @@ def _client() -> httpx2.Client:
     return _Client(event_hooks=HOOKS | {"response": [_bound]}, follow_redirects=True, timeout=TIMEOUT)
 
 
+# The library would ask huggingface.co which program uses it, also if the values name another hub.
+constants.HF_HUB_DISABLE_TELEMETRY = True
 HOOKS = get_session().event_hooks  # of the library's own client: offline mode, ids of requests
 set_client_factory(_client)

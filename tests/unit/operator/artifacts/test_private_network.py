@@ -1,29 +1,31 @@
-"""A platform behind a proxy, whose store and hub have certificates of a private authority.
+"""A platform behind a proxy, whose store and hub have certificates of a private authority: each part by itself.
 
-The environment is what the chart gives the operator's container. Store and hub have names that only the proxy knows.
+The environment is what the chart gives the operator's container. The whole operator: tests/cluster/operator.
 """
 
 import os
-import select
-import socket
-import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from testbed import pki
-from testbed.controlplane import free_port
 from testbed.objectstore import S3Server
 from worlds.cluster.chart import Template, helm, template
-from worlds.hub import Handler, Hub
+from worlds.hub import Hub
+from worlds.networks.private import (
+    HUB,
+    STORE,
+    Proxy,
+    certificates,
+    secured_hub,
+    secured_store,
+    the_proxy,
+    values,
+    variables,
+)
 
 __all__ = ["helm", "template"]  # fixtures
-STORE, HUB = "store.example.test", "hub.example.test"
-MOUNTED = "/etc/graft-ca/ca.crt"
 USE_STORE = """
 import sys
 from graft.artifacts.identity import VersityIdentity
@@ -44,92 +46,39 @@ print(describe("hf://org/model", None, sys.argv[1]).revision)
 """
 
 
-class Tunnel(BaseHTTPRequestHandler):
-    """A proxy that knows the two names, and nothing else."""
-
-    def do_CONNECT(self) -> None:
-        server: Proxy = self.server  # type: ignore[assignment]
-        server.asked.append(self.path)
-        port = server.ports.get(self.path)
-        if port is None:
-            self.send_error(502)
-            return
-        with socket.create_connection(("127.0.0.1", port)) as target:
-            self.send_response(200)
-            self.end_headers()
-            pair = {self.connection: target, target: self.connection}
-            while True:
-                for ready in select.select(list(pair), [], [])[0]:
-                    data = ready.recv(65536)
-                    if not data:
-                        return
-                    pair[ready].sendall(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Proxy(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Tunnel)
-        self.ports: dict[str, int] = {}  # host:port -> port on loopback
-        self.asked: list[str] = []
-
-
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys")
-    pki.authority(folder)
-    pki.certificate(folder, "server", "/CN=server", (STORE, HUB, "127.0.0.1"))
-    return folder
+    return certificates(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture(scope="module")
 def store(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    server = S3Server(tmp_path_factory.mktemp("store"), free_port(), "root", "a-root-key", tls=keys)
-    server.start()
-    yield server
-    server.stop()
+    with secured_store(keys, tmp_path_factory.mktemp("store")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def hub(keys: Path) -> Iterator[Hub]:
-    server = Hub(("127.0.0.1", 0), Handler)
-    server.files, server.tokens, server.heads = {"org/model/config.json": b"{}"}, set(), {}
-    server.files["org/model/model.safetensors"] = b"weights"
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(keys / "server.crt", keys / "server.key")
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with secured_hub(keys) as server:
+        yield server
 
 
 @pytest.fixture
 def proxy(store: S3Server, hub: Hub) -> Iterator[Proxy]:
-    server = Proxy()
-    server.ports = {f"{STORE}:443": store.port, f"{HUB}:443": hub.server_address[1]}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with the_proxy(store, hub) as server:
+        yield server
 
 
 @pytest.fixture
 def environment(template: Template, proxy: Proxy, keys: Path) -> dict[str, str]:
     """Return the variables of the operator's container, with the mounted bundle at its place on this machine."""
-    made = template({
-        "proxy": {"httpsProxy": f"http://127.0.0.1:{proxy.server_address[1]}"}, "trustedCA": {"configMap": "ca"},
-    })  # fmt: skip
     (deployment,) = (
-        item for item in made if item["kind"] == "Deployment" and item["metadata"]["name"] == "graft-operator"
+        item
+        for item in template(values(proxy))
+        if item["kind"] == "Deployment" and item["metadata"]["name"] == "graft-operator"
     )
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    given = {item["name"]: item["value"] for item in container["env"] if "value" in item}
-    return {name: value.replace(MOUNTED, str(keys / "ca.crt")) for name, value in given.items()}
+    return variables(container, keys)
 
 
 def run(program: str, argument: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -156,7 +105,7 @@ def test_the_operator_reaches_the_store_and_its_identity_service(
 
 
 def test_the_operator_reads_a_model_of_the_hub(environment: dict[str, str], proxy: Proxy) -> None:
-    done = run(USE_HUB, f"https://{HUB}", environment | {"HF_HUB_DISABLE_TELEMETRY": "1"})
+    done = run(USE_HUB, f"https://{HUB}", environment)
     assert done.returncode == 0, done.stderr
     assert set(proxy.asked) == {f"{HUB}:443"}
 

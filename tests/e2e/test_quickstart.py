@@ -5,12 +5,16 @@ The tests build on each other and run in this order only.
 
 import json
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 import yaml
+from graft.contracts.addresses import host_port
+from graft.contracts.mounts import STORAGE_DIR
 from testbed import quickstart
 from testbed.cluster import Cluster
+from testbed.node import IPV6
 from testbed.quickstart import SHOP, Access
 from testbed.shell import CACHE, run, wait_for
 
@@ -68,6 +72,32 @@ def test_the_gateway_streams_and_names_the_adapter_that_answers(access: Access) 
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[0].removeprefix("data: "))["model"] == f"{SHOP}/support"
     assert len(lines) > 3
+
+
+@pytest.mark.parametrize("version", [4, *([6] if IPV6 else [])])
+def test_services_answer_over_both_families(access: Access, version: int) -> None:
+    """The requests pass kube-proxy and the pods' NetworkPolicies."""
+
+    def address(service: str) -> str:
+        families = access.get("service", service, quickstart.SYSTEM)["spec"]["clusterIPs"]
+        return next(item for item in families if ip_address(item).version == version)
+
+    question = quickstart.held_out(1)[0]["messages"]
+    gateway = f"http://{host_port(address('graft-gateway'), 8080)}"
+    answer = quickstart.ask(gateway, f"{SHOP}/support", question[:-1])
+    assert quickstart.normal(answer) == quickstart.normal(question[-1]["content"])
+    # From the pod of a tenant, with the tenant's key, under default deny.
+    (pod,) = serving_pods(access)
+    store = f"http://{host_port(address('graft-store'), 7070)}"
+    program = f"""
+from dataclasses import replace
+from graft.artifacts.storage import StorageConfig
+from graft.artifacts.store import S3Store
+config = replace(StorageConfig.from_dir("{STORAGE_DIR}"), endpoint="{store}")
+print(S3Store(config, attempts=1).head("{SHOP}/adapters/support/1.0.0/manifest.json").size)
+"""
+    size = access.kubectl("exec", "-n", SHOP, pod, "-c", "agent", "--", "python", "-c", program)
+    assert int(size) > 100
 
 
 def test_the_installation_passes_its_own_test(access: Access) -> None:

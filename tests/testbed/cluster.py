@@ -11,7 +11,7 @@ from pathlib import Path
 from testbed import images, packages, policies, traces
 from testbed.binaries import binary, build
 from testbed.controlplane import ControlPlane
-from testbed.node import NODE, Network, Node
+from testbed.node import NODE, Network, Node, both
 from testbed.shell import CACHE, Failed, output, say, step, wait_for
 
 NUMBERS = {"demo": 0, "e2e": 1}
@@ -36,7 +36,7 @@ class Cluster:
     def plane(self) -> ControlPlane:
         network = self.network
         return ControlPlane(
-            self.state, address=network.node, netns=network.netns, service_cidr=network.services,
+            self.state, address=network.node, netns=network.netns, service_cidr=both(network.services, network.services_ipv6),
             kubernetes_ip=network.service(1), api_port=API_PORT,
         )  # fmt: skip
 

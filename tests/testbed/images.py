@@ -5,6 +5,7 @@ debootstrap makes the base image, which replaces a registry's python:3.11-slim. 
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -22,11 +23,16 @@ from testbed.shell import CACHE, REPOSITORY, Failed, locked, output, run, say, s
 
 BASE = "localhost/graft/python:3.11"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates,libgomp1"
-STORAGE = Path("/var/lib/containers/storage")
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 LARGE = 100_000_000  # bytes; the archive of a larger layer is deleted once its snapshot exists
 LOGS = CACHE / "logs"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+@functools.cache
+def storage() -> Path:
+    """Return the folder of buildah's images: the one of storage.conf, or of the file that CONTAINERS_STORAGE_CONF names."""
+    return Path(json.loads(output(["buildah", "info"]))["store"]["GraphRoot"])
 
 
 def exists(tag: str) -> bool:
@@ -185,12 +191,12 @@ class Stored:
 
     def __init__(self, tag: str) -> None:
         image = _image_id(tag).removeprefix("sha256:")
-        folder = STORAGE / "overlay-images" / image
+        folder = storage() / "overlay-images" / image
         name = base64.b64encode(f"sha256:{image}".encode()).decode()
         self.config = (folder / f"={name}").read_bytes()
         self.id = _digest(self.config)
-        images = json.loads((STORAGE / "overlay-images" / "images.json").read_text())
-        layers = {item["id"]: item for item in json.loads((STORAGE / "overlay-layers" / "layers.json").read_text())}
+        images = json.loads((storage() / "overlay-images" / "images.json").read_text())
+        layers = {item["id"]: item for item in json.loads((storage() / "overlay-layers" / "layers.json").read_text())}
         self.layers: list[dict[str, Any]] = []  # lowest first
         layer = next(item["layer"] for item in images if item["id"] == image)
         while layer:
@@ -339,5 +345,6 @@ def _add_layer(archive: tarfile.TarFile, digest: str, item: dict[str, Any]) -> N
         with ticking(f"sending {item['diff-size'] / 1e6:.0f} MB to containerd"):
             archive.add(path, f"blobs/sha256/{digest.removeprefix('sha256:')}")
     # containers-storage leaves a bind mount of the storage on itself.
-    if any(line.split()[1] == str(STORAGE / "overlay") for line in Path("/proc/mounts").read_text().splitlines()):
-        output(["umount", str(STORAGE / "overlay")], check=False)
+    mounted = str(storage() / "overlay")
+    if any(line.split()[1] == mounted for line in Path("/proc/mounts").read_text().splitlines()):
+        output(["umount", mounted], check=False)

@@ -43,10 +43,23 @@ class Network:
     def pods(self) -> str:
         return f"10.{110 + self.number}.0.0/16"
 
+    # If the kernel has IPv6, the host, the node, pods and Services have addresses of both families. IPv4 comes first.
+
+    @property
+    def host_ipv6(self) -> str:
+        return f"fd10:210:{self.number}:1::1"
+
+    @property
+    def node_ipv6(self) -> str:
+        return f"fd10:210:{self.number}:1::2"
+
     @property
     def pods_ipv6(self) -> str:
-        """Pods have an IPv6 address, too, if the kernel has IPv6: a policy must close both. Services and the node have IPv4 only."""
         return f"fd10:210:{self.number}::/64"
+
+    @property
+    def services_ipv6(self) -> str:
+        return f"fd10:210:{self.number}:2::/112"
 
     @property
     def services(self) -> str:
@@ -88,6 +101,13 @@ class Network:
             self.run("sysctl", "-qw", key)
         for target in (self.services, self.pods):
             _ip("route", "add", target, "via", self.node)
+        if IPV6:
+            # nodad: the addresses can be used at once, and nobody else is on the link.
+            _ip("addr", "add", f"{self.host_ipv6}/64", "dev", outer, "nodad")
+            _ip("-n", self.netns, "addr", "add", f"{self.node_ipv6}/64", "dev", inner, "nodad")
+            _ip("-n", self.netns, "route", "add", "default", "via", self.host_ipv6)
+            for target in (self.services_ipv6, self.pods_ipv6):
+                _ip("route", "add", target, "via", self.node_ipv6)
 
     def run(self, *command: str) -> str:
         """Run a short program in the namespace. Return its output."""
@@ -97,6 +117,11 @@ class Network:
         """Delete the link and the namespace. The routes are deleted with them."""
         output(["ip", "link", "del", self.links[0]], check=False)
         output(["ip", "netns", "del", self.netns], check=False)
+
+
+def both(ipv4: str, ipv6: str) -> str:
+    """Return an option of a program of Kubernetes that takes an address of each family."""
+    return f"{ipv4},{ipv6}" if IPV6 else ipv4
 
 
 def _ip(*arguments: str) -> None:
@@ -235,7 +260,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
             "kubelet",
             [
                 binary("kubelet"), f"--config={kubelet}", f"--kubeconfig={keys}/kubelet.kubeconfig", f"--root-dir={self.state}/kubelet",
-                f"--cert-dir={keys}", f"--hostname-override={name}", f"--node-ip={self.network.node}", "--v=1",
+                f"--cert-dir={keys}", f"--hostname-override={name}", f"--node-ip={both(self.network.node, self.network.node_ipv6)}", "--v=1",
                 "--node-labels=topology.kubernetes.io/region=local,topology.kubernetes.io/zone=local-a",
             ],
             netns=self.network.netns,
@@ -243,7 +268,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
         processes.start(
             "kube-proxy",
             [
-                binary("kube-proxy"), f"--kubeconfig={keys}/proxy.kubeconfig", "--proxy-mode=iptables", f"--cluster-cidr={self.network.pods}",
+                binary("kube-proxy"), f"--kubeconfig={keys}/proxy.kubeconfig", "--proxy-mode=iptables",
+                f"--cluster-cidr={both(self.network.pods, self.network.pods_ipv6)}",
                 "--masquerade-all", "--conntrack-max-per-core=0", f"--hostname-override={name}", "--healthz-bind-address=",
                 "--metrics-bind-address=127.0.0.1:10249",
             ],
@@ -285,6 +311,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
             "serializeImagePulls": False,
             "registryPullQPS": 0,
             "maxPods": 60,
+            "syncFrequency": "10s",  # instead of 1 min: Secrets that change reach the pods' files in this time
             "shutdownGracePeriod": "0s",
         }
 

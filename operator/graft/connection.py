@@ -45,14 +45,15 @@ class KubeError(Exception):
         self.reason = reason
 
 
-async def connect() -> Any:
-    """Return a client with the pod's service account, or with KUBECONFIG outside a cluster."""
+async def connect(most: int = 64) -> Any:
+    """Return a client with the pod's service account, or with KUBECONFIG outside a cluster. It opens at most `most`
+    connections."""
     configuration = client.Configuration()
     if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
         config.load_incluster_config(client_configuration=configuration)
     else:
         await config.load_kube_config(client_configuration=configuration)
-    configuration.connection_pool_maxsize = 64
+    configuration.connection_pool_maxsize = most
     configuration.proxy = configuration.proxy or proxy_of(configuration.host)
     # Otherwise aiohttp reads .netrc and the proxies from the environment again for each request, in a thread.
     configuration.client_session_kwargs = {"trust_env": False}

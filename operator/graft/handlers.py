@@ -35,8 +35,8 @@ from graft.reconcile.finetunejob import finetunejob
 from graft.reconcile.shared import access, storekey, storerights
 from graft.reconcile.shared.admission import admit
 from graft.reconcile.shared.context import Context
-from graft.reconcile.shared.onboarding import Requests
 from graft.reconcile.shared.queue import Queue
+from graft.reconcile.shared.storagekeys import MOST_FOLLOWED, Followed, Requests
 from graft.settings import Settings
 from graft.settings import load as load_settings
 from graft.status import REASONS
@@ -69,6 +69,7 @@ class Operator:
         self.tasks: list[asyncio.Task[None]] = []
         self.errands: set[asyncio.Task[None]] = set()  # short work that events cause
         self.requests = Requests()
+        self.keys: Followed | None = None  # None: the operator issues no keys
         self.cache: Cache | None = None
         self.resources = Resources(REASONS, shown=lambda: self.leads)
         self.started = False  # whether it has begun to reconcile what exists
@@ -104,6 +105,9 @@ async def _start_operator() -> None:
     ctx = Context(kube, config, store, await storerights.open_identity(kube, config, brief), brief, cache=cache)
     ctx.elected = election is not None
     operator.ctx, operator.cache = ctx, cache
+    if ctx.identity is not None:
+        watches = await Kube.connect(most=MOST_FOLLOWED + 8)
+        operator.keys = Followed(ctx, watches, partial(wakes.at_work, objects=cache.objects))
     reconcilers = {kind: partial(admit, ctx, kind, reconcile) for kind, reconcile in RECONCILERS.items()}
     operator.queue = Queue(reconcilers, over=partial(wakes.is_over, objects=cache.objects))
     ctx.wake = _wake_known
@@ -195,9 +199,17 @@ async def _begin(cache: Cache, queue: Queue) -> None:
     """
     await cache.synced()
     operator.started = True
-    for key in wakes.first(cache.objects):
+    for key in (found := wakes.first(cache.objects)):
         queue.wake(*key, later=not wakes.awaited(cache.objects, key))
+    for namespace in {namespace for _, namespace, _ in found if namespace}:
+        _follow_key(cache, namespace)
     await asyncio.Event().wait()
+
+
+def _follow_key(cache: Cache, namespace: str) -> None:
+    """Follow the storage key of a namespace while pods use it."""
+    if operator.keys is not None and wakes.at_work(namespace, cache.objects):
+        operator.keys.follow(namespace)
 
 
 def _wake_known(kind: str, namespace: str, name: str) -> None:
@@ -216,6 +228,8 @@ async def stop(**_: Any) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     if operator.queue is not None:
         await operator.queue.stop()
+    if operator.keys is not None:
+        await operator.keys.stop()
     if operator.ctx is not None:
         operator.ctx.transfers.stop()
         await operator.ctx.news.stop()
@@ -235,6 +249,8 @@ def changed(source: Source, change: Change) -> None:
         operator.resources.note(change.kind, change.place, change.old, change.new)
     if not operator.started:
         return  # everything is reconciled when it has been listed, and this operator leads
+    if operator.keys is not None and change.before is None and source.kind in {"Job", "Deployment"}:
+        operator.keys.follow(change.place[0])
     if change.kind in RECONCILERS:
         _own(ctx, queue, cache, change)
     for key in wakes.concerned(source, change, cache.objects, ctx.settings.namespace):

@@ -60,9 +60,10 @@ class Kube:
         self._unlike: dict[str, str] = {}
 
     @classmethod
-    async def connect(cls, write_seconds: Callable[[], float] = lambda: TIMEOUT) -> "Kube":
-        """Connect with the pod's service account, or with KUBECONFIG outside a cluster. `write_seconds`: see Connection."""
-        return cls(await connection.connect(), write_seconds)
+    async def connect(cls, write_seconds: Callable[[], float] = lambda: TIMEOUT, *, most: int = 64) -> "Kube":
+        """Connect with the pod's service account, or with KUBECONFIG outside a cluster. `write_seconds`: see Connection.
+        `most`: connections at the same time."""
+        return cls(await connection.connect(most), write_seconds)
 
     async def close(self) -> None:
         await self._connection.close()
@@ -241,13 +242,14 @@ class Kube:
         self.answered(kind, answer if kind == "Deployment" else _slim(answer))
         return answer
 
-    async def create(self, manifest: Manifest) -> None:
-        """Create an object whose spec is immutable. If it already exists with the same owner, nothing happens. With
-        another owner, KubeError with status 409 is raised."""
+    async def create(self, manifest: Manifest) -> Manifest:
+        """Create an object whose spec is immutable. If it already exists with the same owner, it gets the labels again by
+        which it is found. With another owner, KubeError with status 409 is raised. Return the object as it is then."""
         metadata = manifest["metadata"]
         path = KINDS[manifest["kind"]].path(metadata.get("namespace"))
         try:
-            self._told(manifest["kind"], await self.request("POST", path, manifest, {"fieldManager": FIELD_MANAGER}))
+            answer = await self.request("POST", path, manifest, {"fieldManager": FIELD_MANAGER})
+            return self._told(manifest["kind"], answer)
         except KubeError as error:
             if error.status != 409:
                 raise
@@ -255,6 +257,13 @@ class Kube:
             ours = [item["uid"] for item in metadata.get("ownerReferences", [])]
             if existing is None or not any(owned_by(existing, uid) for uid in ours):
                 raise
+            labels = metadata.get("labels", {})
+            if covers(existing["metadata"].get("labels"), labels):
+                return existing
+            patch = {"metadata": {"uid": existing["metadata"]["uid"], "labels": labels}}
+            return (
+                await self.merge_patch(manifest["kind"], metadata.get("namespace"), metadata["name"], patch) or existing
+            )
 
     async def apply_status(
         self,

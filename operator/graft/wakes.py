@@ -138,6 +138,18 @@ def jobs(objects: Callable[[str], Objects], base_model: str | None = None) -> li
     ]
 
 
+def at_work(namespace: str, objects: Callable[[str], Objects]) -> bool:
+    """Return whether pods of a namespace use its storage key, or may start at any time: it has serving pods, a job that
+    has started and not ended, or the Job of a version. So it had a key, and the operator may follow it."""
+    if objects("Deployment").places(namespace):
+        return True
+    runs, children = objects("FineTuneJob"), objects("Job")
+    started = [held for place in runs.places(namespace) if (held := runs.get(*place)) is not None and held.facts.active]
+    adapters = objects("Adapter")
+    made = [held for place in adapters.places(namespace) if (held := adapters.get(*place)) is not None]
+    return any(children.places(owner=held.uid) for held in [*started, *made])
+
+
 def patience(source: Source, kind: str) -> float:
     """Return the seconds for which further changes may arrive before a resource of a kind that one concerns is
     reconciled. Routes follow the pods of a deployment at once."""

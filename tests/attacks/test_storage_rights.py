@@ -249,19 +249,12 @@ def opened_in(ctx: Context, kube: MemoryKube, namespace: str) -> S3Store:
     return S3Store(replace(own, secret_access_key=entries["secret-access-key"]), attempts=1)
 
 
-class NamedKube(MemoryKube):
-    """An API server that also replaces Secrets."""
-
-    async def apply(self, manifest: Object) -> None:
-        await self.ensure(manifest)
-
-
 async def test_a_namespace_that_is_made_anew_gets_no_key_to_the_files_of_the_old_one(server: S3Server) -> None:
     """A team leaves, and another one makes a namespace with the same name -> no key, until the Tenant says so."""
     store = bucket(server, "ours")
     identity = VersityIdentity(store, server.endpoint, "1", models={})
     tenant = team("a", ["shop", "fresh"], None)
-    kube = NamedKube(tenant, *(space(name, f"first-{name}") for name in ("shop", "fresh", "alone")))
+    kube = MemoryKube(tenant, *(space(name, f"first-{name}") for name in ("shop", "fresh", "alone")))
     ctx = Context(kube, SETTINGS.model_copy(update={"tenants_enabled": True}), store, identity)  # type: ignore[arg-type]
 
     async def anew(name: str, uid: str, *, noticed: bool = True) -> Trouble | None:
@@ -307,7 +300,7 @@ async def test_a_namespace_that_joins_a_tenant_keeps_its_files(server: S3Server)
     """No attack: it has a working key. Afterwards its Secret is deleted, to get a new key."""
     store = bucket(server, "ours")
     identity = VersityIdentity(store, server.endpoint, "1", models={})
-    kube = NamedKube(space("shop", "first"))
+    kube = MemoryKube(space("shop", "first"))
     ctx = Context(kube, SETTINGS.model_copy(update={"tenants_enabled": True}), store, identity)  # type: ignore[arg-type]
     assert await ensure_credentials(ctx, "shop") is None
     opened_in(ctx, kube, "shop").put("shop/datasets/a.jsonl", b"{}")

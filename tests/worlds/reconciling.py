@@ -57,8 +57,10 @@ class MemoryKube:
     async def ensure(self, *manifests: Object) -> None:
         self.objects |= {self._key(item): item for item in manifests}
 
-    async def create(self, manifest: Object) -> None:
-        self.objects[self._key(manifest)] = manifest
+    async def create(self, manifest: Object) -> Object:
+        made = manifest | {"metadata": manifest["metadata"] | {"resourceVersion": "1"}}
+        self.objects[self._key(manifest)] = made
+        return made
 
     async def put(self, *manifests: Object) -> None:
         await self.ensure(*manifests)

@@ -39,6 +39,7 @@ MARK = "Graft"  # the Sids of Graft's statements begin with it; all other statem
 LEGACY = re.compile(rf"{MARK}(Own|Runs|List|Models)(.*)", re.DOTALL)  # Sids of versions without ids
 LEGACY_MODELS = f"{MARK}Models"
 USERS = "/list-users"  # the request that changes nothing
+TRIAL = 4.0  # seconds for an answer to a request that tries a key
 POLICY_LIMIT = 20 * 1024  # bytes of a bucket policy in S3; versitygw accepts more
 Statement = dict[str, Any]
 
@@ -87,16 +88,33 @@ class VersityIdentity:
 
     def draw(self, tenant: str) -> StorageConfig:
         """Return a new key for a tenant, which works after `accept`."""
+        return self.key(tenant, self.user(tenant), secrets.token_urlsafe(30))
+
+    def key(self, tenant: str, user: str, secret: str) -> StorageConfig:
+        """Return the address of the tenant's part of the bucket, with the key of a user."""
         own = self._store.config
         return StorageConfig(
             endpoint=own.endpoint,
             region=own.region,
             bucket=own.bucket,
             prefix=tenant_prefix(tenant),
-            access_key_id=self.user(tenant),
-            secret_access_key=secrets.token_urlsafe(30),
+            access_key_id=user,
+            secret_access_key=secret,
             ca_file=own.ca_file,
         )
+
+    def works(self, tenant: str, user: str, secret: str) -> bool:
+        """Return whether a key is the tenant's own, and the store accepts it. Raises StoreError without an answer."""
+        if user != self.user(tenant) and user != self._recorded().get(tenant):
+            return False
+        store = S3Store(self.key(tenant, user, secret), attempts=2, timeout=TRIAL)
+        try:
+            next(store.objects(tenant_prefix(tenant)), None)
+        except StoreError as error:
+            if error.trouble != "denied":
+                raise
+            return False
+        return True
 
     def accept(self, tenant: str, secret: str) -> None:
         """Let the key with this secret work, which the tenant can read by now. A user that exists keeps its secret."""
@@ -146,13 +164,19 @@ class VersityIdentity:
         return recorded(self._policy(), MARK + self._id, there) | named
 
     def _remove(self, tenant: str) -> None:
-        """Remove a tenant's rights, then delete its users that this installation has made."""
+        """Delete the tenant's user, and remove its rights. Delete its users of earlier versions without ids, too.
+
+        The user is deleted first. So the store tells a pod that still has the key that the key is unknown, and never that
+        it lacks a right: the pod then waits for its next key.
+        """
         records = self._recorded()
         before = records.pop(tenant, None)
+        there = self.users() - {self._store.config.access_key_id}
+        if (own := self.user(tenant)) in there:
+            self._admin(f"/delete-user?access={quote(own)}", done=404)
         self._write(records)
-        there = self.users()
-        for user in sorted({self.user(tenant), before or ""} & there - {self._store.config.access_key_id}):
-            if user != self.user(tenant) and (other := self._named_elsewhere(user)) is not None:
+        for user in {before or ""} & there - {own}:
+            if (other := self._named_elsewhere(user)) is not None:
                 # Its name does not say which installation made it.
                 log.warning(
                     "the user %s lost its rights here and stays, because the policy of bucket %s names it", user, other

@@ -24,7 +24,7 @@ from graft.manifests.podspec import (
     tmp_volume,
 )
 from graft.manifests.podtemplate import merge
-from graft.manifests.training import FAILURE_POLICY, mounted_volumes
+from graft.manifests.training import FAILURE_POLICY, mounted_volumes, with_job_file
 from graft.settings import Settings
 
 RETRIES = 3
@@ -110,9 +110,7 @@ def version_file(
 
 def config_map(adapter: Adapter, file: VersionFile) -> Manifest:
     """Return the ConfigMap that holds job.json."""
-    return child("v1", "ConfigMap", job_name(adapter), adapter, command(adapter)) | {
-        "data": {"job.json": file.json_text()}
-    }
+    return with_job_file(child("v1", "ConfigMap", job_name(adapter), adapter, command(adapter)), file.json_text())
 
 
 def policy(adapter: Adapter, settings: Settings) -> Manifest:

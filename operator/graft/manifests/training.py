@@ -138,10 +138,13 @@ def job_file(
 
 def config_map(job: FineTuneJob, file: JobFile) -> Manifest:
     """Return the ConfigMap that holds job.json."""
-    text = file.json_text()
-    made = child("v1", "ConfigMap", job_file_name(job), job, TRAINING) | {"data": {"job.json": text}}
-    made["metadata"]["annotations"] = {JOB_FILE_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
-    return made
+    return with_job_file(child("v1", "ConfigMap", job_file_name(job), job, TRAINING), file.json_text())
+
+
+def with_job_file(config_map: Manifest, text: str) -> Manifest:
+    """Return a ConfigMap with job.json, and with the annotation for `is_edited`."""
+    annotations = {JOB_FILE_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    return config_map | {"metadata": config_map["metadata"] | {"annotations": annotations}, "data": {"job.json": text}}
 
 
 def is_edited(live: Manifest) -> bool:

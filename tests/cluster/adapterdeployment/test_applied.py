@@ -193,11 +193,21 @@ def test_what_is_deleted_or_changed_by_hand_comes_back_at_once(pair: Tenant) -> 
         pair.api.delete(kind, pair.name, f"edited{'-' if rest else ''}{rest}")
         # The resync comes after minutes.
         pair.wait(lambda child=child: child in children(pair, "edited"), f"{child} is there again", 10)
-    opened = {"spec": {"ingress": [{}], "podSelector": {"matchLabels": {"a": "b"}}}}
-    pair.api.patch("NetworkPolicy", pair.name, "edited-serving", opened)
-    more = {"subjects": [{"kind": "ServiceAccount", "name": "someone", "namespace": pair.name}]}
-    pair.api.patch("RoleBinding", pair.name, "edited-agent", more)
-    pair.api.patch("ConfigMap", pair.name, "edited-wanted", {"metadata": {"ownerReferences": None}})
+    changes: dict[str, Object] = {
+        "Deployment": {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 400}}}},
+        "ConfigMap-wanted": {"metadata": {"ownerReferences": None}, "data": {"wanted.json": "{}"}},
+        "ConfigMap-residency": {"metadata": {"ownerReferences": None}},  # its data is the agents'
+        "ServiceAccount-agent": {"automountServiceAccountToken": True},
+        "Role-agent": {"rules": [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}]},
+        "RoleBinding-agent": {"subjects": [{"kind": "ServiceAccount", "name": "someone", "namespace": pair.name}]},
+        "NetworkPolicy-serving": {"spec": {"ingress": [{}], "podSelector": {"matchLabels": {"a": "b"}}}},
+        "PodDisruptionBudget": {"spec": {"maxUnavailable": 0}},
+        "HorizontalPodAutoscaler": {"spec": {"maxReplicas": 9}},
+    }
+    assert changes.keys() == wanted.keys()
+    for child, patch in changes.items():
+        kind, _, rest = child.partition("-")
+        pair.api.patch(kind, pair.name, f"edited{'-' if rest else ''}{rest}", patch)
     pair.wait(
         lambda: children(pair, "edited") == wanted,
         "the changes by hand are repaired",

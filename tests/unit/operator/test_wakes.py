@@ -7,7 +7,7 @@ import pytest
 from graft import handlers, wakes
 from graft.cache.cache import Source
 from graft.cache.objects import Objects
-from graft.manifests.metadata import FINALIZER
+from graft.manifests.metadata import FINALIZER, OWNER_UID
 from graft.reconcile.shared.queue import Queue
 
 SYSTEM = "graft-system"
@@ -355,3 +355,27 @@ def test_the_end_of_a_job_wakes_those_that_wait_for_a_quota(world: World) -> Non
     world.put("Tenant", "other", {"namespaces": {"names": ["elsewhere"]}, "quotas": {"gpus": 1}}, namespace="")
     world.put("FineTuneJob", "theirs", {}, "elsewhere", status={"conditions": [running]})
     assert world.put("FineTuneJob", "theirs", {}, "elsewhere", status={"conditions": [ENDED]}) == set()
+
+
+def test_a_namespace_is_at_work_while_pods_use_its_key(world: World) -> None:
+    def at_work() -> bool:
+        return wakes.at_work("shop", world.objects)
+
+    def child(name: str, uid: str, kind: str = "Job") -> None:
+        world.put(kind, name, metadata={"labels": {OWNER_UID: uid}})
+
+    assert not at_work()
+    world.job("run")
+    assert not at_work()  # it has not started: its start issues the key
+    child("run", "uid-run")
+    assert at_work() and not wakes.at_work("other", world.objects)
+    world.job("run", ENDED)
+    assert not at_work()
+    child("support-1.0.0-import", "uid-support-1.0.0")
+    assert at_work()
+    world.remove("Job", "support-1.0.0-import")
+    assert not at_work()
+    world.deployment("desk", "support@1.0.0")
+    assert not at_work()  # as above
+    child("desk", "uid-desk", "Deployment")
+    assert at_work()

@@ -23,11 +23,12 @@ from graft.contracts.progress import Reason
 from graft.kube import KubeError, Manifest
 from graft.manifests import adapterjob as manifests
 from graft.manifests.metadata import OWNER_UID
+from graft.manifests.training import is_edited
 from graft.reconcile.adapter.versions import matches, parse
 from graft.reconcile.shared import pods, scheduling
 from graft.reconcile.shared.access import Base, Trouble, ensure_credentials, gather_base_model, refusal_of
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import condition_of, keep, not_started, pods_of, refusal
+from graft.reconcile.shared.jobs import condition_of, keep, not_started, pods_of, refusal, steer
 from graft.reconcile.shared.publishing import COPYING, Copying
 from graft.reconcile.shared.publishing import published as published_by
 from graft.reconcile.shared.stored import valid
@@ -75,6 +76,7 @@ async def make(ctx: Context, adapter: Adapter) -> Step:
     if not children:
         return await _start(ctx, adapter)
     if not ended:
+        await steer(ctx, children[0], parallelism=1)
         await _keep(ctx, adapter)
     own = await pods_of(ctx, namespace, adapter.metadata.uid, children)
     refused = await (not_started(ctx, own) if own else refusal(ctx, namespace, children[0]["metadata"]["uid"]))
@@ -121,10 +123,11 @@ async def _create(ctx: Context, adapter: Adapter, base: Base, adapters: list[Ada
 
 
 async def _keep(ctx: Context, adapter: Adapter) -> None:
-    """Repair what the pod of the running Job needs. An existing job.json stays: the attempts of a Job share it."""
+    """Repair what the pod of the running Job needs. A job.json that nobody has edited stays: the attempts of a Job share it."""
     namespace = adapter.metadata.namespace
     needed = [manifests.policy(adapter, ctx.settings)]
-    if await ctx.cache.get("ConfigMap", namespace, manifests.job_name(adapter)) is None:
+    live = await ctx.cache.get("ConfigMap", namespace, manifests.job_name(adapter))
+    if live is None or is_edited(live):
         base = await gather_base_model(ctx, adapter.spec.base_model, namespace)
         if isinstance(base, Base):
             file = manifests.version_file(adapter, base.ref, base.model.status, base.model.spec.task, ctx.settings)

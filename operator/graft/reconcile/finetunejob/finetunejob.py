@@ -61,7 +61,7 @@ from graft.reconcile.shared.access import (
     refusal_of,
 )
 from graft.reconcile.shared.context import SOON, WAITING, Context
-from graft.reconcile.shared.jobs import job_file_of, keep, not_started, pods_of, refusal
+from graft.reconcile.shared.jobs import job_file_of, keep, not_started, pods_of, refusal, steer
 from graft.reconcile.shared.stored import valid
 from graft.status import find, seconds_left
 from graft.work.together import together
@@ -162,12 +162,9 @@ async def _steer(ctx: Context, world: World) -> bool:
     did not fit in memory. Return whether the pods have what they need."""
     job, child = world.job, world.children[0]
     namespace = job.metadata.namespace
-    # With a queue, Kueue alone suspends and resumes the Job.
-    if job.spec.queue is None and bool(child["spec"].get("suspend")) != job.spec.suspend:
-        patch = {"metadata": {"uid": child["metadata"]["uid"]}, "spec": {"suspend": job.spec.suspend}}
-        await ctx.kube.merge_patch("Job", namespace, child["metadata"]["name"], patch)
-        child["spec"]["suspend"] = job.spec.suspend
     nodes = int(child["spec"].get("completions") or 1)
+    if job.spec.queue is None:  # else Kueue alone suspends and resumes the Job
+        await steer(ctx, child, suspend=job.spec.suspend, parallelism=nodes)
     live = await ctx.cache.get("ConfigMap", namespace, job_file_name(job))
     if live is not None and is_edited(live):
         live = None

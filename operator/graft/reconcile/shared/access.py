@@ -29,6 +29,8 @@ from graft.status import find
 KEY = {"access-key-id", "secret-access-key"}
 SECRET_KEYS = {"endpoint", "region", "bucket", "prefix"} | KEY
 ROLE_KEYS = SECRET_KEYS - KEY | {"role-arn"}  # with objectStore.credentials: webIdentity
+# All entries that pods read (StorageConfig.from_dir). Others in an issued Secret do no harm, and stay.
+READ = SECRET_KEYS | ROLE_KEYS | {"session-token", "sts-endpoint", "ca.crt"}
 
 
 # In the message of a 403: the operator lacks the right itself, or the right to give it to an agent. Any other 403 comes
@@ -125,28 +127,31 @@ def reserved(namespace: str, why: str) -> Trouble:
     )
 
 
-async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
-    """Make sure that the namespace has a complete Secret graft-storage, and issue a key if needed.
+async def ensure_credentials(ctx: Context, namespace: str, *, changed: bool = False) -> Trouble | None:
+    """Make sure that the namespace has a complete Secret graft-storage, and that its key works. Issue a key if needed.
 
-    Return what is missing, or None.
+    Return what is missing, or None. `changed`: the Secret has changed just now, so a read that is under way is too old.
     """
     if (why := why_reserved(namespace)) is not None:
         return reserved(namespace, why)
     try:
-        keys, ours = _entries(await _read_once(ctx, namespace))
+        found = await (_secret if changed else _read_once)(ctx, namespace)
+        keys, ours = _entries(found)
         if ctx.identity is None or not ours:
             return _incomplete(ctx, namespace, keys)
-        tenant = tenant_of(namespace)
-        if keys >= SECRET_KEYS and tenant in ctx.issued:
+        if _is_right(ctx, namespace, found):
             return None
         async with ctx.locks.hold("credentials"):  # only one reconcile at a time changes the users of the store
             secret = await _secret(ctx, namespace)  # another reconcile may have issued the key meanwhile
             keys, ours = _entries(secret)
             if not ours:
                 return _incomplete(ctx, namespace, keys)
-            if (refused := await _issue(ctx, ctx.identity, namespace, secret)) is not None:
-                return refused
-            ctx.issued.add(tenant)
+            if not _is_right(ctx, namespace, secret):
+                issued = await _issue(ctx, ctx.identity, namespace, secret)
+                if isinstance(issued, Trouble):
+                    ctx.issued.pop(namespace, None)
+                    return issued
+                ctx.issued[namespace] = issued
     except StoreError as error:
         return Trouble(
             "StorageUnavailable", f"cannot issue a storage key for namespace {namespace}, the operator retries: {error}"
@@ -160,35 +165,40 @@ async def ensure_credentials(ctx: Context, namespace: str) -> Trouble | None:
     return None
 
 
-async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret: Manifest | None) -> Trouble | None:
-    """Make sure that the Secret has a key and that the store accepts it. Return why there is none, or None.
+def _is_right(ctx: Context, namespace: str, secret: Manifest | None) -> bool:
+    """Return whether this version of the Secret is known to be right."""
+    return secret is not None and secret["metadata"]["resourceVersion"] == ctx.issued.get(namespace)
+
+
+async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret: Manifest | None) -> str | Trouble:
+    """Make sure that the Secret has a key and that the store accepts it. Return the version of the Secret that is right, or
+    why there is no key.
 
     The Secret comes first, over the state that was read, and the store accepts the key that the Secret has. So of two
     operators, and of an operator that was killed and its successor, both accept the same key.
     """
     tenant = tenant_of(namespace)
-    known = tenant in ctx.issued or await ctx.store_calls.run("", identity.has_key, tenant)
-    key = _key(secret, identity.user(tenant))
+    user, key = _key(secret)
+    works = key is not None and await ctx.store_calls.run("", identity.works, tenant, user, key)
+    known = works or await ctx.store_calls.run("", identity.has_key, tenant)
     if (team := await tenant_of_namespace(ctx, namespace)) is not None:
         # A namespace with the key that works is the one that has used it. It has become a Tenant's, or was restored.
-        inherit = namespace in team.inherits or (known and key is not None)
+        inherit = namespace in team.inherits or works
         if (refused := await _take(ctx, team, namespace, inherit=inherit)) is not None:
             if known:  # a key of the earlier namespace
                 await ctx.store_calls.run("", identity.revoke, tenant)
-                ctx.issued.discard(tenant)
             return refused
         # The rights on base models come before the key: its Tenant may not use all of them.
         await storerights.allow_models(ctx)
-    if known and _entries(secret)[0] >= SECRET_KEYS:
-        return None
-    if key is None:
+    if key is None or (not works and (known or user != identity.user(tenant))):
         if known:  # the Secret was deleted or damaged: the key that it had must not work any more
             await ctx.store_calls.run("", identity.revoke, tenant)
         drawn = await ctx.store_calls.run("", identity.draw, tenant)
-        await _keep(ctx, namespace, drawn, (secret or {}).get("metadata", {}).get("resourceVersion"))
-        key = drawn.secret_access_key
-    await ctx.store_calls.run("", identity.accept, tenant, key)
-    return None
+        user, key, known = drawn.access_key_id, drawn.secret_access_key, False
+    version = await _keep(ctx, namespace, identity.key(tenant, user, key), secret)
+    if not known:
+        await ctx.store_calls.run("", identity.accept, tenant, key)
+    return version
 
 
 async def record_part(ctx: Context, namespace: str, uid: str) -> None:
@@ -198,8 +208,8 @@ async def record_part(ctx: Context, namespace: str, uid: str) -> None:
         return
     tenant = tenant_of(namespace)
     async with ctx.locks.hold("credentials"):
-        key = _key(await _secret(ctx, namespace), ctx.identity.user(tenant))
-        if key is not None and await ctx.store_calls.run("", ctx.identity.has_key, tenant):
+        user, key = _key(await _secret(ctx, namespace))
+        if key is not None and await ctx.store_calls.run("", ctx.identity.works, tenant, user, key):
             await ctx.stored("", partial(inheritance.take, inherit=True), tenant, uid)
             ctx.recorded.add(uid)
 
@@ -240,32 +250,35 @@ def _entries(secret: Manifest | None) -> tuple[set[str], bool]:
     return set(secret.get("data") or {}), ours
 
 
-def _key(secret: Manifest | None, user: str) -> str | None:
-    """Return the secret key of a complete Secret graft-storage, or None (PURE).
-
-    Whoever may edit the Secret could name the user of another tenant there. Such a key is not taken.
-    """
+def _key(secret: Manifest | None) -> tuple[str, str | None]:
+    """Return the user and the secret key of a Secret graft-storage. None as the key if it has no usable one (PURE)."""
     data = (secret or {}).get("data") or {}
-    if not set(data) >= SECRET_KEYS:
-        return None
     try:
-        name, key = (base64.b64decode(data[entry], validate=True).decode() for entry in sorted(KEY))
-    except ValueError:
-        return None
-    return key if name == user and 16 <= len(key) <= 128 and key.isprintable() else None
+        user, key = (base64.b64decode(data[entry], validate=True).decode() for entry in sorted(KEY))
+    except (ValueError, KeyError):
+        return "", None
+    return user, key if 16 <= len(key) <= 128 and key.isprintable() else None
 
 
-async def _keep(ctx: Context, namespace: str, key: StorageConfig, version: str | None) -> None:
-    """Write the Secret graft-storage over the state with this version; None: there is none yet.
+async def _keep(ctx: Context, namespace: str, key: StorageConfig, secret: Manifest | None) -> str:
+    """Let the Secret graft-storage have this key, over the state that was read. Return its version then.
 
-    Raises KubeError with status 409 if another operator has written it: its key counts.
+    Nothing is written if it has it already. Raises KubeError with status 409 if another operator has written it
+    meanwhile: its key counts.
     """
     manifest = storage_secret(namespace, _for_pods(ctx, key))
-    if version is None:
-        await ctx.kube.create(manifest)
-    else:
-        manifest["metadata"]["resourceVersion"] = version
-        await ctx.kube.apply(manifest)
+    if secret is None:
+        return str((await ctx.kube.create(manifest))["metadata"]["resourceVersion"])
+    metadata, data = secret["metadata"], secret.get("data") or {}
+    version = str(metadata["resourceVersion"])
+    wanted = {entry: manifest["data"].get(entry) for entry in READ}
+    if all(data.get(entry) == value for entry, value in wanted.items()):
+        return version
+    patch = {"metadata": {"uid": metadata["uid"], "resourceVersion": version}, "data": wanted}
+    written = await ctx.kube.merge_patch("Secret", namespace, STORAGE_SECRET, patch)
+    if written is None:
+        raise KubeError(409, "Conflict", f"Secret {STORAGE_SECRET} in namespace {namespace} was deleted meanwhile")
+    return str(written["metadata"]["resourceVersion"])
 
 
 def _incomplete(ctx: Context, namespace: str, keys: set[str]) -> Trouble | None:
@@ -321,4 +334,5 @@ async def revoke_orphans(ctx: Context) -> None:
         own = {ctx.store.config.access_key_id.removeprefix(USER_PREFIX)}
         for tenant in sorted(tenants - namespaces - own):
             await ctx.store_calls.run("", ctx.identity.revoke, tenant)
-            ctx.issued.discard(tenant)
+        for name in ctx.issued.keys() - {item["metadata"]["name"] for item in found}:
+            del ctx.issued[name]

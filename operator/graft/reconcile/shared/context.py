@@ -67,7 +67,7 @@ class Context:
         None
     )  # reconcile a resource soon; see Queue.wake
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "blocking"))
-    issued: set[str] = field(default_factory=set)  # tenants whose key and Secret were found complete since the start
+    issued: dict[str, str] = field(default_factory=dict)  # namespace -> resourceVersion of its Secret that is right
     recorded: set[str] = field(
         default_factory=set
     )  # UIDs of the Tenants' namespaces whose part of the bucket is recorded

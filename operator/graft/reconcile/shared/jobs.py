@@ -87,6 +87,17 @@ async def not_started(ctx: Context, found: list[Manifest]) -> str | None:
     return f"pod {pods.name(newest)} does not start: {said[-1][:500]}" if said else None
 
 
+async def steer(ctx: Context, child: Manifest, **wanted: Any) -> None:
+    """Give a running Job these values of its spec, if somebody has changed them. All other fields are immutable, or end
+    the run only earlier or later."""
+    spec, metadata = child["spec"], child["metadata"]
+    changed = {name: value for name, value in wanted.items() if (spec.get(name) or False) != value}
+    if changed:
+        patch = {"metadata": {"uid": metadata["uid"]}, "spec": changed}
+        await ctx.kube.merge_patch("Job", metadata["namespace"], metadata["name"], patch)
+        spec.update(changed)
+
+
 async def keep(ctx: Context, namespace: str, *needed: Manifest) -> bool:
     """Create or repair the objects that the pods of a running Job need.
 

@@ -34,14 +34,16 @@ class Kube:
         assert (kind, name) == ("Secret", STORAGE_SECRET)
         return self.secrets.pop(0) if len(self.secrets) > 1 else self.secrets[0]
 
-    async def apply(self, manifest: dict[str, Any]) -> None:
-        assert manifest["metadata"]["resourceVersion"] == "7"
-        self.applied.append(manifest)
+    async def merge_patch(self, kind: str, namespace: str, name: str, patch: dict[str, Any]) -> dict[str, Any]:
+        assert (kind, name) == ("Secret", STORAGE_SECRET) and patch["metadata"]["resourceVersion"] == "7"
+        self.applied.append({"metadata": {"namespace": namespace}, "data": patch["data"]})
+        return {"metadata": {"resourceVersion": "8"}}
 
-    async def create(self, manifest: dict[str, Any]) -> None:
+    async def create(self, manifest: dict[str, Any]) -> dict[str, Any]:
         if self.taken:
             raise KubeError(409, "AlreadyExists", "another operator has created it")
         self.applied.append(manifest)
+        return {"metadata": {"resourceVersion": "7"}}
 
 
 class Identity:
@@ -58,6 +60,9 @@ class Identity:
         self.asked += 1
         return tenant in self.known
 
+    def works(self, tenant: str, user: str, secret: str) -> bool:
+        return user == self.user(tenant) and self.known.get(tenant) == secret
+
     def accept(self, tenant: str, secret: str) -> None:
         self.known.setdefault(tenant, secret)
 
@@ -65,22 +70,31 @@ class Identity:
         self.known.pop(tenant, None)
 
     def draw(self, tenant: str) -> StorageConfig:
+        return self.key(tenant, self.user(tenant), NEW)
+
+    def key(self, tenant: str, user: str, secret: str) -> StorageConfig:
         return StorageConfig(
             endpoint="http://s3",
             region="r",
             bucket="graft",
             prefix=f"{tenant}/",
-            access_key_id=self.user(tenant),
-            secret_access_key=NEW,
+            access_key_id=user,
+            secret_access_key=secret,
         )
 
 
-def secret(*, ours: bool, without: str = "", user: str = "graft-id-shop", key: str = OLD) -> dict[str, Any]:
+def secret(
+    *, ours: bool, without: str = "", user: str = "graft-id-shop", key: str = OLD, **entries: str
+) -> dict[str, Any]:
+    """Return a Secret that has these entries instead of the right ones. `session_token` stands for session-token."""
     labels = {"app.kubernetes.io/managed-by": "graft"} if ours else {}
-    entries = dict.fromkeys(SECRET_KEYS - {without}, "x") | {"access-key-id": user, "secret-access-key": key}
+    right = {"endpoint": "http://s3", "region": "r", "bucket": "graft", "prefix": "shop/"}
+    right |= {"access-key-id": user, "secret-access-key": key}
+    data = right | {name.replace("_", "-"): text for name, text in entries.items()}
+    data.pop(without, None)
     return {
-        "metadata": {"labels": labels, "resourceVersion": "7"},
-        "data": {name: base64.b64encode(text.encode()).decode() for name, text in entries.items()},
+        "metadata": {"labels": labels, "resourceVersion": "7", "uid": "u"},
+        "data": {name: base64.b64encode(text.encode()).decode() for name, text in data.items()},
     }
 
 
@@ -94,7 +108,7 @@ async def test_a_key_is_issued_once() -> None:
     for _ in range(3):
         assert await ensure_credentials(ctx, "shop") is None
     assert [item["metadata"]["namespace"] for item in kube.applied] == ["shop"] and identity.known == {"shop": NEW}
-    assert identity.asked == 1
+    assert identity.asked == 1 and ctx.issued == {"shop": "7"}
 
 
 async def test_jobs_that_start_at_once_share_one_read_and_later_ones_see_a_deletion() -> None:
@@ -131,11 +145,44 @@ async def test_what_a_tenant_has_written_into_the_secret_is_not_accepted(forged:
     assert len(kube.applied) == 1 and identity.known == {"shop": NEW}
 
 
-@pytest.mark.parametrize("there", [None, secret(ours=True, without="bucket")])
+@pytest.mark.parametrize("there", [None, secret(ours=True, without="secret-access-key")])
 async def test_a_key_whose_secret_was_lost_stops_working(there: dict[str, Any] | None) -> None:
     kube, identity = Kube(there), Identity("shop")
     assert await ensure_credentials(context(kube, identity), "shop") is None
     assert len(kube.applied) == 1 and identity.known == {"shop": NEW}
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"endpoint": "http://elsewhere"},
+        {"prefix": "victim/"},
+        {"session_token": "t"},
+        {"role_arn": "arn:aws:iam::1:role/r"},
+    ],
+)
+async def test_an_entry_that_was_changed_by_hand_is_put_right_and_the_key_stays(edited: dict[str, str]) -> None:
+    kube, identity = Kube(secret(ours=True, **edited)), Identity("shop")
+    ctx = context(kube, identity)
+    assert await ensure_credentials(ctx, "shop") is None
+    (written,) = kube.applied
+    right = secret(ours=True)["data"]
+    assert {name: text for name, text in written["data"].items() if text is not None} == right
+    assert identity.known == {"shop": OLD} and ctx.issued == {"shop": "8"}
+
+
+async def test_a_key_that_was_changed_by_hand_is_replaced_by_a_new_one() -> None:
+    kube, identity = Kube(secret(ours=True, key="e" * 40)), Identity("shop")
+    assert await ensure_credentials(context(kube, identity), "shop") is None
+    assert len(kube.applied) == 1 and identity.known == {"shop": NEW}
+
+
+async def test_a_secret_that_is_right_is_not_written_and_its_key_is_tried_once() -> None:
+    kube, identity = Kube(secret(ours=True)), Identity("shop")
+    ctx = context(kube, identity)
+    for _ in range(3):
+        assert await ensure_credentials(ctx, "shop") is None
+    assert kube.applied == [] and identity.asked == 0 and ctx.issued == {"shop": "7"}
 
 
 async def test_of_two_operators_that_draw_a_key_the_one_that_writes_the_secret_has_it_accepted() -> None:

@@ -22,6 +22,7 @@ from graft.reconcile.shared.jobs import condition_of
 
 # Seconds until a job in the line is reconciled again without an event. The end of another job wakes the next one.
 IN_LINE = 60.0
+COUNTED = 10  # older jobs that a message counts
 
 
 class Usage(NamedTuple):
@@ -66,7 +67,9 @@ def exceeded(tenant: Claim, usage: Usage, gpus: int, *, preflight: bool) -> Trou
     if not full and not usage.before:
         return None
     used = f"Tenant {name} uses {', and '.join(full)}" if full else f"Tenant {name} has room"
-    line = f". {usage.before} older jobs wait before this one" if usage.before else ""
+    # The statuses of a long line must not be written again each time that it moves.
+    count = f"{usage.before} older" if usage.before <= COUNTED else f"more than {COUNTED} older"
+    line = f". {count} jobs wait before this one" if usage.before else ""
     return Trouble("QuotaExceeded", f"{used}{line}. The job starts by itself when jobs of the Tenant have ended")
 
 

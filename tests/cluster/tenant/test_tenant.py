@@ -223,7 +223,7 @@ def test_a_job_above_the_quota_waits_and_starts_when_there_is_room(
     calm.job("second")
     calm.until("FineTuneJob", "second", "Accepted", "QuotaExceeded", says="uses 1 of 1 training jobs")
     tenant.job("third", "other")
-    tenant.until("FineTuneJob", "third", "Accepted", "QuotaExceeded", says="1 older jobs wait before this one")
+    tenant.until("FineTuneJob", "third", "Accepted", "QuotaExceeded", says="Older jobs that wait before this one: 1")
     tenant.job("greedy", "greedy", resources={"limits": {"nvidia.com/gpu": 1}})
     tenant.until("FineTuneJob", "greedy", "Accepted", "QuotaTooSmall", says="needs 1 GPUs")
     assert not calm.api.list("Job", calm.name)

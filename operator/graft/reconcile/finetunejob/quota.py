@@ -68,8 +68,8 @@ def exceeded(tenant: Claim, usage: Usage, gpus: int, *, preflight: bool) -> Trou
         return None
     used = f"Tenant {name} uses {', and '.join(full)}" if full else f"Tenant {name} has room"
     # The statuses of a long line must not be written again each time that it moves.
-    count = f"{usage.before} older" if usage.before <= COUNTED else f"more than {COUNTED} older"
-    line = f". {count} jobs wait before this one" if usage.before else ""
+    count = f"{usage.before}" if usage.before <= COUNTED else f"more than {COUNTED}"
+    line = f". Older jobs that wait before this one: {count}" if usage.before else ""
     return Trouble("QuotaExceeded", f"{used}{line}. The job starts by itself when jobs of the Tenant have ended")
 
 

@@ -40,8 +40,8 @@ def team(**quotas: int) -> Claim:
             "QuotaExceeded",
             "training jobs (spec.quotas.trainingJobs), and 8 of 8 GPUs",
         ),
-        ({"trainingJobs": 2}, Usage(1, 0, 3), 0, "QuotaExceeded", "has room. 3 older jobs wait before this one"),
-        ({"trainingJobs": 2}, Usage(2, 0, 999), 0, "QuotaExceeded", "more than 10 older jobs wait"),
+        ({"trainingJobs": 2}, Usage(1, 0, 3), 0, "QuotaExceeded", "has room. Older jobs that wait before this one: 3"),
+        ({"trainingJobs": 2}, Usage(2, 0, 999), 0, "QuotaExceeded", "before this one: more than 10"),
     ],
 )
 def test_what_is_used_and_allowed_decides(quotas: Any, usage: Usage, gpus: int, reason: str | None, words: str) -> None:

@@ -5,6 +5,7 @@ that the operator knows, and only running jobs have series of their own, EACH of
 none has the name of a label that Prometheus adds to a target (namespace, job, pod).
 """
 
+import itertools
 import threading
 import time
 from collections import Counter, defaultdict
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-JOB = "FineTuneJob"
+JOB, TENANT = "FineTuneJob", "Tenant"
 STAGES = (
     "Waiting", "Queued", "Suspended", "Pending", "Preparing", "Training", "Evaluating", "Publishing",
     "Succeeded", "Failed", "Rejected",
@@ -28,11 +29,12 @@ OUTCOMES = {
 ENDS = ("True", "False")  # status of Succeeded
 ATTEMPTS = ("Completed", "Preempted")  # reasons of attempts that are no reasons of jobs
 OTHER = "Other"  # of a value that no version of the operator has written
+OF_TENANTS = 5000  # namespaces of Tenants with time series of their own
 NAMED, EACH = 1000, 200  # running jobs with time series of their own, in all and of one namespace
 NAMESPACE = "resource_namespace"
 
 Raw: TypeAlias = dict[str, Any]
-Place: TypeAlias = tuple[str, str]  # namespace ("" for a BaseModel) and name
+Place: TypeAlias = tuple[str, str]  # namespace ("" for a BaseModel or a Tenant) and name
 Counts: TypeAlias = Counter[tuple[str, ...]]
 Values: TypeAlias = Iterable[tuple[Sequence[str], float]]  # values of labels, and the value
 
@@ -96,6 +98,7 @@ class Resources(Collector):
         self._failures: Counts = Counter()  # namespace, reason
         self._attempts: Counts = Counter()  # namespace, reason
         self._gpus = GpuClock(clock)
+        self._tenants: dict[str, list[str]] = {}  # Tenant -> its namespaces
 
     def note(self, kind: str, place: Place, old: Raw | None, new: Raw | None) -> None:
         """Take a change of a resource: its state before (None if it did not exist), and now (None if it does not)."""
@@ -104,6 +107,10 @@ class Resources(Collector):
             self._count(self._conditions, ((kind, place[0], *item) for item in self._conditions_of(kind, new)), 1)
             if kind == JOB:
                 self._note_job(place, old, new)
+            elif kind == TENANT:
+                self._tenants[place[1]] = list(_status(new).get("namespaces") or [])
+                if not self._tenants[place[1]]:
+                    del self._tenants[place[1]]
 
     def forget(self, namespace: str) -> None:
         """Remove the counters of a namespace that no longer exists."""
@@ -167,6 +174,9 @@ class Resources(Collector):
         yield _gauge(
             "graft_jobs", "FineTuneJobs by stage, as in status.stage.", [NAMESPACE, "stage"], self._stages.items()
         )
+        pairs = (((tenant, name), 1.0) for tenant, names in self._tenants.items() for name in names)
+        text = "1 for each namespace of each Tenant."
+        yield _gauge("graft_tenant_namespace", text, ["tenant", NAMESPACE], itertools.islice(pairs, OF_TENANTS))
 
     def _jobs(self) -> Iterator[Metric]:
         taken: Counter[str] = Counter()

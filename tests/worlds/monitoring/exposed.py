@@ -64,6 +64,7 @@ def _collectors(part: str) -> list[Collector]:
     resources.note("FineTuneJob", place, None, {"status": RUNS})
     resources.note("FineTuneJob", place, {"status": RUNS}, {"status": FAILED})
     resources.note("FineTuneJob", ("shop", "other"), None, {"status": RUNS})
+    resources.note("Tenant", ("", "team"), None, {"status": {"namespaces": ["shop"]}})
     registry = CollectorRegistry()
     registry.register(resources)
     return [*REGISTRY._collector_to_names, *registry._collector_to_names]

@@ -1,8 +1,9 @@
 """The metrics of resources: what they count, and that users cannot add time series without limit."""
 
+import itertools
 from typing import Any
 
-from graft.metrics.resources import EACH, Resources
+from graft.metrics.resources import EACH, OF_TENANTS, Resources
 from graft.status import REASONS
 from prometheus_client import CollectorRegistry
 
@@ -173,3 +174,18 @@ def test_a_status_of_an_older_schema_breaks_nothing() -> None:
     cluster = Cluster()
     cluster.job("tune", conditions=[{}], attempts=[{}], progress=None, sizing=None)
     assert cluster.value("graft_jobs", **SHOP, stage="Waiting") == 1
+
+
+def test_the_namespaces_of_tenants_are_shown_so_that_usage_can_be_added_up() -> None:
+    cluster = Cluster()
+    states: list[Any] = [None, {"status": {"namespaces": ["shop", "desk"]}}, {"status": {"namespaces": ["desk"]}}, None]
+    for (old, new), shown in zip(itertools.pairwise(states), (["desk", "shop"], ["desk"], []), strict=True):
+        cluster.resources.note("Tenant", ("", "team"), old, new)
+        of_team = [
+            name for name in ("desk", "shop")
+            if cluster.value("graft_tenant_namespace", tenant="team", resource_namespace=name) == 1
+        ]  # fmt: skip
+        assert of_team == shown
+    many = {"status": {"namespaces": [f"n{number}" for number in range(OF_TENANTS + 10)]}}
+    cluster.resources.note("Tenant", ("", "team"), None, many)
+    assert cluster.series("graft_tenant_namespace") == OF_TENANTS

@@ -19,7 +19,18 @@ from typing import Any, cast
 import yaml
 
 from graft import chartvalues, remedies
-from graft.api import GROUP, VERSION, Resource, adapter, adapterdeployment, basemodel, engineargs, finetunejob, tenant
+from graft.api import (
+    GROUP,
+    VERSION,
+    Resource,
+    adapter,
+    adapterdeployment,
+    apikey,
+    basemodel,
+    engineargs,
+    finetunejob,
+    tenant,
+)
 from graft.api.patterns import SENTENCES
 from graft.fieldtexts import explained, type_text
 from graft.manifests import network
@@ -33,7 +44,7 @@ CHART_VALUES, VALUES = Path("charts/graft/values.yaml"), Path("docs/values.md")
 ADDRESSES = Path("charts/graft/files/addresses.yaml")
 
 # In the order in which a user meets them.
-KINDS: tuple[ModuleType, ...] = (basemodel, finetunejob, adapter, adapterdeployment, tenant)
+KINDS: tuple[ModuleType, ...] = (basemodel, finetunejob, adapter, adapterdeployment, apikey, tenant)
 
 # Keywords that mean the same in a structural schema and in JSON Schema.
 SAME = (

@@ -28,9 +28,9 @@ from graft.contracts.mounts import STORAGE_DIR
 from graft.kube import Kube, KubeError
 from graft.lease import Election
 from graft.metrics.resources import Resources
-from graft.reconcile import basemodel, tenant
+from graft.reconcile import apikey, basemodel, orphans, tenant
 from graft.reconcile.adapter import adapter, signing
-from graft.reconcile.adapterdeployment import adapterdeployment, callers, orphans
+from graft.reconcile.adapterdeployment import adapterdeployment, callers
 from graft.reconcile.finetunejob import finetunejob
 from graft.reconcile.shared import access, storekey, storerights
 from graft.reconcile.shared.admission import admit
@@ -54,6 +54,7 @@ RECONCILERS: dict[str, Callable[[Context, str, str], Awaitable[float | None]]] =
     "FineTuneJob": finetunejob.reconcile,
     "Adapter": adapter.reconcile,
     "AdapterDeployment": adapterdeployment.reconcile,
+    "ApiKey": apikey.reconcile,
     "Tenant": tenant.reconcile,
 }
 
@@ -264,8 +265,8 @@ def _own(ctx: Context, queue: Queue, cache: Cache, change: Change) -> None:
     if before is not None and (after is None or after.uid != before.uid):
         ctx.transfers.forget(before.uid)
         ctx.backoff.forget(before.uid)
-        if change.kind == "AdapterDeployment" and change.old is not None:
-            _later(orphans.deleted(ctx, change.old), "routes of a deleted deployment")
+        if change.kind in orphans.KINDS and change.old is not None:
+            _later(orphans.deleted(ctx, change.kind, change.old), f"what gateways know of a deleted {change.kind}")
         if change.kind in {"BaseModel", "Tenant"}:
             _later(storerights.deleted(ctx), "rights on base models after a deletion")
     if after is None:

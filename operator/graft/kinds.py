@@ -123,6 +123,7 @@ KINDS: dict[str, Kind] = {
     "FineTuneJob": Kind("graft.dev/v1alpha1", "finetunejobs"),
     "Adapter": Kind("graft.dev/v1alpha1", "adapters"),
     "AdapterDeployment": Kind("graft.dev/v1alpha1", "adapterdeployments"),
+    "ApiKey": Kind("graft.dev/v1alpha1", "apikeys"),
     "Job": Kind("batch/v1", "jobs"),
     "Deployment": Kind("apps/v1", "deployments"),
     "ReplicaSet": Kind("apps/v1", "replicasets"),

@@ -9,7 +9,8 @@ from graft.status import REASONS
 # Reasons of resources that work, or that continue by themselves.
 NORMAL = frozenset(
     (
-        "Archived", "AsExpected", "Asleep", "Complete", "Composing", "Evaluating", "Expiring", "Importing", "Kept", "Needed",
+        "Archived", "AsExpected", "Asleep", "Complete", "Composing", "Evaluating", "Expiring", "HashGiven", "Importing", "Issued",
+        "Kept", "Needed",
         "NotServed", "Preparing", "Pruned", "Published", "Publishing", "Resolved", "Restoring", "RollingOut", "ScaledToZero",
         "Served", "Serving", "Suspended", "Training", "Verified", "Verifying",
     )
@@ -41,6 +42,7 @@ REMEDIES: dict[str, str] = {
     "DoesNotFit": "Choose one of the changes that the message names: another method or quantization, smaller limits, other GPUs, or your own `resources`. See [placement.md](placement.md).",
     "EngineImageMissing": "Set `images.vllm.repository` in the chart's values. Or serve on CPUs: set `engine: transformers`, and remove GPUs from `resources`. Pods that run stay as they are.",
     "EngineArgsUnknown": "Remove `engineArgs`, which are flags of vLLM, or set `engine: vllm`. Pods that run stay as they are.",
+    "Expired": "Set a later `spec.expiresAt`. Or delete the ApiKey, and give its clients another one.",
     "FileMissing": "Restore the file. The operator checks again by itself, at least every 5 minutes.",
     "GateFailed": "Read the report: it shows the scores beside the gates. Change the data or the recipe in a new job; see [evaluation.md](evaluation.md#gates-and-what-rejected-means).",
     "GatewayKeysUnavailable": "Correct the Secret `graft-gateway-keys` in the operator's namespace: the message says which entry is wrong. Or delete it to get new keys; see [operations.md](operations.md#keys-of-engines).",
@@ -79,6 +81,7 @@ REMEDIES: dict[str, str] = {
     "Retrying": "Nothing yet: another attempt resumes from the newest checkpoint. `status.attempts` shows why the last one ended.",
     "RouteUnavailable": "No replica has loaded the adapter of the route. `status.adapters` and `status.replicaStatus` show why.",
     "SchedulingForbidden": "Remove the field that the message names. Or ask the platform team to allow the value in `tenants` of the chart; see [operations.md](operations.md#what-specs-may-ask-for).",
+    "SecretTaken": "Rename your Secret `graft-api-keys`. The operator then makes its own, and the key.",
     "SigningKeyUnavailable": "Correct the Secret `graft-signing` in the operator's namespace: the message says what is wrong. See [signatures.md](signatures.md#the-keys).",
     "SourceChanged": "For a hub: name the new commit in `spec.source`, if you want it. For files in a bucket: adapters that were tuned on the old files may not fit; see [lifecycle.md](lifecycle.md#when-the-files-of-a-basemodel-change). Put new weights into a new folder.",
     "SourceInvalid": "Check that the repository and the revision exist, and that `config.json` and safetensors are there. For a gated model, give the operator a token ([operations.md](operations.md#credentials)) or copy the model to the bucket.",

@@ -186,6 +186,18 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "RouteUnavailable": "A route that was served before has no replica that answers it.",
         },
     },
+    "ApiKey": {
+        "Ready": {
+            "Issued": "The key is in the namespace's Secret, and the gateways accept it.",
+            "HashGiven": "The gateways accept the keys whose sums spec.sha256 has.",
+            "Expired": "The time in spec.expiresAt has passed. The gateways refuse the key.",
+            "SecretTaken": "The namespace has a Secret graft-api-keys that is not Graft's.",
+            "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
+            "NamespaceReserved": "The namespace's name is reserved: its part of the bucket, or its user of the store, belongs to somebody else. Use another namespace.",
+            "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
+            "CreationFailed": "The API server refused to write the Secret, for example because of a quota. The operator retries.",
+        },
+    },
 }
 
 
@@ -226,7 +238,7 @@ def merge(old: Iterable[Condition], new: Iterable[Condition], generation: int, a
 # there while they are True, and have the reason and the message of the condition that they follow from.
 RECONCILING, STALLED = "Reconciling", "Stalled"
 KSTATUS = frozenset({RECONCILING, STALLED})
-ABSENT = {"Archived", "Restoring"}  # an Adapter that is not Ready, and neither works nor fails
+ABSENT = {"Archived", "Expired", "Restoring"}  # an Adapter or ApiKey that is not Ready, and neither works nor fails
 RETRIED = {"SourceUnavailable"}  # a BaseModel that is not Ready, and becomes it without a change of its spec
 
 

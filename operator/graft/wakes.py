@@ -36,7 +36,7 @@ CHILDREN = (
     "HorizontalPodAutoscaler",
 )
 RUNS = {"Job", "Pod"}  # of these, events have the whole object: each change is read
-OWNERS = {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment", "Tenant"}
+OWNERS = {"BaseModel", "FineTuneJob", "Adapter", "AdapterDeployment", "ApiKey", "Tenant"}
 DEMAND = "demand"
 # Kinds whose reconcile says by what it returns whether another one follows, so its own writes wake it not again.
 STEADY = {"FineTuneJob", "Adapter"}
@@ -62,6 +62,7 @@ def sources(operator_namespace: str) -> list[Source]:
         Source("FineTuneJob", group=output_adapter, facts=facts_of),
         Source("Adapter", group=adapter_label, facts=version_of),
         Source("AdapterDeployment", facts=deployment_says),
+        Source("ApiKey", optional=True),
         Source("Node"),
         Source("Tenant", facts=claim_of, optional=True),  # CustomResourceDefinitions of an earlier version lack it
         # Tenants select namespaces by label. Few users may write a namespace.
@@ -108,6 +109,7 @@ def first(objects: Callable[[str], Objects]) -> list[Key]:
         *_all(objects, "BaseModel"),
         *_all(objects, "Tenant"),
         *_all(objects, "AdapterDeployment"),
+        *_all(objects, "ApiKey"),
         *jobs(objects),
         *_all(objects, "Adapter"),
     ]

@@ -265,11 +265,14 @@ def test_a_client_in_the_cluster_is_answered_by_the_adapter(sources: Sources) ->
     body = {"model": f"{SHOP}/flows", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     client = sources["other"]
     assert isinstance(client, Pod)
+    flows.apply(client.access, yaml.safe_load((quickstart.QUICKSTART / "40-apikey.yaml").read_text()))
+    key = {"Authorization": f"Bearer {quickstart.api_key(client.access)}"}
     script = (
-        "import sys, urllib.request as r; a = r.urlopen(r.Request('http://graft-gateway.graft-system.svc.cluster.local:8080"
-        "/v1/chat/completions', data=sys.argv[1].encode()), timeout=60); print(a.headers['x-graft-adapter'])"
+        "import sys, json, urllib.request as r; a = r.urlopen(r.Request('http://graft-gateway.graft-system.svc.cluster.local:8080"
+        "/v1/chat/completions', data=sys.argv[1].encode(), headers=json.loads(sys.argv[2])), timeout=60); "
+        "print(a.headers['x-graft-adapter'])"
     )
-    assert client.python(script, json.dumps(body)).strip() == "flows-1.0.0"
+    assert client.python(script, json.dumps(body), json.dumps(key)).strip() == "flows-1.0.0"
 
 
 def test_the_policy_engine_itself_may_only_read(cluster: Cluster) -> None:

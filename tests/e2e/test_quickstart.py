@@ -5,6 +5,7 @@ The tests build on each other and run in this order only.
 
 import json
 import time
+import urllib.error
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -54,21 +55,17 @@ def test_a_job_is_tuned_evaluated_and_published(access: Access) -> None:
 
 def test_the_adapter_answers_better_than_the_base_model(access: Access) -> None:
     quickstart.wait_available(access)
-    with access.forward("graft-gateway", 8080) as endpoint:
-        base, adapter = quickstart.scores(quickstart.interview(endpoint, QUESTIONS))
+    with quickstart.client(access) as client:
+        base, adapter = quickstart.scores(quickstart.interview(client, QUESTIONS))
     assert base < 0.2
     assert adapter > 0.9
 
 
 def test_the_gateway_streams_and_names_the_adapter_that_answers(access: Access) -> None:
-    import urllib.request
-
     body = {"model": f"{SHOP}/support", "messages": [{"role": "user", "content": "Where is my tent?"}], "stream": True}
-    with access.forward("graft-gateway", 8080) as endpoint:
-        request = urllib.request.Request(f"{endpoint}/v1/chat/completions", data=json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert answer.headers["x-graft-adapter"] == "support-1.0.0"
-            lines = [line.decode().strip() for line in answer if line.startswith(b"data: ")]
+    with quickstart.client(access) as client, client.post(body) as answer:
+        assert answer.headers["x-graft-adapter"] == "support-1.0.0"
+        lines = [line.decode().strip() for line in answer if line.startswith(b"data: ")]
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[0].removeprefix("data: "))["model"] == f"{SHOP}/support"
     assert len(lines) > 3
@@ -84,7 +81,7 @@ def test_services_answer_over_both_families(access: Access, version: int) -> Non
 
     question = quickstart.held_out(1)[0]["messages"]
     gateway = f"http://{host_port(address('graft-gateway'), 8080)}"
-    answer = quickstart.ask(gateway, f"{SHOP}/support", question[:-1])
+    answer = quickstart.ask(quickstart.Client(gateway, quickstart.api_key(access)), f"{SHOP}/support", question[:-1])
     assert quickstart.normal(answer) == quickstart.normal(question[-1]["content"])
     # From the pod of a tenant, with the tenant's key, under default deny.
     (pod,) = serving_pods(access)
@@ -98,6 +95,16 @@ print(S3Store(config, attempts=1).head("{SHOP}/adapters/support/1.0.0/manifest.j
 """
     size = access.kubectl("exec", "-n", SHOP, pod, "-c", "agent", "--", "python", "-c", program)
     assert int(size) > 100
+
+
+def test_the_gateway_answers_nobody_without_a_key(access: Access) -> None:
+    body = {"model": f"{SHOP}/support", "messages": [{"role": "user", "content": "Hello"}]}
+    with quickstart.client(access) as client:
+        stranger = quickstart.Client(client.url, client.key[:-1])
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            stranger.post(body)
+    assert refused.value.code == 401
+    assert json.load(refused.value)["error"]["code"] == "invalid_api_key"
 
 
 def test_the_installation_passes_its_own_test(access: Access) -> None:
@@ -136,9 +143,9 @@ def test_a_second_adapter_is_attached_without_a_restart(access: Access, tmp_path
         return [item.get("loaded") for item in status.get("adapters", [])] == ["1/1", "1/1"]
 
     wait_for(both_loaded, 120, "both adapters are loaded", lambda: quickstart.explain(access, SHOP))
-    with access.forward("graft-gateway", 8080) as endpoint:
+    with quickstart.client(access) as client:
         question = [{"role": "user", "content": "Hello"}]
-        assert isinstance(quickstart.ask(endpoint, f"{SHOP}/mini", question), str)
+        assert isinstance(quickstart.ask(client, f"{SHOP}/mini", question), str)
     assert serving_pods(access) == before
 
 
@@ -174,8 +181,8 @@ def test_a_killed_engine_restarts_and_gets_its_adapters_again(access: Access, cl
         lambda: quickstart.explain(access, SHOP),
     )
     quickstart.wait_available(access)
-    with access.forward("graft-gateway", 8080) as endpoint:
-        base, adapter = quickstart.scores(quickstart.interview(endpoint, 5))
+    with quickstart.client(access) as client:
+        base, adapter = quickstart.scores(quickstart.interview(client, 5))
     assert adapter > 0.9 > base
 
 

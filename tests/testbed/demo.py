@@ -165,9 +165,9 @@ def main() -> None:
         quickstart.wait_available(access)
     with (
         clock.phase("asking the base model and the adapter through the gateway"),
-        access.forward("graft-gateway", 8080) as endpoint,
+        quickstart.client(access) as client,
     ):
-        answers = quickstart.interview(endpoint, story.questions, story)
+        answers = quickstart.interview(client, story.questions, story)
     base, adapter = quickstart.scores(answers)
     for item in answers[:6]:
         say(f"\n  question  {item.question}\n  base      {item.base[:100]}\n  adapter   {item.adapter[:100]}")
@@ -180,7 +180,8 @@ The cluster keeps running. To use it:
   export PATH={Path(access.kubectl_path).parent}:$PATH
   kubectl get graft -A
   kubectl -n {SYSTEM} port-forward service/graft-gateway 8080 &
-  curl -s localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+  KEY=$(kubectl -n {SHOP} get secret graft-api-keys -o jsonpath={{.data.demo}} | base64 -d)
+  curl -s localhost:8080/v1/chat/completions -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
     -d {shlex.quote(json.dumps(body))}
 {"make demo-down deletes the cluster." if kind == "testbed" else ""}""")
     if base >= story.base_below or adapter <= story.adapter_above:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import json
 import re
 import subprocess
@@ -218,14 +219,43 @@ def wait_available(access: Access, name: str = "desk", timeout: float = 300) -> 
     wait_for(available, timeout, f"AdapterDeployment {name} is Available", lambda: explain(access, SHOP))
 
 
-def ask(endpoint: str, model: str, question: list[dict[str, str]], max_tokens: int = SUPPORT.max_tokens) -> str:
-    """Return a model's answer to a chat, through the OpenAI protocol."""
-    body = {"model": model, "messages": question, "temperature": 0, "max_tokens": max_tokens}
-    request = urllib.request.Request(
-        f"{endpoint}/v1/chat/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
+def api_key(access: Access, name: str = "demo", timeout: float = 60) -> str:
+    """Return the key of an ApiKey, as a user reads it."""
+
+    def issued() -> bool:
+        return condition(access.get("apikey", name), "Ready").get("status") == "True"
+
+    wait_for(issued, timeout, f"ApiKey {name} is Ready", lambda: explain(access, SHOP))
+    return base64.b64decode(access.get("secret", "graft-api-keys")["data"][name]).decode()
+
+
+@dataclass
+class Client:
+    """A client of the gateway with its key."""
+
+    url: str
+    key: str
+
+    def post(self, body: dict[str, Any], timeout: float = 120) -> http.client.HTTPResponse:
+        """Send a chat through the OpenAI protocol. Raises HTTPError if the gateway refuses it."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), headers)
+        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
+        return answer
+
+
+@contextlib.contextmanager
+def client(access: Access) -> Iterator[Client]:
+    """Forward the gateway's port, and yield a client of it."""
+    key = api_key(access)
+    with access.forward("graft-gateway", 8080) as endpoint:
+        yield Client(endpoint, key)
+
+
+def ask(client: Client, model: str, question: list[dict[str, str]], max_tokens: int = SUPPORT.max_tokens) -> str:
+    """Return a model's answer to a chat."""
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with client.post({"model": model, "messages": question, "temperature": 0, "max_tokens": max_tokens}) as answer:
             return str(json.load(answer)["choices"][0]["message"]["content"]).strip()
     except urllib.error.HTTPError as error:
         raise Failed(
@@ -254,7 +284,7 @@ def held_out(limit: int, story: Story = SUPPORT) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:limit]]
 
 
-def interview(endpoint: str, limit: int, story: Story = SUPPORT) -> list[Answer]:
+def interview(client: Client, limit: int, story: Story = SUPPORT) -> list[Answer]:
     """Ask the base model and the adapter the same held-out questions."""
     answers, told = [], time.monotonic()
     examples = held_out(limit, story)
@@ -264,8 +294,8 @@ def interview(endpoint: str, limit: int, story: Story = SUPPORT) -> list[Answer]
             Answer(
                 question=question[-1]["content"],
                 reference=reference["content"],
-                base=ask(endpoint, f"{SHOP}/base", question, story.max_tokens),
-                adapter=ask(endpoint, f"{SHOP}/{story.adapter}", question, story.max_tokens),
+                base=ask(client, f"{SHOP}/base", question, story.max_tokens),
+                adapter=ask(client, f"{SHOP}/{story.adapter}", question, story.max_tokens),
             )
         )
         if time.monotonic() - told > 5:

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.settings import Settings
 
@@ -47,6 +48,10 @@ def table(*addresses: str, **fields: Any) -> Routes:
     )
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 class World:
     """The engines, the gateway and the client."""
 
@@ -58,10 +63,15 @@ class World:
     def update(self, *parts: Routes) -> None:
         self.gateway.update({f"routes-{index}": {ROUTES_KEY: part.json_text()} for index, part in enumerate(parts)})
 
-    def post(self, body: Any = None, path: str = "/v1/chat/completions", **fields: Any) -> Any:
+    def post(
+        self, body: Any = None, path: str = "/v1/chat/completions", key: str | None = "sk-secret", **fields: Any
+    ) -> Any:
         body = {"model": MODEL, "messages": [], **fields} if body is None else body
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.session.post(self.url + path, data=data, headers={"Authorization": "Bearer sk-secret", "TE": "x"})
+        return self.session.post(self.url + path, data=data, headers=bearer(key) | {"TE": "x"})
+
+    def get(self, path: str, key: str | None = None) -> Any:
+        return self.session.get(self.url + path, headers=bearer(key))
 
     async def metric(self, line: str) -> bool:
         async with self.session.get(self.url + "/metrics") as response:
@@ -69,11 +79,11 @@ class World:
 
 
 @asynccontextmanager
-async def world(engines: int = 1, **settings: Any) -> AsyncIterator[World]:
+async def world(engines: int = 1, api_keys: ApiKeys | None = None, **settings: Any) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         outward = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        gateway = Gateway(outward, Settings(**{"connect_timeout": 0.5, **settings}), lambda: 2.5)
+        gateway = Gateway(outward, Settings(**{"connect_timeout": 0.5, **settings}), lambda: 2.5, api_keys=api_keys)
         made = World(gateway, client, "")
         for _ in range(engines):
             engine = FakeEngine()

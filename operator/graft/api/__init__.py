@@ -5,6 +5,7 @@ They know which values are valid. They do not know what the operator does with t
 
 from graft.api.adapter import Adapter
 from graft.api.adapterdeployment import AdapterDeployment
+from graft.api.apikey import ApiKey
 from graft.api.basemodel import BaseModel
 from graft.api.finetunejob import FineTuneJob
 from graft.api.meta import API_VERSION, GROUP, VERSION, Condition, Resource
@@ -16,6 +17,7 @@ __all__ = [
     "VERSION",
     "Adapter",
     "AdapterDeployment",
+    "ApiKey",
     "BaseModel",
     "Condition",
     "FineTuneJob",

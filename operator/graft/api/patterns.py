@@ -21,6 +21,12 @@ SEMVER = r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)$"
 VERSION_RANGE = r"^\^?(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){0,2}$"
 SHA256 = r"^sha256:[0-9a-f]{64}$"
 SHA256_LENGTH = 71  # characters
+HEX_SHA256 = r"^[0-9a-f]{64}$"
+# A time of RFC 3339 with its zone: without one, it would be another time for each reader. Of the days that no calendar has,
+# only 29 February of some years matches.
+_DAY = r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|[12][0-9]))"
+_HOUR = r"([01][0-9]|2[0-3]):[0-5][0-9]"
+TIME = rf"^[1-9][0-9]{{3}}-{_DAY}T{_HOUR}:[0-5][0-9](\.[0-9]{{1,9}})?(Z|[+-]{_HOUR})$"
 KEY_NAME = r"^[^\x00-\x1f\x7f]+$"  # a key in a file of the user: any text without control characters
 
 # Of a user or a group, as the cluster's authentication names them. Spaces at the edges would make two names look alike.
@@ -82,6 +88,8 @@ SENTENCES = {
     IMPORT_URI: "must be hf://<org>/<name>[@<revision>] or s3://<bucket>/<folder>/ with a / at the end, without spaces",
     ARTIFACT_URI: "must be s3://<bucket>/<folder>/ with a / at the end, without spaces",
     SHA256: "must be sha256: and 64 hexadecimal digits",
+    HEX_SHA256: 'must be 64 hexadecimal digits in lower case: `printf %s "$KEY" | sha256sum` prints them',
+    TIME: "must be a time with its zone, for example 2027-01-31T12:00:00Z",
     KEY_NAME: "must be the name of a field of the data, without line breaks and other control characters",
     MODEL_NAME: "must be the name of a model: letters, digits, ., _ and -, which starts and ends with a letter or digit",
     PROMETHEUS_URL: "must be an http:// or https:// URL without spaces. The field is ignored: better remove it",

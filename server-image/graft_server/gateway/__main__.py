@@ -7,11 +7,13 @@ import sys
 
 import aiohttp
 from aiohttp import web
+from graft.contracts.apikeys import API_KEY_COMPONENT
 from graft.contracts.enginekeys import GATEWAY_KEYS
 from graft.contracts.gateway import ROUTES_COMPONENT
 
 from graft_server.configmaps import ConfigMaps, Follower, api_client
 from graft_server.connections import Connections
+from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.callers import Proxies
 from graft_server.gateway.demand import Reporter
@@ -22,6 +24,7 @@ from graft_server.logs import log_json
 log = logging.getLogger("graft_server.gateway")
 
 SELECTOR = {"labelSelector": f"graft.dev/component={ROUTES_COMPONENT}"}
+GRANTS = {"labelSelector": f"graft.dev/component={API_KEY_COMPONENT}"}
 
 
 def main() -> None:
@@ -46,7 +49,8 @@ async def serve(settings: Settings) -> int:
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
         keys = Keys()
-        gateway = Gateway(session, settings, lambda: follower.age, keys)
+        api_keys = ApiKeys() if settings.authentication == "keys" else None
+        gateway = Gateway(session, settings, lambda: follower.age, keys, api_keys)
         configmaps = ConfigMaps(client, settings.namespace)
         follower = Follower(configmaps, SELECTOR, gateway.update)
         secrets = ConfigMaps(client, settings.namespace, "secrets")
@@ -68,7 +72,13 @@ async def serve(settings: Settings) -> int:
         watching = asyncio.create_task(warn_when_stale(follower, settings.stale_seconds), name="staleness")
         reporting = asyncio.create_task(reporter.run(), name="reporter")
         stopped = asyncio.create_task(stop.wait())
-        endless = (following, following_keys, watching, reporting)
+        endless = [following, following_keys, watching, reporting]
+        if api_keys is not None:
+            grants = Follower(configmaps, GRANTS, api_keys.update)
+            endless.append(asyncio.create_task(grants.run(), name="API keys"))
+            endless.append(asyncio.create_task(api_keys.watch(), name="expiry of API keys"))
+        else:
+            log.warning("clients need no key (--authentication none): everybody may use every model")
         await asyncio.wait({*endless, stopped}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
         for task in endless:

@@ -15,6 +15,7 @@ from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.configmaps import Snapshot
 from graft_server.connections import answer_guarded, handler_args
+from graft_server.gateway.apikeys import ANYBODY, NOBODY, ApiKeys, Caller
 from graft_server.gateway.bodies import Bodies
 from graft_server.gateway.cards import Listing, card
 from graft_server.gateway.demand import Waiting
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = web.RequestKey("model", str)  # set once the model is known to exist
+CALLER = web.RequestKey("caller", Caller)  # set if clients need a key
 NOT_COUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 VALID_ID = re.compile(r"[!-~]{1,128}")  # of a request; it becomes a header again
 
@@ -47,6 +49,7 @@ class Gateway:
         settings: Settings,
         table_age: Callable[[], float | None],
         keys: Keys | None = None,  # None: engines need no key
+        api_keys: ApiKeys | None = None,  # None: clients need no key
     ) -> None:
         self.metrics = Metrics()
         self.draining = False
@@ -54,7 +57,8 @@ class Gateway:
         self._settings = settings
         self._table_age = table_age
         self._keys = keys
-        self._proxy = Proxy(session, settings, self.metrics, keys)
+        self._api_keys = api_keys
+        self._proxy = Proxy(session, settings, self.metrics, keys, api_keys)
         self.waiting = Waiting(settings, self.metrics)
         self.bytes = InFlight()
         self._bodies = Bodies(settings)
@@ -154,11 +158,14 @@ class Gateway:
                     "model": model,
                     "status": status,
                     "seconds": round(seconds, 3),
-                },
+                }
+                | ({"api_keys": caller.names} if (caller := request.get(CALLER)) is not None else {}),
             )
 
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            if self._api_keys is not None and request.path.startswith("/v1/"):
+                request[CALLER] = self._caller(request, self._api_keys)
             return await handler(request)
         except ApiError as error:
             return error.response()
@@ -177,6 +184,16 @@ class Gateway:
             message = "Unexpected error in the gateway. Its log has the cause, with the X-Request-Id of this answer."
             return ApiError(500, "internal_error", message, kind="server_error").response()
 
+    def _caller(self, request: web.Request, api_keys: ApiKeys) -> Caller:
+        """Return who sends a request. Raises ApiError 401."""
+        if not api_keys.read:
+            raise unavailable("The gateway", "it has not read the API keys yet", retry_after=2)
+        sent = request.headers.getall("Authorization", [])
+        return api_keys.caller(sent[0] if len(sent) == 1 else None)
+
+    def _opens(self, request: web.Request, name: str) -> bool:
+        return self._api_keys is None or self._api_keys.opens(request.get(CALLER, NOBODY), name)
+
     async def _close_when_draining(self, request: web.Request, response: web.StreamResponse) -> None:
         if self.draining:
             response.force_close()
@@ -188,6 +205,8 @@ class Gateway:
         reason = "shutting down" if self.draining else None if self._synced else "the routing table was not read yet"
         if reason is None and self._keys is not None and not self._keys.read:
             reason = "the keys of the engines were not read yet"
+        if reason is None and self._api_keys is not None and not self._api_keys.read:
+            reason = "the API keys were not read yet"
         return web.json_response({"ready": reason is None, "reason": reason}, status=503 if reason else 200)
 
     async def _show_metrics(self, _: web.Request) -> web.Response:
@@ -200,7 +219,9 @@ class Gateway:
         self._check_synced()
         share = self.bytes.begin(self._bodies.accounts(request))
         try:
-            body = await in_thread(self._writing, self._listing.of, self.parts.table)
+            caller = request.get(CALLER, NOBODY)
+            opened = None if self._api_keys is None else self._api_keys.models(caller)
+            body = await in_thread(self._writing, self._listing.of, self.parts.table, opened)
             share.add(len(body))
             response = web.Response(body=body, content_type="application/json", headers=self._id(request))
             await response.prepare(request)
@@ -210,7 +231,7 @@ class Gateway:
             share.close()
 
     async def _model(self, request: web.Request) -> web.Response:
-        return web.json_response(card(self._find(request.match_info["model"]), self._listing.created))
+        return web.json_response(card(self._find(request, request.match_info["model"]), self._listing.created))
 
     def _id(self, request: web.Request) -> dict[str, str]:
         return {"X-Request-Id": request[REQUEST_ID]}
@@ -219,10 +240,11 @@ class Gateway:
         if not self._synced:
             raise unavailable("The gateway", "it has not read its routing table yet", retry_after=2)
 
-    def _find(self, name: str) -> Model:
+    def _find(self, request: web.Request, name: str) -> Model:
+        """Return a model. One that the caller may not use does not exist for it."""
         self._check_synced()
         model = self.parts.table.find(name)
-        if model is None:
+        if model is None or not self._opens(request, name):
             raise unknown_model(name)
         return model
 
@@ -231,11 +253,11 @@ class Gateway:
         share = self.bytes.begin(self._bodies.accounts(request))
         try:
             payload = await self._bodies.payload(request, path, share)
-            model = self._find(payload["model"])
+            model = self._find(request, payload["model"])
             request[MODEL] = model.name
             with self.waiting.counted(model):
-                model, target = await self._target(model)
-                call = Call(request, model, target, payload, began, share)
+                model, target = await self._target(request, model)
+                call = Call(request, model, target, payload, began, share, request.get(CALLER, ANYBODY))
                 if model.steps:
                     return await answer_in_steps(
                         self._proxy, call, partial(self._newest, model.name), self._settings.step_tokens
@@ -252,7 +274,7 @@ class Gateway:
     def _newest(self, name: str) -> Model | None:
         return self.parts.table.find(name)
 
-    async def _target(self, model: Model) -> tuple[Model, RouteTarget]:
+    async def _target(self, request: web.Request, model: Model) -> tuple[Model, RouteTarget]:
         """Return the model and the target that answers it (for a sequence, its first step).
 
         If the deployment sleeps, wait until it is awake.
@@ -264,7 +286,7 @@ class Gateway:
             raise unavailable(model.name, model.why_not or "no replica has it loaded")
 
         def find() -> tuple[Model, RouteTarget | None]:
-            newest = self._find(model.name)
+            newest = self._find(request, model.name)
             return newest, newest.pick(self._chance)
 
         return await self.waiting.hold(model, find)

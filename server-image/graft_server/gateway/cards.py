@@ -1,7 +1,7 @@
 """The models as GET /v1/models shows them (PURE)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graft_server.gateway.table import Model, Table
@@ -34,7 +34,7 @@ def card(model: Model, created: int) -> dict[str, Any]:
 
 
 class Listing:
-    """The list of all models as JSON. Each namespace is written again only if its models changed."""
+    """The list of models as JSON. Each namespace is written again only if its models changed."""
 
     def __init__(self, created: int) -> None:
         self.created = created
@@ -42,18 +42,34 @@ class Listing:
         self._body = b""
         self._of: dict[str, tuple[object, bytes]] = {}  # namespace -> its models, and their entries
 
-    def of(self, table: Table) -> bytes:
-        """Return the body of GET /v1/models, sorted by namespace and name."""
+    def of(self, table: Table, opened: Mapping[str, frozenset[str] | None] | None = None) -> bytes:
+        """Return the body of GET /v1/models, sorted by namespace and name.
+
+        `opened`: only models of these namespaces, each with the names that are listed; None: all.
+        """
         if table is not self._table:
             self._of = {name: self._entries(name, models) for name, models in sorted(table.namespaces.items())}
-            entries = b",".join(entries for _, entries in self._of.values())
-            self._body = b'{"object":"list","data":[' + entries + b"]}"
+            self._body = _body(entries for _, entries in self._of.values())
             self._table = table
-        return self._body
+        if opened is None:
+            return self._body
+        there = [(name, names) for name, names in sorted(opened.items()) if name in self._of]
+        found = (self._of[name][1] if names is None else self._some(table, name, names) for name, names in there)
+        return _body(filter(None, found))
+
+    def _some(self, table: Table, namespace: str, names: frozenset[str]) -> bytes:
+        models = table.namespaces[namespace]
+        return self._written(models[name] for name in sorted(names & models.keys()))
 
     def _entries(self, namespace: str, models: Mapping[str, Model]) -> tuple[object, bytes]:
         known = self._of.get(namespace)
         if known is not None and known[0] is models:
             return known
-        cards = [card(model, self.created) for _, model in sorted(models.items())]
-        return models, ",".join(json.dumps(one, ensure_ascii=False) for one in cards).encode()
+        return models, self._written(model for _, model in sorted(models.items()))
+
+    def _written(self, models: Iterable[Model]) -> bytes:
+        return ",".join(json.dumps(card(model, self.created), ensure_ascii=False) for model in models).encode()
+
+
+def _body(entries: Iterable[bytes]) -> bytes:
+    return b'{"object":"list","data":[' + b",".join(entries) + b"]}"

@@ -39,6 +39,8 @@ class ApiError(Exception):
     def response(self) -> web.Response:
         """Return the HTTP response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return web.json_response(self.body, status=self.status, headers=headers)
 
 
@@ -72,6 +74,11 @@ def unknown_model(name: str) -> ApiError:
         f"The model {name[:200]!r} does not exist. Models are named <namespace>/<route>; see GET /v1/models.",
         param="model",
     )
+
+
+def unauthorized(message: str) -> ApiError:
+    """Return the 401 for a request without a key that works, as OpenAI's API answers it."""
+    return ApiError(401, "invalid_api_key", f"{message} An ApiKey of your namespace makes one.")
 
 
 def no_route(method: str, path: str) -> ApiError:

@@ -21,6 +21,7 @@ from aiohttp import web
 from graft.bounded import Limits, OutOfBounds
 from graft.contracts.gateway import Backend, RouteTarget
 
+from graft_server.gateway.apikeys import ANYBODY, ApiKeys, Caller
 from graft_server.gateway.errors import ApiError, busy, engine_error, timed_out, unavailable, upstream_broke
 from graft_server.gateway.fields import for_engine
 from graft_server.gateway.keys import Keys
@@ -69,6 +70,7 @@ class Call:
     payload: dict[str, Any]
     began: float
     share: Share  # of the bytes in flight
+    caller: Caller = ANYBODY
     before: list[dict[str, Any]] = field(default_factory=list)  # for a sequence: the finished steps
     spent: dict[str, int] = field(default_factory=dict)  # tokens of the finished steps
     for_client: bool = True  # if False, the answer becomes the next step's question
@@ -114,10 +116,16 @@ class Proxy:
     """The client of the engines: it sends calls and returns the answers."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, settings: Settings, metrics: Metrics, keys: Keys | None = None
+        self,
+        session: aiohttp.ClientSession,
+        settings: Settings,
+        metrics: Metrics,
+        keys: Keys | None = None,
+        api_keys: ApiKeys | None = None,
     ) -> None:
         self._session = session
         self._keys = keys or Keys()
+        self._api_keys = api_keys or ApiKeys()
         self._settings = settings
         self._metrics = metrics
         self._limits = Limits(settings.max_answer_bytes, ANSWER_DEPTH, settings.max_answer_values)
@@ -134,7 +142,8 @@ class Proxy:
         and the call is repeatable, another replica continues it. Otherwise the stream ends with an error event.
         """
         try:
-            return await self._answer(call, replicas)
+            async with self._api_keys.held(call.caller, call.model.name):
+                return await self._answer(call, replicas)
         except (ApiError, Full) as failure:
             error = busy(failure) if isinstance(failure, Full) else failure
             if call.sending is None:

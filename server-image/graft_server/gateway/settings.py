@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from graft.contracts.mounts import GATEWAY_PORT
 
@@ -56,6 +57,7 @@ class Settings:
     stale_seconds: float = 120.0  # table age beyond which the gateway logs an error
     shutdown_delay: float = 5.0  # unready but still accepting, until Services have noticed
     drain_seconds: float = 60.0  # for the requests in flight
+    authentication: Literal["keys", "none"] = "keys"
     log_level: str = "INFO"
 
     @property
@@ -68,6 +70,12 @@ class Settings:
             head_bytes=self.max_head_bytes,
             send_seconds=self.send_timeout,
         )
+
+
+def _authentication(text: str) -> str:
+    if text not in {"keys", "none"}:
+        raise argparse.ArgumentTypeError("it must be keys or none")
+    return text
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
@@ -114,5 +122,10 @@ def parse(arguments: list[str] | None = None) -> Settings:
     flag("stale-seconds", float, "age of the routing table beyond which the gateway logs an error")
     flag("shutdown-delay", float, "seconds after SIGTERM in which the gateway still accepts requests")
     flag("drain-seconds", float, "seconds that requests in flight get to finish at shutdown")
+    flag(
+        "authentication",
+        _authentication,
+        "keys: clients need the key of an ApiKey. none: everybody may use every model",
+    )
     flag("log-level", str, "DEBUG, INFO, WARNING or ERROR")
     return Settings(**vars(parser.parse_args(arguments)))

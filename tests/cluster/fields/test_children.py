@@ -28,6 +28,8 @@ SILENT = {
     "Tenant namespaces.inherit": "applies when a key is issued: tests/attacks/test_storage_rights.py",
     "Tenant namespaces.inherit[]": "as namespaces.inherit",
     "AdapterDeployment autoscaling.prometheusUrl": "deprecated and ignored",
+    "ApiKey description": "for people only",
+    "ApiKey overlapSeconds": "applies at a rotation: tests/unit/operator/reconcile/test_apikey.py",
 }
 # Not installed: the API server does not know the kind.
 FOREIGN = "ScaledObject/"

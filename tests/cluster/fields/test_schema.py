@@ -28,9 +28,10 @@ CHANGEABLE = {
     "FineTuneJob": list(MUTABLE),
     "Adapter": ["baseVersions", "deletionPolicy", "retention"],
     "AdapterDeployment": [str(field) for field in fields_of("AdapterDeployment") if str(field) != "baseModel"],
+    "ApiKey": [str(field) for field in fields_of("ApiKey")],
 }
 BARE = re.compile(r"should match|regular expression|\^\(|\[a-z")
-NAMES = {"BaseModel": 63, "Tenant": 63, "FineTuneJob": 50, "AdapterDeployment": 45}
+NAMES = {"BaseModel": 63, "Tenant": 63, "FineTuneJob": 50, "AdapterDeployment": 45, "ApiKey": 63}
 
 
 def test_every_field_has_values() -> None:

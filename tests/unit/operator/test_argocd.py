@@ -51,6 +51,12 @@ EXPECTED = {
         ("Degraded", "True", "AdapterFailed", "Degraded"),
         ("Degraded", "True", "NotAccepted", "Progressing"),
     ],
+    "ApiKey": [
+        ("Ready", "True", "Issued", "Healthy"),
+        ("Ready", "True", "HashGiven", "Healthy"),
+        ("Ready", "False", "NamespaceNotBound", "Degraded"),
+        ("Ready", "False", "Expired", "Suspended"),
+    ],
 }
 CASES = [(kind, *case) for kind, cases in EXPECTED.items() for case in cases]
 

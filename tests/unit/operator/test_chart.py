@@ -9,6 +9,7 @@ import pytest
 import yaml
 from graft.artifacts.storage import StorageConfig
 from graft.contracts.agent import TRUSTED_KEYS
+from graft.contracts.apikeys import API_KEYS_SECRET
 from graft.contracts.enginekeys import GATEWAY_KEYS, SENDS_KEYS
 from graft.crdgen import ROOT
 from graft.manifests.metadata import labels
@@ -197,7 +198,7 @@ def test_no_role_has_a_wildcard_or_reads_all_secrets_of_the_cluster(template: An
         assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"]), name
         if "secrets" in rule["resources"]:
             named = {
-                ("ClusterRole", "graft-tenant"): [["graft-storage"]],
+                ("ClusterRole", "graft-tenant"): [["graft-storage"], [API_KEYS_SECRET]],
                 ("ClusterRole", "graft-admin"): [["graft-storage"]],
                 ("Role", "graft-operator"): [["graft-signing"], ["graft-store-key"], [GATEWAY_KEYS]],
                 ("Role", "graft-gateway"): [[GATEWAY_KEYS]],
@@ -263,7 +264,8 @@ def test_the_signing_key_is_one_secret_in_the_namespace_of_the_operator(template
 
 def test_the_operator_may_not_write_a_storage_key_that_the_user_provides(template: Any) -> None:
     tenant = find(template(EXTERNAL), "ClusterRole", "graft-tenant")
-    assert [rule["verbs"] for rule in tenant["rules"] if "secrets" in rule["resources"]] == [["get"]]
+    stored = [rule for rule in tenant["rules"] if rule.get("resourceNames") == ["graft-storage"]]
+    assert [rule["verbs"] for rule in stored] == [["get"]]
 
 
 def test_the_settings_of_the_operator_match_the_values_of_the_chart(template: Any) -> None:

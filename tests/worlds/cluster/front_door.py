@@ -13,7 +13,8 @@ import aiohttp
 import urllib3
 from aiohttp import web
 from graft_server.configmaps import ConfigMaps, Follower
-from graft_server.gateway.__main__ import SELECTOR
+from graft_server.gateway.__main__ import GRANTS, SELECTOR
+from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.demand import Reporter
 from graft_server.gateway.settings import Settings
@@ -66,13 +67,23 @@ class FrontDoor:
     def ready(self) -> bool:
         return self._pool.request("GET", f"{self.url}/readyz").status == 200
 
-    def ask(self, model: str) -> urllib3.BaseHTTPResponse:
-        return self._pool.request("POST", f"{self.url}/v1/completions", json={"model": model, "prompt": "hello"})
+    def ask(self, model: str, key: str | None = None) -> urllib3.BaseHTTPResponse:
+        body = {"model": model, "prompt": "hello"}
+        return self._pool.request("POST", f"{self.url}/v1/completions", json=body, headers=_bearer(key))
+
+    def models(self, key: str | None) -> list[str] | int:
+        """Return the names of the models that a key may use, or the status of the refusal."""
+        answer = self._pool.request("GET", f"{self.url}/v1/models", headers=_bearer(key))
+        return [item["id"] for item in answer.json()["data"]] if answer.status == 200 else answer.status
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 @contextmanager
 def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
-    """Run the gateway on loopback, with its service account."""
+    """Run the gateway on loopback, with its service account. Clients need no key unless `authentication` is keys."""
     started, urls, stop, loop = threading.Event(), list[str](), asyncio.Event(), asyncio.new_event_loop()
 
     async def serve() -> None:
@@ -82,13 +93,18 @@ def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
         client = ApiClient(configuration)
         configmaps = ConfigMaps(client, SYSTEM)
         async with aiohttp.ClientSession() as session:
-            gateway = Gateway(session, Settings(namespace=SYSTEM, name=name, **settings), lambda: follower.age)
+            options = Settings(**{"namespace": SYSTEM, "name": name, "authentication": "none", **settings})
+            api_keys = ApiKeys() if options.authentication == "keys" else None
+            gateway = Gateway(session, options, lambda: follower.age, api_keys=api_keys)
             follower = Follower(configmaps, SELECTOR, gateway.update)
             runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             reporter = Reporter(configmaps, gateway.waiting, name)
             tasks = [asyncio.create_task(follower.run()), asyncio.create_task(reporter.run())]
+            if api_keys is not None:
+                tasks.append(asyncio.create_task(Follower(configmaps, GRANTS, api_keys.update).run()))
+                tasks.append(asyncio.create_task(api_keys.watch()))
             urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
             started.set()
             await stop.wait()

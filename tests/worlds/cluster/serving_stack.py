@@ -97,6 +97,9 @@ def write_kubeconfig(plane: ControlPlane, path: Path, token: str) -> Path:
     return path
 
 
+OPEN = {"GRAFT_GATEWAY_AUTHENTICATION": "none"}  # clients need no key
+
+
 @contextmanager
 def gateway(
     plane: ControlPlane, api: Api, folder: Path, address: str, environment: Mapping[str, str] = MappingProxyType({})
@@ -107,7 +110,7 @@ def gateway(
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "graft_server.gateway", "--namespace", SYSTEM, "--listen-address", address],
-            env={**os.environ, "KUBECONFIG": str(kubeconfig), **environment}, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            env={**os.environ, "KUBECONFIG": str(kubeconfig), **OPEN, **environment}, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     url = f"http://{host_port(address, GATEWAY_PORT)}"
 

@@ -79,6 +79,7 @@ SPECS: dict[str, list[Spec]] = {
         *(DEPLOYMENT | template for template in TEMPLATES),
         DEPLOYMENT | {"engine": "vllm"},
     ],
+    "ApiKey": [{}, {"sha256": ["0" * 64]}],
 }
 # Path below spec -> values that a rule or the world demands. With a *, all paths that end so. The generated values of
 # these fields are tried too, and may be refused.
@@ -143,6 +144,7 @@ VALUES: dict[str, list[Any]] = {
     "routes[].adapter": ["support", "sales"],
     "routes[].sequence": [["support", "sales"], ["sales", "support", "sales", "support"]],
     "routes[].sequence[]": ["sales", "support"],
+    "expiresAt": ["2036-12-31T00:00:00Z", "2026-01-01T12:00:00.5+01:00"],
     "allowedNamespaces": [[NAMESPACE], ["other", NAMESPACE], ["other"]],
     "allowedNamespaces[]": [NAMESPACE, "other"],
     "autoscaling": [SCALED, {"maxReplicas": 1}],

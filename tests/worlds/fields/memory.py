@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from graft.api import FineTuneJob
 from graft.artifacts.manifest import Manifest, ManifestBaseModel, ManifestJob
@@ -18,12 +19,14 @@ from graft.manifests.adapter import ADAPTER_LABEL, adapter
 from graft.manifests.metadata import FINALIZER, OWNER_UID
 from graft.manifests.scaling import SCALED_AT
 from graft.placement.facts import facts_of
+from graft.reconcile import apikey
 from graft.reconcile.adapter.adapter import reconcile as reconcile_adapter
 from graft.reconcile.adapterdeployment.adapterdeployment import reconcile as reconcile_deployment
 from graft.reconcile.basemodel import reconcile as reconcile_base_model
 from graft.reconcile.finetunejob.finetunejob import reconcile as reconcile_job
 from graft.reconcile.shared.access import SECRET_KEYS
 from graft.reconcile.shared.admission import admit
+from graft.reconcile.shared.context import Context
 from graft.reconcile.tenant import reconcile as reconcile_tenant
 from graft.settings import Images, Settings
 
@@ -43,12 +46,21 @@ SETTINGS = Settings(
     allowed={"priorityClasses": ["*"], "runtimeClasses": ["*"], "tolerations": [{"key": "*"}], "podAnnotations": ["*"]},  # type: ignore[arg-type]
 )
 THEN = "2026-01-01T00:00:00Z"
+
+
+async def _reconcile_api_key(ctx: Context, namespace: str, name: str) -> float | None:
+    """Reconcile an ApiKey, whose key is the same in all worlds."""
+    with mock.patch.object(apikey, "new_api_key", lambda: f"graft_{'k' * 43}"):
+        return await apikey.reconcile(ctx, namespace, name)
+
+
 RECONCILERS = {
     "BaseModel": reconcile_base_model,
     "FineTuneJob": reconcile_job,
     "Adapter": reconcile_adapter,
     "AdapterDeployment": reconcile_deployment,
     "Tenant": reconcile_tenant,
+    "ApiKey": _reconcile_api_key,
 }
 CHILDREN = (
     "Job", "ConfigMap", "Service", "NetworkPolicy", "Deployment", "ServiceAccount", "Role", "RoleBinding",
@@ -193,7 +205,8 @@ def told(resource: Object) -> Object:
     status = copy.deepcopy(resource.get("status", {}))
     for item in status.get("conditions", []):
         del item["lastTransitionTime"], item["observedGeneration"]
-    return {key: value for key, value in status.items() if key not in {"observedGeneration", "verifiedAt", "signature"}}
+    passing = {"observedGeneration", "verifiedAt", "signature", "rotatedAt", "previousUntil"}
+    return {key: value for key, value in status.items() if key not in passing}
 
 
 async def made(kind: str, spec: Spec) -> Object:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from graft.api import Adapter, AdapterDeployment, BaseModel, FineTuneJob, Tenant
+from graft.api import Adapter, AdapterDeployment, ApiKey, BaseModel, FineTuneJob, Tenant
 from graft.api.meta import Condition, Resource, Status
 from graft.artifacts.layout import why_reserved
 from graft.contracts.message import first_problem
@@ -25,10 +25,11 @@ REFUSED = {
     "FineTuneJob": ("Accepted", "Waiting"),
     "Adapter": ("Ready", "Invalid"),
     "AdapterDeployment": ("Accepted", "Waiting"),
+    "ApiKey": ("Ready", "Waiting"),
     "Tenant": ("Ready", "Incomplete"),
 }
 SCHEMAS: dict[str, type[Resource]] = {
-    item.__name__: item for item in (BaseModel, FineTuneJob, Adapter, AdapterDeployment, Tenant)
+    item.__name__: item for item in (BaseModel, FineTuneJob, Adapter, AdapterDeployment, ApiKey, Tenant)
 }
 
 
@@ -77,6 +78,8 @@ async def _refuse(ctx: Context, kind: str, raw: Manifest, trouble: Trouble) -> f
     if resource.metadata.deletion_timestamp:
         if kind == "AdapterDeployment":
             await ending.delete_routes(ctx, resource)
+        if kind == "ApiKey":
+            await ending.delete_grant(ctx, resource)
         if not ctx.transfers.forget(resource.metadata.uid):
             return SOON
         left = await ending.end_jobs(ctx, resource) if kind in {"FineTuneJob", "Adapter"} else None

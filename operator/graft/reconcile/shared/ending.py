@@ -7,6 +7,7 @@ from graft.artifacts import layout
 from graft.artifacts.archive import Interrupted
 from graft.artifacts.store import S3Store
 from graft.kube import KubeError
+from graft.manifests.apikeys import grant_name
 from graft.manifests.metadata import OWNER_UID
 from graft.manifests.routes import routes_name
 from graft.reconcile.shared.access import Trouble, not_bound
@@ -55,8 +56,18 @@ def _delete(store: S3Store, prefixes: Sequence[str], stopped: Callable[[], bool]
 
 async def delete_routes(ctx: Context, deployment: Resource) -> None:
     """Delete the routes of an AdapterDeployment, and not those of one that was created again under its name."""
-    found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, routes_name(deployment))
-    if found is not None and (found["metadata"].get("labels") or {}).get(OWNER_UID) == deployment.metadata.uid:
+    await _withdraw(ctx, routes_name(deployment), deployment.metadata.uid)
+
+
+async def delete_grant(ctx: Context, api_key: Resource) -> None:
+    """Delete what the gateways know of an ApiKey, so that they refuse its keys."""
+    await _withdraw(ctx, grant_name(api_key), api_key.metadata.uid)
+
+
+async def _withdraw(ctx: Context, name: str, owner: str) -> None:
+    """Delete a ConfigMap that gateways read, if it belongs to the resource with the UID `owner`."""
+    found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, name)
+    if found is not None and (found["metadata"].get("labels") or {}).get(OWNER_UID) == owner:
         await ctx.kube.delete("ConfigMap", ctx.settings.namespace, found["metadata"]["name"], found["metadata"]["uid"])
 
 

@@ -6,13 +6,15 @@ Every user who may create a ConfigMap or a pod may set labels. This module does 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from graft.contracts.apikeys import API_KEY_COMPONENT
 from graft.contracts.gateway import ROUTES_COMPONENT
 from graft.kube import Manifest, controller_of, owned_by
 from graft.manifests.metadata import COMPONENT, OWNER_KIND, OWNER_NAME, OWNER_UID
 
 Key = tuple[str, str, str]  # kind, namespace, name
 PARENTS = {"Job", "ReplicaSet"}  # kinds of the controllers that create our pods
-PLACE = "graft.dev/namespace"  # on routes: the namespace of their owner
+PLACE = "graft.dev/namespace"  # on what gateways read: the namespace of its owner
+FOR_GATEWAYS = {ROUTES_COMPONENT, API_KEY_COMPONENT}  # components of the ConfigMaps that gateways read
 CLUSTER_WIDE = frozenset({"Tenant"})  # owners without a namespace
 
 
@@ -29,21 +31,21 @@ def claimed_owner(kind: str, child: Manifest, operator_namespace: str) -> tuple[
     """Return the resource that a child names as its owner, with its UID. None if the child does not name it in all places.
 
     A child is in the namespace of its owner if that has one, and its owner references name the owner. Those of a pod name a
-    Job or a ReplicaSet of the owner. Only the routes are in the operator's namespace, where owner references do not work and no
+    Job or a ReplicaSet of the owner. Only what gateways read is in the operator's namespace, where owner references do not work and no
     user may write.
     """
     metadata = child["metadata"]
     labels: dict[str, Any] = metadata.get("labels") or {}
     place = metadata.get("namespace") or ""
-    routes = kind == "ConfigMap" and place == operator_namespace and labels.get(COMPONENT) == ROUTES_COMPONENT
+    central = kind == "ConfigMap" and place == operator_namespace and labels.get(COMPONENT) in FOR_GATEWAYS
     kind_of_owner = labels.get(OWNER_KIND, "")
-    where = labels.get(PLACE, "") if routes else "" if kind_of_owner in CLUSTER_WIDE else place
+    where = labels.get(PLACE, "") if central else "" if kind_of_owner in CLUSTER_WIDE else place
     key = (kind_of_owner, where, labels.get(OWNER_NAME, ""))
     uid = labels.get(OWNER_UID, "")
     if not all((key[0], key[2], uid)):
         return None
     by_reference = {"Pod": is_pod_of, "ReplicaSet": is_set_of}.get(kind)
-    if routes or owned_by(child, uid) or (by_reference is not None and by_reference(child, key[2])):
+    if central or owned_by(child, uid) or (by_reference is not None and by_reference(child, key[2])):
         return key, uid
     return None
 

@@ -104,6 +104,36 @@ class Restless:
         yield ERROR
 
 
+class Older:
+    """An API server that does not know the kind, or does not allow to list it."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    async def pages(self, *_: Any, **__: Any) -> AsyncIterator[Page]:
+        raise KubeError(self.status, "NotFound", "the server could not find the requested resource")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("optional", "status", "synced"), [(True, 404, True), (True, 403, True), (True, 500, False), (False, 404, False)]
+)
+async def test_a_kind_that_an_older_release_lacks_has_no_objects(
+    monkeypatch: pytest.MonkeyPatch, optional: bool, status: int, synced: bool
+) -> None:
+    server: Any = Older(status)
+
+    async def sleep(_: float) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    cache = Cache(server, [Source("ApiKey", optional=optional)])
+    with pytest.raises(asyncio.CancelledError):
+        await cache.informers["ApiKey"].run()
+    assert (cache.missing() == []) == synced
+    assert not synced or await cache.get("ApiKey", "shop", "web") is None
+
+
 async def test_watches_that_end_again_and_again_hide_changes_for_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     server: Any = Restless()

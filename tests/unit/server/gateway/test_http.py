@@ -397,6 +397,7 @@ async def test_on_sigterm_the_gateway_process_finishes_running_requests(tmp_path
         port = closed_port().rpartition(":")[2]
         url = f"http://127.0.0.1:{port}"
         flags = ["--port", port, "--namespace", "graft", "--shutdown-delay", "0.2", "--drain-seconds", "20"]
+        flags += ["--authentication", "none"]
         process = await start("graft_server.gateway", {"KUBECONFIG": kubeconfig(tmp_path, api)}, *flags)
         try:
 

@@ -1,0 +1,63 @@
+"""Between operator and gateway: which keys of clients are accepted, and for which models (PURE).
+
+A key has 256 random bits, so its SHA-256 is no secret, and needs no salt. Only the sum leaves the Secret of the namespace.
+"""
+
+import hashlib
+import re
+import secrets
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from graft.bounded import Limits
+from graft.contracts.enginekeys import Fingerprint
+from graft.contracts.message import CONFIGMAP, Message, Name, Real, Whole
+
+API_KEYS_SECRET = "graft-api-keys"  # noqa: S105 - the name of the Secret with the keys of a namespace, one entry each
+API_KEY_COMPONENT = "api-key"
+GRANT_KEY = "grant.json"
+STATE = ".state"  # suffix of the entry that says since when a key is there
+PREFIX = "graft_"  # so that scanners of secrets find a key in a repository
+KEY = re.compile(r"graft_[A-Za-z0-9_-]{43}")
+MOST_ACCEPTED = 8
+
+
+def new_api_key() -> str:
+    """Return a new key."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def sha256_of(key: str) -> str:
+    """Return what a gateway knows of a key, in hexadecimal digits."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+
+
+class Accepted(Message):
+    """One key that is accepted."""
+
+    sha256: Fingerprint
+    until: Real | None = None  # seconds since 1970; None: until the grant expires
+
+
+class Grant(Message):
+    """What the keys of one ApiKey open."""
+
+    limits: ClassVar[Limits] = Limits(CONFIGMAP, depth=4, values=10_000)
+
+    schema_version: Whole = 1
+    namespace: Name
+    name: Name  # of the ApiKey
+    keys: Annotated[list[Accepted], Field(max_length=MOST_ACCEPTED)]
+    models: list[Name] | None = None  # full names, <namespace>/<route>; None: all of the namespace
+    expires: Real | None = None  # seconds since 1970
+    end_streams: bool = False  # whether running answers end with the key
+
+
+class KeyState(Message):
+    """How long a key has been in its Secret, and which one was there before. It is beside the key."""
+
+    rotation: Whole
+    since: Name  # a time, in the format of status.now()
+    previous: Fingerprint | None = None  # of the key before the last rotation
+    previous_until: Name | None = None

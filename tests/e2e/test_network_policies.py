@@ -57,6 +57,7 @@ def deny(source: str, *targets: tuple[str, int], protocol: str = "TCP") -> list[
 
 API, ENGINE, AGENT, S3, IDENTITY = ("api", 443), ("serving", 8000), ("serving", 8081), ("store", 7070), ("store", 7071)
 GATEWAY, OPERATOR, RENDEZVOUS, KUBELET = ("gateway", 8080), ("operator", 9090), ("rank 0", 29500), ("node", 10250)
+METRICS = ("gateway", 9090)
 INTERNET, PLAIN, DATABASE = (HUB, 443), (HUB, 80), ("other", 5432)
 OVER_IPV6 = [("other over IPv6", 443)] if IPV6 else []
 ADDRESSES = [(address, port) for address in METADATA for port in (53, 80, 443)]
@@ -71,15 +72,25 @@ TABLE = [
     # The agent needs the API server. The engine is in the same pod, but has no token.
     *allow("serving", API, S3, INTERNET),
     *deny(
-        "serving", GATEWAY, IDENTITY, OPERATOR, RENDEZVOUS, KUBELET, PLAIN, DATABASE, ("other", 8000), ("other", 443)
+        "serving",
+        GATEWAY,
+        METRICS,
+        IDENTITY,
+        OPERATOR,
+        RENDEZVOUS,
+        KUBELET,
+        PLAIN,
+        DATABASE,
+        ("other", 8000),
+        ("other", 443),
     ),
     *allow("trainer", S3, RENDEZVOUS, INTERNET),
     *deny("trainer", API, ENGINE, AGENT, GATEWAY, IDENTITY, OPERATOR, KUBELET, PLAIN, DATABASE, ("other", 443)),
     # A neighbour in the same namespace, another one with the gateway's labels in its own, and the pod that may scrape.
     *deny("bystander", ENGINE, AGENT, S3, IDENTITY, OPERATOR, RENDEZVOUS),
-    *deny("impostor", ENGINE, AGENT, S3, IDENTITY, OPERATOR, RENDEZVOUS),
+    *deny("impostor", ENGINE, AGENT, S3, IDENTITY, OPERATOR, METRICS, RENDEZVOUS),
     *allow("impostor", GATEWAY),
-    *allow("scraper", AGENT, OPERATOR),
+    *allow("scraper", AGENT, OPERATOR, METRICS),
     *deny("scraper", ENGINE, IDENTITY, S3, RENDEZVOUS),
     # The kubelet's probes come from the node.
     *allow("node", ENGINE, AGENT, S3, GATEWAY),

@@ -56,7 +56,7 @@ class World:
     """The engines, the gateway and the client."""
 
     def __init__(self, gateway: Gateway, session: aiohttp.ClientSession, url: str) -> None:
-        self.gateway, self.session, self.url = gateway, session, url
+        self.gateway, self.session, self.url, self.metrics_url = gateway, session, url, ""
         self.engines: list[FakeEngine] = []
         self.addresses: list[str] = []
 
@@ -74,7 +74,7 @@ class World:
         return self.session.get(self.url + path, headers=bearer(key))
 
     async def metric(self, line: str) -> bool:
-        async with self.session.get(self.url + "/metrics") as response:
+        async with self.session.get(self.metrics_url) as response:
             return line in (await response.text()).splitlines()
 
 
@@ -91,6 +91,8 @@ async def world(engines: int = 1, api_keys: ApiKeys | None = None, **settings: A
             made.engines.append(engine)
             made.addresses.append(await stack.enter_async_context(listening(engine.app())))
         made.url = "http://" + await stack.enter_async_context(listening(gateway.application()))
+        shown = await stack.enter_async_context(listening(gateway.metrics_application()))
+        made.metrics_url = f"http://{shown}/metrics"
         if engines:
             made.update(table(*made.addresses))
         yield made

@@ -65,6 +65,9 @@ async def serve(settings: Settings) -> int:
         await runner.setup()
         connections = Connections(settings.connections, shared=Proxies(settings.trusted_proxies).trusts)
         await connections.site(runner, settings.listen_address or None, settings.port).start()
+        shown = web.AppRunner(gateway.metrics_application(), access_log=None)
+        await shown.setup()
+        await web.TCPSite(shown, settings.listen_address or None, settings.metrics_port).start()
         log.info("the gateway listens on port %d", settings.port, extra={"namespace": settings.namespace})
 
         following = asyncio.create_task(follower.run(), name="follower")
@@ -95,6 +98,7 @@ async def serve(settings: Settings) -> int:
         await asyncio.wait({finish, impatient}, return_when=asyncio.FIRST_COMPLETED)
         for left in (*endless, stopped, finish, impatient):
             left.cancel()
+        await shown.cleanup()
         await client.close()
     return code
 

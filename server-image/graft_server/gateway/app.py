@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = web.RequestKey("model", str)  # set once the model is known to exist
 CALLER = web.RequestKey("caller", Caller)  # set if clients need a key
-NOT_COUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
+NOT_COUNTED = frozenset({"/healthz", "/readyz"})
 VALID_ID = re.compile(r"[!-~]{1,128}")  # of a request; it becomes a header again
 
 
@@ -108,12 +108,17 @@ class Gateway:
         )
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post(CHAT, partial(self._complete, CHAT))
         app.router.add_post(COMPLETIONS, partial(self._complete, COMPLETIONS))
         app.on_response_prepare.append(self._close_when_draining)
+        return app
+
+    def metrics_application(self) -> web.Application:
+        """Return the application with the metrics. They name the models of all tenants, so clients do not reach its port."""
+        app = web.Application(handler_args=handler_args(self._settings.keepalive_timeout))
+        app.router.add_get("/metrics", self._show_metrics)
         return app
 
     @web.middleware

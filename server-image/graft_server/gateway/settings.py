@@ -25,6 +25,7 @@ class Settings:
     namespace: str = "default"
     listen_address: str = ""
     port: int = GATEWAY_PORT
+    metrics_port: int = 9090
     max_body_bytes: int = MAX_BODY_BYTES
     max_body_depth: int = 32  # of nested objects and arrays in a request
     max_body_values: int = 200_000  # in all objects and arrays of a request; a prompt of token ids has one per token
@@ -93,7 +94,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     here = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None
     flag("namespace", str, "namespace of the routes ConfigMaps", os.environ.get("POD_NAMESPACE") or here)
     flag("listen-address", str, "address to listen on; empty: all addresses")
-    flag("port", int, "port for all routes, including /metrics")
+    flag("port", int, "port for clients and probes")
+    flag("metrics-port", int, "port for /metrics")
     flag("max-body-bytes", int, "largest request body, in bytes")
     flag("max-body-depth", int, "levels of nested objects and arrays in a request body")
     flag("max-body-values", int, "values in a request body")

@@ -97,7 +97,8 @@ def write_kubeconfig(plane: ControlPlane, path: Path, token: str) -> Path:
     return path
 
 
-OPEN = {"GRAFT_GATEWAY_AUTHENTICATION": "none"}  # clients need no key
+# Clients need no key. The port is free on all addresses.
+OPEN = {"GRAFT_GATEWAY_AUTHENTICATION": "none", "GRAFT_GATEWAY_METRICS_PORT": "9191"}
 
 
 @contextmanager

@@ -92,6 +92,16 @@ async def test_other_notations_are_refused(header: str) -> None:
             await refused(response, 401, "invalid_api_key")
 
 
+async def test_metrics_are_not_at_the_port_of_the_clients() -> None:
+    """They name the models of all tenants."""
+    async with locked(grant()) as (made, _):
+        async with made.post(key=KEYS[0]) as response:
+            assert response.status == 200
+        async with made.get("/metrics", KEYS[0]) as response:
+            await refused(response, 404, "not_found")
+        assert await made.metric(f'graft_gateway_requests_total{{model="{MODEL}",status="200"}} 1.0')
+
+
 async def test_two_keys_in_one_request_are_refused() -> None:
     async with locked(grant(), grant(KEYS[1], "team-b")) as (made, _):
         headers = [("Authorization", f"Bearer {key}") for key in KEYS[:2]]

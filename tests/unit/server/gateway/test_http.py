@@ -153,7 +153,7 @@ async def test_another_replica_takes_over_before_the_first_byte(how: str) -> Non
             async with made.post(stream=how == "broken") as response:
                 assert response.status == 200, await response.text()
         assert made.engines[0].requests and len(made.engines[1].requests) == 8
-        async with made.session.get(made.url + "/metrics") as response:
+        async with made.session.get(made.metrics_url) as response:
             assert f'graft_gateway_retries_total{{reason="{how}"}}' in await response.text()
 
 
@@ -163,7 +163,7 @@ async def test_an_unreachable_replica_is_avoided_for_a_while() -> None:
         for _ in range(20):
             async with made.post() as response:
                 assert response.status == 200
-        async with made.session.get(made.url + "/metrics") as response:
+        async with made.session.get(made.metrics_url) as response:
             text = await response.text()
         assert 'graft_gateway_retries_total{reason="connect"} 1.0' in text  # tried once, then avoided
 
@@ -397,7 +397,7 @@ async def test_on_sigterm_the_gateway_process_finishes_running_requests(tmp_path
         port = closed_port().rpartition(":")[2]
         url = f"http://127.0.0.1:{port}"
         flags = ["--port", port, "--namespace", "graft", "--shutdown-delay", "0.2", "--drain-seconds", "20"]
-        flags += ["--authentication", "none"]
+        flags += ["--authentication", "none", "--metrics-port", closed_port().rpartition(":")[2]]
         process = await start("graft_server.gateway", {"KUBECONFIG": kubeconfig(tmp_path, api)}, *flags)
         try:
 

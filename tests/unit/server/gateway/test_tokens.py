@@ -118,7 +118,7 @@ async def test_wrong_counts_of_an_engine_are_not_counted() -> None:
         made.engines[0].answer = answer
         async with made.post() as response:
             assert response.status == 200
-        async with made.session.get(f"{made.url}/metrics") as response:
+        async with made.session.get(made.metrics_url) as response:
             assert "graft_gateway_tokens_total{" not in await response.text()
 
 

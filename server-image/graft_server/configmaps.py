@@ -125,11 +125,30 @@ class ConfigMaps:
         query = {"fieldManager": manager, "force": "true"}
         await self._json("PATCH", f"{self._path}/{quote(name, safe='')}", query, body)
 
+    async def replace_keys(
+        self, name: str, config_map: Mapping[str, Any], keys: Mapping[str, str | None]
+    ) -> dict[str, Any]:
+        """Set or remove keys of a ConfigMap, if it is still as it was read. Return it as it is then.
+
+        `config_map`: the ConfigMap as it was read. Raises KubeError(409) if somebody has changed it, KubeError(404) if it
+        was deleted.
+        """
+        metadata = {key: config_map["metadata"][key] for key in ("uid", "resourceVersion")}
+        body = {"metadata": metadata, "data": dict(keys)}
+        return await self._json("PATCH", f"{self._path}/{quote(name, safe='')}", {}, body, content="merge-patch+json")
+
     async def _json(
-        self, method: str, path: str, query: dict[str, str], body: object = None, *, most: int = OBJECT_BYTES
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        body: object = None,
+        *,
+        most: int = OBJECT_BYTES,
+        content: str = "apply-patch+yaml",
     ) -> dict[str, Any]:
         try:
-            response = await self._send(method, path, query, body)
+            response = await self._send(method, path, query, body, content=content)
             async with response:
                 data = await beginning(response, most + 1)
             if len(data) > most:
@@ -146,10 +165,11 @@ class ConfigMaps:
         query: dict[str, str],
         body: object = None,
         limits: aiohttp.ClientTimeout = REQUEST_TIMEOUT,
+        content: str = "apply-patch+yaml",
     ) -> aiohttp.ClientResponse:
         headers = {"Accept": "application/json"}
         if method == "PATCH":
-            headers["Content-Type"] = "application/apply-patch+yaml"
+            headers["Content-Type"] = f"application/{content}"
         try:
             _, url, headers, body, _ = await self._client.param_serialize(
                 method, path, header_params=headers, body=body, auth_settings=["BearerToken"]

@@ -13,6 +13,7 @@ from pydantic import Field
 from graft.bounded import Limits
 from graft.contracts.enginekeys import Fingerprint
 from graft.contracts.message import CONFIGMAP, Message, Name, Real, Whole
+from graft.contracts.usage import Allowance
 
 API_KEYS_SECRET = "graft-api-keys"  # noqa: S105 - the name of the Secret with the keys of a namespace, one entry each
 API_KEY_COMPONENT = "api-key"
@@ -52,6 +53,7 @@ class Grant(Message):
     models: list[Name] | None = None  # full names, <namespace>/<route>; None: all of the namespace
     expires: Real | None = None  # seconds since 1970
     end_streams: bool = False  # whether running answers end with the key
+    allowance: Allowance | None = None  # what the keys may use together; None: no limits
 
 
 class KeyState(Message):

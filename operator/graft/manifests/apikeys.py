@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from graft.api.meta import Resource
 from graft.contracts.apikeys import API_KEY_COMPONENT, API_KEYS_SECRET, GRANT_KEY, Grant
+from graft.contracts.usage import USAGE_COMPONENT, USAGE_CONFIGMAP
 from graft.manifests.metadata import COMPONENT, Manifest, labels
 from graft.settings import Settings
 
@@ -27,6 +28,13 @@ def api_keys_secret(namespace: str) -> Manifest:
 def encoded(entries: Mapping[str, str]) -> dict[str, str]:
     """Return entries of a Secret as its `data`."""
     return {name: base64.b64encode(text.encode()).decode() for name, text in entries.items()}
+
+
+def usage_config_map(settings: Settings) -> Manifest:
+    """Return the ConfigMap in which gateways record what keys have used, without its entries."""
+    labels = {"app.kubernetes.io/managed-by": "graft", COMPONENT: USAGE_COMPONENT}
+    metadata = {"name": USAGE_CONFIGMAP, "namespace": settings.namespace, "labels": labels}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
 
 
 def grant_name(key: Resource) -> str:

@@ -26,8 +26,9 @@ from graft.contracts.apikeys import (
     new_api_key,
     sha256_of,
 )
+from graft.contracts.usage import Allowance
 from graft.kube import KubeError, Manifest
-from graft.manifests.apikeys import api_keys_secret, encoded, grant_config_map, grant_name
+from graft.manifests.apikeys import api_keys_secret, encoded, grant_config_map, grant_name, usage_config_map
 from graft.reconcile.shared.access import Trouble, refusal_of
 from graft.reconcile.shared.context import WAITING, Context
 from graft.reconcile.shared.ending import delete_grant
@@ -165,10 +166,13 @@ def grant_of(api_key: ApiKey, keys: list[Accepted]) -> Grant:
         models=None if spec.models is None else [f"{namespace}/{route}" for route in spec.models],
         expires=None if spec.expires_at is None else _seconds(spec.expires_at),
         end_streams=spec.end_streams,
+        allowance=None if spec.limits is None else Allowance.model_validate(spec.limits.model_dump()),
     )
 
 
 async def _publish(ctx: Context, api_key: ApiKey, keys: list[Accepted]) -> None:
+    if api_key.spec.limits is not None:  # gateways write its entries, and do not create it
+        await ctx.kube.ensure(usage_config_map(ctx.settings))
     await ctx.kube.ensure(grant_config_map(api_key, grant_of(api_key, keys), ctx.settings))
 
 

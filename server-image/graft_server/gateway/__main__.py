@@ -18,6 +18,7 @@ from graft_server.gateway.app import Gateway
 from graft_server.gateway.callers import Proxies
 from graft_server.gateway.demand import Reporter
 from graft_server.gateway.keys import Keys
+from graft_server.gateway.ledger import Ledger
 from graft_server.gateway.settings import Settings, parse
 from graft_server.logs import log_json
 
@@ -50,8 +51,9 @@ async def serve(settings: Settings) -> int:
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
         keys = Keys()
         api_keys = ApiKeys() if settings.authentication == "keys" else None
-        gateway = Gateway(session, settings, lambda: follower.age, keys, api_keys)
         configmaps = ConfigMaps(client, settings.namespace)
+        ledger = Ledger(configmaps, settings.name)
+        gateway = Gateway(session, settings, lambda: follower.age, keys, api_keys, ledger)
         follower = Follower(configmaps, SELECTOR, gateway.update)
         secrets = ConfigMaps(client, settings.namespace, "secrets")
         key_follower = Follower(secrets, {"fieldSelector": f"metadata.name={GATEWAY_KEYS}"}, keys.update)
@@ -80,6 +82,7 @@ async def serve(settings: Settings) -> int:
             grants = Follower(configmaps, GRANTS, api_keys.update)
             endless.append(asyncio.create_task(grants.run(), name="API keys"))
             endless.append(asyncio.create_task(api_keys.watch(), name="expiry of API keys"))
+            endless.append(asyncio.create_task(ledger.run(), name="limits of API keys"))
         else:
             log.warning("clients need no key (--authentication none): everybody may use every model")
         await asyncio.wait({*endless, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -99,6 +102,7 @@ async def serve(settings: Settings) -> int:
         for left in (*endless, stopped, finish, impatient):
             left.cancel()
         await shown.cleanup()
+        await ledger.close()
         await client.close()
     return code
 

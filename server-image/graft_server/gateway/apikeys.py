@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from graft.bounded import OutOfBounds
 from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, sha256_of
+from graft.contracts.usage import Allowance, usage_key
 
 from graft_server.gateway.errors import unauthorized
 
@@ -125,6 +126,16 @@ class ApiKeys:
     def opens(self, caller: Caller, model: str) -> bool:
         """Return whether a caller may use a model now."""
         return caller is ANYBODY or bool(self._opening(caller, model))
+
+    def allowance(self, caller: Caller, model: str) -> tuple[str, Allowance] | None:
+        """Return the limits that hold for a caller of a model, and the key under which they are counted. None: no limits.
+
+        If several ApiKeys of the namespace have the caller's key, the first by name counts.
+        """
+        for item in sorted(self._opening(caller, model), key=lambda item: item.grant.name):
+            if item.grant.allowance is not None:
+                return usage_key(item.grant.namespace, item.grant.name), item.grant.allowance
+        return None
 
     def models(self, caller: Caller) -> Mapping[str, frozenset[str] | None] | None:
         """Return the namespaces whose models a caller may use, each with the models; None: all. None: everything."""

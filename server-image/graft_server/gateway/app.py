@@ -6,8 +6,10 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -15,6 +17,7 @@ from graft.contracts.gateway import Backend, RouteTarget
 
 from graft_server.configmaps import Snapshot
 from graft_server.connections import answer_guarded, handler_args
+from graft_server.gateway import fields
 from graft_server.gateway.apikeys import ANYBODY, NOBODY, ApiKeys, Caller
 from graft_server.gateway.bodies import Bodies
 from graft_server.gateway.cards import Listing, card
@@ -22,13 +25,14 @@ from graft_server.gateway.demand import Waiting
 from graft_server.gateway.errors import ApiError, busy, crowded, no_route, unavailable, unknown_model
 from graft_server.gateway.fields import CHAT, COMPLETIONS
 from graft_server.gateway.keys import Keys
+from graft_server.gateway.ledger import Ledger, Reservation
 from graft_server.gateway.metrics import UNKNOWN, Metrics
 from graft_server.gateway.parts import Parts
 from graft_server.gateway.proxy import BROKEN, REQUEST_ID, Call, Proxy
 from graft_server.gateway.sequence import answer_in_steps
 from graft_server.gateway.settings import Settings
 from graft_server.gateway.table import Model
-from graft_server.inflight import Full, InFlight
+from graft_server.inflight import Full, InFlight, Share
 from graft_server.threads import in_thread
 
 log = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ class Gateway:
         table_age: Callable[[], float | None],
         keys: Keys | None = None,  # None: engines need no key
         api_keys: ApiKeys | None = None,  # None: clients need no key
+        ledger: Ledger | None = None,  # None: keys have no limits
     ) -> None:
         self.metrics = Metrics()
         self.draining = False
@@ -58,6 +63,7 @@ class Gateway:
         self._table_age = table_age
         self._keys = keys
         self._api_keys = api_keys
+        self._ledger = ledger
         self._proxy = Proxy(session, settings, self.metrics, keys, api_keys)
         self.waiting = Waiting(settings, self.metrics)
         self.bytes = InFlight()
@@ -260,21 +266,50 @@ class Gateway:
             payload = await self._bodies.payload(request, path, share)
             model = self._find(request, payload["model"])
             request[MODEL] = model.name
-            with self.waiting.counted(model):
-                model, target = await self._target(request, model)
-                call = Call(request, model, target, payload, began, share, request.get(CALLER, ANYBODY))
-                if model.steps:
-                    return await answer_in_steps(
-                        self._proxy, call, partial(self._newest, model.name), self._settings.step_tokens
-                    )
-
-                def replicas() -> tuple[Backend, ...]:
-                    newest = self._newest(model.name)
-                    return newest.replicas(target) if newest else ()
-
-                return await self._proxy.answer(call, replicas)
+            async with self._reserved(request, model, payload) as reservation:
+                return await self._answer(request, model, payload, began, share, reservation)
         finally:
             share.close()
+
+    @asynccontextmanager
+    async def _reserved(
+        self, request: web.Request, model: Model, payload: dict[str, Any]
+    ) -> AsyncIterator[Reservation | None]:
+        """Reserve what a request may spend of the limits of its key. Raises ApiError 429."""
+        caller = request.get(CALLER)
+        found = (
+            self._api_keys.allowance(caller, model.name) if self._api_keys is not None and caller is not None else None
+        )
+        if found is None or self._ledger is None:
+            yield None
+            return
+        tokens = fields.most_tokens(payload, self._settings.step_tokens) * max(1, len(model.steps))
+        async with self._ledger.reserved(*found, tokens) as reservation:
+            yield reservation
+
+    async def _answer(
+        self,
+        request: web.Request,
+        model: Model,
+        payload: dict[str, Any],
+        began: float,
+        share: Share,
+        reservation: Reservation | None,
+    ) -> web.StreamResponse:
+        with self.waiting.counted(model):
+            model, target = await self._target(request, model)
+            caller = request.get(CALLER, ANYBODY)
+            call = Call(request, model, target, payload, began, share, caller, reservation)
+            if model.steps:
+                return await answer_in_steps(
+                    self._proxy, call, partial(self._newest, model.name), self._settings.step_tokens
+                )
+
+            def replicas() -> tuple[Backend, ...]:
+                newest = self._newest(model.name)
+                return newest.replicas(target) if newest else ()
+
+            return await self._proxy.answer(call, replicas)
 
     def _newest(self, name: str) -> Model | None:
         return self.parts.table.find(name)

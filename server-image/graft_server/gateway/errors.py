@@ -1,5 +1,7 @@
 """Errors in OpenAI's shape."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -23,8 +25,10 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self.headers = dict(headers or {})
         self.status = status
         self.code = code
         self.kind = kind
@@ -38,7 +42,7 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         """Return the HTTP response."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = self.headers | ({} if self.retry_after is None else {"Retry-After": str(self.retry_after)})
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.json_response(self.body, status=self.status, headers=headers)
@@ -79,6 +83,38 @@ def unknown_model(name: str) -> ApiError:
 def unauthorized(message: str) -> ApiError:
     """Return the 401 for a request without a key that works, as OpenAI's API answers it."""
     return ApiError(401, "invalid_api_key", f"{message} An ApiKey of your namespace makes one.")
+
+
+def exceeded(what: str, limit: int | None, seconds: float, headers: Mapping[str, str]) -> ApiError:
+    """Return the 429 for a request beyond a limit of its key. `seconds`: until it may be sent again."""
+    return ApiError(
+        429,
+        "rate_limit_exceeded",
+        f"The API key may have {limit} {what}, and they are used up.",
+        kind="rate_limit",
+        retry_after=max(1, math.ceil(seconds)),
+        headers=headers,
+    )
+
+
+def too_many_tokens(what: str, limit: int, tokens: int) -> ApiError:
+    """Return the 429 for a request that is larger than a limit. Waiting does not help."""
+    return ApiError(
+        429,
+        "request_too_large",
+        f"The request may need {tokens} tokens (its prompt and max_tokens), and the API key may have {limit} {what}. Set a "
+        f"smaller max_tokens.",
+        kind="rate_limit",
+        param="max_tokens",
+    )
+
+
+def no_lease() -> ApiError:
+    """Return the 429 while the gateway cannot ask how much of a limit is left."""
+    message = (
+        "The gateway cannot reach the record of what the API key has used, and has spent its own part of the limit."
+    )
+    return ApiError(429, "limits_unavailable", message, kind="rate_limit", retry_after=2)
 
 
 def no_route(method: str, path: str) -> ApiError:

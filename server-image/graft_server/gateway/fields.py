@@ -5,6 +5,7 @@ arguments reach the engine's plug-ins. So only the fields below are passed on. T
 vLLM's sampling. A field that is null counts as absent.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,21 @@ def passed_on(payload: Mapping[str, Any], path: str) -> dict[str, Any]:
             if passed["stream_options"].get(name) is not None
         }
     return passed
+
+
+def most_tokens(payload: Mapping[str, Any], default: int) -> int:
+    """Return about how many tokens a request can cost: its prompt, and all answers that it asks for (PURE).
+
+    The gateway has no tokenizer, so four characters count as a token. `default`: of an answer, if the request has no limit.
+    """
+    prompt = payload.get("messages") or payload.get("prompt") or ""
+    if isinstance(prompt, list) and prompt and all(isinstance(item, int) for item in prompt):
+        size, prompts = len(prompt), 1
+    else:
+        size = len(json.dumps(prompt, ensure_ascii=False)) // 4 + 1
+        prompts = len(prompt) if isinstance(prompt, list) and "prompt" in payload else 1
+    limit = payload.get("max_completion_tokens") or payload.get("max_tokens") or default
+    return size + int(limit) * int(payload.get("n") or 1) * max(1, prompts)
 
 
 def is_integer(value: Any, low: int, high: int) -> bool:

@@ -25,6 +25,7 @@ from graft_server.gateway.apikeys import ANYBODY, ApiKeys, Caller
 from graft_server.gateway.errors import ApiError, busy, engine_error, timed_out, unavailable, upstream_broke
 from graft_server.gateway.fields import for_engine
 from graft_server.gateway.keys import Keys
+from graft_server.gateway.ledger import Reservation
 from graft_server.gateway.metrics import Metrics
 from graft_server.gateway.rewrite import Differs, StreamRewriter, Words, error_event, rewrite_answer
 from graft_server.gateway.settings import Settings
@@ -71,6 +72,7 @@ class Call:
     began: float
     share: Share  # of the bytes in flight
     caller: Caller = ANYBODY
+    reservation: Reservation | None = None  # of its key's limits
     before: list[dict[str, Any]] = field(default_factory=list)  # for a sequence: the finished steps
     spent: dict[str, int] = field(default_factory=dict)  # tokens of the finished steps
     for_client: bool = True  # if False, the answer becomes the next step's question
@@ -155,7 +157,13 @@ class Proxy:
             return call.sending.response
         finally:
             if call.sending is not None:
-                self._metrics.count_tokens(call.model.name, call.sending.words.used)
+                self._count(call, call.sending.words)
+
+    def _count(self, call: Call, words: Words) -> None:
+        """Count the tokens of an answer, and of what its key may use."""
+        self._metrics.count_tokens(call.model.name, words.used)
+        if call.reservation is not None:
+            call.reservation.spent += words.used.get("total_tokens", 0)
 
     async def _answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
         tried: set[str] = set()
@@ -196,6 +204,8 @@ class Proxy:
             upstream = await self._send(call, backend)
             if upstream.status >= 400:
                 await self._refused(call, upstream)
+            if call.reservation is not None:
+                call.reservation.answered = True
             if upstream.content_type == "text/event-stream":
                 return await self._stream(call, upstream)
             if upstream.status != 200:
@@ -280,7 +290,7 @@ class Proxy:
             headers["X-Graft-Adapter"] = call.target.adapter
         if call.target.version:
             headers["X-Graft-Version"] = call.target.version
-        return headers
+        return headers | (dict(call.reservation.headers) if call.reservation is not None else {})
 
     async def _plain(self, call: Call, upstream: aiohttp.ClientResponse) -> web.Response:
         try:
@@ -297,7 +307,7 @@ class Proxy:
                 body = await in_thread(self._rewriting, rewrite_answer, body, words, self._limits)
         except OutOfBounds as error:
             raise upstream_broke(str(error)) from error
-        self._metrics.count_tokens(call.model.name, words.used)
+        self._count(call, words)
         if call.for_client:
             self._metrics.first_byte.labels(self._metrics.label(call.model.name)).observe(time.monotonic() - call.began)
         return web.Response(

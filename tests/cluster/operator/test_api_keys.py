@@ -10,6 +10,7 @@ import pytest
 from graft.artifacts.store import S3Store
 from graft.contracts.apikeys import API_KEYS_SECRET, KEY, new_api_key, sha256_of
 from worlds.cluster.api import Api, Refused
+from worlds.cluster.api_keys import ask_for, key_of
 from worlds.cluster.front_door import FrontDoor, front_door
 from worlds.cluster.operator_process import SYSTEM, OperatorProcess
 from worlds.cluster.tenant import Tenant
@@ -25,15 +26,6 @@ def two_gateways(api: Api) -> Iterator[list[FrontDoor]]:
         front_door(api, "keys-2", authentication="keys") as two,
     ):
         yield [one, two]
-
-
-def ask_for(tenant: Tenant, name: str, **spec: Any) -> None:
-    tenant.api.create(tenant.resource("ApiKey", name, spec))
-
-
-def key_of(tenant: Tenant, name: str) -> str:
-    secret = tenant.get("Secret", API_KEYS_SECRET)
-    return base64.b64decode(secret["data"][name]).decode()
 
 
 def everywhere(doors: list[FrontDoor], key: str, expected: object) -> None:

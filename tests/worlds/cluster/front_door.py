@@ -4,7 +4,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,6 +18,7 @@ from graft_server.gateway.__main__ import GRANTS, SELECTOR
 from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.app import Gateway
 from graft_server.gateway.demand import Reporter
+from graft_server.gateway.ledger import Ledger
 from graft_server.gateway.settings import Settings
 from kubernetes.aio.client import ApiClient, Configuration
 from testbed.shell import wait_for
@@ -82,8 +84,11 @@ def _bearer(key: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
-    """Run the gateway on loopback, with its service account. Clients need no key unless `authentication` is keys."""
+def front_door(api: Api, name: str, clock: Callable[[], float] = time.time, **settings: Any) -> Iterator[FrontDoor]:
+    """Run the gateway on loopback, with its service account. Clients need no key unless `authentication` is keys.
+
+    At the end it does not give back what it has leased, as if it were killed. `clock`: of the limits.
+    """
     started, urls, stop, loop = threading.Event(), list[str](), asyncio.Event(), asyncio.new_event_loop()
 
     async def serve() -> None:
@@ -92,10 +97,11 @@ def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
         configuration.api_key = {"authorization": f"Bearer {api.token(SYSTEM, 'graft-gateway')}"}
         client = ApiClient(configuration)
         configmaps = ConfigMaps(client, SYSTEM)
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             options = Settings(**{"namespace": SYSTEM, "name": name, "authentication": "none", **settings})
             api_keys = ApiKeys() if options.authentication == "keys" else None
-            gateway = Gateway(session, options, lambda: follower.age, api_keys=api_keys)
+            ledger = Ledger(configmaps, name, clock)
+            gateway = Gateway(session, options, lambda: follower.age, api_keys=api_keys, ledger=ledger)
             follower = Follower(configmaps, SELECTOR, gateway.update)
             runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
             await runner.setup()
@@ -105,6 +111,7 @@ def front_door(api: Api, name: str, **settings: Any) -> Iterator[FrontDoor]:
             if api_keys is not None:
                 tasks.append(asyncio.create_task(Follower(configmaps, GRANTS, api_keys.update).run()))
                 tasks.append(asyncio.create_task(api_keys.watch()))
+                tasks.append(asyncio.create_task(ledger.run()))
             urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
             started.set()
             await stop.wait()

@@ -1,0 +1,133 @@
+"""What this gateway may still spend of the limits of each key, from the slices that it has leased (PURE)."""
+
+from dataclasses import dataclass, field
+
+from graft.contracts.usage import MINUTE, Allowance, Lease, Need, minute_of, month_after, month_of
+
+from graft_server.gateway.errors import ApiError, exceeded, too_many_tokens
+
+SLOTS_KNOWN = 1.0  # seconds for which it is known that all slots are taken
+IDLE = 60.0  # seconds after which an account that nobody uses is given back
+
+
+@dataclass
+class Account:
+    """The slices of one key. Times are in seconds since 1970."""
+
+    allowance: Allowance
+    minute: int = 0
+    month: int = 0
+    requests: int = 0  # left of the slices; negative: spent before they were leased
+    minute_tokens: int = 0
+    month_tokens: int = 0
+    slots: int = 0
+    running: int = 0
+    used: float = 0.0  # when it was used last
+    wanted: int | None = None  # the tokens of a request that waits for a lease
+    others: Need = field(default_factory=Need)  # left for all gateways at the last lease
+    leased: float = 0.0  # when that was; 0: nothing was leased in these windows
+
+    def turn(self, now: float) -> None:
+        """Forget the slices of windows that have ended."""
+        if minute_of(now) > self.minute:
+            self.minute, self.requests, self.leased = minute_of(now), 0, 0.0
+            self.minute_tokens = min(0, self.minute_tokens)  # a debt is paid in the next minute
+        if month_of(now) > self.month:
+            self.month, self.month_tokens, self.leased = month_of(now), min(0, self.month_tokens), 0.0
+
+    def take(self, tokens: int, now: float) -> bool:
+        """Spend a request with its tokens, if the slices have them."""
+        self.used = now
+        if any(self._missing(tokens)):
+            return False
+        self.requests -= 1
+        self.minute_tokens -= tokens
+        self.month_tokens -= tokens
+        self.running += 1
+        return True
+
+    def settle(self, reserved: int, spent: int, minute: int, month: int, now: float) -> None:
+        """End a request: give back the tokens that it did not spend, in the windows in which they were reserved."""
+        self.turn(now)
+        self.running -= 1
+        self.used = now
+        if self.minute == minute:
+            self.minute_tokens += reserved - spent
+        if self.month == month:
+            self.month_tokens += reserved - spent
+
+    def refusal(self, tokens: int, now: float) -> ApiError | None:
+        """Return why a request is refused, or None if a lease may help. It is called after `take`."""
+        limits, missing = self.allowance, Need(*self._missing(tokens))
+        for what, limit in (
+            ("tokens per minute", limits.tokens_per_minute),
+            ("tokens per month", limits.tokens_per_month),
+        ):
+            if limit is not None and tokens > limit:
+                return too_many_tokens(what, limit, tokens)
+        if not self.leased:
+            return None
+        if missing.requests > self.others.requests:
+            return exceeded(
+                "requests per minute", limits.requests_per_minute, self.minute + MINUTE - now, self.headers(now)
+            )
+        if missing.minute_tokens > self.others.minute_tokens:
+            return exceeded(
+                "tokens per minute", limits.tokens_per_minute, self.minute + MINUTE - now, self.headers(now)
+            )
+        if missing.month_tokens > self.others.month_tokens:
+            return exceeded("tokens per month", limits.tokens_per_month, month_after(now) - now, self.headers(now))
+        if missing.slots > self.others.slots and now - self.leased < SLOTS_KNOWN:
+            return exceeded("concurrent requests", limits.concurrent_requests, 1.0, self.headers(now))
+        return None
+
+    def need(self) -> Need:
+        """Return what the next lease should bring: what one waiting request lacks, and the slots that are in use."""
+        missing = Need(*self._missing(self.wanted or 0)) if self.wanted is not None else Need()
+        slots = (
+            0 if self.allowance.concurrent_requests is None else self.running + (1 if self.wanted is not None else 0)
+        )
+        return missing._replace(slots=slots)
+
+    def add(self, lease: Lease, now: float) -> None:
+        """Take a lease."""
+        if lease.minute > self.minute:
+            self.minute, self.requests, self.minute_tokens = lease.minute, 0, min(0, self.minute_tokens)
+        if lease.month > self.month:
+            self.month, self.month_tokens = lease.month, min(0, self.month_tokens)
+        if lease.minute == self.minute:
+            self.requests += lease.got.requests
+            self.minute_tokens += lease.got.minute_tokens
+        if lease.month == self.month:
+            self.month_tokens += lease.got.month_tokens
+        self.slots, self.others, self.leased, self.wanted = lease.got.slots, lease.left, now, None
+
+    def surplus(self) -> Need:
+        """Return what is given back when the account is not used any more: negative amounts."""
+        return Need(-max(0, self.requests), -max(0, self.minute_tokens), -max(0, self.month_tokens), 0)
+
+    def idle(self, now: float) -> bool:
+        return self.running == 0 and self.wanted is None and now - self.used > IDLE
+
+    def headers(self, now: float) -> dict[str, str]:
+        """Return OpenAI's headers for the limits of a minute. What is left is what this gateway knows of."""
+        found, seconds = {}, max(0, round(self.minute + MINUTE - now))
+        for name, limit, left in (
+            ("requests", self.allowance.requests_per_minute, self.requests + self.others.requests),
+            ("tokens", self.allowance.tokens_per_minute, self.minute_tokens + self.others.minute_tokens),
+        ):
+            if limit is not None:
+                found[f"x-ratelimit-limit-{name}"] = str(limit)
+                found[f"x-ratelimit-remaining-{name}"] = str(max(0, min(limit, left)))
+                found[f"x-ratelimit-reset-{name}"] = f"{seconds}s"
+        return found
+
+    def _missing(self, tokens: int) -> tuple[int, int, int, int]:
+        """Return what the slices lack for one more request."""
+        limits = self.allowance
+        return (
+            0 if limits.requests_per_minute is None else max(0, 1 - self.requests),
+            0 if limits.tokens_per_minute is None else max(0, tokens - self.minute_tokens),
+            0 if limits.tokens_per_month is None else max(0, tokens - self.month_tokens),
+            0 if limits.concurrent_requests is None else max(0, self.running + 1 - self.slots),
+        )

@@ -1,0 +1,119 @@
+"""The limits of an API key over three gateways, which lease them through a real API server."""
+
+import asyncio
+from collections import Counter
+from contextlib import ExitStack
+
+import aiohttp
+from aiohttp import web
+from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.usage import SLICES, USAGE_CONFIGMAP, usage_key
+from worlds.cluster.api_keys import ask_for, key_of
+from worlds.cluster.front_door import FrontDoor, front_door
+from worlds.cluster.operator_process import SYSTEM
+from worlds.cluster.tenant import Tenant
+from worlds.serving import listening
+
+BUDGET, REQUESTS, FEWER = 100, 1000, 200
+MONTH = 1_796_083_200  # 2026-12-01
+
+
+class Clock:
+    """The clock of all gateways. A minute ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = MONTH + 10.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def engine(request: web.Request) -> web.Response:
+    await request.read()
+    usage = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    return web.json_response({"id": "c", "choices": [{"text": "hi"}], "usage": usage})
+
+
+def route(tenant: Tenant, address: str) -> str:
+    """Publish a route of the tenant to an engine, as the operator does. Return the model's name."""
+    model = f"{tenant.name}/plain"
+    routes = Routes(
+        namespace=tenant.name, deployment="dep", base_model="base",
+        routes=[RouteEntry(model=model, targets=[RouteTarget(engine_model="base")])],
+        backends=[Backend(pod="pod", address=address, loaded=["base"])],
+    )  # fmt: skip
+    metadata = {"name": f"routes-{tenant.name}", "namespace": SYSTEM, "labels": {"graft.dev/component": "routes"}}
+    tenant.api.create(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {ROUTES_KEY: routes.json_text()}}
+    )
+    return model
+
+
+async def flood(doors: list[FrontDoor], key: str, model: str, count: int) -> Counter[int]:
+    """Send requests at the same time, to the gateways in turn. Return how many were answered with which status."""
+    body, headers = {"model": model, "prompt": "hello", "max_tokens": 8}, {"Authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(number: int) -> int:
+            url = f"{doors[number % len(doors)].url}/v1/completions"
+            async with session.post(url, json=body, headers=headers) as answer:
+                text = await answer.read()
+                if answer.status == 429:
+                    assert int(answer.headers["Retry-After"]) >= 1, text
+                return answer.status
+
+        return Counter(await asyncio.gather(*map(one, range(count))))
+
+
+async def test_a_thousand_requests_at_three_gateways_get_what_one_budget_allows(tenant: Tenant) -> None:
+    app = web.Application()
+    app.router.add_post("/v1/completions", engine)
+    clock, part = Clock(), BUDGET // SLICES + 1  # of a slice, which may be left in a gateway
+    options = {"authentication": "keys", "max_connections": 4096, "max_connections_per_peer": 4096}
+    async with listening(app) as address:
+        model = route(tenant, address)
+        ask_for(tenant, "web", limits={"requestsPerMinute": BUDGET})
+        tenant.until("ApiKey", "web", "Ready", "Issued")
+        key = key_of(tenant, "web")
+        with ExitStack() as stack, ExitStack() as killed:
+            doors = [stack.enter_context(front_door(tenant.api, name, clock, **options)) for name in ("gw-1", "gw-2")]
+            third = killed.enter_context(front_door(tenant.api, "gw-3", clock, **options))
+            for door in (*doors, third):
+                tenant.wait(lambda door=door: door.models(key) == [model], "the gateway knows the key and the model")
+            for minute in range(2):
+                found = await flood([*doors, third], key, model, REQUESTS if minute == 0 else FEWER)
+                assert set(found) == {200, 429} and BUDGET - 3 * part <= found[200] <= BUDGET, found
+                clock.now += 60  # nothing is blocked in the next minute
+            # A gateway is killed right after it has leased. The others lack its slice in this minute, and nothing in the next.
+            assert (await flood([third], key, model, 1))[200] == 1
+            killed.close()
+            found = await flood(doors, key, model, FEWER)
+            assert BUDGET - 3 * part <= found[200] <= BUDGET - 1, found
+            clock.now += 60
+            found = await flood(doors, key, model, FEWER)
+            assert BUDGET - 2 * part <= found[200] <= BUDGET, found
+
+
+async def test_tokens_are_counted_as_the_engine_counts_them(tenant: Tenant) -> None:
+    """Each request reserves 10 tokens and spends 5, so 20 fit into 100 although only 10 are reserved at once."""
+    app = web.Application()
+    app.router.add_post("/v1/completions", engine)
+    clock = Clock()
+    async with listening(app) as address:
+        model = route(tenant, address)
+        ask_for(tenant, "web", limits={"tokensPerMinute": 100, "tokensPerMonth": 150})
+        tenant.until("ApiKey", "web", "Ready", "Issued")
+        key = key_of(tenant, "web")
+        with front_door(tenant.api, "gw-4", clock, authentication="keys") as door:
+            tenant.wait(lambda: door.models(key) == [model], "the gateway knows the key and the model")
+            statuses = [await one_by_one(door, key, model) for _ in range(25)]
+            assert statuses == [200] * 19 + [429] * 6  # the last reservation does not fit
+            clock.now += 60
+            statuses = [await one_by_one(door, key, model) for _ in range(12)]
+            assert statuses == [200] * 10 + [429] * 2  # 150 of the month
+        entry = tenant.api.get("ConfigMap", SYSTEM, USAGE_CONFIGMAP)
+        assert entry is not None and usage_key(tenant.name, "web") in entry["data"]
+
+
+async def one_by_one(door: FrontDoor, key: str, model: str) -> int:
+    return next(iter(await flood([door], key, model, 1)))

@@ -24,20 +24,23 @@ class KeyLimits(Schema):
     """What the clients of a key may use together, over all gateways. There is no limit where a field is absent."""
 
     requests_per_minute: int | None = Field(
-        default=None, ge=1, le=MOST, description="Requests that begin within a minute."
+        default=None, ge=1, le=MOST, description="Number of requests that begin within a minute."
     )
     tokens_per_minute: int | None = Field(
         default=None,
         ge=1,
         le=MOST,
-        description="Tokens of prompts and answers within a minute. A request reserves its prompt and its max_tokens, and gives back "
+        description="Number of tokens of prompts and answers within a minute. A request reserves its prompt and its max_tokens, and gives back "
         "what it does not use.",
     )
     tokens_per_month: int | None = Field(
-        default=None, ge=1, le=1000 * MOST, description="Tokens of prompts and answers within a calendar month, in UTC."
+        default=None,
+        ge=1,
+        le=1000 * MOST,
+        description="Number of tokens of prompts and answers within a calendar month, in UTC.",
     )
     concurrent_requests: int | None = Field(
-        default=None, ge=1, le=MOST, description="Requests that are answered at once."
+        default=None, ge=1, le=MOST, description="Number of requests that are answered at once."
     )
 
 

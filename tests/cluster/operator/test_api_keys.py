@@ -10,8 +10,7 @@ import pytest
 from graft.artifacts.store import S3Store
 from graft.contracts.apikeys import API_KEYS_SECRET, KEY, new_api_key, sha256_of
 from worlds.cluster.api import Api, Refused
-from worlds.cluster.api_keys import ask_for, key_of
-from worlds.cluster.front_door import FrontDoor, front_door
+from worlds.cluster.front_door import FrontDoor, ask_for, front_door, key_of
 from worlds.cluster.operator_process import SYSTEM, OperatorProcess
 from worlds.cluster.tenant import Tenant
 from worlds.cluster.tenants import bind, new_tenant

@@ -8,8 +8,7 @@ import aiohttp
 from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
 from graft.contracts.usage import SLICES, USAGE_CONFIGMAP, usage_key
-from worlds.cluster.api_keys import ask_for, key_of
-from worlds.cluster.front_door import FrontDoor, front_door
+from worlds.cluster.front_door import FrontDoor, ask_for, front_door, key_of
 from worlds.cluster.operator_process import SYSTEM
 from worlds.cluster.tenant import Tenant
 from worlds.serving import listening

@@ -408,9 +408,8 @@ def test_optional_parts_render(template: Any) -> None:
             for item in manifests
             if item["kind"] == "Service" and selector.items() <= item["metadata"]["labels"].items()
         ]
-        assert [port["name"] for item in services for port in item["spec"]["ports"]] == [
-            monitor["spec"]["endpoints"][0]["port"]
-        ]
+        named = [port["name"] for item in services for port in item["spec"]["ports"]]
+        assert named.count(monitor["spec"]["endpoints"][0]["port"]) == 1
 
 
 def test_the_alerts_and_the_dashboard_are_those_of_the_files(template: Any) -> None:
@@ -467,13 +466,14 @@ def test_engines_have_tls_if_the_chart_is_told_to(template: Any) -> None:
     assert operator_settings(template({"engineTLS": {"enabled": True}})).engine_tls is True
 
 
-def test_the_gateway_may_write_only_one_configmap(template: Any) -> None:
+def test_the_gateway_may_write_only_two_configmaps(template: Any) -> None:
     from graft.contracts.gateway import DEMAND_CONFIGMAP
+    from graft.contracts.usage import USAGE_CONFIGMAP
 
     manifests = template({"gateway": {"holdSeconds": 30}})
     writing = [rule for rule in find(manifests, "Role", "graft-gateway")["rules"] if "patch" in rule["verbs"]]
     assert [(rule["resources"], rule["resourceNames"], rule["verbs"]) for rule in writing] == [
-        (["configmaps"], [DEMAND_CONFIGMAP], ["patch"])
+        (["configmaps"], [DEMAND_CONFIGMAP, USAGE_CONFIGMAP], ["patch"])
     ]
     (container,) = pods(manifests)["graft-gateway"]["spec"]["containers"]
     assert container["command"][-2:] == ["--hold-seconds", "30"]

@@ -255,7 +255,7 @@ def test_helm_test_reaches_the_gateway(template: Template) -> None:
 def test_services_are_dual_stack_where_the_cluster_is(template: Template) -> None:
     made = template(SCRAPED | {"metrics": {"serviceMonitor": {"enabled": True}}})
     services = of_kind(made, "Service")
-    assert len(services) == 4
+    assert len(services) == 5
     assert {item["spec"]["ipFamilyPolicy"] for item in services.values()} == {"PreferDualStack"}
 
 

@@ -1,6 +1,7 @@
-"""A gateway in a test, with the chart's rights, and an engine that answers every request."""
+"""A gateway in a test, with the chart's rights, keys for its clients, and an engine that answers every request."""
 
 import asyncio
+import base64
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import aiohttp
 import urllib3
 from aiohttp import web
+from graft.contracts.apikeys import API_KEYS_SECRET
 from graft_server.configmaps import ConfigMaps, Follower
 from graft_server.gateway.__main__ import GRANTS, SELECTOR
 from graft_server.gateway.apikeys import ApiKeys
@@ -25,6 +27,7 @@ from testbed.shell import wait_for
 
 from worlds.cluster.api import Api
 from worlds.cluster.operator_process import SYSTEM
+from worlds.cluster.tenant import Tenant
 
 
 class _IPv6(ThreadingHTTPServer):
@@ -132,3 +135,12 @@ def front_door(api: Api, name: str, clock: Callable[[], float] = time.time, **se
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)
         loop.close()
+
+
+def ask_for(tenant: Tenant, name: str, **spec: Any) -> None:
+    tenant.api.create(tenant.resource("ApiKey", name, spec))
+
+
+def key_of(tenant: Tenant, name: str) -> str:
+    secret = tenant.get("Secret", API_KEYS_SECRET)
+    return base64.b64decode(secret["data"][name]).decode()

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ from graft.status import REASONS
 log = logging.getLogger(__name__)
 
 STUCK_AFTER = 300.0  # seconds; a single reconcile that takes longer hangs
-LISTED_AFTER = 20.0  # seconds; the operator also starts if a kind cannot be listed
+STILL, LISTED_AFTER = 20.0, 90.0  # seconds; see `listed`. The chart's startup probe waits for 120 s
 METRICS_PORT = 9090
 KOPF_AGAIN = 5.0  # seconds until kopf repeats a request that failed
 BRIEF = 4.0  # seconds for an answer of the store to a short call, which is sent at most twice
@@ -120,12 +121,23 @@ async def _start_operator() -> None:
     else:
         operator.tasks.append(asyncio.create_task(_stand(ctx, cache, operator.queue, election), name="election"))
     operator.tasks += cache.start()
-    try:
-        # The probe answers after this. So "healthy" means that new resources are reconciled at once, or that a standby
-        # can take over at once.
-        await asyncio.wait_for(cache.synced(), LISTED_AFTER)
-    except TimeoutError:
-        log.warning("not everything is listed after %.0f s, the operator continues: %s", LISTED_AFTER, cache.missing())
+    await listed(cache)
+
+
+async def listed(cache: Cache) -> None:
+    """Wait until everything is listed. The probe answers after this.
+
+    So "healthy" means that new resources are reconciled at once, or that a standby can take over at once. The operator
+    also starts if no page of a list arrives for STILL seconds, or if the lists take longer than LISTED_AFTER.
+    """
+    began = time.monotonic()
+    while missing := cache.missing():
+        waited = time.monotonic() - began
+        if waited > LISTED_AFTER or all(cache.age(key) > STILL for key in missing):
+            log.warning("not everything is listed after %.0f s, the operator continues: %s", waited, missing)
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(cache.synced(), 1.0)
 
 
 def _show_health(cache: Cache, queue: Queue) -> None:

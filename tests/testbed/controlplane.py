@@ -91,7 +91,8 @@ class ControlPlane:
                 binary("kube-controller-manager"), f"--kubeconfig={keys}/controller-manager.kubeconfig", "--leader-elect=false",
                 f"--service-account-private-key-file={keys}/sa.key", f"--root-ca-file={keys}/ca.crt",
                 "--use-service-account-credentials", f"--service-cluster-ip-range={self.service_cidr}", "--secure-port=0",
-                "--node-monitor-grace-period=40s", *pods,
+                # The garbage collector would delete thousands of objects with 20 requests a second.
+                "--node-monitor-grace-period=40s", "--kube-api-qps=1000", "--kube-api-burst=2000", *pods,
             ],
             netns=self.netns,
         )  # fmt: skip

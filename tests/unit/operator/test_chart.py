@@ -12,7 +12,9 @@ from graft.contracts.agent import TRUSTED_KEYS
 from graft.contracts.apikeys import API_KEYS_SECRET
 from graft.contracts.enginekeys import GATEWAY_KEYS, SENDS_KEYS
 from graft.crdgen import ROOT
+from graft.kinds import KINDS
 from graft.manifests.metadata import labels
+from graft.reconcile.shared import uninstall
 from graft.settings import Allowed, AllowedTaint, Settings, Signing
 from worlds.cluster.chart import CHART, Manifest, helm, run, template
 
@@ -334,6 +336,15 @@ def test_an_uninstall_removes_the_finalizers_after_the_operator(template: Any) -
     assert {item["metadata"]["annotations"]["helm.sh/hook"] for item in hooks} == {"post-delete"}
     assert weight["ServiceAccount"] < weight["ClusterRoleBinding"] < weight["Job"]
     assert pods(hooks)["graft-uninstall"]["spec"]["containers"][0]["command"] == ["python", "-m", "graft", "uninstall"]
+
+
+def test_an_uninstall_knows_every_kind_with_a_finalizer(template: Any) -> None:
+    """A resource that keeps its finalizer could not be deleted any more, and its namespace neither."""
+    folder = ROOT / "operator/graft/reconcile"
+    claiming = [path.relative_to(folder) for path in folder.rglob("*.py") if "ctx.claim(" in path.read_text()]
+    assert {path.parts[0].removesuffix(".py") for path in claiming} == {kind.lower() for kind in uninstall.KINDS}
+    (rule,) = find(template(), "ClusterRole", "graft-uninstall")["rules"]
+    assert set(rule["resources"]) == {KINDS[kind].plural for kind in uninstall.KINDS}
 
 
 def test_the_network_policy_of_the_store_admits_the_pods_that_the_operator_creates(template: Any) -> None:

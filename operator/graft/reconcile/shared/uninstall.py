@@ -11,7 +11,7 @@ from graft.kube import Kube
 from graft.manifests.metadata import FINALIZER
 
 log = logging.getLogger(__name__)
-KINDS = ("AdapterDeployment", "FineTuneJob", "Adapter")
+KINDS = ("AdapterDeployment", "FineTuneJob", "Adapter", "ApiKey")
 
 
 async def uninstall() -> None:

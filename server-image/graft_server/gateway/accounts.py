@@ -12,9 +12,10 @@ IDLE = 60.0  # seconds after which an account that nobody uses is given back
 
 @dataclass
 class Account:
-    """The slices of one key. Times are in seconds since 1970."""
+    """The slices of one key or of one team. Times are in seconds since 1970."""
 
     allowance: Allowance
+    whose: str = "The API key"  # in errors
     minute: int = 0
     month: int = 0
     requests: int = 0  # left of the slices; negative: spent before they were leased
@@ -56,6 +57,12 @@ class Account:
         if self.month == month:
             self.month_tokens += reserved - spent
 
+    def cancel(self, tokens: int, minute: int, month: int, now: float) -> None:
+        """Take back a request that was refused elsewhere."""
+        self.settle(tokens, 0, minute, month, now)
+        if self.minute == minute:
+            self.requests += 1
+
     def refusal(self, tokens: int, now: float) -> ApiError | None:
         """Return why a request is refused, or None if a lease may help. It is called after `take`."""
         limits, missing = self.allowance, Need(*self._missing(tokens))
@@ -64,21 +71,26 @@ class Account:
             ("tokens per month", limits.tokens_per_month),
         ):
             if limit is not None and tokens > limit:
-                return too_many_tokens(what, limit, tokens)
+                return too_many_tokens(self.whose, what, limit, tokens)
         if not self.leased:
             return None
-        if missing.requests > self.others.requests:
-            return exceeded(
-                "requests per minute", limits.requests_per_minute, self.minute + MINUTE - now, self.headers(now)
-            )
-        if missing.minute_tokens > self.others.minute_tokens:
-            return exceeded(
-                "tokens per minute", limits.tokens_per_minute, self.minute + MINUTE - now, self.headers(now)
-            )
-        if missing.month_tokens > self.others.month_tokens:
-            return exceeded("tokens per month", limits.tokens_per_month, month_after(now) - now, self.headers(now))
+        minute = self.minute + MINUTE - now
+        for what, limit, lacking, left, seconds in (
+            ("requests per minute", limits.requests_per_minute, missing.requests, self.others.requests, minute),
+            ("tokens per minute", limits.tokens_per_minute, missing.minute_tokens, self.others.minute_tokens, minute),
+            (
+                "tokens per month",
+                limits.tokens_per_month,
+                missing.month_tokens,
+                self.others.month_tokens,
+                month_after(now) - now,
+            ),
+        ):
+            if lacking > left:
+                return exceeded(self.whose, what, limit, seconds, self.headers(now))
         if missing.slots > self.others.slots and now - self.leased < SLOTS_KNOWN:
-            return exceeded("concurrent requests", limits.concurrent_requests, 1.0, self.headers(now))
+            what, slots = "concurrent requests", limits.concurrent_requests
+            return exceeded(self.whose, what, slots, 1.0, self.headers(now))
         return None
 
     def need(self) -> Need:

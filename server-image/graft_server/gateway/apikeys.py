@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from graft.bounded import OutOfBounds
 from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, sha256_of
-from graft.contracts.usage import Allowance, usage_key
+from graft.contracts.usage import usage_key
 
 from graft_server.gateway.errors import unauthorized
+from graft_server.gateway.ledger import Limit
 
 log = logging.getLogger(__name__)
 
@@ -127,15 +128,15 @@ class ApiKeys:
         """Return whether a caller may use a model now."""
         return caller is ANYBODY or bool(self._opening(caller, model))
 
-    def allowance(self, caller: Caller, model: str) -> tuple[str, Allowance] | None:
-        """Return the limits that hold for a caller of a model, and the key under which they are counted. None: no limits.
+    def limits(self, caller: Caller, model: str) -> list[Limit]:
+        """Return the limits that hold for a caller of a model: the key's.
 
         If several ApiKeys of the namespace have the caller's key, the first by name counts.
         """
-        for item in sorted(self._opening(caller, model), key=lambda item: item.grant.name):
-            if item.grant.allowance is not None:
-                return usage_key(item.grant.namespace, item.grant.name), item.grant.allowance
-        return None
+        opening = sorted((item.grant for item in self._opening(caller, model)), key=lambda grant: grant.name)
+        if not opening or (grant := opening[0]).allowance is None:
+            return []
+        return [Limit(usage_key(grant.namespace, grant.name), grant.allowance, "The API key")]
 
     def models(self, caller: Caller) -> Mapping[str, frozenset[str] | None] | None:
         """Return the namespaces whose models a caller may use, each with the models; None: all. None: everything."""

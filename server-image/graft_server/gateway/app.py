@@ -277,14 +277,12 @@ class Gateway:
     ) -> AsyncIterator[Reservation | None]:
         """Reserve what a request may spend of the limits of its key. Raises ApiError 429."""
         caller = request.get(CALLER)
-        found = (
-            self._api_keys.allowance(caller, model.name) if self._api_keys is not None and caller is not None else None
-        )
-        if found is None or self._ledger is None:
+        limits = [] if self._api_keys is None or caller is None else self._api_keys.limits(caller, model.name)
+        if not limits or self._ledger is None:
             yield None
             return
         tokens = fields.most_tokens(payload, self._settings.step_tokens) * max(1, len(model.steps))
-        async with self._ledger.reserved(*found, tokens) as reservation:
+        async with self._ledger.reserved(limits, tokens) as reservation:
             yield reservation
 
     async def _answer(

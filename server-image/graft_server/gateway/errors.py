@@ -85,25 +85,25 @@ def unauthorized(message: str) -> ApiError:
     return ApiError(401, "invalid_api_key", f"{message} An ApiKey of your namespace makes one.")
 
 
-def exceeded(what: str, limit: int | None, seconds: float, headers: Mapping[str, str]) -> ApiError:
-    """Return the 429 for a request beyond a limit of its key. `seconds`: until it may be sent again."""
+def exceeded(whose: str, what: str, limit: int | None, seconds: float, headers: Mapping[str, str]) -> ApiError:
+    """Return the 429 for a request beyond a limit. `whose`: whose limit it is. `seconds`: until it may be sent again."""
     return ApiError(
         429,
         "rate_limit_exceeded",
-        f"The API key may have {limit} {what}, and they are used up.",
+        f"{whose} may have {limit} {what}, and they are used up.",
         kind="rate_limit",
         retry_after=max(1, math.ceil(seconds)),
         headers=headers,
     )
 
 
-def too_many_tokens(what: str, limit: int, tokens: int) -> ApiError:
+def too_many_tokens(whose: str, what: str, limit: int, tokens: int) -> ApiError:
     """Return the 429 for a request that is larger than a limit. Waiting does not help."""
     return ApiError(
         429,
         "request_too_large",
-        f"The request may need {tokens} tokens (its prompt and max_tokens), and the API key may have {limit} {what}. Set a "
-        f"smaller max_tokens.",
+        f"The request may need {tokens} tokens (its prompt and max_tokens). {whose} may have {limit} {what}. Set a smaller "
+        f"max_tokens.",
         kind="rate_limit",
         param="max_tokens",
     )
@@ -111,9 +111,7 @@ def too_many_tokens(what: str, limit: int, tokens: int) -> ApiError:
 
 def no_lease() -> ApiError:
     """Return the 429 while the gateway cannot ask how much of a limit is left."""
-    message = (
-        "The gateway cannot reach the record of what the API key has used, and has spent its own part of the limit."
-    )
+    message = "The gateway cannot reach the record of what was used, and has spent its own part of the limit."
     return ApiError(429, "limits_unavailable", message, kind="rate_limit", retry_after=2)
 
 

@@ -8,9 +8,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from graft.bounded import OutOfBounds
 from graft.contracts.usage import SLOT_SECONDS, USAGE_CONFIGMAP, Allowance, Lease, Need, Usage, is_old, lease
@@ -29,21 +29,38 @@ PAUSE = 0.02  # seconds, the longest between two attempts
 DROPPED_AT_ONCE = 50  # old entries
 
 
-class Reservation:
-    """What one request may spend. `spent`: the tokens that it has spent, by the engine's count; None: not known."""
+class Limit(NamedTuple):
+    """One limit that holds for a request: under which key it is counted, what it allows, and whose it is."""
 
-    def __init__(self, account: Account, tokens: int, now: float) -> None:
-        self._account = account
+    key: str
+    allowance: Allowance
+    whose: str
+
+
+class Reservation:
+    """What one request may spend. `spent`: the tokens that it has spent, by the engine's count; 0: not known."""
+
+    def __init__(self, tokens: int) -> None:
         self._tokens = tokens
-        self._minute, self._month = account.minute, account.month
-        self.headers: Mapping[str, str] = account.headers(now)
-        self.spent = 0
+        self._parts: list[tuple[Account, int, int]] = []  # with the windows in which the tokens were reserved
+        self.headers: Mapping[str, str] = {}
+        self.begun = False  # whether all limits have allowed the request
         self.answered = False  # whether an engine has got the request
+        self.spent = 0
+
+    def add(self, account: Account, now: float) -> None:
+        """Note an account from which the request was taken. The headers are those of the first one."""
+        self.headers = self.headers or account.headers(now)
+        self._parts.append((account, account.minute, account.month))
 
     def settle(self, now: float) -> None:
         """Give back what was not spent. If an engine worked and told no count, the whole reservation is spent."""
         spent = self.spent or (self._tokens if self.answered else 0)
-        self._account.settle(self._tokens, spent, self._minute, self._month, now)
+        for account, minute, month in self._parts:
+            if self.begun:
+                account.settle(self._tokens, spent, minute, month, now)
+            else:
+                account.cancel(self._tokens, minute, month, now)
 
 
 class Ledger:
@@ -60,16 +77,27 @@ class Ledger:
         self._renewed = 0.0
 
     @asynccontextmanager
-    async def reserved(self, key: str, allowance: Allowance, tokens: int) -> AsyncIterator[Reservation]:
+    async def reserved(self, limits: Sequence[Limit], tokens: int) -> AsyncIterator[Reservation]:
         """Spend a request and its tokens. What it does not spend is given back at the end. Raises ApiError 429."""
-        account = self._accounts.setdefault(key, Account(allowance))
-        account.allowance = allowance
+        reservation = Reservation(tokens)
+        try:
+            for limit in limits:
+                reservation.add(await self._taken(limit, tokens), self._clock())
+            reservation.begun = True
+            yield reservation
+        finally:
+            reservation.settle(self._clock())
+
+    async def _taken(self, limit: Limit, tokens: int) -> Account:
+        """Take a request from an account, and lease more if it is empty. Raises ApiError 429."""
+        account = self._accounts.setdefault(limit.key, Account(limit.allowance, limit.whose))
+        account.allowance = limit.allowance
         deadline = time.monotonic() + PATIENCE
         while True:
             now = self._clock()
             account.turn(now)
             if account.take(tokens, now):
-                break
+                return account
             if (refused := account.refusal(tokens, now)) is not None:
                 raise refused
             changed, account.wanted = self._changed, tokens
@@ -78,11 +106,6 @@ class Ledger:
                 await asyncio.wait_for(changed.wait(), deadline - time.monotonic())
             except TimeoutError:
                 raise no_lease() from None
-        reservation = Reservation(account, tokens, now)
-        try:
-            yield reservation
-        finally:
-            reservation.settle(self._clock())
 
     async def run(self) -> None:
         """Lease what requests need, until cancelled."""

@@ -203,7 +203,7 @@ def _asking(objects: Callable[[str], Objects], *states: Space) -> list[Key]:
 
 def _of_tenant(change: Change, objects: Callable[[str], Objects]) -> list[Key]:
     """Return what depends on a Tenant: in the namespaces that it asks for, or has asked for until now, the other Tenants that
-    ask for them, and what uses a base model."""
+    ask for them, and what may use less or more now."""
     claims = [held.facts for held in (change.before, change.after) if held is not None]
     if len(set(claims)) == 1 and len(claims) == 2:
         return []
@@ -245,10 +245,14 @@ def _next_in_line(change: Change, objects: Callable[[str], Objects], operator_na
 
 
 def _users(objects: Callable[[str], Objects], namespace: str) -> list[Key]:
-    """Return what may use a base model in a namespace: jobs that have not ended, versions and deployments."""
+    """Return what depends on the Tenant of a namespace: jobs that have not ended, versions, deployments and API keys."""
     jobs = objects("FineTuneJob")
     active = [place for place in jobs.places(namespace) if jobs.facts(place).active]
-    others = [(kind, *place) for kind in ("AdapterDeployment", "Adapter") for place in objects(kind).places(namespace)]
+    others = [
+        (kind, *place)
+        for kind in ("AdapterDeployment", "Adapter", "ApiKey")
+        for place in objects(kind).places(namespace)
+    ]
     return [*others, *(("FineTuneJob", *place) for place in active)]
 
 

@@ -5,11 +5,11 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from graft.api.limits import ServingLimits
 from graft.api.meta import Conditions, Resource, Schema, Status, rules
 from graft.api.patterns import HEX_SHA256, MODEL_NAME, TIME
 
 MOST_HASHES = 4
-MOST = 1_000_000_000  # of a limit
 MOST_MODELS = 512  # as many as one AdapterDeployment may have routes
 LONGEST_OVERLAP = 30 * 24 * 3600  # seconds
 
@@ -18,30 +18,6 @@ def _exists(text: str) -> str:
     """Return the time. Raises ValueError if there is no such day or hour."""
     datetime.fromisoformat(text)
     return text
-
-
-class KeyLimits(Schema):
-    """What the clients of a key may use together, over all gateways. There is no limit where a field is absent."""
-
-    requests_per_minute: int | None = Field(
-        default=None, ge=1, le=MOST, description="Number of requests that begin within a minute."
-    )
-    tokens_per_minute: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST,
-        description="Number of tokens of prompts and answers within a minute. A request reserves its prompt and its max_tokens, and gives back "
-        "what it does not use.",
-    )
-    tokens_per_month: int | None = Field(
-        default=None,
-        ge=1,
-        le=1000 * MOST,
-        description="Number of tokens of prompts and answers within a calendar month, in UTC.",
-    )
-    concurrent_requests: int | None = Field(
-        default=None, ge=1, le=MOST, description="Number of requests that are answered at once."
-    )
 
 
 class ApiKeySpec(Schema):
@@ -70,7 +46,7 @@ class ApiKeySpec(Schema):
         description="Whether answers that are being streamed end when the key expires or is revoked. Otherwise they finish, and "
         "only new requests are refused.",
     )
-    limits: KeyLimits | None = Field(
+    limits: ServingLimits | None = Field(
         default=None, description="What the clients of the key may use. There are no limits when absent."
     )
     rotation: int | None = Field(

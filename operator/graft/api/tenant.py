@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from graft.api.limits import ServingLimits
 from graft.api.meta import Conditions, Resource, Schema, Status, rules
 from graft.api.patterns import DNS_LABEL, DNS_NAME, SUBJECT
 from graft.api.podtemplate import LabelSelector
@@ -66,7 +67,7 @@ class Member(Schema):
     )
     role: Literal["view", "edit", "admin"] = Field(
         description="What the member may do in every namespace of the tenant. view: read Graft's resources. edit: also create, "
-        "change and delete jobs, versions and deployments. admin: also read the namespace's storage key, and its pods, "
+        "change and delete jobs, versions and deployments. admin: also read the namespace's storage key and API keys, and its pods, "
         "their logs and Events."
     )
 
@@ -126,6 +127,11 @@ class TenantSpec(Schema):
         },
     )
     quotas: Quotas | None = Field(default=None, description="Limits of the training jobs. None when absent.")
+    limits: ServingLimits | None = Field(
+        default=None,
+        description="What all clients with API keys of the tenant's namespaces may use together. The limits of a key hold, too. There "
+        "are none when absent.",
+    )
 
 
 class TenantStatus(Status):

@@ -54,6 +54,8 @@ class Grant(Message):
     expires: Real | None = None  # seconds since 1970
     end_streams: bool = False  # whether running answers end with the key
     allowance: Allowance | None = None  # what the keys may use together; None: no limits
+    tenant: Name | None = None  # which has the namespace
+    tenant_allowance: Allowance | None = None  # what all keys of the tenant may use together
 
 
 class KeyState(Message):

@@ -78,6 +78,11 @@ def usage_key(namespace: str, name: str) -> str:
     return f"{namespace}.{name}"
 
 
+def tenant_usage_key(tenant: str) -> str:
+    """Return the key of a Tenant in graft-usage. No namespace begins with an underscore."""
+    return f"_tenant.{tenant}"
+
+
 def minute_of(now: float) -> int:
     """Return the start of the minute."""
     return int(now) // MINUTE * MINUTE

@@ -29,7 +29,8 @@ from graft.contracts.apikeys import (
 from graft.contracts.usage import Allowance
 from graft.kube import KubeError, Manifest
 from graft.manifests.apikeys import api_keys_secret, encoded, grant_config_map, grant_name, usage_config_map
-from graft.reconcile.shared.access import Trouble, refusal_of
+from graft.reconcile.claims import Claim
+from graft.reconcile.shared.access import Trouble, refusal_of, tenant_of_namespace
 from graft.reconcile.shared.context import WAITING, Context
 from graft.reconcile.shared.ending import delete_grant
 from graft.status import condition
@@ -156,8 +157,8 @@ def accepted(api_key: ApiKey, held: Held | None, at: datetime) -> list[Accepted]
     return found
 
 
-def grant_of(api_key: ApiKey, keys: list[Accepted]) -> Grant:
-    """Return what gateways learn of an ApiKey (PURE)."""
+def grant_of(api_key: ApiKey, keys: list[Accepted], tenant: Claim | None = None) -> Grant:
+    """Return what gateways learn of an ApiKey (PURE). `tenant`: which has the namespace."""
     namespace, spec = api_key.metadata.namespace, api_key.spec
     return Grant(
         namespace=namespace,
@@ -167,13 +168,16 @@ def grant_of(api_key: ApiKey, keys: list[Accepted]) -> Grant:
         expires=None if spec.expires_at is None else _seconds(spec.expires_at),
         end_streams=spec.end_streams,
         allowance=None if spec.limits is None else Allowance.model_validate(spec.limits.model_dump()),
+        tenant=tenant.tenant if tenant else None,
+        tenant_allowance=Allowance.model_validate(dict(tenant.limits)) if tenant and tenant.limits else None,
     )
 
 
 async def _publish(ctx: Context, api_key: ApiKey, keys: list[Accepted]) -> None:
-    if api_key.spec.limits is not None:  # gateways write its entries, and do not create it
-        await ctx.kube.ensure(usage_config_map(ctx.settings))
-    await ctx.kube.ensure(grant_config_map(api_key, grant_of(api_key, keys), ctx.settings))
+    tenant = await tenant_of_namespace(ctx, api_key.metadata.namespace)
+    if api_key.spec.limits is not None or (tenant is not None and tenant.limits):
+        await ctx.kube.ensure(usage_config_map(ctx.settings))  # gateways write its entries, and do not create it
+    await ctx.kube.ensure(grant_config_map(api_key, grant_of(api_key, keys, tenant), ctx.settings))
 
 
 async def _published(ctx: Context, api_key: ApiKey) -> Grant | None:

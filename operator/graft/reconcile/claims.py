@@ -45,6 +45,7 @@ class Claim:
     training_jobs: int | None = None  # at the same time; None: any number
     gpus: int | None = None  # of the training jobs together; None: any number
     inherits: frozenset[str] = frozenset()  # namespaces that take over the files of an earlier one of their name
+    limits: tuple[tuple[str, int], ...] = ()  # of its clients: field of spec.limits, amount
 
     @property
     def age(self) -> tuple[str, str]:
@@ -105,6 +106,7 @@ def claim_of(raw: Mapping[str, Any]) -> Claim:
         quotas.get("trainingJobs"),
         quotas.get("gpus"),
         frozenset(asked.get("inherit") or ()),
+        tuple(sorted((spec.get("limits") or {}).items())),
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from graft.bounded import OutOfBounds
 from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, sha256_of
-from graft.contracts.usage import usage_key
+from graft.contracts.usage import tenant_usage_key, usage_key
 
 from graft_server.gateway.errors import unauthorized
 from graft_server.gateway.ledger import Limit
@@ -129,14 +129,18 @@ class ApiKeys:
         return caller is ANYBODY or bool(self._opening(caller, model))
 
     def limits(self, caller: Caller, model: str) -> list[Limit]:
-        """Return the limits that hold for a caller of a model: the key's.
+        """Return the limits that hold for a caller of a model: the key's, and its team's.
 
         If several ApiKeys of the namespace have the caller's key, the first by name counts.
         """
         opening = sorted((item.grant for item in self._opening(caller, model)), key=lambda grant: grant.name)
-        if not opening or (grant := opening[0]).allowance is None:
-            return []
-        return [Limit(usage_key(grant.namespace, grant.name), grant.allowance, "The API key")]
+        found: list[Limit] = []
+        for grant in opening[:1]:
+            if grant.allowance is not None:
+                found.append(Limit(usage_key(grant.namespace, grant.name), grant.allowance, "The API key"))
+            if grant.tenant is not None and grant.tenant_allowance is not None:
+                found.append(Limit(tenant_usage_key(grant.tenant), grant.tenant_allowance, "The team"))
+        return found
 
     def models(self, caller: Caller) -> Mapping[str, frozenset[str] | None] | None:
         """Return the namespaces whose models a caller may use, each with the models; None: all. None: everything."""

@@ -5,12 +5,14 @@ from collections import Counter
 from contextlib import ExitStack
 
 import aiohttp
+import pytest
 from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
 from graft.contracts.usage import SLICES, USAGE_CONFIGMAP, usage_key
 from worlds.cluster.front_door import FrontDoor, ask_for, front_door, key_of
 from worlds.cluster.operator_process import SYSTEM
-from worlds.cluster.tenant import Tenant
+from worlds.cluster.tenant import API, Tenant
+from worlds.cluster.tenants import bind, new_tenant
 from worlds.serving import listening
 
 BUDGET, REQUESTS, FEWER = 100, 1000, 200
@@ -91,6 +93,40 @@ async def test_a_thousand_requests_at_three_gateways_get_what_one_budget_allows(
             clock.now += 60
             found = await flood(doors, key, model, FEWER)
             assert BUDGET - 2 * part <= found[200] <= BUDGET, found
+
+
+async def test_the_keys_of_a_team_share_its_limit(tenant: Tenant, request: pytest.FixtureRequest) -> None:
+    other = new_tenant(tenant.api, tenant.store, request)
+    bind(other)
+    app = web.Application()
+    app.router.add_post("/v1/completions", engine)
+    clock = Clock()
+    both = {"namespaces": {"names": [tenant.name, other.name]}, "limits": {"requestsPerMinute": 20}}
+    team = {"apiVersion": API, "kind": "Tenant", "metadata": {"name": tenant.name}, "spec": both}
+    async with listening(app) as address:
+        keys = {}
+        for one in (tenant, other):
+            ask_for(one, "web", limits={"requestsPerMinute": 15})
+            one.until("ApiKey", "web", "Ready", "Issued")
+            keys[route(one, address)] = key_of(one, "web")
+        tenant.api.create(team)
+        try:
+            tenant.wait(lambda: _limited(tenant) and _limited(other), "the grants have the limit of the team")
+            with front_door(tenant.api, "gw-5", clock, authentication="keys") as door:
+                for model, key in keys.items():
+                    tenant.wait(lambda model=model, key=key: door.models(key) == [model], "the gateway knows the key")
+                found = [await flood([door], key, model, 30) for model, key in keys.items()]
+                assert [one[200] for one in found] == [15, 5]
+                tenant.api.patch("Tenant", None, tenant.name, {"spec": {"limits": None}})
+                tenant.wait(lambda: not _limited(tenant) and not _limited(other), "the team has no limit any more")
+        finally:
+            tenant.api.delete("Tenant", None, tenant.name)
+
+
+def _limited(tenant: Tenant) -> bool:
+    found = tenant.api.list("ConfigMap", SYSTEM)
+    mine = [item for item in found if (item["metadata"].get("labels") or {}).get("graft.dev/namespace") == tenant.name]
+    return any("tenantAllowance" in item["data"].get("grant.json", "") for item in mine)
 
 
 async def test_tokens_are_counted_as_the_engine_counts_them(tenant: Tenant) -> None:

@@ -201,7 +201,7 @@ def test_no_role_has_a_wildcard_or_reads_all_secrets_of_the_cluster(template: An
         if "secrets" in rule["resources"]:
             named = {
                 ("ClusterRole", "graft-tenant"): [["graft-storage"], [API_KEYS_SECRET]],
-                ("ClusterRole", "graft-admin"): [["graft-storage"]],
+                ("ClusterRole", "graft-admin"): [["graft-storage", API_KEYS_SECRET]],
                 ("Role", "graft-operator"): [["graft-signing"], ["graft-store-key"], [GATEWAY_KEYS]],
                 ("Role", "graft-gateway"): [[GATEWAY_KEYS]],
             }

@@ -219,6 +219,7 @@ async def made(kind: str, spec: Spec) -> Object:
     if kind == "BaseModel":
         found["job"] = told(await world.use())
     elif kind == "Tenant":
+        await world.set("ApiKey", {})
         return found | world.children() | {"job": told(await world.use())}
     elif kind == "Adapter" and "artifact" in spec:
         await world.set("AdapterDeployment", DEPLOYMENT | {"adapters": [f"{spec['adapter']}@^2"]})

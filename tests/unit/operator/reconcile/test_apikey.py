@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from graft.api import ApiKey
-from graft.contracts.apikeys import KEY, STATE, KeyState, new_api_key, sha256_of
+from graft.contracts.apikeys import KEY, STATE, Grant, KeyState, new_api_key, sha256_of
+from graft.contracts.usage import Allowance
 from graft.reconcile import apikey
 from graft.reconcile.apikey import Held
+from graft.reconcile.claims import claim_of
 from graft.reconcile.shared.access import Trouble
 from pydantic import ValidationError
 
@@ -75,6 +77,16 @@ def test_a_grant_names_only_models_of_its_namespace() -> None:
     assert apikey.grant_of(resource(), keys).models is None
     grant = apikey.grant_of(resource(models=["support", "tone"], expiresAt="2026-11-30T13:00:00+01:00"), keys)
     assert grant.models == ["team-a/support", "team-a/tone"] and grant.expires == AT.timestamp()
+
+
+def test_a_grant_has_the_limits_of_the_key_and_of_its_team() -> None:
+    team = claim_of({"metadata": {"name": "shop"}, "spec": {"limits": {"tokensPerMonth": 9, "requestsPerMinute": 5}}})
+    asked = resource(limits={"concurrentRequests": 2})
+    grant = Grant.read(apikey.grant_of(asked, [], team).json_text())
+    assert grant.allowance == Allowance(concurrent_requests=2)
+    assert (grant.tenant, grant.tenant_allowance) == ("shop", Allowance(tokens_per_month=9, requests_per_minute=5))
+    alone = apikey.grant_of(resource(), [])
+    assert (alone.allowance, alone.tenant, alone.tenant_allowance) == (None, None, None)
 
 
 def test_the_sums_of_own_keys_are_accepted_and_no_key_is_made() -> None:

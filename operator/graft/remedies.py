@@ -56,6 +56,8 @@ REMEDIES: dict[str, str] = {
     "MemoryExceeded": "Nothing: the next attempt halves the micro-batch. If the kernel killed the container (exit code 137), the attempt uses a retry: raise `resources.limits.memory` if it happens again.",
     "NamespaceClaimed": "Take the namespace out of `spec.namespaces` of one of the two Tenants that the message names. If a selector matches it, change the selector or the namespace's labels.",
     "NamespaceMissing": "Create the namespace, or remove its name from `spec.namespaces.names`. The operator continues by itself.",
+    "MonthNearlyUsed": "Nothing is refused yet. Raise `limits.tokensPerMonth` before it is used up, or let the clients ask for less.",
+    "MonthUsed": "Raise `limits.tokensPerMonth`: the gateways follow within seconds. Or wait for the first of the next month, in UTC.",
     "NamespaceNotBound": "Create the RoleBinding: the message contains the command. See [operations.md](operations.md#onboarding-a-namespace).",
     "NamespaceReserved": "Use a namespace with another name; see [operations.md](operations.md#reserved-namespaces).",
     "NoReplicaReady": "The message is that of the pod: no node fits, no image, or the engine ends (`kubectl logs -c engine`).",

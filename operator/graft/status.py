@@ -197,6 +197,11 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",
             "CreationFailed": "The API server refused to write the Secret, for example because of a quota. The operator retries.",
         },
+        "WithinLimits": {
+            "AsExpected": "The key has used less than 80 % of limits.tokensPerMonth.",
+            "MonthNearlyUsed": "The key has used 80 % or more of limits.tokensPerMonth.",
+            "MonthUsed": "The key has used limits.tokensPerMonth. The gateways refuse its requests until the next month.",
+        },
     },
 }
 

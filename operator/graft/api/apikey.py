@@ -102,6 +102,11 @@ class ApiKeyStatus(Status):
         description="When the present key was made.",
         json_schema_extra={"format": "date-time"},
     )
+    tokens_this_month: int | None = Field(
+        default=None,
+        description="Tokens that the gateways have leased for the key in this calendar month, if spec.limits has tokensPerMonth. It is "
+        "looked at every 10 minutes.",
+    )
     previous_until: str | None = Field(
         default=None,
         description="Until when the key before the last rotation works.",

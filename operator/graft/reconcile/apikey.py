@@ -26,7 +26,7 @@ from graft.contracts.apikeys import (
     new_api_key,
     sha256_of,
 )
-from graft.contracts.usage import Allowance
+from graft.contracts.usage import USAGE_CONFIGMAP, Allowance, Usage, month_of, usage_key
 from graft.kube import KubeError, Manifest
 from graft.manifests.apikeys import api_keys_secret, encoded, grant_config_map, grant_name, usage_config_map
 from graft.reconcile.claims import Claim
@@ -37,6 +37,7 @@ from graft.status import condition
 
 KIND = "ApiKey"
 RECHECK = 600.0  # seconds until the Secret is read again: RBAC allows only a GET by name
+NEARLY = 0.8  # of the tokens of a month, from which on a condition warns
 SHOWN = 12  # hexadecimal digits of a fingerprint that the status shows
 
 
@@ -71,6 +72,11 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         # The Secret cannot be read or written now. A change of the spec holds for the keys that are known.
         await _publish(ctx, api_key, there.keys)
     status, observed = observe(api_key, made, at)
+    limits = api_key.spec.limits
+    if limits is not None and (limit := limits.tokens_per_month) is not None:
+        spent = await _month(ctx, api_key, at)
+        status = status.model_copy(update={"tokens_this_month": spent})
+        observed.append(within(limit, spent))
     await ctx.write_status(raw, status, observed)
     return WAITING if isinstance(made, Trouble) else until_next(api_key, made, at)
 
@@ -186,6 +192,30 @@ async def _published(ctx: Context, api_key: ApiKey) -> Grant | None:
         return Grant.read(found["data"][GRANT_KEY]) if found else None
     except (KeyError, OutOfBounds):
         return None
+
+
+async def _month(ctx: Context, api_key: ApiKey, at: datetime) -> int:
+    """Return the tokens that gateways have leased for a key in this month."""
+    found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, USAGE_CONFIGMAP)
+    text = ((found or {}).get("data") or {}).get(usage_key(api_key.metadata.namespace, api_key.metadata.name))
+    try:
+        month = Usage.read(text).month if text else None
+    except OutOfBounds:
+        return 0  # the gateways begin anew
+    return month.tokens if month is not None and month.start == month_of(at.timestamp()) else 0
+
+
+def within(limit: int, spent: int) -> Condition:
+    """Return the condition WithinLimits (PURE). `limit`, `spent`: tokens of a month."""
+    text = f"{spent} of {limit} tokens of this month are used"
+    if spent >= limit:
+        return condition(
+            KIND, "WithinLimits", "False", "MonthUsed", f"{text}. Requests are refused until the next month"
+        )
+    if spent >= NEARLY * limit:
+        return condition(KIND, "WithinLimits", "True", "MonthNearlyUsed", text)
+    # The message does not change with each request, so the status does not, either.
+    return condition(KIND, "WithinLimits", "True", "AsExpected", f"less than {NEARLY:.0%} of {limit} tokens are used")
 
 
 async def _keep(ctx: Context, api_key: ApiKey, held: Held, secret: Manifest | None) -> None:

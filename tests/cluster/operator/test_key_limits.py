@@ -1,6 +1,7 @@
 """The limits of an API key over three gateways, which lease them through a real API server."""
 
 import asyncio
+import time
 from collections import Counter
 from contextlib import ExitStack
 
@@ -8,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
-from graft.contracts.usage import SLICES, USAGE_CONFIGMAP, usage_key
+from graft.contracts.usage import SLICES, USAGE_CONFIGMAP, Usage, month_of, usage_key
 from worlds.cluster.front_door import FrontDoor, ask_for, front_door, key_of
 from worlds.cluster.operator_process import SYSTEM
 from worlds.cluster.tenant import API, Tenant
@@ -146,8 +147,22 @@ async def test_tokens_are_counted_as_the_engine_counts_them(tenant: Tenant) -> N
             clock.now += 60
             statuses = [await one_by_one(door, key, model) for _ in range(12)]
             assert statuses == [200] * 10 + [429] * 2  # 150 of the month
+        _leased_now(tenant)
+        tenant.api.patch("ApiKey", tenant.name, "web", {"spec": {"description": "look again"}})
+        tenant.until("ApiKey", "web", "WithinLimits", "MonthUsed")
         entry = tenant.api.get("ConfigMap", SYSTEM, USAGE_CONFIGMAP)
         assert entry is not None and usage_key(tenant.name, "web") in entry["data"]
+
+
+def _leased_now(tenant: Tenant) -> None:
+    """Let the month of the entry be the present one: the operator has its own clock."""
+    entry = tenant.api.get("ConfigMap", SYSTEM, USAGE_CONFIGMAP)
+    assert entry is not None
+    name = usage_key(tenant.name, "web")
+    usage = Usage.read(entry["data"][name])
+    assert usage.month is not None and usage.month.tokens == 150
+    usage.month.start = month_of(time.time())
+    tenant.api.patch("ConfigMap", SYSTEM, USAGE_CONFIGMAP, {"data": {name: usage.json_text()}})
 
 
 async def one_by_one(door: FrontDoor, key: str, model: str) -> int:

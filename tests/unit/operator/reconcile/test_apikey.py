@@ -89,6 +89,20 @@ def test_a_grant_has_the_limits_of_the_key_and_of_its_team() -> None:
     assert (alone.allowance, alone.tenant, alone.tenant_allowance) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("spent", "status", "reason"),
+    [
+        (0, "True", "AsExpected"),
+        (79, "True", "AsExpected"),
+        (80, "True", "MonthNearlyUsed"),
+        (100, "False", "MonthUsed"),
+    ],
+)
+def test_a_month_that_is_nearly_used_is_told(spent: int, status: str, reason: str) -> None:
+    found = apikey.within(100, spent)
+    assert (found.status, found.reason) == (status, reason)
+
+
 def test_the_sums_of_own_keys_are_accepted_and_no_key_is_made() -> None:
     asked = resource(sha256=["a" * 64, "b" * 64])
     assert [item.sha256 for item in apikey.accepted(asked, None, AT)] == ["a" * 64, "b" * 64]

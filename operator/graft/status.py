@@ -33,6 +33,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "StorageUnavailable": "The object store did not answer, so it does not yet know the namespaces and the base models of the tenant. The operator retries.",
             "NamespaceClaimed": "Another, older Tenant has a namespace that this one asks for. The others have what the spec says.",
             "NamespaceNotBound": "The operator may not write in a namespace, because the RoleBinding to graft-tenant is missing.",
+            "PrefixTaken": "The bucket has files that an earlier namespace of the same name has left, and spec.namespaces.inherit does not list it. The namespace gets no storage key.",
             "NamespaceReserved": "A namespace in spec.namespaces.names cannot belong to a team: it is Kubernetes' own, the operator's, or its name is reserved.",
             "TenantsDisabled": "The operator has no rights for Tenants. No Tenant has an effect.",
             "SpecInvalid": "The schema of this version of Graft refuses the stored spec. The message names the field.",

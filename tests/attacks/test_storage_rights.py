@@ -274,6 +274,8 @@ async def test_a_namespace_that_is_made_anew_gets_no_key_to_the_files_of_the_old
 
     for uid, noticed in (("second", True), ("third", False)):
         refused = await anew("shop", uid, noticed=noticed)
+        assert await record_part(ctx, "a", "shop", uid, inherit=False) == refused  # the Tenant says so, too
+        assert await record_part(ctx, "a", "shop", uid, inherit=True) is None
         assert refused is not None and refused.reason == "PrefixTaken"
         assert "spec.namespaces.inherit of Tenant a" in refused.message and "secret" not in refused.message
         assert ("Secret", "shop", STORAGE_SECRET) not in kube.objects
@@ -305,7 +307,7 @@ async def test_a_namespace_that_joins_a_tenant_keeps_its_files(server: S3Server)
     assert await ensure_credentials(ctx, "shop") is None
     opened_in(ctx, kube, "shop").put("shop/datasets/a.jsonl", b"{}")
     kube.objects["Tenant", None, "a"] = team("a", ["shop"], None)
-    await record_part(ctx, "shop", "first")
+    assert await record_part(ctx, "a", "shop", "first", inherit=False) is None
     del kube.objects["Secret", "shop", STORAGE_SECRET]
     assert await ensure_credentials(ctx, "shop") is None
     assert opened_in(ctx, kube, "shop").get("shop/datasets/a.jsonl") == b"{}"

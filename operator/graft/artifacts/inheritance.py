@@ -28,11 +28,17 @@ def take(store: S3Store, tenant: str, uid: str, *, inherit: bool) -> bool:
     """
     if _recorded(store, tenant) == uid:
         return True
-    files = (item.key for item in store.objects(tenant_prefix(tenant)))
-    if not inherit and any(key != record_key(tenant) for key in files):
+    if not inherit and not is_free(store, tenant, uid):
         return False
     store.put(record_key(tenant), json.dumps({"namespaceUid": uid}).encode())
     return True
+
+
+def is_free(store: S3Store, tenant: str, uid: str) -> bool:
+    """Return whether a tenant's part of the bucket is recorded as that of the namespace with this UID, or has no files."""
+    if _recorded(store, tenant) == uid:
+        return True
+    return all(item.key == record_key(tenant) for item in store.objects(tenant_prefix(tenant)))
 
 
 def _recorded(store: S3Store, tenant: str) -> str:

@@ -122,7 +122,8 @@ async def _keep_one(ctx: Context, tenant: Tenant, space: Space) -> Trouble | Non
     try:
         await _secure(ctx, space)
         what = f"Secret {STORAGE_SECRET} in namespace {namespace}"
-        await record_part(ctx, namespace, space.uid)
+        inherit = namespace in (tenant.spec.namespaces.inherit or ())
+        taken = await record_part(ctx, tenant.metadata.name, namespace, space.uid, inherit=inherit)
         what = f"ServiceAccount default in namespace {namespace}"
         await _disarm(ctx, namespace)
         for manifest in children(tenant, namespace, ctx.settings.member_cluster_roles):
@@ -137,7 +138,7 @@ async def _keep_one(ctx: Context, tenant: Tenant, space: Space) -> Trouble | Non
         if (refused := refusal_of(ctx, namespace, what, error)) is None:
             raise
         return refused
-    return None
+    return taken
 
 
 async def _secure(ctx: Context, space: Space) -> None:

@@ -206,10 +206,12 @@ def test_a_namespace_that_is_made_anew_gets_no_key_to_the_files_of_the_old_one(
     again.job("first")
     waiting = again.until("FineTuneJob", "first", "Accepted", "PrefixTaken", says=f"Tenant {teams[0]}")
     assert "spec.namespaces.inherit" in waiting["message"]
+    assert ready(again, teams[0], "PrefixTaken", says=again.name)["status"]["stage"] == "Incomplete"
     assert api.get("Secret", again.name, "graft-storage") is None and not api.list("Job", again.name)
     api.patch("Tenant", None, teams[0], {"spec": {"namespaces": {"inherit": [again.name]}}})
     again.running_pod("first")
     assert again.tenant_store().get(secret) == b"{}"
+    ready(again, teams[0], "AsExpected")
 
 
 def test_a_job_above_the_quota_waits_and_starts_when_there_is_room(

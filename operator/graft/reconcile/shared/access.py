@@ -201,17 +201,32 @@ async def _issue(ctx: Context, identity: VersityIdentity, namespace: str, secret
     return version
 
 
-async def record_part(ctx: Context, namespace: str, uid: str) -> None:
+async def record_part(ctx: Context, team: str, namespace: str, uid: str, *, inherit: bool) -> Trouble | None:
     """Record that a namespace of a Tenant has its part of the bucket, if it has a key already: it may have joined the
-    Tenant later. Raises KubeError and StoreError."""
+    Tenant later. Without a key, return why it would get none, or None.
+
+    `inherit`: it takes over the files of an earlier namespace. Raises KubeError and StoreError.
+    """
     if ctx.identity is None or uid in ctx.recorded:
-        return
+        return None
     tenant = tenant_of(namespace)
     async with ctx.locks.hold("credentials"):
         user, key = _key(await _secret(ctx, namespace))
         if key is not None and await ctx.store_calls.run("", ctx.identity.works, tenant, user, key):
             await ctx.stored("", partial(inheritance.take, inherit=True), tenant, uid)
             ctx.recorded.add(uid)
+            return None
+    if inherit or await ctx.stored("", inheritance.is_free, tenant, uid):
+        return None
+    return _taken(team, namespace)
+
+
+def _taken(team: str, namespace: str) -> Trouble:
+    return Trouble(
+        "PrefixTaken",
+        f"the bucket has files below {tenant_of(namespace)}/ that an earlier namespace of this name has left. Ask your platform "
+        f"team to delete them, or to list {namespace} in spec.namespaces.inherit of Tenant {team}",
+    )
 
 
 async def _take(ctx: Context, team: Claim, namespace: str, *, inherit: bool) -> Trouble | None:
@@ -219,14 +234,9 @@ async def _take(ctx: Context, team: Claim, namespace: str, *, inherit: bool) -> 
     found = await ctx.kube.get("Namespace", None, namespace)  # not from the cache: it may have been made anew
     if found is None:
         raise KubeError(404, "NotFound", f"namespace {namespace} does not exist")
-    uid, part = found["metadata"]["uid"], tenant_of(namespace)
-    if await ctx.stored("", partial(inheritance.take, inherit=inherit), part, uid):
-        return None
-    return Trouble(
-        "PrefixTaken",
-        f"the bucket has files below {part}/ that an earlier namespace of this name has left. Ask your platform team to "
-        f"delete them, or to list {namespace} in spec.namespaces.inherit of Tenant {team.tenant}",
-    )
+    take = partial(inheritance.take, inherit=inherit)
+    taken = await ctx.stored("", take, tenant_of(namespace), found["metadata"]["uid"])
+    return None if taken else _taken(team.tenant, namespace)
 
 
 async def _read_once(ctx: Context, namespace: str) -> Manifest | None:

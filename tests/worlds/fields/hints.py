@@ -212,6 +212,7 @@ BREAKS: list[tuple[str, Spec, str]] = [
             ),
         )
     ),
+    ("ApiKey", {"sha256": ["0" * 64], "rotation": 1}, "rotation makes a new key"),
     ("Tenant", {"namespaces": {}}, "give names, a selector, or both"),
     ("Tenant", {"namespaces": {"selector": {}}}, "an empty selector would match every namespace"),
     (

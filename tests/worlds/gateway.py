@@ -11,8 +11,11 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 from graft.contracts.gateway import ROUTES_KEY, Backend, RouteEntry, Routes, RouteTarget
+from graft.contracts.usage import Usage
+from graft_server.configmaps import KubeError
 from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.app import Gateway
+from graft_server.gateway.ledger import Ledger
 from graft_server.gateway.settings import Settings
 
 from worlds.serving import FakeEngine, listening
@@ -52,6 +55,29 @@ def bearer(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
+class Record:
+    """The ConfigMap graft-usage. `lost`: the number of writes whose answer does not arrive."""
+
+    def __init__(self, data: dict[str, str]) -> None:
+        self.data, self.lost, self.writes = data, 0, 0
+
+    async def get(self, name: str) -> dict[str, Any]:
+        return {"data": dict(self.data)}
+
+    async def replace_keys(self, name: str, config_map: dict[str, Any], keys: dict[str, str | None]) -> dict[str, Any]:
+        self.data = {key: text for key, text in (self.data | keys).items() if text is not None}
+        self.writes += 1
+        if self.lost:
+            self.lost -= 1
+            raise KubeError(0, "the answer was lost")
+        return {"data": dict(self.data)}
+
+    def month(self, key: str) -> int:
+        window = Usage.read(self.data[key]).month
+        assert window is not None
+        return window.tokens
+
+
 class World:
     """The engines, the gateway and the client."""
 
@@ -79,11 +105,14 @@ class World:
 
 
 @asynccontextmanager
-async def world(engines: int = 1, api_keys: ApiKeys | None = None, **settings: Any) -> AsyncIterator[World]:
+async def world(
+    engines: int = 1, api_keys: ApiKeys | None = None, ledger: Ledger | None = None, **settings: Any
+) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         outward = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        gateway = Gateway(outward, Settings(**{"connect_timeout": 0.5, **settings}), lambda: 2.5, api_keys=api_keys)
+        options = Settings(**{"connect_timeout": 0.5, **settings})
+        gateway = Gateway(outward, options, lambda: 2.5, api_keys=api_keys, ledger=ledger)
         made = World(gateway, client, "")
         for _ in range(engines):
             engine = FakeEngine()

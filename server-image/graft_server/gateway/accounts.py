@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from graft.contracts.usage import MINUTE, Allowance, Lease, Need, minute_of, month_after, month_of
+from graft.contracts.usage import MINUTE, SLICES, SLOT_SECONDS, Allowance, Lease, Need, minute_of, month_after, month_of
 
 from graft_server.gateway.errors import ApiError, exceeded, too_many_tokens
 
@@ -22,19 +22,31 @@ class Account:
     minute_tokens: int = 0
     month_tokens: int = 0
     slots: int = 0
+    slots_until: float = 0.0  # from then on, other gateways may have them
     running: int = 0
     used: float = 0.0  # when it was used last
     wanted: int | None = None  # the tokens of a request that waits for a lease
     others: Need = field(default_factory=Need)  # left for all gateways at the last lease
     leased: float = 0.0  # when that was; 0: nothing was leased in these windows
 
+    def allow(self, allowance: Allowance) -> None:
+        """Take the limits as they are now. After a change, the next lease tells what is left of them."""
+        if allowance != self.allowance:
+            self.allowance, self.leased = allowance, 0.0
+
     def turn(self, now: float) -> None:
-        """Forget the slices of windows that have ended."""
+        """Forget the slices of windows that have ended, and what no limit counts."""
         if minute_of(now) > self.minute:
             self.minute, self.requests, self.leased = minute_of(now), 0, 0.0
             self.minute_tokens = min(0, self.minute_tokens)  # a debt is paid in the next minute
         if month_of(now) > self.month:
             self.month, self.month_tokens, self.leased = month_of(now), min(0, self.month_tokens), 0.0
+        if self.allowance.tokens_per_minute is None:
+            self.minute_tokens = 0
+        if self.allowance.tokens_per_month is None:
+            self.month_tokens = 0
+        if now >= self.slots_until:
+            self.slots = 0
 
     def take(self, tokens: int, now: float) -> bool:
         """Spend a request with its tokens, if the slices have them."""
@@ -48,14 +60,18 @@ class Account:
         return True
 
     def settle(self, reserved: int, spent: int, minute: int, month: int, now: float) -> None:
-        """End a request: give back the tokens that it did not spend, in the windows in which they were reserved."""
+        """End a request: give back the tokens that it did not spend, in the windows in which they were reserved.
+
+        What it spent beyond its reservation is paid in the present windows.
+        """
         self.turn(now)
         self.running -= 1
         self.used = now
-        if self.minute == minute:
-            self.minute_tokens += reserved - spent
-        if self.month == month:
-            self.month_tokens += reserved - spent
+        left = reserved - spent
+        if self.minute == minute or left < 0:
+            self.minute_tokens += left
+        if self.month == month or left < 0:
+            self.month_tokens += left
 
     def cancel(self, tokens: int, minute: int, month: int, now: float) -> None:
         """Take back a request that was refused elsewhere."""
@@ -94,12 +110,19 @@ class Account:
         return None
 
     def need(self) -> Need:
-        """Return what the next lease should bring: what one waiting request lacks, and the slots that are in use."""
-        missing = Need(*self._missing(self.wanted or 0)) if self.wanted is not None else Need()
-        slots = (
-            0 if self.allowance.concurrent_requests is None else self.running + (1 if self.wanted is not None else 0)
+        """Return what the next lease should bring: what one waiting request lacks, and the slots that are in use.
+
+        Tokens beyond a slice are given back, so that other gateways can lease them. A large request has left them.
+        """
+        limits, tokens = self.allowance, self.wanted or 0
+        missing = Need(*self._missing(tokens)) if self.wanted is not None else Need()
+        slots = 0 if limits.concurrent_requests is None else self.running + (1 if self.wanted is not None else 0)
+        return Need(
+            missing.requests,
+            missing.minute_tokens - _beyond(limits.tokens_per_minute, self.minute_tokens, tokens),
+            missing.month_tokens - _beyond(limits.tokens_per_month, self.month_tokens, tokens),
+            slots,
         )
-        return missing._replace(slots=slots)
 
     def add(self, lease: Lease, now: float) -> None:
         """Take a lease."""
@@ -112,11 +135,20 @@ class Account:
             self.minute_tokens += lease.got.minute_tokens
         if lease.month == self.month:
             self.month_tokens += lease.got.month_tokens
-        self.slots, self.others, self.leased, self.wanted = lease.got.slots, lease.left, now, None
+        self.slots, self.slots_until = lease.got.slots, int(now) + SLOT_SECONDS
+        self.others, self.leased, self.wanted = lease.left, now, None
+
+    def lose(self, lease: Lease) -> None:
+        """Forget what was given back in a lease whose write got no answer: others may have it."""
+        if lease.minute == self.minute:
+            self.requests += min(0, lease.got.requests)
+            self.minute_tokens += min(0, lease.got.minute_tokens)
+        if lease.month == self.month:
+            self.month_tokens += min(0, lease.got.month_tokens)
 
     def surplus(self) -> Need:
-        """Return what is given back when the account is not used any more: negative amounts."""
-        return Need(-max(0, self.requests), -max(0, self.minute_tokens), -max(0, self.month_tokens), 0)
+        """Return what is given back when the account is not used any more: negative amounts. A debt is leased."""
+        return Need(-max(0, self.requests), -self.minute_tokens, -self.month_tokens, 0)
 
     def idle(self, now: float) -> bool:
         return self.running == 0 and self.wanted is None and now - self.used > IDLE
@@ -143,3 +175,8 @@ class Account:
             0 if limits.tokens_per_month is None else max(0, tokens - self.month_tokens),
             0 if limits.concurrent_requests is None else max(0, self.running + 1 - self.slots),
         )
+
+
+def _beyond(limit: int | None, tokens: int, wanted: int) -> int:
+    """Return how many tokens are more than a slice and than a waiting request needs."""
+    return 0 if limit is None else max(0, tokens - max(limit // SLICES, wanted))

@@ -38,8 +38,8 @@ class Bodies:
     def accounts(self, request: web.Request) -> tuple[Account, ...]:
         """Return the accounts of a request's caller, the narrowest first.
 
-        The gateway does not check keys, so a caller may invent keys. The account of the address bounds the bytes of all
-        its keys together.
+        Without authentication, a caller may invent keys. The account of the address bounds the bytes of all its keys
+        together.
         """
         settings, address = self._settings, self.caller(request)
         key = request.headers.get("Authorization", "")

@@ -101,6 +101,8 @@ def most_tokens(payload: Mapping[str, Any], default: int) -> int:
     else:
         size = len(json.dumps(prompt, ensure_ascii=False)) // 4 + 1
         prompts = len(prompt) if isinstance(prompt, list) and "prompt" in payload else 1
+    beside = [payload[name] for name in ("tools", "functions", "documents") if name in payload]  # in a chat's prompt
+    size += len(json.dumps(beside, ensure_ascii=False)) // 4 if beside else 0
     limit = payload.get("max_completion_tokens") or payload.get("max_tokens") or default
     return size + int(limit) * int(payload.get("n") or 1) * max(1, prompts)
 

@@ -26,7 +26,7 @@ RENEW_SECONDS = SLOT_SECONDS / 3
 PATIENCE = 5.0  # seconds that a request waits for a lease
 ATTEMPTS = 20  # of one lease, while other gateways are first
 PAUSE = 0.02  # seconds, the longest between two attempts
-DROPPED_AT_ONCE = 50  # old entries
+LOOKED_AT = 50  # entries of other keys in one lease
 
 
 class Limit(NamedTuple):
@@ -38,14 +38,14 @@ class Limit(NamedTuple):
 
 
 class Reservation:
-    """What one request may spend. `spent`: the tokens that it has spent, by the engine's count; 0: not known."""
+    """What one request may spend. `spent`: the tokens that it has spent, by the engines' counts."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         self._parts: list[tuple[Account, int, int]] = []  # with the windows in which the tokens were reserved
         self.headers: Mapping[str, str] = {}
         self.begun = False  # whether all limits have allowed the request
-        self.answered = False  # whether an engine has got the request
+        self.uncounted = False  # whether an engine has worked, and has told no count yet
         self.spent = 0
 
     def add(self, account: Account, now: float) -> None:
@@ -53,9 +53,14 @@ class Reservation:
         self.headers = self.headers or account.headers(now)
         self._parts.append((account, account.minute, account.month))
 
+    def count(self, tokens: int) -> None:
+        """Note what an engine has counted. 0: it has not counted."""
+        self.spent += tokens
+        self.uncounted = self.uncounted and not tokens
+
     def settle(self, now: float) -> None:
         """Give back what was not spent. If an engine worked and told no count, the whole reservation is spent."""
-        spent = self.spent or (self._tokens if self.answered else 0)
+        spent = max(self.spent, self._tokens if self.uncounted else 0)
         for account, minute, month in self._parts:
             if self.begun:
                 account.settle(self._tokens, spent, minute, month, now)
@@ -91,7 +96,7 @@ class Ledger:
     async def _taken(self, limit: Limit, tokens: int) -> Account:
         """Take a request from an account, and lease more if it is empty. Raises ApiError 429."""
         account = self._accounts.setdefault(limit.key, Account(limit.allowance, limit.whose))
-        account.allowance = limit.allowance
+        account.allow(limit.allowance)
         deadline = time.monotonic() + PATIENCE
         while True:
             now = self._clock()
@@ -132,8 +137,9 @@ class Ledger:
         found = {}
         for key, account in self._accounts.items():
             account.turn(now)
-            if account.wanted is not None or (renew and (account.slots or account.running)):
-                found[key] = account.need()
+            need = account.need()
+            if account.wanted is not None or (renew and (account.slots or account.running or any(need))):
+                found[key] = need
             elif account.idle(now):
                 found[key] = account.surplus()
         if renew:
@@ -158,6 +164,9 @@ class Ledger:
                 self._known = await self._configmaps.replace_keys(USAGE_CONFIGMAP, self._known, after)
             except KubeError as error:
                 self._known = None
+                if error.status == 0 or error.status >= 500:  # it may have been written
+                    for key, item in leases.items():
+                        self._accounts[key].lose(item)
                 if error.status != 409 or attempt == ATTEMPTS - 1:
                     raise
                 await asyncio.sleep(random.uniform(0, PAUSE))  # noqa: S311 - so that gateways do not meet again
@@ -169,15 +178,18 @@ class Ledger:
         for key, item in leases.items():
             account = self._accounts[key]
             account.add(item, now)
-            if account.idle(now) and not account.slots:
+            if account.idle(now) and not account.slots and not any(part > 0 for part in item.got):
                 del self._accounts[key]
         self._changed.set()
         self._changed = asyncio.Event()
 
     def _old(self, entries: Mapping[str, str], needs: Mapping[str, Need], now: float) -> list[str]:
-        """Return entries that no longer count. The ConfigMap must not grow without end."""
-        old = [key for key, text in entries.items() if key not in needs and is_old(_read(text, key), now)]
-        return old[:DROPPED_AT_ONCE]
+        """Return some entries that no longer count. The ConfigMap must not grow without end.
+
+        Each lease looks at a few of them, because to read thousands would stop the answers of all clients meanwhile.
+        """
+        some = random.sample(list(entries), min(LOOKED_AT, len(entries)))
+        return [key for key in some if key not in needs and is_old(_read(entries[key], key), now)]
 
 
 def _read(text: str | None, key: str) -> Usage:

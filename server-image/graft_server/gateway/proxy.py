@@ -78,6 +78,11 @@ class Call:
     for_client: bool = True  # if False, the answer becomes the next step's question
     sending: "Sending | None" = None  # set when the first bytes of a stream are sent to the client
 
+    def worked(self) -> None:
+        """Note that an engine has worked on the request, so it costs tokens."""
+        if self.reservation is not None:
+            self.reservation.uncounted = True
+
     @property
     def repeatable(self) -> bool:
         """Return whether every replica gives the same answer. If so, another replica can continue a broken stream."""
@@ -163,7 +168,7 @@ class Proxy:
         """Count the tokens of an answer, and of what its key may use."""
         self._metrics.count_tokens(call.model.name, words.used)
         if call.reservation is not None:
-            call.reservation.spent += words.used.get("total_tokens", 0)
+            call.reservation.count(words.used.get("total_tokens", 0))
 
     async def _answer(self, call: Call, replicas: Callable[[], tuple[Backend, ...]]) -> web.StreamResponse:
         tried: set[str] = set()
@@ -201,11 +206,14 @@ class Proxy:
         self.balancer.begin(backend.address)
         upstream: aiohttp.ClientResponse | None = None
         try:
-            upstream = await self._send(call, backend)
+            try:
+                upstream = await self._send(call, backend)
+            except (asyncio.CancelledError, ApiError):
+                call.worked()  # until the client disconnected, or the time was over
+                raise
             if upstream.status >= 400:
                 await self._refused(call, upstream)
-            if call.reservation is not None:
-                call.reservation.answered = True
+            call.worked()
             if upstream.content_type == "text/event-stream":
                 return await self._stream(call, upstream)
             if upstream.status != 200:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from graft.contracts.usage import (
@@ -19,9 +20,13 @@ from graft.contracts.usage import (
     month_after,
     month_of,
 )
+from graft_server.configmaps import ConfigMaps
 from graft_server.gateway.accounts import Account
 from graft_server.gateway.errors import ApiError
 from graft_server.gateway.fields import most_tokens
+from graft_server.gateway.ledger import Ledger, Limit
+from worlds.gateway import Record
+from worlds.serving import eventually
 
 NOW = 1_796_083_230.0  # 2026-12-01, 30 s after a minute began
 LIMITS = Allowance(requests_per_minute=100, tokens_per_minute=1000, tokens_per_month=5000, concurrent_requests=10)
@@ -195,9 +200,106 @@ REQUESTS: list[tuple[dict[str, Any], int]] = [
     ({"prompt": ["a", "b", "c"], "max_tokens": 10}, 4 + 30),
     ({"messages": [{"role": "user", "content": "x" * 400}], "max_completion_tokens": 7, "n": 3}, 109 + 21),
     ({"prompt": ""}, 1 + 512),
+    ({"messages": [], "max_tokens": 1, "tools": ["x" * 396]}, 1 + 100 + 1),
 ]
 
 
 @pytest.mark.parametrize(("payload", "tokens"), REQUESTS)
 def test_a_request_reserves_its_prompt_and_all_answers(payload: dict[str, Any], tokens: int) -> None:
     assert most_tokens(payload, 512) == tokens
+
+
+def test_what_a_large_request_has_not_used_serves_other_gateways() -> None:
+    first, second = gateways(2, tokens_per_minute=1600, tokens_per_month=1600)
+    assert first.ask(1600, NOW) is None
+    first.end(1600, 10, NOW)
+    first.lease(NOW + 5)  # the renewal
+    assert second.ask(1400, NOW + 5) is None
+    assert first.ask(90, NOW + 5) is None  # it has kept a slice
+
+
+def test_a_limit_that_is_new_does_not_count_what_was_used_before() -> None:
+    (one,) = gateways(1, requests_per_minute=100)
+    for minute in range(10):
+        assert one.ask(5000, NOW + 60 * minute) is None
+        one.end(5000, 5000, NOW + 60 * minute)
+    one.account.allow(Allowance(tokens_per_minute=1000, tokens_per_month=5000))
+    assert one.ask(1000, NOW + 601) is None
+
+
+def test_a_limit_that_is_raised_holds_at_once() -> None:
+    (one,) = gateways(1, requests_per_minute=1)
+    assert one.ask(1, NOW) is None
+    assert one.ask(1, NOW) is not None
+    one.account.allow(Allowance(requests_per_minute=2))
+    assert one.ask(1, NOW) is None
+
+
+def test_a_limit_that_is_lowered_takes_the_slice_back() -> None:
+    first, second = gateways(2, tokens_per_month=160_000)
+    assert first.ask(10, NOW) is None
+    first.end(10, 10, NOW)
+    for one in (first, second):
+        one.account.allow(Allowance(tokens_per_month=1600))
+    first.lease(NOW + 5)
+    assert second.ask(1400, NOW + 5) is None
+
+
+def test_a_request_that_lasts_into_the_next_minute_pays_for_what_it_had_not_reserved() -> None:
+    (one,) = gateways(1, tokens_per_minute=100, tokens_per_month=1000)
+    assert one.ask(10, NOW) is None
+    one.account.settle(10, 90, minute_of(NOW), month_of(NOW), NOW + 31)
+    assert one.ask(30, NOW + 31) is not None
+
+
+def test_the_debt_of_a_month_outlives_the_account() -> None:
+    first, second = gateways(2, tokens_per_month=1600)
+    assert first.ask(10, NOW) is None
+    first.end(10, 1000, NOW)
+    later = NOW + 600
+    first.account.turn(later)
+    for _ in range(2):
+        first.lease(later, first.account.surplus())
+    assert first.shared[0].month == Window(start=month_of(NOW), tokens=1000)
+    assert second.ask(700, later) is not None
+
+
+def test_slots_that_are_not_renewed_are_not_used() -> None:
+    first, second = gateways(2, concurrent_requests=3)
+    assert [first.ask(1, NOW) for _ in range(3)] == [None] * 3
+    for _ in range(3):
+        first.end(1, 1, NOW)
+    later = NOW + SLOT_SECONDS  # the first could not reach the API server
+    assert [second.ask(1, later) for _ in range(3)] == [None] * 3
+    first.account.turn(later)
+    assert not first.account.take(1, later)
+
+
+async def test_tokens_are_given_back_once_even_if_the_answer_to_the_write_is_lost() -> None:
+    record, now = Record({}), [NOW]
+    ledger = Ledger(cast(ConfigMaps, record), "gw-0", lambda: now[0])
+    running = asyncio.create_task(ledger.run())
+    limit = Limit("team-a.web", Allowance(tokens_per_month=1600), "The API key")
+    async with ledger.reserved([limit], 100) as reservation:
+        reservation.spent = 100
+    async with ledger.reserved([limit], 10) as reservation:
+        reservation.spent = 10
+    assert record.month("team-a.web") == 200
+    record.lost, now[0] = 1, NOW + 61
+    await eventually(lambda: not ledger._accounts)
+    assert record.month("team-a.web") == 110
+    running.cancel()
+
+
+async def test_a_lease_does_not_read_the_entries_of_thousands_of_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Usage(minute=Window(start=int(NOW) - 4000)).json_text()
+    record, read = Record({f"team-b.{number}": old for number in range(5000)}), list[str]()
+    real = Usage.read
+    monkeypatch.setattr(Usage, "read", lambda text: read.append(text) or real(text))
+    ledger = Ledger(cast(ConfigMaps, record), "gw-0", lambda: NOW)
+    running = asyncio.create_task(ledger.run())
+    async with ledger.reserved([Limit("team-a.web", LIMITS, "The API key")], 1):
+        pass
+    assert 0 < len(read) <= 100
+    assert len(record.data) == 5001 - len(read)
+    running.cancel()

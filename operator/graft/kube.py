@@ -26,11 +26,11 @@ from graft.kinds import (
     path_part,
     selector,
 )
+from graft.work.together import together
 
 __all__ = ["FIELD_MANAGER", "KINDS", "Kind", "Kube", "KubeError", "Manifest", "controller_of", "owned_by"]
 
 log = logging.getLogger(__name__)
-
 FIELD_MANAGER = "graft-operator"
 WATCH_SECONDS = 240  # after which the server ends a watch
 PAGE = 200  # objects in one answer
@@ -215,11 +215,11 @@ class Kube:
                     self._unlike[answer["metadata"]["uid"]] = contents(answer)
 
     async def put(self, *manifests: Manifest) -> None:
-        """Apply these manifests without reading the live objects first, in parallel. They must not depend on each other.
+        """Apply these manifests, which do not depend on each other, in parallel and without reading the live objects.
 
-        `ensure` finds later that nothing differs.
+        The first error is raised after all writes have ended. `ensure` finds later that nothing differs.
         """
-        await asyncio.gather(*(self.apply(stamped(manifest)) for manifest in manifests))
+        await together(*(self.apply(stamped(manifest)) for manifest in manifests))
 
     def _is_applied(self, live: Manifest, manifest: Manifest) -> bool:
         """Return whether applying the manifest, with its digest, would change nothing.

@@ -38,9 +38,12 @@ def usage_config_map(settings: Settings) -> Manifest:
 
 
 def grant_name(key: Resource) -> str:
-    """Return a name that is unique over all namespaces and has at most 63 characters."""
+    """Return a name that is unique over all namespaces and has at most 63 characters.
+
+    The hash is so long that nobody finds a name that overwrites the grant of another namespace.
+    """
     full = f"{key.metadata.namespace}/{key.metadata.name}"
-    return f"key-{key.metadata.name[:40]}-{hashlib.sha256(full.encode()).hexdigest()[:10]}"
+    return f"key-{key.metadata.name[:40]}-{hashlib.sha256(full.encode()).hexdigest()[:16]}"
 
 
 def grant_config_map(key: Resource, grant: Grant, settings: Settings) -> Manifest:

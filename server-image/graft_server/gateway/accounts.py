@@ -36,11 +36,11 @@ class Account:
 
     def turn(self, now: float) -> None:
         """Forget the slices of windows that have ended, and what no limit counts."""
-        if minute_of(now) > self.minute:
-            self.minute, self.requests, self.leased = minute_of(now), 0, 0.0
+        if (minute := minute_of(now)) > self.minute:
+            self.minute, self.requests, self.leased = minute, 0, 0.0
             self.minute_tokens = min(0, self.minute_tokens)  # a debt is paid in the next minute
-        if month_of(now) > self.month:
-            self.month, self.month_tokens, self.leased = month_of(now), min(0, self.month_tokens), 0.0
+        if (month := month_of(now)) > self.month:
+            self.month, self.month_tokens, self.leased = month, min(0, self.month_tokens), 0.0
         if self.allowance.tokens_per_minute is None:
             self.minute_tokens = 0
         if self.allowance.tokens_per_month is None:
@@ -136,7 +136,9 @@ class Account:
         if lease.month == self.month:
             self.month_tokens += lease.got.month_tokens
         self.slots, self.slots_until = lease.got.slots, int(now) + SLOT_SECONDS
-        self.others, self.leased, self.wanted = lease.left, now, None
+        self.wanted = None
+        if (lease.minute, lease.month) == (self.minute, self.month):
+            self.others, self.leased = lease.left, now
 
     def lose(self, lease: Lease) -> None:
         """Forget what was given back in a lease whose write got no answer: others may have it."""

@@ -126,19 +126,22 @@ class Ledger:
                 await asyncio.sleep(TICK_SECONDS)
 
     async def close(self) -> None:
-        """Give back what is left of the slices."""
+        """Give back what is left of the slices. A debt leases a slice, so the rest of that is given back, too."""
         with suppress(KubeError):
-            await self._lease({key: account.surplus() for key, account in self._accounts.items()})
+            for _ in range(2):
+                await self._lease({key: account.surplus() for key, account in self._accounts.items()})
 
     def _due(self) -> dict[str, Need]:
-        """Return the accounts that need a lease, that hold slots, or that nobody uses any more."""
+        """Return the accounts that need a lease and, every RENEW_SECONDS, those with slots, too many tokens or no clients."""
         now = self._clock()
         renew = now - self._renewed >= RENEW_SECONDS
         found = {}
         for key, account in self._accounts.items():
+            if account.wanted is None and not renew:
+                continue
             account.turn(now)
             need = account.need()
-            if account.wanted is not None or (renew and (account.slots or account.running or any(need))):
+            if account.wanted is not None or account.slots or any(need):
                 found[key] = need
             elif account.idle(now):
                 found[key] = account.surplus()

@@ -275,6 +275,28 @@ def test_slots_that_are_not_renewed_are_not_used() -> None:
     assert not first.account.take(1, later)
 
 
+def test_a_lease_of_the_minute_before_says_nothing_of_this_one() -> None:
+    (one,) = gateways(1, requests_per_minute=1)
+    assert one.ask(1, NOW) is None
+    one.shared[0], late = lease(one.shared[0], one.account.allowance, "gw-0", one.account.need(), NOW + 29)
+    one.account.turn(NOW + 30)  # the answer to the write arrives after the minute
+    one.account.add(late, NOW + 29)
+    assert one.ask(1, NOW + 30) is None
+
+
+async def test_what_a_gateway_holds_and_owes_is_settled_when_it_stops() -> None:
+    record = Record({})
+    ledger = Ledger(cast(ConfigMaps, record), "gw-0", lambda: NOW)
+    running = asyncio.create_task(ledger.run())
+    async with ledger.reserved(
+        [Limit("team-a.web", Allowance(tokens_per_month=1600), "The API key")], 10
+    ) as reservation:
+        reservation.spent = 110
+    running.cancel()
+    await ledger.close()
+    assert record.month("team-a.web") == 110
+
+
 async def test_tokens_are_given_back_once_even_if_the_answer_to_the_write_is_lost() -> None:
     record, now = Record({}), [NOW]
     ledger = Ledger(cast(ConfigMaps, record), "gw-0", lambda: now[0])
@@ -286,6 +308,8 @@ async def test_tokens_are_given_back_once_even_if_the_answer_to_the_write_is_los
         reservation.spent = 10
     assert record.month("team-a.web") == 200
     record.lost, now[0] = 1, NOW + 61
+    await eventually(lambda: not record.lost)
+    now[0] += 10
     await eventually(lambda: not ledger._accounts)
     assert record.month("team-a.web") == 110
     running.cancel()

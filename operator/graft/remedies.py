@@ -92,6 +92,7 @@ REMEDIES: dict[str, str] = {
     "StorageDenied": "Renew the key in `graft-storage`, or give it the rights that [operations.md](operations.md#credentials) lists. Then raise `spec.restarts`.",
     "StorageUnavailable": "Check that the store runs, that the endpoint is right, and that the operator's key is valid. The operator retries by itself. If a job failed with this reason, raise its `spec.restarts`.",
     "TenantsDisabled": "Set `tenants.enabled: true` in the chart's values; see [several-teams.md](guides/several-teams.md).",
+    "TooManyKeys": "Delete ApiKeys that are not used. Several clients may share a key, or use another namespace.",
     "ToolCallParserUnknown": "Use one of the parsers that the message names, or `engine: vllm`. Pods that run stay as they are.",
     "UploadFailed": "Free space in the store, or allow the namespace's key to write. Then raise `spec.restarts`: the last checkpoint is kept.",
     "VersionExists": "Use another number, or `version: auto`.",

@@ -192,6 +192,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "Issued": "The key is in the namespace's Secret, and the gateways accept it.",
             "HashGiven": "The gateways accept the keys whose sums spec.sha256 has.",
             "Expired": "The time in spec.expiresAt has passed. The gateways refuse the key.",
+            "TooManyKeys": "The namespace has 500 older ApiKeys. No more of them work.",
             "SecretTaken": "The namespace has a Secret graft-api-keys that is not Graft's.",
             "NamespaceNotBound": "The operator may not write in this namespace, because the RoleBinding to graft-tenant is missing.",
             "NamespaceReserved": "The namespace's name is reserved: its part of the bucket, or its user of the store, belongs to somebody else. Use another namespace.",

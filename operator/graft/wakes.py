@@ -16,6 +16,7 @@ from graft.manifests.metadata import OWNER_UID
 from graft.reconcile.adapter import retention, versions
 from graft.reconcile.adapter.facts import adapter_label, version_of
 from graft.reconcile.adapterdeployment import scaling
+from graft.reconcile.apikey import turn_of
 from graft.reconcile.claims import Claim, Space, claim_of, holder, space_of
 from graft.reconcile.finetunejob.facts import facts_of, output_adapter
 from graft.reconcile.shared.ownership import Key, claimed_owner
@@ -62,7 +63,7 @@ def sources(operator_namespace: str) -> list[Source]:
         Source("FineTuneJob", group=output_adapter, facts=facts_of),
         Source("Adapter", group=adapter_label, facts=version_of),
         Source("AdapterDeployment", facts=deployment_says),
-        Source("ApiKey", optional=True),
+        Source("ApiKey", facts=turn_of, optional=True),
         Source("Node"),
         Source("Tenant", facts=claim_of, optional=True),  # CustomResourceDefinitions of an earlier version lack it
         # Tenants select namespaces by label. Few users may write a namespace.

@@ -6,7 +6,7 @@ reads it can use it.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -38,6 +38,7 @@ from graft.status import condition
 KIND = "ApiKey"
 RECHECK = 600.0  # seconds until the Secret is read again: RBAC allows only a GET by name
 NEARLY = 0.8  # of the tokens of a month, from which on a condition warns
+MOST_KEYS = 500  # of a namespace: all gateways hold all keys, and share one ConfigMap for their limits
 SHOWN = 12  # hexadecimal digits of a fingerprint that the status shows
 
 
@@ -64,7 +65,7 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
     if raw is None:
         return None
     api_key = ApiKey.model_validate(raw)
-    made = await _made(ctx, api_key)
+    made = too_many(raw, await ctx.cache.every(KIND, turn_of, namespace)) or await _made(ctx, api_key)
     at = datetime.now(UTC)
     if not isinstance(made, Trouble):
         await _publish(ctx, api_key, accepted(api_key, made, at))
@@ -78,7 +79,23 @@ async def reconcile(ctx: Context, namespace: str, name: str) -> float | None:
         status = status.model_copy(update={"tokens_this_month": spent})
         observed.append(within(limit, spent))
     await ctx.write_status(raw, status, observed)
-    return WAITING if isinstance(made, Trouble) else until_next(api_key, made, at)
+    if isinstance(made, Trouble):
+        return RECHECK if made.reason == "TooManyKeys" else WAITING
+    return until_next(api_key, made, at)
+
+
+def turn_of(raw: Manifest) -> tuple[str, str]:
+    """Return what sorts the ApiKeys of a namespace: the oldest first."""
+    return str(raw["metadata"].get("creationTimestamp") or ""), str(raw["metadata"]["name"])
+
+
+def too_many(raw: Manifest, turns: Iterable[tuple[str, str]]) -> Trouble | None:
+    """Return why an ApiKey gets no key, if its namespace has MOST_KEYS older ones (PURE). `turns`: of all of them."""
+    own = turn_of(raw)
+    if sum(turn < own for turn in turns) < MOST_KEYS:
+        return None
+    text = f"the namespace has {MOST_KEYS} older ApiKeys, and no more of them work. Delete those that are not used"
+    return Trouble("TooManyKeys", f"{text}. The operator looks again every {RECHECK / 60:.0f} minutes")
 
 
 async def _made(ctx: Context, api_key: ApiKey) -> Held | Trouble | None:

@@ -72,6 +72,23 @@ def test_after_a_rotation_the_old_key_works_for_the_overlap() -> None:
     assert len(apikey.accepted(at_once, apikey.next_key(at_once, Held(OLD, state()), AT), AT)) == 1
 
 
+def test_a_namespace_cannot_fill_the_gateways_with_keys() -> None:
+    def raw(number: int) -> dict[str, Any]:
+        return {
+            "metadata": {
+                "name": f"key-{number}",
+                "creationTimestamp": f"2026-11-30T12:{number // 60:02d}:{number % 60:02d}Z",
+            }
+        }
+
+    turns = [apikey.turn_of(raw(number)) for number in range(apikey.MOST_KEYS + 2)]
+    refused = [number for number in range(len(turns)) if apikey.too_many(raw(number), turns) is not None]
+    assert refused == [apikey.MOST_KEYS, apikey.MOST_KEYS + 1]
+    trouble = apikey.too_many(raw(apikey.MOST_KEYS), turns)
+    assert trouble is not None and trouble.reason == "TooManyKeys"
+    assert apikey.too_many(raw(apikey.MOST_KEYS), turns[1:]) is None  # an older one was deleted
+
+
 def test_a_grant_names_only_models_of_its_namespace() -> None:
     keys = apikey.accepted(resource(), Held(OLD, state()), AT)
     assert apikey.grant_of(resource(), keys).models is None

@@ -139,7 +139,8 @@ def held_in(secret: Manifest | None, name: str) -> Held | None:
     try:
         state = KeyState.read(entries.get(name + STATE, ""))
         for time in (state.since, state.previous_until or state.since):
-            _seconds(time)
+            if _text(datetime.fromisoformat(time)) != time:  # the status could not show it
+                raise ValueError(time)
     except (OutOfBounds, ValueError):
         return Held(key, None)
     return Held(key, state)

@@ -26,6 +26,7 @@ RENEW_SECONDS = SLOT_SECONDS / 3
 PATIENCE = 5.0  # seconds that a request waits for a lease
 ATTEMPTS = 20  # of one lease, while other gateways are first
 PAUSE = 0.02  # seconds, the longest between two attempts
+LEASED_AT_ONCE = 100  # entries
 LOOKED_AT = 50  # entries of other keys in one lease
 
 
@@ -119,7 +120,7 @@ class Ledger:
                 await asyncio.wait_for(self._asked.wait(), TICK_SECONDS)
             self._asked.clear()
             try:
-                await self._lease(self._due())
+                await self._lease_all(self._due())
             except KubeError as error:
                 self._known = None
                 log.warning("cannot lease what keys may use, retrying: %s", error, extra={"status": error.status})
@@ -129,7 +130,7 @@ class Ledger:
         """Give back what is left of the slices. A debt leases a slice, so the rest of that is given back, too."""
         with suppress(KubeError):
             for _ in range(2):
-                await self._lease({key: account.surplus() for key, account in self._accounts.items()})
+                await self._lease_all({key: account.surplus() for key, account in self._accounts.items()})
 
     def _due(self) -> dict[str, Need]:
         """Return the accounts that need a lease and, every RENEW_SECONDS, those with slots, too many tokens or no clients."""
@@ -149,9 +150,13 @@ class Ledger:
             self._renewed = now
         return found
 
+    async def _lease_all(self, needs: Mapping[str, Need]) -> None:
+        """Lease for some accounts at a time. In between, the gateway answers its clients."""
+        keys = list(needs)
+        for start in range(0, len(keys), LEASED_AT_ONCE):
+            await self._lease({key: needs[key] for key in keys[start : start + LEASED_AT_ONCE]})
+
     async def _lease(self, needs: Mapping[str, Need]) -> None:
-        if not needs:
-            return
         for attempt in range(ATTEMPTS):
             if self._known is None:
                 self._known = await self._configmaps.get(USAGE_CONFIGMAP)

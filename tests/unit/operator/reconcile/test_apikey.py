@@ -47,7 +47,17 @@ def test_a_key_of_another_form_is_replaced(text: str) -> None:
     assert apikey.held_in(None, "web") is None and apikey.held_in({"metadata": {}}, "web") is None
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"rotation": 0}', '{"rotation": 0, "since": "yesterday"}', "[" * 9000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"rotation": 0}',
+        '{"rotation": 0, "since": "20261130"}',
+        '{"rotation": 0, "since": "yesterday"}',
+        "[" * 9000,
+    ],
+)
 def test_a_key_without_its_state_is_kept(text: str) -> None:
     held = apikey.held_in(secret(web=OLD, web_state=text), "web")
     assert held == Held(OLD, None)

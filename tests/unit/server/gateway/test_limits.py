@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import pytest
@@ -312,6 +313,22 @@ async def test_tokens_are_given_back_once_even_if_the_answer_to_the_write_is_los
     now[0] += 10
     await eventually(lambda: not ledger._accounts)
     assert record.month("team-a.web") == 110
+    running.cancel()
+
+
+async def test_many_keys_do_not_lease_at_once() -> None:
+    record = Record({})
+    ledger = Ledger(cast(ConfigMaps, record), "gw-0", lambda: NOW)
+    async with AsyncExitStack() as stack:
+        wait = [
+            stack.enter_async_context(ledger.reserved([Limit(f"team-a.{number}", LIMITS, "The API key")], 1))
+            for number in range(250)
+        ]
+        waiting = asyncio.gather(*wait)
+        await eventually(lambda: len(ledger._accounts) == 250)
+        running = asyncio.create_task(ledger.run())
+        await waiting
+    assert record.writes == 3
     running.cancel()
 
 

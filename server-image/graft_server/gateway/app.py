@@ -259,6 +259,12 @@ class Gateway:
             raise unknown_model(name)
         return model
 
+    def _found_again(self, request: web.Request, name: str) -> Model:
+        """Return a model after a wait. Raises ApiError 401 if the key of the request was revoked meanwhile."""
+        if self._api_keys is not None:
+            request[CALLER] = self._caller(request, self._api_keys)
+        return self._find(request, name)
+
     async def _complete(self, path: str, request: web.Request) -> web.StreamResponse:
         began = time.monotonic()
         share = self.bytes.begin(self._bodies.accounts(request))
@@ -267,6 +273,7 @@ class Gateway:
             model = self._find(request, payload["model"])
             request[MODEL] = model.name
             async with self._reserved(request, model, payload) as reservation:
+                model = self._found_again(request, model.name)
                 return await self._answer(request, model, payload, began, share, reservation)
         finally:
             share.close()
@@ -324,7 +331,7 @@ class Gateway:
             raise unavailable(model.name, model.why_not or "no replica has it loaded")
 
         def find() -> tuple[Model, RouteTarget | None]:
-            newest = self._find(request, model.name)
+            newest = self._found_again(request, model.name)
             return newest, newest.pick(self._chance)
 
         return await self.waiting.hold(model, find)

@@ -15,17 +15,19 @@ from graft.contracts.usage import Allowance
 from graft_server.configmaps import ConfigMaps
 from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.ledger import Ledger
-from worlds.gateway import MODEL, Record, World, refused, world
+from worlds.gateway import MODEL, Record, World, refused, table, world
 from worlds.serving import eventually
 
 KEY = new_api_key()
 
 
 @asynccontextmanager
-async def limited(allowance: Allowance, **settings: Any) -> AsyncIterator[World]:
+async def limited(
+    allowance: Allowance, record: Record | None = None, api_keys: ApiKeys | None = None, **settings: Any
+) -> AsyncIterator[World]:
     """Run a gateway with a key that has limits."""
-    api_keys = ApiKeys()
-    ledger = Ledger(cast(ConfigMaps, Record({})), "gw-0")
+    api_keys = ApiKeys() if api_keys is None else api_keys
+    ledger = Ledger(cast(ConfigMaps, record or Record({})), "gw-0")
     leasing = asyncio.create_task(ledger.run())
     async with world(api_keys=api_keys, ledger=ledger, **settings) as made:
         grant = Grant(namespace="team-a", name="web", keys=[Accepted(sha256=sha256_of(KEY))], allowance=allowance)
@@ -106,3 +108,41 @@ async def test_a_client_that_disconnects_in_a_later_step_pays_for_it() -> None:
         await eventually(lambda: made.gateway.in_flight == 0)
         async with made.post(key=KEY, max_tokens=450) as response:
             await refused(response, 429, "rate_limit_exceeded")
+
+
+class Slow(Record):
+    """A record that answers when it may."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def get(self, name: str) -> dict[str, Any]:
+        self.asked.set()
+        await self.go.wait()
+        return await super().get(name)
+
+
+async def test_a_key_that_is_revoked_while_a_request_waits_for_its_limits_is_refused() -> None:
+    """Revoke the key while the gateway leases for a request of it -> 401, and no engine gets the request."""
+    record, api_keys = Slow(), ApiKeys()
+    async with limited(Allowance(tokens_per_month=1000), record, api_keys) as made:
+        asked = asyncio.create_task(made.post(key=KEY, max_tokens=10).__aenter__())
+        await record.asked.wait()
+        api_keys.update({})
+        record.go.set()
+        await refused(await asked, 401, "invalid_api_key")
+        assert made.engines[0].requests == []
+
+
+async def test_a_key_that_is_revoked_while_a_request_waits_for_a_pod_is_refused() -> None:
+    """Revoke the key while its request waits for a sleeping deployment -> 401, when a pod is there."""
+    api_keys = ApiKeys()
+    async with limited(Allowance(tokens_per_month=1000), None, api_keys) as made:
+        made.update(table(idle_seconds=60))
+        asked = asyncio.create_task(made.post(key=KEY, max_tokens=10).__aenter__())
+        await eventually(lambda: made.gateway.waiting.holds(MODEL))
+        api_keys.update({})
+        made.update(table(*made.addresses))
+        await refused(await asked, 401, "invalid_api_key")
+        assert made.engines[0].requests == []

@@ -193,6 +193,16 @@ def test_a_changed_job_restarts_like_a_fresh_one(tenant: Tenant, namespaced: Api
             tenant.resource("FineTuneJob", fresh, changed | {"output": changed["output"] | {"adapter": fresh}})
         )
         reconciled(tenant, fresh, "FineTuneJob")
+        for name in both if changed.get("suspend") else ():
+            # What the first run of the edited job needed stays while it is suspended.
+            tenant.wait(
+                lambda name=name: (
+                    not [child for child in outcome(tenant, name, "FineTuneJob") if child.startswith("Job")]
+                ),
+                f"{name} has no Job while it is suspended",
+            )
+            tenant.api.patch("FineTuneJob", tenant.name, name, {"spec": {"suspend": False}})
+            reconciled(tenant, name, "FineTuneJob")
         unlike.compare(tenant, item, *(lambda name=name: outcome(tenant, name, "FineTuneJob") for name in both))
         for name in both:
             tenant.api.delete("FineTuneJob", tenant.name, name)

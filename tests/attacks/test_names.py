@@ -300,6 +300,7 @@ def schema_of(module: Any) -> dict[str, Any]:
 
 # Texts that name nothing: they are shown to people, or are words of the training data.
 FREE = {
+    "ApiKey.spec.description",  # for people only
     "BaseModel.spec.facts.dtype",
     "BaseModel.spec.facts.license",
     "FineTuneJob.spec.dataset.templates[]",

@@ -39,7 +39,7 @@ class Pair:
 def pair(running: OperatorProcess, tenant: Tenant, plane: ControlPlane, s3: S3Server) -> Iterator[Pair]:
     """Run two operators with the rights that the chart gives them, in place of the only one of other tests."""
     manifest = plane.state / "rights-of-two.json"
-    rights = from_chart(RIGHTS, operator__replicas="2")
+    rights = from_chart(RIGHTS, operator__replicas="2", tenants__enabled="true")
     manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": rights}))
     plane.kubectl("apply", "-f", str(manifest))
     running.stop()

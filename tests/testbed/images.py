@@ -120,7 +120,7 @@ def build(
     with locked("images"):
         if exists(tag) and label(tag, "graft.inputs") == inputs:
             return tag
-        before = _image_id(tag)
+        before = _image_id(tag) if exists(tag) else ""
         log = LOGS / f"image-{tag.rpartition('/')[2].replace(':', '-')}.log"
         log.unlink(missing_ok=True)
         cache = CACHE / "uv"

@@ -3,15 +3,13 @@
 A key has 256 random bits, so its SHA-256 is no secret, and needs no salt. Only the sum leaves the Secret of the namespace.
 """
 
-import hashlib
 import re
-import secrets
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from graft.bounded import Limits
-from graft.contracts.enginekeys import Fingerprint
+from graft.contracts.enginekeys import Fingerprint, new_key
 from graft.contracts.message import CONFIGMAP, Message, Name, Real, Whole
 from graft.contracts.usage import Allowance
 
@@ -26,12 +24,7 @@ MOST_ACCEPTED = 8
 
 def new_api_key() -> str:
     """Return a new key."""
-    return PREFIX + secrets.token_urlsafe(32)
-
-
-def sha256_of(key: str) -> str:
-    """Return what a gateway knows of a key, in hexadecimal digits."""
-    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+    return PREFIX + new_key()
 
 
 class Accepted(Message):

@@ -56,5 +56,5 @@ def deployment_key(root: bytes, uid: str) -> str:
 
 
 def fingerprint(key: str) -> str:
-    """Return what an engine knows of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    """Return what an engine or a gateway knows of a key: its SHA-256. A client's header may be no valid text."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()

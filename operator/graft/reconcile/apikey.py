@@ -24,8 +24,8 @@ from graft.contracts.apikeys import (
     Grant,
     KeyState,
     new_api_key,
-    sha256_of,
 )
+from graft.contracts.enginekeys import fingerprint
 from graft.contracts.usage import USAGE_CONFIGMAP, Allowance, Usage, month_of, usage_key
 from graft.kube import KubeError, Manifest
 from graft.manifests.apikeys import api_keys_secret, encoded, grant_config_map, grant_name, usage_config_map
@@ -165,7 +165,7 @@ def next_key(api_key: ApiKey, held: Held | None, at: datetime) -> Held:
     if held.state.rotation == wanted:
         return held
     until = _text(at + timedelta(seconds=api_key.spec.overlap_seconds))
-    state = KeyState(rotation=wanted, since=_text(at), previous=sha256_of(held.key), previous_until=until)
+    state = KeyState(rotation=wanted, since=_text(at), previous=fingerprint(held.key), previous_until=until)
     return Held(new_api_key(), state)
 
 
@@ -173,7 +173,7 @@ def accepted(api_key: ApiKey, held: Held | None, at: datetime) -> list[Accepted]
     """Return the keys that gateways accept (PURE)."""
     if held is None:
         return [Accepted(sha256=item) for item in api_key.spec.sha256 or []]
-    found, state = [Accepted(sha256=sha256_of(held.key))], held.state
+    found, state = [Accepted(sha256=fingerprint(held.key))], held.state
     if state is not None and state.previous is not None and state.previous_until is not None:
         until = _seconds(state.previous_until)
         if until > at.timestamp():
@@ -295,7 +295,7 @@ def observe(api_key: ApiKey, made: Held | Trouble | None, at: datetime) -> tuple
         status = ApiKeyStatus(
             conditions=[],
             secret_name=API_KEYS_SECRET,
-            fingerprint=sha256_of(made.key)[:SHOWN],
+            fingerprint=fingerprint(made.key)[:SHOWN],
         )
         if state is not None:
             until = state.previous_until if len(accepted(api_key, made, at)) > 1 else None

@@ -16,7 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from graft.bounded import OutOfBounds
-from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, sha256_of
+from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant
+from graft.contracts.enginekeys import fingerprint
 from graft.contracts.usage import tenant_usage_key, usage_key
 
 from graft_server.gateway.errors import unauthorized
@@ -114,7 +115,7 @@ class ApiKeys:
         found: list[Opened] = []
         place = b""
         if len(authorization) <= LONGEST_HEADER:
-            digest = sha256_of(key)
+            digest = fingerprint(key)
             place = self._place(digest)
             same = self._opened.get(place, {}).values()
             found = [item for item in same if hmac.compare_digest(item.accepted.sha256, digest)]

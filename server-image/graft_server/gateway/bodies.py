@@ -4,11 +4,11 @@ A body is received while the bytes in flight allow it. A large body is parsed be
 """
 
 import asyncio
-import hashlib
 from typing import Any
 
 from aiohttp import web
 from graft.bounded import Limits, OutOfBounds, parse_json
+from graft.contracts.enginekeys import fingerprint
 
 from graft_server.gateway import fields
 from graft_server.gateway.callers import HEADER, Proxies
@@ -46,7 +46,7 @@ class Bodies:
         everybody = Account("everybody", "all clients", settings.max_bytes_in_flight, shared=True)
         if not key:
             return Account(f"peer {address}", "your address", settings.max_bytes_per_caller), everybody
-        digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+        digest = fingerprint(key)
         return (
             Account(f"key {digest}", "your key", settings.max_bytes_per_caller),
             Account(f"peer {address}", "your address", settings.max_bytes_per_peer),

@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, new_api_key, sha256_of
+from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, new_api_key
+from graft.contracts.enginekeys import fingerprint
 from graft.contracts.gateway import RouteEntry, Routes, RouteTarget
 from graft_server.gateway.apikeys import ApiKeys
 from worlds.gateway import MODEL, World, refused, table, world
@@ -26,13 +27,13 @@ def granted(made: World, api_keys: ApiKeys, *grants: Grant) -> None:
 
 
 def team_a(**fields: Any) -> Grant:
-    return Grant(**{"namespace": "team-a", "name": "web", "keys": [Accepted(sha256=sha256_of(OWN))], **fields})
+    return Grant(**{"namespace": "team-a", "name": "web", "keys": [Accepted(sha256=fingerprint(OWN))], **fields})
 
 
 HEADERS = {
     "no key": [],
     "an empty key": [("Authorization", "Bearer ")],
-    "the sum of a key in its place": [("Authorization", f"Bearer {sha256_of(OWN)}")],
+    "the sum of a key in its place": [("Authorization", f"Bearer {fingerprint(OWN)}")],
     "another scheme": [("Authorization", f"Basic {OWN}")],
     "two keys, one of them right": [("Authorization", f"Bearer {OWN}"), ("Authorization", "Bearer x")],
     "a key with another one behind it": [("Authorization", f"Bearer {OWN},{OTHER}")],
@@ -84,7 +85,7 @@ async def test_a_sum_that_another_team_lists_opens_only_that_teams_models() -> N
     """List the sum of another team's key in one's own ApiKey -> the key opens one's own models too, and theirs stay theirs."""
     api_keys = ApiKeys()
     async with world(api_keys=api_keys) as made:
-        theirs = Grant(namespace="team-b", name="thief", keys=[Accepted(sha256=sha256_of(OWN))])
+        theirs = Grant(namespace="team-b", name="thief", keys=[Accepted(sha256=fingerprint(OWN))])
         granted(made, api_keys, team_a(), theirs)
         async with made.post(key=OWN) as response:
             assert response.status == 200

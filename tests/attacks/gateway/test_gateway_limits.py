@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 from aiohttp import web
-from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, new_api_key, sha256_of
+from graft.contracts.apikeys import GRANT_KEY, Accepted, Grant, new_api_key
+from graft.contracts.enginekeys import fingerprint
 from graft.contracts.gateway import Backend, RouteEntry, Routes, RouteTarget
 from graft.contracts.usage import Allowance
 from graft_server.configmaps import ConfigMaps
@@ -30,7 +31,7 @@ async def limited(
     ledger = Ledger(cast(ConfigMaps, record or Record({})), "gw-0")
     leasing = asyncio.create_task(ledger.run())
     async with world(api_keys=api_keys, ledger=ledger, **settings) as made:
-        grant = Grant(namespace="team-a", name="web", keys=[Accepted(sha256=sha256_of(KEY))], allowance=allowance)
+        grant = Grant(namespace="team-a", name="web", keys=[Accepted(sha256=fingerprint(KEY))], allowance=allowance)
         api_keys.update({"key-web": {GRANT_KEY: grant.json_text()}})
         yield made
     leasing.cancel()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from graft.artifacts.store import S3Store
-from graft.contracts.apikeys import API_KEYS_SECRET, KEY, new_api_key, sha256_of
+from graft.contracts.apikeys import API_KEYS_SECRET, KEY, new_api_key
+from graft.contracts.enginekeys import fingerprint
 from worlds.cluster.api import Api, Refused
 from worlds.cluster.front_door import FrontDoor, ask_for, front_door, key_of
 from worlds.cluster.operator_process import SYSTEM, OperatorProcess
@@ -47,7 +48,7 @@ def test_a_key_lives_from_its_creation_to_its_revocation(tenant: Tenant, running
 
         # The key is in its Secret, and nowhere else.
         status = tenant.status("ApiKey", "web")
-        assert status["fingerprint"] == sha256_of(first)[:12] and status["secretName"] == API_KEYS_SECRET
+        assert status["fingerprint"] == fingerprint(first)[:12] and status["secretName"] == API_KEYS_SECRET
         for place in (tenant.name, SYSTEM):
             assert first not in str(tenant.api.list("ConfigMap", place)) + str(tenant.api.list("CoreEvent", place))
         assert first not in str(tenant.get("ApiKey", "web")) and first not in running.log.read_text()
@@ -109,7 +110,7 @@ def test_a_removed_key_is_revoked_and_a_new_one_is_made(tenant: Tenant) -> None:
 def test_a_sum_is_enough(tenant: Tenant) -> None:
     own = new_api_key()
     with two_gateways(tenant.api) as doors:
-        ask_for(tenant, "web", sha256=[sha256_of(own)])
+        ask_for(tenant, "web", sha256=[fingerprint(own)])
         everywhere(doors, own, [])
         tenant.until("ApiKey", "web", "Ready", "HashGiven")
         assert tenant.api.get("Secret", tenant.name, API_KEYS_SECRET) is None

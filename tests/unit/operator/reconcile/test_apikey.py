@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from graft.api import ApiKey
-from graft.contracts.apikeys import KEY, STATE, Grant, KeyState, new_api_key, sha256_of
+from graft.contracts.apikeys import KEY, STATE, Grant, KeyState, new_api_key
+from graft.contracts.enginekeys import fingerprint
 from graft.contracts.usage import Allowance
 from graft.reconcile import apikey
 from graft.reconcile.apikey import Held
@@ -63,7 +64,7 @@ def test_a_key_without_its_state_is_kept(text: str) -> None:
     assert held == Held(OLD, None)
     again = apikey.next_key(resource(rotation=3), held, AT)
     assert again.key == OLD and again.state is not None and again.state.rotation == 3
-    assert [item.sha256 for item in apikey.accepted(resource(), held, AT)] == [sha256_of(OLD)]
+    assert [item.sha256 for item in apikey.accepted(resource(), held, AT)] == [fingerprint(OLD)]
 
 
 def test_after_a_rotation_the_old_key_works_for_the_overlap() -> None:
@@ -71,7 +72,7 @@ def test_after_a_rotation_the_old_key_works_for_the_overlap() -> None:
     new = apikey.next_key(asked, Held(OLD, state()), AT)
     assert new.key != OLD
     both = apikey.accepted(asked, new, AT + timedelta(seconds=59))
-    assert [item.sha256 for item in both] == [sha256_of(new.key), sha256_of(OLD)]
+    assert [item.sha256 for item in both] == [fingerprint(new.key), fingerprint(OLD)]
     assert both[1].until == (AT + timedelta(seconds=60)).timestamp()
     assert len(apikey.accepted(asked, new, AT + timedelta(seconds=60))) == 1
     assert apikey.until_next(asked, new, AT) == 61.0

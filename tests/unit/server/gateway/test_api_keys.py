@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from graft.contracts.apikeys import GRANT_KEY, KEY, Accepted, Grant, new_api_key, sha256_of
+from graft.contracts.apikeys import GRANT_KEY, KEY, Accepted, Grant, new_api_key
+from graft.contracts.enginekeys import fingerprint
 from graft.contracts.gateway import Backend, RouteEntry, Routes, RouteTarget
 from graft_server.gateway.apikeys import ApiKeys
 from graft_server.gateway.settings import parse
@@ -31,7 +32,7 @@ class Clock:
 
 
 def grant(key: str = KEYS[0], namespace: str = "team-a", **fields: Any) -> Grant:
-    keys = fields.pop("keys", [Accepted(sha256=sha256_of(key))])
+    keys = fields.pop("keys", [Accepted(sha256=fingerprint(key))])
     return Grant(namespace=namespace, name=fields.pop("name", "web"), keys=keys, **fields)
 
 
@@ -160,8 +161,8 @@ async def test_changes_hold_at_once() -> None:
 
 async def test_a_key_expires_by_the_gateways_clock() -> None:
     clock = Clock()
-    old = Accepted(sha256=sha256_of(KEYS[1]), until=clock.now + 10)
-    both = [Accepted(sha256=sha256_of(KEYS[0])), old]
+    old = Accepted(sha256=fingerprint(KEYS[1]), until=clock.now + 10)
+    both = [Accepted(sha256=fingerprint(KEYS[0])), old]
     async with locked(grant(keys=both, expires=clock.now + 20), clock=clock) as (made, _):
         for key in KEYS[:2]:
             assert len(await listed(made, key)) == 2

@@ -21,6 +21,7 @@ from graft.reconcile.shared import storerights
 from graft.reconcile.shared.access import Trouble, record_part, refusal_of
 from graft.reconcile.shared.context import WAITING, Context
 from graft.status import condition
+from graft.work.together import together
 
 KIND = "Tenant"
 CHILDREN = ("RoleBinding", "NetworkPolicy")
@@ -107,12 +108,9 @@ async def _keep(ctx: Context, tenant: Tenant, namespaces: Mapping[str, Space]) -
         async with limit:
             return await _keep_one(ctx, tenant, namespaces[namespace])
 
-    found = await asyncio.gather(*map(one, namespaces), return_exceptions=True)
-    for error in found:
-        if isinstance(error, BaseException):
-            raise error  # after all others have ended: a namespace does not hold up another
-    pairs = zip(namespaces, found, strict=True)
-    return {namespace: trouble for namespace, trouble in pairs if isinstance(trouble, Trouble)}
+    # An error is raised after all others have ended: a namespace does not hold up another.
+    pairs = zip(namespaces, await together(*map(one, namespaces)), strict=True)
+    return {namespace: trouble for namespace, trouble in pairs if trouble is not None}
 
 
 async def _keep_one(ctx: Context, tenant: Tenant, space: Space) -> Trouble | None:

@@ -96,9 +96,7 @@ def month_of(now: float) -> int:
 
 def month_after(now: float) -> int:
     """Return the start of the next month, in UTC."""
-    at = datetime.fromtimestamp(now, UTC)
-    year, month = (at.year + 1, 1) if at.month == 12 else (at.year, at.month + 1)
-    return int(datetime(year, month, 1, tzinfo=UTC).timestamp())
+    return month_of(month_of(now) + 32 * 24 * 3600)  # no month has 32 days
 
 
 def lease(usage: Usage, allowance: Allowance, gateway: str, need: Need, now: float) -> tuple[Usage, Lease]:

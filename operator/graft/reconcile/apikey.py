@@ -105,7 +105,7 @@ async def _made(ctx: Context, api_key: ApiKey) -> Held | Trouble | None:
         await _forget(ctx, api_key)
         return None
     try:
-        async with ctx.locks.hold(f"{API_KEYS_SECRET} {namespace}"):
+        async with ctx.locks.hold(API_KEYS_SECRET, namespace):
             secret = await ctx.kube.get("Secret", namespace, API_KEYS_SECRET)
             if secret is not None and not _ours(secret):
                 return Trouble(
@@ -256,7 +256,7 @@ async def _forget(ctx: Context, api_key: ApiKey) -> None:
     if why_reserved(meta.namespace) is not None:
         return
     try:
-        async with ctx.locks.hold(f"{API_KEYS_SECRET} {meta.namespace}"):
+        async with ctx.locks.hold(API_KEYS_SECRET, meta.namespace):
             secret = await ctx.kube.get("Secret", meta.namespace, API_KEYS_SECRET)
             gone = {meta.name, meta.name + STATE}
             if secret is None or not _ours(secret) or not gone & set(secret.get("data") or {}):

@@ -13,25 +13,24 @@ from graft.contracts.gateway import ROUTES_COMPONENT
 from graft.kube import KubeError, Manifest
 from graft.manifests.metadata import COMPONENT, OWNER_UID
 from graft.reconcile.shared.context import Context
-from graft.reconcile.shared.ending import delete_grant, delete_routes
+from graft.reconcile.shared.ending import WITHDRAW
 
 log = logging.getLogger(__name__)
 
-# Kinds whose resources gateways know of: how one's ConfigMap is deleted, and the component of all of them.
-KINDS = {"AdapterDeployment": (delete_routes, ROUTES_COMPONENT), "ApiKey": (delete_grant, API_KEY_COMPONENT)}
+KINDS = {"AdapterDeployment": ROUTES_COMPONENT, "ApiKey": API_KEY_COMPONENT}  # the component of their ConfigMaps
 
 
 async def deleted(ctx: Context, kind: str, body: Manifest) -> None:
     """Delete what gateways read of one resource that was deleted. If this fails, the housekeeping does it later."""
     try:
-        await KINDS[kind][0](ctx, Resource.model_validate(body))
+        await WITHDRAW[kind](ctx, Resource.model_validate(body))
     except KubeError as error:
         log.warning("cannot delete what gateways know of a deleted %s, the housekeeping retries: %s", kind, error)
 
 
 async def sweep(ctx: Context) -> None:
     """Delete all routes and grants whose resource does not exist. Raises KubeError."""
-    for kind, (_, component) in KINDS.items():
+    for kind, component in KINDS.items():
         # The ConfigMaps are listed first: one whose resource is created meanwhile must not count as an orphan.
         found = await ctx.kube.list("ConfigMap", ctx.settings.namespace, {COMPONENT: component}, metadata_only=True)
         try:

@@ -76,10 +76,8 @@ async def _refuse(ctx: Context, kind: str, raw: Manifest, trouble: Trouble) -> f
     resource = Resource.model_validate(raw)
     type_, stage = REFUSED[kind]
     if resource.metadata.deletion_timestamp:
-        if kind == "AdapterDeployment":
-            await ending.delete_routes(ctx, resource)
-        if kind == "ApiKey":
-            await ending.delete_grant(ctx, resource)
+        if kind in ending.WITHDRAW:
+            await ending.WITHDRAW[kind](ctx, resource)
         if not ctx.transfers.forget(resource.metadata.uid):
             return SOON
         left = await ending.end_jobs(ctx, resource) if kind in {"FineTuneJob", "Adapter"} else None

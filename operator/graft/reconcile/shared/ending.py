@@ -64,6 +64,10 @@ async def delete_grant(ctx: Context, api_key: Resource) -> None:
     await _withdraw(ctx, grant_name(api_key), api_key.metadata.uid)
 
 
+# Kinds whose resources gateways know of, and how that is deleted.
+WITHDRAW = {"AdapterDeployment": delete_routes, "ApiKey": delete_grant}
+
+
 async def _withdraw(ctx: Context, name: str, owner: str) -> None:
     """Delete a ConfigMap that gateways read, if it belongs to the resource with the UID `owner`."""
     found = await ctx.kube.get("ConfigMap", ctx.settings.namespace, name)
